@@ -1,0 +1,2 @@
+"""lozo"""
+from . import backends

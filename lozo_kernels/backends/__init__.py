@@ -1,0 +1,10 @@
+"""The backends, registered in order of preference: the last that can serve a device does."""
+
+from ..registry import register_backend
+from .eager import EagerBackend
+from .native import NativeBackend
+
+register_backend(EagerBackend())
+register_backend(NativeBackend())
+
+__all__ = ["EagerBackend", "NativeBackend"]

@@ -1,0 +1,151 @@
+"""reference.py as a backend: slow, correct, and on every device that PyTorch has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import noise, reference
+from ..registry import Draw, Rounding
+from ..table import TensorTable
+
+
+class EagerBackend:
+    """Plain PyTorch, one tensor after the other."""
+
+    name = "eager"
+
+    def unavailable(self, device: torch.device) -> str | None:
+        return "there is no storage to change" if device.type == "meta" else None
+
+    def lowrank_update_(
+        self, table: TensorTable, seed: int, draws: Sequence[Draw], scales: Tensor, decay: Tensor | None, rounding: Rounding | None
+    ) -> None:
+        for t in _tensors(table):
+            us = [row_factor(table, t, seed, d) for d in draws]
+            y = reference.lowrank_update(table.x[t], table.v[t], us, list(scales[:, t]), _at(decay, t))
+            _store(table, t, y, seed, rounding)
+
+    def dense_update_(
+        self, table: TensorTable, seed: int, draws: Sequence[Draw], scales: Tensor, decay: Tensor | None, rounding: Rounding | None
+    ) -> None:
+        for t in _tensors(table):
+            zs = [dense_noise(table, t, seed, d) for d in draws]
+            y = reference.dense_update(table.x[t], zs, list(scales[:, t]), _at(decay, t))
+            _store(table, t, y, seed, rounding)
+
+    def lowrank_momentum_(
+        self,
+        table: TensorTable,
+        seed: int,
+        draws: Sequence[Draw],
+        scales: Tensor,
+        coefficients: Tensor,
+        alpha: Tensor,
+        beta: Tensor,
+        decay: Tensor | None,
+        rounding: Rounding | None,
+    ) -> None:
+        for t in _tensors(table):
+            us = [row_factor(table, t, seed, d) for d in draws]
+            table.n[t].copy_(reference.momentum(table.n[t], us, list(coefficients[:, t]), beta[t]))
+            y = reference.lowrank_update(table.x[t], table.v[t], us, list(scales[:, t]), _at(decay, t))
+            y = reference.apply_momentum(y, reference.momentum_product(table.n[t], table.v[t]), alpha[t])
+            _store(table, t, y, seed, rounding)
+
+    def dense_momentum_(
+        self,
+        table: TensorTable,
+        seed: int,
+        draws: Sequence[Draw],
+        scales: Tensor,
+        coefficients: Tensor,
+        alpha: Tensor,
+        beta: Tensor,
+        decay: Tensor | None,
+        rounding: Rounding | None,
+    ) -> None:
+        for t in _tensors(table):
+            zs = [dense_noise(table, t, seed, d) for d in draws]
+            table.n[t].copy_(reference.momentum(table.n[t], zs, list(coefficients[:, t]), beta[t]))
+            y = reference.dense_update(table.x[t], zs, list(scales[:, t]), _at(decay, t))
+            _store(table, t, reference.apply_momentum(y, table.n[t], alpha[t]), seed, rounding)
+
+    def resample_(self, table: TensorTable, seed: int, window: int, reproject: bool) -> None:
+        for t in _tensors(table):
+            v = column_factor(table, t, seed, window)
+            if reproject:
+                table.n[t].copy_(reference.reproject(table.n[t], table.v[t], v))
+            table.v[t].copy_(v)
+
+
+def row_factor(table: TensorTable, t: int, seed: int, draw: Draw) -> Tensor:
+    """U of one tensor: (batch, rows, rank) fp32."""
+    batch, rows, _ = table.x[t].shape
+    u = noise.factor(
+        seed,
+        batch * rows,
+        table.rank,
+        table.tensor_ids[t],
+        draw.step,
+        row_offset=table.row_offsets[t],
+        direction=draw.direction,
+        device=table.device,
+    )
+    return u.view(batch, rows, table.rank)
+
+
+def column_factor(table: TensorTable, t: int, seed: int, window: int) -> Tensor:
+    """V of one tensor, transposed: (batch, rank, cols) fp16."""
+    batch, _, cols = table.x[t].shape
+    blocks = [
+        noise.factor(
+            seed,
+            cols,
+            table.rank,
+            table.tensor_ids[t],
+            window,
+            stream="V",
+            row_offset=table.col_offsets[t] + b * table.global_cols[t],
+            device=table.device,
+        )
+        for b in range(batch)
+    ]
+    return torch.stack(blocks).transpose(1, 2).to(torch.float16)
+
+
+def dense_noise(table: TensorTable, t: int, seed: int, draw: Draw) -> Tensor:
+    """Z of one tensor: (batch, rows, cols) fp32."""
+    return _flat(table, t, lambda numel, offset: noise.dense(
+        seed, numel, table.tensor_ids[t], draw.step, offset=offset, direction=draw.direction, device=table.device
+    ))  # fmt: skip
+
+
+def _flat(table: TensorTable, t: int, make) -> Tensor:
+    """Values of the flat elements that a tensor covers, in its shape."""
+    batch, rows, cols = table.x[t].shape
+    width, row, col = table.global_cols[t], table.row_offsets[t], table.col_offsets[t]
+    if col == 0 and width == cols:
+        return make(batch * rows * cols, row * width).view(batch, rows, cols)
+    return torch.stack([make(cols, (row + i) * width + col) for i in range(batch * rows)]).view(batch, rows, cols)
+
+
+def _tensors(table: TensorTable) -> Iterator[int]:
+    return (t for t in range(len(table)) if table.x[t].numel())
+
+
+def _at(scalars: Tensor | None, t: int) -> Tensor | None:
+    return None if scalars is None else scalars[t]
+
+
+def _store(table: TensorTable, t: int, y: Tensor, seed: int, rounding: Rounding | None) -> None:
+    x = table.x[t]
+    if rounding is None or x.dtype == torch.float32:
+        x.copy_(reference.round_nearest(y, x.dtype))
+        return
+    bits = _flat(table, t, lambda numel, offset: noise.rounding_bits(
+        seed, numel, table.tensor_ids[t], rounding.step, offset=offset, direction=rounding.index, device=table.device
+    ))  # fmt: skip
+    x.copy_(reference.round_stochastic(y, bits, x.dtype))

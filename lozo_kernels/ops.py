@@ -1,0 +1,194 @@
+"""The ops: argument checks, normalised scalars, and one call of the backend for a whole table of tensors.
+
+Scalars that change from step to step (scales, learning rate, projected gradient) may be numbers or tensors on the table's
+device; nothing here reads a tensor's value, so nothing synchronises. Each op changes ``table.x`` (and momentum, V) in place,
+touches no other element, and gives the bits of ``reference.py`` on every backend, except that momentum products above rank 8
+are bounded, not promised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .noise import MAX_DIRECTION, MAX_DRAW
+from .registry import Backend, Draw, Rounding, choose_backend
+from .table import TensorTable
+
+Scalars = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
+"""A number, one per tensor, or one per draw and tensor: anything that broadcasts to that shape."""
+
+MAX_DRAWS = 2
+
+
+def lowrank_update_(
+    table: TensorTable,
+    *,
+    seed: int,
+    draws: Sequence[Draw],
+    scales: Scalars,
+    decay: Scalars | None = None,
+    rounding: Rounding | None = None,
+    backend: Backend | None = None,
+) -> None:
+    """X <- decay * X + sum over draws of scale * U V^T, U regenerated from the seed (LOZO, Algorithm 1).
+
+    Args:
+        table: low-rank tensors (``v`` given).
+        seed: 64-bit seed of the run.
+        draws: one or two; two fuse the restore and update of one step with the perturbation of the next.
+        scales: broadcastable to (draws, tensors).
+        decay: broadcastable to (tensors,): 1 - lr * weight_decay; None for 1.
+        rounding: stochastic rounding into bf16 and fp16; None rounds to nearest even.
+        backend: default: the best for the table's device.
+
+    Raises:
+        ValueError: an argument is out of range or of the wrong shape.
+    """
+    _check_kind(table, low_rank=True, momentum=False)
+    scales = _prepare(table, seed, draws, scales, rounding)
+    _pick(table, backend).lowrank_update_(table, seed, draws, scales, _per_tensor(table, decay, "decay"), rounding)
+
+
+def dense_update_(
+    table: TensorTable,
+    *,
+    seed: int,
+    draws: Sequence[Draw],
+    scales: Scalars,
+    decay: Scalars | None = None,
+    rounding: Rounding | None = None,
+    backend: Backend | None = None,
+) -> None:
+    """X <- decay * X + sum over draws of scale * Z (MeZO). Arguments as :func:`lowrank_update_`; a table without V."""
+    _check_kind(table, low_rank=False, momentum=False)
+    scales = _prepare(table, seed, draws, scales, rounding)
+    _pick(table, backend).dense_update_(table, seed, draws, scales, _per_tensor(table, decay, "decay"), rounding)
+
+
+def lowrank_momentum_(
+    table: TensorTable,
+    *,
+    seed: int,
+    draws: Sequence[Draw],
+    scales: Scalars,
+    coefficients: Scalars,
+    alpha: Scalars,
+    beta: Scalars,
+    decay: Scalars | None = None,
+    rounding: Rounding | None = None,
+    backend: Backend | None = None,
+) -> None:
+    """N <- beta * N + sum of coefficient * U, then X <- decay * X + sum of scale * U V^T + alpha * N V^T (LOZO-M, Algorithm 2).
+
+    Args:
+        table: low-rank tensors with momentum (``v`` and ``n`` given).
+        draws: one or two. A draw that only perturbs has coefficient 0, one that only enters the momentum has scale 0.
+        coefficients: broadcastable to (draws, tensors): (1 - beta) * c.
+        alpha: broadcastable to (tensors,): -lr / r, signs included.
+        beta: broadcastable to (tensors,).
+        seed, scales, decay, rounding, backend: as in :func:`lowrank_update_`.
+    """
+    _check_kind(table, low_rank=True, momentum=True)
+    scales = _prepare(table, seed, draws, scales, rounding)
+    _pick(table, backend).lowrank_momentum_(
+        table, seed, draws, scales, *_momentum_scalars(table, draws, coefficients, alpha, beta), _per_tensor(table, decay, "decay"), rounding
+    )
+
+
+def dense_momentum_(
+    table: TensorTable,
+    *,
+    seed: int,
+    draws: Sequence[Draw],
+    scales: Scalars,
+    coefficients: Scalars,
+    alpha: Scalars,
+    beta: Scalars,
+    decay: Scalars | None = None,
+    rounding: Rounding | None = None,
+    backend: Backend | None = None,
+) -> None:
+    """M <- beta * M + sum of coefficient * Z, then X <- decay * X + sum of scale * Z + alpha * M (MeZO-M).
+
+    Arguments as :func:`lowrank_momentum_`, for a table without V; M is ``table.n``.
+    """
+    _check_kind(table, low_rank=False, momentum=True)
+    scales = _prepare(table, seed, draws, scales, rounding)
+    _pick(table, backend).dense_momentum_(
+        table, seed, draws, scales, *_momentum_scalars(table, draws, coefficients, alpha, beta), _per_tensor(table, decay, "decay"), rounding
+    )
+
+
+def resample_(table: TensorTable, *, seed: int, window: int, reproject: bool = False, backend: Backend | None = None) -> None:
+    """V <- the V of a window; with ``reproject`` also N <- N (V_old^T V_new) / cols (LOZO-M, Algorithm 2, line 6).
+
+    Args:
+        table: low-rank tensors. V's global row is ``col_offset + b * global_cols + j`` for matrix b of a batch.
+        window: step // interval.
+        reproject: carry ``table.n`` over; ``table.v`` must then hold the V that it was accumulated under.
+
+    Raises:
+        ValueError: an argument is out of range, or ``reproject`` without momentum.
+    """
+    _check_kind(table, low_rank=True, momentum=reproject)
+    _check_range("seed", seed, 1 << 64)
+    _check_range("window", window, MAX_DRAW)
+    _pick(table, backend).resample_(table, seed, window, reproject)
+
+
+def _pick(table: TensorTable, backend: Backend | None) -> Backend:
+    return backend if backend is not None else choose_backend(table.device).backend
+
+
+def _check_kind(table: TensorTable, *, low_rank: bool, momentum: bool) -> None:
+    if low_rank and table.v is None:
+        raise ValueError("this op needs a table with V; dense tensors have ops of their own")
+    if not low_rank and table.v is not None:
+        raise ValueError("this op is for dense tensors, and the table has V")
+    if momentum and table.n is None:
+        raise ValueError("this op needs a table with momentum (n)")
+
+
+def _check_range(name: str, value: int, bound: int) -> None:
+    if not 0 <= value < bound:
+        raise ValueError(f"{name} is 0 to {bound - 1}, not {value}")
+
+
+def _prepare(table: TensorTable, seed: int, draws: Sequence[Draw], scales: Scalars, rounding: Rounding | None) -> Tensor:
+    _check_range("seed", seed, 1 << 64)
+    if not 1 <= len(draws) <= MAX_DRAWS:
+        raise ValueError(f"an op takes 1 to {MAX_DRAWS} draws, not {len(draws)}")
+    for draw in draws:
+        _check_range("draw step", draw.step, MAX_DRAW)
+        _check_range("direction", draw.direction, MAX_DIRECTION)
+    if rounding is not None:
+        _check_range("rounding step", rounding.step, MAX_DRAW)
+        _check_range("rounding index", rounding.index, MAX_DIRECTION)
+    return _broadcast(scales, (len(draws), len(table)), table.device, "scales")
+
+
+def _momentum_scalars(
+    table: TensorTable, draws: Sequence[Draw], coefficients: Scalars, alpha: Scalars, beta: Scalars
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        _broadcast(coefficients, (len(draws), len(table)), table.device, "coefficients"),
+        _broadcast(alpha, (len(table),), table.device, "alpha"),
+        _broadcast(beta, (len(table),), table.device, "beta"),
+    )
+
+
+def _per_tensor(table: TensorTable, value: Scalars | None, name: str) -> Tensor | None:
+    return None if value is None else _broadcast(value, (len(table),), table.device, name)
+
+
+def _broadcast(value: Scalars, shape: tuple[int, ...], device: torch.device, name: str) -> Tensor:
+    t = torch.as_tensor(value, dtype=torch.float32, device=device)
+    if t.shape == shape:
+        return t.contiguous()
+    try:
+        return t.expand(shape).contiguous()
+    except RuntimeError:
+        raise ValueError(f"{name} has shape {tuple(t.shape)}, which does not broadcast to {shape}") from None

@@ -1,0 +1,142 @@
+"""Every op on one tensor, in plain PyTorch: the truth that tests, benchmarks and the eager backend share.
+
+Each function is pure: it returns the new value and leaves its arguments alone. ``dtype`` is the arithmetic: ``torch.float32``
+reproduces the promised bits (one rounded multiply and one rounded add per term, in the order written here);
+``torch.float64`` is the truth for error bounds. Rounding into the weight's own dtype is a separate last step
+(:func:`round_nearest`, :func:`round_stochastic`).
+
+A weight is seen as a batch of matrices (batch, rows, cols): a matrix has batch 1, stacked experts one matrix each, a
+convolution is (1, out, rest), a dense tensor is (1, 1, numel). V is stored transposed, (batch, rank, cols), in fp16, which
+holds its values exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def _start(x: Tensor, decay: Tensor | None, dtype: torch.dtype) -> Tensor:
+    y = x.to(dtype)
+    return y if decay is None else y * decay.to(dtype)
+
+
+def low_rank_product(u: Tensor, v: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """U V^T, exact: factors on the 2**-8 grid make every partial sum an integer that fp64 holds.
+
+    Args:
+        u: (batch, rows, rank); v: (batch, rank, cols).
+
+    Returns:
+        (batch, rows, cols) of ``dtype``.
+    """
+    return (u.double() @ v.double()).to(dtype)
+
+
+def lowrank_update(
+    x: Tensor,
+    v: Tensor,
+    us: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    decay: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """decay * X + scale_0 * U_0 V^T + scale_1 * U_1 V^T (LOZO, Algorithm 1: perturbation and update are this with other scales).
+
+    Args:
+        x: (batch, rows, cols); v: (batch, rank, cols); us: one (batch, rows, rank) per draw.
+        scales: one 0-dim tensor per draw; decay: 0-dim tensor or None for 1.
+    """
+    y = _start(x, decay, dtype)
+    for u, scale in zip(us, scales, strict=True):
+        y = y + low_rank_product(u, v, dtype) * scale.to(dtype)
+    return y
+
+
+def dense_update(
+    x: Tensor,
+    zs: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    decay: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """decay * X + scale_0 * Z_0 + scale_1 * Z_1 (MeZO; one-dimensional tensors under LOZO). Each Z has the shape of ``x``."""
+    y = _start(x, decay, dtype)
+    for z, scale in zip(zs, scales, strict=True):
+        y = y + z.to(dtype) * scale.to(dtype)
+    return y
+
+
+def momentum(
+    n: Tensor, directions: Sequence[Tensor], coefficients: Sequence[Tensor], beta: Tensor, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """beta * N + coefficient_0 * D_0 + coefficient_1 * D_1, D being U (LOZO-M, Algorithm 2, line 12) or Z (MeZO-M)."""
+    n = n.to(dtype) * beta.to(dtype)
+    for d, c in zip(directions, coefficients, strict=True):
+        n = n + d.to(dtype) * c.to(dtype)
+    return n
+
+
+def momentum_product(n: Tensor, v: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """N V^T with k ascending from 0, each a rounded multiply and a rounded add.
+
+    Args:
+        n: (batch, rows, rank) fp32; v: (batch, rank, cols).
+
+    Returns:
+        (batch, rows, cols) of ``dtype``.
+    """
+    n, v = n.to(dtype), v.to(dtype)
+    acc = n[..., :, 0:1] * v[..., 0:1, :]
+    for k in range(1, v.shape[-2]):
+        acc = acc + n[..., :, k : k + 1] * v[..., k : k + 1, :]
+    return acc
+
+
+def apply_momentum(y: Tensor, product: Tensor, alpha: Tensor) -> Tensor:
+    """Y + alpha * (N V^T, or the dense momentum M): the last term of a momentum update, alpha being -lr / r or -lr."""
+    return y + product.to(y.dtype) * alpha.to(y.dtype)
+
+
+def reproject(n: Tensor, v_old: Tensor, v_new: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """N (V_old^T V_new) / cols: the momentum seen from the new V, through an r x r product (LOZO-M, Algorithm 2, line 6).
+
+    The r x r sums are integers below 2**53 (exact in fp64 in any order), divided in fp64 and rounded once; then k ascends from 0.
+
+    Args:
+        n: (batch, rows, rank) fp32; v_old, v_new: (batch, rank, cols).
+    """
+    gram = (v_old.double() @ v_new.double().transpose(-1, -2) / max(1, v_old.shape[-1])).to(dtype)
+    return momentum_product(n, gram, dtype=dtype)
+
+
+def round_nearest(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """To nearest even, which is what ``Tensor.to`` does."""
+    return y.to(dtype)
+
+
+def round_stochastic(y: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 to bf16 or fp16 so that the expectation over ``bits`` is ``y``: add random low bits, truncate.
+
+    Magnitudes that fp16 holds only as subnormals are rounded on their fixed grid of 2**-24. Non-finite values are converted
+    as they are; for fp32 there is nothing to round.
+
+    Args:
+        y: fp32; bits: int32 of the same shape, uniform in [0, 2**16) (:func:`noise.rounding_bits`).
+    """
+    if dtype == torch.float32:
+        return y
+    raw = y.view(torch.int32)
+    if dtype == torch.bfloat16:
+        rounded = ((raw + bits) & -0x10000).view(torch.float32)
+    elif dtype == torch.float16:
+        normal = ((raw + (bits >> 3)) & -0x2000).view(torch.float32)
+        steps = ((y.abs() * 2.0**40).clamp(max=2.0**30).to(torch.int32) + bits) >> 16
+        rounded = torch.where(y.abs() < 2.0**-14, torch.copysign(steps.to(torch.float32) * 2.0**-24, y), normal)
+    else:
+        raise TypeError(f"stochastic rounding is into bfloat16 or float16, not {dtype}")
+    return torch.where(torch.isfinite(y), rounded, y).to(dtype)

@@ -1,0 +1,125 @@
+"""What a backend is, which ones there are, and which one serves a device, with the reason why the others do not."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .table import TensorTable
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """Which noise: the step of U or Z, and the index among the directions of that step."""
+
+    step: int
+    direction: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """Stochastic rounding of one pass: the step, and the index of the pass among those of the step that round so."""
+
+    step: int
+    index: int = 0
+
+
+class Backend(Protocol):
+    """The ops on one kind of device. Arguments arrive checked (see ops.py, which documents every op) and normalised:
+    ``scales`` and ``coefficients`` are (draws, tensors), the others (tensors,), all contiguous fp32 on the table's device."""
+
+    name: str
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why this backend cannot serve the device, or None if it can."""
+
+    def lowrank_update_(
+        self, table: TensorTable, seed: int, draws: Sequence[Draw], scales: Tensor, decay: Tensor | None, rounding: Rounding | None
+    ) -> None: ...
+
+    def dense_update_(
+        self, table: TensorTable, seed: int, draws: Sequence[Draw], scales: Tensor, decay: Tensor | None, rounding: Rounding | None
+    ) -> None: ...
+
+    def lowrank_momentum_(
+        self,
+        table: TensorTable,
+        seed: int,
+        draws: Sequence[Draw],
+        scales: Tensor,
+        coefficients: Tensor,
+        alpha: Tensor,
+        beta: Tensor,
+        decay: Tensor | None,
+        rounding: Rounding | None,
+    ) -> None: ...
+
+    def dense_momentum_(
+        self,
+        table: TensorTable,
+        seed: int,
+        draws: Sequence[Draw],
+        scales: Tensor,
+        coefficients: Tensor,
+        alpha: Tensor,
+        beta: Tensor,
+        decay: Tensor | None,
+        rounding: Rounding | None,
+    ) -> None: ...
+
+    def resample_(self, table: TensorTable, seed: int, window: int, reproject: bool) -> None: ...
+
+
+_BACKENDS: dict[str, Backend] = {}
+
+
+def register_backend(backend: Backend) -> None:
+    """Adds a backend; those registered later are preferred."""
+    _BACKENDS[backend.name] = backend
+
+
+def backend_names() -> list[str]:
+    """All registered backends, the preferred one first."""
+    return list(reversed(_BACKENDS))
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The backend that serves a device and, for each other one that was considered, why it does not."""
+
+    backend: Backend
+    rejected: dict[str, str]
+
+
+def choose_backend(device: torch.device | str, name: str | None = None) -> Choice:
+    """The backend for a device.
+
+    Args:
+        device: where the weights are.
+        name: use this one or fail; default: the environment variable LOZO_KERNELS_BACKEND, else the first that can.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: the named backend cannot serve the device.
+    """
+    device = torch.device(device)
+    name = name or os.environ.get("LOZO_KERNELS_BACKEND") or None
+    if name is not None:
+        if name not in _BACKENDS:
+            raise ValueError(f"no backend {name!r}; there are {', '.join(backend_names())}")
+        reason = _BACKENDS[name].unavailable(device)
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} cannot serve {device}: {reason}")
+        return Choice(_BACKENDS[name], {other: f"{name} was asked for" for other in backend_names() if other != name})
+    rejected: dict[str, str] = {}
+    for candidate in backend_names():
+        reason = _BACKENDS[candidate].unavailable(device)
+        if reason is None:
+            return Choice(_BACKENDS[candidate], rejected)
+        rejected[candidate] = reason
+    raise RuntimeError(f"no backend serves {device}: {rejected}")

@@ -1,2 +1,32 @@
-"""lozo"""
-from . import backends
+"""Fine-tune large language models with forward passes only: LOZO, LOZO-M and MeZO on fused kernels."""
+
+from . import backends as _backends  # noqa: F401  (registers the backends)
+from . import noise, ops, reference
+from .config import PatchConfig
+from .engine import Handle, handle_of, patch
+from .optim import LOZO, MeZO, NonFiniteLossError, StepInfo
+from .registry import Draw, Rounding, choose_backend
+from .report import ParameterReport, Report
+from .table import TensorTable
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LOZO",
+    "Draw",
+    "Handle",
+    "MeZO",
+    "NonFiniteLossError",
+    "ParameterReport",
+    "PatchConfig",
+    "Report",
+    "Rounding",
+    "StepInfo",
+    "TensorTable",
+    "choose_backend",
+    "handle_of",
+    "noise",
+    "ops",
+    "patch",
+    "reference",
+]

@@ -94,7 +94,13 @@ def lowrank_momentum_(
     _check_kind(table, low_rank=True, momentum=True)
     scales = _prepare(table, seed, draws, scales, rounding)
     _pick(table, backend).lowrank_momentum_(
-        table, seed, draws, scales, *_momentum_scalars(table, draws, coefficients, alpha, beta), _per_tensor(table, decay, "decay"), rounding
+        table,
+        seed,
+        draws,
+        scales,
+        *_momentum_scalars(table, draws, coefficients, alpha, beta),
+        _per_tensor(table, decay, "decay"),
+        rounding,
     )
 
 
@@ -118,7 +124,13 @@ def dense_momentum_(
     _check_kind(table, low_rank=False, momentum=True)
     scales = _prepare(table, seed, draws, scales, rounding)
     _pick(table, backend).dense_momentum_(
-        table, seed, draws, scales, *_momentum_scalars(table, draws, coefficients, alpha, beta), _per_tensor(table, decay, "decay"), rounding
+        table,
+        seed,
+        draws,
+        scales,
+        *_momentum_scalars(table, draws, coefficients, alpha, beta),
+        _per_tensor(table, decay, "decay"),
+        rounding,
     )
 
 

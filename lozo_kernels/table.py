@@ -27,9 +27,9 @@ class TensorTable:
         tensor_ids: one :func:`noise.tensor_id` each.
         v: V, or None for a table of dense tensors.
         n: momentum, or None without.
-        row_offsets: global index of the first local row; matrix b of a batch starts at ``row_offset + b * rows``.
-        col_offsets, global_cols: global index of the first local column and the global number of columns. A dense tensor's
-            flat element is ``row * global_cols + col``, all three global.
+        row_offsets: global index of the first local row, 0 if left out; matrix b of a batch starts at ``row_offset + b * rows``.
+        col_offsets, global_cols: global index of the first local column (0 if left out) and the global number of columns. A dense
+            tensor's flat element is ``row * global_cols + col``, all three global.
 
     Raises:
         TypeError: a dtype is not supported.
@@ -40,9 +40,9 @@ class TensorTable:
     tensor_ids: Sequence[int]
     v: Sequence[Tensor] | None = None
     n: Sequence[Tensor] | None = None
-    row_offsets: Sequence[int] | None = None
-    col_offsets: Sequence[int] | None = None
-    global_cols: Sequence[int] | None = None
+    row_offsets: Sequence[int] = ()
+    col_offsets: Sequence[int] = ()
+    global_cols: Sequence[int] = ()
     cache: dict[str, object] = dataclasses.field(default_factory=dict, compare=False, repr=False)
     """Backends keep their packed form of this table here, under their name."""
 
@@ -54,7 +54,7 @@ class TensorTable:
             "global_cols": [x.shape[-1] for x in self.x],
         }
         for name, value in defaults.items():
-            if getattr(self, name) is None:
+            if not len(getattr(self, name)):
                 object.__setattr__(self, name, value)
         for name in ("tensor_ids", "v", "n", *defaults):
             value = getattr(self, name)
@@ -86,7 +86,9 @@ class TensorTable:
         if x.dim() != 3:
             raise ValueError(f"{where} has shape {tuple(x.shape)}; give it as (batch, rows, cols)")
         batch, rows, cols = x.shape
-        _check_strides(x, where)
+        problem = stride_problem(x)
+        if problem is not None:
+            raise ValueError(f"{where}: {problem}")
         if x.device != self.device:
             raise ValueError(f"{where} is on {x.device}, tensor 0 on {self.device}; use one table a device")
         if self.v is not None:
@@ -99,16 +101,18 @@ class TensorTable:
             _check_like(self.n[t], (batch, rows, last), torch.float32, x.device, f"n of {where}")
 
 
-def _check_strides(x: Tensor, where: str) -> None:
+def stride_problem(x: Tensor) -> str | None:
+    """Why a (batch, rows, cols) view cannot be changed in place by the ops, or None if it can."""
     batch, rows, cols = x.shape
     if x.numel() == 0:
-        return
+        return None
     if cols > 1 and x.stride(2) != 1:
-        raise ValueError(f"{where} has column stride {x.stride(2)}; columns must be contiguous")
+        return f"its column stride is {x.stride(2)}, and columns must be contiguous"
     if rows > 1 and x.stride(1) < cols:
-        raise ValueError(f"{where} has row stride {x.stride(1)} for {cols} columns; its rows overlap (an expanded tensor?)")
-    if batch > 1 and abs(x.stride(0)) < (rows - 1) * x.stride(1) + cols:
-        raise ValueError(f"{where} has batch stride {x.stride(0)}; its matrices overlap (an expanded tensor?)")
+        return f"its row stride is {x.stride(1)} for {cols} columns, so rows overlap (an expanded tensor?)"
+    if batch > 1 and x.stride(0) < (rows - 1) * x.stride(1) + cols:
+        return f"its batch stride is {x.stride(0)}, so matrices overlap (an expanded tensor?)"
+    return None
 
 
 def _check_like(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, what: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class EagerBackend:
     def lowrank_update_(
         self, table: TensorTable, seed: int, draws: Sequence[Draw], scales: Tensor, decay: Tensor | None, rounding: Rounding | None
     ) -> None:
+        assert table.v is not None
         for t in _tensors(table):
             us = [row_factor(table, t, seed, d) for d in draws]
             y = reference.lowrank_update(table.x[t], table.v[t], us, list(scales[:, t]), _at(decay, t))
@@ -48,6 +49,7 @@ class EagerBackend:
         decay: Tensor | None,
         rounding: Rounding | None,
     ) -> None:
+        assert table.v is not None and table.n is not None
         for t in _tensors(table):
             us = [row_factor(table, t, seed, d) for d in draws]
             table.n[t].copy_(reference.momentum(table.n[t], us, list(coefficients[:, t]), beta[t]))
@@ -67,6 +69,7 @@ class EagerBackend:
         decay: Tensor | None,
         rounding: Rounding | None,
     ) -> None:
+        assert table.n is not None
         for t in _tensors(table):
             zs = [dense_noise(table, t, seed, d) for d in draws]
             table.n[t].copy_(reference.momentum(table.n[t], zs, list(coefficients[:, t]), beta[t]))
@@ -74,9 +77,10 @@ class EagerBackend:
             _store(table, t, reference.apply_momentum(y, table.n[t], alpha[t]), seed, rounding)
 
     def resample_(self, table: TensorTable, seed: int, window: int, reproject: bool) -> None:
+        assert table.v is not None
         for t in _tensors(table):
             v = column_factor(table, t, seed, window)
-            if reproject:
+            if reproject and table.n is not None:
                 table.n[t].copy_(reference.reproject(table.n[t], table.v[t], v))
             table.v[t].copy_(v)
 
@@ -123,7 +127,7 @@ def dense_noise(table: TensorTable, t: int, seed: int, draw: Draw) -> Tensor:
     ))  # fmt: skip
 
 
-def _flat(table: TensorTable, t: int, make) -> Tensor:
+def _flat(table: TensorTable, t: int, make: Callable[[int, int], Tensor]) -> Tensor:
     """Values of the flat elements that a tensor covers, in its shape."""
     batch, rows, cols = table.x[t].shape
     width, row, col = table.global_cols[t], table.row_offsets[t], table.col_offsets[t]

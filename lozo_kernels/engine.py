@@ -1,0 +1,464 @@
+"""patch(): a handle on a model's weights that perturbs and updates them in place, one op call a pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import noise, ops, reference
+from .config import PatchConfig
+from .parameters import LeftAlone, Slot, find_parameters
+from .registry import Choice, Draw, Rounding, choose_backend
+from .report import ParameterReport, Report
+from .table import TensorTable
+
+Scalar = float | Tensor
+"""A number or a tensor: 0-dim, or one value per trained parameter in the order of ``Handle.names``."""
+
+_HANDLES: weakref.WeakKeyDictionary[nn.Module, Handle] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Term:
+    """One draw's part in a pass over the weights: X += (perturb + gradient) * D, N += coefficient * D."""
+
+    draw: Draw
+    perturb: float = 0.0
+    """Scale of a perturbation that was made before this pass and so decays with X, or is made by it."""
+    gradient: Scalar = 0.0
+    """-lr * c, before the division by r that ``scaling`` asks for."""
+    coefficient: Scalar = 0.0
+    decays: bool = True
+
+
+@dataclasses.dataclass
+class _Group:
+    """The parameters of one kind on one device: one op call."""
+
+    kind: str
+    index: Tensor
+    """Positions of its parameters among all, for picking per-parameter scalars."""
+    table: TensorTable
+    choice: Choice
+
+    def select(self, value: Scalar) -> Tensor:
+        """A scalar as one fp32 value per parameter of the group, on its device."""
+        if not isinstance(value, Tensor):
+            return torch.full((len(self.table),), value, dtype=torch.float32, device=self.table.device)
+        if value.dim():
+            value = value[self.index.to(value.device)]
+        return value.to(self.table.device, torch.float32).expand(len(self.table))
+
+
+def patch(
+    model: nn.Module,
+    *,
+    estimator: str = "lowrank",
+    rank: int = 2,
+    interval: int = 50,
+    seed: int = 0,
+    scaling: str = "paper",
+    include: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str | None = None,
+    rounding: str = "nearest",
+    backend: str | None = None,
+) -> Handle:
+    """Prepares a model for forward-only training. Nothing of the model changes until the handle is used.
+
+    Args:
+        model: any module; parameters that require a gradient are trained, tied ones once.
+        estimator, rank, interval, seed, scaling, include, exclude, rounding, backend: see :class:`PatchConfig`.
+
+    Returns:
+        The handle; ``handle.restore()`` gives the model back.
+
+    Raises:
+        TypeError, ValueError: a setting or a parameter does not fit; the model is untouched.
+        RuntimeError: the model is patched already, or the named backend cannot serve one of its devices.
+    """
+    config = PatchConfig(estimator, rank, interval, seed, scaling, include, exclude, rounding, backend)  # type: ignore[arg-type]
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch() takes a torch.nn.Module, not {type(model).__name__}")
+    with _LOCK:
+        if model in _HANDLES:
+            raise RuntimeError(
+                "this model is patched already: use lozo_kernels.handle_of(model), or call its restore() before patching again"
+            )
+        handle = _HANDLES[model] = Handle(model, config)
+    return handle
+
+
+def handle_of(model: nn.Module) -> Handle | None:
+    """The handle of a patched model, or None."""
+    return _HANDLES.get(model)
+
+
+class Handle:
+    """Owns V, the momentum and the tables of one patched model, and moves its weights. Made by :func:`patch`.
+
+    The handle keeps no step counter and no perturbation state: each call says which step it means, and an optimiser
+    (:mod:`lozo_kernels.optim`) or the caller keeps the sequence. A direction D is U V^T (times 1/r under
+    ``scaling="card"``) for low-rank parameters and Z for dense ones.
+    """
+
+    def __init__(self, model: nn.Module, config: PatchConfig) -> None:
+        self._model = weakref.ref(model)
+        self.config = config
+        self._slots: list[Slot]
+        self._left: list[LeftAlone]
+        self._slots, self._left = find_parameters(model, config)
+        self._aliases = {alias: slot for slot in self._slots for alias in (slot.name, *slot.aliases)}
+        self._shapes = [slot.parameter.shape for slot in self._slots]
+        self._v: dict[str, Tensor] = {}
+        self._momentum: dict[str, Tensor] = {}
+        self._window: int | None = None
+        self._groups: list[_Group] = []
+        self._signature: Sequence[tuple[object, ...]] = ()
+        self._flush: Callable[[], None] | None = None
+        self._guards: list[torch.utils.hooks.RemovableHandle] = []
+        self._restored = False
+        self._refresh_groups()
+
+    @property
+    def model(self) -> nn.Module:
+        """The patched model."""
+        model = self._model()
+        if model is None:
+            raise RuntimeError("the patched model no longer exists")
+        return model
+
+    @property
+    def names(self) -> list[str]:
+        """Canonical names of the trained parameters; per-parameter scalars follow this order."""
+        return [slot.name for slot in self._slots]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained parameters as they are now, in the order of :attr:`names`."""
+        return [slot.parameter for slot in self._slots]
+
+    @property
+    def momentum(self) -> dict[str, Tensor]:
+        """Momentum by name, fp32: (batch, rows, rank) for low-rank parameters, (batch, rows, cols) for dense ones; empty before
+        :meth:`enable_momentum`."""
+        return dict(self._momentum)
+
+    @property
+    def window(self) -> int | None:
+        """step // interval of the V that is in memory, None before the first use. Momentum is expressed in it."""
+        return self._window
+
+    def enable_momentum(self) -> None:
+        """Allocates momentum, zero; a second call changes nothing."""
+        self._check_usable()
+        if not self._momentum:
+            for slot in self._slots:
+                x = slot.view()
+                shape = (*x.shape[:2], self.config.rank) if slot.kind == "lowrank" else tuple(x.shape)
+                self._momentum[slot.name] = torch.zeros(shape, dtype=torch.float32, device=x.device)
+            self._rebuild_groups()
+
+    @torch.no_grad()
+    def perturb_(self, step: int, scale: float, *, direction: int = 0) -> None:
+        """X += scale * D(step, direction) for every trained parameter, in one pass.
+
+        Args:
+            step: which U and Z, and through ``step // interval`` which V.
+            scale: +eps, -2 eps, ...; a finite number.
+            direction: index among the directions of the step.
+
+        Raises:
+            ValueError: an argument is out of range; nothing was changed.
+        """
+        self._start(step)
+        self._pass([_Term(Draw(step, direction), perturb=scale)])
+
+    @torch.no_grad()
+    def shift_(self, step: int, remove: tuple[int, float], add: tuple[int, float]) -> None:
+        """One pass from a perturbation along one direction of a step to one along another.
+
+        Args:
+            step: as in :meth:`perturb_`.
+            remove: (direction, scale) of the perturbation that stands now.
+            add: (direction, scale) of the one that shall stand.
+        """
+        self._start(step)
+        if remove[0] == add[0]:
+            self._pass([_Term(Draw(step, add[0]), perturb=add[1] - remove[1])])
+        else:
+            self._pass([_Term(Draw(step, remove[0]), perturb=-remove[1]), _Term(Draw(step, add[0]), perturb=add[1])])
+
+    @torch.no_grad()
+    def update_(
+        self,
+        step: int,
+        c: Scalar | Sequence[Scalar],
+        lr: Scalar,
+        *,
+        weight_decay: Scalar = 0.0,
+        beta: float | Tensor | None = None,
+        standing: float = 0.0,
+        perturb_next: float = 0.0,
+    ) -> None:
+        """X <- (1 - lr * weight_decay) X - lr * mean over directions of c D / r, and what goes with it in the same pass.
+
+        With momentum: N <- beta N + (1 - beta) mean of c U, and N V^T in place of the mean (LOZO, Algorithm 2). Up to two draws
+        share one pass over the weights.
+
+        Args:
+            step: the step whose directions were probed.
+            c: projected gradient (F(+) - F(-)) / (2 eps), one per direction; numbers or 0-dim tensors, which are not read here.
+            lr, weight_decay: numbers, 0-dim tensors, or one value per trained parameter.
+            beta: momentum coefficient; None for no momentum. Needs :meth:`enable_momentum`.
+            standing: scale of the perturbation along the last direction that is still in the weights; it is taken out.
+            perturb_next: scale of the perturbation along direction 0 of ``step + 1`` that is put in.
+
+        Raises:
+            ValueError, RuntimeError: an argument does not fit; nothing was changed.
+        """
+        if beta is not None and not self._momentum:
+            raise RuntimeError("momentum was not enabled: call enable_momentum() first")
+        self._start(step)
+        cs = list(c) if isinstance(c, Sequence) else [c]
+        terms = []
+        for d, cd in enumerate(cs):
+            gradient = cd / len(cs)
+            terms.append(
+                _Term(
+                    Draw(step, d),
+                    perturb=-standing if d == len(cs) - 1 else 0.0,
+                    gradient=0.0 if beta is not None else -(lr * gradient),
+                    coefficient=0.0 if beta is None else (1.0 - beta) * gradient,
+                )
+            )
+        decaying = isinstance(weight_decay, Tensor) or weight_decay != 0.0
+        decay = 1.0 - lr * weight_decay if decaying else 1.0
+        same_window = (step + 1) // self.config.interval == step // self.config.interval
+        if perturb_next and same_window:
+            terms.append(_Term(Draw(step + 1), perturb=perturb_next, decays=False))
+        chunks = [terms[i : i + ops.MAX_DRAWS] for i in range(0, len(terms), ops.MAX_DRAWS)]
+        # Decay goes first, the momentum product with the last draw of this step; other chunks only add their draws.
+        last = max(i for i, chunk in enumerate(chunks) if chunk[0].draw.step == step)
+        for i, chunk in enumerate(chunks):
+            self._pass(
+                chunk,
+                decay=decay if decaying and i == 0 else None,
+                momentum=None if beta is None or i > last else (beta if i == 0 else 1.0, -lr if i == last else 0.0),
+                rounding=Rounding(step, i) if self.config.rounding == "stochastic" else None,
+                decayed_by=decay,
+            )
+        if perturb_next and not same_window:
+            self.perturb_(step + 1, perturb_next)
+
+    @torch.no_grad()
+    def materialize(self, name: str, step: int, *, direction: int = 0) -> Tensor:
+        """One parameter's direction D(step, direction): ``perturb_(step, s)`` adds s times this.
+
+        Args:
+            name: any of its names.
+
+        Returns:
+            fp32 of the parameter's shape, on its device.
+
+        Raises:
+            KeyError: no trained parameter has this name.
+        """
+        slot = self._find(name)
+        x = slot.view()
+        batch, rows, cols = x.shape
+        seed, rank = self.config.seed, self.config.rank
+        if slot.kind == "dense":
+            z = noise.dense(seed, x.numel(), slot.tensor_id, step, direction=direction, device=x.device)
+            return z.view(slot.parameter.shape)
+        u = noise.factor(seed, batch * rows, rank, slot.tensor_id, step, direction=direction, device=x.device)
+        window = step // self.config.interval
+        v = noise.factor(seed, batch * cols, rank, slot.tensor_id, window, stream="V", device=x.device)
+        product = reference.low_rank_product(u.view(batch, rows, rank), v.view(batch, cols, rank).transpose(1, 2))
+        return (product * self.config.perturb_factor).view(slot.parameter.shape)
+
+    def report(self) -> Report:
+        """Every parameter of the model and how it is treated. ``print(handle.report())`` shows a table."""
+        self._refresh_groups()
+        serving = {group.table.device: group.choice for group in self._groups}
+        rows = [self._describe(slot, serving[slot.parameter.device]) for slot in self._slots]
+        for left in self._left:
+            p = left.tensor
+            rows.append(ParameterReport(left.name, (), tuple(p.shape), p.dtype, p.device, "left alone", None, left.reason))
+        return Report(tuple(rows), {str(device): choice.rejected for device, choice in serving.items()})
+
+    def guard(self, flush: Callable[[], None]) -> None:
+        """Has ``flush`` called before any forward pass, ``state_dict()`` or ``load_state_dict()`` of the model or a part of it.
+
+        For an optimiser that leaves a perturbation in the weights between steps.
+        """
+        self._check_usable()
+        if self._flush is not None:
+            raise RuntimeError("the handle is guarded already; use one optimiser per handle")
+        self._flush = flush
+        for module in self.model.modules():
+            self._guards += [
+                module.register_forward_pre_hook(lambda *_: flush()),
+                module.register_state_dict_pre_hook(lambda *_: flush()),
+                module.register_load_state_dict_pre_hook(lambda *_: flush()),
+            ]
+
+    def restore(self) -> None:
+        """Undoes the patch: pending updates are applied, hooks removed; the trained weights stay. A second call does nothing."""
+        if self._restored:
+            return
+        if self._flush is not None:
+            self._flush()
+        for hook in self._guards:
+            hook.remove()
+        self._guards.clear()
+        self._restored = True
+        with _LOCK:
+            model = self._model()
+            if model is not None and _HANDLES.get(model) is self:
+                del _HANDLES[model]
+
+    def load_momentum(self, momentum: dict[str, Tensor], window: int | None) -> None:
+        """Takes momentum saved from another handle of the same model, expressed in the V of ``window``.
+
+        Raises:
+            ValueError: names or shapes differ; nothing was changed.
+        """
+        self._check_usable()
+        expected = {slot.name for slot in self._slots}
+        if set(momentum) != expected:
+            odd = sorted(expected.symmetric_difference(momentum))
+            raise ValueError(f"the saved momentum is of other parameters; differing: {', '.join(odd[:5])}")
+        self.enable_momentum()
+        for name, value in momentum.items():
+            if value.shape != self._momentum[name].shape:
+                raise ValueError(
+                    f"saved momentum of {name!r} is {tuple(value.shape)}, needed is {tuple(self._momentum[name].shape)}"
+                )
+        for name, value in momentum.items():
+            self._momentum[name].copy_(value)
+        self._resample(window, reproject=False)
+
+    def _check_usable(self) -> None:
+        if self._restored:
+            raise RuntimeError("this handle was restored; patch the model again")
+
+    def _find(self, name: str) -> Slot:
+        if name not in self._aliases:
+            raise KeyError(f"no trained parameter is named {name!r}; there are {', '.join(map(repr, self.names[:5]))}, ...")
+        return self._aliases[name]
+
+    def _start(self, step: int) -> None:
+        self._check_usable()
+        if not 0 <= step < noise.MAX_DRAW - 1:
+            raise ValueError(f"step is 0 to {noise.MAX_DRAW - 2}, not {step}")
+        self._refresh_groups()
+        self._enter_window(step)
+
+    def _enter_window(self, step: int) -> None:
+        """Makes V that of the step; the momentum is carried over into the new V (LOZO-M, Algorithm 2, line 6)."""
+        window = step // self.config.interval
+        if window != self._window:
+            self._resample(window, reproject=bool(self._momentum) and self._window is not None)
+
+    def _resample(self, window: int | None, *, reproject: bool) -> None:
+        if window is not None:
+            for group in self._groups:
+                if group.kind == "lowrank":
+                    ops.resample_(
+                        group.table, seed=self.config.seed, window=window, reproject=reproject, backend=group.choice.backend
+                    )
+        self._window = window
+
+    def _refresh_groups(self) -> None:
+        """Follows storage that moved since the last call (``model.to``, ``load_state_dict(assign=True)``, ``param.data = ...``)."""
+        signature = [(p.data_ptr(), p.dtype, p.device, p.stride()) for p in self.parameters]
+        if signature != self._signature:
+            self._rebuild_groups()
+            self._signature = signature
+
+    def _rebuild_groups(self) -> None:
+        for slot, shape in zip(self._slots, self._shapes, strict=True):
+            if slot.parameter.shape != shape:
+                raise ValueError(
+                    f"parameter {slot.name!r} was {tuple(shape)}, now it is {tuple(slot.parameter.shape)}: restore() and patch again"
+                )
+        members: dict[tuple[str, torch.device], list[int]] = {}
+        for i, slot in enumerate(self._slots):
+            members.setdefault((slot.kind, slot.parameter.device), []).append(i)
+        self._groups = [self._make_group(kind, device, index) for (kind, device), index in members.items()]
+
+    def _make_group(self, kind: str, device: torch.device, index: list[int]) -> _Group:
+        slots = [self._slots[i] for i in index]
+        xs = [slot.view() for slot in slots]
+        for slot, x in zip(slots, xs, strict=True):
+            if slot.name in self._momentum:
+                self._momentum[slot.name] = self._momentum[slot.name].to(device)
+            if kind == "lowrank":
+                v = self._v.get(slot.name)
+                shape = (x.shape[0], self.config.rank, x.shape[2])
+                self._v[slot.name] = torch.zeros(shape, dtype=torch.float16, device=device) if v is None else v.to(device)
+        table = TensorTable(
+            xs,
+            [slot.tensor_id for slot in slots],
+            v=[self._v[slot.name] for slot in slots] if kind == "lowrank" else None,
+            n=[self._momentum[slot.name] for slot in slots] if self._momentum else None,
+        )
+        return _Group(kind, torch.tensor(index), table, choose_backend(device, self.config.backend))
+
+    def _pass(
+        self,
+        terms: Sequence[_Term],
+        *,
+        decay: Scalar | None = None,
+        momentum: tuple[float | Tensor, Scalar] | None = None,
+        rounding: Rounding | None = None,
+        decayed_by: Scalar = 1.0,
+    ) -> None:
+        """One call of an op per kind and device. ``momentum`` is (beta, -lr)."""
+        draws = [term.draw for term in terms]
+        for group in self._groups:
+            low_rank = group.kind == "lowrank"
+            perturb_factor = self.config.perturb_factor if low_rank else 1.0
+            update_factor = self.config.update_factor if low_rank else 1.0
+
+            def scale(term: _Term, p: float = perturb_factor, u: float = update_factor) -> Scalar:
+                standing = term.perturb * p * decayed_by if term.perturb and term.decays else term.perturb * p
+                return standing + term.gradient * u
+
+            select = group.select
+            scales = torch.stack([select(scale(term)) for term in terms])
+            common = {
+                "seed": self.config.seed,
+                "draws": draws,
+                "scales": scales,
+                "decay": None if decay is None else select(decay),
+                "rounding": rounding,
+                "backend": group.choice.backend,
+            }
+            if momentum is None:
+                (ops.lowrank_update_ if low_rank else ops.dense_update_)(group.table, **common)  # type: ignore[arg-type]
+            else:
+                (ops.lowrank_momentum_ if low_rank else ops.dense_momentum_)(
+                    group.table,
+                    coefficients=torch.stack([select(term.coefficient) for term in terms]),
+                    alpha=select(momentum[1] * update_factor),
+                    beta=select(momentum[0]),
+                    **common,  # type: ignore[arg-type]
+                )
+
+    def _describe(self, slot: Slot, choice: Choice) -> ParameterReport:
+        p, x = slot.parameter, slot.view()
+        batch, rows, cols = x.shape
+        treatment, note = "dense", f"{p.numel()} elements"
+        if slot.kind == "lowrank":
+            treatment = f"low-rank {self.config.rank}"
+            note = f"{rows} x {cols}" if batch == 1 else f"{batch} matrices of {rows} x {cols}"
+            if self.config.rank > min(rows, cols):
+                note += f"; rank {self.config.rank} is above min(rows, columns), which wastes noise but is exact"
+        return ParameterReport(slot.name, slot.aliases, tuple(p.shape), p.dtype, p.device, treatment, choice.backend.name, note)

@@ -1,0 +1,469 @@
+"""LOZO, LOZO-M, MeZO and MeZO-M as ``torch.optim.Optimizer`` subclasses that never call backward."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .engine import Handle, patch
+from .interrupts import deferred_interrupt
+from .noise import NOISE_VERSION
+
+Loss = Tensor | float
+Closure = Callable[[], Loss]
+
+_SYNC_INTERVAL = 32  # steps between two looks at the count of non-finite losses where reading it would wait for a device
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss was NaN or infinite too many steps in a row. The weights are those of the last good step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepInfo:
+    """What one step saw, as fp64 tensors that stay on the device of the loss.
+
+    Attributes:
+        step: index of the step, from 0.
+        loss: 0-dim; mean of F(+) and F(-) over the directions, or F at the unperturbed weights when one-sided.
+        loss_plus, loss_minus: (directions,); when one-sided, loss_minus is F at the unperturbed weights.
+        c: (directions,) projected gradients; 0 when the update was skipped.
+        skipped: 0-dim bool: a loss was not finite and the update was skipped.
+        skipped_total: 0-dim integer: skipped updates so far.
+    """
+
+    step: int
+    loss: Tensor
+    loss_plus: Tensor
+    loss_minus: Tensor
+    c: Tensor
+    skipped: Tensor
+    skipped_total: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """An update whose pass over the weights is still owed."""
+
+    step: int
+    c: list[Tensor]
+    lr: Tensor
+    weight_decay: Tensor | float
+    beta: Tensor | None
+
+
+class ZerothOrderOptimizer(torch.optim.Optimizer):
+    """Two-point (or one-sided) estimates along directions that are regenerated, never stored. Use a subclass.
+
+    ``step(closure)`` evaluates the closure without a graph at perturbed weights and updates them in place; a step costs two
+    forward passes per direction (one more forward in all when one-sided) and three passes over the weights, or two with
+    ``fuse_steps``.
+
+    Args:
+        target: a model, which is patched with ``patch_options``, or the :class:`Handle` of one that is.
+        params: parameter groups as torch takes them (parameters, named parameters, or dicts with "params" and "lr" or
+            "weight_decay"); they must cover the patched parameters. None: one group of all.
+        lr: learning rate alpha; may be a 0-dim tensor.
+        eps: perturbation scale epsilon.
+        momentum: beta of LOZO-M / MeZO-M; 0 for none.
+        weight_decay: decoupled: X is multiplied by 1 - lr * weight_decay at each update.
+        directions: directions per step, whose estimates are averaged.
+        two_sided: (F(+) - F(-)) / (2 eps); False: (F(+) - F) / eps.
+        fuse_steps: leave the update of a step pending and make it in the same pass as the next perturbation. The weights are
+            brought up to date before any forward pass, ``state_dict()`` or ``load_state_dict()`` of the model outside ``step``;
+            call :meth:`flush` before reading ``param.data`` directly. In half precision the fused pass rounds once where two
+            passes round twice, so evaluating between steps changes low-order bits of the run.
+        common_random_numbers: give every evaluation of a step the same state of torch's generators (dropout, sampling).
+        max_nonfinite: raise :class:`NonFiniteLossError` after this many steps in a row with a loss that is not finite.
+        patch_options: see :func:`patch`; only with a model as target.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the model is untouched.
+    """
+
+    _estimator = "lowrank"
+
+    def __init__(
+        self,
+        target: nn.Module | Handle,
+        params: Iterable[Any] | None = None,
+        *,
+        lr: float | Tensor = 1e-6,
+        eps: float = 1e-3,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        directions: int = 1,
+        two_sided: bool = True,
+        fuse_steps: bool = False,
+        common_random_numbers: bool = True,
+        max_nonfinite: int = 10,
+        **patch_options: Any,
+    ) -> None:
+        _check_number("lr", lr, low=0.0)
+        _check_number("eps", eps, low=0.0, open_low=True)
+        _check_number("momentum", momentum, low=0.0, high=1.0)
+        _check_number("weight_decay", weight_decay, low=0.0)
+        _check_count("directions", directions)
+        _check_count("max_nonfinite", max_nonfinite)
+        if isinstance(target, Handle) and patch_options:
+            raise TypeError(f"the handle is configured already; give {', '.join(patch_options)} to patch()")
+        handle = target if isinstance(target, Handle) else patch(target, estimator=self._estimator, **patch_options)
+        try:
+            if handle.config.estimator != self._estimator:
+                raise ValueError(
+                    f"{type(self).__name__} needs a handle with estimator={self._estimator!r}, "
+                    f"and this one has {handle.config.estimator!r}"
+                )
+            self.handle = handle
+            super().__init__(_groups(handle, params), {"lr": lr, "weight_decay": weight_decay})
+            self._check_cover()
+        except BaseException:
+            if handle is not target:
+                handle.restore()
+            raise
+        self.eps = eps
+        self.momentum = momentum
+        self.directions = directions
+        self.two_sided = two_sided
+        self.common_random_numbers = common_random_numbers
+        self.max_nonfinite = max_nonfinite
+        self.fuse_steps = fuse_steps
+        self.info: StepInfo | None = None
+        self._step = 0
+        self._standing: tuple[int, float] | None = None
+        self._pending: _Pending | None = None
+        self._skipped_total = torch.zeros((), dtype=torch.int64)
+        self._skipped_in_a_row = torch.zeros((), dtype=torch.int64)
+        if momentum:
+            handle.enable_momentum()
+        if fuse_steps:
+            handle.guard(self.flush)
+
+    @property
+    def steps_done(self) -> int:
+        """Steps taken so far, which is the index of the next one."""
+        return self._step
+
+    @torch.no_grad()
+    def step(self, closure: Closure | Sequence[Closure] | None = None) -> Tensor:  # type: ignore[override]
+        """One step of the algorithm.
+
+        Args:
+            closure: returns the loss of a batch as a one-element tensor or a number, without calling backward; it is called
+                once per evaluation and must mean the same batch each time. Several closures are micro-batches: their mean is
+                the objective of the step.
+
+        Returns:
+            0-dim fp64 tensor, on the device of the loss: :attr:`StepInfo.loss`.
+
+        Raises:
+            TypeError: no closure, or one that does not return a loss.
+            NonFiniteLossError: see ``max_nonfinite``.
+            Exception: whatever the closure raises; the weights are then back where they were, up to one rounding of the
+                weight's dtype, and the step was not taken.
+        """
+        closures = [closure] if callable(closure) else list(closure or ())
+        if not closures or not all(map(callable, closures)):
+            raise TypeError(
+                "step() needs a closure that returns the loss (or a sequence of them): optimizer.step(lambda: loss_fn())"
+            )
+        try:
+            pending, info = self._estimate(*self._evaluate(closures))
+            self._commit(pending, info)
+        except BaseException:
+            self._move(None)
+            raise
+        self._watch_losses(info.loss)
+        return info.loss
+
+    def flush(self) -> None:
+        """Makes an update that ``fuse_steps`` left pending; otherwise does nothing."""
+        pending = self._pending
+        if pending is not None:
+            with torch.no_grad(), deferred_interrupt():
+                self._update(pending, perturb_next=0.0)
+                self._pending, self._standing = None, None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch, for parameters that the handle trains."""
+        param_group = dict(param_group)
+        known = {id(p): name for name, p in zip(self.handle.names, self.handle.parameters, strict=True)}
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        params = [p[1] if isinstance(p, tuple) else p for p in params]
+        for p in params:
+            if id(p) not in known:
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} in the groups is not trained by the handle "
+                    "(requires_grad=False, excluded, or of another model)"
+                )
+        for name in ("lr", "weight_decay"):
+            if name in param_group:
+                _check_number(name, param_group[name], low=0.0)
+        param_group["params"] = [(known[id(p)], p) for p in params]
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a run needs besides the weights to go on bit for bit, keyed by parameter name.
+
+        A pending update is made first. V is not stored: it follows from seed and step.
+        """
+        self.flush()
+        groups = [
+            {k: v for k, v in group.items() if k not in ("params", "param_names")} | {"params": list(group["param_names"])}
+            for group in self.param_groups
+        ]
+        return {
+            "noise_version": NOISE_VERSION,
+            "patch": self.handle.config.to_dict(),
+            "settings": self._settings(),
+            "step": self._step,
+            "window": self.handle.window,
+            "skipped": [int(self._skipped_total), int(self._skipped_in_a_row)],
+            "state": {name: {"momentum": value} for name, value in self.handle.momentum.items()},
+            "param_groups": groups,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`.
+
+        Raises:
+            ValueError: it was saved under other settings, noise or parameters; nothing was changed.
+        """
+        self.flush()
+        mine = {"noise_version": NOISE_VERSION, "patch": self.handle.config.to_dict(), "settings": self._settings()}
+        for key, value in mine.items():
+            saved = state_dict.get(key)
+            if saved != value:
+                what = key
+                if isinstance(saved, dict) and isinstance(value, dict):
+                    what = ", ".join(k for k in value if saved.get(k) != value[k]) or key
+                raise ValueError(f"the state was saved under other settings; differing: {what} (saved {saved}, now {value})")
+        saved_groups = state_dict["param_groups"]
+        if [list(g["param_names"]) for g in self.param_groups] != [list(g["params"]) for g in saved_groups]:
+            raise ValueError("the state was saved with other parameter groups")
+        if self.momentum:
+            self.handle.load_momentum({name: s["momentum"] for name, s in state_dict["state"].items()}, state_dict["window"])
+        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
+            group.update({k: v for k, v in saved_group.items() if k != "params"})
+        self._step = state_dict["step"]
+        total, in_a_row = state_dict["skipped"]
+        self._skipped_total, self._skipped_in_a_row = torch.tensor(total), torch.tensor(in_a_row)
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "eps": self.eps,
+            "momentum": self.momentum,
+            "directions": self.directions,
+            "two_sided": self.two_sided,
+            "fuse_steps": self.fuse_steps,
+        }
+
+    def _check_cover(self) -> None:
+        grouped = {name for group in self.param_groups for name in group["param_names"]}
+        missing = [name for name in self.handle.names if name not in grouped]
+        if missing:
+            raise ValueError(
+                f"the handle trains {len(missing)} parameters that are in no group, e.g. {missing[0]!r}; "
+                "exclude them in patch() or add them to a group"
+            )
+
+    def _evaluate(self, closures: Sequence[Closure]) -> tuple[list[Tensor], list[Tensor]]:
+        """F(+) and F(-) (or F(0)) of each direction; leaves the weights at the last point that was evaluated."""
+        randomness = _Randomness(self.handle.parameters) if self.common_random_numbers else None
+        plus: list[Tensor] = []
+        minus: list[Tensor] = []
+        if not self.two_sided:
+            self.flush()
+            minus = [_mean_loss(closures, randomness)] * self.directions
+        for d in range(self.directions):
+            self._move((d, self.eps))
+            plus.append(_mean_loss(closures, randomness))
+            if self.two_sided:
+                self._move((d, -self.eps))
+                minus.append(_mean_loss(closures, randomness))
+        return plus, minus
+
+    def _estimate(self, plus: list[Tensor], minus: list[Tensor]) -> tuple[_Pending, StepInfo]:
+        """The update that the evaluations ask for. Reads no value: a skipped update is an update by zero, so nothing waits."""
+        f_plus, f_minus = torch.stack(plus), torch.stack(minus)
+        c = (f_plus - f_minus) / (2 * self.eps if self.two_sided else self.eps)
+        good = torch.isfinite(c).all()
+        c = torch.where(good, c, 0.0)
+        lr = self._per_parameter("lr").to(c.device)
+        decays = any(isinstance(g["weight_decay"], Tensor) or g["weight_decay"] != 0.0 for g in self.param_groups)
+        pending = _Pending(
+            self._step,
+            list(c),
+            lr=torch.where(good, lr, 0.0),
+            weight_decay=self._per_parameter("weight_decay").to(c.device) if decays else 0.0,
+            beta=torch.where(good, self.momentum, 1.0).to(torch.float64) if self.momentum else None,
+        )
+        loss = (f_plus + f_minus).mean() / 2 if self.two_sided else f_minus[0]
+        total = self._skipped_total.to(c.device) + ~good
+        return pending, StepInfo(self._step, loss, f_plus, f_minus, c, ~good, total)
+
+    def _commit(self, pending: _Pending, info: StepInfo) -> None:
+        """Takes the step: makes the update or leaves it pending."""
+        with deferred_interrupt():
+            if not self.fuse_steps:
+                self._update(pending, perturb_next=0.0)
+                self._standing = None
+            else:
+                self._pending = pending
+            self._step += 1
+            self.info = info
+            self._skipped_total = info.skipped_total
+            self._skipped_in_a_row = (self._skipped_in_a_row.to(info.skipped.device) + 1) * info.skipped
+
+    def _watch_losses(self, loss: Tensor) -> None:
+        if loss.device.type != "cpu" and self._step % _SYNC_INTERVAL:
+            return
+        in_a_row = int(self._skipped_in_a_row)
+        if in_a_row >= self.max_nonfinite:
+            self.flush()
+            raise NonFiniteLossError(
+                f"the loss was not finite {in_a_row} steps in a row (last: {float(loss)} at step {self._step - 1}); "
+                "the weights are those of the last good step. Lower lr or eps, or look for overflow in half precision"
+            )
+        if in_a_row:
+            warnings.warn(
+                f"step {self._step - 1}: the loss is {float(loss)}; update skipped ({int(self._skipped_total)} in all)",
+                stacklevel=4,
+            )
+
+    def _move(self, target: tuple[int, float] | None) -> None:
+        """Brings the weights from where they are to a perturbation (direction, scale) of the current step, or to none."""
+        with deferred_interrupt():
+            if self._pending is not None and target is not None:
+                self._update(self._pending, perturb_next=target[1])
+                self._pending, self._standing = None, target
+                return
+            if target == self._standing or self._pending is not None:
+                return  # there already, or still at the pending update of the step before: nothing of this step to undo
+            if self._standing is None:
+                assert target is not None
+                self.handle.perturb_(self._step, target[1], direction=target[0])
+            elif target is None:
+                direction, scale = self._standing
+                self.handle.perturb_(self._step, -scale, direction=direction)
+            else:
+                self.handle.shift_(self._step, self._standing, target)
+            self._standing = target
+
+    def _update(self, pending: _Pending, perturb_next: float) -> None:
+        assert self._standing is not None
+        self.handle.update_(
+            pending.step,
+            pending.c,
+            pending.lr,
+            weight_decay=pending.weight_decay,
+            beta=pending.beta,
+            standing=self._standing[1],
+            perturb_next=perturb_next,
+        )
+
+    def _per_parameter(self, key: str) -> Tensor:
+        """A setting of the groups as (parameters,) fp64 in the order of the handle's names."""
+        by_name = {name: group[key] for group in self.param_groups for name in group["param_names"]}
+        values = [by_name[name] for name in self.handle.names]
+        tensors = [v for v in values if isinstance(v, Tensor)]
+        if not tensors:
+            return torch.tensor(values, dtype=torch.float64)
+        return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=tensors[0].device) for v in values])
+
+
+class LOZO(ZerothOrderOptimizer):
+    """Low-rank zeroth-order SGD (Chen et al., ICLR 2025, Algorithm 1); with ``momentum`` LOZO-M (Algorithm 2).
+
+    X is probed along +-U V^T, U new every step, V every ``interval`` steps, and moves by -lr c U V^T / r. One-dimensional tensors
+    are probed with dense Gaussian noise. A learning rate of the published code, which leaves 1/r out, is ``r`` times smaller:
+    use ``scaling="published"`` or multiply it by the rank (see :class:`~lozo_kernels.config.PatchConfig`).
+
+    Example::
+
+        optimizer = LOZO(model, lr=1e-6, rank=2, interval=50)
+        for batch in loader:
+            loss = optimizer.step(lambda: model(**batch).loss)
+    """
+
+    _estimator = "lowrank"
+
+
+class MeZO(ZerothOrderOptimizer):
+    """Memory-efficient zeroth-order SGD (Malladi et al., 2023) with dense Gaussian directions; with ``momentum`` MeZO-M.
+
+    MeZO-M keeps an fp32 momentum of the size of the model. Directions are regenerated from the seed at every use.
+    """
+
+    _estimator = "dense"
+
+
+class _Randomness:
+    """The state of torch's generators when made; ``replay`` puts it back, so that evaluations draw the same numbers."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._cpu = torch.get_rng_state()
+        self._cuda = {d: torch.cuda.get_rng_state(d) for d in {p.device for p in parameters if p.device.type == "cuda"}}
+
+    def replay(self) -> None:
+        torch.set_rng_state(self._cpu)
+        for device, state in self._cuda.items():
+            torch.cuda.set_rng_state(state, device)
+
+
+def _mean_loss(closures: Sequence[Closure], randomness: _Randomness | None) -> Tensor:
+    if randomness is not None:
+        randomness.replay()
+    losses = [_as_loss(closure()) for closure in closures]
+    return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+
+def _as_loss(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex():
+            raise TypeError(
+                f"the closure must return one real number; it returned a tensor of shape {tuple(value.shape)}, {value.dtype}"
+            )
+        return value.detach().reshape(()).to(torch.float64)
+    try:
+        return torch.tensor(float(value), dtype=torch.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"the closure must return the loss, a tensor or a number; it returned {type(value).__name__}") from None
+
+
+def _groups(handle: Handle, params: Iterable[Any] | None) -> list[Any]:
+    if params is None:
+        return [{"params": handle.parameters}]
+    groups = list(params)
+    if not groups:
+        raise ValueError("params is empty; leave it out to train everything that the handle trains")
+    return groups if isinstance(groups[0], dict) else [{"params": groups}]
+
+
+def _check_number(name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> None:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} is one number, not a tensor of shape {tuple(value.shape)}")
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is a number, not {value!r}")
+    if not math.isfinite(value) or value < low or (open_low and value == low) or value >= high:
+        bound = f"above {low:g}" if open_low else f"at least {low:g}"
+        raise ValueError(
+            f"{name} is a finite number {bound}" + (f" and below {high:g}" if high < math.inf else "") + f", not {value}"
+        )
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is an integer, not {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} is at least 1, not {value}")

@@ -1,0 +1,189 @@
+"""Which parameters of a model are trained, under which name, and how each is seen by the ops."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .config import PatchConfig
+from .noise import tensor_ids
+from .table import DTYPES, stride_problem
+
+_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """A trained parameter: where it lives, its name in the noise, and the way it is seen.
+
+    The tensor is looked up at every use, so replaced parameters and moved storage are followed.
+
+    Attributes:
+        name: as in ``model.named_parameters()``, without the prefixes of wrappers.
+        aliases: its other names, if it is tied.
+        tensor_id: id of the alphabetically first of all names, so it survives a change of registration order.
+        kind: "lowrank" or "dense".
+        layout: "matrix", "experts" (one matrix each), "rows" (first dimension by the rest, as for convolutions) or "flat".
+    """
+
+    owner: weakref.ref[nn.Module]
+    attribute: str
+    name: str
+    aliases: tuple[str, ...]
+    tensor_id: int
+    kind: str
+    layout: str
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter as it is now."""
+        module = self.owner()
+        p = None if module is None else module._parameters.get(self.attribute)
+        if p is None:
+            raise RuntimeError(f"parameter {self.name!r} no longer exists: restore() and patch the model again")
+        return p
+
+    def view(self) -> Tensor:
+        """The parameter's storage as (batch, rows, cols), detached.
+
+        Raises:
+            TypeError: it is sparse, on the meta device or of an unsupported dtype.
+            ValueError: its strides do not allow changing it in place.
+        """
+        p = self.parameter.detach()
+        check_trainable(self.name, p)
+        x = self._as_matrices(p)
+        problem = stride_problem(x)
+        if problem is not None:
+            raise self._bad_strides(p, problem)
+        return x
+
+    def _as_matrices(self, p: Tensor) -> Tensor:
+        if self.layout == "flat":
+            if p.is_contiguous():
+                return p.view(1, 1, -1)
+            if p.dim() == 1:  # every element a row: the flat index is the row
+                return p.view(1, -1, 1)
+        if self.layout == "rows":
+            try:
+                return p.view(1, p.shape[0], math.prod(p.shape[1:]))
+            except RuntimeError:
+                raise self._bad_strides(p, "its columns must be contiguous") from None
+        if p.dim() == 3:
+            return p
+        if p.dim() == 2:
+            return p.unsqueeze(0)
+        raise self._bad_strides(p, "it must be contiguous")
+
+    def _bad_strides(self, p: Tensor, problem: str) -> ValueError:
+        return ValueError(
+            f"parameter {self.name!r} has shape {tuple(p.shape)} and strides {p.stride()}: {problem}; "
+            "make it contiguous (param.data = param.data.contiguous()) or exclude it"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftAlone:
+    """A parameter that is not trained, and why."""
+
+    name: str
+    tensor: Tensor
+    reason: str
+
+
+def find_parameters(model: nn.Module, config: PatchConfig) -> tuple[list[Slot], list[LeftAlone]]:
+    """Everything that ``config`` trains in ``model``, tied weights once, and everything that it leaves alone.
+
+    Raises:
+        TypeError: a parameter to train is sparse, complex, on the meta device or of an unsupported dtype.
+        ValueError: nothing is trainable, a pattern matches nothing, two names share an id, or strides do not fit.
+    """
+    owners: dict[int, tuple[nn.Module, str, Tensor]] = {}
+    names: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for attribute, p in module._parameters.items():
+            if p is not None:
+                owners.setdefault(id(p), (module, attribute, p))
+                names.setdefault(id(p), []).append(_canonical(f"{prefix}.{attribute}" if prefix else attribute))
+    _check_patterns(config, [n for group in names.values() for n in group])
+
+    chosen, left = [], []
+    for key, (module, attribute, p) in owners.items():
+        reason = _why_not(p, names[key], config)
+        if reason is None:
+            check_trainable(names[key][0], p)
+            chosen.append((module, attribute, p, names[key]))
+        else:
+            left.append(LeftAlone(names[key][0], p, reason))
+    if not chosen:
+        raise ValueError(
+            "the model has no trainable parameter"
+            + (f" ({len(left)} were left alone, e.g. {left[0].name!r}: {left[0].reason})" if left else "")
+        )
+    ids = tensor_ids(min(aliases) for *_, aliases in chosen)
+    slots = []
+    for module, attribute, p, aliases in chosen:
+        kind, layout = _treatment(module, p, config)
+        slot = Slot(weakref.ref(module), attribute, aliases[0], tuple(dict.fromkeys(aliases[1:])), ids[min(aliases)], kind, layout)
+        slot.view()
+        slots.append(slot)
+    return slots, left
+
+
+def _canonical(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        while f".{name}".find(f".{wrapper}") >= 0:
+            name = f".{name}".replace(f".{wrapper}", ".", 1)[1:]
+    return name
+
+
+def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(n, pattern) for n in names for pattern in patterns)
+
+
+def _check_patterns(config: PatchConfig, names: Sequence[str]) -> None:
+    for field in ("include", "exclude"):
+        for pattern in getattr(config, field) or ():
+            if not _matches(names, (pattern,)):
+                raise ValueError(
+                    f"{field} pattern {pattern!r} matches no parameter; names look like {', '.join(map(repr, names[:3]))}"
+                )
+
+
+def _why_not(p: Tensor, names: Sequence[str], config: PatchConfig) -> str | None:
+    if not p.requires_grad:
+        return "requires_grad is False"
+    if config.include is not None and not _matches(names, config.include):
+        return "matches no include pattern"
+    if config.exclude is not None and _matches(names, config.exclude):
+        return "matches an exclude pattern"
+    return None
+
+
+def check_trainable(name: str, p: Tensor) -> None:
+    """Raises TypeError, with the way out, for storage that the ops cannot change."""
+    way_out = "exclude it or set requires_grad=False"
+    if p.layout != torch.strided:
+        raise TypeError(f"parameter {name!r} is {p.layout}; only dense storage can be trained: {way_out}")
+    if p.device.type == "meta":
+        raise TypeError(f"parameter {name!r} is on the meta device and has no storage; load the weights first, or {way_out}")
+    if p.dtype not in DTYPES:
+        raise TypeError(
+            f"parameter {name!r} is {p.dtype}; supported are {', '.join(str(d) for d in DTYPES)}: convert it, or {way_out}"
+        )
+
+
+def _treatment(module: nn.Module, p: Tensor, config: PatchConfig) -> tuple[str, str]:
+    if config.estimator == "dense" or p.dim() < 2:
+        return "dense", "flat"
+    if p.dim() == 2:
+        return "lowrank", "matrix"
+    if p.dim() == 3 and not isinstance(module, nn.modules.conv._ConvNd):
+        return "lowrank", "experts"
+    return "lowrank", "rows"

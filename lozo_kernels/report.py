@@ -1,0 +1,48 @@
+"""What Handle.report() returns."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterReport:
+    """How one parameter is treated.
+
+    Attributes:
+        treatment: "low-rank r", "dense" or "left alone".
+        backend: name of the backend that changes it, None if none does.
+        note: the matrices it is seen as, or the reason why it is left alone.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    treatment: str
+    backend: str | None
+    note: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Every parameter, and for each device the backends that were passed over with the reason."""
+
+    parameters: tuple[ParameterReport, ...]
+    rejected_backends: dict[str, dict[str, str]]
+
+    def __str__(self) -> str:
+        header = ("parameter", "shape", "dtype", "device", "treatment", "backend", "note")
+        rows = [header]
+        for p in self.parameters:
+            note = p.note + (f"; tied with {', '.join(p.aliases)}" if p.aliases else "")
+            shape = "x".join(map(str, p.shape)) or "scalar"
+            rows.append((p.name, shape, str(p.dtype).removeprefix("torch."), str(p.device), p.treatment, p.backend or "-", note))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header) - 1)]
+        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
+        for device, reasons in self.rejected_backends.items():
+            lines += [f"{device}: {name} not used: {reason}" for name, reason in reasons.items()]
+        return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -176,6 +177,7 @@ class Handle:
         Raises:
             ValueError: an argument is out of range; nothing was changed.
         """
+        _check_scale(scale)
         self._start(step)
         self._pass([_Term(Draw(step, direction), perturb=scale)])
 
@@ -188,6 +190,8 @@ class Handle:
             remove: (direction, scale) of the perturbation that stands now.
             add: (direction, scale) of the one that shall stand.
         """
+        _check_scale(remove[1])
+        _check_scale(add[1])
         self._start(step)
         if remove[0] == add[0]:
             self._pass([_Term(Draw(step, add[0]), perturb=add[1] - remove[1])])
@@ -386,7 +390,7 @@ class Handle:
         for slot, shape in zip(self._slots, self._shapes, strict=True):
             if slot.parameter.shape != shape:
                 raise ValueError(
-                    f"parameter {slot.name!r} was {tuple(shape)}, now it is {tuple(slot.parameter.shape)}: restore() and patch again"
+                    f"parameter {slot.name!r} was {tuple(shape)}, now is {tuple(slot.parameter.shape)}: restore() and patch again"
                 )
         members: dict[tuple[str, torch.device], list[int]] = {}
         for i, slot in enumerate(self._slots):
@@ -462,3 +466,8 @@ class Handle:
             if self.config.rank > min(rows, cols):
                 note += f"; rank {self.config.rank} is above min(rows, columns), which wastes noise but is exact"
         return ParameterReport(slot.name, slot.aliases, tuple(p.shape), p.dtype, p.device, treatment, choice.backend.name, note)
+
+
+def _check_scale(scale: float) -> None:
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is a finite number, not {scale}")

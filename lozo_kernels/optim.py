@@ -197,6 +197,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         params = param_group["params"]
         params = [params] if isinstance(params, Tensor) else list(params)
         params = [p[1] if isinstance(p, tuple) else p for p in params]
+        if not params:
+            raise ValueError("a parameter group is empty; leave it out")
         for p in params:
             if id(p) not in known:
                 raise ValueError(

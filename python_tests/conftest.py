@@ -1,0 +1,34 @@
+import random
+
+import pytest
+import torch
+
+import lozo_kernels
+from lozo_kernels.registry import backend_names, choose_backend
+
+
+def pytest_report_header(config):
+    choice = choose_backend("cpu")
+    return f"lozo_kernels {lozo_kernels.__version__}: cpu served by {choice.backend.name}; not used: {choice.rejected or 'none'}"
+
+
+@pytest.fixture
+def rng(request):
+    """Fresh randomness; the seed is in the report of a failing test."""
+    seed = random.SystemRandom().getrandbits(32)
+    request.node.user_properties.append(("seed", seed))
+    print(f"seed {seed}")
+    torch.manual_seed(seed)
+    return random.Random(seed)
+
+
+@pytest.fixture(params=backend_names())
+def backend(request):
+    """Every registered backend that can serve the CPU."""
+    from lozo_kernels.registry import _BACKENDS
+
+    candidate = _BACKENDS[request.param]
+    reason = candidate.unavailable(torch.device("cpu"))
+    if reason is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    return candidate

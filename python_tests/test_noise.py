@@ -1,6 +1,7 @@
 """The noise contract: committed vectors, the numpy specification, statistics, ids."""
 
 import json
+import math
 from pathlib import Path
 
 import noise_spec
@@ -109,9 +110,21 @@ def test_moments_of_every_atom():
     assert abs((p * z**4).sum() / variance**2 - 3.0) < 1e-3
     assert abs((p * z**6).sum() / variance**3 - 15.0) < 2e-2
     assert np.abs(z).max() < 4.9
+    assert kolmogorov_distance(z, p) == pytest.approx(1.7e-3, abs=5e-5)
+    tail = math.erfc(4 / math.sqrt(2))
+    assert p[np.abs(z) > 4].sum() / tail == pytest.approx(0.91, abs=5e-3)
     grid = noise.to_grid(torch.from_numpy(z).float())
     assert torch.equal(grid, (grid * 256).round() / 256)
     assert torch.equal(grid.half().float(), grid)
+    values, where = np.unique(grid.numpy(), return_inverse=True)
+    assert kolmogorov_distance(values.astype(float), np.bincount(where, p)) == pytest.approx(2.1e-3, abs=5e-5)
+
+
+def kolmogorov_distance(values, probabilities):
+    """Largest difference of the distribution functions of atoms in ascending order and of N(0, 1), on either side of each atom."""
+    normal = np.array([math.erfc(-v / math.sqrt(2)) / 2 for v in values])
+    above = np.cumsum(probabilities)
+    return max(np.abs(above - normal).max(), np.abs(above - probabilities - normal).max())
 
 
 def test_streams_and_draws_are_uncorrelated(rng):

@@ -145,6 +145,11 @@ class Handle:
         return [slot.parameter for slot in self._slots]
 
     @property
+    def devices(self) -> list[torch.device]:
+        """Where the trained parameters were at the last pass, each device once."""
+        return list(dict.fromkeys(group.table.device for group in self._groups))
+
+    @property
     def momentum(self) -> dict[str, Tensor]:
         """Momentum by name, fp32: (batch, rows, rank) for low-rank parameters, (batch, rows, cols) for dense ones; empty before
         :meth:`enable_momentum`."""

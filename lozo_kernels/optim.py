@@ -279,7 +279,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def _evaluate(self, closures: Sequence[Closure]) -> tuple[list[Tensor], list[Tensor]]:
         """F(+) and F(-) (or F(0)) of each direction; leaves the weights at the last point that was evaluated."""
-        randomness = _Randomness(self.handle.parameters) if self.common_random_numbers else None
+        randomness = _Randomness(self.handle.devices) if self.common_random_numbers else None
         plus: list[Tensor] = []
         minus: list[Tensor] = []
         if not self.two_sided:
@@ -411,9 +411,9 @@ class MeZO(ZerothOrderOptimizer):
 class _Randomness:
     """The state of torch's generators when made; ``replay`` puts it back, so that evaluations draw the same numbers."""
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, devices: Sequence[torch.device]) -> None:
         self._cpu = torch.get_rng_state()
-        self._cuda = {d: torch.cuda.get_rng_state(d) for d in {p.device for p in parameters if p.device.type == "cuda"}}
+        self._cuda = {d: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"}
 
     def replay(self) -> None:
         torch.set_rng_state(self._cpu)

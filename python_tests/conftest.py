@@ -6,6 +6,8 @@ import torch
 import lozo_kernels
 from lozo_kernels.registry import backend_names, choose_backend
 
+torch.set_num_threads(1)  # the models here are too small to share, and on a busy machine threads that wait cost most
+
 
 def pytest_report_header(config):
     choice = choose_backend("cpu")

@@ -285,9 +285,9 @@ class Handle:
         if slot.kind == "dense":
             z = noise.dense(seed, x.numel(), slot.tensor_id, step, direction=direction, device=x.device)
             return z.view(slot.parameter.shape)
-        u = noise.factor(seed, batch * rows, rank, slot.tensor_id, step, direction=direction, device=x.device)
-        window = step // self.config.interval
-        v = noise.factor(seed, batch * cols, rank, slot.tensor_id, window, stream="V", device=x.device)
+        where = {"device": x.device, "backend": choose_backend(x.device, self.config.backend).backend}
+        u = ops.factor(seed, batch * rows, rank, slot.tensor_id, Draw(step, direction), **where)
+        v = ops.factor(seed, batch * cols, rank, slot.tensor_id, Draw(step // self.config.interval), stream="V", **where)
         product = reference.low_rank_product(u.view(batch, rows, rank), v.view(batch, cols, rank).transpose(1, 2))
         return (product * self.config.perturb_factor).view(slot.parameter.shape)
 

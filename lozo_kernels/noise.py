@@ -131,11 +131,7 @@ def factor(
     Raises:
         ValueError: an argument is out of range.
     """
-    if stream not in ("U", "V", "S"):
-        raise ValueError(f"stream is 'U', 'V' or 'S', not {stream!r}")
-    if not 1 <= rank <= MAX_RANK:
-        raise ValueError(f"rank is 1 to {MAX_RANK}, not {rank}")
-    _check(seed, rows, tensor_id, draw, row_offset, direction, limit=1 << 32)
+    check_factor(seed, rows, rank, tensor_id, draw, stream=stream, row_offset=row_offset, direction=direction)
     groups = (rank + 3) // 4
     out = torch.empty(rows, rank, dtype=torch.float32, device=device)
     chunk = max(1, _CHUNK // groups)
@@ -219,6 +215,15 @@ def _flat_words(
             values = torch.stack((values & 0xFFFF, values >> 16), -1)
         lo, hi = max(offset, start * per), min(end, stop * per)
         yield slice(lo - offset, hi - offset), values.view(-1)[lo - start * per : hi - start * per]
+
+
+def check_factor(seed: int, rows: int, rank: int, tensor_id: int, draw: int, *, stream: str, row_offset: int, direction: int) -> None:
+    """Raises ValueError for coordinates of a factor that are out of range."""
+    if stream not in ("U", "V", "S"):
+        raise ValueError(f"stream is 'U', 'V' or 'S', not {stream!r}")
+    if not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"rank is 1 to {MAX_RANK}, not {rank}")
+    _check(seed, rows, tensor_id, draw, row_offset, direction, limit=1 << 32)
 
 
 def _check(seed: int, count: int, tensor_id: int, draw: int, offset: int, direction: int, limit: int) -> None:

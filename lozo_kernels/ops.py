@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .noise import MAX_DIRECTION, MAX_DRAW
+from .noise import MAX_DIRECTION, MAX_DRAW, check_factor
 from .registry import Backend, Draw, Rounding, choose_backend
 from .table import TensorTable
 
@@ -149,6 +149,33 @@ def resample_(table: TensorTable, *, seed: int, window: int, reproject: bool = F
     _check_range("seed", seed, 1 << 64)
     _check_range("window", window, MAX_DRAW)
     _pick(table, backend).resample_(table, seed, window, reproject)
+
+
+def factor(
+    seed: int,
+    rows: int,
+    rank: int,
+    tensor_id: int,
+    draw: Draw,
+    *,
+    stream: str = "U",
+    row_offset: int = 0,
+    device: torch.device | str = "cpu",
+    backend: Backend | None = None,
+) -> Tensor:
+    """U, V or S of :func:`noise.factor`, made by a backend: (rows, rank) fp32 on ``device``, the same bits.
+
+    Args:
+        seed, rows, rank, tensor_id, stream, row_offset: as in :func:`noise.factor`.
+        draw: the step (for V the window) and the direction.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    device = torch.device(device)
+    check_factor(seed, rows, rank, tensor_id, draw.step, stream=stream, row_offset=row_offset, direction=draw.direction)
+    backend = backend if backend is not None else choose_backend(device).backend
+    return backend.factor(seed, rows, rank, tensor_id, draw, stream=stream, row_offset=row_offset, device=device)
 
 
 def _pick(table: TensorTable, backend: Backend | None) -> Backend:

@@ -32,7 +32,8 @@ def low_rank_product(u: Tensor, v: Tensor, dtype: torch.dtype = torch.float32) -
     Returns:
         (batch, rows, cols) of ``dtype``.
     """
-    return (u.double() @ v.double()).to(dtype)
+    # + 0.0: the sign of a zero sum is the BLAS's own, and an integer sum has none.
+    return (u.double() @ v.double() + 0.0).to(dtype)
 
 
 def lowrank_update(
@@ -110,7 +111,9 @@ def reproject(n: Tensor, v_old: Tensor, v_new: Tensor, *, dtype: torch.dtype = t
     Args:
         n: (batch, rows, rank) fp32; v_old, v_new: (batch, rank, cols).
     """
-    gram = (v_old.double() @ v_new.double().transpose(-1, -2) / max(1, v_old.shape[-1])).to(dtype)
+    # By a tensor: a division by a number may become a multiplication by its reciprocal, which rounds differently.
+    cols = torch.full((), max(1, v_old.shape[-1]), dtype=torch.float64, device=v_old.device)
+    gram = (v_old.double() @ v_new.double().transpose(-1, -2) / cols).to(dtype)
     return momentum_product(n, gram, dtype=dtype)
 
 

@@ -74,6 +74,12 @@ class Backend(Protocol):
 
     def resample_(self, table: TensorTable, seed: int, window: int, reproject: bool) -> None: ...
 
+    def factor(
+        self, seed: int, rows: int, rank: int, tensor_id: int, draw: Draw, *, stream: str, row_offset: int, device: torch.device
+    ) -> Tensor:
+        """:func:`noise.factor` as this backend makes it: (rows, rank) fp32 on the device."""
+        ...
+
 
 _BACKENDS: dict[str, Backend] = {}
 

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lozo_kernels import Draw, TensorTable, noise, ops
-from lozo_kernels.registry import choose_backend
+from lozo_kernels.backends import native
+from lozo_kernels.backends.eager import EagerBackend
 
+NATIVE = native.NativeBackend()
 VECTORS = json.loads((Path(__file__).parent / "noise_vectors.json").read_text())
 
 seeds = st.integers(0, 2**64 - 1)
@@ -60,25 +62,41 @@ def test_flat_streams_equal_specification(seed, tid, draw, direction, numel, off
     np.testing.assert_array_equal(r.numpy(), noise_spec.rounding_bits(seed, numel, tid, draw, offset, direction))
 
 
+def implementations():
+    """Every backend that serves the CPU, the native one once for each instruction set."""
+    yield "eager", None
+    if NATIVE.unavailable(torch.device("cpu")) is None:
+        yield from (("native", isa) for isa in native.supported_isas())
+
+
+@pytest.mark.parametrize(("name", "isa"), implementations())
 @settings(max_examples=25, deadline=None)
-@given(seeds, ids, draws, directions, st.integers(1, 64), st.integers(1, 70), st.integers(0, 2**31))
-def test_backends_regenerate_the_specification(seed, tid, draw, direction, rank, rows, offset):
-    """What the ops of the best CPU backend add to zeros is U, V and Z themselves."""
-    best = choose_backend("cpu").backend
+@given(seeds, ids, draws, directions, st.integers(1, 64), st.integers(1, 300), st.integers(0, 2**31))
+def test_backends_regenerate_the_specification(name, isa, seed, tid, draw, direction, rank, rows, offset):
+    """What the ops add to zeros is U, V and Z themselves, on every backend and instruction set; and so are factors by themselves."""
+    backend = NATIVE if name == "native" else EagerBackend()
+    if isa:
+        native.set_isa(isa)
     where = Draw(draw, direction)
     identity = torch.eye(rank, dtype=torch.float16)[None].contiguous()
     u = TensorTable([torch.zeros(1, rows, rank)], [tid], v=[identity], row_offsets=[offset])
-    ops.lowrank_update_(u, seed=seed, draws=[where], scales=1.0, backend=best)
+    ops.lowrank_update_(u, seed=seed, draws=[where], scales=1.0, backend=backend)
     np.testing.assert_array_equal(bits(u.x[0][0]), bits(noise_spec.factor(seed, rows, rank, tid, draw, "U", offset, direction)))
 
     v = TensorTable([torch.zeros(1, 3, rows)], [tid], v=[torch.empty(1, rank, rows, dtype=torch.float16)], col_offsets=[offset])
-    ops.resample_(v, seed=seed, window=draw, backend=best)
+    ops.resample_(v, seed=seed, window=draw, backend=backend)
     expected = noise_spec.factor(seed, rows, rank, tid, draw, "V", offset)
     np.testing.assert_array_equal(bits(v.v[0][0].T.float()), bits(expected))
 
     z = TensorTable([torch.zeros(1, 1, rows)], [tid], col_offsets=[offset], global_cols=[offset + rows])
-    ops.dense_update_(z, seed=seed, draws=[where], scales=1.0, backend=best)
+    ops.dense_update_(z, seed=seed, draws=[where], scales=1.0, backend=backend)
     np.testing.assert_array_equal(bits(z.x[0].view(-1)), bits(noise_spec.dense(seed, rows, tid, draw, offset, direction)))
+
+    for stream in "UVS":
+        f = ops.factor(seed, rows, rank, tid, where, stream=stream, row_offset=offset, backend=backend)
+        np.testing.assert_array_equal(bits(f), bits(noise_spec.factor(seed, rows, rank, tid, draw, stream, offset, direction)))
+    if isa:
+        native.set_isa(None)
 
 
 def test_ranks_nest_and_shards_agree(rng):

@@ -84,6 +84,13 @@ class EagerBackend:
                 table.n[t].copy_(reference.reproject(table.n[t], table.v[t], v))
             table.v[t].copy_(v)
 
+    def factor(
+        self, seed: int, rows: int, rank: int, tensor_id: int, draw: Draw, *, stream: str, row_offset: int, device: torch.device
+    ) -> Tensor:
+        return noise.factor(
+            seed, rows, rank, tensor_id, draw.step, stream=stream, row_offset=row_offset, direction=draw.direction, device=device
+        )
+
 
 def row_factor(table: TensorTable, t: int, seed: int, draw: Draw) -> Tensor:
     """U of one tensor: (batch, rows, rank) fp32."""

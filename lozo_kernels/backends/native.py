@@ -1,12 +1,281 @@
 """csrc/cpu through its C ABI."""
 
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
 import torch
+from torch import Tensor
+
+from ..noise import STREAMS
+from ..registry import Draw, Rounding
+from ..table import DTYPES, TensorTable
+
+ABI_VERSION = 1
+
+_MAX_DRAWS = 2
+_FACTOR_LIMIT, _FLAT_LIMIT = 1 << 32, 1 << 42  # positions that the noise counters reach
+
+
+class _Call(ctypes.Structure):
+    """``lozo_call`` of csrc/include/lozo/abi.h."""
+
+    _fields_ = (
+        ("seed", ctypes.c_uint64),
+        ("rank", ctypes.c_int64),
+        ("num_draws", ctypes.c_int64),
+        ("draw_steps", ctypes.c_int64 * _MAX_DRAWS),
+        ("directions", ctypes.c_int64 * _MAX_DRAWS),
+        ("rounding", ctypes.c_int64),
+        ("rounding_step", ctypes.c_int64),
+        ("rounding_index", ctypes.c_int64),
+        ("scales", ctypes.c_void_p),
+        ("coefficients", ctypes.c_void_p),
+        ("alpha", ctypes.c_void_p),
+        ("beta", ctypes.c_void_p),
+        ("decay", ctypes.c_void_p),
+        ("threads", ctypes.c_int64),
+    )
+
+
+class _Factor(ctypes.Structure):
+    """``lozo_factor`` of csrc/include/lozo/abi.h."""
+
+    _fields_ = (
+        ("seed", ctypes.c_uint64),
+        ("stream", ctypes.c_int64),
+        ("tensor_id", ctypes.c_int64),
+        ("draw", ctypes.c_int64),
+        ("direction", ctypes.c_int64),
+        ("row_offset", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
+    )
+
+
+_STATUS: dict[int, Callable[[str], Exception]] = {
+    1: lambda op: ValueError(f"{op}: the native library rejected the arguments"),
+    2: lambda op: MemoryError(f"{op}: no memory for scratch; nothing was changed"),
+    3: lambda op: RuntimeError(f"{op}: no such instruction set"),
+}
 
 
 class NativeBackend:
-    """Placeholder while the kernels are being written."""
+    """Compiled CPU kernels, one call for a whole table."""
 
     name = "native"
 
     def unavailable(self, device: torch.device) -> str | None:
-        return "not built"
+        """Why this backend cannot serve the device, or None if it can."""
+        if device.type != "cpu":
+            return "it serves cpu only"
+        try:
+            _library()
+        except (OSError, RuntimeError, ValueError) as error:
+            return str(error)
+        return None
+
+    def lowrank_update_(
+        self, table: TensorTable, seed: int, draws: Sequence[Draw], scales: Tensor, decay: Tensor | None, rounding: Rounding | None
+    ) -> None:
+        call = _call(table, seed, draws, rounding, scales=scales, decay=decay)
+        _run("lozo_cpu_lowrank_update", table, call)
+        torch.autograd.graph.increment_version(table.x)
+
+    def dense_update_(
+        self, table: TensorTable, seed: int, draws: Sequence[Draw], scales: Tensor, decay: Tensor | None, rounding: Rounding | None
+    ) -> None:
+        call = _call(table, seed, draws, rounding, scales=scales, decay=decay)
+        _run("lozo_cpu_dense_update", table, call)
+        torch.autograd.graph.increment_version(table.x)
+
+    def lowrank_momentum_(
+        self,
+        table: TensorTable,
+        seed: int,
+        draws: Sequence[Draw],
+        scales: Tensor,
+        coefficients: Tensor,
+        alpha: Tensor,
+        beta: Tensor,
+        decay: Tensor | None,
+        rounding: Rounding | None,
+    ) -> None:
+        call = _call(table, seed, draws, rounding, scales=scales, coefficients=coefficients, alpha=alpha, beta=beta, decay=decay)
+        _run("lozo_cpu_lowrank_momentum", table, call)
+        torch.autograd.graph.increment_version((*table.x, *(table.n or ())))
+
+    def dense_momentum_(
+        self,
+        table: TensorTable,
+        seed: int,
+        draws: Sequence[Draw],
+        scales: Tensor,
+        coefficients: Tensor,
+        alpha: Tensor,
+        beta: Tensor,
+        decay: Tensor | None,
+        rounding: Rounding | None,
+    ) -> None:
+        call = _call(table, seed, draws, rounding, scales=scales, coefficients=coefficients, alpha=alpha, beta=beta, decay=decay)
+        _run("lozo_cpu_dense_momentum", table, call)
+        torch.autograd.graph.increment_version((*table.x, *(table.n or ())))
+
+    def resample_(self, table: TensorTable, seed: int, window: int, reproject: bool) -> None:
+        call = _call(table, seed, [Draw(window)], None)
+        _run("lozo_cpu_resample", table, call, ctypes.c_int64(reproject))
+        torch.autograd.graph.increment_version((*(table.v or ()), *(table.n or ())) if reproject else table.v or ())
+
+    def factor(
+        self, seed: int, rows: int, rank: int, tensor_id: int, draw: Draw, *, stream: str, row_offset: int, device: torch.device
+    ) -> Tensor:
+        out = torch.empty(rows, rank)
+        what = _Factor(seed, STREAMS[stream], tensor_id, draw.step, draw.direction, row_offset, rows, rank)
+        status = _library().lozo_cpu_factor(ctypes.byref(what), out.data_ptr())
+        if status:
+            raise _STATUS[status]("lozo_cpu_factor")
+        return out
+
+
+def library_path() -> Path:
+    """Where the library is, or would be, had it been built."""
+    return Path(__file__).resolve().parent.parent / "lib" / "liblozo_cpu.so"
+
+
+def isa() -> str:
+    """The instruction set in use.
+
+    Raises:
+        OSError, RuntimeError, ValueError: the library cannot be used; the message is that of ``unavailable``.
+    """
+    return _library().lozo_isa_name().decode()
+
+
+def supported_isas() -> list[str]:
+    """The instruction sets that were compiled in and that this machine runs, best first. Raises as :func:`isa`."""
+    library = _load()
+    return [name for name in _compiled_isas(library) if library.lozo_isa_supported(name.encode())]
+
+
+def set_isa(name: str | None) -> None:
+    """Switches the process to an instruction set; None: the choice of LOZO_KERNELS_ISA, else the best.
+
+    Raises:
+        ValueError: there is no such set, or this machine does not run it.
+        OSError, RuntimeError: as :func:`isa`.
+    """
+    _choose(_load(), name or os.environ.get("LOZO_KERNELS_ISA") or None)
+
+
+def _library() -> ctypes.CDLL:
+    """The library with an instruction set chosen."""
+    library = _load()
+    if not _isa_is_chosen:
+        _choose(library, os.environ.get("LOZO_KERNELS_ISA") or None)
+    return library
+
+
+@functools.cache
+def _load() -> ctypes.CDLL:
+    path = library_path()
+    if not path.exists():
+        raise RuntimeError("not built (reinstall lozo_kernels where a C++ compiler is)")
+    library = ctypes.CDLL(str(path))
+    library.lozo_abi_version.restype = ctypes.c_int64
+    version = library.lozo_abi_version()
+    if version != ABI_VERSION:
+        raise RuntimeError(f"{path} has ABI version {version}, this package needs {ABI_VERSION}; rebuild it")
+    library.lozo_isa_list.restype = library.lozo_isa_name.restype = ctypes.c_char_p
+    library.lozo_isa_supported.argtypes = library.lozo_set_isa.argtypes = (ctypes.c_char_p,)
+    pointers = (ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(_Call))
+    for op in ("lowrank_update", "dense_update", "lowrank_momentum", "dense_momentum"):
+        getattr(library, f"lozo_cpu_{op}").argtypes = pointers
+    library.lozo_cpu_factor.argtypes = (ctypes.POINTER(_Factor), ctypes.c_void_p)
+    library.lozo_cpu_resample.argtypes = (*pointers, ctypes.c_int64)
+    return library
+
+
+def _compiled_isas(library: ctypes.CDLL) -> list[str]:
+    return library.lozo_isa_list().decode().split()
+
+
+_isa_is_chosen = False
+
+
+def _choose(library: ctypes.CDLL, name: str | None) -> None:
+    global _isa_is_chosen
+    if library.lozo_set_isa(None if name is None else name.encode()) == 0:
+        _isa_is_chosen = True
+        return
+    compiled = _compiled_isas(library)
+    supported = [other for other in compiled if library.lozo_isa_supported(other.encode())]
+    why = "this machine does not run it" if name in compiled else "there is no such set"
+    raise ValueError(f"instruction set {name!r} (LOZO_KERNELS_ISA): {why}; choose from {', '.join(supported)}")
+
+
+def _run(function: str, table: TensorTable, call: _Call, *more: object) -> None:
+    packed = _packed(table)
+    status = getattr(_library(), function)(packed.data_ptr(), len(table), ctypes.byref(call), *more)
+    if status:
+        raise _STATUS[status](function)
+
+
+def _call(table: TensorTable, seed: int, draws: Sequence[Draw], rounding: Rounding | None, **scalars: Tensor | None) -> _Call:
+    call = _Call(seed=seed, rank=table.rank, num_draws=len(draws), threads=torch.get_num_threads())
+    for d, draw in enumerate(draws):
+        call.draw_steps[d], call.directions[d] = draw.step, draw.direction
+    if rounding is not None:
+        call.rounding, call.rounding_step, call.rounding_index = 1, rounding.step, rounding.index
+    for name, value in scalars.items():
+        setattr(call, name, None if value is None else value.data_ptr())
+    call.keep_alive = scalars
+    return call
+
+
+def _packed(table: TensorTable) -> Tensor:
+    """The table as rows of ``lozo_tensor``."""
+    packed = table.cache.get("native")
+    if not isinstance(packed, Tensor):
+        packed = torch.tensor([_row(table, t) for t in range(len(table))], dtype=torch.int64)
+        table.cache["native"] = packed
+    return packed
+
+
+def _row(table: TensorTable, t: int) -> list[int]:
+    x = table.x[t]
+    batch, rows, cols = x.shape
+    row, col, width = table.row_offsets[t], table.col_offsets[t], table.global_cols[t]
+    _check_positions(table, t, batch, rows, cols, row, col, width)
+    return [
+        x.data_ptr(),
+        table.v[t].data_ptr() if table.v is not None else 0,
+        table.n[t].data_ptr() if table.n is not None else 0,
+        DTYPES.index(x.dtype),
+        batch,
+        rows,
+        cols,
+        x.stride(0),
+        x.stride(1),
+        table.tensor_ids[t],
+        row,
+        col,
+        width,
+    ]
+
+
+def _check_positions(table: TensorTable, t: int, batch: int, rows: int, cols: int, row: int, col: int, width: int) -> None:
+    """What the noise cannot address, reported as noise.py reports it."""
+    if not 0 <= table.tensor_ids[t] < 1 << 32:
+        raise ValueError(f"tensor_id is 0 to {(1 << 32) - 1}, not {table.tensor_ids[t]}")
+    if min(row, col, width) < 0:
+        raise ValueError(f"tensor {t} has a negative offset or width: {row}, {col}, {width}")
+    if table.v is not None:
+        end, limit = max(row + batch * rows, col + (batch - 1) * width + cols), _FACTOR_LIMIT
+    else:
+        end, limit = (row + batch * rows - 1) * width + col + cols, _FLAT_LIMIT
+    if batch * rows * cols and end > limit:
+        raise ValueError(f"tensor {t} reaches position {end}, beyond {limit}")

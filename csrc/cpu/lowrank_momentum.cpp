@@ -1,0 +1,177 @@
+// N <- beta * N + sum of coefficient * U, then X <- decay * X + sum of scale * U V^T + alpha * N V^T.
+#include "lowrank_rows.h"
+#include "ops.h"
+#include "rounding.h"
+#include "tiles.h"
+
+namespace lozo {
+namespace LOZO_ISA {
+namespace {
+
+constexpr int kAtOnce = W == 16 ? 4 : 2;  // rows that share a panel's registers
+constexpr int64_t kPanelBytes = 1 << 16;  // of both panels together
+constexpr int64_t kRoundCols = 2048;      // in fp32 scratch at once, for stochastic rounding
+
+constexpr int64_t panel_ints(int64_t rank_bound) {
+  return kPanelBytes / 4 > rank_bound * kBlock ? kPanelBytes / 4 : rank_bound * kBlock;
+}
+
+struct Scratch {
+  int32_t u[LOZO_MAX_DRAWS * (LOZO_MAX_RANK / 2) * kMaxTileRows];
+  int32_t pairs[panel_ints(LOZO_MAX_RANK / 2)];
+  float floats[panel_ints(LOZO_MAX_RANK)];
+  float rounding[kAtOnce * kRoundCols];
+};
+
+struct MomentumFactors {
+  RowFactors draws;
+  const float *n;  // (rows, rank)
+  int rank;
+  float alpha;
+};
+
+int32_t low_step(int32_t pair) { return (int32_t)((uint32_t)pair << 16) >> 16; }
+
+void update_momentum(const Tile &tile, char *scratch, const void *context) {
+  const OpCall &op = *(const OpCall *)context;
+  const lozo_call &call = *op.call;
+  const int rank = (int)call.rank, draws = (int)call.num_draws;
+  int32_t *u = ((Scratch *)scratch)->u;
+  const int64_t draw_stride = (LOZO_MAX_RANK / 2) * kMaxTileRows;
+  for (int d = 0; d < draws; ++d)
+    factor_pairs(u + d * draw_stride, kMaxTileRows, call.seed, kStreamU, call.draw_steps[d], call.directions[d],
+                 tile.tensor->tensor_id, (uint64_t)global_row(tile, 0), tile.rows, rank);
+  const float beta = call.beta[tile.index];
+  float *n = (float *)tile.tensor->n + (tile.matrix * tile.tensor->rows + tile.row) * rank;
+  for (int64_t i = 0; i < tile.rows; ++i, n += rank)
+    for (int k = 0; k < rank; ++k) {
+      float value = n[k] * beta;
+      for (int d = 0; d < draws; ++d) {
+        const int32_t pair = u[d * draw_stride + k / 2 * kMaxTileRows + i];
+        const float step = (float)(k % 2 ? pair >> 16 : low_step(pair)) * kGridStep;
+        value = value + step * call.coefficients[d * op.count + tile.index];
+      }
+      n[k] = value;
+    }
+}
+
+template <class T, int DRAWS, int ROWS>
+LOZO_INLINE void update_block(T *x, int64_t stride, int64_t count, const int32_t *pairs, const float *floats,
+                              const MomentumFactors &f) {
+  Pair<F> y[ROWS], sum[ROWS];
+  load_rows<T, ROWS, true>(y, x, stride, count, splat(f.draws.decay));
+  add_products<0, DRAWS, ROWS>(y, pairs, f.draws, [&f](int d, int p, int r) {
+    return splat_int(f.draws.u[d * f.draws.draw_stride + p * f.draws.pair_stride + r]);
+  });
+  for (int k = 0; k < f.rank; ++k) {
+    const Pair<F> v = {load(floats + k * kBlock), load(floats + k * kBlock + W)};
+    for (int r = 0; r < ROWS; ++r) {
+      const F n = splat(f.n[r * f.rank + k]);
+      const Pair<F> product = {mul(n, v.a), mul(n, v.b)};
+      sum[r] = k == 0 ? product : Pair<F>{add(sum[r].a, product.a), add(sum[r].b, product.b)};
+    }
+  }
+  const F alpha = splat(f.alpha);
+  for (int r = 0; r < ROWS; ++r) y[r] = {add(y[r].a, mul(sum[r].a, alpha)), add(y[r].b, mul(sum[r].b, alpha))};
+  store_rows<T, ROWS>(x, stride, y, count);
+}
+
+template <class T, int DRAWS, int ROWS>
+LOZO_INLINE void update_rows(T *x, int64_t stride, int64_t cols, const int32_t *pairs, const float *floats,
+                             const MomentumFactors &f) {
+  int64_t j = 0;
+  for (; j + kBlock <= cols; j += kBlock, pairs += f.draws.pairs * kBlock, floats += f.rank * kBlock)
+    update_block<T, DRAWS, ROWS>(x + j, stride, kBlock, pairs, floats, f);
+  if (j < cols) update_block<T, DRAWS, ROWS>(x + j, stride, cols - j, pairs, floats, f);
+}
+
+template <class T, int DRAWS>
+void update_panel(T *x, int64_t stride, int64_t rows, int64_t cols, const int32_t *pairs, const float *floats, MomentumFactors f) {
+  int64_t i = 0;
+  for (; i + kAtOnce <= rows; i += kAtOnce, x += kAtOnce * stride, f.draws.u += kAtOnce, f.n += kAtOnce * f.rank)
+    update_rows<T, DRAWS, kAtOnce>(x, stride, cols, pairs, floats, f);
+  for (; i < rows; ++i, x += stride, ++f.draws.u, f.n += f.rank) update_rows<T, DRAWS, 1>(x, stride, cols, pairs, floats, f);
+}
+
+template <class T, int DRAWS>
+void update_panel_stochastic(T *x, int64_t stride, int64_t cols, Scratch *s, MomentumFactors f, const RoundingKey &key,
+                             const Tile &tile, int64_t col) {
+  for (int64_t i = 0; i < tile.rows; i += kAtOnce, f.draws.u += kAtOnce, f.n += kAtOnce * f.rank) {
+    const int64_t some = tile.rows - i < kAtOnce ? tile.rows - i : kAtOnce;
+    for (int64_t r = 0; r < some; ++r) read_row(s->rounding + r * cols, x + (i + r) * stride, cols);
+    update_panel<float, DRAWS>(s->rounding, cols, some, cols, s->pairs, s->floats, f);
+    for (int64_t r = 0; r < some; ++r)
+      write_row_stochastic(x + (i + r) * stride, s->rounding + r * cols, cols, global_element(tile, i + r) + col, key);
+  }
+}
+
+template <class T, int DRAWS>
+void update_tile(const Tile &tile, const OpCall &op, Scratch *s) {
+  const lozo_call &call = *op.call;
+  const int rank = (int)call.rank, pairs = (rank + 1) / 2;
+  const bool stochastic = call.rounding && sizeof(T) == 2;
+  MomentumFactors f;
+  f.rank = rank;
+  f.alpha = call.alpha[tile.index];
+  f.n = (const float *)tile.tensor->n + (tile.matrix * tile.tensor->rows + tile.row) * rank;
+  f.draws.u = s->u;
+  f.draws.pairs = pairs;
+  f.draws.pair_stride = kMaxTileRows;
+  f.draws.draw_stride = pairs * kMaxTileRows;
+  f.draws.unit = 0x1p-16f;
+  f.draws.decay = call.decay ? call.decay[tile.index] : 1.0f;
+  for (int d = 0; d < DRAWS; ++d) {
+    f.draws.scales[d] = call.scales[d * op.count + tile.index];
+    factor_pairs(s->u + d * f.draws.draw_stride, kMaxTileRows, call.seed, kStreamU, call.draw_steps[d], call.directions[d],
+                 tile.tensor->tensor_id, (uint64_t)global_row(tile, 0), tile.rows, rank);
+  }
+  int64_t width = kPanelBytes / 4 / (pairs + rank) / kBlock * kBlock;
+  if (width < kBlock) width = kBlock;
+  if (stochastic && width > kRoundCols) width = kRoundCols;
+  const int64_t v_stride = tile.tensor->cols;
+  const f16 *v = (const f16 *)tile.tensor->v + tile.matrix * rank * v_stride + tile.col;
+  T *x = (T *)tile.tensor->x + weight_offset(tile, 0);
+  for (int64_t j = 0; j < tile.cols; j += width) {
+    const int64_t cols = tile.cols - j < width ? tile.cols - j : width;
+    const bool interleaved = Io<T>::interleaved && !stochastic;
+    build_pair_panel(s->pairs, interleaved, v + j, v_stride, rank, cols);
+    build_float_panel(s->floats, interleaved, v + j, v_stride, rank, cols);
+    if (!stochastic) {
+      update_panel<T, DRAWS>(x + j, tile.tensor->row_stride, tile.rows, cols, s->pairs, s->floats, f);
+    } else if constexpr (sizeof(T) == 2) {
+      update_panel_stochastic<T, DRAWS>(x + j, tile.tensor->row_stride, cols, s, f, rounding_key(call, *tile.tensor), tile, j);
+    }
+  }
+}
+
+template <class T>
+void update_tile(const Tile &tile, const OpCall &op, Scratch *s) {
+  if (op.call->num_draws == 1) return update_tile<T, 1>(tile, op, s);
+  return update_tile<T, 2>(tile, op, s);
+}
+
+void update_weights(const Tile &tile, char *scratch, const void *context) {
+  const OpCall &op = *(const OpCall *)context;
+  Scratch *s = (Scratch *)scratch;
+  switch (tile.tensor->dtype) {
+    case LOZO_FLOAT32:
+      return update_tile<float>(tile, op, s);
+    case LOZO_BFLOAT16:
+      return update_tile<bf16>(tile, op, s);
+    default:
+      return update_tile<f16>(tile, op, s);
+  }
+}
+
+}  // namespace
+
+// N first, as its own pass over little data: a row of N serves tiles on several threads.
+int lowrank_momentum(const lozo_tensor *tensors, int64_t count, const lozo_call *call) {
+  const OpCall op = {call, count};
+  const int status = for_each_tile({tensors, count, call->threads, kRowGrain, false, sizeof(Scratch), update_momentum, &op});
+  if (status != LOZO_OK) return status;
+  return for_each_tile({tensors, count, call->threads, kMatrixGrain, false, sizeof(Scratch), update_weights, &op});
+}
+
+}  // namespace LOZO_ISA
+}  // namespace lozo

@@ -1,0 +1,91 @@
+// A few rows of X at once: decay, then U V^T of each draw from int16 pairs, whose int32 sums are exact.
+#ifndef LOZO_LOWRANK_ROWS_H
+#define LOZO_LOWRANK_ROWS_H
+
+#include "lozo/abi.h"
+#include "panel.h"
+
+namespace lozo {
+namespace LOZO_ISA {
+
+// U of the rows at hand, and what the product is multiplied by.
+struct RowFactors {
+  const int32_t *u;  // int16 pairs: u[draw * draw_stride + pair * pair_stride + row]
+  int64_t draw_stride, pair_stride;
+  int pairs;
+  float unit;  // 2^-16, or 1 when the scales have it folded in
+  float scales[LOZO_MAX_DRAWS];
+  float decay;
+};
+
+// The products count steps of 2^-16. Folding that into the scale is exact unless the scale is next to the denormals.
+LOZO_INLINE bool fold_unit(RowFactors &f, int draws) {
+  bool exact = true;
+  for (int d = 0; d < draws; ++d) {
+    const float magnitude = f.scales[d] < 0 ? -f.scales[d] : f.scales[d];
+    if (magnitude < 0x1p-100f && magnitude != 0) exact = false;
+  }
+  if (exact) {
+    for (int d = 0; d < draws; ++d) f.scales[d] *= f.unit;
+    f.unit = 1.0f;
+  }
+  return exact;
+}
+
+// y += scale * U V^T for one block of columns; PAIRS = 0 takes any rank and any scale.
+template <int PAIRS, int DRAWS, int ROWS, class LoadU>
+LOZO_INLINE void add_products(Pair<F> *y, const int32_t *panel, const RowFactors &f, LoadU load_u) {
+  Pair<I> sum[DRAWS][ROWS];
+  for (int d = 0; d < DRAWS; ++d)
+    for (int r = 0; r < ROWS; ++r) sum[d][r] = {zero_int(), zero_int()};
+  const int pairs = PAIRS ? PAIRS : f.pairs;
+  for (int p = 0; p < pairs; ++p) {
+    const Pair<I> v = {load_int(panel + p * kBlock), load_int(panel + p * kBlock + W)};
+    for (int d = 0; d < DRAWS; ++d)
+      for (int r = 0; r < ROWS; ++r) {
+        const I u = load_u(d, p, r);
+        sum[d][r].a = dot_pairs(sum[d][r].a, u, v.a);
+        sum[d][r].b = dot_pairs(sum[d][r].b, u, v.b);
+      }
+  }
+  for (int d = 0; d < DRAWS; ++d) {
+    const F scale = splat(f.scales[d]);
+    for (int r = 0; r < ROWS; ++r) {
+      Pair<F> product = {to_float(sum[d][r].a), to_float(sum[d][r].b)};
+      if (!PAIRS) product = {mul(product.a, splat(f.unit)), mul(product.b, splat(f.unit))};
+      y[r] = {add(y[r].a, mul(product.a, scale)), add(y[r].b, mul(product.b, scale))};
+    }
+  }
+}
+
+// Four short streams that jump to other rows at every panel are more than hardware prefetchers follow: ask for the next rows.
+template <class T>
+LOZO_INLINE void prefetch_block(const T *x, int64_t distance) {
+  const uintptr_t p = (uintptr_t)x + (uintptr_t)distance * sizeof(T);
+  for (size_t line = 0; line < kBlock * sizeof(T); line += 64) __builtin_prefetch((const void *)(p + line), 1);
+}
+
+template <class T, int ROWS, bool DECAY>
+LOZO_INLINE void load_rows(Pair<F> *y, const T *x, int64_t stride, int64_t count, F decay) {
+  for (int r = 0; r < ROWS; ++r) {
+    if (ROWS > 1) prefetch_block(x, (r + ROWS) * stride);
+    y[r] = count >= kBlock ? Io<T>::load(x + r * stride) : load_partial(x + r * stride, count);
+    if (DECAY) y[r] = {mul(y[r].a, decay), mul(y[r].b, decay)};
+  }
+}
+
+template <class T, int ROWS>
+LOZO_INLINE void store_rows(T *x, int64_t stride, const Pair<F> *y, int64_t count) {
+  for (int r = 0; r < ROWS; ++r) {
+    if (count >= kBlock) {
+      Io<T>::store(x + r * stride, y[r]);
+    } else {
+      store_partial(x + r * stride, y[r], count);
+    }
+  }
+}
+
+}  // namespace LOZO_ISA
+}  // namespace lozo
+
+#endif

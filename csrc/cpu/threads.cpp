@@ -1,0 +1,189 @@
+#include "threads.h"
+
+#include <pthread.h>
+#include <signal.h>
+#include <stdlib.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+namespace lozo {
+namespace {
+
+using Body = void (*)(void *, char *);
+
+// torch.set_flush_denormal and other libraries change how this thread treats denormals; the promised bits need the default.
+class [[maybe_unused]] DefaultFloatingPoint {
+#if defined(__x86_64__) || defined(__i386__)
+ public:
+  DefaultFloatingPoint() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~DefaultFloatingPoint() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#elif defined(__aarch64__)
+ public:
+  DefaultFloatingPoint() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    asm volatile("msr fpcr, %0" : : "r"(uint64_t{0}));
+  }
+  ~DefaultFloatingPoint() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
+
+ private:
+  uint64_t saved_;
+#endif
+};
+
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer &) = delete;
+  ~Buffer() { free(data_); }
+  bool reserve(size_t size) {
+    if (size <= size_) return true;
+    free(data_);
+    size_ = 0;
+    void *p = nullptr;
+    data_ = posix_memalign(&p, 64, size) == 0 ? static_cast<char *>(p) : nullptr;
+    if (data_) size_ = size;
+    return data_ != nullptr;
+  }
+  char *data() const { return data_; }
+
+ private:
+  char *data_ = nullptr;
+  size_t size_ = 0;
+};
+
+void pause_briefly() {
+#if defined(__x86_64__) || defined(__i386__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Some 20 microseconds: spans the gap between two ops of one step, where a wake-up would cost more.
+constexpr int kSpins = 400;
+
+constexpr int kMaxThreads = 256;
+
+class Team {
+ public:
+  // One caller at a time has the workers.
+  std::mutex busy;
+
+  bool run(int threads, size_t scratch_bytes, Body body, void *context) {
+    while (workers_ + 1 < threads && start_worker()) {
+    }
+    if (threads > workers_ + 1) threads = workers_ + 1;
+    for (int i = 0; i < threads; ++i)
+      if (!scratch_[i].reserve(scratch_bytes)) return false;
+    body_ = body;
+    context_ = context;
+    running_.store(threads - 1, std::memory_order_relaxed);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      wanted_ = threads - 1;
+      job_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    {
+      DefaultFloatingPoint environment;
+      body(context, scratch_[0].data());
+    }
+    for (int spin = 0; running_.load(std::memory_order_acquire) > 0 && spin < kSpins; ++spin) pause_briefly();
+    if (running_.load(std::memory_order_acquire) > 0) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      done_.wait(lock, [this] { return running_.load(std::memory_order_acquire) == 0; });
+    }
+    return true;
+  }
+
+ private:
+  bool start_worker() {
+    // Signals are for the threads that Python knows.
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    bool started = true;
+    try {
+      std::thread(&Team::work, this, workers_ + 1, job_.load(std::memory_order_relaxed)).detach();
+      ++workers_;
+    } catch (...) {
+      started = false;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    return started;
+  }
+
+  void work(int slot, uint64_t seen) {
+    DefaultFloatingPoint environment;
+    for (;;) {
+      for (int spin = 0; job_.load(std::memory_order_acquire) == seen && spin < kSpins; ++spin) pause_briefly();
+      bool mine;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return job_.load(std::memory_order_relaxed) != seen; });
+        seen = job_.load(std::memory_order_relaxed);
+        mine = slot <= wanted_;
+      }
+      if (!mine) continue;
+      body_(context_, scratch_[slot].data());
+      if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        done_.notify_one();
+      }
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  std::atomic<uint64_t> job_{0};
+  std::atomic<int> running_{0};
+  int wanted_ = 0;
+  int workers_ = 0;
+  Body body_ = nullptr;
+  void *context_ = nullptr;
+  Buffer scratch_[kMaxThreads];
+};
+
+// Never destroyed: workers may outlive main(). A forked child has no workers, so it forgets the team and makes its own.
+std::atomic<Team *> team{nullptr};
+
+Team &current_team() {
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { team.store(nullptr); });
+  (void)registered;
+  Team *existing = team.load();
+  if (existing) return *existing;
+  Team *made = new Team;
+  if (team.compare_exchange_strong(existing, made)) return *made;
+  delete made;
+  return *existing;
+}
+
+bool run_alone(size_t scratch_bytes, Body body, void *context) {
+  Buffer scratch;
+  if (!scratch.reserve(scratch_bytes)) return false;
+  DefaultFloatingPoint environment;
+  body(context, scratch.data());
+  return true;
+}
+
+}  // namespace
+
+bool run_on_team(int64_t threads, size_t scratch_bytes, Body body, void *context) {
+  if (threads <= 1) return run_alone(scratch_bytes, body, context);
+  Team &t = current_team();
+  std::unique_lock<std::mutex> lock(t.busy, std::try_to_lock);
+  if (!lock.owns_lock()) return run_alone(scratch_bytes, body, context);
+  return t.run(threads < kMaxThreads ? (int)threads : kMaxThreads, scratch_bytes, body, context);
+}
+
+}  // namespace lozo

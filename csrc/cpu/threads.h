@@ -1,0 +1,17 @@
+// A team of threads for the whole process; compiled once, for every machine.
+#ifndef LOZO_THREADS_H
+#define LOZO_THREADS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace lozo {
+
+// Runs body(context, scratch) on up to ``threads`` threads at once, the caller among them, each with ``scratch_bytes`` of memory
+// of its own on a cache line, and with the default floating-point environment. The body shares out the work by itself: it
+// must be right for any number of threads. Returns false, having run nothing, when there is no memory.
+bool run_on_team(int64_t threads, size_t scratch_bytes, void (*body)(void *context, char *scratch), void *context);
+
+}  // namespace lozo
+
+#endif

@@ -1,0 +1,65 @@
+// How a table of tensors is cut into pieces of work; compiled once, for every machine.
+#ifndef LOZO_TILES_H
+#define LOZO_TILES_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "lozo/abi.h"
+
+namespace lozo {
+
+// A rectangle of one matrix, in local rows and columns.
+struct Tile {
+  const lozo_tensor *tensor;
+  int64_t index;  // of the tensor in the table
+  int64_t matrix;
+  int64_t row, rows;
+  int64_t col, cols;
+};
+
+struct Grain {
+  int64_t min_rows, max_rows;  // of a tile, where the matrix has as many
+  bool split_columns;          // or every tile spans all columns
+};
+
+// A tile's rows of U and columns of V cost something once; these amortise it and bound the scratch.
+constexpr int64_t kMaxTileRows = 256;
+constexpr Grain kMatrixGrain = {64, kMaxTileRows, true};
+constexpr Grain kRowGrain = {kMaxTileRows, kMaxTileRows, false};
+constexpr Grain kFlatGrain = {1, INT64_MAX, true};
+constexpr Grain kWholeGrain = {INT64_MAX, INT64_MAX, false};
+
+struct Work {
+  const lozo_tensor *tensors;
+  int64_t count;
+  int64_t threads;
+  Grain grain;
+  bool flatten;  // dense ops: a tensor without gaps is one long row
+  size_t scratch_bytes;
+  void (*tile)(const Tile &tile, char *scratch, const void *context);
+  const void *context;
+};
+
+// Runs work.tile on every tile, in any order and on any thread. Returns a lozo_status.
+int for_each_tile(const Work &work);
+
+// Whether a call's rank, draws and dtypes are within what the kernels assume.
+bool valid_call(const lozo_tensor *tensors, int64_t count, const lozo_call *call, bool low_rank);
+
+// Global row of a tile's row i, and flat global element of that row's first column in the tile.
+static inline int64_t global_row(const Tile &t, int64_t i) { return t.tensor->row_offset + t.matrix * t.tensor->rows + t.row + i; }
+static inline int64_t global_element(const Tile &t, int64_t i) {
+  return global_row(t, i) * t.tensor->global_cols + t.tensor->col_offset + t.col;
+}
+// Position of that element in x, and in a contiguous tensor of the same shape.
+static inline int64_t weight_offset(const Tile &t, int64_t i) {
+  return t.matrix * t.tensor->batch_stride + (t.row + i) * t.tensor->row_stride + t.col;
+}
+static inline int64_t dense_offset(const Tile &t, int64_t i) {
+  return (t.matrix * t.tensor->rows + t.row + i) * t.tensor->cols + t.col;
+}
+
+}  // namespace lozo
+
+#endif

@@ -1,0 +1,95 @@
+// The C interface between Python and the kernels: raw pointers and sizes, checked by ops.py before they come here.
+#ifndef LOZO_ABI_H
+#define LOZO_ABI_H
+
+#include <stdint.h>
+
+#define LOZO_ABI_VERSION 1
+#define LOZO_MAX_RANK 64
+#define LOZO_MAX_DRAWS 2
+
+#if defined(_WIN32)
+#define LOZO_EXPORT __declspec(dllexport)
+#else
+#define LOZO_EXPORT __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum lozo_status { LOZO_OK = 0, LOZO_BAD_ARGUMENT = 1, LOZO_NO_MEMORY = 2, LOZO_NO_ISA = 3 };
+
+enum lozo_dtype { LOZO_FLOAT32 = 0, LOZO_BFLOAT16 = 1, LOZO_FLOAT16 = 2 };
+
+// One row of the int64 table that Python packs: batch matrices of (rows, cols) and their place in the noise.
+typedef struct lozo_tensor {
+  int64_t x;             // weights: address
+  int64_t v;             // V, fp16 (batch, rank, cols): address, 0 for a dense tensor
+  int64_t n;             // momentum, fp32 (batch, rows, rank) or (batch, rows, cols): address, 0 without
+  int64_t dtype;         // of x: lozo_dtype
+  int64_t batch;         // number of matrices
+  int64_t rows;          // of each
+  int64_t cols;          // contiguous in x
+  int64_t batch_stride;  // of x, in elements
+  int64_t row_stride;    // of x, in elements
+  int64_t tensor_id;     // c2 of the noise counter
+  int64_t row_offset;    // global index of the first row
+  int64_t col_offset;    // global index of the first column
+  int64_t global_cols;   // global number of columns
+} lozo_tensor;
+
+typedef struct lozo_call {
+  uint64_t seed;
+  int64_t rank;       // 0 for dense tensors
+  int64_t num_draws;  // 1 or 2
+  int64_t draw_steps[LOZO_MAX_DRAWS];
+  int64_t directions[LOZO_MAX_DRAWS];
+  int64_t rounding;  // 1: stochastic into bf16 and fp16, 0: to nearest even
+  int64_t rounding_step;
+  int64_t rounding_index;
+  const float *scales;        // (draws, tensors)
+  const float *coefficients;  // (draws, tensors), momentum ops only
+  const float *alpha;         // (tensors,), momentum ops only
+  const float *beta;          // (tensors,), momentum ops only
+  const float *decay;         // (tensors,), or NULL for 1
+  int64_t threads;
+} lozo_call;
+
+// A factor of the noise contract, as noise.factor describes it.
+typedef struct lozo_factor {
+  uint64_t seed;
+  int64_t stream;  // 0 U, 1 V, 3 S
+  int64_t tensor_id;
+  int64_t draw;
+  int64_t direction;
+  int64_t row_offset;
+  int64_t rows;
+  int64_t rank;
+} lozo_factor;
+
+// The ops of ops.py; each returns a lozo_status, and changes nothing unless it is LOZO_OK.
+LOZO_EXPORT int lozo_cpu_lowrank_update(const lozo_tensor *tensors, int64_t count, const lozo_call *call);
+LOZO_EXPORT int lozo_cpu_dense_update(const lozo_tensor *tensors, int64_t count, const lozo_call *call);
+LOZO_EXPORT int lozo_cpu_lowrank_momentum(const lozo_tensor *tensors, int64_t count, const lozo_call *call);
+LOZO_EXPORT int lozo_cpu_dense_momentum(const lozo_tensor *tensors, int64_t count, const lozo_call *call);
+// seed, rank and threads of the call are used; draw_steps[0] is the window.
+LOZO_EXPORT int lozo_cpu_resample(const lozo_tensor *tensors, int64_t count, const lozo_call *call, int64_t reproject);
+
+// Writes fp32 (rows, rank) to out.
+LOZO_EXPORT int lozo_cpu_factor(const lozo_factor *factor, float *out);
+
+LOZO_EXPORT int64_t lozo_abi_version(void);
+
+// Instruction sets: those compiled in, best first, separated by spaces; whether this machine runs one; the one in use.
+LOZO_EXPORT const char *lozo_isa_list(void);
+LOZO_EXPORT int lozo_isa_supported(const char *name);
+LOZO_EXPORT const char *lozo_isa_name(void);
+// Switches to one, or with NULL to the best supported one.
+LOZO_EXPORT int lozo_set_isa(const char *name);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

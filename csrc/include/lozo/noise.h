@@ -1,0 +1,80 @@
+// The noise contract (lozo_kernels/noise.py), scalar, for host and device code.
+#ifndef LOZO_NOISE_H
+#define LOZO_NOISE_H
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define LOZO_FN static __host__ __device__ __forceinline__
+#else
+// Internal linkage: each instruction set keeps its own copy, so that none is merged into code for an older machine.
+#define LOZO_FN static inline
+#endif
+
+// Rounded operations that no compiler may contract; host code relies on -ffp-contract=off.
+#if defined(__CUDA_ARCH__)
+#define LOZO_MUL(a, b) __fmul_rn(a, b)
+#define LOZO_ADD(a, b) __fadd_rn(a, b)
+#else
+#define LOZO_MUL(a, b) ((a) * (b))
+#define LOZO_ADD(a, b) ((a) + (b))
+#endif
+
+namespace lozo {
+
+enum Stream : uint32_t { kStreamU = 0, kStreamV = 1, kStreamZ = 2, kStreamS = 3, kStreamRounding = 8 };
+
+constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
+
+// fp32 bit patterns of the polynomial, highest power first, and of 1.5 * 2^15, whose unit in the last place is 2^-8.
+constexpr uint32_t kNormalBits[4] = {0x207c3b8fu, 0xa9065b6eu, 0x31b0c331u, 0x3bd4a59cu};
+constexpr uint32_t kGridBits = 0x47400000u;
+constexpr float kGridStep = 1.0f / 256.0f;
+
+LOZO_FN float float_from_bits(uint32_t u) {
+  float f;
+  memcpy(&f, &u, sizeof f);
+  return f;
+}
+
+LOZO_FN uint32_t bits_from_float(float f) {
+  uint32_t u;
+  memcpy(&u, &f, sizeof u);
+  return u;
+}
+
+LOZO_FN uint32_t draw_word(Stream stream, int64_t draw) { return (uint32_t)stream << 28 | (uint32_t)draw; }
+
+// c1 of a factor's counters (index = k >> 2), or of a flat stream's (index = the counter's bits above 32).
+LOZO_FN uint32_t direction_word(int64_t index, int64_t direction) { return (uint32_t)index | (uint32_t)direction << 8; }
+
+LOZO_FN void philox(uint32_t c[4], uint64_t seed) {
+  uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = (uint64_t)kPhiloxM0 * c[0], b = (uint64_t)kPhiloxM1 * c[2];
+    c[0] = (uint32_t)(b >> 32) ^ c[1] ^ k0;
+    c[2] = (uint32_t)(a >> 32) ^ c[3] ^ k1;
+    c[1] = (uint32_t)b;
+    c[3] = (uint32_t)a;
+    k0 += kPhiloxW0;
+    k1 += kPhiloxW1;
+  }
+}
+
+LOZO_FN float normal(uint32_t w) {
+  const int sum = (int)((w & 255) + ((w >> 8) & 255) + ((w >> 16) & 255) + (w >> 24)) - 510;
+  const float x = (float)sum, q = LOZO_MUL(x, x);
+  float p = LOZO_MUL(q, float_from_bits(kNormalBits[0]));
+  p = LOZO_MUL(LOZO_ADD(p, float_from_bits(kNormalBits[1])), q);
+  p = LOZO_MUL(LOZO_ADD(p, float_from_bits(kNormalBits[2])), q);
+  return LOZO_MUL(x, LOZO_ADD(p, float_from_bits(kNormalBits[3])));
+}
+
+// The nearest multiple of 2^-8, counted in steps of 2^-8: the last bits of z + 1.5 * 2^15.
+LOZO_FN int grid_steps(float z) { return (int)(bits_from_float(LOZO_ADD(z, float_from_bits(kGridBits))) - kGridBits); }
+
+}  // namespace lozo
+
+#endif

@@ -1,0 +1,118 @@
+"""Makes the embedded model: ``python -m lozo_kernels.hf.demo.pretrain OUTPUT`` (a few minutes on two cores).
+
+Ordinary backpropagation with AdamW on stories (see language.py); the reviews of the task are not among them. The committed
+``model/`` folder next to this file is its output at the default settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from .language import LABEL_WORDS, story
+
+VOCABULARY = 640
+BLOCK = 64
+BATCH = 32
+
+
+def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer: any text can be encoded, and the words of the stories are mostly one token each."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def build_model(vocabulary: int) -> LlamaForCausalLM:
+    """An untrained Llama of some 280,000 parameters."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=80,
+        intermediate_size=216,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config)
+
+
+def blocks(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:
+    """All texts one after the other, each with its <s>, cut into rows of BLOCK tokens."""
+    ids = [i for row in tokenizer(list(texts))["input_ids"] for i in row]
+    return torch.tensor(ids[: len(ids) // BLOCK * BLOCK]).view(-1, BLOCK)
+
+
+def pretrain(output: Path, *, stories: int = 20_000, steps: int = 3_000, lr: float = 3e-3, seed: int = 0) -> float:
+    """Trains and saves the model; returns the loss per token on stories that it has not read."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    texts = [story(rng) for _ in range(stories)]
+    tokenizer = train_tokenizer(texts)
+    for word in LABEL_WORDS:
+        assert len(tokenizer(word, add_special_tokens=False)["input_ids"]) == 1, f"{word!r} is not one token"
+    rows = blocks(tokenizer, texts)
+    held_out, rows = rows[:100], rows[100:]
+    model = build_model(len(tokenizer))
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {rows.numel():,} tokens", file=sys.stderr)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1, betas=(0.9, 0.98))
+    warmup = steps // 20
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda t: min((t + 1) / warmup, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * t / steps)))
+    )
+    start = time.perf_counter()
+    for step in range(steps):
+        batch = rows[torch.randint(len(rows), (BATCH,))]
+        loss = model(input_ids=batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0:
+            print(f"step {step}  loss {loss.item():.4f}  {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    with torch.no_grad():
+        final = float(model.eval()(input_ids=held_out, labels=held_out).loss)
+    print(f"held-out loss {final:.4f}", file=sys.stderr)
+    model.to(torch.bfloat16).save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    return final
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the script."""
+    parser = argparse.ArgumentParser(description="pretrain the embedded model")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--steps", type=int, default=3_000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    pretrain(args.output, steps=args.steps, seed=args.seed)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -240,8 +240,24 @@ def test_counters_past_32_bits(op, rng):
             check(op, table, call, **(momentum_arguments(table, 2) if "momentum" in op else {}))
 
 
+@pytest.fixture(params=["torch", "own"])
+def whose_threads(request):
+    native.use_threads(request.param)
+    yield request.param
+    native.use_threads("torch")
+
+
+def test_torchs_openmp_runtime_is_found():
+    """Where torch says that it has one (a static one cannot be found, and own threads serve)."""
+    if "OpenMP not found" in torch.__config__.parallel_info() or sys.platform != "linux":
+        pytest.skip("this torch has no OpenMP runtime of its own to find")
+    assert native.openmp_path() is not None
+    with pytest.raises(ValueError, match="'torch' or 'own', not 'mine'"):
+        native.use_threads("mine")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_threads_do_not_matter(dtype, rng):
+def test_threads_do_not_matter(whose_threads, dtype, rng):
     native.set_isa(rng.choice(ISAS))
     shapes = [(1, 300, 3000), (2, 130, 70), (1, 1, 200_000), (1, 5000, 3)] + [(1, 20, 20)] * 20
     for rank in (0, 4):
@@ -265,7 +281,7 @@ def test_large_matrix_is_cut_into_tiles_rightly(rng):
     check("lowrank_update_", table, arguments(rng, table, 2))
 
 
-def test_two_python_threads_at_once(rng):
+def test_two_python_threads_at_once(whose_threads, rng):
     torch.set_num_threads(2)
     tables = [make_table(rng, torch.bfloat16, 4, shapes=[(1, 400, 1000)] * 3) for _ in range(4)]
     calls = [arguments(rng, table, 2) for table in tables]
@@ -290,7 +306,7 @@ def test_two_python_threads_at_once(rng):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_fork(rng):
+def test_fork(whose_threads, rng):
     """A child has none of the parent's threads and must not wait for them."""
     torch.set_num_threads(2)
     table = make_table(rng, torch.float32, 4, shapes=[(1, 600, 1000)])

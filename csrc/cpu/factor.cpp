@@ -13,8 +13,8 @@ void factor(const lozo_factor *f, float *out) {
   int32_t pairs[(LOZO_MAX_RANK / 2) * kRows];
   for (int64_t i = 0; i < f->rows; i += kRows) {
     const int64_t some = f->rows - i < kRows ? f->rows - i : kRows;
-    factor_pairs(pairs, kRows, f->seed, (Stream)f->stream, f->draw, f->direction, f->tensor_id, (uint64_t)(f->row_offset + i),
-                 some, rank);
+    factor_pairs(pairs, kRows, f->seed, (Stream)f->stream, f->draw, f->direction, f->tensor_id, (uint64_t)(f->row_offset + i), some,
+                 rank);
     for (int64_t row = 0; row < some; ++row)
       for (int k = 0; k < rank; ++k) {
         const int32_t pair = pairs[k / 2 * kRows + row];

@@ -1,5 +1,7 @@
 #include "threads.h"
 
+#include "lozo/abi.h"
+
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -79,14 +81,14 @@ class Team {
   // One caller at a time has the workers.
   std::mutex busy;
 
-  bool run(int threads, size_t scratch_bytes, Body body, void *context) {
+  void run(int threads, size_t scratch_bytes, Body body, void *context, char *scratch) {
     while (workers_ + 1 < threads && start_worker()) {
     }
     if (threads > workers_ + 1) threads = workers_ + 1;
-    for (int i = 0; i < threads; ++i)
-      if (!scratch_[i].reserve(scratch_bytes)) return false;
     body_ = body;
     context_ = context;
+    scratch_ = scratch;
+    scratch_bytes_ = scratch_bytes;
     running_.store(threads - 1, std::memory_order_relaxed);
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -96,14 +98,13 @@ class Team {
     wake_.notify_all();
     {
       DefaultFloatingPoint environment;
-      body(context, scratch_[0].data());
+      body(context, scratch);
     }
     for (int spin = 0; running_.load(std::memory_order_acquire) > 0 && spin < kSpins; ++spin) pause_briefly();
     if (running_.load(std::memory_order_acquire) > 0) {
       std::unique_lock<std::mutex> lock(mutex_);
       done_.wait(lock, [this] { return running_.load(std::memory_order_acquire) == 0; });
     }
-    return true;
   }
 
  private:
@@ -135,7 +136,7 @@ class Team {
         mine = slot <= wanted_;
       }
       if (!mine) continue;
-      body_(context_, scratch_[slot].data());
+      body_(context_, scratch_ + slot * scratch_bytes_);
       if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
         std::lock_guard<std::mutex> lock(mutex_);
         done_.notify_one();
@@ -151,15 +152,26 @@ class Team {
   int workers_ = 0;
   Body body_ = nullptr;
   void *context_ = nullptr;
-  Buffer scratch_[kMaxThreads];
+  char *scratch_ = nullptr;
+  size_t scratch_bytes_ = 0;
 };
 
 // Never destroyed: workers may outlive main(). A forked child has no workers, so it forgets the team and makes its own.
 std::atomic<Team *> team{nullptr};
 
-Team &current_team() {
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { team.store(nullptr); });
+// GOMP_parallel of the OpenMP runtime at hand, or null. Its threads do not survive a fork either, and it would wait for them.
+using Parallel = void (*)(void (*function)(void *), void *data, unsigned threads, unsigned flags);
+std::atomic<Parallel> openmp{nullptr};
+
+void forget_threads_in_children() {
+  static const int registered = pthread_atfork(nullptr, nullptr, [] {
+    team.store(nullptr);
+    openmp.store(nullptr);
+  });
   (void)registered;
+}
+
+Team &current_team() {
   Team *existing = team.load();
   if (existing) return *existing;
   Team *made = new Team;
@@ -168,22 +180,47 @@ Team &current_team() {
   return *existing;
 }
 
-bool run_alone(size_t scratch_bytes, Body body, void *context) {
-  Buffer scratch;
-  if (!scratch.reserve(scratch_bytes)) return false;
+struct Region {
+  Body body;
+  void *context;
+  char *scratch;
+  size_t scratch_bytes;
+  std::atomic<int> slot{0};
+};
+
+void run_region(void *data) {
+  Region &region = *static_cast<Region *>(data);
   DefaultFloatingPoint environment;
-  body(context, scratch.data());
-  return true;
+  region.body(region.context, region.scratch + region.slot.fetch_add(1) * region.scratch_bytes);
 }
 
 }  // namespace
 
 bool run_on_team(int64_t threads, size_t scratch_bytes, Body body, void *context) {
-  if (threads <= 1) return run_alone(scratch_bytes, body, context);
-  Team &t = current_team();
-  std::unique_lock<std::mutex> lock(t.busy, std::try_to_lock);
-  if (!lock.owns_lock()) return run_alone(scratch_bytes, body, context);
-  return t.run(threads < kMaxThreads ? (int)threads : kMaxThreads, scratch_bytes, body, context);
+  static thread_local Buffer buffer;
+  forget_threads_in_children();
+  threads = threads < 1 ? 1 : threads > kMaxThreads ? kMaxThreads : threads;
+  scratch_bytes = (scratch_bytes + 63) / 64 * 64;
+  if (!buffer.reserve(threads * scratch_bytes)) return false;
+  const Parallel parallel = openmp.load();
+  if (parallel && threads > 1) {
+    Region region{body, context, buffer.data(), scratch_bytes};
+    parallel(run_region, &region, (unsigned)threads, 0);
+    return true;
+  }
+  if (threads > 1) {
+    Team &t = current_team();
+    std::unique_lock<std::mutex> lock(t.busy, std::try_to_lock);
+    if (lock.owns_lock()) {
+      t.run((int)threads, scratch_bytes, body, context, buffer.data());
+      return true;
+    }
+  }
+  DefaultFloatingPoint environment;
+  body(context, buffer.data());
+  return true;
 }
 
 }  // namespace lozo
+
+extern "C" void lozo_use_openmp(void *gomp_parallel) { lozo::openmp.store(reinterpret_cast<lozo::Parallel>(gomp_parallel)); }

@@ -1,4 +1,4 @@
-// A team of threads for the whole process; compiled once, for every machine.
+// The threads that share a call: those of the OpenMP runtime that lozo_use_openmp named, else a team of our own.
 #ifndef LOZO_THREADS_H
 #define LOZO_THREADS_H
 

@@ -171,6 +171,40 @@ def set_isa(name: str | None) -> None:
     _choose(_load(), name or os.environ.get("LOZO_KERNELS_ISA") or None)
 
 
+def openmp_path() -> Path | None:
+    """The OpenMP runtime that torch computes with, or None if it cannot be told."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    mapped = {Path(line.split(None, 5)[5]) for line in lines if "/" in line}
+    runtimes = [path for path in mapped if path.name.startswith(("libgomp", "libiomp5", "libomp"))]
+    packages = Path(torch.__file__).resolve().parent.parent
+    # Other packages bring a runtime of their own; torch's lies in its folder, or in torch.libs beside it.
+    of_torch = [p for p in runtimes if any(p.is_relative_to(packages / name) for name in ("torch", "torch.libs"))]
+    candidates = of_torch or runtimes
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def use_threads(whose: str) -> None:
+    """Whose threads the kernels run on: "torch" (its OpenMP runtime; own ones if that cannot be found) or "own".
+
+    Torch's are the default: after an operator of torch they are awake, and threads of our own would compete with them.
+    """
+    if whose not in ("torch", "own"):
+        raise ValueError(f"threads are 'torch' or 'own', not {whose!r}")
+    _load().lozo_use_openmp(_gomp_parallel() if whose == "torch" else None)
+
+
+@functools.cache
+def _gomp_parallel() -> int | None:
+    path = openmp_path()
+    try:
+        return None if path is None else ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
+
+
 def _library() -> ctypes.CDLL:
     """The library with an instruction set chosen."""
     library = _load()
@@ -190,6 +224,9 @@ def _load() -> ctypes.CDLL:
     if version != ABI_VERSION:
         raise RuntimeError(f"{path} has ABI version {version}, this package needs {ABI_VERSION}; rebuild it")
     library.lozo_isa_list.restype = library.lozo_isa_name.restype = ctypes.c_char_p
+    library.lozo_use_openmp.argtypes = (ctypes.c_void_p,)
+    library.lozo_use_openmp.restype = None
+    library.lozo_use_openmp(_gomp_parallel())
     library.lozo_isa_supported.argtypes = library.lozo_set_isa.argtypes = (ctypes.c_char_p,)
     pointers = (ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(_Call))
     for op in ("lowrank_update", "dense_update", "lowrank_momentum", "dense_momentum"):

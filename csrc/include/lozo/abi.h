@@ -79,6 +79,10 @@ LOZO_EXPORT int lozo_cpu_resample(const lozo_tensor *tensors, int64_t count, con
 // Writes fp32 (rows, rank) to out.
 LOZO_EXPORT int lozo_cpu_factor(const lozo_factor *factor, float *out);
 
+// Runs further calls on the threads of an OpenMP runtime that is loaded already (the address of its GOMP_parallel): the caller's
+// framework keeps them awake and warm, and a second team would compete with them. NULL, or a fork: own threads.
+LOZO_EXPORT void lozo_use_openmp(void *gomp_parallel);
+
 LOZO_EXPORT int64_t lozo_abi_version(void);
 
 // Instruction sets: those compiled in, best first, separated by spaces; whether this machine runs one; the one in use.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import threading
 import weakref
@@ -285,9 +286,9 @@ class Handle:
         if slot.kind == "dense":
             z = noise.dense(seed, x.numel(), slot.tensor_id, step, direction=direction, device=x.device)
             return z.view(slot.parameter.shape)
-        where = {"device": x.device, "backend": choose_backend(x.device, self.config.backend).backend}
-        u = ops.factor(seed, batch * rows, rank, slot.tensor_id, Draw(step, direction), **where)
-        v = ops.factor(seed, batch * cols, rank, slot.tensor_id, Draw(step // self.config.interval), stream="V", **where)
+        make = functools.partial(ops.factor, device=x.device, backend=choose_backend(x.device, self.config.backend).backend)
+        u = make(seed, batch * rows, rank, slot.tensor_id, Draw(step, direction))
+        v = make(seed, batch * cols, rank, slot.tensor_id, Draw(step // self.config.interval), stream="V")
         product = reference.low_rank_product(u.view(batch, rows, rank), v.view(batch, cols, rank).transpose(1, 2))
         return (product * self.config.perturb_factor).view(slot.parameter.shape)
 

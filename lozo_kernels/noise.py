@@ -217,7 +217,9 @@ def _flat_words(
         yield slice(lo - offset, hi - offset), values.view(-1)[lo - start * per : hi - start * per]
 
 
-def check_factor(seed: int, rows: int, rank: int, tensor_id: int, draw: int, *, stream: str, row_offset: int, direction: int) -> None:
+def check_factor(
+    seed: int, rows: int, rank: int, tensor_id: int, draw: int, *, stream: str, row_offset: int, direction: int
+) -> None:
     """Raises ValueError for coordinates of a factor that are out of range."""
     if stream not in ("U", "V", "S"):
         raise ValueError(f"stream is 'U', 'V' or 'S', not {stream!r}")

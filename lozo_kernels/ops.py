@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .noise import MAX_DIRECTION, MAX_DRAW, check_factor
-from .registry import Backend, Draw, Rounding, choose_backend
+from .registry import Backend, Draw, Momentum, Rounding, Update, choose_backend
 from .table import TensorTable
 
 Scalars = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
@@ -48,8 +48,7 @@ def lowrank_update_(
         ValueError: an argument is out of range or of the wrong shape.
     """
     _check_kind(table, low_rank=True, momentum=False)
-    scales = _prepare(table, seed, draws, scales, rounding)
-    _pick(table, backend).lowrank_update_(table, seed, draws, scales, _per_tensor(table, decay, "decay"), rounding)
+    _pick(table, backend).lowrank_update_(table, _update(table, seed, draws, scales, decay, rounding))
 
 
 def dense_update_(
@@ -64,8 +63,7 @@ def dense_update_(
 ) -> None:
     """X <- decay * X + sum over draws of scale * Z (MeZO). Arguments as :func:`lowrank_update_`; a table without V."""
     _check_kind(table, low_rank=False, momentum=False)
-    scales = _prepare(table, seed, draws, scales, rounding)
-    _pick(table, backend).dense_update_(table, seed, draws, scales, _per_tensor(table, decay, "decay"), rounding)
+    _pick(table, backend).dense_update_(table, _update(table, seed, draws, scales, decay, rounding))
 
 
 def lowrank_momentum_(
@@ -92,16 +90,8 @@ def lowrank_momentum_(
         seed, scales, decay, rounding, backend: as in :func:`lowrank_update_`.
     """
     _check_kind(table, low_rank=True, momentum=True)
-    scales = _prepare(table, seed, draws, scales, rounding)
-    _pick(table, backend).lowrank_momentum_(
-        table,
-        seed,
-        draws,
-        scales,
-        *_momentum_scalars(table, draws, coefficients, alpha, beta),
-        _per_tensor(table, decay, "decay"),
-        rounding,
-    )
+    update = _update(table, seed, draws, scales, decay, rounding)
+    _pick(table, backend).lowrank_momentum_(table, update, _momentum(table, draws, coefficients, alpha, beta))
 
 
 def dense_momentum_(
@@ -122,16 +112,8 @@ def dense_momentum_(
     Arguments as :func:`lowrank_momentum_`, for a table without V; M is ``table.n``.
     """
     _check_kind(table, low_rank=False, momentum=True)
-    scales = _prepare(table, seed, draws, scales, rounding)
-    _pick(table, backend).dense_momentum_(
-        table,
-        seed,
-        draws,
-        scales,
-        *_momentum_scalars(table, draws, coefficients, alpha, beta),
-        _per_tensor(table, decay, "decay"),
-        rounding,
-    )
+    update = _update(table, seed, draws, scales, decay, rounding)
+    _pick(table, backend).dense_momentum_(table, update, _momentum(table, draws, coefficients, alpha, beta))
 
 
 def resample_(table: TensorTable, *, seed: int, window: int, reproject: bool = False, backend: Backend | None = None) -> None:
@@ -196,7 +178,9 @@ def _check_range(name: str, value: int, bound: int) -> None:
         raise ValueError(f"{name} is 0 to {bound - 1}, not {value}")
 
 
-def _prepare(table: TensorTable, seed: int, draws: Sequence[Draw], scales: Scalars, rounding: Rounding | None) -> Tensor:
+def _update(
+    table: TensorTable, seed: int, draws: Sequence[Draw], scales: Scalars, decay: Scalars | None, rounding: Rounding | None
+) -> Update:
     _check_range("seed", seed, 1 << 64)
     if not 1 <= len(draws) <= MAX_DRAWS:
         raise ValueError(f"an op takes 1 to {MAX_DRAWS} draws, not {len(draws)}")
@@ -206,21 +190,21 @@ def _prepare(table: TensorTable, seed: int, draws: Sequence[Draw], scales: Scala
     if rounding is not None:
         _check_range("rounding step", rounding.step, MAX_DRAW)
         _check_range("rounding index", rounding.index, MAX_DIRECTION)
-    return _broadcast(scales, (len(draws), len(table)), table.device, "scales")
+    return Update(
+        seed,
+        draws,
+        _broadcast(scales, (len(draws), len(table)), table.device, "scales"),
+        None if decay is None else _broadcast(decay, (len(table),), table.device, "decay"),
+        rounding,
+    )
 
 
-def _momentum_scalars(
-    table: TensorTable, draws: Sequence[Draw], coefficients: Scalars, alpha: Scalars, beta: Scalars
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
+def _momentum(table: TensorTable, draws: Sequence[Draw], coefficients: Scalars, alpha: Scalars, beta: Scalars) -> Momentum:
+    return Momentum(
         _broadcast(coefficients, (len(draws), len(table)), table.device, "coefficients"),
         _broadcast(alpha, (len(table),), table.device, "alpha"),
         _broadcast(beta, (len(table),), table.device, "beta"),
     )
-
-
-def _per_tensor(table: TensorTable, value: Scalars | None, name: str) -> Tensor | None:
-    return None if value is None else _broadcast(value, (len(table),), table.device, name)
 
 
 def _broadcast(value: Scalars, shape: tuple[int, ...], device: torch.device, name: str) -> Tensor:

@@ -29,56 +29,55 @@ class Rounding:
     index: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """One pass over the weights. Tensors are contiguous fp32 on the table's device.
+
+    Attributes:
+        seed: 64-bit seed of the run.
+        draws: one or two.
+        scales: (draws, tensors).
+        decay: (tensors,), or None for 1.
+        rounding: None for to nearest even.
+    """
+
+    seed: int
+    draws: Sequence[Draw]
+    scales: Tensor
+    decay: Tensor | None
+    rounding: Rounding | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Momentum:
+    """What a pass does with momentum besides: coefficients (draws, tensors), alpha and beta (tensors,), as in :class:`Update`."""
+
+    coefficients: Tensor
+    alpha: Tensor
+    beta: Tensor
+
+
 class Backend(Protocol):
-    """The ops on one kind of device. Arguments arrive checked (see ops.py, which documents every op) and normalised:
-    ``scales`` and ``coefficients`` are (draws, tensors), the others (tensors,), all contiguous fp32 on the table's device."""
+    """The ops on one kind of device; ops.py documents each. Arguments arrive checked."""
 
     name: str
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot serve the device, or None if it can."""
 
-    def lowrank_update_(
-        self, table: TensorTable, seed: int, draws: Sequence[Draw], scales: Tensor, decay: Tensor | None, rounding: Rounding | None
-    ) -> None: ...
+    def lowrank_update_(self, table: TensorTable, update: Update) -> None: ...
 
-    def dense_update_(
-        self, table: TensorTable, seed: int, draws: Sequence[Draw], scales: Tensor, decay: Tensor | None, rounding: Rounding | None
-    ) -> None: ...
+    def dense_update_(self, table: TensorTable, update: Update) -> None: ...
 
-    def lowrank_momentum_(
-        self,
-        table: TensorTable,
-        seed: int,
-        draws: Sequence[Draw],
-        scales: Tensor,
-        coefficients: Tensor,
-        alpha: Tensor,
-        beta: Tensor,
-        decay: Tensor | None,
-        rounding: Rounding | None,
-    ) -> None: ...
+    def lowrank_momentum_(self, table: TensorTable, update: Update, momentum: Momentum) -> None: ...
 
-    def dense_momentum_(
-        self,
-        table: TensorTable,
-        seed: int,
-        draws: Sequence[Draw],
-        scales: Tensor,
-        coefficients: Tensor,
-        alpha: Tensor,
-        beta: Tensor,
-        decay: Tensor | None,
-        rounding: Rounding | None,
-    ) -> None: ...
+    def dense_momentum_(self, table: TensorTable, update: Update, momentum: Momentum) -> None: ...
 
     def resample_(self, table: TensorTable, seed: int, window: int, reproject: bool) -> None: ...
 
     def factor(
         self, seed: int, rows: int, rank: int, tensor_id: int, draw: Draw, *, stream: str, row_offset: int, device: torch.device
-    ) -> Tensor:
-        """:func:`noise.factor` as this backend makes it: (rows, rank) fp32 on the device."""
-        ...
+    ) -> Tensor: ...
 
 
 _BACKENDS: dict[str, Backend] = {}

@@ -152,7 +152,7 @@ def test_changed_shape_or_dtype_is_an_error():
     with pytest.raises(ValueError, match=r"'weight' was \(3, 3\), now is \(4, 3\)"):
         handle.perturb_(0, 1.0)
     model.weight.data = torch.zeros(3, 3, dtype=torch.float64)
-    with pytest.raises(TypeError, match="'weight' is torch.float64"):
+    with pytest.raises(TypeError, match=r"'weight' is torch.float64"):
         handle.perturb_(0, 1.0)
     assert not model.weight.any()
 
@@ -319,5 +319,3 @@ def test_versions_of_changed_tensors_grow(backend):
     patch(model, backend=backend.name).perturb_(0, 1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-

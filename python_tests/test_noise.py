@@ -40,9 +40,7 @@ def test_committed_vectors(vector):
 
 def test_philox_known_answer():
     # From the Random123 distribution (kat_vectors): counter and key of the digits of pi.
-    words = noise.philox(
-        0x299F31D0A4093822, torch.tensor([0x243F6A88]), 0x85A308D3, 0x13198A2E, 0x03707344
-    )
+    words = noise.philox(0x299F31D0A4093822, torch.tensor([0x243F6A88]), 0x85A308D3, 0x13198A2E, 0x03707344)
     assert [hex(w) for w in words[0].tolist()] == ["0xd16cfe09", "0x94fdcceb", "0x5001e420", "0x24126ea1"]
 
 
@@ -69,11 +67,11 @@ def implementations():
         yield from (("native", isa) for isa in native.supported_isas())
 
 
-@pytest.mark.parametrize(("name", "isa"), implementations())
+@pytest.mark.parametrize(("name", "isa"), list(implementations()))
 @settings(max_examples=25, deadline=None)
 @given(seeds, ids, draws, directions, st.integers(1, 64), st.integers(1, 300), st.integers(0, 2**31))
 def test_backends_regenerate_the_specification(name, isa, seed, tid, draw, direction, rank, rows, offset):
-    """What the ops add to zeros is U, V and Z themselves, on every backend and instruction set; and so are factors by themselves."""
+    """What the ops add to zeros is U, V and Z themselves, on every backend and instruction set; and factors are."""
     backend = NATIVE if name == "native" else EagerBackend()
     if isa:
         native.set_isa(isa)

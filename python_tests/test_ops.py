@@ -75,7 +75,9 @@ def test_dense_update(rng, backend, draws):
         zs = [dense_noise(table, t, call["seed"], d) for d in call["draws"]]
         return reference.dense_update(table.x[t], zs, list(call["scales"][:, t]), at(call["decay"], t), dtype=F64)
 
-    check_close(case, before, expected, lambda table, t: table.x[t].double().abs() + 10 * call["scales"][:, t].abs().sum(), 2 + 3 * draws)
+    check_close(
+        case, before, expected, lambda table, t: table.x[t].double().abs() + 10 * call["scales"][:, t].abs().sum(), 2 + 3 * draws
+    )
     gaps_untouched(case, before)
 
 
@@ -96,7 +98,7 @@ def test_lowrank_momentum(rng, backend, rank, draws):
         return reference.apply_momentum(y, reference.momentum_product(n, table.v[t], dtype=F64), call["alpha"][t])
 
     def magnitude(table, t):
-        n, us = expected_n(table, t)
+        n, _ = expected_n(table, t)
         size = (n.abs() + 10) @ table.v[t].double().abs() * call["alpha"][t].abs()
         scale = call["scales"][:, t].abs().sum()
         return table.x[t].double().abs() + (rank + 4) * size + scale * 25 * rank
@@ -271,5 +273,3 @@ def test_bad_calls(call, message):
 
 def test_empty_table(backend):
     ops.dense_update_(TensorTable([], []), seed=0, draws=[Draw(0)], scales=1.0, backend=backend)
-
-

@@ -193,7 +193,12 @@ def test_resumes_bit_for_bit(backend, method, shape):
 def test_state_of_another_run_is_refused():
     model, other = nn.Linear(3, 3), nn.Linear(3, 3)
     state = make("lozo", model).state_dict()
-    for options, differing in (({"rank": 4}, "rank"), ({"seed": 6}, "seed"), ({"eps": 1e-2}, "eps"), ({"momentum": 0.5}, "momentum")):
+    for options, differing in (
+        ({"rank": 4}, "rank"),
+        ({"seed": 6}, "seed"),
+        ({"eps": 1e-2}, "eps"),
+        ({"momentum": 0.5}, "momentum"),
+    ):
         optimizer = make("lozo", other, **options)
         with pytest.raises(ValueError, match=f"differing: {differing}"):
             optimizer.load_state_dict(state)
@@ -377,7 +382,7 @@ def test_bad_options_change_nothing(options, error, message):
 
 def test_every_patched_parameter_needs_a_group():
     model = nn.Linear(3, 3)
-    with pytest.raises(ValueError, match="trains 1 parameters that are in no group, e.g. 'bias'"):
+    with pytest.raises(ValueError, match=r"trains 1 parameters that are in no group, e.g. 'bias'"):
         LOZO(model, [model.weight])
     assert handle_of(model) is None
 

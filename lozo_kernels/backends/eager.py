@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from .. import noise, reference
-from ..registry import Draw, Rounding
+from ..registry import Draw, Momentum, Update
 from ..table import TensorTable
 
 
@@ -20,61 +20,35 @@ class EagerBackend:
     def unavailable(self, device: torch.device) -> str | None:
         return "there is no storage to change" if device.type == "meta" else None
 
-    def lowrank_update_(
-        self, table: TensorTable, seed: int, draws: Sequence[Draw], scales: Tensor, decay: Tensor | None, rounding: Rounding | None
-    ) -> None:
+    def lowrank_update_(self, table: TensorTable, update: Update) -> None:
         assert table.v is not None
         for t in _tensors(table):
-            us = [row_factor(table, t, seed, d) for d in draws]
-            y = reference.lowrank_update(table.x[t], table.v[t], us, list(scales[:, t]), _at(decay, t))
-            _store(table, t, y, seed, rounding)
+            us = [row_factor(table, t, update.seed, d) for d in update.draws]
+            y = reference.lowrank_update(table.x[t], table.v[t], us, list(update.scales[:, t]), _decay(update, t))
+            _store(table, t, y, update)
 
-    def dense_update_(
-        self, table: TensorTable, seed: int, draws: Sequence[Draw], scales: Tensor, decay: Tensor | None, rounding: Rounding | None
-    ) -> None:
+    def dense_update_(self, table: TensorTable, update: Update) -> None:
         for t in _tensors(table):
-            zs = [dense_noise(table, t, seed, d) for d in draws]
-            y = reference.dense_update(table.x[t], zs, list(scales[:, t]), _at(decay, t))
-            _store(table, t, y, seed, rounding)
+            zs = [dense_noise(table, t, update.seed, d) for d in update.draws]
+            y = reference.dense_update(table.x[t], zs, list(update.scales[:, t]), _decay(update, t))
+            _store(table, t, y, update)
 
-    def lowrank_momentum_(
-        self,
-        table: TensorTable,
-        seed: int,
-        draws: Sequence[Draw],
-        scales: Tensor,
-        coefficients: Tensor,
-        alpha: Tensor,
-        beta: Tensor,
-        decay: Tensor | None,
-        rounding: Rounding | None,
-    ) -> None:
+    def lowrank_momentum_(self, table: TensorTable, update: Update, momentum: Momentum) -> None:
         assert table.v is not None and table.n is not None
         for t in _tensors(table):
-            us = [row_factor(table, t, seed, d) for d in draws]
-            table.n[t].copy_(reference.momentum(table.n[t], us, list(coefficients[:, t]), beta[t]))
-            y = reference.lowrank_update(table.x[t], table.v[t], us, list(scales[:, t]), _at(decay, t))
-            y = reference.apply_momentum(y, reference.momentum_product(table.n[t], table.v[t]), alpha[t])
-            _store(table, t, y, seed, rounding)
+            us = [row_factor(table, t, update.seed, d) for d in update.draws]
+            table.n[t].copy_(reference.momentum(table.n[t], us, list(momentum.coefficients[:, t]), momentum.beta[t]))
+            y = reference.lowrank_update(table.x[t], table.v[t], us, list(update.scales[:, t]), _decay(update, t))
+            y = reference.apply_momentum(y, reference.momentum_product(table.n[t], table.v[t]), momentum.alpha[t])
+            _store(table, t, y, update)
 
-    def dense_momentum_(
-        self,
-        table: TensorTable,
-        seed: int,
-        draws: Sequence[Draw],
-        scales: Tensor,
-        coefficients: Tensor,
-        alpha: Tensor,
-        beta: Tensor,
-        decay: Tensor | None,
-        rounding: Rounding | None,
-    ) -> None:
+    def dense_momentum_(self, table: TensorTable, update: Update, momentum: Momentum) -> None:
         assert table.n is not None
         for t in _tensors(table):
-            zs = [dense_noise(table, t, seed, d) for d in draws]
-            table.n[t].copy_(reference.momentum(table.n[t], zs, list(coefficients[:, t]), beta[t]))
-            y = reference.dense_update(table.x[t], zs, list(scales[:, t]), _at(decay, t))
-            _store(table, t, reference.apply_momentum(y, table.n[t], alpha[t]), seed, rounding)
+            zs = [dense_noise(table, t, update.seed, d) for d in update.draws]
+            table.n[t].copy_(reference.momentum(table.n[t], zs, list(momentum.coefficients[:, t]), momentum.beta[t]))
+            y = reference.dense_update(table.x[t], zs, list(update.scales[:, t]), _decay(update, t))
+            _store(table, t, reference.apply_momentum(y, table.n[t], momentum.alpha[t]), update)
 
     def resample_(self, table: TensorTable, seed: int, window: int, reproject: bool) -> None:
         assert table.v is not None
@@ -147,16 +121,16 @@ def _tensors(table: TensorTable) -> Iterator[int]:
     return (t for t in range(len(table)) if table.x[t].numel())
 
 
-def _at(scalars: Tensor | None, t: int) -> Tensor | None:
-    return None if scalars is None else scalars[t]
+def _decay(update: Update, t: int) -> Tensor | None:
+    return None if update.decay is None else update.decay[t]
 
 
-def _store(table: TensorTable, t: int, y: Tensor, seed: int, rounding: Rounding | None) -> None:
-    x = table.x[t]
+def _store(table: TensorTable, t: int, y: Tensor, update: Update) -> None:
+    x, rounding = table.x[t], update.rounding
     if rounding is None or x.dtype == torch.float32:
         x.copy_(reference.round_nearest(y, x.dtype))
         return
     bits = _flat(table, t, lambda numel, offset: noise.rounding_bits(
-        seed, numel, table.tensor_ids[t], rounding.step, offset=offset, direction=rounding.index, device=table.device
+        update.seed, numel, table.tensor_ids[t], rounding.step, offset=offset, direction=rounding.index, device=table.device
     ))  # fmt: skip
     x.copy_(reference.round_stochastic(y, bits, x.dtype))

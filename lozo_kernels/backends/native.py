@@ -5,14 +5,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..noise import STREAMS
-from ..registry import Draw, Rounding
+from ..registry import Draw, Momentum, Update
 from ..table import DTYPES, TensorTable
 
 ABI_VERSION = 1
@@ -79,56 +79,29 @@ class NativeBackend:
             return str(error)
         return None
 
-    def lowrank_update_(
-        self, table: TensorTable, seed: int, draws: Sequence[Draw], scales: Tensor, decay: Tensor | None, rounding: Rounding | None
-    ) -> None:
-        call = _call(table, seed, draws, rounding, scales=scales, decay=decay)
-        _run("lozo_cpu_lowrank_update", table, call)
+    def lowrank_update_(self, table: TensorTable, update: Update) -> None:
+        _run("lozo_cpu_lowrank_update", table, _call(table, update))
         torch.autograd.graph.increment_version(table.x)
 
-    def dense_update_(
-        self, table: TensorTable, seed: int, draws: Sequence[Draw], scales: Tensor, decay: Tensor | None, rounding: Rounding | None
-    ) -> None:
-        call = _call(table, seed, draws, rounding, scales=scales, decay=decay)
-        _run("lozo_cpu_dense_update", table, call)
+    def dense_update_(self, table: TensorTable, update: Update) -> None:
+        _run("lozo_cpu_dense_update", table, _call(table, update))
         torch.autograd.graph.increment_version(table.x)
 
-    def lowrank_momentum_(
-        self,
-        table: TensorTable,
-        seed: int,
-        draws: Sequence[Draw],
-        scales: Tensor,
-        coefficients: Tensor,
-        alpha: Tensor,
-        beta: Tensor,
-        decay: Tensor | None,
-        rounding: Rounding | None,
-    ) -> None:
-        call = _call(table, seed, draws, rounding, scales=scales, coefficients=coefficients, alpha=alpha, beta=beta, decay=decay)
-        _run("lozo_cpu_lowrank_momentum", table, call)
-        torch.autograd.graph.increment_version((*table.x, *(table.n or ())))
+    def lowrank_momentum_(self, table: TensorTable, update: Update, momentum: Momentum) -> None:
+        assert table.n is not None
+        _run("lozo_cpu_lowrank_momentum", table, _call(table, update, momentum))
+        torch.autograd.graph.increment_version((*table.x, *table.n))
 
-    def dense_momentum_(
-        self,
-        table: TensorTable,
-        seed: int,
-        draws: Sequence[Draw],
-        scales: Tensor,
-        coefficients: Tensor,
-        alpha: Tensor,
-        beta: Tensor,
-        decay: Tensor | None,
-        rounding: Rounding | None,
-    ) -> None:
-        call = _call(table, seed, draws, rounding, scales=scales, coefficients=coefficients, alpha=alpha, beta=beta, decay=decay)
-        _run("lozo_cpu_dense_momentum", table, call)
-        torch.autograd.graph.increment_version((*table.x, *(table.n or ())))
+    def dense_momentum_(self, table: TensorTable, update: Update, momentum: Momentum) -> None:
+        assert table.n is not None
+        _run("lozo_cpu_dense_momentum", table, _call(table, update, momentum))
+        torch.autograd.graph.increment_version((*table.x, *table.n))
 
     def resample_(self, table: TensorTable, seed: int, window: int, reproject: bool) -> None:
-        call = _call(table, seed, [Draw(window)], None)
+        assert table.v is not None
+        call = _Call(seed=seed, rank=table.rank, num_draws=1, draw_steps=(window,), threads=torch.get_num_threads())
         _run("lozo_cpu_resample", table, call, ctypes.c_int64(reproject))
-        torch.autograd.graph.increment_version((*(table.v or ()), *(table.n or ())) if reproject else table.v or ())
+        torch.autograd.graph.increment_version((*table.v, *(table.n or ())) if reproject else table.v)
 
     def factor(
         self, seed: int, rows: int, rank: int, tensor_id: int, draw: Draw, *, stream: str, row_offset: int, device: torch.device
@@ -261,15 +234,17 @@ def _run(function: str, table: TensorTable, call: _Call, *more: object) -> None:
         raise _STATUS[status](function)
 
 
-def _call(table: TensorTable, seed: int, draws: Sequence[Draw], rounding: Rounding | None, **scalars: Tensor | None) -> _Call:
-    call = _Call(seed=seed, rank=table.rank, num_draws=len(draws), threads=torch.get_num_threads())
-    for d, draw in enumerate(draws):
+def _call(table: TensorTable, update: Update, momentum: Momentum | None = None) -> _Call:
+    """The arguments as C takes them; the caller keeps ``update`` and ``momentum``, whose memory they point to."""
+    call = _Call(seed=update.seed, rank=table.rank, num_draws=len(update.draws), threads=torch.get_num_threads())
+    for d, draw in enumerate(update.draws):
         call.draw_steps[d], call.directions[d] = draw.step, draw.direction
-    if rounding is not None:
-        call.rounding, call.rounding_step, call.rounding_index = 1, rounding.step, rounding.index
-    for name, value in scalars.items():
-        setattr(call, name, None if value is None else value.data_ptr())
-    call.keep_alive = scalars
+    if update.rounding is not None:
+        call.rounding, call.rounding_step, call.rounding_index = 1, update.rounding.step, update.rounding.index
+    call.scales = update.scales.data_ptr()
+    call.decay = None if update.decay is None else update.decay.data_ptr()
+    if momentum is not None:
+        call.coefficients, call.alpha, call.beta = (x.data_ptr() for x in (momentum.coefficients, momentum.alpha, momentum.beta))
     return call
 
 

@@ -75,7 +75,7 @@ class NativeBackend:
             return "it serves cpu only"
         try:
             _library()
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, AttributeError) as error:
             return str(error)
         return None
 

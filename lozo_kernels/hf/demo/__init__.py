@@ -1,0 +1,6 @@
+"""The embedded default: a small pretrained model, the language that it knows, and a task that it does not."""
+
+from pathlib import Path
+
+MODEL = Path(__file__).parent / "model"
+"""Folder of the embedded model; ``pretrain.py`` made it."""

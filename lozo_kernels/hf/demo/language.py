@@ -83,7 +83,8 @@ def story(rng: random.Random) -> str:
     """One short story: a visit and its visitor's reaction, or a talk about the weather."""
     name, friend = rng.sample(NAMES, 2)
     if rng.random() < 0.25:
-        return f"{name} asked {friend} on {rng.choice(DAYS)}: is it {rng.choice(WEATHER)}? {rng.choice(('yes', 'no'))}, said {friend}."
+        question = f"{name} asked {friend} on {rng.choice(DAYS)}: is it {rng.choice(WEATHER)}?"
+        return f"{question} {rng.choice(('yes', 'no'))}, said {friend}."
     place = rng.choice(list(PLACES))
     good = rng.random() < 0.5
     opening = f"{name} went to the {rng.choice(PLACE_TRAITS)} {place} on {rng.choice(DAYS)}."

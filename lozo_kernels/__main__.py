@@ -1,0 +1,8 @@
+"""``python -m lozo_kernels`` is the command ``lozo-kernels``."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""A whole run: data, model, evaluation, training, evaluation, reports."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..registry import choose_backend
+from .compare import compare
+from .data import Example, load_data
+from .errors import InputError, require
+from .measure import peak_memory
+from .models import load_model, open_checkpoint, pick_device
+from .objectives import OBJECTIVES, Encoded, Objective, choose_objective
+from .records import MetricsLog, to_json
+from .report import Run, plot, summarize
+from .settings import Settings
+from .train import BatchSampler, build_optimizer, eval_batch_size, evaluate, train
+
+
+def finetune(settings: Settings, *, command: str = "", quiet: bool = False) -> dict[str, Any]:
+    """Runs the settings and leaves model, metrics, plot and summary in their output folder.
+
+    Args:
+        settings: resolved here.
+        command: how this run was asked for, for the summary.
+        quiet: no progress on stderr.
+
+    Returns:
+        The summary, see :func:`lozo_kernels.hf.report.summarize`. Its "stopped" is None if all steps were taken.
+
+    Raises:
+        InputError: something that the user can put right, before any training.
+        KeyboardInterrupt: before the first step; later ones end the training and everything is saved.
+    """
+    settings = settings.resolved()
+    with _threads(settings.threads):
+        return _run(settings, command, quiet)
+
+
+def _run(settings: Settings, command: str, quiet: bool) -> dict[str, Any]:
+    device = pick_device(settings.device)
+    try:
+        choose_backend(device, settings.backend)
+    except (ValueError, RuntimeError) as e:
+        raise InputError(f"--backend: {e}") from None
+    data = load_data(settings)
+    for package in ("tqdm", "matplotlib", "tokenizers", "transformers"):
+        require(package)
+    checkpoint = open_checkpoint(settings)
+    name = choose_objective(settings.objective, data.task, checkpoint.causal)
+    objective = OBJECTIVES[name](checkpoint.tokenizer, data.task, checkpoint.max_length(settings.max_length))
+    train_set = objective.encode_all(data.train)
+    dev_set = objective.encode_all(_shuffled(data.dev)[: settings.eval_size])
+    output = _make_output(settings)
+
+    model, notes = load_model(checkpoint, name, data.task, settings, device)
+    _say(quiet, f"{data.task.name}: {len(train_set)} train and {len(dev_set)} dev examples from {data.source}")
+    for note in notes:
+        _say(quiet, note)
+    sampler = BatchSampler(train_set, settings.batch_size, settings.seed)
+    first_batch = BatchSampler(train_set, settings.batch_size, settings.seed).next()
+    forward_bytes = _forward_bytes(model, objective, first_batch, device)
+    comparison = None
+    if settings.compare_steps:
+        _say(quiet, f"timing {settings.compare_steps} steps of the published way beside this library's, on copies of the model")
+        comparison = compare(model, objective, first_batch, settings, device)
+
+    log = MetricsLog(output / "metrics.jsonl")
+    try:
+        batch_size = eval_batch_size(settings)
+        log.add_evaluation(evaluate(model, objective, dev_set, 0, batch_size, device))
+        outcome = train(
+            model, lambda: build_optimizer(model, settings), objective, sampler, dev_set, log, settings, device, quiet=quiet
+        )
+        if outcome.stopped is None:
+            log.add_evaluation(evaluate(model, objective, dev_set, outcome.steps_done, batch_size, device))
+    finally:
+        log.close()
+
+    run = Run(
+        settings=settings,
+        objective=name,
+        loss_unit=objective.unit,
+        source=data.source,
+        train_examples=len(train_set),
+        dev_examples=len(dev_set),
+        parameters=sum(p.numel() for p in model.parameters()),
+        trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        forward_bytes=forward_bytes,
+        device=device,
+        notes=notes,
+        command=command,
+        output=output,
+    )
+    summary = summarize(run, outcome, log, comparison)
+    model.save_pretrained(output / "model")
+    checkpoint.tokenizer.save_pretrained(output / "model")
+    (output / "summary.json").write_text(to_json(summary, indent=2) + "\n", encoding="utf-8")
+    plot(output / "loss.png", log, f"{data.task.name}, {settings.method}")
+    return summary
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _shuffled(examples: Sequence[Example]) -> list[Example]:
+    """In an order that does not depend on the run's seed, so that every run is evaluated on the same examples."""
+    examples = list(examples)
+    random.Random(0).shuffle(examples)
+    return examples
+
+
+@torch.no_grad()
+def _forward_bytes(model: torch.nn.Module, objective: Objective, examples: list[Encoded], device: torch.device) -> int | None:
+    batch = objective.collate(examples, device)
+    objective.loss(model, batch)
+    with peak_memory(device) as memory:
+        objective.loss(model, batch)
+    return memory.bytes
+
+
+def _make_output(settings: Settings) -> Path:
+    output = Path(str(settings.output))
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "metrics.jsonl").touch()
+    except OSError as e:
+        raise InputError(f"--output {output}: {e.strerror}") from None
+    return output
+
+
+def _say(quiet: bool, message: str) -> None:
+    if not quiet:
+        print(message, file=sys.stderr)

@@ -1,0 +1,225 @@
+"""The loop: a batch, a step, now and then an evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ..optim import NonFiniteLossError, StepInfo, ZerothOrderOptimizer
+from .errors import InputError, require
+from .measure import Clock, StepTimer, peak_memory
+from .methods import METHODS
+from .objectives import Encoded, Objective
+from .records import EvalRecord, MetricsLog, StepRecord
+from .settings import Settings
+
+
+@dataclasses.dataclass
+class Outcome:
+    """How the loop ended.
+
+    Attributes:
+        steps_done: steps taken.
+        stopped: None if it ran to the end, else "interrupted" or the reason for which it could not go on.
+        peak_bytes: most memory alive at once in the first step beyond the weights: forward, V, momentum and all.
+        seconds: duration with evaluations.
+        backends: those that changed the weights.
+    """
+
+    steps_done: int = 0
+    stopped: str | None = None
+    peak_bytes: int | None = None
+    seconds: float = 0.0
+    backends: list[str] = dataclasses.field(default_factory=list)
+
+
+class BatchSampler:
+    """Batches of examples without end: each pass over the data in a new order, from a generator of its own."""
+
+    def __init__(self, examples: Sequence[Encoded], size: int, seed: int) -> None:
+        self.examples = examples
+        self.size = size
+        self._order: Iterator[int] = iter(())
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def next(self) -> list[Encoded]:
+        """The next batch."""
+        return [self.examples[self._next_index()] for _ in range(self.size)]
+
+    def _next_index(self) -> int:
+        for index in self._order:
+            return index
+        self._order = iter(torch.randperm(len(self.examples), generator=self._generator).tolist())
+        return next(self._order)
+
+
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module, objective: Objective, examples: Sequence[Encoded], step: int, batch_size: int, device: torch.device
+) -> EvalRecord:
+    """Mean loss and accuracy over examples, after so many steps."""
+    start = time.perf_counter()
+    loss, count, correct = 0.0, 0, 0
+    has_accuracy = False
+    for i in range(0, len(examples), batch_size):
+        totals = objective.totals(model, objective.collate(examples[i : i + batch_size], device))
+        loss += float(totals.loss)
+        count += int(totals.count)
+        if totals.correct is not None:
+            has_accuracy = True
+            correct += int(totals.correct)
+    accuracy = correct / count if has_accuracy else None
+    return EvalRecord(step, loss / count, accuracy, len(examples), time.perf_counter() - start)
+
+
+def build_optimizer(model: torch.nn.Module, settings: Settings) -> ZerothOrderOptimizer:
+    """The optimiser that resolved settings ask for; the model is patched.
+
+    Raises:
+        InputError: the model has nothing that can be trained so.
+    """
+    method = METHODS[settings.method]
+    names = ["lr", "eps", "momentum", "weight_decay", "directions", "seed", "backend"]
+    if method.low_rank:
+        names += ["rank", "interval", "scaling"]
+    try:
+        return method.optimizer(model, fuse_steps=True, **{name: getattr(settings, name) for name in names})
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise InputError(f"this model cannot be trained by {settings.method}: {e}") from None
+
+
+def make_schedule(optimizer: ZerothOrderOptimizer, name: str, steps: int) -> Any:
+    """A learning-rate schedule over the run, or None for a constant rate."""
+    factors = {
+        "linear": lambda t: 1 - t / steps,
+        "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)),
+    }
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factors[name]) if name in factors else None
+
+
+def train(
+    model: torch.nn.Module,
+    make_optimizer: Callable[[], ZerothOrderOptimizer],
+    objective: Objective,
+    sampler: BatchSampler,
+    dev: Sequence[Encoded],
+    log: MetricsLog,
+    settings: Settings,
+    device: torch.device,
+    *,
+    quiet: bool = False,
+) -> Outcome:
+    """Runs the steps of the settings and takes the patch off again.
+
+    After the first step, Ctrl-C and a loss that stays NaN end it early, with the weights of the last whole step.
+    """
+    steps, eval_every = settings.steps, settings.eval_every
+    assert steps is not None and eval_every is not None
+    outcome = Outcome()
+    start = time.perf_counter()
+    tty = sys.stderr.isatty()
+    bar = require("tqdm").tqdm(
+        total=steps,
+        file=sys.stderr,
+        disable=quiet,
+        unit="step",
+        mininterval=0.2 if tty else 10,
+        dynamic_ncols=tty,
+        desc=settings.method,
+    )
+    reader = _StepReader(log, bar, device)
+
+    def one_step() -> None:
+        batch = objective.collate(sampler.next(), device)
+        lr = float(optimizer.param_groups[0]["lr"])
+        before = optimizer.info
+        timer = StepTimer(reader.clock)
+        try:
+            with timer:
+                optimizer.step(timer.forward(lambda: objective.loss(model, batch)))
+        finally:  # a step that was taken is logged, also when it is the one that ends the run
+            if optimizer.info is not None and optimizer.info is not before:
+                reader.add(optimizer.info, lr, timer)
+        if schedule is not None:
+            schedule.step()
+
+    with bar, warnings.catch_warnings():
+        # Skipped updates are in the log and on the bar, and torch cannot know that step() is called inside one_step().
+        warnings.filterwarnings("ignore", message=".*update skipped|.*lr_scheduler.step", category=UserWarning)
+        # The first step is measured together with the making of the optimiser, whose V and momentum are part of the peak.
+        with peak_memory(device) as memory:
+            optimizer = make_optimizer()
+            schedule = make_schedule(optimizer, settings.lr_schedule, steps)
+            one_step()
+        outcome.peak_bytes = memory.bytes
+        outcome.backends = sorted({p.backend for p in optimizer.handle.report().parameters if p.backend})
+        try:
+            while optimizer.steps_done < steps:
+                if optimizer.steps_done % eval_every == 0:
+                    reader.flush()
+                    log.add_evaluation(evaluate(model, objective, dev, optimizer.steps_done, eval_batch_size(settings), device))
+                one_step()
+        except KeyboardInterrupt:
+            outcome.stopped = "interrupted"
+        except NonFiniteLossError as e:
+            outcome.stopped = str(e)
+    optimizer.handle.restore()
+    reader.flush()
+    outcome.steps_done = optimizer.steps_done
+    outcome.seconds = time.perf_counter() - start
+    return outcome
+
+
+def eval_batch_size(settings: Settings) -> int:
+    """Larger than in training, as nothing is timed and no one compares the memory."""
+    return max(32, settings.batch_size)
+
+
+class _StepReader:
+    """Turns what steps left on the device into records: at once on the CPU, every few steps elsewhere, since reading waits."""
+
+    def __init__(self, log: MetricsLog, bar: Any, device: torch.device) -> None:
+        self.clock = Clock(device)
+        self._log = log
+        self._bar = bar
+        self._every = 1 if device.type == "cpu" else 10
+        self._waiting: list[tuple[StepInfo, float, StepTimer]] = []
+
+    def add(self, info: StepInfo, lr: float, timer: StepTimer) -> None:
+        self._waiting.append((info, lr, timer))
+        if len(self._waiting) >= self._every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is waiting; an interrupt loses no step and writes none twice."""
+        record = None
+        while self._waiting:
+            info, lr, timer = self._waiting.pop(0)
+            record = StepRecord(
+                info.step,
+                float(info.loss),
+                info.c.tolist(),
+                lr,
+                timer.step_seconds * 1e3,
+                timer.forward_seconds * 1e3,
+                bool(info.skipped),
+            )
+            self._log.add_step(record)
+            self._bar.update()
+        if record is not None:
+            values = {
+                "loss": f"{record.loss:.4f}",
+                "c": f"{sum(record.c) / len(record.c):+.2e}",
+                "ms/step": f"{record.step_ms:.1f}",
+                "outside forwards": f"{record.outside:.0%}",
+            }
+            if self._log.skipped:
+                values["skipped"] = str(self._log.skipped)
+            self._bar.set_postfix(values, refresh=False)

@@ -61,12 +61,12 @@ LOZO_INLINE void update_block(T *x, int64_t stride, int64_t count, const int32_t
   Pair<F> y[ROWS], sum[ROWS];
   load_rows<T, ROWS, true>(y, x, stride, count, splat(f.draws.decay));
   add_products<0, DRAWS, ROWS>(y, pairs, f.draws, [&f](int d, int p, int r) {
-    return splat_int(f.draws.u[d * f.draws.draw_stride + p * f.draws.pair_stride + r]);
+    return splat_int(f.draws.u[d * f.draws.draw_stride + p * f.draws.pair_stride + r * f.draws.apart]);
   });
   for (int k = 0; k < f.rank; ++k) {
     const Pair<F> v = {load(floats + k * kBlock), load(floats + k * kBlock + W)};
     for (int r = 0; r < ROWS; ++r) {
-      const F n = splat(f.n[r * f.rank + k]);
+      const F n = splat(f.n[r * f.draws.apart * f.rank + k]);
       const Pair<F> product = {mul(n, v.a), mul(n, v.b)};
       sum[r] = k == 0 ? product : Pair<F>{add(sum[r].a, product.a), add(sum[r].b, product.b)};
     }
@@ -87,10 +87,13 @@ LOZO_INLINE void update_rows(T *x, int64_t stride, int64_t cols, const int32_t *
 
 template <class T, int DRAWS>
 void update_panel(T *x, int64_t stride, int64_t rows, int64_t cols, const int32_t *pairs, const float *floats, MomentumFactors f) {
-  int64_t i = 0;
-  for (; i + kAtOnce <= rows; i += kAtOnce, x += kAtOnce * stride, f.draws.u += kAtOnce, f.n += kAtOnce * f.rank)
-    update_rows<T, DRAWS, kAtOnce>(x, stride, cols, pairs, floats, f);
-  for (; i < rows; ++i, x += stride, ++f.draws.u, f.n += f.rank) update_rows<T, DRAWS, 1>(x, stride, cols, pairs, floats, f);
+  const int64_t apart = f.draws.apart = rows / kAtOnce;
+  for (int64_t i = 0; i < apart; ++i, x += stride, ++f.draws.u, f.n += f.rank)
+    update_rows<T, DRAWS, kAtOnce>(x, apart * stride, cols, pairs, floats, f);
+  const int64_t done = kAtOnce * apart, skip = done - apart;
+  x += skip * stride, f.draws.u += skip, f.n += skip * f.rank;
+  for (int64_t i = done; i < rows; ++i, x += stride, ++f.draws.u, f.n += f.rank)
+    update_rows<T, DRAWS, 1>(x, stride, cols, pairs, floats, f);
 }
 
 template <class T, int DRAWS>

@@ -8,9 +8,12 @@
 namespace lozo {
 namespace LOZO_ISA {
 
-// U of the rows at hand, and what the product is multiplied by.
+// U of the rows at hand, and what the product is multiplied by. Rows that share a panel's registers lie ``apart`` rows from each
+// other: a fourth of the tile, so that every stream of X runs on from row to row and hardware prefetchers follow it. Of
+// neighbouring rows, each stream would jump at the end of its row.
 struct RowFactors {
-  const int32_t *u;  // int16 pairs: u[draw * draw_stride + pair * pair_stride + row]
+  const int32_t *u;  // int16 pairs: u[draw * draw_stride + pair * pair_stride + row * apart]
+  int64_t apart;
   int64_t draw_stride, pair_stride;
   int pairs;
   float unit;  // 2^-16, or 1 when the scales have it folded in
@@ -58,17 +61,9 @@ LOZO_INLINE void add_products(Pair<F> *y, const int32_t *panel, const RowFactors
   }
 }
 
-// Four short streams that jump to other rows at every panel are more than hardware prefetchers follow: ask for the next rows.
-template <class T>
-LOZO_INLINE void prefetch_block(const T *x, int64_t distance) {
-  const uintptr_t p = (uintptr_t)x + (uintptr_t)distance * sizeof(T);
-  for (size_t line = 0; line < kBlock * sizeof(T); line += 64) __builtin_prefetch((const void *)(p + line), 1);
-}
-
 template <class T, int ROWS, bool DECAY>
 LOZO_INLINE void load_rows(Pair<F> *y, const T *x, int64_t stride, int64_t count, F decay) {
   for (int r = 0; r < ROWS; ++r) {
-    if (ROWS > 1) prefetch_block(x, (r + ROWS) * stride);
     y[r] = count >= kBlock ? Io<T>::load(x + r * stride) : load_partial(x + r * stride, count);
     if (DECAY) y[r] = {mul(y[r].a, decay), mul(y[r].b, decay)};
   }

@@ -17,7 +17,7 @@ LOZO_INLINE void update_rows(T *x, int64_t stride, int64_t cols, const int32_t *
   // Where the registers suffice, U stays in them over all columns.
   constexpr bool hoist = PAIRS > 0 && PAIRS * DRAWS * ROWS <= (W == 16 ? 16 : 4);
   I held[hoist ? DRAWS * PAIRS * ROWS : 1];
-  const auto read = [&f](int d, int p, int r) { return splat_int(f.u[d * f.draw_stride + p * f.pair_stride + r]); };
+  const auto read = [&f](int d, int p, int r) { return splat_int(f.u[d * f.draw_stride + p * f.pair_stride + r * f.apart]); };
   if (hoist)
     for (int d = 0; d < DRAWS; ++d)
       for (int p = 0; p < PAIRS; ++p)
@@ -43,10 +43,12 @@ template <class T, int PAIRS, int DRAWS, bool DECAY>
 void update_panel(T *x, int64_t stride, int64_t rows, int64_t cols, const int32_t *panel, RowFactors f) {
   // Two draws want twice the sums: with 16 registers only two rows share a panel's.
   constexpr int at_once = W == 16 || DRAWS == 1 ? 4 : 2;
-  int64_t i = 0;
-  for (; i + at_once <= rows; i += at_once, x += at_once * stride, f.u += at_once)
-    update_rows<T, PAIRS, DRAWS, DECAY, at_once>(x, stride, cols, panel, f);
-  for (; i < rows; ++i, x += stride, ++f.u) update_rows<T, PAIRS, DRAWS, DECAY, 1>(x, stride, cols, panel, f);
+  f.apart = rows / at_once;
+  for (int64_t i = 0; i < f.apart; ++i, x += stride, ++f.u)
+    update_rows<T, PAIRS, DRAWS, DECAY, at_once>(x, f.apart * stride, cols, panel, f);
+  const int64_t done = at_once * f.apart;
+  x += (done - f.apart) * stride, f.u += done - f.apart;
+  for (int64_t i = done; i < rows; ++i, x += stride, ++f.u) update_rows<T, PAIRS, DRAWS, DECAY, 1>(x, stride, cols, panel, f);
 }
 
 template <class T>

@@ -8,7 +8,7 @@ namespace lozo {
 namespace LOZO_ISA {
 namespace {
 
-constexpr int64_t kPanelBytes = 1 << 16;  // second-level cache: long runs of X's columns matter more than first-level hits
+constexpr int64_t kPanelBytes = 1 << 17;  // second-level cache: long runs of X's columns matter more than first-level hits
 constexpr int kRoundRows = 4;             // rows in fp32 scratch at once, for stochastic rounding
 constexpr int64_t kRoundCols = 2048;
 

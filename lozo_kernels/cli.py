@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from . import __version__
-from .hf.errors import InputError
+from .errors import InputError
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2

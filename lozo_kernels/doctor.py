@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import noise, ops
 from .backends import native
-from .bench.environment import commit, cpu_name
+from .environment import commit, cpu_name
 from .optim import LOZO
 from .registry import Backend, Draw, Rounding, backend_names, choose_backend
 from .table import DTYPES, TensorTable

@@ -6,9 +6,9 @@ import random
 import pytest
 from hf_helpers import data_folder, write_jsonl
 
+from lozo_kernels.errors import InputError
 from lozo_kernels.hf.data import Example, load_data, read_examples
 from lozo_kernels.hf.demo import language
-from lozo_kernels.hf.errors import InputError
 from lozo_kernels.hf.settings import Settings
 from lozo_kernels.hf.tasks import TASKS, TEXT
 

@@ -8,9 +8,9 @@ import torch
 from hf_helpers import write_jsonl
 
 from lozo_kernels import cli, handle_of
+from lozo_kernels.errors import InputError
 from lozo_kernels.hf import train as train_module
 from lozo_kernels.hf.data import Example
-from lozo_kernels.hf.errors import InputError
 from lozo_kernels.hf.finetune import finetune
 from lozo_kernels.hf.measure import peak_memory
 from lozo_kernels.hf.models import load_model, open_checkpoint
@@ -20,11 +20,11 @@ from lozo_kernels.hf.objectives import (
     PromptObjective,
     choose_objective,
 )
-from lozo_kernels.hf.published import PublishedStep
 from lozo_kernels.hf.records import to_json
 from lozo_kernels.hf.settings import Settings
 from lozo_kernels.hf.tasks import TASKS, TEXT
 from lozo_kernels.hf.train import BatchSampler, evaluate
+from lozo_kernels.published import PublishedStep
 
 transformers = pytest.importorskip("transformers")
 

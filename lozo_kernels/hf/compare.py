@@ -8,10 +8,10 @@ import statistics
 
 import torch
 
+from ..published import PublishedStep
 from .measure import Clock, peak_memory
 from .methods import METHODS
 from .objectives import Encoded, Objective
-from .published import PublishedStep
 from .settings import Settings
 from .train import build_optimizer
 

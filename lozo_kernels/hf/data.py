@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, require
+from ..errors import InputError, require
 from .settings import Settings
 from .tasks import TASKS, TEXT, Row, Task
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from ..errors import InputError, require
 from ..registry import choose_backend
 from .compare import compare
 from .data import Example, load_data
-from .errors import InputError, require
 from .measure import peak_memory
 from .models import load_model, open_checkpoint, pick_device
 from .objectives import OBJECTIVES, Encoded, Objective, choose_objective

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from ..errors import InputError, require
 from .demo import MODEL
-from .errors import InputError, require
 from .objectives import ClassificationObjective
 from .settings import Settings
 from .tasks import Task

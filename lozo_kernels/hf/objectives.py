@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import InputError
 from .data import Example
-from .errors import InputError
 from .tasks import Task
 
 IGNORED = -100

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from ..bench.environment import commit, cpu_name
 from ..doctor import versions
+from ..environment import commit, cpu_name
+from ..errors import require
 from .compare import Comparison
-from .errors import require
 from .records import MetricsLog
 from .settings import Settings
 from .train import Outcome

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import SCALINGS
+from ..errors import InputError
 from ..noise import MAX_RANK
-from .errors import InputError
 from .methods import METHODS, Method
 from .tasks import TASKS
 

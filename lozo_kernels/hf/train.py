@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from ..errors import InputError, require
 from ..optim import NonFiniteLossError, StepInfo, ZerothOrderOptimizer
-from .errors import InputError, require
 from .measure import Clock, StepTimer, peak_memory
 from .methods import METHODS
 from .objectives import Encoded, Objective

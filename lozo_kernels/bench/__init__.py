@@ -1,0 +1,52 @@
+"""``lozo-kernels bench``: this library measured beside what it replaces, on any machine that it is installed on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from ..errors import InputError
+from . import memory, perturb, step
+from .arguments import Parser
+from .gate import GateError
+
+_MEASUREMENTS = {
+    "perturb": (perturb, "one pass over the weights, beside the floor, addmm_ and the published expressions"),
+    "step": (step, "whole steps of a real architecture, beside their two forward passes and the published step"),
+    "memory": (memory, "memory of a step beyond that of its forward passes"),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs a measurement.
+
+    Args:
+        argv: the words after ``lozo-kernels bench``.
+
+    Returns:
+        0; 1 if an op disagrees with its reference, and then no figures are shown; 2 for a wrong command line; 130 after Ctrl-C.
+    """
+    name = argv[0] if argv and argv[0] in _MEASUREMENTS else ""
+    try:
+        options = _parser().parse_args(argv)
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        return _MEASUREMENTS[options.measurement][0].run(options, argv)
+    except InputError as e:
+        message, code = f"error: {e}", 2
+    except GateError as e:
+        message, code = f"no figures, because an op is wrong: {e}", 1
+    except KeyboardInterrupt:
+        message, code = "interrupted; no figures", 130
+    print(f"{f'lozo-kernels bench {name}'.rstrip()}: {message}", file=sys.stderr)
+    return code
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="lozo-kernels bench", description=__doc__)
+    commands = parser.add_subparsers(dest="measurement", required=True, metavar="{" + ",".join(_MEASUREMENTS) + "}")
+    for name, (module, text) in _MEASUREMENTS.items():
+        module.add_arguments(commands.add_parser(name, help=text, description=f"Measures {text}."))
+    return parser

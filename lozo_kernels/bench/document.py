@@ -1,0 +1,62 @@
+"""Results as a JSON document and as a plain table."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+_QUIET = 0.1  # CPUs that others may use without a warning
+
+
+def publish(document: dict[str, Any], render: Callable[[dict[str, Any]], str], *, as_json: bool, output: str | None) -> None:
+    """Prints the document, or the table that ``render`` makes of it, and writes the document to a file if one is named."""
+    text = dumps(document)
+    if output is not None:
+        Path(output).write_text(text + "\n")
+    print(text if as_json else f"{heading(document)}\n\n{render(document)}")
+
+
+def dumps(document: dict[str, Any]) -> str:
+    """JSON with one line for each row, so that two results differ in the lines that differ."""
+    lines = []
+    for key, value in document.items():
+        if isinstance(value, list) and value:
+            items = ",\n".join("    " + json.dumps(item) for item in value)
+            lines.append(f"  {json.dumps(key)}: [\n{items}\n  ]")
+        else:
+            lines.append(f"  {json.dumps(key)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(lines) + "\n}"
+
+
+def heading(document: dict[str, Any]) -> str:
+    """Where the figures come from, and a warning if the machine was busy with other things."""
+    versions = document["versions"]
+    isa = f", {document['isa']}" if document["isa"] else ""
+    text = (
+        f"{document['cpu']}, {document['device']}, {document['threads']} threads, backend {document['backend']}{isa}, "
+        f"torch {versions['torch']}, commit {document['commit']}, {document['date']}"
+    )
+    others = document["cpus_used_by_others"]
+    if others is not None and others > _QUIET:
+        text += f"\nother processes used {others:g} CPUs meanwhile: measure again on a quiet machine"
+    return text
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> str:
+    """Columns of text, the first ``left`` of them aligned to the left and the others, which are figures, to the right."""
+    cells = [list(header), *map(list, rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    )
+
+
+def progress(text: str) -> None:
+    """A line for someone who waits; stdout stays for results."""
+    print(text, file=sys.stderr, flush=True)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lozo_kernels import bench, ops
-from lozo_kernels.bench import environment, memory, models, perturb, step, timing
+from lozo_kernels import bench, environment, ops
+from lozo_kernels.bench import memory, models, perturb, step, timing
 
 ROW = {"op", "dtype", "rank", "shape", "gbps", "floor_gbps", "addmm_gbps", "reference_gbps"}
 STEP_ROW = {"method", "dtype", "tokens", "step_ms", "two_forwards_ms", "reference_step_ms"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import json
 import platform
 import time
@@ -17,12 +16,10 @@ from torch import Tensor
 
 from . import noise, ops
 from .backends import native
-from .environment import commit, cpu_name
+from .environment import commit, cpu_name, versions
 from .optim import LOZO
 from .registry import Backend, Draw, Rounding, backend_names, choose_backend
 from .table import DTYPES, TensorTable
-
-PACKAGES = ("torch", "triton", "numpy", "transformers", "tokenizers", "safetensors", "datasets")
 
 _PHILOX_ZERO = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
 """Philox4x32-10 of a zero counter under a zero key, from the test vectors of its authors."""
@@ -38,17 +35,6 @@ class Check:
     name: str
     problem: str | None
     seconds: float
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of this package and of those it can use; None for what is not installed."""
-    found: dict[str, str | None] = {"lozo_kernels": _own_version(), "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def devices() -> dict[str, str]:
@@ -224,9 +210,3 @@ def _test_step(device: str) -> str | None:
             return f"{name} is off by {float((p - expected).abs().max()):.1e}"
     optimizer.handle.restore()
     return None
-
-
-def _own_version() -> str:
-    from . import __version__
-
-    return __version__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import os
 import platform
 import shlex
@@ -16,6 +17,8 @@ import torch
 
 from .backends import native
 from .registry import choose_backend
+
+PACKAGES = ("torch", "triton", "numpy", "transformers", "tokenizers", "safetensors", "datasets")
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -34,16 +37,23 @@ def environment(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "isa": native.isa() if backend.name == "native" else None,
         "backend": backend.name,
-        "versions": {
-            "lozo_kernels": _version(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "system": f"{platform.system()} {platform.machine()}",
-        },
+        "versions": versions(),
+        "system": f"{platform.system()} {platform.machine()}",
         "commit": commit(),
         "command": shlex.join(["lozo-kernels", "bench", *argv]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of this package and of those it can use; None for what is not installed."""
+    found: dict[str, str | None] = {"lozo_kernels": _version(), "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 class OtherLoad:

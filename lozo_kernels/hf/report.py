@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from ..doctor import versions
-from ..environment import commit, cpu_name
+from ..environment import commit, cpu_name, versions
 from ..errors import require
 from .compare import Comparison
 from .records import MetricsLog

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import threading
@@ -15,47 +14,13 @@ from torch import Tensor, nn
 from . import noise, ops, reference
 from .config import PatchConfig
 from .parameters import LeftAlone, Slot, find_parameters
+from .passes import Group, Scalar, Term, run_pass
 from .registry import Choice, Draw, Rounding, choose_backend
 from .report import ParameterReport, Report
 from .table import TensorTable
 
-Scalar = float | Tensor
-"""A number or a tensor: 0-dim, or one value per trained parameter in the order of ``Handle.names``."""
-
 _HANDLES: weakref.WeakKeyDictionary[nn.Module, Handle] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Term:
-    """One draw's part in a pass over the weights: X += (perturb + gradient) * D, N += coefficient * D."""
-
-    draw: Draw
-    perturb: float = 0.0
-    """Scale of a perturbation that was made before this pass and so decays with X, or is made by it."""
-    gradient: Scalar = 0.0
-    """-lr * c, before the division by r that ``scaling`` asks for."""
-    coefficient: Scalar = 0.0
-    decays: bool = True
-
-
-@dataclasses.dataclass
-class _Group:
-    """The parameters of one kind on one device: one op call."""
-
-    kind: str
-    index: Tensor
-    """Positions of its parameters among all, for picking per-parameter scalars."""
-    table: TensorTable
-    choice: Choice
-
-    def select(self, value: Scalar) -> Tensor:
-        """A scalar as one fp32 value per parameter of the group, on its device."""
-        if not isinstance(value, Tensor):
-            return torch.full((len(self.table),), value, dtype=torch.float32, device=self.table.device)
-        if value.dim():
-            value = value[self.index.to(value.device)]
-        return value.to(self.table.device, torch.float32).expand(len(self.table))
 
 
 def patch(
@@ -120,7 +85,7 @@ class Handle:
         self._v: dict[str, Tensor] = {}
         self._momentum: dict[str, Tensor] = {}
         self._window: int | None = None
-        self._groups: list[_Group] = []
+        self._groups: list[Group] = []
         self._signature: Sequence[tuple[object, ...]] = ()
         self._flush: Callable[[], None] | None = None
         self._guards: list[torch.utils.hooks.RemovableHandle] = []
@@ -185,7 +150,7 @@ class Handle:
         """
         _check_scale(scale)
         self._start(step)
-        self._pass([_Term(Draw(step, direction), perturb=scale)])
+        run_pass(self._groups, self.config, [Term(Draw(step, direction), perturb=scale)])
 
     @torch.no_grad()
     def shift_(self, step: int, remove: tuple[int, float], add: tuple[int, float]) -> None:
@@ -200,9 +165,13 @@ class Handle:
         _check_scale(add[1])
         self._start(step)
         if remove[0] == add[0]:
-            self._pass([_Term(Draw(step, add[0]), perturb=add[1] - remove[1])])
+            run_pass(self._groups, self.config, [Term(Draw(step, add[0]), perturb=add[1] - remove[1])])
         else:
-            self._pass([_Term(Draw(step, remove[0]), perturb=-remove[1]), _Term(Draw(step, add[0]), perturb=add[1])])
+            run_pass(
+                self._groups,
+                self.config,
+                [Term(Draw(step, remove[0]), perturb=-remove[1]), Term(Draw(step, add[0]), perturb=add[1])],
+            )
 
     @torch.no_grad()
     def update_(
@@ -240,7 +209,7 @@ class Handle:
         for d, cd in enumerate(cs):
             gradient = cd / len(cs)
             terms.append(
-                _Term(
+                Term(
                     Draw(step, d),
                     perturb=-standing if d == len(cs) - 1 else 0.0,
                     gradient=0.0 if beta is not None else -(lr * gradient),
@@ -251,12 +220,14 @@ class Handle:
         decay = 1.0 - lr * weight_decay if decaying else 1.0
         same_window = (step + 1) // self.config.interval == step // self.config.interval
         if perturb_next and same_window:
-            terms.append(_Term(Draw(step + 1), perturb=perturb_next, decays=False))
+            terms.append(Term(Draw(step + 1), perturb=perturb_next, decays=False))
         chunks = [terms[i : i + ops.MAX_DRAWS] for i in range(0, len(terms), ops.MAX_DRAWS)]
         # Decay goes first, the momentum product with the last draw of this step; other chunks only add their draws.
         last = max(i for i, chunk in enumerate(chunks) if chunk[0].draw.step == step)
         for i, chunk in enumerate(chunks):
-            self._pass(
+            run_pass(
+                self._groups,
+                self.config,
                 chunk,
                 decay=decay if decaying and i == 0 else None,
                 momentum=None if beta is None or i > last else (beta if i == 0 else 1.0, -lr if i == last else 0.0),
@@ -403,7 +374,7 @@ class Handle:
             members.setdefault((slot.kind, slot.parameter.device), []).append(i)
         self._groups = [self._make_group(kind, device, index) for (kind, device), index in members.items()]
 
-    def _make_group(self, kind: str, device: torch.device, index: list[int]) -> _Group:
+    def _make_group(self, kind: str, device: torch.device, index: list[int]) -> Group:
         slots = [self._slots[i] for i in index]
         xs = [slot.view() for slot in slots]
         for slot, x in zip(slots, xs, strict=True):
@@ -419,48 +390,7 @@ class Handle:
             v=[self._v[slot.name] for slot in slots] if kind == "lowrank" else None,
             n=[self._momentum[slot.name] for slot in slots] if self._momentum else None,
         )
-        return _Group(kind, torch.tensor(index), table, choose_backend(device, self.config.backend))
-
-    def _pass(
-        self,
-        terms: Sequence[_Term],
-        *,
-        decay: Scalar | None = None,
-        momentum: tuple[float | Tensor, Scalar] | None = None,
-        rounding: Rounding | None = None,
-        decayed_by: Scalar = 1.0,
-    ) -> None:
-        """One call of an op per kind and device. ``momentum`` is (beta, -lr)."""
-        draws = [term.draw for term in terms]
-        for group in self._groups:
-            low_rank = group.kind == "lowrank"
-            perturb_factor = self.config.perturb_factor if low_rank else 1.0
-            update_factor = self.config.update_factor if low_rank else 1.0
-
-            def scale(term: _Term, p: float = perturb_factor, u: float = update_factor) -> Scalar:
-                standing = term.perturb * p * decayed_by if term.perturb and term.decays else term.perturb * p
-                return standing + term.gradient * u
-
-            select = group.select
-            scales = torch.stack([select(scale(term)) for term in terms])
-            common = {
-                "seed": self.config.seed,
-                "draws": draws,
-                "scales": scales,
-                "decay": None if decay is None else select(decay),
-                "rounding": rounding,
-                "backend": group.choice.backend,
-            }
-            if momentum is None:
-                (ops.lowrank_update_ if low_rank else ops.dense_update_)(group.table, **common)  # type: ignore[arg-type]
-            else:
-                (ops.lowrank_momentum_ if low_rank else ops.dense_momentum_)(
-                    group.table,
-                    coefficients=torch.stack([select(term.coefficient) for term in terms]),
-                    alpha=select(momentum[1] * update_factor),
-                    beta=select(momentum[0]),
-                    **common,  # type: ignore[arg-type]
-                )
+        return Group(kind, torch.tensor(index), table, choose_backend(device, self.config.backend))
 
     def _describe(self, slot: Slot, choice: Choice) -> ParameterReport:
         p, x = slot.parameter, slot.view()

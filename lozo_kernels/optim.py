@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .closures import Closure, Randomness, mean_loss
 from .engine import Handle, patch
 from .interrupts import deferred_interrupt
 from .noise import NOISE_VERSION
-
-Loss = Tensor | float
-Closure = Callable[[], Loss]
 
 _SYNC_INTERVAL = 32  # steps between two looks at the count of non-finite losses where reading it would wait for a device
 
@@ -279,18 +277,18 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def _evaluate(self, closures: Sequence[Closure]) -> tuple[list[Tensor], list[Tensor]]:
         """F(+) and F(-) (or F(0)) of each direction; leaves the weights at the last point that was evaluated."""
-        randomness = _Randomness(self.handle.devices) if self.common_random_numbers else None
+        randomness = Randomness(self.handle.devices) if self.common_random_numbers else None
         plus: list[Tensor] = []
         minus: list[Tensor] = []
         if not self.two_sided:
             self.flush()
-            minus = [_mean_loss(closures, randomness)] * self.directions
+            minus = [mean_loss(closures, randomness)] * self.directions
         for d in range(self.directions):
             self._move((d, self.eps))
-            plus.append(_mean_loss(closures, randomness))
+            plus.append(mean_loss(closures, randomness))
             if self.two_sided:
                 self._move((d, -self.eps))
-                minus.append(_mean_loss(closures, randomness))
+                minus.append(mean_loss(closures, randomness))
         return plus, minus
 
     def _estimate(self, plus: list[Tensor], minus: list[Tensor]) -> tuple[_Pending, StepInfo]:
@@ -406,39 +404,6 @@ class MeZO(ZerothOrderOptimizer):
     """
 
     _estimator = "dense"
-
-
-class _Randomness:
-    """The state of torch's generators when made; ``replay`` puts it back, so that evaluations draw the same numbers."""
-
-    def __init__(self, devices: Sequence[torch.device]) -> None:
-        self._cpu = torch.get_rng_state()
-        self._cuda = {d: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"}
-
-    def replay(self) -> None:
-        torch.set_rng_state(self._cpu)
-        for device, state in self._cuda.items():
-            torch.cuda.set_rng_state(state, device)
-
-
-def _mean_loss(closures: Sequence[Closure], randomness: _Randomness | None) -> Tensor:
-    if randomness is not None:
-        randomness.replay()
-    losses = [_as_loss(closure()) for closure in closures]
-    return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-
-
-def _as_loss(value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or value.is_complex():
-            raise TypeError(
-                f"the closure must return one real number; it returned a tensor of shape {tuple(value.shape)}, {value.dtype}"
-            )
-        return value.detach().reshape(()).to(torch.float64)
-    try:
-        return torch.tensor(float(value), dtype=torch.float64)
-    except (TypeError, ValueError):
-        raise TypeError(f"the closure must return the loss, a tensor or a number; it returned {type(value).__name__}") from None
 
 
 def _groups(handle: Handle, params: Iterable[Any] | None) -> list[Any]:

@@ -12,12 +12,12 @@ import lozo_kernels
 ROOT = Path(lozo_kernels.__file__).parent
 # Lower layers first; a module imports only from layers below its own (or its own package).
 LAYERS = [
-    {"noise", "interrupts", "errors", "published"},
+    {"noise", "interrupts", "errors", "published", "closures"},
     {"config", "reference"},
     {"table", "report"},
     {"registry"},
     {"ops"},
-    {"backends", "parameters"},
+    {"backends", "parameters", "passes"},
     {"engine", "environment"},
     {"optim"},
     {"hf", "bench", "doctor"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NoReturn
 
 import torch
@@ -31,6 +31,20 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, help="threads of torch, which are this library's too (default: torch's choice)")
     parser.add_argument("--json", action="store_true", help="print the JSON document instead of a table")
     parser.add_argument("--output", metavar="FILE", help="also write the JSON document to FILE")
+
+
+def add_model(parser: argparse.ArgumentParser, methods: Collection[str]) -> None:
+    """What measurements of whole steps take besides."""
+
+    def method_name(text: str) -> str:
+        if text not in methods:
+            raise argparse.ArgumentTypeError(f"method is one of {', '.join(methods)}, not {text!r}")
+        return text
+
+    parser.add_argument("--model", type=model_name, default="opt-125m", help="architecture (default: opt-125m); needs transformers")
+    parser.add_argument("--dtype", type=several(dtype_name), default=["bfloat16", "float32"], help="default: bfloat16,float32")
+    parser.add_argument("--methods", type=several(method_name), default=list(methods), help=f"default: {','.join(methods)}")
+    parser.add_argument("--rank", type=rank_number, default=4, help="default: 4")
 
 
 def check_output(path: str | None) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..engine import handle_of
 from ..environment import OtherLoad, environment
 from ..errors import InputError
-from .arguments import DTYPE_NAMES, add_common, check_output, dtype_name, model_name, positive, rank_number, several
+from .arguments import DTYPE_NAMES, add_common, add_model, check_output, positive
 from .document import format_table, progress, publish
 from .models import MODELS, build_model
 from .step import causal_forward, make_optimizer, make_published
@@ -170,18 +170,8 @@ def _status_bytes(field: str) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this measurement."""
     add_common(parser)
-    parser.add_argument("--model", type=model_name, default="opt-125m", help="architecture (default: opt-125m); needs transformers")
-    parser.add_argument("--dtype", type=several(dtype_name), default=["bfloat16", "float32"], help="default: bfloat16,float32")
-    parser.add_argument("--methods", type=several(method_name), default=list(METHODS), help=f"default: {','.join(METHODS)}")
-    parser.add_argument("--rank", type=rank_number, default=4, help="default: 4")
+    add_model(parser, METHODS)
     parser.add_argument("--tokens", type=positive, default=32, help="tokens of the forward pass (default: 32)")
-
-
-def method_name(text: str) -> str:
-    """The name of a method that is measured."""
-    if text not in METHODS:
-        raise argparse.ArgumentTypeError(f"method is one of {', '.join(METHODS)}, not {text!r}")
-    return text
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:

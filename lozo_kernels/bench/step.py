@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..environment import OtherLoad, environment
 from ..optim import LOZO, MeZO, ZerothOrderOptimizer
 from ..published import PublishedStep
-from .arguments import DTYPE_NAMES, add_common, check_output, dtype_name, model_name, positive, rank_number, several
+from .arguments import DTYPE_NAMES, add_common, add_model, check_output, positive, several
 from .document import format_table, progress, publish
 from .models import MODELS, build_model
 from .timing import Contender, Seconds, interleave, median, paired_ratio, spread, synchronizer
@@ -36,20 +36,10 @@ _MAX_LENGTH = 128
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this measurement."""
     add_common(parser)
-    parser.add_argument("--model", type=model_name, default="opt-125m", help="architecture (default: opt-125m); needs transformers")
-    parser.add_argument("--dtype", type=several(dtype_name), default=["bfloat16", "float32"], help="default: bfloat16,float32")
+    add_model(parser, METHODS)
     parser.add_argument("--tokens", type=several(positive), default=[32, 128, 512], help="tokens a batch (default: 32,128,512)")
-    parser.add_argument("--methods", type=several(method_name), default=list(METHODS), help=f"default: {','.join(METHODS)}")
-    parser.add_argument("--rank", type=rank_number, default=4, help="default: 4")
     parser.add_argument("--repeats", type=positive, default=11, help="interleaved rounds (default: 11)")
     parser.add_argument("--peer-repeats", type=positive, default=3, help="rounds that the published step joins (default: 3)")
-
-
-def method_name(text: str) -> str:
-    """The name of a method that is measured."""
-    if text not in METHODS:
-        raise argparse.ArgumentTypeError(f"method is one of {', '.join(METHODS)}, not {text!r}")
-    return text
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:

@@ -19,7 +19,7 @@ from .registry import Choice, Draw, Rounding, choose_backend
 from .report import ParameterReport, Report
 from .table import TensorTable
 
-_HANDLES: weakref.WeakKeyDictionary[nn.Module, Handle] = weakref.WeakKeyDictionary()
+_HANDLES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
@@ -53,17 +53,19 @@ def patch(
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch() takes a torch.nn.Module, not {type(model).__name__}")
     with _LOCK:
-        if model in _HANDLES:
+        if handle_of(model) is not None:
             raise RuntimeError(
                 "this model is patched already: use lozo_kernels.handle_of(model), or call its restore() before patching again"
             )
-        handle = _HANDLES[model] = Handle(model, config)
+        handle = Handle(model, config)
+        _HANDLES[model] = weakref.ref(handle)
     return handle
 
 
 def handle_of(model: nn.Module) -> Handle | None:
-    """The handle of a patched model, or None."""
-    return _HANDLES.get(model)
+    """The handle of a patched model, or None. A model whose handle is gone is not patched any more."""
+    handle = _HANDLES.get(model)
+    return None if handle is None else handle()
 
 
 class Handle:
@@ -75,7 +77,7 @@ class Handle:
     """
 
     def __init__(self, model: nn.Module, config: PatchConfig) -> None:
-        self._model = weakref.ref(model)
+        self.model = model
         self.config = config
         self._slots: list[Slot]
         self._left: list[LeftAlone]
@@ -91,14 +93,6 @@ class Handle:
         self._guards: list[torch.utils.hooks.RemovableHandle] = []
         self._restored = False
         self._refresh_groups()
-
-    @property
-    def model(self) -> nn.Module:
-        """The patched model."""
-        model = self._model()
-        if model is None:
-            raise RuntimeError("the patched model no longer exists")
-        return model
 
     @property
     def names(self) -> list[str]:
@@ -300,9 +294,8 @@ class Handle:
         self._guards.clear()
         self._restored = True
         with _LOCK:
-            model = self._model()
-            if model is not None and _HANDLES.get(model) is self:
-                del _HANDLES[model]
+            if handle_of(self.model) is self:
+                del _HANDLES[self.model]
 
     def load_momentum(self, momentum: dict[str, Tensor], window: int | None) -> None:
         """Takes momentum saved from another handle of the same model, expressed in the V of ``window``.

@@ -46,10 +46,7 @@ class Slot:
         module = self.owner()
         p = None if module is None else module._parameters.get(self.attribute)
         if p is None:
-            raise RuntimeError(
-                f"parameter {self.name!r} no longer exists: "
-                + ("the model is gone; keep a reference to it" if module is None else "restore() and patch the model again")
-            )
+            raise RuntimeError(f"parameter {self.name!r} no longer exists: restore() and patch the model again")
         return p
 
     def view(self) -> Tensor:

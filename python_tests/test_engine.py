@@ -183,14 +183,31 @@ def test_nothing_of_the_model_or_its_class_changes():
     handle.restore()
 
 
-def test_a_patched_model_can_be_freed():
+def test_the_handle_keeps_the_model_and_nothing_keeps_both():
     model = nn.Linear(2, 2)
-    handle = patch(model)
     gone = weakref.ref(model)
+    handle = patch(model)
     del model
     gc.collect()
+    handle.perturb_(0, 1.0)
+    del handle
+    gc.collect()
     assert gone() is None
-    with pytest.raises(RuntimeError, match="the model is gone"):
+
+
+def test_without_its_handle_a_model_is_not_patched():
+    model = nn.Linear(2, 2)
+    patch(model)
+    assert handle_of(model) is None
+    patch(model)
+
+
+def test_a_parameter_that_is_gone_is_named():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    handle = patch(model)
+    model[0] = nn.Identity()
+    gc.collect()
+    with pytest.raises(RuntimeError, match=r"'0.weight' no longer exists: restore\(\) and patch"):
         handle.perturb_(0, 1.0)
 
 

@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
     add_model(parser, METHODS)
     parser.add_argument("--tokens", type=several(positive), default=[32, 128, 512], help="tokens a batch (default: 32,128,512)")
-    parser.add_argument("--repeats", type=positive, default=11, help="interleaved rounds (default: 11)")
-    parser.add_argument("--peer-repeats", type=positive, default=3, help="rounds that the published step joins (default: 3)")
+    parser.add_argument("--repeats", type=positive, default=7, help="interleaved rounds (default: 7)")
+    parser.add_argument("--peer-repeats", type=positive, default=2, help="rounds that the published step joins (default: 2)")
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:

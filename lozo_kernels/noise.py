@@ -228,6 +228,12 @@ def check_factor(
     _check(seed, rows, tensor_id, draw, row_offset, direction, limit=1 << 32)
 
 
+def check_range(name: str, value: int, bound: int) -> None:
+    """Raises ValueError unless 0 <= value < bound."""
+    if not 0 <= value < bound:
+        raise ValueError(f"{name} is 0 to {bound - 1}, not {value}")
+
+
 def _check(seed: int, count: int, tensor_id: int, draw: int, offset: int, direction: int, limit: int) -> None:
     for name, value, bound in (
         ("seed", seed, 1 << 64),
@@ -235,7 +241,6 @@ def _check(seed: int, count: int, tensor_id: int, draw: int, offset: int, direct
         ("draw", draw, MAX_DRAW),
         ("direction", direction, MAX_DIRECTION),
     ):
-        if not 0 <= value < bound:
-            raise ValueError(f"{name} is 0 to {bound - 1}, not {value}")
+        check_range(name, value, bound)
     if count < 0 or offset < 0 or offset + count > limit:
         raise ValueError(f"positions {offset} to {offset + count} are outside 0 to {limit}")

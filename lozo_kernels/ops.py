@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .noise import MAX_DIRECTION, MAX_DRAW, check_factor
+from .noise import MAX_DIRECTION, MAX_DRAW, check_factor, check_range
 from .registry import Backend, Draw, Momentum, Rounding, Update, choose_backend
 from .table import TensorTable
 
@@ -128,8 +128,8 @@ def resample_(table: TensorTable, *, seed: int, window: int, reproject: bool = F
         ValueError: an argument is out of range, or ``reproject`` without momentum.
     """
     _check_kind(table, low_rank=True, momentum=reproject)
-    _check_range("seed", seed, 1 << 64)
-    _check_range("window", window, MAX_DRAW)
+    check_range("seed", seed, 1 << 64)
+    check_range("window", window, MAX_DRAW)
     _pick(table, backend).resample_(table, seed, window, reproject)
 
 
@@ -173,23 +173,18 @@ def _check_kind(table: TensorTable, *, low_rank: bool, momentum: bool) -> None:
         raise ValueError("this op needs a table with momentum (n)")
 
 
-def _check_range(name: str, value: int, bound: int) -> None:
-    if not 0 <= value < bound:
-        raise ValueError(f"{name} is 0 to {bound - 1}, not {value}")
-
-
 def _update(
     table: TensorTable, seed: int, draws: Sequence[Draw], scales: Scalars, decay: Scalars | None, rounding: Rounding | None
 ) -> Update:
-    _check_range("seed", seed, 1 << 64)
+    check_range("seed", seed, 1 << 64)
     if not 1 <= len(draws) <= MAX_DRAWS:
         raise ValueError(f"an op takes 1 to {MAX_DRAWS} draws, not {len(draws)}")
     for draw in draws:
-        _check_range("draw step", draw.step, MAX_DRAW)
-        _check_range("direction", draw.direction, MAX_DIRECTION)
+        check_range("draw step", draw.step, MAX_DRAW)
+        check_range("direction", draw.direction, MAX_DIRECTION)
     if rounding is not None:
-        _check_range("rounding step", rounding.step, MAX_DRAW)
-        _check_range("rounding index", rounding.index, MAX_DIRECTION)
+        check_range("rounding step", rounding.step, MAX_DRAW)
+        check_range("rounding index", rounding.index, MAX_DIRECTION)
     return Update(
         seed,
         draws,

@@ -27,10 +27,7 @@ def rng(request):
 @pytest.fixture(params=backend_names())
 def backend(request):
     """Every registered backend that can serve the CPU."""
-    from lozo_kernels.registry import _BACKENDS
-
-    candidate = _BACKENDS[request.param]
-    reason = candidate.unavailable(torch.device("cpu"))
-    if reason is not None:
-        pytest.skip(f"backend {request.param}: {reason}")
-    return candidate
+    try:
+        return choose_backend("cpu", request.param).backend
+    except RuntimeError as unavailable:
+        pytest.skip(str(unavailable))

@@ -13,11 +13,15 @@ from torch import Tensor
 from .table import TensorTable
 
 
+Step = int | Tensor
+"""A step: a number, or a 0-dim int64 tensor on the table's device, which is not read on the host (a captured graph advances it)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Draw:
     """Which noise: the step of U or Z, and the index among the directions of that step."""
 
-    step: int
+    step: Step
     direction: int = 0
 
 
@@ -25,7 +29,7 @@ class Draw:
 class Rounding:
     """Stochastic rounding of one pass: the step, and the index of the pass among those of the step that round so."""
 
-    step: int
+    step: Step
     index: int = 0
 
 
@@ -64,6 +68,9 @@ class Backend(Protocol):
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot serve the device, or None if it can."""
+
+    def withheld(self, device: torch.device) -> str | None:
+        """Why it serves the device only when asked for by name, or None. Called where it is available."""
 
     def lowrank_update_(self, table: TensorTable, update: Update) -> None: ...
 
@@ -123,8 +130,9 @@ def choose_backend(device: torch.device | str, name: str | None = None) -> Choic
         return Choice(_BACKENDS[name], {other: f"{name} was asked for" for other in backend_names() if other != name})
     rejected: dict[str, str] = {}
     for candidate in backend_names():
-        reason = _BACKENDS[candidate].unavailable(device)
+        backend = _BACKENDS[candidate]
+        reason = backend.unavailable(device) or backend.withheld(device)
         if reason is None:
-            return Choice(_BACKENDS[candidate], rejected)
+            return Choice(backend, rejected)
         rejected[candidate] = reason
     raise RuntimeError(f"no backend serves {device}: {rejected}")

@@ -43,7 +43,7 @@ class TensorTable:
     row_offsets: Sequence[int] = ()
     col_offsets: Sequence[int] = ()
     global_cols: Sequence[int] = ()
-    cache: dict[str, object] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    cache: dict[object, object] = dataclasses.field(default_factory=dict, compare=False, repr=False)
     """Backends keep their packed form of this table here, under their name."""
 
     def __post_init__(self) -> None:

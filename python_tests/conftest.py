@@ -1,7 +1,11 @@
+import os
 import random
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports triton: its kernels then run on the CPU, in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import lozo_kernels
 from lozo_kernels.registry import backend_names, choose_backend

@@ -3,8 +3,10 @@
 from ..registry import register_backend
 from .eager import EagerBackend
 from .native import NativeBackend
+from .triton import TritonBackend
 
 register_backend(EagerBackend())
 register_backend(NativeBackend())
+register_backend(TritonBackend())
 
-__all__ = ["EagerBackend", "NativeBackend"]
+__all__ = ["EagerBackend", "NativeBackend", "TritonBackend"]

@@ -20,6 +20,9 @@ class EagerBackend:
     def unavailable(self, device: torch.device) -> str | None:
         return "there is no storage to change" if device.type == "meta" else None
 
+    def withheld(self, device: torch.device) -> str | None:
+        return None
+
     def lowrank_update_(self, table: TensorTable, update: Update) -> None:
         assert table.v is not None
         for t in _tensors(table):

@@ -79,6 +79,9 @@ class NativeBackend:
             return str(error)
         return None
 
+    def withheld(self, device: torch.device) -> str | None:
+        return None
+
     def lowrank_update_(self, table: TensorTable, update: Update) -> None:
         _run("lozo_cpu_lowrank_update", table, _call(table, update))
         torch.autograd.graph.increment_version(table.x)

@@ -1,0 +1,182 @@
+"""The ops as Triton kernels: a whole table per launch."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...noise import STREAMS
+from ...registry import Draw, Momentum, Update
+from ...table import DTYPES, TensorTable
+from ..launches import ANY_DTYPE, Launch, Tile, device_table
+from .tilesizes import TileSize, tile_sizes
+
+if TYPE_CHECKING:
+    from .launcher import Launcher
+    from .plans import Target, UpdateKind
+
+_LEAST_CAPABILITY = (8, 0)  # bf16 and the matrix instructions that the kernels are compiled to
+
+
+class TritonBackend:
+    """Triton kernels on NVIDIA and AMD GPUs; on the CPU through Triton's interpreter, to check them.
+
+    Args:
+        launcher: makes the launches; None for Triton's own.
+        sizes: instead of the tile sizes of the device, by kernel name (:data:`~.tilesizes.KERNELS`).
+    """
+
+    name = "triton"
+
+    def __init__(self, launcher: Launcher | None = None, sizes: dict[str, TileSize] | None = None) -> None:
+        self._launcher = launcher
+        self._sizes = sizes or {}
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if device.type not in ("cuda", "cpu"):
+            return "it serves cuda (and rocm) devices only"
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            return "triton is not installed: pip install triton"
+        if device.type == "cpu":
+            interpreting = self._launcher is not None or os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+            return None if interpreting else "it serves GPUs, and the CPU through TRITON_INTERPRET=1"
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+            return f"compute capability 8.0 is needed, and {torch.cuda.get_device_name(device)} is older"
+        return None
+
+    def withheld(self, device: torch.device) -> str | None:
+        return "Triton's interpreter is for checking the kernels" if device.type == "cpu" else None
+
+    @property
+    def launcher(self) -> Launcher:
+        """What makes the launches."""
+        if self._launcher is None:
+            from .launcher import Launcher
+
+            self._launcher = Launcher()
+        return self._launcher
+
+    def lowrank_update_(self, table: TensorTable, update: Update) -> None:
+        self._lowrank(table, update, None)
+        torch.autograd.graph.increment_version(table.x)
+
+    def lowrank_momentum_(self, table: TensorTable, update: Update, momentum: Momentum) -> None:
+        assert table.n is not None
+        self._lowrank(table, update, momentum)
+        torch.autograd.graph.increment_version((*table.x, *table.n))
+
+    def dense_update_(self, table: TensorTable, update: Update) -> None:
+        self._dense(table, update, None)
+        torch.autograd.graph.increment_version(table.x)
+
+    def dense_momentum_(self, table: TensorTable, update: Update, momentum: Momentum) -> None:
+        assert table.n is not None
+        self._dense(table, update, momentum)
+        torch.autograd.graph.increment_version((*table.x, *table.n))
+
+    def resample_(self, table: TensorTable, seed: int, window: int, reproject: bool) -> None:
+        from . import plans
+
+        assert table.v is not None
+        on_device, rank, device = device_table(table), table.rank, table.device
+        matrices = on_device.matrices()
+        header = on_device.words(seed, [Draw(window)])
+        ratios = torch.empty(len(matrices) * rank * rank if reproject else 1, device=device)
+        plan = plans.resample_plan(rank, reproject, _target(device))
+        self.launcher.launch(plan, len(matrices), device, matrices, on_device.tensors, header, ratios)
+        torch.autograd.graph.increment_version(table.v)
+        if reproject:
+            assert table.n is not None
+            tiles = on_device.row_tiles(plans.FACTOR_ROWS)
+            self.launcher.launch(plans.reproject_plan(rank), len(tiles), device, tiles, on_device.tensors, ratios)
+            torch.autograd.graph.increment_version(table.n)
+
+    def factor(
+        self, seed: int, rows: int, rank: int, tensor_id: int, draw: Draw, *, stream: str, row_offset: int, device: torch.device
+    ) -> Tensor:
+        from . import plans
+
+        out = torch.empty(rows, rank, device=device)
+        header = device_table(TensorTable([out.view(1, 1, -1)], [tensor_id])).words(seed, [draw])
+        plan = plans.factor_plan(STREAMS[stream], rank, _target(device))
+        programs = -(-rows // plans.FACTOR_ROWS)
+        self.launcher.launch(plan, programs, device, out, header, _signed(tensor_id), _signed(row_offset), rows)
+        return out
+
+    def _lowrank(self, table: TensorTable, update: Update, momentum: Momentum | None) -> None:
+        from . import plans
+
+        on_device, rank, device, count = device_table(table), table.rank, table.device, len(table)
+        kernel = "lowrank_update" if momentum is None else "lowrank_momentum"
+        header, target, kind = on_device.header(update), _target(device), _kind(update, momentum)
+        unused = update.scales
+        decay = unused if update.decay is None else update.decay
+        if momentum is not None:
+            tiles = on_device.row_tiles(plans.FACTOR_ROWS)
+            plan = plans.momentum_factor_plan(rank, kind.draws, target)
+            arguments = (tiles, on_device.tensors, header, momentum.coefficients, momentum.beta, count)
+            self.launcher.launch(plan, len(tiles), device, *arguments)
+        alpha = unused if momentum is None else momentum.alpha
+        for launch, size in self._launches(table, kernel):
+            plan = plans.lowrank_plan(_dtype(launch), rank, kind, size, target)
+            arguments = (launch.tiles, on_device.tensors, header, update.scales, decay, alpha, count)
+            self.launcher.launch(plan, len(launch), device, *arguments)
+
+    def _dense(self, table: TensorTable, update: Update, momentum: Momentum | None) -> None:
+        from . import plans
+
+        on_device, device, count = device_table(table), table.device, len(table)
+        kernel = "dense_update" if momentum is None else "dense_momentum"
+        header, target, kind = on_device.header(update), _target(device), _kind(update, momentum)
+        unused = update.scales
+        decay = unused if update.decay is None else update.decay
+        more = (unused, unused, unused) if momentum is None else (momentum.coefficients, momentum.alpha, momentum.beta)
+        for launch, size in self._launches(table, kernel):
+            plan = plans.dense_plan(_dtype(launch), kind, size, target)
+            arguments = (launch.tiles, on_device.tensors, header, update.scales, decay, *more, count)
+            self.launcher.launch(plan, len(launch), device, *arguments)
+
+    def _launches(self, table: TensorTable, kernel: str) -> list[tuple[Launch, TileSize]]:
+        """The launches of a kernel over a table, each with its tile size."""
+        key = ("triton", kernel, id(self))
+        found = table.cache.get(key)
+        if found is None:
+            device_name = torch.cuda.get_device_name(table.device) if table.device.type == "cuda" else None
+
+            def size_of(code: int) -> TileSize:
+                own = self._sizes.get(kernel)
+                return own or tile_sizes(device_name).find(kernel, code != ANY_DTYPE, table.rank)
+
+            def tile_of(code: int) -> Tile:
+                size = size_of(code)
+                return Tile(size.rows, size.cols * size.blocks)
+
+            made = device_table(table).launches(key, tile_of)
+            found = table.cache[key] = [(launch, size_of(launch.dtype)) for launch in made]
+        return found  # type: ignore[return-value]
+
+
+def _kind(update: Update, momentum: Momentum | None) -> UpdateKind:
+    from .plans import UpdateKind
+
+    return UpdateKind(len(update.draws), update.decay is not None, update.rounding is not None, momentum is not None)
+
+
+def _target(device: torch.device) -> Target:
+    from .plans import Target
+
+    return Target(dp4a=device.type == "cuda" and torch.version.hip is None, emulate=device.type == "cpu")
+
+
+def _dtype(launch: Launch) -> torch.dtype | None:
+    return None if launch.dtype == ANY_DTYPE else DTYPES[launch.dtype]
+
+
+def _signed(word: int) -> int:
+    """An unsigned 32-bit word as a kernel argument takes it."""
+    return word - (1 << 32) if word >= 1 << 31 else word

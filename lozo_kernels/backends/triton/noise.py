@@ -1,0 +1,146 @@
+"""The noise contract (lozo_kernels/noise.py) as Triton functions.
+
+Plain integer and fp32 operations only: no ``tl.rand``, no libdevice. Kernels that use them are compiled with
+``enable_fp_fusion=False``, so that every operation is rounded by itself.
+"""
+
+import triton
+import triton.language as tl
+
+M0 = tl.constexpr(0xD2511F53)
+M1 = tl.constexpr(0xCD9E8D57)
+W0 = tl.constexpr(0x9E3779B9)
+W1 = tl.constexpr(0xBB67AE85)
+# The doubles that equal the fp32 bit patterns 0x207c3b8f, 0xa9065b6e, 0x31b0c331, 0x3bd4a59c.
+C3 = tl.constexpr(2.1364936556432737e-19)
+C2 = tl.constexpr(-2.983327967260793e-14)
+C1 = tl.constexpr(5.14446485411213e-09)
+C0 = tl.constexpr(0.006489468738436699)
+GRID = tl.constexpr(49152.0)
+STREAM_U = tl.constexpr(0)
+STREAM_V = tl.constexpr(1)
+STREAM_Z = tl.constexpr(2)
+STREAM_ROUNDING = tl.constexpr(8)
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-10: four uint32 words for every counter. All arguments are uint32 and of one shape, or scalars."""
+    for _ in tl.static_range(10):
+        a = c0.to(tl.uint64) * M0
+        b = c2.to(tl.uint64) * M1
+        c0 = (b >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (a >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1 = b.to(tl.uint32)
+        c3 = a.to(tl.uint32)
+        k0 = k0 + W0
+        k1 = k1 + W1
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def normal(w, DP4A: tl.constexpr):
+    """fp32 standard normals from uint32 words. DP4A: sum the four bytes and set the exponent in one NVIDIA instruction."""
+    if DP4A:
+        m = tl.inline_asm_elementwise(
+            "dp4a.u32.u32 $0, $1, 0x01010101, 0x4B000000;", "=r,r", [w], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    else:
+        pairs = (w & 0x00FF00FF) + ((w >> 8) & 0x00FF00FF)
+        m = ((pairs & 0xFFFF) + (pairs >> 16)) | 0x4B000000
+    x = m.to(tl.float32, bitcast=True) - 8389118.0  # 2^23 + 510: the sum of the bytes less its mean, exact
+    q = x * x
+    p = q * C3
+    p = p + C2
+    p = p * q
+    p = p + C1
+    p = p * q
+    p = p + C0
+    return x * p
+
+
+@triton.jit
+def seed_words(header):
+    """The two key words of a launch's header."""
+    return tl.load(header).to(tl.uint32, bitcast=True), tl.load(header + 1).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def draw_words(header, DRAW: tl.constexpr, STREAM: tl.constexpr):
+    """The direction's part of c1, and c3, of draw 0 or 1."""
+    direction = tl.load(header + 2 + DRAW).to(tl.uint32) << 8
+    c3 = tl.load(header + 5 + DRAW).to(tl.uint32) | (STREAM << 28)
+    return direction, c3
+
+
+@triton.jit
+def factor(first, tensor_id, direction, c3, k0, k1, ROWS: tl.constexpr, RANK: tl.constexpr, COLS: tl.constexpr, DP4A: tl.constexpr):
+    """(ROWS, COLS) fp32 of a factor from global row ``first`` (uint32); columns from RANK on are zero."""
+    GROUPS: tl.constexpr = COLS // 4
+    c0 = (first + tl.arange(0, ROWS).to(tl.uint32))[:, None] + tl.zeros([1, GROUPS], dtype=tl.uint32)
+    zero = c0 * 0
+    c1 = zero + (tl.arange(0, GROUPS).to(tl.uint32)[None, :] | direction)
+    w0, w1, w2, w3 = philox(c0, c1, zero + tensor_id, zero + c3, k0, k1)
+    even = tl.join(normal(w0, DP4A), normal(w2, DP4A))
+    odd = tl.join(normal(w1, DP4A), normal(w3, DP4A))
+    u = tl.join(even, odd).reshape(ROWS, COLS)
+    u = (u + GRID) - GRID
+    if RANK < COLS:
+        u = tl.where(tl.arange(0, COLS)[None, :] < RANK, u, 0.0)
+    return u
+
+
+@triton.jit
+def flat_words(counter, direction, tensor_id, c3, k0, k1):
+    """Words for flat counters (int64 tensor): the counter's upper bits go beside the direction."""
+    c0 = counter.to(tl.uint32)
+    zero = c0 * 0
+    c1 = (counter >> 32).to(tl.uint32) | direction
+    return philox(c0, c1, zero + tensor_id, zero + c3, k0, k1)
+
+
+@triton.jit
+def dense_block(first, direction, tensor_id, c3, k0, k1, COUNT: tl.constexpr, DP4A: tl.constexpr):
+    """(COUNT,) fp32 of Z from flat element ``first``, a multiple of 8; a thread owns 8 neighbours."""
+    pair = first // 8 + tl.arange(0, COUNT // 8)
+    w0, w1, w2, w3 = flat_words(pair * 2, direction, tensor_id, c3, k0, k1)
+    w4, w5, w6, w7 = flat_words(pair * 2 + 1, direction, tensor_id, c3, k0, k1)
+    a = tl.join(tl.join(normal(w0, DP4A), normal(w4, DP4A)), tl.join(normal(w2, DP4A), normal(w6, DP4A)))
+    b = tl.join(tl.join(normal(w1, DP4A), normal(w5, DP4A)), tl.join(normal(w3, DP4A), normal(w7, DP4A)))
+    return tl.join(a, b).reshape(COUNT)
+
+
+@triton.jit
+def dense_any(element, direction, tensor_id, c3, k0, k1, DP4A: tl.constexpr):
+    """fp32 of Z at arbitrary flat elements (int64 tensor), a counter each."""
+    w0, w1, w2, w3 = flat_words(element >> 2, direction, tensor_id, c3, k0, k1)
+    k = (element & 3).to(tl.int32)
+    w = tl.where(k < 2, tl.where(k == 0, w0, w1), tl.where(k == 2, w2, w3))
+    return normal(w, DP4A)
+
+
+@triton.jit
+def rounding_words(header):
+    """The direction's part of c1, and c3, of the rounding bits."""
+    index = tl.load(header + 4).to(tl.uint32) << 8
+    # The word 8 << 28 as int32 is negative: shift in uint32.
+    c3 = tl.load(header + 7).to(tl.uint32) | (tl.full([], 8, tl.uint32) << 28)
+    return index, c3
+
+
+@triton.jit
+def rounding_any(element, index, tensor_id, c3, k0, k1):
+    """uint32 below 2^16 at arbitrary flat elements (int64 tensor), a counter each."""
+    w0, w1, w2, w3 = flat_words(element >> 3, index, tensor_id, c3, k0, k1)
+    k = (element & 7).to(tl.int32)
+    w = tl.where(k < 4, tl.where(k < 2, w0, w1), tl.where(k < 6, w2, w3))
+    return tl.where((k & 1) == 0, w & 0xFFFF, w >> 16)
+
+
+@triton.jit
+def rounding_rows(counter, index, tensor_id, c3, k0, k1, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """(ROWS, COLS) uint32 below 2^16 from (ROWS, COLS / 8) counters (int64)."""
+    w0, w1, w2, w3 = flat_words(counter, index, tensor_id, c3, k0, k1)
+    low = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
+    high = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
+    return tl.join(low, high).reshape(ROWS, COLS)

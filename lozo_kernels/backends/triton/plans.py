@@ -1,0 +1,129 @@
+"""Which kernel with which constants does an op: the one place that launching and compiling ahead of time share."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from ...table import DTYPES
+from .dense import dense_update
+from .lowrank import lowrank_update, momentum_factor
+from .resample import factor_rows, reproject, resample
+from .tilesizes import TileSize
+
+_WEIGHTS = dict(zip(DTYPES, (tl.float32, tl.bfloat16, tl.float16), strict=True))
+_LEAST_DOT = 16  # the least extent that tl.dot takes
+
+FACTOR_ROWS = 64  # rows per program where only a factor is touched
+RESAMPLE_COLS = 64  # columns at a time: few enough that the fp32 sums of their products are exact
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What the code is made for: NVIDIA's byte sums, or the interpreter's own bf16."""
+
+    dp4a: bool
+    emulate: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A kernel, its compile-time constants and its launch options."""
+
+    kernel: Any
+    constants: dict[str, Any]
+    num_warps: int = 4
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As Triton takes them. Fusion off: every multiply and add is rounded by itself."""
+        return {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateKind:
+    """What an update does, as far as the code depends on it."""
+
+    draws: int
+    decay: bool
+    stochastic: bool
+    momentum: bool
+
+
+def padded(rank: int) -> int:
+    """The rank rounded up to what a dot product takes."""
+    return max(_LEAST_DOT, 1 << (rank - 1).bit_length())
+
+
+def lowrank_plan(dtype: torch.dtype | None, rank: int, kind: UpdateKind, size: TileSize, target: Target) -> Plan:
+    """The pass over low-rank tensors; ``dtype`` None: any, unaligned."""
+    constants = {
+        "WEIGHT": None if dtype is None else _WEIGHTS[dtype],
+        "RANK": rank,
+        "PADDED": padded(rank),
+        "DRAWS": kind.draws,
+        "DECAY": kind.decay,
+        "MOMENTUM": kind.momentum,
+        "STOCHASTIC": kind.stochastic,
+        "ALIGNED": dtype is not None,
+        "ROWS": size.rows,
+        "COLS": size.cols,
+        "BLOCKS": size.blocks,
+        "DP4A": target.dp4a,
+        "EMULATE": target.emulate,
+    }
+    return Plan(lowrank_update, constants, size.num_warps)
+
+
+def momentum_factor_plan(rank: int, draws: int, target: Target) -> Plan:
+    """The update of N before the pass over the weights."""
+    constants = {"RANK": rank, "PADDED": factor_width(rank), "DRAWS": draws, "ROWS": FACTOR_ROWS, "DP4A": target.dp4a}
+    return Plan(momentum_factor, constants)
+
+
+def dense_plan(dtype: torch.dtype | None, kind: UpdateKind, size: TileSize, target: Target) -> Plan:
+    """The pass over dense tensors; ``dtype`` None: any, unaligned."""
+    constants = {
+        "WEIGHT": None if dtype is None else _WEIGHTS[dtype],
+        "DRAWS": kind.draws,
+        "DECAY": kind.decay,
+        "MOMENTUM": kind.momentum,
+        "STOCHASTIC": kind.stochastic,
+        "ALIGNED": dtype is not None,
+        "COUNT": size.cols,
+        "BLOCKS": size.blocks,
+        "DP4A": target.dp4a,
+        "EMULATE": target.emulate,
+    }
+    return Plan(dense_update, constants, size.num_warps)
+
+
+def resample_plan(rank: int, with_momentum: bool, target: Target) -> Plan:
+    """V of a window, and the ratios for :func:`reproject_plan`."""
+    constants = {
+        "RANK": rank,
+        "PADDED": padded(rank),
+        "REPROJECT": with_momentum,
+        "COLS": RESAMPLE_COLS,
+        "DP4A": target.dp4a,
+    }
+    return Plan(resample, constants)
+
+
+def reproject_plan(rank: int) -> Plan:
+    """The momentum carried over into the new V."""
+    return Plan(reproject, {"RANK": rank, "PADDED": factor_width(rank), "ROWS": FACTOR_ROWS})
+
+
+def factor_plan(stream: int, rank: int, target: Target) -> Plan:
+    """A factor on its own."""
+    constants = {"STREAM": stream, "RANK": rank, "PADDED": factor_width(rank), "ROWS": FACTOR_ROWS, "DP4A": target.dp4a}
+    return Plan(factor_rows, constants)
+
+
+def factor_width(rank: int) -> int:
+    """The rank rounded up to whole counters, as a power of two."""
+    return max(4, 1 << (rank - 1).bit_length())

@@ -1,0 +1,81 @@
+"""V of a window, and the momentum carried over into it; a factor on its own."""
+
+import triton
+import triton.language as tl
+
+from .noise import STREAM_V, draw_words, factor, seed_words
+from .tables import extent_at, factors_at, place_at, tile_at
+
+
+@triton.jit
+def resample(
+    matrices, tensors, header, ratios,
+    RANK: tl.constexpr, PADDED: tl.constexpr, REPROJECT: tl.constexpr, COLS: tl.constexpr, DP4A: tl.constexpr,
+):  # fmt: skip
+    """V <- the V of a window, one matrix per program; with REPROJECT also ratios[matrix] <- V_old^T V_new / cols.
+
+    The sums of a block are integers below 2^24 (exact in fp32), those of all blocks below 2^53 (exact in fp64).
+    """
+    program = tl.program_id(0)
+    t, matrix, _, _ = tile_at(matrices, program)
+    v, _ = factors_at(tensors, t)
+    _, width = extent_at(tensors, t)
+    tensor_id, _, col_offset, global_cols = place_at(tensors, t)
+    k0, k1 = seed_words(header)
+    direction, c3 = draw_words(header, 0, STREAM_V)
+    matrix = matrix.to(tl.int64)
+    v = v + matrix * RANK * width
+    first = col_offset + matrix * global_cols
+    ks = tl.arange(0, PADDED)
+    gram = tl.zeros([PADDED, PADDED], dtype=tl.float64)
+    for start in range(0, width.to(tl.int32), COLS):
+        cols = start + tl.arange(0, COLS)
+        new = factor((first + start).to(tl.uint32), tensor_id, direction, c3, k0, k1, COLS, RANK, PADDED, DP4A).to(tl.float16)
+        mask = (cols < width)[:, None] & (ks < RANK)[None, :]
+        pointer = v + ks.to(tl.int64)[None, :] * width + cols[:, None]
+        if REPROJECT:
+            old = tl.load(pointer, mask=mask, other=0.0)
+            gram += tl.dot(tl.trans(old), new).to(tl.float64)
+            tl.debug_barrier()  # the store may be laid out over the threads in another way than the load
+        tl.store(pointer, new, mask=mask)
+    if REPROJECT:
+        ratio = (gram / width.to(tl.float64)).to(tl.float32)
+        out = ratios + program.to(tl.int64) * RANK * RANK + ks[:, None] * RANK + ks[None, :]
+        tl.store(out, ratio, mask=(ks < RANK)[:, None] & (ks < RANK)[None, :])
+
+
+@triton.jit
+def reproject(tiles, tensors, ratios, RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
+    """N <- N ratios[matrix], k ascending, each a rounded multiply and a rounded add; ROWS rows per program."""
+    t, matrix, row0, ordinal = tile_at(tiles, tl.program_id(0))
+    _, n = factors_at(tensors, t)
+    height, _ = extent_at(tensors, t)
+    ratio = ratios + ordinal.to(tl.int64) * (RANK * RANK)
+    rows = row0 + tl.arange(0, ROWS)
+    ks = tl.arange(0, PADDED)
+    row_mask = rows < height
+    n_rows = n + (matrix.to(tl.int64) * height + rows) * RANK
+    column = tl.load(n_rows, mask=row_mask, other=0.0)
+    value = column[:, None] * tl.load(ratio + ks, mask=ks < RANK, other=0.0)[None, :]
+    for k in tl.static_range(1, RANK):
+        column = tl.load(n_rows + k, mask=row_mask, other=0.0)
+        value = value + column[:, None] * tl.load(ratio + k * RANK + ks, mask=ks < RANK, other=0.0)[None, :]
+    # Every column was read by other threads than those that write it.
+    tl.debug_barrier()
+    tl.store(n_rows[:, None] + ks[None, :], value, mask=row_mask[:, None] & (ks < RANK)[None, :])
+
+
+@triton.jit(do_not_specialize=["tensor_id", "row_offset", "rows"])
+def factor_rows(
+    out, header, tensor_id, row_offset, rows, STREAM: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr,
+    ROWS: tl.constexpr, DP4A: tl.constexpr,
+):  # fmt: skip
+    """Writes fp32 (rows, RANK) of a factor."""
+    k0, k1 = seed_words(header)
+    direction, c3 = draw_words(header, 0, STREAM)
+    row = tl.program_id(0).to(tl.int64) * ROWS
+    first = (row_offset + row).to(tl.uint32)
+    u = factor(first, tensor_id.to(tl.uint32), direction, c3, k0, k1, ROWS, RANK, PADDED, DP4A)
+    index = row + tl.arange(0, ROWS)
+    ks = tl.arange(0, PADDED)
+    tl.store(out + index[:, None] * RANK + ks[None, :], u, mask=(index < rows)[:, None] & (ks < RANK)[None, :])

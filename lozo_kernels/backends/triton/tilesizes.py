@@ -1,0 +1,103 @@
+"""Tile sizes of the kernels, from JSON: measured on a device by ``lozo-kernels tune``, or the default."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+KERNELS = ("lowrank_update", "lowrank_momentum", "dense_update", "dense_momentum")
+ENVIRONMENT = "LOZO_KERNELS_TILES"
+
+
+@dataclasses.dataclass(frozen=True)
+class TileSize:
+    """How a kernel divides its work.
+
+    Attributes:
+        rows, cols: of the block that a program holds in registers; powers of two.
+        blocks: how many of them, side by side, a program works through.
+        num_warps: of a program.
+    """
+
+    rows: int
+    cols: int
+    blocks: int
+    num_warps: int
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if not isinstance(value, int) or value < 1 or value & (value - 1):
+                raise ValueError(f"{name} of a tile is a power of two, not {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TileSizes:
+    """The tile sizes for one device, and the file they come from."""
+
+    source: Path
+    entries: tuple[tuple[str, str, int, TileSize], ...]
+
+    def find(self, kernel: str, aligned: bool, rank: int) -> TileSize:
+        """The size for a kernel of :data:`KERNELS`: that of the least ``rank_up_to`` that covers the rank (0 for dense ones)."""
+        weights = "aligned" if aligned else "any"
+        fitting = [(limit, size) for k, w, limit, size in self.entries if (k, w) == (kernel, weights) and limit >= rank]
+        if not fitting:
+            raise ValueError(f"{self.source} has no tile size for {kernel}, {weights} weights, rank {rank}")
+        return min(fitting, key=lambda entry: entry[0])[1]
+
+
+def slug(device_name: str) -> str:
+    """A device's name as part of a file name: "NVIDIA H200" becomes "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
+
+
+def user_file(device_name: str) -> Path:
+    """Where ``lozo-kernels tune`` leaves the sizes of a device, unless told otherwise."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "lozo_kernels" / "tiles" / f"{slug(device_name)}.json"
+
+
+@functools.cache
+def tile_sizes(device_name: str | None) -> TileSizes:
+    """The sizes for a device: of the file that LOZO_KERNELS_TILES names, the user's own, those of the package, the default.
+
+    Raises:
+        ValueError: a file does not hold tile sizes.
+    """
+    named = os.environ.get(ENVIRONMENT)
+    packaged = Path(__file__).parent / "tiles"
+    candidates = [packaged / "default.json"]
+    if named:
+        candidates = [Path(named)]
+    elif device_name is not None:
+        candidates = [user_file(device_name), packaged / f"{slug(device_name)}.json", *candidates]
+    return read(next((path for path in candidates if path.exists()), candidates[-1]))
+
+
+def read(path: Path) -> TileSizes:
+    """Tile sizes of a file; what it does not name is taken from the default.
+
+    Raises:
+        ValueError: it does not hold tile sizes.
+    """
+    default = Path(__file__).parent / "tiles" / "default.json"
+    try:
+        entries = [_entry(e) for e in json.loads(path.read_text())["tiles"]]
+    except (OSError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path} does not hold tile sizes ({type(e).__name__}: {e})") from None
+    if path != default:
+        own = {(kernel, weights) for kernel, weights, _, _ in entries}
+        entries += [e for e in read(default).entries if e[:2] not in own]
+    return TileSizes(path, tuple(entries))
+
+
+def _entry(entry: dict[str, Any]) -> tuple[str, str, int, TileSize]:
+    if entry["kernel"] not in KERNELS or entry["weights"] not in ("aligned", "any"):
+        raise ValueError(f"unknown kernel or weights in {entry}")
+    size = TileSize(entry["rows"], entry["cols"], entry["blocks"], entry["num_warps"])
+    return entry["kernel"], entry["weights"], int(entry["rank_up_to"]), size

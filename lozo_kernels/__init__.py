@@ -1,9 +1,11 @@
 """Fine-tune large language models with forward passes only: LOZO, LOZO-M and MeZO on fused kernels."""
 
 from . import backends as _backends  # noqa: F401  (registers the backends)
+from . import library as _library  # noqa: F401  (registers the ops with torch)
 from . import noise, ops, reference
 from .config import PatchConfig
 from .engine import Handle, handle_of, patch
+from .graphs import CapturedStep, capture_step
 from .optim import LOZO, MeZO, NonFiniteLossError, StepInfo
 from .registry import Draw, Rounding, choose_backend
 from .report import ParameterReport, Report
@@ -13,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LOZO",
+    "CapturedStep",
     "Draw",
     "Handle",
     "MeZO",
@@ -23,6 +26,7 @@ __all__ = [
     "Rounding",
     "StepInfo",
     "TensorTable",
+    "capture_step",
     "choose_backend",
     "handle_of",
     "noise",

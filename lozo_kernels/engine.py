@@ -7,6 +7,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from . import noise, ops, reference
 from .config import PatchConfig
 from .parameters import LeftAlone, Slot, find_parameters
 from .passes import Group, Scalar, Term, run_pass
-from .registry import Choice, Draw, Rounding, choose_backend
+from .registry import Choice, Draw, Rounding, Step, choose_backend
 from .report import ParameterReport, Report
 from .table import TensorTable
 
@@ -88,7 +89,9 @@ class Handle:
         self._momentum: dict[str, Tensor] = {}
         self._window: int | None = None
         self._groups: list[Group] = []
-        self._signature: Sequence[tuple[object, ...]] = ()
+        self._addresses: list[int] = []
+        self._views: list[object] = []
+        self._seen_at: Step | None = None
         self._flush: Callable[[], None] | None = None
         self._guards: list[torch.utils.hooks.RemovableHandle] = []
         self._restored = False
@@ -108,6 +111,11 @@ class Handle:
     def devices(self) -> list[torch.device]:
         """Where the trained parameters were at the last pass, each device once."""
         return list(dict.fromkeys(group.table.device for group in self._groups))
+
+    @property
+    def groups(self) -> list[Group]:
+        """The tables that passes work on; another list once storage moved."""
+        return self._groups
 
     @property
     def momentum(self) -> dict[str, Tensor]:
@@ -131,11 +139,12 @@ class Handle:
             self._rebuild_groups()
 
     @torch.no_grad()
-    def perturb_(self, step: int, scale: float, *, direction: int = 0) -> None:
+    def perturb_(self, step: Step, scale: float, *, direction: int = 0) -> None:
         """X += scale * D(step, direction) for every trained parameter, in one pass.
 
         Args:
-            step: which U and Z, and through ``step // interval`` which V.
+            step: which U and Z, and through ``step // interval`` which V. A 0-dim int64 tensor is not read, so that a captured
+                graph can advance it: V is then that of the last :meth:`enter_window`.
             scale: +eps, -2 eps, ...; a finite number.
             direction: index among the directions of the step.
 
@@ -147,7 +156,7 @@ class Handle:
         run_pass(self._groups, self.config, [Term(Draw(step, direction), perturb=scale)])
 
     @torch.no_grad()
-    def shift_(self, step: int, remove: tuple[int, float], add: tuple[int, float]) -> None:
+    def shift_(self, step: Step, remove: tuple[int, float], add: tuple[int, float]) -> None:
         """One pass from a perturbation along one direction of a step to one along another.
 
         Args:
@@ -170,14 +179,14 @@ class Handle:
     @torch.no_grad()
     def update_(
         self,
-        step: int,
+        step: Step,
         c: Scalar | Sequence[Scalar],
         lr: Scalar,
         *,
         weight_decay: Scalar = 0.0,
         beta: float | Tensor | None = None,
         standing: float = 0.0,
-        perturb_next: float = 0.0,
+        perturb_next: float | None = None,
     ) -> None:
         """X <- (1 - lr * weight_decay) X - lr * mean over directions of c D / r, and what goes with it in the same pass.
 
@@ -185,12 +194,13 @@ class Handle:
         share one pass over the weights.
 
         Args:
-            step: the step whose directions were probed.
+            step: the step whose directions were probed; a tensor as in :meth:`perturb_`, and then ``perturb_next`` is for a step
+                of the same window.
             c: projected gradient (F(+) - F(-)) / (2 eps), one per direction; numbers or 0-dim tensors, which are not read here.
             lr, weight_decay: numbers, 0-dim tensors, or one value per trained parameter.
             beta: momentum coefficient; None for no momentum. Needs :meth:`enable_momentum`.
             standing: scale of the perturbation along the last direction that is still in the weights; it is taken out.
-            perturb_next: scale of the perturbation along direction 0 of ``step + 1`` that is put in.
+            perturb_next: scale of the perturbation along direction 0 of ``step + 1`` that is put in; None for none.
 
         Raises:
             ValueError, RuntimeError: an argument does not fit; nothing was changed.
@@ -212,12 +222,12 @@ class Handle:
             )
         decaying = isinstance(weight_decay, Tensor) or weight_decay != 0.0
         decay = 1.0 - lr * weight_decay if decaying else 1.0
-        same_window = (step + 1) // self.config.interval == step // self.config.interval
-        if perturb_next and same_window:
+        same_window = isinstance(step, Tensor) or (step + 1) // self.config.interval == step // self.config.interval
+        if perturb_next is not None and same_window:
             terms.append(Term(Draw(step + 1), perturb=perturb_next, decays=False))
         chunks = [terms[i : i + ops.MAX_DRAWS] for i in range(0, len(terms), ops.MAX_DRAWS)]
         # Decay goes first, the momentum product with the last draw of this step; other chunks only add their draws.
-        last = max(i for i, chunk in enumerate(chunks) if chunk[0].draw.step == step)
+        last = max(i for i, chunk in enumerate(chunks) if chunk[0].decays)
         for i, chunk in enumerate(chunks):
             run_pass(
                 self._groups,
@@ -228,7 +238,7 @@ class Handle:
                 rounding=Rounding(step, i) if self.config.rounding == "stochastic" else None,
                 decayed_by=decay,
             )
-        if perturb_next and not same_window:
+        if perturb_next is not None and not isinstance(step, Tensor) and not same_window:
             self.perturb_(step + 1, perturb_next)
 
     @torch.no_grad()
@@ -327,18 +337,27 @@ class Handle:
             raise KeyError(f"no trained parameter is named {name!r}; there are {', '.join(map(repr, self.names[:5]))}, ...")
         return self._aliases[name]
 
-    def _start(self, step: int) -> None:
+    def enter_window(self, step: int) -> None:
+        """Makes V that of a step; the momentum is carried over into the new V (LOZO-M, Algorithm 2, line 6).
+
+        Passes that are given a number for the step do this themselves.
+        """
         self._check_usable()
         if not 0 <= step < noise.MAX_DRAW - 1:
             raise ValueError(f"step is 0 to {noise.MAX_DRAW - 2}, not {step}")
-        self._refresh_groups()
-        self._enter_window(step)
-
-    def _enter_window(self, step: int) -> None:
-        """Makes V that of the step; the momentum is carried over into the new V (LOZO-M, Algorithm 2, line 6)."""
+        self._refresh_groups(step)
         window = step // self.config.interval
         if window != self._window:
             self._resample(window, reproject=bool(self._momentum) and self._window is not None)
+
+    def _start(self, step: Step) -> None:
+        if not isinstance(step, Tensor):
+            self.enter_window(step)
+            return
+        self._check_usable()
+        self._refresh_groups()
+        if self._window is None:
+            raise RuntimeError("a step that is a tensor does not say which V: call enter_window() first")
 
     def _resample(self, window: int | None, *, reproject: bool) -> None:
         if window is not None:
@@ -349,12 +368,26 @@ class Handle:
                     )
         self._window = window
 
-    def _refresh_groups(self) -> None:
-        """Follows storage that moved since the last call (``model.to``, ``load_state_dict(assign=True)``, ``param.data = ...``)."""
-        signature = [(p.data_ptr(), p.dtype, p.device, p.stride()) for p in self.parameters]
-        if signature != self._signature:
+    def _refresh_groups(self, step: Step | None = None) -> None:
+        """Follows storage that moved since the last call (``model.to``, ``load_state_dict(assign=True)``, ``param.data = ...``).
+
+        Addresses are compared at every pass, what may lie at them (``model.float().half()`` can come back to the same address)
+        at the first of a step: with hundreds of parameters both take longer than launching a kernel.
+        """
+        try:
+            parameters: list[Any] = [slot.owner()._parameters[slot.attribute] for slot in self._slots]  # type: ignore[union-attr]
+            addresses = list(map(Tensor.data_ptr, parameters))
+        except (AttributeError, KeyError, TypeError):
+            parameters = self.parameters  # raises, naming the one that is gone
+            addresses = [p.data_ptr() for p in parameters]
+        same = addresses == self._addresses
+        if same and isinstance(step, int) and step == self._seen_at:
+            return
+        views = [*map(Tensor.stride, parameters), *(p.dtype for p in parameters)]
+        if not same or views != self._views:
             self._rebuild_groups()
-            self._signature = signature
+            self._addresses, self._views = addresses, views
+        self._seen_at = step
 
     def _rebuild_groups(self) -> None:
         for slot, shape in zip(self._slots, self._shapes, strict=True):
@@ -383,7 +416,7 @@ class Handle:
             v=[self._v[slot.name] for slot in slots] if kind == "lowrank" else None,
             n=[self._momentum[slot.name] for slot in slots] if self._momentum else None,
         )
-        return Group(kind, torch.tensor(index), table, choose_backend(device, self.config.backend))
+        return Group(kind, torch.tensor(index, device=device), table, choose_backend(device, self.config.backend))
 
     def _describe(self, slot: Slot, choice: Choice) -> ParameterReport:
         p, x = slot.parameter, slot.view()

@@ -64,19 +64,18 @@ def tensor_ids(names: Iterable[str]) -> dict[str, int]:
     return ids
 
 
-def philox(seed: int, c0: Tensor, c1: Tensor | int, c2: int, c3: int) -> Tensor:
+def philox(seed: int, c0: Tensor, c1: Tensor | int, c2: int, c3: Tensor | int) -> Tensor:
     """Philox4x32-10 of a batch of counters.
 
     Args:
         seed: 64-bit key.
         c0: (n,) int64, values below 2**32.
-        c1: (n,) int64 or a number; c2, c3: numbers; all below 2**32.
+        c1: (n,) int64 or a number; c2: a number; c3: a number or a 0-dim int64 tensor; all below 2**32.
 
     Returns:
         (n, 4) int64 words in [0, 2**32).
     """
-    x0, x1 = c0, torch.as_tensor(c1, dtype=torch.int64, device=c0.device).expand_as(c0)
-    x2, x3 = torch.full_like(c0, c2), torch.full_like(c0, c3)
+    x0, x1, x2, x3 = c0, _words(c1, c0), _words(c2, c0), _words(c3, c0)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
         # int64 products wrap modulo 2**64, so their bits are those of the unsigned product.
@@ -84,6 +83,10 @@ def philox(seed: int, c0: Tensor, c1: Tensor | int, c2: int, c3: int) -> Tensor:
         x0, x1, x2, x3 = ((b >> 32) & _MASK) ^ x1 ^ k0, b & _MASK, ((a >> 32) & _MASK) ^ x3 ^ k1, a & _MASK
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
     return torch.stack((x0, x1, x2, x3), -1)
+
+
+def _words(value: Tensor | int, like: Tensor) -> Tensor:
+    return value.expand_as(like) if isinstance(value, Tensor) else torch.full_like(like, value)
 
 
 def normal(words: Tensor) -> Tensor:
@@ -107,7 +110,7 @@ def factor(
     rows: int,
     rank: int,
     tensor_id: int,
-    draw: int,
+    draw: int | Tensor,
     *,
     stream: str = "U",
     row_offset: int = 0,
@@ -121,7 +124,7 @@ def factor(
         rows: number of rows to make; ``row_offset`` is the global index of the first.
         rank: columns, 1 to 64. Ranks nest: rank 2 is the first two columns of rank 4.
         tensor_id: see :func:`tensor_id`.
-        draw: the step for U and S, the window (step // interval) for V.
+        draw: the step for U and S, the window (step // interval) for V; a 0-dim int64 tensor is taken as it is, unread.
         stream: "U", "V" or "S".
         direction: index among the directions of one step.
 
@@ -148,7 +151,7 @@ def dense(
     seed: int,
     numel: int,
     tensor_id: int,
-    draw: int,
+    draw: int | Tensor,
     *,
     offset: int = 0,
     direction: int = 0,
@@ -177,7 +180,7 @@ def rounding_bits(
     seed: int,
     numel: int,
     tensor_id: int,
-    draw: int,
+    draw: int | Tensor,
     *,
     offset: int = 0,
     direction: int = 0,
@@ -203,7 +206,14 @@ def rounding_bits(
 
 
 def _flat_words(
-    seed: int, numel: int, tensor_id: int, c3: int, offset: int, direction: int, per: int, device: torch.device | str | None
+    seed: int,
+    numel: int,
+    tensor_id: int,
+    c3: int | Tensor,
+    offset: int,
+    direction: int,
+    per: int,
+    device: torch.device | str | None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """The flat range in pieces: (where, int64 values), ``per`` values a counter: 4 words of 32 bits or 8 of 16."""
     end = offset + numel
@@ -218,7 +228,7 @@ def _flat_words(
 
 
 def check_factor(
-    seed: int, rows: int, rank: int, tensor_id: int, draw: int, *, stream: str, row_offset: int, direction: int
+    seed: int, rows: int, rank: int, tensor_id: int, draw: int | Tensor, *, stream: str, row_offset: int, direction: int
 ) -> None:
     """Raises ValueError for coordinates of a factor that are out of range."""
     if stream not in ("U", "V", "S"):
@@ -234,11 +244,11 @@ def check_range(name: str, value: int, bound: int) -> None:
         raise ValueError(f"{name} is 0 to {bound - 1}, not {value}")
 
 
-def _check(seed: int, count: int, tensor_id: int, draw: int, offset: int, direction: int, limit: int) -> None:
+def _check(seed: int, count: int, tensor_id: int, draw: int | Tensor, offset: int, direction: int, limit: int) -> None:
     for name, value, bound in (
         ("seed", seed, 1 << 64),
         ("tensor_id", tensor_id, 1 << 32),
-        ("draw", draw, MAX_DRAW),
+        ("draw", 0 if isinstance(draw, Tensor) else draw, MAX_DRAW),
         ("direction", direction, MAX_DIRECTION),
     ):
         check_range(name, value, bound)

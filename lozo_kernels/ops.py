@@ -9,12 +9,13 @@ are bounded, not promised.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .noise import MAX_DIRECTION, MAX_DRAW, check_factor, check_range
-from .registry import Backend, Draw, Momentum, Rounding, Update, choose_backend
+from .noise import MAX_DIRECTION, MAX_DRAW, STREAMS, check_factor, check_range
+from .registry import Backend, Draw, Momentum, Rounding, Step, Update, choose_backend
 from .table import TensorTable
 
 Scalars = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
@@ -48,7 +49,11 @@ def lowrank_update_(
         ValueError: an argument is out of range or of the wrong shape.
     """
     _check_kind(table, low_rank=True, momentum=False)
-    _pick(table, backend).lowrank_update_(table, _update(table, seed, draws, scales, decay, rounding))
+    update = _update(table, seed, draws, scales, decay, rounding)
+    if torch.compiler.is_compiling():
+        torch.ops.lozo_kernels.lowrank_update_(table.x, table.v, _place(table), *_flat(table, update, backend))
+    else:
+        _pick(table, backend).lowrank_update_(table, update)
 
 
 def dense_update_(
@@ -63,7 +68,11 @@ def dense_update_(
 ) -> None:
     """X <- decay * X + sum over draws of scale * Z (MeZO). Arguments as :func:`lowrank_update_`; a table without V."""
     _check_kind(table, low_rank=False, momentum=False)
-    _pick(table, backend).dense_update_(table, _update(table, seed, draws, scales, decay, rounding))
+    update = _update(table, seed, draws, scales, decay, rounding)
+    if torch.compiler.is_compiling():
+        torch.ops.lozo_kernels.dense_update_(table.x, _place(table), *_flat(table, update, backend))
+    else:
+        _pick(table, backend).dense_update_(table, update)
 
 
 def lowrank_momentum_(
@@ -91,7 +100,14 @@ def lowrank_momentum_(
     """
     _check_kind(table, low_rank=True, momentum=True)
     update = _update(table, seed, draws, scales, decay, rounding)
-    _pick(table, backend).lowrank_momentum_(table, update, _momentum(table, draws, coefficients, alpha, beta))
+    momentum = _momentum(table, draws, coefficients, alpha, beta)
+    if torch.compiler.is_compiling():
+        torch.ops.lozo_kernels.lowrank_momentum_(
+            *(table.x, table.v, table.n, _place(table), *_flat(table, update, backend)),
+            *(momentum.coefficients, momentum.alpha, momentum.beta),
+        )
+    else:
+        _pick(table, backend).lowrank_momentum_(table, update, momentum)
 
 
 def dense_momentum_(
@@ -113,7 +129,14 @@ def dense_momentum_(
     """
     _check_kind(table, low_rank=False, momentum=True)
     update = _update(table, seed, draws, scales, decay, rounding)
-    _pick(table, backend).dense_momentum_(table, update, _momentum(table, draws, coefficients, alpha, beta))
+    momentum = _momentum(table, draws, coefficients, alpha, beta)
+    if torch.compiler.is_compiling():
+        torch.ops.lozo_kernels.dense_momentum_(
+            *(table.x, table.n, _place(table), *_flat(table, update, backend)),
+            *(momentum.coefficients, momentum.alpha, momentum.beta),
+        )
+    else:
+        _pick(table, backend).dense_momentum_(table, update, momentum)
 
 
 def resample_(table: TensorTable, *, seed: int, window: int, reproject: bool = False, backend: Backend | None = None) -> None:
@@ -130,7 +153,11 @@ def resample_(table: TensorTable, *, seed: int, window: int, reproject: bool = F
     _check_kind(table, low_rank=True, momentum=reproject)
     check_range("seed", seed, 1 << 64)
     check_range("window", window, MAX_DRAW)
-    _pick(table, backend).resample_(table, seed, window, reproject)
+    if torch.compiler.is_compiling():
+        n = table.n if reproject else []
+        torch.ops.lozo_kernels.resample_(table.x, table.v, n, _place(table), _signed(seed), window, _name(backend))
+    else:
+        _pick(table, backend).resample_(table, seed, window, reproject)
 
 
 def factor(
@@ -156,12 +183,44 @@ def factor(
     """
     device = torch.device(device)
     check_factor(seed, rows, rank, tensor_id, draw.step, stream=stream, row_offset=row_offset, direction=draw.direction)
+    if torch.compiler.is_compiling():
+        where = (_signed(seed), rows, rank, tensor_id, draw.step, draw.direction, STREAMS[stream], row_offset)
+        return torch.ops.lozo_kernels.factor(*where, device, _name(backend))
     backend = backend if backend is not None else choose_backend(device).backend
     return backend.factor(seed, rows, rank, tensor_id, draw, stream=stream, row_offset=row_offset, device=device)
 
 
 def _pick(table: TensorTable, backend: Backend | None) -> Backend:
     return backend if backend is not None else choose_backend(table.device).backend
+
+
+def _place(table: TensorTable) -> list[int]:
+    """Where the tensors are in the noise, as library.py takes it."""
+    rows = zip(table.tensor_ids, table.row_offsets, table.col_offsets, table.global_cols, strict=True)
+    return [number for row in rows for number in row]
+
+
+def _flat(table: TensorTable, update: Update, backend: Backend | None) -> tuple[Any, ...]:
+    """An update as library.py takes it."""
+    rounding = update.rounding
+    return (
+        _signed(update.seed),
+        torch.stack([torch.as_tensor(draw.step, device=table.device) for draw in update.draws]),
+        [draw.direction for draw in update.draws],
+        update.scales,
+        update.decay,
+        None if rounding is None else torch.as_tensor(rounding.step, device=table.device),
+        0 if rounding is None else rounding.index,
+        _name(backend),
+    )
+
+
+def _signed(seed: int) -> int:
+    return seed - (1 << 64) if seed >= 1 << 63 else seed
+
+
+def _name(backend: Backend | None) -> str:
+    return "" if backend is None else backend.name
 
 
 def _check_kind(table: TensorTable, *, low_rank: bool, momentum: bool) -> None:
@@ -180,10 +239,10 @@ def _update(
     if not 1 <= len(draws) <= MAX_DRAWS:
         raise ValueError(f"an op takes 1 to {MAX_DRAWS} draws, not {len(draws)}")
     for draw in draws:
-        check_range("draw step", draw.step, MAX_DRAW)
+        _check_step("draw step", draw.step)
         check_range("direction", draw.direction, MAX_DIRECTION)
     if rounding is not None:
-        check_range("rounding step", rounding.step, MAX_DRAW)
+        _check_step("rounding step", rounding.step)
         check_range("rounding index", rounding.index, MAX_DIRECTION)
     return Update(
         seed,
@@ -202,8 +261,21 @@ def _momentum(table: TensorTable, draws: Sequence[Draw], coefficients: Scalars, 
     )
 
 
+def _check_step(name: str, step: Step) -> None:
+    """A number is checked; a tensor is not read, only its kind."""
+    if not isinstance(step, Tensor):
+        check_range(name, step, MAX_DRAW)
+    elif step.dim() or step.dtype != torch.int64:
+        raise ValueError(f"{name} is a number or a 0-dim int64 tensor, not {tuple(step.shape)} {step.dtype}")
+
+
 def _broadcast(value: Scalars, shape: tuple[int, ...], device: torch.device, name: str) -> Tensor:
-    t = torch.as_tensor(value, dtype=torch.float32, device=device)
+    """Contiguous fp32 of a shape on a device, without waiting for the device."""
+    if isinstance(value, (int, float)):
+        return torch.full(shape, value, dtype=torch.float32, device=device)
+    if not isinstance(value, Tensor):
+        value = torch.tensor(value, dtype=torch.float32, pin_memory=device.type == "cuda")
+    t = value.to(device, torch.float32, non_blocking=True)
     if t.shape == shape:
         return t.contiguous()
     try:

@@ -15,8 +15,8 @@ from .closures import Closure, Randomness, mean_loss
 from .engine import Handle, patch
 from .interrupts import deferred_interrupt
 from .noise import NOISE_VERSION
-
-_SYNC_INTERVAL = 32  # steps between two looks at the count of non-finite losses where reading it would wait for a device
+from .readback import Readback
+from .registry import Step
 
 
 class NonFiniteLossError(RuntimeError):
@@ -33,7 +33,7 @@ class StepInfo:
         loss_plus, loss_minus: (directions,); when one-sided, loss_minus is F at the unperturbed weights.
         c: (directions,) projected gradients; 0 when the update was skipped.
         skipped: 0-dim bool: a loss was not finite and the update was skipped.
-        skipped_total: 0-dim integer: skipped updates so far.
+        skipped_total, skipped_in_a_row: 0-dim integers: skipped updates so far, and those since the last that was not.
     """
 
     step: int
@@ -43,17 +43,31 @@ class StepInfo:
     c: Tensor
     skipped: Tensor
     skipped_total: Tensor
+    skipped_in_a_row: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
-class _Pending:
-    """An update whose pass over the weights is still owed."""
+class Pending:
+    """An update whose pass over the weights is still owed. ``step`` and ``c`` are those of the step that was probed."""
 
-    step: int
+    step: Step
     c: list[Tensor]
     lr: Tensor
     weight_decay: Tensor | float
     beta: Tensor | None
+
+
+@dataclasses.dataclass(frozen=True)
+class StepInputs:
+    """What a step takes from tensors that are filled before it, when it is captured: fp64, on the device of the loss.
+
+    Attributes:
+        step: 0-dim int64.
+        settings: "lr" and "weight_decay", 0-dim or one value per parameter.
+    """
+
+    step: Tensor
+    settings: dict[str, Tensor]
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
@@ -134,10 +148,12 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.fuse_steps = fuse_steps
         self.info: StepInfo | None = None
         self._step = 0
+        self._inputs: StepInputs | None = None
         self._standing: tuple[int, float] | None = None
-        self._pending: _Pending | None = None
+        self._pending: Pending | None = None
         self._skipped_total = torch.zeros((), dtype=torch.int64)
         self._skipped_in_a_row = torch.zeros((), dtype=torch.int64)
+        self._watched = Readback()
         if momentum:
             handle.enable_momentum()
         if fuse_steps:
@@ -172,7 +188,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 "step() needs a closure that returns the loss (or a sequence of them): optimizer.step(lambda: loss_fn())"
             )
         try:
-            pending, info = self._estimate(*self._evaluate(closures))
+            randomness = Randomness(self.handle.devices) if self.common_random_numbers else None
+            pending, info = self._estimate(*self._evaluate(closures, randomness))
             self._commit(pending, info)
         except BaseException:
             self._move(None)
@@ -185,7 +202,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         pending = self._pending
         if pending is not None:
             with torch.no_grad(), deferred_interrupt():
-                self._update(pending, perturb_next=0.0)
+                self._update(pending, perturb_next=None)
                 self._pending, self._standing = None, None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -275,9 +292,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 "exclude them in patch() or add them to a group"
             )
 
-    def _evaluate(self, closures: Sequence[Closure]) -> tuple[list[Tensor], list[Tensor]]:
+    def _evaluate(self, closures: Sequence[Closure], randomness: Randomness | None) -> tuple[list[Tensor], list[Tensor]]:
         """F(+) and F(-) (or F(0)) of each direction; leaves the weights at the last point that was evaluated."""
-        randomness = Randomness(self.handle.devices) if self.common_random_numbers else None
         plus: list[Tensor] = []
         minus: list[Tensor] = []
         if not self.two_sided:
@@ -291,42 +307,43 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 minus.append(mean_loss(closures, randomness))
         return plus, minus
 
-    def _estimate(self, plus: list[Tensor], minus: list[Tensor]) -> tuple[_Pending, StepInfo]:
+    def _estimate(self, plus: list[Tensor], minus: list[Tensor]) -> tuple[Pending, StepInfo]:
         """The update that the evaluations ask for. Reads no value: a skipped update is an update by zero, so nothing waits."""
         f_plus, f_minus = torch.stack(plus), torch.stack(minus)
         c = (f_plus - f_minus) / (2 * self.eps if self.two_sided else self.eps)
         good = torch.isfinite(c).all()
         c = torch.where(good, c, 0.0)
-        lr = self._per_parameter("lr").to(c.device)
-        decays = any(isinstance(g["weight_decay"], Tensor) or g["weight_decay"] != 0.0 for g in self.param_groups)
-        pending = _Pending(
-            self._step,
+        lr = self._per_parameter("lr", c.device)
+        pending = Pending(
+            self._noise_step,
             list(c),
             lr=torch.where(good, lr, 0.0),
-            weight_decay=self._per_parameter("weight_decay").to(c.device) if decays else 0.0,
+            weight_decay=self._per_parameter("weight_decay", c.device) if self._decays else 0.0,
             beta=torch.where(good, self.momentum, 1.0).to(torch.float64) if self.momentum else None,
         )
         loss = (f_plus + f_minus).mean() / 2 if self.two_sided else f_minus[0]
-        total = self._skipped_total.to(c.device) + ~good
-        return pending, StepInfo(self._step, loss, f_plus, f_minus, c, ~good, total)
+        total = self._skipped_total.to(c.device, non_blocking=True) + ~good
+        in_a_row = (self._skipped_in_a_row.to(c.device, non_blocking=True) + 1) * ~good
+        return pending, StepInfo(self._step, loss, f_plus, f_minus, c, ~good, total, in_a_row)
 
-    def _commit(self, pending: _Pending, info: StepInfo) -> None:
+    def _commit(self, pending: Pending, info: StepInfo) -> None:
         """Takes the step: makes the update or leaves it pending."""
         with deferred_interrupt():
             if not self.fuse_steps:
-                self._update(pending, perturb_next=0.0)
+                self._update(pending, perturb_next=None)
                 self._standing = None
             else:
                 self._pending = pending
             self._step += 1
             self.info = info
-            self._skipped_total = info.skipped_total
-            self._skipped_in_a_row = (self._skipped_in_a_row.to(info.skipped.device) + 1) * info.skipped
+            self._skipped_total, self._skipped_in_a_row = info.skipped_total, info.skipped_in_a_row
 
     def _watch_losses(self, loss: Tensor) -> None:
-        if loss.device.type != "cpu" and self._step % _SYNC_INTERVAL:
+        """Warns or raises about losses that were not finite; on a GPU some steps late, because it does not wait for the device."""
+        counts = self._watched.read(lambda: torch.stack((self._skipped_in_a_row, self._skipped_total)))
+        if counts is None:
             return
-        in_a_row = int(self._skipped_in_a_row)
+        in_a_row, total = counts
         if in_a_row >= self.max_nonfinite:
             self.flush()
             raise NonFiniteLossError(
@@ -335,7 +352,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             )
         if in_a_row:
             warnings.warn(
-                f"step {self._step - 1}: the loss is {float(loss)}; update skipped ({int(self._skipped_total)} in all)",
+                f"step {self._step - 1}: the loss was not finite; update skipped ({total} in all)",
                 stacklevel=4,
             )
 
@@ -350,15 +367,15 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 return  # there already, or still at the pending update of the step before: nothing of this step to undo
             if self._standing is None:
                 assert target is not None
-                self.handle.perturb_(self._step, target[1], direction=target[0])
+                self.handle.perturb_(self._noise_step, target[1], direction=target[0])
             elif target is None:
                 direction, scale = self._standing
-                self.handle.perturb_(self._step, -scale, direction=direction)
+                self.handle.perturb_(self._noise_step, -scale, direction=direction)
             else:
-                self.handle.shift_(self._step, self._standing, target)
+                self.handle.shift_(self._noise_step, self._standing, target)
             self._standing = target
 
-    def _update(self, pending: _Pending, perturb_next: float) -> None:
+    def _update(self, pending: Pending, perturb_next: float | None) -> None:
         assert self._standing is not None
         self.handle.update_(
             pending.step,
@@ -370,14 +387,30 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             perturb_next=perturb_next,
         )
 
-    def _per_parameter(self, key: str) -> Tensor:
-        """A setting of the groups as (parameters,) fp64 in the order of the handle's names."""
-        by_name = {name: group[key] for group in self.param_groups for name in group["param_names"]}
-        values = [by_name[name] for name in self.handle.names]
-        tensors = [v for v in values if isinstance(v, Tensor)]
-        if not tensors:
-            return torch.tensor(values, dtype=torch.float64)
-        return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=tensors[0].device) for v in values])
+    @property
+    def _noise_step(self) -> Step:
+        """The step as the passes over the weights get it."""
+        return self._step if self._inputs is None else self._inputs.step
+
+    @property
+    def _decays(self) -> bool:
+        return any(isinstance(g["weight_decay"], Tensor) or g["weight_decay"] != 0.0 for g in self.param_groups)
+
+    def _per_parameter(self, key: str, device: torch.device) -> Tensor:
+        """A setting of the groups in fp64: 0-dim if there is one group, else (parameters,) in the order of the handle's names."""
+        if self._inputs is not None:
+            return self._inputs.settings[key]
+        groups = [g[key] for g in self.param_groups]
+        if len(groups) == 1 and not isinstance(groups[0], Tensor):
+            return torch.full((), groups[0], dtype=torch.float64, device=device)
+        owner = {name: i for i, group in enumerate(self.param_groups) for name in group["param_names"]}
+        index = [owner[name] for name in self.handle.names]
+        if any(isinstance(value, Tensor) for value in groups):
+            values = [torch.as_tensor(v, dtype=torch.float64).to(device, non_blocking=True) for v in groups]
+            return torch.stack([values[i] for i in index])
+        return torch.tensor([groups[i] for i in index], dtype=torch.float64, pin_memory=device.type == "cuda").to(
+            device, non_blocking=True
+        )
 
 
 class LOZO(ZerothOrderOptimizer):

@@ -36,17 +36,32 @@ class Group:
 
     kind: str
     index: Tensor
-    """Positions of its parameters among all, for picking per-parameter scalars."""
+    """Positions of its parameters among all, for picking per-parameter scalars; on the group's device."""
     table: TensorTable
     choice: Choice
 
-    def select(self, value: Scalar) -> Tensor:
-        """A scalar as one fp32 value per parameter of the group, on its device."""
+    def select(self, value: Scalar) -> Scalar:
+        """A scalar as the ops take it: a number, or fp32 on the group's device, 0-dim or one value per parameter of the group."""
         if not isinstance(value, Tensor):
-            return torch.full((len(self.table),), value, dtype=torch.float32, device=self.table.device)
-        if value.dim():
-            value = value[self.index.to(value.device)]
-        return value.to(self.table.device, torch.float32).expand(len(self.table))
+            return value
+        value = value.to(self.table.device, non_blocking=True)
+        return (value[self.index] if value.dim() else value).to(torch.float32)
+
+    def stack(self, values: Sequence[Scalar]) -> Scalar:
+        """Selected scalars of the draws as the ops take them: (draws, parameters), or a number for all."""
+        first = values[0]
+        if not isinstance(first, Tensor) and all(not isinstance(v, Tensor) and v == first for v in values):
+            return first
+        device, count = self.table.device, len(self.table)
+        rows = [v if isinstance(v, Tensor) else torch.full((), v, dtype=torch.float32, device=device) for v in values]
+        return torch.stack([r.expand(count) for r in rows])
+
+    def draws(self, terms: Sequence[Term]) -> list[Draw]:
+        """The draws of the terms; steps that are tensors come to the group's device."""
+        return [
+            Draw(d.step.to(self.table.device, non_blocking=True), d.direction) if isinstance(d.step, Tensor) else d
+            for d in (term.draw for term in terms)
+        ]
 
 
 def run_pass(
@@ -60,7 +75,6 @@ def run_pass(
     decayed_by: Scalar = 1.0,
 ) -> None:
     """One call of an op per kind and device. ``momentum`` is (beta, -lr)."""
-    draws = [term.draw for term in terms]
     for group in groups:
         low_rank = group.kind == "lowrank"
         perturb_factor = config.perturb_factor if low_rank else 1.0
@@ -71,22 +85,24 @@ def run_pass(
             return standing + term.gradient * u
 
         select = group.select
-        scales = torch.stack([select(scale(term)) for term in terms])
-        common = {
-            "seed": config.seed,
-            "draws": draws,
-            "scales": scales,
-            "decay": None if decay is None else select(decay),
-            "rounding": rounding,
-            "backend": group.choice.backend,
-        }
+        table, draws = group.table, group.draws(terms)
+        scales = group.stack([select(scale(term)) for term in terms])
+        seed, backend = config.seed, group.choice.backend
+        decay_here = None if decay is None else select(decay)
         if momentum is None:
-            (ops.lowrank_update_ if low_rank else ops.dense_update_)(group.table, **common)  # type: ignore[arg-type]
+            update = ops.lowrank_update_ if low_rank else ops.dense_update_
+            update(table, seed=seed, draws=draws, scales=scales, decay=decay_here, rounding=rounding, backend=backend)
         else:
-            (ops.lowrank_momentum_ if low_rank else ops.dense_momentum_)(
-                group.table,
-                coefficients=torch.stack([select(term.coefficient) for term in terms]),
+            update_momentum = ops.lowrank_momentum_ if low_rank else ops.dense_momentum_
+            update_momentum(
+                table,
+                seed=seed,
+                draws=draws,
+                scales=scales,
+                coefficients=group.stack([select(term.coefficient) for term in terms]),
                 alpha=select(momentum[1] * update_factor),
                 beta=select(momentum[0]),
-                **common,  # type: ignore[arg-type]
+                decay=decay_here,
+                rounding=rounding,
+                backend=backend,
             )

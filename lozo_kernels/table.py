@@ -45,6 +45,8 @@ class TensorTable:
     global_cols: Sequence[int] = ()
     cache: dict[object, object] = dataclasses.field(default_factory=dict, compare=False, repr=False)
     """Backends keep their packed form of this table here, under their name."""
+    checked: bool = dataclasses.field(default=False, compare=False, repr=False)
+    """The same tensors went into a table before, so that only the lengths are checked again."""
 
     def __post_init__(self) -> None:
         count = len(self.x)
@@ -60,7 +62,7 @@ class TensorTable:
             value = getattr(self, name)
             if value is not None and len(value) != count:
                 raise ValueError(f"{name} has {len(value)} entries for {count} tensors")
-        for t in range(count):
+        for t in range(0 if self.checked else count):
             self._check(t)
 
     def __len__(self) -> int:

@@ -12,14 +12,15 @@ import lozo_kernels
 ROOT = Path(lozo_kernels.__file__).parent
 # Lower layers first; a module imports only from layers below its own (or its own package).
 LAYERS = [
-    {"noise", "interrupts", "errors", "published", "closures"},
+    {"noise", "interrupts", "errors", "published", "closures", "readback"},
     {"config", "reference"},
     {"table", "report"},
     {"registry"},
     {"ops"},
-    {"backends", "parameters", "passes"},
+    {"backends", "library", "parameters", "passes"},
     {"engine", "environment"},
     {"optim"},
+    {"graphs"},
     {"hf", "bench", "doctor"},
     {"cli"},
     {"__main__", "__init__"},

@@ -44,10 +44,10 @@ def at(values, t):
 
 @pytest.mark.parametrize("draws", [1, 2])
 @pytest.mark.parametrize("rank", [1, 2, 3, 4, 8, 13, 64])
-def test_lowrank_update(rng, backend, rank, draws):
+def test_lowrank_update(rng, any_backend, rank, draws):
     case = Case(rng, rank)
     before, call = case.copy(), random_call(rng, 5, draws)
-    ops.lowrank_update_(case.table, **call, backend=backend)
+    ops.lowrank_update_(case.table, **call, backend=any_backend)
 
     def terms(table, t):
         us = [row_factor(table, t, call["seed"], d) for d in call["draws"]]
@@ -66,10 +66,10 @@ def test_lowrank_update(rng, backend, rank, draws):
 
 
 @pytest.mark.parametrize("draws", [1, 2])
-def test_dense_update(rng, backend, draws):
+def test_dense_update(rng, any_backend, draws):
     case = Case(rng, 0)
     before, call = case.copy(), random_call(rng, 5, draws)
-    ops.dense_update_(case.table, **call, backend=backend)
+    ops.dense_update_(case.table, **call, backend=any_backend)
 
     def expected(table, t):
         zs = [dense_noise(table, t, call["seed"], d) for d in call["draws"]]
@@ -83,10 +83,10 @@ def test_dense_update(rng, backend, draws):
 
 @pytest.mark.parametrize("draws", [1, 2])
 @pytest.mark.parametrize("rank", [1, 4, 8, 11, 64])
-def test_lowrank_momentum(rng, backend, rank, draws):
+def test_lowrank_momentum(rng, any_backend, rank, draws):
     case = Case(rng, rank, momentum=True)
     before, call = case.copy(), random_call(rng, 5, draws) | momentum_call(rng, 5, draws)
-    ops.lowrank_momentum_(case.table, **call, backend=backend)
+    ops.lowrank_momentum_(case.table, **call, backend=any_backend)
 
     def expected_n(table, t, dtype=F64):
         us = [row_factor(table, t, call["seed"], d) for d in call["draws"]]
@@ -111,10 +111,10 @@ def test_lowrank_momentum(rng, backend, rank, draws):
 
 
 @pytest.mark.parametrize("draws", [1, 2])
-def test_dense_momentum(rng, backend, draws):
+def test_dense_momentum(rng, any_backend, draws):
     case = Case(rng, 0, momentum=True)
     before, call = case.copy(), random_call(rng, 5, draws) | momentum_call(rng, 5, draws)
-    ops.dense_momentum_(case.table, **call, backend=backend)
+    ops.dense_momentum_(case.table, **call, backend=any_backend)
 
     def parts(table, t, dtype=F64):
         zs = [dense_noise(table, t, call["seed"], d) for d in call["draws"]]
@@ -137,10 +137,10 @@ def test_dense_momentum(rng, backend, draws):
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8, 24])
-def test_resample(rng, backend, rank):
+def test_resample(rng, any_backend, rank):
     case = Case(rng, rank, momentum=True)
     before, seed, window = case.copy(), rng.getrandbits(64), rng.getrandbits(28)
-    ops.resample_(case.table, seed=seed, window=window, reproject=True, backend=backend)
+    ops.resample_(case.table, seed=seed, window=window, reproject=True, backend=any_backend)
     for t, x in enumerate(case.table.x):
         if not x.numel():
             continue
@@ -208,12 +208,12 @@ def test_two_passes_undo_each_other_in_fp32(rng, backend):
         assert torch.allclose(x, old, rtol=3 * 2.0**-23, atol=3 * 2.0**-23 * 0.1)
 
 
-def test_same_bits_twice(rng, backend):
+def test_same_bits_twice(rng, any_backend):
     first = Case(rng, 4, momentum=True)
     second = first.copy()
     call = random_call(rng, 5, 2) | momentum_call(rng, 5, 2)
     for case in (first, second):
-        ops.lowrank_momentum_(case.table, **call, rounding=Rounding(1), backend=backend)
+        ops.lowrank_momentum_(case.table, **call, rounding=Rounding(1), backend=any_backend)
     assert_same_bits(first, second)
 
 
@@ -271,5 +271,5 @@ def test_bad_calls(call, message):
         call()
 
 
-def test_empty_table(backend):
-    ops.dense_update_(TensorTable([], []), seed=0, draws=[Draw(0)], scales=1.0, backend=backend)
+def test_empty_table(any_backend):
+    ops.dense_update_(TensorTable([], []), seed=0, draws=[Draw(0)], scales=1.0, backend=any_backend)

@@ -125,11 +125,12 @@ class DeviceTable:
         if not tensors:
             return _upload([*constant, *steps], self._device)  # type: ignore[list-item]
         numbers = tuple(0 if isinstance(s, Tensor) else s for s in steps)
-        base = self._headers.get((*constant, *numbers))
+        key = constant + numbers
+        base = self._headers.get(key)
         if base is None:
             if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("run the step once before capturing it: its noise header cannot be filled during a capture")
-            base = self._headers[(*constant, *numbers)] = _upload([*constant, *numbers], self._device)
+            base = self._headers[key] = _upload(key, self._device)
         header = base.clone()
         for i, s in tensors.items():
             header[_STEPS.start + i] = s

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,12 +12,12 @@ from torch import Tensor
 from ...noise import STREAMS
 from ...registry import Draw, Momentum, Update
 from ...table import DTYPES, TensorTable
-from ..launches import ANY_DTYPE, Launch, Tile, device_table
+from ..launches import ANY_DTYPE, Tile, device_table
 from .tilesizes import TileSize, tile_sizes
 
 if TYPE_CHECKING:
     from .launcher import Launcher
-    from .plans import Target, UpdateKind
+    from .plans import Plan, Target
 
 _LEAST_CAPABILITY = (8, 0)  # bf16 and the matrix instructions that the kernels are compiled to
 
@@ -109,72 +110,69 @@ class TritonBackend:
         return out
 
     def _lowrank(self, table: TensorTable, update: Update, momentum: Momentum | None) -> None:
-        from . import plans
-
-        on_device, rank, device, count = device_table(table), table.rank, table.device, len(table)
-        kernel = "lowrank_update" if momentum is None else "lowrank_momentum"
-        header, target, kind = on_device.header(update), _target(device), _kind(update, momentum)
-        unused = update.scales
-        decay = unused if update.decay is None else update.decay
-        if momentum is not None:
-            tiles = on_device.row_tiles(plans.FACTOR_ROWS)
-            plan = plans.momentum_factor_plan(rank, kind.draws, target)
-            arguments = (tiles, on_device.tensors, header, momentum.coefficients, momentum.beta, count)
-            self.launcher.launch(plan, len(tiles), device, *arguments)
-        alpha = unused if momentum is None else momentum.alpha
-        for launch, size in self._launches(table, kernel):
-            plan = plans.lowrank_plan(_dtype(launch), rank, kind, size, target)
-            arguments = (launch.tiles, on_device.tensors, header, update.scales, decay, alpha, count)
-            self.launcher.launch(plan, len(launch), device, *arguments)
+        on_device, device, count = device_table(table), table.device, len(table)
+        header = on_device.header(update)
+        decay = update.scales if update.decay is None else update.decay  # something to point at where nothing is read
+        prepared = self._prepare(table, update, "lowrank_update" if momentum is None else "lowrank_momentum")
+        alpha = update.scales if momentum is None else momentum.alpha
+        for plan, tiles in prepared:
+            if "MOMENTUM" in plan.constants:
+                arguments: tuple[Any, ...] = (update.scales, decay, alpha)
+            else:
+                assert momentum is not None
+                arguments = (momentum.coefficients, momentum.beta)
+            self.launcher.launch(plan, len(tiles), device, tiles, on_device.tensors, header, *arguments, count)
 
     def _dense(self, table: TensorTable, update: Update, momentum: Momentum | None) -> None:
-        from . import plans
-
         on_device, device, count = device_table(table), table.device, len(table)
-        kernel = "dense_update" if momentum is None else "dense_momentum"
-        header, target, kind = on_device.header(update), _target(device), _kind(update, momentum)
+        header = on_device.header(update)
         unused = update.scales
         decay = unused if update.decay is None else update.decay
         more = (unused, unused, unused) if momentum is None else (momentum.coefficients, momentum.alpha, momentum.beta)
-        for launch, size in self._launches(table, kernel):
-            plan = plans.dense_plan(_dtype(launch), kind, size, target)
-            arguments = (launch.tiles, on_device.tensors, header, update.scales, decay, *more, count)
-            self.launcher.launch(plan, len(launch), device, *arguments)
+        for plan, tiles in self._prepare(table, update, "dense_update" if momentum is None else "dense_momentum"):
+            self.launcher.launch(plan, len(tiles), device, tiles, on_device.tensors, header, update.scales, decay, *more, count)
 
-    def _launches(self, table: TensorTable, kernel: str) -> list[tuple[Launch, TileSize]]:
-        """The launches of a kernel over a table, each with its tile size."""
-        key = ("triton", kernel, id(self))
+    def _prepare(self, table: TensorTable, update: Update, kernel: str) -> list[tuple[Plan, Tensor]]:
+        """What a kernel is launched with over a table, in order; kept with the table, since a pass may not cost much Python."""
+        key = (self, kernel, len(update.draws), update.decay is None, update.rounding is None)
         found = table.cache.get(key)
         if found is None:
-            device_name = torch.cuda.get_device_name(table.device) if table.device.type == "cuda" else None
-
-            def size_of(code: int) -> TileSize:
-                own = self._sizes.get(kernel)
-                return own or tile_sizes(device_name).find(kernel, code != ANY_DTYPE, table.rank)
-
-            def tile_of(code: int) -> Tile:
-                size = size_of(code)
-                return Tile(size.rows, size.cols * size.blocks)
-
-            made = device_table(table).launches(key, tile_of)
-            found = table.cache[key] = [(launch, size_of(launch.dtype)) for launch in made]
+            found = table.cache[key] = list(self._plans(table, update, kernel))
         return found  # type: ignore[return-value]
 
+    def _plans(self, table: TensorTable, update: Update, kernel: str) -> Iterator[tuple[Plan, Tensor]]:
+        from . import plans
 
-def _kind(update: Update, momentum: Momentum | None) -> UpdateKind:
-    from .plans import UpdateKind
+        rank, device = table.rank, table.device
+        target = _target(device)
+        kind = plans.UpdateKind(
+            len(update.draws), update.decay is not None, update.rounding is not None, kernel.endswith("momentum")
+        )
+        if kernel == "lowrank_momentum":
+            tiles = device_table(table).row_tiles(plans.FACTOR_ROWS)
+            yield plans.momentum_factor_plan(rank, kind.draws, target), tiles
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
-    return UpdateKind(len(update.draws), update.decay is not None, update.rounding is not None, momentum is not None)
+        def size_of(code: int) -> TileSize:
+            return self._sizes.get(kernel) or tile_sizes(name).find(kernel, code != ANY_DTYPE, rank)
+
+        def tile_of(code: int) -> Tile:
+            size = size_of(code)
+            return Tile(size.rows, size.cols * size.blocks)
+
+        for launch in device_table(table).launches((self, kernel), tile_of):
+            dtype = None if launch.dtype == ANY_DTYPE else DTYPES[launch.dtype]
+            size = size_of(launch.dtype)
+            if rank:
+                yield plans.lowrank_plan(dtype, rank, kind, size, target), launch.tiles
+            else:
+                yield plans.dense_plan(dtype, kind, size, target), launch.tiles
 
 
 def _target(device: torch.device) -> Target:
     from .plans import Target
 
     return Target(dp4a=device.type == "cuda" and torch.version.hip is None, emulate=device.type == "cpu")
-
-
-def _dtype(launch: Launch) -> torch.dtype | None:
-    return None if launch.dtype == ANY_DTYPE else DTYPES[launch.dtype]
 
 
 def _signed(word: int) -> int:

@@ -59,7 +59,7 @@ def momentum_columns(n_row, row_mask, RANK: tl.constexpr):
     """The columns of N for the rows of a tile, one tensor each, in registers for the whole tile."""
     columns = (tl.load(n_row, mask=row_mask, other=0.0),)
     for k in tl.static_range(1, RANK):
-        columns = columns + (tl.load(n_row + k, mask=row_mask, other=0.0),)
+        columns = columns + (tl.load(n_row + k, mask=row_mask, other=0.0),)  # noqa: RUF005
     return columns
 
 

@@ -1,0 +1,125 @@
+"""The ops as torch operators: schemas that tell the truth, fakes, and torch.compile."""
+
+import pytest
+import torch
+from table_helpers import Case, assert_same_bits, raw
+
+from lozo_kernels import LOZO, TensorTable, noise, ops
+from lozo_kernels.registry import Draw, Rounding, choose_backend
+
+TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+OPS = torch.ops.lozo_kernels
+SHAPES = [(1, 5, 24), (2, 3, 7)]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Tests do not count against each other's limit of recompilations."""
+    torch.compiler.reset()
+
+
+def case(rng, op):
+    """A small table for an op, without poison: opcheck compares values."""
+    made = Case(rng, 0 if "dense" in op else 3, momentum="momentum" in op or op == "resample_", shapes=SHAPES)
+    place = list(zip(made.ids, made.row_offsets, made.col_offsets, made.global_cols, strict=True))
+    xs = [x.contiguous() for x in made.table.x]
+    return xs, made.table.v, made.table.n, [number for row in place for number in row]
+
+
+def arguments(rng, op, backend, rounding):
+    xs, v, n, place = case(rng, op)
+    if op == "resample_":
+        return xs, v, n, place, -5, 7, backend
+    if op == "factor":
+        return -5, 9, 3, 77, 4, 1, noise.STREAMS["V"], 2, torch.device("cpu"), backend
+    update = (-5, torch.tensor([3, 4]), [0, 1], torch.randn(2, 2), torch.rand(2))
+    update += (torch.tensor(6) if rounding else None, 1, backend)
+    momentum = (torch.randn(2, 2), torch.randn(2), torch.rand(2)) if "momentum" in op else ()
+    factors = () if v is None else (v,)
+    return (xs, *factors, *(() if n is None else (n,)), place, *update, *momentum)
+
+
+@pytest.mark.parametrize("op", ["lowrank_update_", "dense_update_", "lowrank_momentum_", "dense_momentum_", "resample_", "factor"])
+def test_opcheck(rng, any_backend, op):
+    for rounding in (False, True):
+        torch.library.opcheck(getattr(OPS, op).default, arguments(rng, op, any_backend.name, rounding), test_utils=TESTS)
+
+
+def test_weights_that_require_grad(rng, any_backend):
+    x = torch.nn.Parameter(torch.randn(1, 4, 8))
+    call = (0, torch.tensor([3]), [0], torch.ones(1, 1), None, None, 0, any_backend.name)
+    with torch.no_grad():
+        torch.library.opcheck(OPS.dense_update_.default, ([x], [1, 0, 0, 8], *call), test_utils=("test_schema", "test_faketensor"))
+
+
+def random_update(rng, momentum):
+    call = {"draws": [Draw(5), Draw(6, 1)], "scales": [[0.1], [-0.2]], "decay": 0.9, "rounding": Rounding(2, 1)}
+    return call | ({"coefficients": [[1.0], [2.0]], "alpha": 0.1, "beta": 0.5} if momentum else {}) | {"seed": (1 << 64) - 3}
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("op", ["lowrank_update_", "dense_update_", "lowrank_momentum_", "dense_momentum_", "resample_"])
+def test_compiled_call_gives_the_same_bits(rng, op, compiler):
+    rank, momentum = 0 if "dense" in op else 3, "momentum" in op or op == "resample_"
+    ours = Case(rng, rank, momentum=momentum, shapes=SHAPES)
+    expected = ours.copy()
+    call = {"seed": 1, "window": 4, "reproject": True} if op == "resample_" else random_update(rng, momentum)
+    getattr(ops, op)(expected.table, **call)
+    torch.compile(lambda: getattr(ops, op)(ours.table, **call), backend=compiler, fullgraph=True)()
+    assert_same_bits(ours, expected)
+
+
+def test_compiled_factor():
+    make = torch.compile(lambda: ops.factor(5, 9, 3, 77, Draw(2, 1), stream="V", row_offset=4), backend="aot_eager", fullgraph=True)
+    assert torch.equal(make(), noise.factor(5, 9, 3, 77, 2, stream="V", row_offset=4, direction=1))
+
+
+def test_ops_inside_a_compiled_function_see_each_other(rng):
+    """Reads before and after the op, in one graph: the mutation is not reordered."""
+    x, ids = torch.randn(1, 4, 8), [3]
+    before = x.clone()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(x):
+        first = x.sum()
+        ops.dense_update_(TensorTable([x], ids), seed=1, draws=[Draw(0)], scales=0.5)
+        return first, x.sum()
+
+    first, second = step(x)
+    ops.dense_update_(TensorTable([before], ids), seed=1, draws=[Draw(0)], scales=0.5)
+    assert torch.equal(raw(x), raw(before))
+    assert torch.equal(second, x.sum()) and not torch.equal(first, second)
+
+
+def test_packed_tables_are_reused(rng):
+    from lozo_kernels import library
+
+    x = torch.randn(1, 4, 8)
+    call = (0, torch.tensor([3]), [0], torch.ones(1, 1), None, None, 0, "")
+    for _ in range(2):
+        OPS.dense_update_([x], [1, 0, 0, 8], *call)
+    held = [packed for packed in library._packed.values() if packed]
+    assert held and not any(isinstance(value, TensorTable) for packed in held for value in packed.values())
+
+
+def test_a_step_of_a_compiled_model(rng):
+    """The weights of a compiled model change in place under its guards."""
+    torch.manual_seed(rng.getrandbits(32))
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+    twin = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+    twin.load_state_dict(model.state_dict())
+    data = torch.randn(16, 6)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    first, second = LOZO(model, lr=1e-2, rank=2), LOZO(twin, lr=1e-2, rank=2)
+    for _ in range(3):
+        first.step(lambda: compiled(data).square().mean())
+        second.step(lambda: twin(data).square().mean())
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-6)
+
+
+def test_backends_by_name(rng):
+    assert choose_backend("cpu", "eager").backend.name == "eager"
+    x = torch.zeros(1, 2, 8)
+    with pytest.raises(ValueError, match="no backend 'nope'"):
+        OPS.dense_update_([x], [1, 0, 0, 8], 0, torch.tensor([3]), [0], torch.ones(1, 1), None, None, 0, "nope")

@@ -48,13 +48,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lozo_kernels {__version__}")
     commands = parser.add_subparsers(dest="subcommand", required=True, parser_class=_Parser)
 
-    tune = commands.add_parser(
+    finetune = commands.add_parser(
         "finetune",
         help="fine-tune a model; without arguments, a small embedded model on an embedded task, offline, in about two minutes",
     )
-    tune.set_defaults(run=_finetune)
+    finetune.set_defaults(run=_finetune)
     d = Settings()
-    data = tune.add_argument_group("model and data")
+    data = finetune.add_argument_group("model and data")
     data.add_argument("--model", help="name on the Hub or a folder (default: the embedded model)")
     data.add_argument("--task", help="a task by name; an unknown name lists them")
     data.add_argument("--train-file", help="jsonl with text and, for classification, label; or text, one example a line")
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--objective", default=d.objective, help=f"{', '.join(objectives)} (default: %(default)s)")
     data.add_argument("--max-length", type=int, default=d.max_length, help="tokens per example (default: %(default)s)")
 
-    method = tune.add_argument_group("method")
+    method = finetune.add_argument_group("method")
     method.add_argument("--method", default=d.method, help="lozo, lozo-m, mezo or mezo-m (default: %(default)s)")
     method.add_argument("--rank", type=int, default=d.rank, help="columns of U and V (default: %(default)s)")
     method.add_argument("--interval", type=int, default=d.interval, help="steps between two draws of V (default: %(default)s)")
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     method.add_argument("--scaling", default=d.scaling, help="where 1/rank goes: paper, card or published (default: %(default)s)")
     method.add_argument("--directions", type=int, default=d.directions, help="directions per step (default: %(default)s)")
 
-    run = tune.add_argument_group("run")
+    run = finetune.add_argument_group("run")
     run.add_argument("--steps", type=int, help="(default: 1000; 1500 without arguments)")
     run.add_argument("--batch-size", type=int, default=d.batch_size, help="(default: %(default)s)")
     run.add_argument("--eval-every", type=int, help="steps between evaluations (default: a tenth of the run)")
@@ -95,6 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="versions, devices, backends, and a self-test")
     doctor.set_defaults(run=_doctor)
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+    tiles = commands.add_parser(
+        "tune", help="measure tile sizes of the Triton kernels on this GPU, and use the fastest from then on"
+    )
+    tiles.set_defaults(run=_tune)
+    tiles.add_argument("--output", help="file to write (default: one for this device in the user's cache, which is then used)")
 
     commands.add_parser("bench", help="benchmarks of the kernels and of whole steps; see bench --help")
     return parser
@@ -125,6 +131,14 @@ def _doctor(args: argparse.Namespace, command: str) -> int:
     from .doctor import main as doctor
 
     return doctor(as_json=args.json)
+
+
+def _tune(args: argparse.Namespace, command: str) -> int:
+    from pathlib import Path
+
+    from .tune import run
+
+    return run(Path(args.output) if args.output else None, command)
 
 
 def _bench(argv: list[str]) -> int:

@@ -131,7 +131,7 @@ class CapturedStep:
 
     @torch.no_grad()
     def _warm_up(self) -> tuple[StepInfo, Pending | None]:
-        """Runs every pass with eps = 0, which moves no weight: c is then 0 / 0, and the update is skipped as one that is not finite.
+        """Runs every pass with eps = 0, which moves no weight: c is 0 / 0, and the update is skipped as not finite.
 
         Returns:
             Tensors for what a step leaves behind, which the graphs write.

@@ -62,7 +62,7 @@ def in_tmp(tmp_path, monkeypatch):
         ("--threads 0", "--threads is at least 1"),
         ("--seed -1", "--seed is at least 0"),
         ("--device tpu9", "--device tpu9: "),
-        ("--backend fast --steps 1", "no backend 'fast'; there are native, eager"),
+        ("--backend fast --steps 1", "no backend 'fast'; there are "),
         ("--model ./nowhere --task sst2", "--model: there is no folder ./nowhere"),
         ("--model empty --task sst2", "--model: the folder empty has no config.json"),
         ("--model empty", "--model needs something to learn: --task"),

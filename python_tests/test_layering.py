@@ -22,6 +22,7 @@ LAYERS = [
     {"optim"},
     {"graphs"},
     {"hf", "bench", "doctor"},
+    {"tune"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -1,0 +1,141 @@
+"""How many kernels a pass launches, and how the tables on the device follow the model."""
+
+import pytest
+import torch
+from torch import nn
+
+from lozo_kernels import LOZO
+from lozo_kernels.backends import launches
+from lozo_kernels.backends.launches import ANY_DTYPE, DeviceTable, Tile, device_table
+from lozo_kernels.registry import Draw
+from lozo_kernels.table import TensorTable
+from models import Zoo
+
+pytest.importorskip("triton")
+host = pytest.importorskip("lozo_kernels.bench.host")
+
+
+@pytest.fixture(scope="module")
+def opt():
+    """The parameters of OPT-1.3B, 388 of them, in memory that nothing touches."""
+    pytest.importorskip("transformers")
+    return host.empty_model("opt-1.3b", torch.bfloat16)
+
+
+def count(handle, launcher, make):
+    make(0)
+    launcher.launches = 0
+    make(1)
+    return launcher.launches
+
+
+def test_a_pass_over_opt_1_3b_is_two_launches(opt):
+    """Matrices, and the 1-D tensors; an update with momentum has one more, for N."""
+    handle, launcher = host.stubbed_handle(opt, rank=4)
+    try:
+        assert len(handle.names) == 388
+        for make in host.passes(handle).values():
+            assert count(handle, launcher, make) == 2
+        handle.enable_momentum()
+        assert count(handle, launcher, lambda step: handle.update_(step, 0.5, 1e-6, beta=0.9, standing=1e-3)) == 3
+    finally:
+        handle.restore()
+
+
+def test_a_model_of_two_dtypes_is_three_launches(opt):
+    for name, p in opt.named_parameters():
+        if "fc1" in name:
+            p.data = torch.empty(p.shape, dtype=torch.float32)
+    handle, launcher = host.stubbed_handle(opt, rank=4)
+    try:
+        assert count(handle, launcher, lambda step: handle.perturb_(step, 1e-3)) == 3
+    finally:
+        handle.restore()
+        opt.to(torch.bfloat16)
+
+
+def test_mezo_is_one_launch_and_one_for_odd_tensors():
+    model = nn.Sequential(nn.Linear(2048, 2048), nn.Linear(2048, 3))
+    handle, launcher = host.stubbed_handle(model, estimator="dense")
+    assert count(handle, launcher, lambda step: handle.perturb_(step, 1e-3)) == 2
+
+
+def test_a_small_model_of_every_kind_is_two_launches():
+    """Tensors too small for a launch of their own share one, whatever their dtype and shape."""
+    model = Zoo()
+    model.up.half()
+    handle, launcher = host.stubbed_handle(model, rank=2)
+    assert count(handle, launcher, lambda step: handle.perturb_(step, 1e-3)) == 2
+
+
+def test_tables_are_built_once_and_again_when_storage_moves(monkeypatch):
+    built = []
+    make = DeviceTable.__init__
+    monkeypatch.setattr(DeviceTable, "__init__", lambda self, table: (built.append(len(table)), make(self, table))[1])
+    model = nn.Linear(8, 8)
+    handle, _ = host.stubbed_handle(model)
+    for step in range(3):
+        handle.perturb_(step, 1e-3)
+    assert len(built) == 2  # matrices, vectors
+    model.weight.data = model.weight.data.clone()
+    handle.perturb_(3, 1e-3)
+    assert len(built) == 4
+    assert device_table(handle.groups[0].table).tensors[0, 0] == model.weight.data_ptr()
+
+
+def test_what_lies_at_the_same_address_is_looked_at_once_a_step():
+    """A view of another dtype or shape at the same address is seen at the next step."""
+    model = nn.Linear(8, 8, bias=False)
+    handle, _ = host.stubbed_handle(model)
+    handle.perturb_(0, 1e-3)
+    before = handle.groups
+    model.weight.data = model.weight.data.t()
+    with pytest.raises((TypeError, ValueError), match="columns must be contiguous"):
+        handle.perturb_(1, 1e-3)
+    model.weight.data = model.weight.data.t()
+    handle.perturb_(1, 1e-3)
+    assert handle.groups is before or len(handle.groups) == 1
+
+
+@pytest.mark.parametrize("low_rank", [True, False])
+def test_tiles_cover_every_element_once(rng, monkeypatch, low_rank):
+    """Over odd and aligned tensors, strided and stacked ones, and tiles of any size."""
+    monkeypatch.setattr(launches, "_LEAST_BYTES", 0)
+    for _ in range(20):
+        xs = []
+        for _ in range(6):
+            shape = (rng.choice((1, 1, 3)), rng.choice((0, 1, 5, 40)), rng.choice((1, 8, 24, 33)))
+            x = torch.zeros(shape[0], shape[1], shape[2] + rng.choice((0, 0, 8)), dtype=rng.choice((torch.float32, torch.bfloat16)))
+            xs.append(x[:, :, : shape[2]])
+        vs = [torch.zeros(x.shape[0], 4, x.shape[2], dtype=torch.float16) for x in xs] if low_rank else None
+        table = TensorTable(xs, list(range(len(xs))), v=vs)
+        tile = Tile(rng.choice((1, 16)) if low_rank else 1, rng.choice((8, 16, 64)))
+        on_device = DeviceTable(table)
+        for launch in on_device.launches("test", lambda code, tile=tile: tile):
+            for t, matrix, row, col in launch.tiles.tolist():
+                start, stop = col * tile.cols, (col + 1) * tile.cols
+                x = xs[t]
+                if not low_rank and on_device.tensors[t, 6] != x.shape[2]:  # contiguous: one row of all elements
+                    x = x.view(1, 1, -1)
+                x[matrix, row : row + tile.rows, start:stop] += 1
+                assert launch.dtype in (ANY_DTYPE, (torch.float32, torch.bfloat16).index(x.dtype))
+        assert all((x == 1).all() for x in xs)
+
+
+def test_headers_hold_words_of_numbers_and_of_tensors(rng):
+    on_device = DeviceTable(TensorTable([torch.zeros(1, 1, 8)], [0]))
+    seed, step = rng.getrandbits(64), rng.getrandbits(28)
+    numbers = on_device.words(seed, [Draw(step, 3), Draw(step + 1)])
+    tensor = torch.tensor(step)
+    assert torch.equal(numbers, on_device.words(seed, [Draw(tensor, 3), Draw(tensor + 1)]))
+    assert numbers.tolist()[2:] == [3, 0, 0, step, step + 1, 0]
+    assert [n & 0xFFFFFFFF for n in numbers.tolist()[:2]] == [seed & 0xFFFFFFFF, seed >> 32]
+
+
+def test_under_inference_mode(backend):
+    model = nn.Linear(4, 4)
+    optimizer = LOZO(model, lr=1e-2, backend=backend.name)
+    before = model.weight.detach().clone()
+    with torch.inference_mode():
+        optimizer.step(lambda: model(torch.ones(1, 4)).sum())
+    assert not torch.equal(before, model.weight)

@@ -1,0 +1,94 @@
+"""Tile sizes: files of them, and how the tuner chooses."""
+
+import json
+
+import pytest
+import torch
+
+from lozo_kernels import cli, tune
+from lozo_kernels.backends.triton import TritonBackend, tilesizes
+from lozo_kernels.backends.triton.tilesizes import KERNELS, TileSize
+
+DEFAULT = {"kernel": "lowrank_update", "weights": "aligned", "rank_up_to": 64}
+needs_interpreter = pytest.mark.skipif(
+    TritonBackend().unavailable(torch.device("cpu")) is not None, reason="triton is not installed, or kernels run on a GPU here"
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv(tilesizes.ENVIRONMENT, raising=False)
+    tilesizes.tile_sizes.cache_clear()
+    yield
+    tilesizes.tile_sizes.cache_clear()
+
+
+def test_the_default_covers_every_kernel_and_rank():
+    for kernel in KERNELS:
+        for rank in (0,) if kernel.startswith("dense") else range(1, 65):
+            for aligned in (True, False):
+                assert isinstance(tilesizes.tile_sizes(None).find(kernel, aligned, rank), TileSize)
+
+
+def test_a_device_gets_its_own_file(tmp_path, monkeypatch):
+    own = TileSize(128, 32, 8, 8)
+    path = tilesizes.user_file("NVIDIA H200")
+    assert path.name == "nvidia-h200.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"tiles": [DEFAULT | {"rows": 128, "cols": 32, "blocks": 8, "num_warps": 8}]}))
+    assert tilesizes.tile_sizes("NVIDIA H200").find("lowrank_update", True, 4) == own
+    # What the file leaves out, and other devices, are served by the default.
+    assert tilesizes.tile_sizes("NVIDIA H200").find("dense_update", True, 0)
+    assert tilesizes.tile_sizes("other").find("lowrank_update", True, 4) != own
+    monkeypatch.setenv(tilesizes.ENVIRONMENT, str(path))
+    tilesizes.tile_sizes.cache_clear()
+    assert tilesizes.tile_sizes("other").find("lowrank_update", True, 4) == own
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        (json.dumps({"tiles": [DEFAULT]}), "KeyError"),
+        (json.dumps({"tiles": [DEFAULT | {"kernel": "x", "rows": 1, "cols": 1, "blocks": 1, "num_warps": 1}]}), "unknown kernel"),
+        (json.dumps({"tiles": [DEFAULT | {"rows": 48, "cols": 64, "blocks": 1, "num_warps": 4}]}), "rows of a tile is a power of"),
+    ],
+)
+def test_bad_files(tmp_path, monkeypatch, content, message):
+    path = tmp_path / "tiles.json"
+    path.write_text(content)
+    monkeypatch.setenv(tilesizes.ENVIRONMENT, str(path))
+    with pytest.raises(ValueError, match=f"does not hold tile sizes.*{message}"):
+        tilesizes.tile_sizes(None)
+
+
+@needs_interpreter
+def test_the_tuner_takes_what_is_faster_by_more_than_noise(tmp_path):
+    sizes = {"lowrank_update": [TileSize(32, 32, 8, 4), TileSize(32, 64, 8, 4)]}
+
+    def timer(calls):
+        for call in calls.values():
+            call()
+        # The second candidate gains 20%, where there are candidates; elsewhere only the default is measured.
+        return {name: 1.0 - (0.004, 0.0, 0.2)[i % 3] if i else 1.0 for i, name in enumerate(calls)}
+
+    entries = tune.tune(torch.device("cpu"), shape="32x64", sizes_of=lambda kernel: sizes.get(kernel, []), timer=timer)
+    chosen = {(e["kernel"], e["rank_up_to"]): TileSize(*(e[k] for k in ("rows", "cols", "blocks", "num_warps"))) for e in entries}
+    assert chosen["lowrank_update", 16] == sizes["lowrank_update"][1]
+    assert chosen["dense_update", 0] == tilesizes.tile_sizes(None).find("dense_update", True, 0)
+    path = tmp_path / "tiles.json"
+    path.write_text(json.dumps({"tiles": entries}))
+    assert tilesizes.read(path).find("lowrank_update", True, 9) == sizes["lowrank_update"][1]
+
+
+def test_candidates_fit_registers():
+    for kernel in KERNELS:
+        assert all(8 <= s.rows * s.cols // (32 * s.num_warps) <= 64 for s in tune.candidates(kernel))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune for")
+def test_without_a_gpu_the_command_says_so(capsys):
+    assert cli.main(["tune"]) == cli.EXIT_BAD_INPUT
+    assert "there is none here" in capsys.readouterr().err

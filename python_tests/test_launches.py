@@ -139,3 +139,29 @@ def test_under_inference_mode(backend):
     with torch.inference_mode():
         optimizer.step(lambda: model(torch.ones(1, 4)).sum())
     assert not torch.equal(before, model.weight)
+
+
+def aligned(x, **place):
+    v = torch.zeros(x.shape[0], 4, x.shape[2], dtype=torch.float16)
+    table = TensorTable([x], [0], v=[v], **{name: [value] for name, value in place.items()})
+    (only,) = DeviceTable(table).launches("test", lambda code: Tile(16, 64))
+    return only.aligned
+
+
+def test_what_does_not_allow_128_bit_access_takes_the_safe_kernel(monkeypatch):
+    """One property at a time: the address, the columns, the strides of rows and of matrices, the place in the noise."""
+    monkeypatch.setattr(launches, "_LEAST_BYTES", 0)
+    storage = torch.zeros(4096, dtype=torch.bfloat16)
+
+    def view(shape=(2, 4, 16), strides=(64, 16, 1), offset=0):
+        return storage.as_strided(shape, strides, offset)
+
+    assert aligned(view())
+    assert aligned(view(strides=(72, 16, 1), offset=8))
+    assert not aligned(view(offset=4))
+    assert not aligned(view(shape=(2, 4, 12)))
+    assert not aligned(view(strides=(128, 20, 1)))
+    assert not aligned(view(strides=(68, 16, 1)))
+    assert not aligned(view(), col_offsets=4, global_cols=32)
+    assert not aligned(view(), col_offsets=0, global_cols=20)
+    assert aligned(view(), col_offsets=8, global_cols=32, row_offsets=3)

@@ -143,10 +143,10 @@ class DeviceTable:
         launches = []
         for code, dtype in enumerate(DTYPES):
             of_dtype = aligned & (rows[:, _AT["dtype"]] == code)
-            elements = rows[of_dtype][:, [_AT["batch"], _AT["rows"], _AT["cols"]]].prod(1).sum()
-            if int(elements) * dtype.itemsize < _LEAST_BYTES:
+            elements = int(rows[of_dtype][:, [_AT["batch"], _AT["rows"], _AT["cols"]]].prod(1).sum())
+            if elements * dtype.itemsize < _LEAST_BYTES:
                 aligned &= ~of_dtype
-            else:
+            elif elements:
                 launches.append(Launch(code, True, _tiles(rows, of_dtype, tile_of(code)).to(self._device)))
         rest = filled & ~aligned
         if bool(rest.any()):

@@ -20,11 +20,12 @@ from .environment import environment
 from .errors import InputError
 
 SHAPE = "8192x8192"
-RANK_LIMITS = {"lowrank_update": (16, 32, 64), "lowrank_momentum": (8, 16, 64)}
+RANK_LIMITS = {"lowrank_update": (16, 64), "lowrank_momentum": (8, 64)}
 """Ranks that are measured; a size serves all ranks from the one below up to its own."""
 LEAST_GAIN = 0.01
 """A size replaces the default if it is this much faster: less is noise."""
 _PER_THREAD = (8, 64)  # elements of a block that a thread holds: fewer leave memory idle, more spill
+_TILE_COLS = 1024  # of a low-rank tile: enough to make U once for many columns, few enough for many tiles
 
 Timer = Callable[[Mapping[str, Callable[[], None]]], dict[str, float]]
 """Median seconds of each of several calls."""
@@ -38,7 +39,10 @@ def candidates(kernel: str) -> list[TileSize]:
         for c in (1024, 2048, 4096) if r == 1 else (32, 64, 128):
             for warps in (4, 8):
                 if _PER_THREAD[0] <= r * c // (32 * warps) <= _PER_THREAD[1]:
-                    found += [TileSize(r, c, blocks, warps) for blocks in (8, 16, 32)]
+                    if r == 1:
+                        found += [TileSize(r, c, blocks, warps) for blocks in (4, 16)]
+                    else:
+                        found += [TileSize(r, c, _TILE_COLS // c, warps, ahead) for ahead in (False, True)]
     return found
 
 
@@ -122,7 +126,8 @@ def _calls(
                 raise
             progress(f"{kernel} rank {rank}: {size} cannot run ({type(e).__name__})")
             continue
-        yield ("default" if i == 0 else f"{size.rows}x{size.cols}x{size.blocks}, {size.num_warps} warps"), (size, call)
+        name = f"{size.rows}x{size.cols}x{size.blocks}, {size.num_warps} warps" + (", ahead" if size.ahead else "")
+        yield ("default" if i == 0 else name), (size, call)
 
 
 def _timer(device: torch.device, rounds: int) -> Timer:

@@ -27,7 +27,7 @@ pytestmark = [
 
 # The interpreter takes some 30 ms a program, whatever its size: small tiles only as far as their edges are to be seen.
 SIZES = {
-    "lowrank_update": TileSize(64, 64, 2, 4),
+    "lowrank_update": TileSize(64, 64, 2, 4, ahead=True),
     "lowrank_momentum": TileSize(64, 64, 2, 4),
     "dense_update": TileSize(1, 256, 2, 4),
     "dense_momentum": TileSize(1, 256, 2, 4),

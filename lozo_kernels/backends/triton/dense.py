@@ -14,7 +14,7 @@ from .noise import (
     seed_words,
 )
 from .tables import dtype_at, extent_at, factors_at, place_at, tile_at, weights_at
-from .weights import load_weights, store_stochastic, store_weights
+from .weights import as_fp32, store_stochastic, store_weights
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def update_stretch(
         start = col0 + block * COUNT
         cols = start + tl.arange(0, COUNT)
         mask = cols < width
-        y = load_weights(x + cols, mask, EMULATE)
+        y = as_fp32(tl.load(x + cols, mask=mask), EMULATE)
         z0 = dense_noise(header, flat + start, tensor_id, k0, k1, 0, ALIGNED, COUNT, DP4A)
         if DRAWS == 2:
             z1 = dense_noise(header, flat + start, tensor_id, k0, k1, 1, ALIGNED, COUNT, DP4A)

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .noise import STREAM_U, draw_words, factor, rounding_any, rounding_rows, rounding_words, seed_words
 from .tables import dtype_at, extent_at, factors_at, place_at, tile_at, weights_at
-from .weights import load_weights, store_stochastic, store_weights
+from .weights import as_fp32, store_stochastic, store_weights
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def update_tile(
     WEIGHT: tl.constexpr, tile, tensors, t, matrix, row0, block0, header, scales, decay, alpha, count,
     RANK: tl.constexpr, PADDED: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr, MOMENTUM: tl.constexpr,
     STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCKS: tl.constexpr,
-    DP4A: tl.constexpr, EMULATE: tl.constexpr,
+    AHEAD: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS by BLOCKS * COLS, for weights of one dtype. EXACT momentum products go up to rank 8."""
     x, batch_stride, row_stride = weights_at(tensors, t)
@@ -97,6 +97,14 @@ def update_tile(
         row_stride = tl.multiple_of(row_stride, 8)
         width = tl.multiple_of(width, 8)
         width32 = tl.multiple_of(width32, 8)
+    rows = row0 + tl.arange(0, ROWS)
+    row_mask = rows < height32
+    x_rows = x + matrix.to(tl.int64) * batch_stride + rows.to(tl.int64)[:, None] * row_stride
+    col0 = block0 * (BLOCKS * COLS)
+    end = tl.minimum(width32, col0 + BLOCKS * COLS)
+    if AHEAD:  # on the way while U is made; then always one block before the one that is worked on
+        cols = col0 + tl.arange(0, COLS)
+        ahead = tl.load(x_rows + cols[None, :], mask=row_mask[:, None] & (cols < end)[None, :])
     global_row = row_offset + matrix.to(tl.int64) * height + row0
     first = global_row.to(tl.uint32)
     u0 = draw_factor(header, tensor_id, first, k0, k1, 0, ROWS, RANK, PADDED, DP4A)
@@ -106,8 +114,6 @@ def update_tile(
         scale1 = tl.load(scales + count + t)
     if DECAY:
         factor_of_x = tl.load(decay + t)
-    rows = row0 + tl.arange(0, ROWS)
-    row_mask = rows < height32
     ks = tl.arange(0, PADDED)
     if MOMENTUM:
         rate = tl.load(alpha + t)
@@ -117,21 +123,22 @@ def update_tile(
             high, low, unit = split_rows(n_block)
         else:
             columns = momentum_columns(n_row, row_mask, RANK)
-    x_rows = x + matrix.to(tl.int64) * batch_stride + rows.to(tl.int64)[:, None] * row_stride
     v_matrix = v + matrix.to(tl.int64) * RANK * width
     if ALIGNED:
         v_matrix = tl.multiple_of(v_matrix, 16)
     v_rows = v_matrix + ks.to(tl.int64)[:, None] * width
     flat = (global_row + tl.arange(0, ROWS).to(tl.int64)[:, None]) * global_cols + col_offset
-    col0 = block0 * (BLOCKS * COLS)
-    blocks = (tl.minimum(width32 - col0, BLOCKS * COLS) + COLS - 1) // COLS
-    for block in range(0, blocks):
+    for block in range(0, (end - col0 + COLS - 1) // COLS):
         start = col0 + block * COLS
         cols = start + tl.arange(0, COLS)
         col_mask = cols < width32
         mask = row_mask[:, None] & col_mask[None, :]
         pointer = x_rows + cols[None, :]
-        y = load_weights(pointer, mask, EMULATE)
+        if AHEAD:
+            y = as_fp32(ahead, EMULATE)
+            ahead = tl.load(pointer + COLS, mask=row_mask[:, None] & (cols + COLS < end)[None, :])
+        else:
+            y = as_fp32(tl.load(pointer, mask=mask), EMULATE)
         if RANK < PADDED:
             v_block = tl.load(v_rows + cols[None, :], mask=(ks[:, None] < RANK) & col_mask[None, :], other=0.0)
         else:
@@ -156,31 +163,35 @@ def lowrank_update(
     tiles, tensors, header, scales, decay, alpha, count,
     WEIGHT: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr,
     MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    BLOCKS: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr,
+    BLOCKS: tl.constexpr, AHEAD: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """The op lowrank_update, and with MOMENTUM the weights' part of lowrank_momentum. WEIGHT None: any dtype, read per tensor."""
     t, matrix, row0, block0 = tile_at(tiles, tl.program_id(0))
     if WEIGHT is not None:
         update_tile(
             WEIGHT, tiles, tensors, t, matrix, row0, block0, header, scales, decay, alpha, count, RANK, PADDED, DRAWS, DECAY,
-            MOMENTUM, STOCHASTIC, ALIGNED, ROWS, COLS, BLOCKS, DP4A, EMULATE,
+            MOMENTUM, STOCHASTIC, ALIGNED, ROWS, COLS, BLOCKS, AHEAD, DP4A,
+            EMULATE,
         )  # fmt: skip
     else:
         code = dtype_at(tensors, t)
         if code == 0:
             update_tile(
                 tl.float32, tiles, tensors, t, matrix, row0, block0, header, scales, decay, alpha, count, RANK, PADDED, DRAWS,
-                DECAY, MOMENTUM, STOCHASTIC, ALIGNED, ROWS, COLS, BLOCKS, DP4A, EMULATE,
+                DECAY, MOMENTUM, STOCHASTIC, ALIGNED, ROWS, COLS, BLOCKS, AHEAD, DP4A,
+            EMULATE,
             )  # fmt: skip
         elif code == 1:
             update_tile(
                 tl.bfloat16, tiles, tensors, t, matrix, row0, block0, header, scales, decay, alpha, count, RANK, PADDED, DRAWS,
-                DECAY, MOMENTUM, STOCHASTIC, ALIGNED, ROWS, COLS, BLOCKS, DP4A, EMULATE,
+                DECAY, MOMENTUM, STOCHASTIC, ALIGNED, ROWS, COLS, BLOCKS, AHEAD, DP4A,
+            EMULATE,
             )  # fmt: skip
         else:
             update_tile(
                 tl.float16, tiles, tensors, t, matrix, row0, block0, header, scales, decay, alpha, count, RANK, PADDED, DRAWS,
-                DECAY, MOMENTUM, STOCHASTIC, ALIGNED, ROWS, COLS, BLOCKS, DP4A, EMULATE,
+                DECAY, MOMENTUM, STOCHASTIC, ALIGNED, ROWS, COLS, BLOCKS, AHEAD, DP4A,
+            EMULATE,
             )  # fmt: skip
 
 

@@ -72,6 +72,7 @@ def lowrank_plan(dtype: torch.dtype | None, rank: int, kind: UpdateKind, size: T
         "ROWS": size.rows,
         "COLS": size.cols,
         "BLOCKS": size.blocks,
+        "AHEAD": size.ahead,
         "DP4A": target.dp4a,
         "EMULATE": target.emulate,
     }

@@ -22,15 +22,18 @@ class TileSize:
         rows, cols: of the block that a program holds in registers; powers of two.
         blocks: how many of them, side by side, a program works through.
         num_warps: of a program.
+        ahead: the next block is read while one is worked on (low-rank kernels): more bytes in flight, more registers.
     """
 
     rows: int
     cols: int
     blocks: int
     num_warps: int
+    ahead: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
+        for name in ("rows", "cols", "blocks", "num_warps"):
+            value = getattr(self, name)
             if not isinstance(value, int) or value < 1 or value & (value - 1):
                 raise ValueError(f"{name} of a tile is a power of two, not {value!r}")
 
@@ -99,5 +102,5 @@ def read(path: Path) -> TileSizes:
 def _entry(entry: dict[str, Any]) -> tuple[str, str, int, TileSize]:
     if entry["kernel"] not in KERNELS or entry["weights"] not in ("aligned", "any"):
         raise ValueError(f"unknown kernel or weights in {entry}")
-    size = TileSize(entry["rows"], entry["cols"], entry["blocks"], entry["num_warps"])
+    size = TileSize(entry["rows"], entry["cols"], entry["blocks"], entry["num_warps"], bool(entry.get("ahead", False)))
     return entry["kernel"], entry["weights"], int(entry["rank_up_to"]), size

@@ -8,10 +8,9 @@ import triton.language as tl
 
 
 @triton.jit
-def load_weights(pointer, mask, EMULATE: tl.constexpr):
-    """fp32 of the weights at ``pointer``."""
-    x = tl.load(pointer, mask=mask)
-    if EMULATE and pointer.dtype.element_ty == tl.bfloat16:
+def as_fp32(x, EMULATE: tl.constexpr):
+    """fp32 of weights that were read."""
+    if EMULATE and x.dtype == tl.bfloat16:
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)
 

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo test bench lint format clean
+.PHONY: setup demo test bench bench-gpu lint format clean
 
 setup: $(STAMP)
 
@@ -25,6 +25,10 @@ bench: $(STAMP)
 	$(BIN)/lozo-kernels bench perturb --device cpu --output bench/results/perturb_cpu.json
 	$(BIN)/lozo-kernels bench step --device cpu --output bench/results/step_cpu.json
 	$(BIN)/lozo-kernels bench memory --device cpu --output bench/results/memory_cpu.json
+
+# On a machine with a GPU, with an interpreter that has torch: PYTHON=python3 make bench-gpu. Sets up nothing, needs no network.
+bench-gpu:
+	PYTHONPATH=. $(PYTHON) -m bench.gpu $(if $(OUTPUT),--output $(OUTPUT))
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

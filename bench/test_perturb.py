@@ -46,7 +46,7 @@ def report(benchmark, case, tensors, rounds=10):
 
 
 def test_floor(benchmark, case):
-    report(benchmark, case, case.matrices)(peers.floor_pass(torch.ones(weights.nbytes(case.matrices) // 4)))
+    report(benchmark, case, case.matrices)(peers.inplace_pass(torch.ones(weights.nbytes(case.matrices) // 4)))
 
 
 @pytest.mark.parametrize("rank", RANKS)
@@ -64,9 +64,9 @@ def test_dense_update(benchmark, case, backend):
 
 
 @pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("peer", sorted({peer for op in LOWRANK for peer, _ in perturb.BESIDE[op].values()}))
+@pytest.mark.parametrize("peer", sorted({peer for op in LOWRANK for peer, _ in perturb.BESIDE[op].values()} - {"compiled lozo"}))
 def test_lowrank_peer(benchmark, case, peer, rank):
-    one_pass = perturb.lowrank_peers(case, rank)[peer]
+    one_pass = perturb.lowrank_peers(case, rank)[peer]()
     report(benchmark, case, case.matrices, rounds=3 if peer.startswith("published") else 10)(one_pass)
 
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import InputError
-from . import memory, perturb, step
+from ..registry import choose_backend
+from . import correctness, exactness, fits, host, memory, perturb, step
 from .arguments import Parser
 from .gate import GateError
 
@@ -16,6 +17,10 @@ _MEASUREMENTS = {
     "perturb": (perturb, "one pass over the weights, beside the floor, addmm_ and the published expressions"),
     "step": (step, "whole steps of a real architecture, beside their two forward passes and the published step"),
     "memory": (memory, "memory of a step beyond that of its forward passes"),
+    "fits": (fits, "whether a model and a step on it fit into a device"),
+    "host": (host, "what a pass over a model costs in Python, with its kernel launches left out"),
+    "correctness": (correctness, "the bits of every op on a device beside those on the CPU"),
+    "exactness": (exactness, "whether U V^T is exact: on matrix units in fp16 with fp32 sums, and in the kernels"),
 }
 
 
@@ -33,6 +38,9 @@ def main(argv: Sequence[str]) -> int:
         options = _parser().parse_args(argv)
         if options.threads is not None:
             torch.set_num_threads(options.threads)
+        if options.device.type == "cuda":
+            torch.cuda.set_device(options.device)
+        _check_backend(options.device)
         return _MEASUREMENTS[options.measurement][0].run(options, argv)
     except InputError as e:
         message, code = f"error: {e}", 2
@@ -44,9 +52,17 @@ def main(argv: Sequence[str]) -> int:
     return code
 
 
+def _check_backend(device: torch.device) -> None:
+    """Raises InputError if LOZO_KERNELS_BACKEND names one that cannot serve the device."""
+    try:
+        choose_backend(device)
+    except (ValueError, RuntimeError) as e:
+        raise InputError(str(e)) from None
+
+
 def _parser() -> Parser:
     parser = Parser(prog="lozo-kernels bench", description=__doc__)
     commands = parser.add_subparsers(dest="measurement", required=True, metavar="{" + ",".join(_MEASUREMENTS) + "}")
     for name, (module, text) in _MEASUREMENTS.items():
-        module.add_arguments(commands.add_parser(name, help=text, description=f"Measures {text}."))
+        module.add_arguments(commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}."))
     return parser

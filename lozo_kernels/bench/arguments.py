@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import NoReturn
 
 import torch
@@ -33,8 +33,8 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", help="also write the JSON document to FILE")
 
 
-def add_model(parser: argparse.ArgumentParser, methods: Collection[str]) -> None:
-    """What measurements of whole steps take besides."""
+def add_model(parser: argparse.ArgumentParser, methods: Collection[str], default: Sequence[str]) -> None:
+    """What measurements of whole steps take besides: ``default`` of the ``methods`` unless others are named."""
 
     def method_name(text: str) -> str:
         if text not in methods:
@@ -43,7 +43,12 @@ def add_model(parser: argparse.ArgumentParser, methods: Collection[str]) -> None
 
     parser.add_argument("--model", type=model_name, default="opt-125m", help="architecture (default: opt-125m); needs transformers")
     parser.add_argument("--dtype", type=several(dtype_name), default=["bfloat16", "float32"], help="default: bfloat16,float32")
-    parser.add_argument("--methods", type=several(method_name), default=list(methods), help=f"default: {','.join(methods)}")
+    parser.add_argument(
+        "--methods",
+        type=several(method_name),
+        default=list(default),
+        help=f"of {', '.join(methods)} (default: {','.join(default)})",
+    )
     parser.add_argument("--rank", type=rank_number, default=4, help="default: 4")
 
 
@@ -68,7 +73,7 @@ def device(text: str) -> torch.device:
     """A device that is here."""
     try:
         found = torch.device(text)
-        torch.empty(1, device=found)
+        found = torch.empty(1, device=found).device  # with its index
     except (RuntimeError, AssertionError) as e:  # an unknown word, no such accelerator, or a torch built without it
         raise argparse.ArgumentTypeError(str(e).splitlines()[0]) from None
     if found.type == "meta":

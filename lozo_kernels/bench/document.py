@@ -8,7 +8,32 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ..environment import environment
+
 _QUIET = 0.1  # CPUs that others may use without a warning
+
+
+def where(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
+    """Where and how a measurement is made: :func:`~lozo_kernels.environment.environment`, and what a GPU is."""
+    found = environment(device, argv)
+    if device.type == "cuda":
+        p = torch.cuda.get_device_properties(device)
+        found["gpu"] = {
+            "capability": f"{p.major}.{p.minor}",
+            "multiprocessors": p.multi_processor_count,
+            "memory_bytes": p.total_memory,
+            "l2_bytes": getattr(p, "L2_cache_size", None),
+            "runtime": torch.version.cuda or torch.version.hip,
+        }
+    return found
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line of limited length."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[0][:200]
 
 
 def publish(document: dict[str, Any], render: Callable[[dict[str, Any]], str], *, as_json: bool, output: str | None) -> None:
@@ -17,6 +42,12 @@ def publish(document: dict[str, Any], render: Callable[[dict[str, Any]], str], *
     if output is not None:
         Path(output).write_text(text + "\n")
     print(text if as_json else f"{heading(document)}\n\n{render(document)}")
+
+
+def save_partial(document: dict[str, Any], output: str | None, **parts: Any) -> None:
+    """Writes what there is so far, marked as such, for a measurement that may be stopped."""
+    if output is not None:
+        Path(output).write_text(dumps(document | {"complete": False} | parts) + "\n")
 
 
 def dumps(document: dict[str, Any]) -> str:

@@ -18,12 +18,22 @@ from .weights import EPS
 Pass = Callable[[], None]
 
 
-def floor_pass(buffer: Tensor) -> Pass:
-    """The floor: one read and one write of every byte, fp32 ``mul_`` by numbers near 1 whose product is 1."""
+def inplace_pass(buffer: Tensor) -> Pass:
+    """One read and one write of every byte in place: fp32 ``mul_`` by numbers near 1 whose product is 1."""
     factors = itertools.cycle((1.0 + 2.0**-10, 1.0 / (1.0 + 2.0**-10)))
 
     def run() -> None:
         buffer.mul_(next(factors))
+
+    return run
+
+
+def copy_pass(source: Tensor) -> Pass:
+    """One read of every byte of a buffer and one write of every byte of another."""
+    target = torch.empty_like(source)
+
+    def run() -> None:
+        target.copy_(source)
 
     return run
 
@@ -53,6 +63,18 @@ def addmm_momentum_pass(xs: Sequence[Tensor], rank: int) -> Pass:
         for x, (_, v), u, n in zip(xs, factors, fp32_us, momenta, strict=True):
             n.mul_(0.9).add_(u, alpha=0.1)
             x.addmm_(n.to(x.dtype), v.t(), alpha=alpha)
+
+    return run
+
+
+def foreach_pass(xs: Sequence[Tensor]) -> Pass:
+    """MeZO's perturbation without its noise: ``torch._foreach_add_`` of Z made beforehand, as large as the weights."""
+    weights = list(xs)
+    zs = [torch.randn_like(x) for x in weights]
+    alphas = _alternating(EPS)
+
+    def run() -> None:
+        torch._foreach_add_(weights, zs, alpha=next(alphas))
 
     return run
 
@@ -104,6 +126,40 @@ def published_mezo_pass(xs: Sequence[Tensor]) -> Pass:
             param.data = x
             z = torch.normal(mean=0.0, std=1.0, size=param.data.size(), device=param.data.device, dtype=param.data.dtype)
             param.data = param.data + scale * z * EPS
+
+    return run
+
+
+def compiled_lozo_pass(xs: Sequence[Tensor], rank: int) -> Pass:
+    """LOZO's published perturbation through ``torch.compile``, its noise included."""
+    vs = [v for _, v in _factors(xs, rank)]
+
+    def perturbed(x: Tensor, v: Tensor) -> Tensor:
+        u = torch.randn(x.size(0), rank, device=x.device, dtype=x.dtype)
+        return x + (u @ v.t()) * EPS
+
+    return _compiled(perturbed, list(zip(xs, vs, strict=True)))
+
+
+def compiled_mezo_pass(xs: Sequence[Tensor]) -> Pass:
+    """MeZO's published perturbation through ``torch.compile``, its noise included."""
+
+    def perturbed(x: Tensor) -> Tensor:
+        return x + torch.randn(x.shape, device=x.device, dtype=x.dtype) * EPS
+
+    return _compiled(perturbed, [(x,) for x in xs])
+
+
+def _compiled(function: Callable[..., Tensor], arguments: Sequence[tuple[Tensor, ...]]) -> Pass:
+    """A call for each of the arguments. Every shape gets code of its own, as long as there are no more than torch allows."""
+    torch._dynamo.reset()  # code of other calls counts against the limit of shapes
+    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+    param = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    def run() -> None:
+        torch.manual_seed(0)
+        for tensors in arguments:
+            param.data = compiled(*tensors)
 
     return run
 

@@ -3,46 +3,46 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..environment import OtherLoad, environment, last_level_cache
+from ..environment import OtherLoad, last_level_cache
+from ..errors import InputError
 from ..registry import Backend, choose_backend
 from . import peers
 from .arguments import DTYPE_NAMES, add_common, check_output, dtype_name, model_name, positive, rank_number, several, shape_label
-from .document import format_table, progress, publish
+from .clock import Clock, clock_for
+from .document import first_line, format_table, progress, publish, save_partial, where
 from .gate import check, check_small
-from .timing import Contender, Seconds, interleave, median, paired_ratio, spread, synchronizer
+from .models import parameter_shapes
+from .targets import goals, judge_speed
+from .timing import Contender, Seconds, interleave, median, paired_ratio, spread
 from .weights import OpCall, Weights, dense_calls, lowrank_calls, make_weights, nbytes
 
 Row = dict[str, Any]
 
-TARGETS = (
-    ("lowrank_update", "float32", (1, 2, 4), "floor", 0.85),
-    ("lowrank_update", "float32", (8,), "floor", 0.70),
-    ("lowrank_update", "bfloat16", (1, 2, 4), "floor", 0.60),
-    ("lowrank_update", "bfloat16", (8,), "floor", 0.45),
-    ("dense_update", "float32", (None,), "floor", 0.25),
-    ("dense_update", "bfloat16", (None,), "floor", 0.13),
-    ("lowrank_update", "float32", (4,), "addmm", 1.7),
-    ("lowrank_update", "bfloat16", (4,), "addmm", 1.7),
-    ("lowrank_update", "float32", (1, 2, 4, 8), "reference", 20.0),
-    ("lowrank_update", "bfloat16", (1, 2, 4, 8), "reference", 20.0),
-    ("dense_update", "float32", (None,), "reference", 12.0),
-    ("dense_update", "bfloat16", (None,), "reference", 12.0),
-)
-"""The project's goals on two threads of an AVX-512 CPU: op, dtype, ranks, compared with what, the least ratio of speeds."""
-
 BESIDE: dict[str, dict[str, tuple[str, int]]] = {
-    "lowrank_update": {"addmm": ("addmm", 1), "reference": ("published lozo", 1)},
-    "lowrank_update_2": {"addmm": ("addmm of twice the rank", 1), "reference": ("published lozo", 2)},
+    "lowrank_update": {"addmm": ("addmm", 1), "reference": ("published lozo", 1), "compiled": ("compiled lozo", 1)},
+    "lowrank_update_2": {
+        "addmm": ("addmm of twice the rank", 1),
+        "reference": ("published lozo", 2),
+        "compiled": ("compiled lozo", 2),
+    },
     "lowrank_momentum": {"addmm": ("addmm momentum", 1), "reference": ("published lozo-m", 1)},
-    "dense_update": {"reference": ("published mezo", 1)},
+    "dense_update": {"reference": ("published mezo", 1), "compiled": ("compiled mezo", 1), "foreach": ("foreach", 1)},
 }
 """For every op and column, what it is compared with and how many passes of that do the same work."""
+
+COLUMNS = ("floor", "copy", "inplace", "addmm", "reference", "compiled", "foreach")
+"""What a row compares its op with: ``{column}_gbps``."""
+
+_FLOOR_BYTES = 8 << 30  # a floor needs a buffer of its own beside the weights, and more bytes do not change its speed
+_HOST_CALLS = 5
+_NOISE_BYTES = 2 << 30  # on the CPU, where too much memory ends the process: what a peer may hold beside the weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,137 +52,232 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=several(rank_number), default=[1, 2, 4, 8], help="default: 1,2,4,8")
     parser.add_argument("--shapes", type=several(shape_label), help="matrices, as in 8192x8192,32768x2048, which is the default")
     parser.add_argument(
-        "--model-shapes", type=several(model_name), help="models whose weight list is one case; default without --shapes: opt-125m"
+        "--model-shapes",
+        type=several(model_name),
+        help="models whose weight list is one case; needs transformers; default without --shapes: opt-125m",
     )
     parser.add_argument("--repeats", type=positive, default=20, help="interleaved rounds (default: 20)")
     parser.add_argument("--peer-repeats", type=positive, default=3, help="rounds that the slow published code joins (default: 3)")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="also measure the published expressions through torch.compile (default: on a GPU only)",
+    )
+    parser.add_argument("--compile-rank", type=several(rank_number), default=[4], help="at these ranks (default: 4)")
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Measures and prints.
 
     Raises:
-        InputError: the result cannot be written.
+        InputError: the result cannot be written, or a model was asked for without transformers.
         GateError: an op disagrees with its reference; nothing is printed.
     """
     check_output(options.output)
-    labels = [*(options.shapes or ()), *(options.model_shapes or ())]
-    if not labels:
-        labels = ["8192x8192", "32768x2048", "opt-125m"]
     backend = choose_backend(options.device).backend
-    document = environment(options.device, argv)
+    clock = clock_for(options.device, cold=True)
+    on_gpu = options.device.type == "cuda"
+    document = where(options.device, argv) | {"caches": clock.cold, "floor": "copy_" if on_gpu else "mul_"}
     others = OtherLoad()
+    compiling = on_gpu if options.compile is None else options.compile
+    bench = PerturbBench(
+        options.device, backend, clock, options.repeats, options.peer_repeats, options.compile_rank if compiling else []
+    )
     rows: list[Row] = []
     details: list[Row] = []
-    for label in labels:
+    for label in _labels(options):
         for name in options.dtype:
-            for row, detail in measure(
-                label, DTYPE_NAMES[name], options.rank, options.device, backend, options.repeats, options.peer_repeats
-            ):
+            for row, detail in bench.measure(label, DTYPE_NAMES[name], options.rank):
                 rows.append(row)
                 details.append(detail)
+                save_partial(document, options.output, rows=rows, details=details)
     document["cpus_used_by_others"] = others.mean()
-    document |= {"targets": judge(details), "rows": rows, "details": details}
+    document |= {"targets": judge_speed(details, options.device.type), "rows": rows, "details": details}
     publish(document, render, as_json=options.json, output=options.output)
     return 0
 
 
-def measure(
-    label: str,
-    dtype: torch.dtype,
-    ranks: Sequence[int],
-    device: torch.device,
-    backend: Backend,
-    repeats: int,
-    peer_repeats: int = 3,
-) -> Iterator[tuple[Row, Row]]:
-    """The rows of one set of weights, each with its details: ratios within a round, and quantiles.
+def _labels(options: argparse.Namespace) -> list[str]:
+    labels = [*(options.shapes or ()), *(options.model_shapes or ())]
+    if labels:
+        return labels
+    labels = ["8192x8192", "32768x2048"]
+    try:
+        parameter_shapes("opt-125m")
+        labels.append("opt-125m")
+    except InputError as e:
+        progress(f"opt-125m is left out: {e}")
+    return labels
+
+
+class PerturbBench:
+    """Measures ops on one set of weights after the other.
 
     Args:
-        label: as for :func:`~lozo_kernels.bench.weights.make_weights`.
-
-    Raises:
-        GateError: an op disagrees with its reference.
+        compile_ranks: ranks at which the published expressions are compiled too; the dense one is, if there is any.
     """
-    torch.manual_seed(0)
-    weights = make_weights(label, dtype, device)
-    floor = torch.ones(nbytes(weights.matrices) // 4, device=device)
-    cache = last_level_cache()
-    if device.type == "cpu" and cache is not None and nbytes(weights.matrices) < 4 * cache:
-        progress(f"{label}: less than four times the last-level cache of {cache >> 20} MiB, so this is not memory speed")
-    for rank in ranks:
-        calls = lowrank_calls(weights.lowrank_table(rank, backend), backend)
-        yield from _measure_calls(weights, calls, lowrank_peers(weights, rank), floor, repeats, peer_repeats)
-    calls = dense_calls(weights.dense_table(), backend)
-    yield from _measure_calls(weights, calls, dense_peers(weights), floor, repeats, peer_repeats)
+
+    def __init__(
+        self,
+        device: torch.device,
+        backend: Backend,
+        clock: Clock,
+        repeats: int,
+        peer_repeats: int = 3,
+        compile_ranks: Sequence[int] = (),
+    ) -> None:
+        self.device, self.backend, self.clock = device, backend, clock
+        self.repeats, self.peer_repeats = repeats, peer_repeats
+        self.compile_ranks = compile_ranks
+
+    def measure(self, label: str, dtype: torch.dtype, ranks: Sequence[int]) -> Iterator[tuple[Row, Row]]:
+        """The rows of one set of weights, each with its details: ratios within a round, and quantiles.
+
+        Args:
+            label: as for :func:`~lozo_kernels.bench.weights.make_weights`.
+
+        Raises:
+            GateError: an op disagrees with its reference.
+        """
+        torch.manual_seed(0)
+        weights = make_weights(label, dtype, self.device)
+        floors = self._floors(nbytes(weights.matrices))
+        cache = last_level_cache()
+        if self.device.type == "cpu" and cache is not None and nbytes(weights.matrices) < 4 * cache:
+            progress(f"{label}: less than four times the last-level cache of {cache >> 20} MiB, so this is not memory speed")
+        for rank in ranks:
+            calls = lowrank_calls(weights.lowrank_table(rank, self.backend), self.backend)
+            yield from self._measure_calls(weights, calls, self._lowrank_peers(weights, rank), floors)
+        calls = dense_calls(weights.dense_table(), self.backend)
+        yield from self._measure_calls(weights, calls, self._dense_peers(weights), floors)
+
+    def _floors(self, size: int) -> dict[str, tuple[int, peers.Pass]]:
+        """By column: the bytes of its buffer, and a pass over it."""
+        buffer = torch.ones(min(size, _FLOOR_BYTES) // 4, device=self.device)
+        floors = {"inplace": peers.inplace_pass(buffer)}
+        if self.device.type == "cuda":
+            floors["copy"] = peers.copy_pass(buffer)
+        floors["floor"] = floors.get("copy", floors["inplace"])
+        return {column: (nbytes([buffer]), call) for column, call in floors.items()}
+
+    def _lowrank_peers(self, weights: Weights, rank: int) -> dict[str, Callable[[], peers.Pass] | str]:
+        """Makers of what the low-rank ops are compared with, or why there is none, by the names of :data:`BESIDE`."""
+        compiled = self._unless(self._not_compiled(rank), functools.partial(peers.compiled_lozo_pass, weights.matrices, rank))
+        return {**lowrank_peers(weights, rank), "compiled lozo": compiled}
+
+    def _dense_peers(self, weights: Weights) -> dict[str, Callable[[], peers.Pass] | str]:
+        """The same for the dense op."""
+        size = nbytes(weights.all)
+        too_much = None
+        if self.device.type == "cpu" and size > _NOISE_BYTES:
+            too_much = f"not tried: it holds noise of {size >> 20} MiB beside the weights"
+        return {
+            **dense_peers(weights),
+            "compiled mezo": self._unless(self._not_compiled(None), functools.partial(peers.compiled_mezo_pass, weights.all)),
+            "foreach": self._unless(too_much, functools.partial(peers.foreach_pass, weights.all)),
+        }
+
+    def _not_compiled(self, rank: int | None) -> str | None:
+        if not self.compile_ranks:
+            return "not asked for (--compile)"
+        if rank is not None and rank not in self.compile_ranks:
+            return f"not asked for at this rank (--compile-rank {','.join(map(str, self.compile_ranks))})"
+        return None
+
+    @staticmethod
+    def _unless(reason: str | None, make: Callable[[], peers.Pass]) -> Callable[[], peers.Pass] | str:
+        return make if reason is None else reason
+
+    def _measure_calls(
+        self,
+        weights: Weights,
+        calls: dict[str, OpCall],
+        others: Mapping[str, Callable[[], peers.Pass] | str],
+        floors: Mapping[str, tuple[int, peers.Pass]],
+    ) -> Iterator[tuple[Row, Row]]:
+        table = next(iter(calls.values())).table
+        dtype = str(table.x[0].dtype).removeprefix("torch.")
+        progress(f"{weights.label} {dtype}" + (f" rank {table.rank}" if table.rank else " dense"))
+        for name, call in calls.items():
+            check_small(name, table.x[0].dtype, call)
+            check(name, weights.label, call)
+        contenders = {column: Contender(call) for column, (_, call) in floors.items() if column != "floor"}
+        contenders |= {name: Contender(call.run) for name, call in calls.items()}
+        ready, not_run = self._ready(others)
+        seconds = interleave(contenders | ready, self.repeats, clock=self.clock)
+        seconds["floor"] = seconds["copy" if "copy" in seconds else "inplace"]
+
+        moved = nbytes(table.x)
+        for name in calls:
+            beside: dict[str, tuple[int, Seconds]] = {column: (size, seconds[column]) for column, (size, _) in floors.items()}
+            missing: dict[str, str] = {}
+            for column, (other, passes) in BESIDE[name].items():
+                if other in not_run:
+                    missing[column] = not_run[other]
+                else:
+                    beside[column] = (moved, {i: passes * s for i, s in seconds[other].items()})
+            key = {"op": name, "dtype": dtype, "rank": table.rank or None, "shape": weights.label}
+            row: Row = key | {"gbps": gbps(moved, seconds[name])}
+            row |= {f"{column}_gbps": gbps(*beside[column]) if column in beside else None for column in COLUMNS}
+            row |= {"host_us": self._host_us(calls[name]), "not_run": missing}
+            ratios = {column: round(paired_ratio(s, seconds[name]) * moved / size, 4) for column, (size, s) in beside.items()}
+            times = {"op": spread(seconds[name])} | {column: spread(s) for column, (_, s) in beside.items()}
+            yield row, key | {"ratios": ratios, "seconds": times}
+
+    def _host_us(self, call: OpCall) -> float | None:
+        """Microseconds until a call returns where that is before its work is done, on a GPU: what a launch costs the host."""
+        if self.device.type != "cuda":
+            return None
+        seconds = []
+        for _ in range(_HOST_CALLS):
+            torch.cuda.synchronize(self.device)
+            start = time.perf_counter()
+            call.run()
+            seconds.append(time.perf_counter() - start)
+        return round(1e6 * median(seconds), 1)
+
+    def _ready(self, others: Mapping[str, Callable[[], peers.Pass] | str]) -> tuple[dict[str, Contender], dict[str, str]]:
+        """The peers that run here, and why the others do not."""
+        ready: dict[str, Contender] = {}
+        not_run: dict[str, str] = {}
+        for name, make in others.items():
+            if isinstance(make, str):
+                not_run[name] = make
+                continue
+            slow = name.startswith("published")
+            try:
+                call = make()
+                if not slow or self.device.type == "cuda":
+                    call()
+            except Exception as e:  # whatever a peer or its compiler dies of, this library is measured all the same
+                not_run[name] = f"{type(e).__name__}: {first_line(e)}"
+                progress(f"{name} cannot run: {not_run[name]}")
+                continue
+            ready[name] = Contender(call, self.peer_repeats if slow else None, warm_up=False)
+        return ready, not_run
 
 
-def lowrank_peers(weights: Weights, rank: int) -> dict[str, peers.Pass]:
-    """What the low-rank ops are compared with, by the names of :data:`BESIDE`."""
+def lowrank_peers(weights: Weights, rank: int) -> dict[str, Callable[[], peers.Pass]]:
+    """Makers of the eager passes that the low-rank ops are compared with, by the names of :data:`BESIDE`."""
     xs = weights.matrices
     return {
-        "addmm": peers.addmm_pass(xs, rank),
+        "addmm": lambda: peers.addmm_pass(xs, rank),
         # Two draws are one product of twice the rank, once [U0 U1] and [V V] lie side by side.
-        "addmm of twice the rank": peers.addmm_pass(xs, 2 * rank),
-        "addmm momentum": peers.addmm_momentum_pass(xs, rank),
-        "published lozo": peers.published_lozo_pass(xs, rank),
-        "published lozo-m": peers.published_lozo_m_pass(xs, rank),
+        "addmm of twice the rank": lambda: peers.addmm_pass(xs, 2 * rank),
+        "addmm momentum": lambda: peers.addmm_momentum_pass(xs, rank),
+        "published lozo": lambda: peers.published_lozo_pass(xs, rank),
+        "published lozo-m": lambda: peers.published_lozo_m_pass(xs, rank),
     }
 
 
-def dense_peers(weights: Weights) -> dict[str, peers.Pass]:
-    """What the dense op is compared with."""
-    return {"published mezo": peers.published_mezo_pass(weights.all)}
-
-
-def _measure_calls(
-    weights: Weights, calls: dict[str, OpCall], others: dict[str, peers.Pass], floor: Tensor, repeats: int, peer_repeats: int
-) -> Iterator[tuple[Row, Row]]:
-    table = next(iter(calls.values())).table
-    dtype = str(table.x[0].dtype).removeprefix("torch.")
-    progress(f"{weights.label} {dtype}" + (f" rank {table.rank}" if table.rank else " dense"))
-    for name, call in calls.items():
-        check_small(name, table.x[0].dtype, call)
-        check(name, weights.label, call)
-    contenders = {"floor": Contender(peers.floor_pass(floor))} | {name: Contender(call.run) for name, call in calls.items()}
-    for name, other in others.items():
-        slow = name.startswith("published")
-        contenders[name] = Contender(other, peer_repeats if slow else None, warm_up=not slow)
-    seconds = interleave(contenders, repeats, synchronize=synchronizer(floor.device))
-
-    moved = nbytes(table.x)
-    for name in calls:
-        beside: dict[str, tuple[int, Seconds]] = {"floor": (nbytes([floor]), seconds["floor"])}
-        for column, (other_name, passes) in BESIDE[name].items():
-            beside[column] = (moved, {i: passes * s for i, s in seconds[other_name].items()})
-        key = {"op": name, "dtype": dtype, "rank": table.rank or None, "shape": weights.label}
-        row = key | {"gbps": gbps(moved, seconds[name])}
-        row |= {f"{column}_gbps": gbps(*beside[column]) if column in beside else None for column in ("floor", "addmm", "reference")}
-        ratios = {column: round(paired_ratio(s, seconds[name]) * moved / size, 4) for column, (size, s) in beside.items()}
-        times = {"op": spread(seconds[name])} | {column: spread(s) for column, (_, s) in beside.items()}
-        yield row, key | {"ratios": ratios, "seconds": times}
+def dense_peers(weights: Weights) -> dict[str, Callable[[], peers.Pass]]:
+    """Makers of the eager passes that the dense op is compared with."""
+    return {"published mezo": lambda: peers.published_mezo_pass(weights.all)}
 
 
 def gbps(size: int, seconds: Seconds) -> float:
     """GB/s of a median pass that reads and writes ``size`` bytes."""
     return round(2e-9 * size / median(seconds.values()), 2)
-
-
-def judge(details: Sequence[Row]) -> list[Row]:
-    """Every target that was measured, with the worst ratio of speeds."""
-    judged = []
-    for op, dtype, ranks, peer, least in TARGETS:
-        ratios = [
-            d["ratios"][peer]
-            for d in details
-            if d["op"] == op and d["dtype"] == dtype and d["rank"] in ranks and peer in d["ratios"]
-        ]
-        if ratios:
-            judged.append(
-                {"op": op, "dtype": dtype, "ranks": list(ranks), "ratio_to": peer, "target": least}
-                | {"worst": min(ratios), "met": min(ratios) >= least}
-            )
-    return judged
 
 
 def render(document: Row) -> str:
@@ -191,25 +286,13 @@ def render(document: Row) -> str:
     def ratio(detail: Row, peer: str, form: str) -> str:
         return form.format(detail["ratios"][peer]) if peer in detail["ratios"] else "-"
 
-    header = ("op", "dtype", "rank", "shape", "GB/s", "of floor", "x addmm_", "x published")
+    columns = [("floor", "of floor", "{:.2f}"), ("addmm", "x addmm_", "{:.2f}"), ("reference", "x published", "{:.1f}")]
+    extra = [("compiled", "x compiled", "{:.2f}"), ("foreach", "x no noise", "{:.2f}")]
+    columns += [c for c in extra if any(c[0] in detail["ratios"] for detail in document["details"])]
+    header = ("op", "dtype", "rank", "shape", "GB/s", *(title for _, title, _ in columns))
     lines = [
-        (
-            row["op"],
-            row["dtype"],
-            str(row["rank"] or "-"),
-            row["shape"],
-            f"{row['gbps']:.1f}",
-            ratio(detail, "floor", "{:.2f}"),
-            ratio(detail, "addmm", "{:.2f}"),
-            ratio(detail, "reference", "{:.1f}"),
-        )
+        [row["op"], row["dtype"], str(row["rank"] or "-"), row["shape"], f"{row['gbps']:.1f}"]
+        + [ratio(detail, column, form) for column, _, form in columns]
         for row, detail in zip(document["rows"], document["details"], strict=True)
     ]
-    table = format_table(header, lines, left=4)
-    goals = [
-        f"{'met   ' if t['met'] else 'missed'}  {t['op']} {t['dtype']}"
-        + (f" rank {', '.join(map(str, t['ranks']))}" if t["ranks"] != [None] else "")
-        + f": worst {t['worst']:g} of {t['ratio_to']}, target {t['target']:g}"
-        for t in document["targets"]
-    ]
-    return "\n".join([table, "", *goals]) if goals else table
+    return format_table(header, lines, left=4) + goals(document)

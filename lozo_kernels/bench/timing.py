@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import gc
 import random
-import time
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-import torch
+from .clock import Clock, HostClock
 
 
 def quantile(values: Iterable[float], q: float) -> float:
@@ -55,18 +55,17 @@ def paired_ratio(numerator: Seconds, denominator: Seconds) -> float:
     return median([s / denominator[i] for i, s in numerator.items() if i in denominator])
 
 
-def interleave(
-    contenders: Mapping[str, Contender], rounds: int, *, synchronize: Callable[[], None] = lambda: None
-) -> dict[str, Seconds]:
+def interleave(contenders: Mapping[str, Contender], rounds: int, *, clock: Clock | None = None) -> dict[str, Seconds]:
     """Seconds of every call, by contender and round.
 
     A round calls each contender once, in an order that is shuffled anew (from a fixed seed), so that none always follows the
-    same neighbour.
+    same neighbour. The clock is read after a round, so that nothing waits for a device within one.
 
     Args:
         rounds: number of rounds.
-        synchronize: waits for the device; called before each look at the clock.
+        clock: default: the host's.
     """
+    clock = clock or HostClock()
     seconds: dict[str, Seconds] = {name: {} for name in contenders}
     order = list(contenders)
     shuffle = random.Random(0).shuffle
@@ -78,27 +77,23 @@ def interleave(
     try:
         for i in range(rounds):
             shuffle(order)
+            marks: dict[str, tuple[Any, Any]] = {}
             for name in order:
                 contender = contenders[name]
                 joins = rounds if contender.rounds is None else min(contender.rounds, rounds)
                 if (i + 1) * joins // rounds == i * joins // rounds:
                     continue
-                synchronize()
-                start = time.perf_counter()
+                clock.prepare()
+                start = clock.mark()
                 contender.call()
-                synchronize()
-                seconds[name][i] = time.perf_counter() - start
+                marks[name] = (start, clock.mark())
+            clock.wait()
+            for name, (start, end) in marks.items():
+                seconds[name][i] = clock.seconds(start, end)
     finally:
         if collecting:
             gc.enable()
     return seconds
-
-
-def synchronizer(device: torch.device) -> Callable[[], None]:
-    """What waits for a device."""
-    if device.type == "cuda":
-        return lambda: torch.cuda.synchronize(device)
-    return lambda: None
 
 
 def spread(seconds: Seconds) -> dict[str, float]:

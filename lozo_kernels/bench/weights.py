@@ -12,7 +12,7 @@ from .. import noise, ops
 from ..errors import InputError
 from ..registry import Backend, Draw
 from ..table import TensorTable
-from .models import MODELS
+from .models import MODELS, parameter_shapes
 
 SEED = 0x10_20_30_40_50_60_70
 WINDOW = 3
@@ -55,21 +55,22 @@ def make_weights(label: str, dtype: torch.dtype, device: torch.device) -> Weight
     """Random weights: of a model of :data:`~lozo_kernels.bench.models.MODELS`, or one matrix "RxC".
 
     Raises:
-        InputError: they do not fit into memory.
+        InputError: they do not fit into memory, or transformers, which makes a model's shapes, is not installed.
     """
     if label in MODELS:
-        shapes, lengths = MODELS[label].matrices, MODELS[label].vectors
+        shapes = [shape for _, shape in parameter_shapes(label)]
     else:
         rows, cols = map(int, label.split("x"))
-        shapes, lengths = [(rows, cols)], []
+        shapes = [(rows, cols)]
 
     def random(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device).normal_(std=0.02)
 
     try:
-        return Weights(label, [random(*shape) for shape in shapes], [random(n) for n in lengths])
+        tensors = [random(*shape) for shape in shapes]
     except RuntimeError as e:  # torch's out-of-memory errors have no common class of their own
         raise InputError(f"{label} in {str(dtype).removeprefix('torch.')} cannot be allocated: {str(e).splitlines()[0]}") from None
+    return Weights(label, [x for x in tensors if x.dim() == 2], [x for x in tensors if x.dim() == 1])
 
 
 def nbytes(tensors: Sequence[Tensor]) -> int:
@@ -84,6 +85,7 @@ class OpCall:
     Attributes:
         op: "lowrank_update", "dense_update" or "lowrank_momentum".
         scales, coefficients: one per draw.
+        alpha: of the next run.
     """
 
     op: str
@@ -95,23 +97,28 @@ class OpCall:
     alpha: float = 0.0
     beta: float = 1.0
 
+    def __post_init__(self) -> None:
+        # On the device beforehand, as in a training step: uploading a number would wait for the device in every call.
+        shape = (len(self.draws), len(self.table))
+        self._arguments = {"scales": self._tensor(self.scales, shape)}
+        self._fixed: dict[str, Tensor] = {}
+        if self.op == "lowrank_momentum":
+            self._arguments |= {
+                "coefficients": self._tensor(self.coefficients, shape),
+                "alpha": self._tensor([self.alpha], shape[1:]),
+            }
+            self._fixed["beta"] = self._tensor([self.beta], shape[1:])
+        self._negated = {name: -value for name, value in self._arguments.items()}
+
+    def _tensor(self, values: Sequence[float], shape: tuple[int, ...]) -> Tensor:
+        rows = torch.tensor(values, dtype=torch.float32, device=self.table.device)
+        return (rows[:, None] if len(shape) == 2 else rows).expand(shape).contiguous()
+
     def run(self) -> None:
         """The call."""
-        scales = [[s] for s in self.scales]
-        if self.op == "lowrank_momentum":
-            ops.lowrank_momentum_(
-                self.table,
-                seed=SEED,
-                draws=self.draws,
-                scales=scales,
-                coefficients=[[c] for c in self.coefficients],
-                alpha=self.alpha,
-                beta=self.beta,
-                backend=self.backend,
-            )
-        else:
-            op = ops.lowrank_update_ if self.op == "lowrank_update" else ops.dense_update_
-            op(self.table, seed=SEED, draws=self.draws, scales=scales, backend=self.backend)
+        op = getattr(ops, f"{self.op}_")
+        op(self.table, seed=SEED, draws=self.draws, backend=self.backend, **self._arguments, **self._fixed)
+        self._arguments, self._negated = self._negated, self._arguments
         self.scales = [-s for s in self.scales]
         self.coefficients = [-c for c in self.coefficients]
         self.alpha = -self.alpha

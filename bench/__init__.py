@@ -1,0 +1,1 @@
+"""Measurements around the package: what needs the repository, many processes, or minutes."""

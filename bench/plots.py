@@ -1,0 +1,133 @@
+"""Plots of the results of a folder: ``python -m bench.plots bench/results/NAME`` writes PNG files beside its documents."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.ticker
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+Row = dict[str, Any]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where the documents are and the plots go")
+    folder = parser.parse_args(argv).folder
+    for path in sorted(folder.glob("*.json")):
+        document = json.loads(path.read_text())
+        if "rows" not in document or not document["rows"]:
+            continue
+        for name, figure in figures(document).items():
+            target = path.with_name(f"{path.stem}{name}.png")
+            figure.text(0.01, 0.01, origin(document), fontsize=6)
+            figure.savefig(target, dpi=150)
+            plt.close(figure)
+            print(target.name)
+    return 0
+
+
+def origin(document: Row) -> str:
+    """Which machine and code a figure is of."""
+    where = f"{document['device']}, backend {document['backend']}, torch {document['versions']['torch']}"
+    command = textwrap.shorten(document["command"], 150, placeholder=" ...")
+    return f"{where}, commit {document['commit']}, {document['date']}\n{command}"
+
+
+def figures(document: Row) -> dict[str, Any]:
+    """The plots that a document is good for, by what is added to its name."""
+    first = document["rows"][0]
+    if "gbps" in first:
+        cases = dict.fromkeys((r["shape"], r["dtype"]) for r in document["rows"])
+        several = len(cases) > 1
+        return {f"-{s}-{d}" if several else "": throughput(document, s, d) for s, d in cases}
+    if "step_ms" in first:
+        return {f"-{d}": overhead(document, d) for d in dict.fromkeys(r["dtype"] for r in document["rows"])}
+    if "extra_bytes" in first:
+        return {"": memory(document)}
+    return {}
+
+
+def throughput(document: Row, shape: str, dtype: str) -> Any:
+    """GB/s of every op by rank, beside the floor and the peers of the plain perturbation."""
+    rows = [r for r in document["rows"] if (r["shape"], r["dtype"]) == (shape, dtype)]
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for op in dict.fromkeys(r["op"] for r in rows if r["rank"]):
+        _line(axes, [(r["rank"], r["gbps"]) for r in rows if r["op"] == op], op, marker="o")
+    plain = [r for r in rows if r["op"] == "lowrank_update"]
+    for column, label in (("addmm", "addmm_"), ("reference", "published LOZO"), ("compiled", "published LOZO, compiled")):
+        points = [(r["rank"], r[f"{column}_gbps"]) for r in plain if r[f"{column}_gbps"]]
+        if points:
+            _line(axes, points, label, marker="x", linestyle=":")
+    for r in rows:
+        if r["op"] == "dense_update":
+            axes.axhline(r["gbps"], color="tab:brown", linestyle="--", label="dense_update (MeZO)")
+    axes.axhline(max(r["floor_gbps"] for r in rows), color="black", label=f"floor: {document.get('floor', 'mul_')}")
+    axes.set_xscale("log", base=2)
+    ranks = sorted({r["rank"] for r in rows if r["rank"]})
+    axes.set_xticks(ranks, [str(r) for r in ranks])
+    axes.set(xlabel="rank", ylabel="GB/s, read and write", title=f"One pass over {shape}, {dtype}", ylim=(0, None))
+    return _finished(figure, axes)
+
+
+def overhead(document: Row, dtype: str) -> Any:
+    """A step's share on top of its own two forward passes, by tokens."""
+    details = [d for d in document["details"] if d["dtype"] == dtype]
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for method in dict.fromkeys(d["method"] for d in details):
+        own = [d for d in details if d["method"] == method]
+        _line(axes, [(d["tokens"], 100 * d["overhead"]) for d in own], method, marker="o")
+        if method in ("lozo", "mezo"):
+            _line(
+                axes, [(d["tokens"], 100 * d["reference_overhead"]) for d in own], f"published {method}", marker="x", linestyle=":"
+            )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("symlog", linthresh=1)
+    axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    axes.set_ylim(0, None)
+    tokens = sorted({d["tokens"] for d in details})
+    axes.set_xticks(tokens, [str(t) for t in tokens])
+    axes.set(xlabel="tokens of a batch", ylabel="% of the two forward passes", title=f"A step of {document['model']}, {dtype}")
+    return _finished(figure, axes)
+
+
+def memory(document: Row) -> Any:
+    """Peak of a step by method where a GPU tells it, beside the published table; elsewhere what comes on top of the weights."""
+    rows = [r for r in document["rows"] if "out_of_memory" not in r]
+    peaks = all(r.get("peak_bytes") for r in rows)
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    labels = [r["method"] if len({q["dtype"] for q in rows}) == 1 else f"{r['method']}\n{r['dtype']}" for r in rows]
+    values = [r["peak_bytes"] / 1e9 if peaks else r["extra_percent"] for r in rows]
+    axes.bar(range(len(rows)), values, label="measured")
+    published = [(i, r["published_gb"]) for i, r in enumerate(rows) if r.get("published_gb")]
+    if peaks and published:
+        places, sizes = zip(*published, strict=True)
+        axes.scatter(places, sizes, color="black", marker="_", s=400, label="published (batch not stated)")
+    axes.set_xticks(range(len(rows)), labels, rotation=30, ha="right")
+    axes.set(title=f"Memory of a step of {document['model']}", ylabel="peak, GB" if peaks else "beyond the weights and forward, %")
+    if not peaks:
+        axes.set_yscale("symlog", linthresh=1)
+    return _finished(figure, axes)
+
+
+def _line(axes: Any, points: list[tuple[float, float]], label: str, **style: Any) -> None:
+    axes.plot(*zip(*sorted(points), strict=True), label=label, **style)
+
+
+def _finished(figure: Any, axes: Any) -> Any:
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Runs stages one after the other within a budget of time. A stage that fails or hangs costs itself only."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.stages import ALLOWED, FAILED, NOT_RUN, SKIPPED, TIMED_OUT, Stage
+
+_LEAST_SECONDS = 4.0  # less than an interpreter needs to start
+_GRACE = 3.0  # between asking a stage to end and ending it
+_MARGIN = 0.8  # of its time that a stage that was told it may use, before it is stopped
+
+Record = dict[str, Any]
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    output: Path,
+    *,
+    seconds: float,
+    root: Path,
+    environment: Mapping[str, str],
+    after_each: Callable[[list[Record]], object] = lambda records: None,
+) -> list[Record]:
+    """A record for each stage, in order: name, status, reason, return code, seconds, seconds allowed, command, files.
+
+    Args:
+        output: folder of results; logs go to its folder ``logs``.
+        seconds: for all stages together.
+        root: where commands run.
+        environment: of the commands, to which a stage adds its own.
+        after_each: called with the records so far.
+    """
+    (output / "logs").mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + seconds
+    records: list[Record] = []
+    red: str | None = None
+    for i, stage in enumerate(stages):
+        remove_results(stage, output)
+        left = [s.share for s in stages[i:] if s.skip is None]
+        allowed = min(stage.limit, (end - time.monotonic()) * stage.share / max(sum(left), stage.share))
+        record: Record = {"stage": stage.name, "status": SKIPPED, "reason": stage.skip, "return_code": None, "seconds": 0.0}
+        record |= {"allowed_seconds": round(allowed, 1), "command": list(stage.command), "files": []}
+        if stage.skip is not None:
+            pass
+        elif stage.figures and red is not None:
+            record |= {"status": NOT_RUN, "reason": f"correctness failed ({red})"}
+        elif allowed < _LEAST_SECONDS:
+            record |= {"status": NOT_RUN, "reason": "no time was left"}
+        else:
+            record |= run_stage(stage, output, allowed=allowed, root=root, environment=environment)
+        if record["status"] in stage.red_if:
+            red = red or f"{stage.name} {record['status']}"
+        records.append(record)
+        after_each(records)
+    return records
+
+
+def remove_results(stage: Stage, output: Path) -> None:
+    """No result of an earlier run is taken for one of this."""
+    for name in (stage.output, stage.keep_log):
+        if name is not None:
+            (output / name).unlink(missing_ok=True)
+
+
+def run_stage(stage: Stage, output: Path, *, allowed: float, root: Path, environment: Mapping[str, str]) -> Record:
+    """What came of one command: status, reason, return code, seconds and files."""
+    command = [word.replace(ALLOWED, str(max(1, int(_MARGIN * allowed)))) for word in stage.command]
+    log_path = output / "logs" / f"{stage.name}.txt"
+    start = time.monotonic()
+    code: int | None = None
+    reason: str | None
+    with log_path.open("w") as log:
+        try:
+            with started(command, log, root, {**environment, **stage.environment}) as process:
+                code = process.wait(timeout=allowed)
+        except subprocess.TimeoutExpired:
+            status, reason = TIMED_OUT, f"stopped after {allowed:.0f} s"
+        except OSError as e:
+            status, reason = FAILED, f"cannot be started: {e}"
+    text = log_path.read_text(errors="replace")
+    if code is not None:
+        status, reason = stage.verdict(code, text)
+    if stage.keep_log is not None:
+        (output / stage.keep_log).write_text(text)
+    files = [name for name in (stage.output, stage.keep_log) if name is not None and (output / name).exists()]
+    if status == TIMED_OUT and stage.output in files:
+        reason = f"{reason}; what it had written until then is kept"
+    seconds = round(time.monotonic() - start, 1)
+    return {"status": status, "reason": reason, "return_code": code, "seconds": seconds, "command": command, "files": files}
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str], log: Any, root: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in a group of its own, of which nothing is left afterwards."""
+    process = subprocess.Popen(
+        command, cwd=root, env=dict(environment), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        _signal_group(process, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=_GRACE)
+        _signal_group(process, signal.SIGKILL)
+        process.wait()
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)

@@ -1,0 +1,86 @@
+"""What a run of the stages comes to: the goals that were met, those that were not measured, and a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lozo_kernels.bench.document import format_table
+from lozo_kernels.bench.targets import (
+    PUBLISHED_MEMORY_GB,
+    SPEED,
+    STEP,
+    describe,
+    judge_peak_memory,
+    judge_speed,
+    judge_step,
+)
+
+Row = dict[str, Any]
+
+
+def load_documents(records: Sequence[Row], output: Path) -> dict[str, Row]:
+    """The documents that the stages of a run wrote, by stage."""
+    documents = {}
+    for record in records:
+        for name in record["files"]:
+            if name.endswith(".json"):
+                documents[record["stage"]] = json.loads((output / name).read_text())
+    return documents
+
+
+def judge(documents: Mapping[str, Row]) -> list[Row]:
+    """Every goal for a GPU, over all documents; ``met`` is None where nothing was measured."""
+    details: list[Row] = []
+    steps: list[Row] = []
+    memory: list[Row] = []
+    for document in documents.values():
+        own = document.get("details", [])
+        if own and "op" in own[0]:
+            details += own
+        elif own:
+            steps += judge_step(own, "cuda", document["model"])
+        memory += judge_peak_memory([r for r in document.get("rows", []) if "peak_bytes" in r], document.get("model", ""))
+    judged = judge_speed(details, "cuda")
+    measured = {(t["op"], t["ratio_to"]) for t in judged}
+    judged += [
+        {"op": t.op, "dtype": t.dtype, "ranks": list(t.ranks), "ratio_to": t.peer, "shape": t.shape, "target": t.least, "met": None}
+        for t in SPEED["cuda"]
+        if (t.op, t.peer) not in measured
+    ]
+    judged += steps or [STEP["cuda"] | {"met": None}]
+    methods = {t["method"] for t in memory}
+    judged += memory
+    judged += [{"method": m, "target_gb": gb, "met": None} for m, gb in PUBLISHED_MEMORY_GB.items() if m not in methods]
+    return judged
+
+
+def goal(target: Row) -> str:
+    """A judged goal as one line."""
+    if target["met"] is not None:
+        return describe(target)
+    words = [str(target[key]) for key in ("op", "method", "shape", "model") if target.get(key)]
+    bound = next((f"{key} {target[key]}" for key in ("target", "overhead", "target_gb") if key in target), "")
+    to = f" of {target['ratio_to']}" if "ratio_to" in target else ""
+    return f"not measured  {' '.join(words)}: {bound}{to}"
+
+
+def table(summary: Row) -> str:
+    """The stages and the goals as text."""
+    lines = [
+        (
+            r["stage"],
+            r["status"],
+            f"{r['seconds']:.1f}",
+            "" if r["return_code"] is None else str(r["return_code"]),
+            r["reason"] or "",
+        )
+        for r in summary["stages"]
+    ]
+    widths = format_table(("stage", "status", "seconds", "exit", ""), [(*line[:4], "") for line in lines], left=2).splitlines()
+    text = [widths[0], *(f"{row.ljust(len(widths[0]))}  {line[4]}".rstrip() for row, line in zip(widths[1:], lines, strict=True))]
+    text += ["", *(goal(t) for t in summary["targets"])] if summary["targets"] else []
+    text += ["", summary["note"]] if summary.get("note") else []
+    return "\n".join(text)

@@ -1,0 +1,148 @@
+"""``lozo-kernels bench fits``: whether a model and a step on it fit into a device, and what they take."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..environment import OtherLoad
+from .arguments import DTYPE_NAMES, add_common, check_output, dtype_name, model_name, positive, rank_number, several
+from .document import first_line, format_table, progress, publish, where
+from .memory_use import out_of_memory
+from .models import MODELS, build_model
+from .step import METHODS, add_length, causal_forward, make_optimizer
+from .targets import gb
+
+Row = dict[str, Any]
+
+_STEPS = 2  # the second is timed; the first loads code
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this measurement."""
+    add_common(parser)
+
+    def method_name(text: str) -> str:
+        if text not in METHODS:
+            raise argparse.ArgumentTypeError(f"method is one of {', '.join(METHODS)}, not {text!r}")
+        return text
+
+    parser.add_argument("--model", type=model_name, default="opt-66b", help="architecture (default: opt-66b); needs transformers")
+    parser.add_argument("--dtype", type=dtype_name, default="bfloat16", help="default: bfloat16")
+    parser.add_argument("--methods", type=several(method_name), default=["lozo"], help=f"of {', '.join(METHODS)} (default: lozo)")
+    parser.add_argument("--rank", type=rank_number, default=4, help="default: 4")
+    parser.add_argument("--tokens", type=positive, default=512, help="tokens of a batch (default: 512)")
+    add_length(parser)
+
+
+def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Tries and prints. Running out of memory is a result, not an error.
+
+    Raises:
+        InputError: transformers is missing, or the result cannot be written.
+    """
+    check_output(options.output)
+    document = where(options.device, argv)
+    others = OtherLoad()
+    document |= {"model": options.model, "dtype": options.dtype, "tokens": options.tokens}
+    progress(f"{options.model} {options.dtype}: weights")
+    attempt = Attempt(options.device)
+    torch.manual_seed(0)
+    model = attempt.run("weights", lambda: build_model(options.model, DTYPE_NAMES[options.dtype], options.device))
+    if model is None:
+        rows = [{"method": method} | attempt.result() for method in options.methods]
+    else:
+        document["weights_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
+        forward = causal_forward(options.tokens, options.device, MODELS[options.model].positions, options.length)
+        rows = [{"method": method} | try_steps(model, forward, method, options.rank) for method in options.methods]
+    document["cpus_used_by_others"] = others.mean()
+    document |= {"targets": [], "rows": rows}
+    publish(document, render, as_json=options.json, output=options.output)
+    return 0
+
+
+class Attempt:
+    """Phases that may run out of memory, and what they took until then."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.failed_at: str | None = None
+        self.error: str | None = None
+        self.seconds: dict[str, float] = {}
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def run(self, phase: str, call: Callable[[], Any]) -> Any:
+        """What the call returns; None if memory ran out now or in a phase before."""
+        if self.failed_at is not None:
+            return None
+        start = time.perf_counter()
+        try:
+            result = call()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        except RuntimeError as e:
+            if not out_of_memory(e):
+                raise
+            self.failed_at, self.error = phase, first_line(e)
+            return None
+        self.seconds[phase] = round(time.perf_counter() - start, 4)
+        return result
+
+    def result(self) -> Row:
+        """For a row: whether all phases fitted, where not, and the peaks of torch's allocator on a GPU."""
+        row: Row = {"fits": self.failed_at is None, "failed_at": self.failed_at, "error": self.error, "seconds": self.seconds}
+        on_gpu = self.device.type == "cuda"
+        row["peak_bytes"] = torch.cuda.max_memory_allocated(self.device) if on_gpu else None
+        row["reserved_bytes"] = torch.cuda.max_memory_reserved(self.device) if on_gpu else None
+        return row
+
+
+def try_steps(model: nn.Module, forward: Callable[[nn.Module], Tensor], method: str, rank: int) -> Row:
+    """A forward pass, then steps of a method on a model that is already on its device."""
+    attempt = Attempt(next(model.parameters()).device)
+    progress(f"forward, then steps of {method}")
+
+    def forward_pass() -> Tensor:
+        with torch.no_grad():
+            return forward(model)
+
+    attempt.run("forward", forward_pass)
+    optimizer = attempt.run("optimizer", lambda: make_optimizer(method, model, rank))
+    for i in range(_STEPS):
+        attempt.run(f"step {i}", lambda: optimizer.step(lambda: forward(model)))
+    row = attempt.result()
+    if optimizer is not None:
+        optimizer.handle.restore()
+    gc.collect()
+    return row
+
+
+def render(document: Row) -> str:
+    """The rows as text."""
+
+    def size(value: int | None) -> str:
+        return "-" if value is None else f"{gb(value):.2f}"
+
+    header = ("model", "method", "fits", "fails at", "peak GB", "reserved GB", "device GB", "step s")
+    memory = document.get("gpu", {}).get("memory_bytes")
+    lines = [
+        (
+            document["model"],
+            row["method"],
+            "yes" if row["fits"] else "no",
+            row["failed_at"] or "-",
+            size(row["peak_bytes"]),
+            size(row["reserved_bytes"]),
+            size(memory),
+            str(row["seconds"].get(f"step {_STEPS - 1}", "-")),
+        )
+        for row in document["rows"]
+    ]
+    return format_table(header, lines, left=4)

@@ -1,0 +1,99 @@
+"""``lozo-kernels bench host``: what one pass over a model costs the host, in Python, before a GPU has anything to do."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backends.triton import TritonBackend
+from ..backends.triton.launcher import Launcher
+from ..engine import Handle, patch
+from ..environment import OtherLoad, environment
+from ..registry import register_backend
+from .arguments import add_common, check_output, model_name, positive
+from .document import format_table, publish
+from .models import build_model
+from .timing import quantile
+
+TARGET = {"model": "opt-1.3b", "pass": "perturb", "microseconds": 150}
+"""The project's goal for a pass with its launches left out."""
+
+
+class NoLaunch(Launcher):
+    """Counts launches and makes none."""
+
+    def run(self, plan: Any, programs: int, arguments: tuple[Any, ...]) -> None:
+        """Nothing."""
+
+
+def stubbed_handle(model: nn.Module, **options: Any) -> tuple[Handle, NoLaunch]:
+    """A handle whose Triton backend prepares launches on the CPU and makes none. The weights are never touched."""
+    launcher = NoLaunch()
+    backend = TritonBackend(launcher)
+    backend.name = "no launch"
+    register_backend(backend)  # only by this name: it withholds itself from the CPU
+    return patch(model, backend=backend.name, **options), launcher
+
+
+def empty_model(name: str, dtype: torch.dtype) -> nn.Module:
+    """The real modules and parameters of a model, in memory that is never touched and so never taken."""
+    model = build_model(name, dtype, torch.device("meta")).to_empty(device="cpu")
+    model.tie_weights()  # type: ignore[operator]
+    return model
+
+
+def passes(handle: Handle) -> dict[str, Callable[[int], None]]:
+    """The passes of a step, each for a step's number."""
+    c = torch.tensor(0.3, dtype=torch.float64)
+    return {
+        "perturb": lambda step: handle.perturb_(step, 1e-3),
+        "update and restore": lambda step: handle.update_(step, c, 1e-6, standing=-1e-3),
+        "update, restore and perturb": lambda step: handle.update_(step, c, 1e-6, standing=-1e-3, perturb_next=1e-3),
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this measurement."""
+    add_common(parser)
+    parser.add_argument("--model", type=model_name, default="opt-1.3b", help="whose parameters (default: opt-1.3b)")
+    parser.add_argument("--repeats", type=positive, default=300, help="passes of each kind (default: 300)")
+
+
+def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Measures and prints.
+
+    Raises:
+        InputError: transformers or triton is missing, or the result cannot be written.
+    """
+    check_output(options.output)
+    document = environment(torch.device("cpu"), argv)
+    others = OtherLoad()
+    handle, launcher = stubbed_handle(empty_model(options.model, torch.bfloat16), rank=4, interval=1 << 20)
+    rows = []
+    for name, make in passes(handle).items():
+        make(0)
+        launcher.launches, seconds = 0, []
+        for step in range(1, options.repeats + 1):
+            start = time.perf_counter()
+            make(step)
+            seconds.append(time.perf_counter() - start)
+        microseconds = {q: round(1e6 * quantile(seconds, p), 1) for q, p in (("q25", 0.25), ("median", 0.5), ("q75", 0.75))}
+        rows.append({"model": options.model, "pass": name, "tensors": len(handle.names)} | microseconds)
+        rows[-1]["launches"] = launcher.launches // options.repeats
+    document["cpus_used_by_others"] = others.mean()
+    publish(document | {"target": TARGET, "rows": rows}, render, as_json=options.json, output=options.output)
+    return 0
+
+
+def render(document: dict[str, Any]) -> str:
+    """The rows as text."""
+    header = ("model", "pass", "tensors", "launches", "median us", "q25", "q75")
+    lines = [
+        (r["model"], r["pass"], *(str(r[k]) for k in ("tensors", "launches", "median", "q25", "q75"))) for r in document["rows"]
+    ]
+    return format_table(header, lines, left=2)

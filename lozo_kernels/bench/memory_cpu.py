@@ -1,0 +1,123 @@
+"""Memory of a step on the CPU: torch's profiler sees every allocation, the system the rest."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .memory_use import STEPS, Closure, MemoryUse, Step
+
+_FORWARD, _REALLOCATE = "lozo_kernels.bench.forward", "lozo_kernels.bench.reallocate"
+
+
+def measure_memory(model: nn.Module, closure: Closure, make_step: Callable[[], Step]) -> MemoryUse:
+    """Memory use of steps on a model on the CPU. The weights move by two steps.
+
+    Args:
+        closure: a forward pass of the model that returns its loss.
+        make_step: makes an optimiser for the model and returns its step, which takes a closure; called twice.
+    """
+    with torch.no_grad():
+        closure()  # libraries keep workspaces after their first use
+        forward = _peak(_allocations(closure))
+
+    def steps() -> list[Step]:
+        # The profiler sees a release only of what it saw allocated: without this, code that replaces its weights would seem
+        # to keep the old ones.
+        with torch.profiler.record_function(_REALLOCATE):
+            for p in model.parameters():
+                p.data = p.data.clone()
+        step = make_step()
+        for _ in range(STEPS):
+            step(marked)
+        return [step]  # keeps the optimiser alive until its memory was read
+
+    def marked() -> Tensor:
+        with torch.profiler.record_function(_FORWARD):
+            return closure()
+
+    resident = _resident_growth(make_step)
+    inside, outside, alive = 0, 0, 0
+    for change, span in _allocations(steps):
+        if span == _REALLOCATE:
+            continue
+        alive += change
+        if span == _FORWARD:
+            inside = max(inside, alive)
+        else:
+            outside = max(outside, alive)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return MemoryUse(weights, forward, max(0, alive), max(outside, inside - forward, alive), resident)
+
+
+def _allocations(call: Callable[[], object]) -> list[tuple[int, str | None]]:
+    """Every allocation (bytes) of torch during a call and its release (negative bytes), and the marked span that it was in.
+
+    What the call returns is alive until the end.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes its own start and stop to stderr
+    gc.collect()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+        result = call()
+    del result
+    nodes = _flatten(profile.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
+    spans = [(n.start_time_ns, n.end_time_ns, n.name) for n in nodes if n.name in (_FORWARD, _REALLOCATE)]
+    sizes: dict[int, int] = {}
+    changes = []
+    for node in sorted((n for n in nodes if n.name == "[memory]"), key=lambda n: n.start_time_ns):
+        address, size = node.extra_fields.ptr, node.extra_fields.alloc_size
+        if size > 0:
+            sizes[address] = size
+        elif address in sizes:
+            size = -sizes.pop(address)
+        else:
+            continue  # of something older than the call
+        changes.append((size, next((name for start, end, name in spans if start <= node.start_time_ns <= end), None)))
+    return changes
+
+
+def _flatten(nodes: Iterable[Any]) -> list[Any]:
+    """The nodes of a profile and everything below them."""
+    found, stack = [], list(nodes)
+    while stack:
+        node = stack.pop()
+        found.append(node)
+        stack += node.children
+    return found
+
+
+def _peak(events: Sequence[tuple[int, str | None]]) -> int:
+    peak = alive = 0
+    for change, _ in events:
+        alive += change
+        peak = max(peak, alive)
+    return peak
+
+
+def _resident_growth(make_step: Callable[[], Step]) -> int | None:
+    """Peak growth of the resident set over steps with a closure that computes nothing (Linux)."""
+    loss = torch.zeros(())
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc holds on to would hide an allocation
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        before = _status_bytes("VmRSS")
+        step = make_step()
+        for _ in range(STEPS):
+            step(lambda: loss)
+        return max(0, _status_bytes("VmHWM") - before)
+    except (OSError, AttributeError, KeyError):
+        return None
+
+
+def _status_bytes(field: str) -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) << 10

@@ -1,0 +1,72 @@
+"""Memory of a step on a GPU: the peaks of torch's caching allocator."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .memory_use import STEPS, Closure, MemoryUse, Step
+
+
+def measure_memory(model: nn.Module, closure: Closure, make_step: Callable[[], Step]) -> MemoryUse:
+    """Memory use of steps on a model on a CUDA device. The weights move by two steps.
+
+    Args:
+        closure: a forward pass of the model that returns its loss.
+        make_step: makes an optimiser for the model and returns its step, which takes a closure.
+    """
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        closure()  # libraries keep workspaces after their first use
+    start = _settle(device)
+    with torch.no_grad():
+        closure()
+    forward_peak, forward_reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+
+    _settle(device)
+    peaks = {"inside": 0, "outside": 0}
+    reserved = 0
+
+    def close(span: str) -> None:
+        """Ends a span: its peak counts, and a new one begins. The allocator's peaks are the host's, so nothing waits."""
+        nonlocal reserved
+        peaks[span] = max(peaks[span], torch.cuda.max_memory_allocated(device))
+        reserved = max(reserved, torch.cuda.max_memory_reserved(device))
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def marked() -> Tensor:
+        close("outside")
+        loss = closure()
+        close("inside")
+        return loss
+
+    step = make_step()
+    for _ in range(STEPS):
+        step(marked)
+    close("outside")
+    persistent = max(0, _settle(device) - start)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    inside, outside = peaks["inside"], peaks["outside"]
+    return MemoryUse(
+        weights=weights,
+        forward=forward_peak - start,
+        persistent=persistent,
+        extra=max(outside - start, inside - forward_peak, persistent),
+        resident=None,
+        forward_peak=forward_peak,
+        peak=max(inside, outside),
+        forward_reserved=forward_reserved,
+        reserved=reserved,
+    )
+
+
+def _settle(device: torch.device) -> int:
+    """Bytes that are allocated once everything unused is given back; the peaks begin anew."""
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)

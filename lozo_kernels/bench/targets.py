@@ -1,0 +1,153 @@
+"""The project's goals, and which of them a measurement met."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedTarget:
+    """A least ratio of speeds of one pass.
+
+    Attributes:
+        op, dtype, ranks: which rows; a rank of None is the dense op's.
+        peer: what it is compared with, a column of ``bench perturb``.
+        least: the ratio.
+        shape: on these weights only; None for any.
+    """
+
+    op: str
+    dtype: str
+    ranks: tuple[int | None, ...]
+    peer: str
+    least: float
+    shape: str | None = None
+
+
+_CPU = (
+    SpeedTarget("lowrank_update", "float32", (1, 2, 4), "floor", 0.85),
+    SpeedTarget("lowrank_update", "float32", (8,), "floor", 0.70),
+    SpeedTarget("lowrank_update", "bfloat16", (1, 2, 4), "floor", 0.60),
+    SpeedTarget("lowrank_update", "bfloat16", (8,), "floor", 0.45),
+    SpeedTarget("dense_update", "float32", (None,), "floor", 0.25),
+    SpeedTarget("dense_update", "bfloat16", (None,), "floor", 0.13),
+    SpeedTarget("lowrank_update", "float32", (4,), "addmm", 1.7),
+    SpeedTarget("lowrank_update", "bfloat16", (4,), "addmm", 1.7),
+    SpeedTarget("lowrank_update", "float32", (1, 2, 4, 8), "reference", 20.0),
+    SpeedTarget("lowrank_update", "bfloat16", (1, 2, 4, 8), "reference", 20.0),
+    SpeedTarget("dense_update", "float32", (None,), "reference", 12.0),
+    SpeedTarget("dense_update", "bfloat16", (None,), "reference", 12.0),
+)
+_GPU_RANKS = (1, 2, 4, 8, 16)
+_GPU = (
+    SpeedTarget("lowrank_update", "bfloat16", _GPU_RANKS, "floor", 0.93, "opt-13b"),
+    SpeedTarget("dense_update", "bfloat16", (None,), "floor", 0.85, "opt-13b"),
+    SpeedTarget("lowrank_update", "bfloat16", _GPU_RANKS, "reference", 6.0, "opt-13b"),
+    SpeedTarget("lowrank_update", "bfloat16", _GPU_RANKS, "addmm", 1.5, "opt-13b"),
+)
+SPEED = {"cpu": _CPU, "cuda": _GPU}
+"""One pass over the weights, by device type: two threads of an AVX-512 CPU; an H200."""
+
+STEP = {
+    "cpu": {"model": "opt-125m", "method": "lozo", "dtype": "bfloat16", "tokens": 512, "overhead": 0.06},
+    "cuda": {"model": "opt-13b", "method": "lozo", "dtype": "bfloat16", "tokens": 4096, "overhead": 0.10},
+}
+"""The most that a step may take on top of its own two forward passes, by device type."""
+
+EXTRA_MEMORY = 0.01
+"""On the CPU: extra bytes of every method of this library but MeZO-M at rank 4, as a share of the weights."""
+
+PUBLISHED_MEMORY_GB = {"lozo": 27.0, "lozo-m": 27.4, "mezo": 27.4, "mezo-m": 51.7}
+"""Memory of a run on OPT-13B in half precision, RTE, as the authors of LOZO publish it (GB; they do not give the batch)."""
+PUBLISHED_MEMORY_MODEL = "opt-13b"
+
+
+def judge_speed(details: Sequence[Row], device_type: str) -> list[Row]:
+    """Every speed target that was measured, with the worst ratio."""
+    judged = []
+    for target in SPEED.get(device_type, ()):
+        found = [
+            d
+            for d in details
+            if d["op"] == target.op
+            and d["dtype"] == target.dtype
+            and d["rank"] in target.ranks
+            and target.shape in (None, d.get("shape"))
+            and target.peer in d["ratios"]
+        ]
+        ratios = [d["ratios"][target.peer] for d in found]
+        if ratios:
+            row = {"op": target.op, "dtype": target.dtype, "ranks": list(target.ranks), "ratio_to": target.peer}
+            row |= {"shape": target.shape} if target.shape else {}
+            row["measured_ranks"] = [rank for rank in target.ranks if rank in {d["rank"] for d in found}]
+            judged.append(row | {"target": target.least, "worst": min(ratios), "met": min(ratios) >= target.least})
+    return judged
+
+
+def judge_step(details: Sequence[Row], device_type: str, model: str) -> list[Row]:
+    """The target of a step, if its case was measured."""
+    target = STEP.get(device_type)
+    if target is None or target["model"] != model:
+        return []
+    return [
+        target | {"measured": d["overhead"], "met": d["overhead"] <= target["overhead"]}
+        for d in details
+        if all(d[key] == target[key] for key in ("method", "dtype", "tokens"))
+    ]
+
+
+def judge_extra_memory(rows: Sequence[Row]) -> list[Row]:
+    """The CPU's memory target for every row of this library at rank 4."""
+    return [
+        {"method": row["method"], "dtype": row["dtype"], "rank": 4, "target_percent": 100 * EXTRA_MEMORY}
+        | {"measured_percent": row["extra_percent"], "met": row["extra_percent"] < 100 * EXTRA_MEMORY}
+        for row in rows
+        if row["rank"] == 4 and not row["method"].startswith("published") and row["method"] != "mezo-m"
+    ]
+
+
+def judge_peak_memory(rows: Sequence[Row], model: str) -> list[Row]:
+    """The peak of every method that the published table has, held to that table."""
+    if model != PUBLISHED_MEMORY_MODEL:
+        return []
+    return [
+        {"method": row["method"], "dtype": row["dtype"], "rank": row["rank"], "tokens": row["tokens"]}
+        | {"target_gb": PUBLISHED_MEMORY_GB[row["method"]], "measured_gb": gb(row["peak_bytes"])}
+        | {"met": row["peak_bytes"] <= 1e9 * PUBLISHED_MEMORY_GB[row["method"]]}
+        for row in rows
+        if row["method"] in PUBLISHED_MEMORY_GB and row["dtype"] != "float32" and row.get("peak_bytes")
+    ]
+
+
+def gb(size: int) -> float:
+    """Bytes as 10^9 bytes."""
+    return round(size / 1e9, 2)
+
+
+def describe(target: Row) -> str:
+    """A judged target of any kind as one line."""
+    ranks = target.get("measured_ranks") or [None]
+    rank = f" rank {', '.join(map(str, ranks))}" if ranks != [None] else ""
+    if "ratio_to" in target:
+        what = f"{target['op']} {target['dtype']}{rank}" + (f" on {target['shape']}" if "shape" in target else "")
+        text = f"{what}: worst {target['worst']:g} of {target['ratio_to']}, target {target['target']:g}"
+    elif "overhead" in target:
+        what = f"{target['method']} {target['dtype']} {target['tokens']} tokens of {target['model']}"
+        text = f"{what}: {target['measured']:.1%} on top of its two forward passes, target {target['overhead']:.0%}"
+    elif "target_gb" in target:
+        what = f"{target['method']} {target['dtype']} rank {target['rank']}"
+        text = f"{what}: {target['measured_gb']:g} GB at its peak, published {target['target_gb']:g} GB"
+    else:
+        what = f"{target['method']} {target['dtype']} rank {target['rank']}"
+        text = f"{what}: {target['measured_percent']:.2f}% of the weights, target under {target['target_percent']:g}%"
+    return f"{'met   ' if target['met'] else 'missed'}  {text}"
+
+
+def goals(document: Row) -> str:
+    """The judged targets of a document as text, with an empty line before them; nothing without any."""
+    lines = [describe(target) for target in document["targets"]]
+    return "\n".join(["", "", *lines]) if lines else ""

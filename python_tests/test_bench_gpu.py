@@ -1,0 +1,208 @@
+"""The driver of ``make bench-gpu``: stages that fail, hang or cannot run, what is judged, and the whole in its smoke form."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import lozo_kernels.bench as measurements  # noqa: E402
+from bench import gpu, runner, stages, summary  # noqa: E402
+from lozo_kernels.bench import arguments, models, targets  # noqa: E402
+
+
+def stage(name, code, **settings):
+    return stages.Stage(name, (sys.executable, "-c", code), **{"limit": 30, "share": 30, **settings})
+
+
+def run(chosen, output, seconds=120.0):
+    records = runner.run_stages(chosen, output, seconds=seconds, root=ROOT, environment=os.environ)
+    return {record["stage"]: record for record in records}
+
+
+def test_one_failing_stage_stops_no_other(tmp_path):
+    records = run(
+        [
+            stage("fails", "import sys; print('broke'); sys.exit(3)"),
+            stage("absent", "", skip="there is no such thing"),
+            stages.Stage("no-program", ("no-such-program",), 30, 30),
+            stage("works", "print('fine')", figures=True, keep_log="works.txt"),
+        ],
+        tmp_path,
+    )
+    assert [r["status"] for r in records.values()] == ["failed", "skipped", "failed", "ok"]
+    assert records["fails"]["return_code"] == 3 and "broke" in records["fails"]["reason"]
+    assert "cannot be started" in records["no-program"]["reason"]
+    assert (tmp_path / "works.txt").read_text() == "fine\n"
+    assert (tmp_path / "logs" / "fails.txt").exists()
+
+
+@pytest.mark.parametrize(("red_if", "expected"), [(("failed",), "not run"), ((), "ok")])
+def test_without_correctness_there_are_no_figures(tmp_path, red_if, expected):
+    records = run(
+        [
+            stage("correctness", "raise SystemExit(1)", red_if=red_if),
+            stage("speed", "pass", figures=True),
+            stage("other", "pass"),
+        ],
+        tmp_path,
+    )
+    assert records["speed"]["status"] == expected
+    assert records["other"]["status"] == "ok"
+    if red_if:
+        assert "correctness failed" in records["speed"]["reason"]
+
+
+def test_a_hanging_stage_is_ended_with_its_children_and_keeps_what_it_wrote(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "_LEAST_SECONDS", 0.5)
+    child = tmp_path / "child"
+    code = (
+        f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
+        f"open({str(child)!r}, 'w').write(str(p.pid)); open({str(tmp_path / 'part.json')!r}, 'w').write('{{}}'); time.sleep(600)"
+    )
+    records = run([stage("hangs", code, limit=1.5, output="part.json"), stage("next", "pass")], tmp_path)
+    assert records["hangs"]["status"] == "timed out" and records["hangs"]["files"] == ["part.json"]
+    assert "kept" in records["hangs"]["reason"]
+    assert records["next"]["status"] == "ok"
+    pid = int(child.read_text())
+    for _ in range(100):
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("a child of the stage is still there")
+
+
+def test_time_is_shared_and_passed_on(tmp_path):
+    chosen = [
+        stage("first", "pass", limit=1000, share=10),
+        stage("skipped", "pass", share=1000, skip="no"),
+        stage("second", "pass", limit=1000, share=30),
+        stage("last", "pass", limit=7),
+    ]
+    records = run(chosen, tmp_path, seconds=70)
+    assert records["first"]["allowed_seconds"] == pytest.approx(10, abs=0.5)
+    assert records["second"]["allowed_seconds"] > 30
+    assert records["last"]["allowed_seconds"] == 7
+    late = run([stage("late", "pass")], tmp_path, seconds=1)
+    assert (late["late"]["status"], late["late"]["reason"]) == ("not run", "no time was left")
+
+
+def test_an_old_result_is_not_taken_for_a_new_one(tmp_path):
+    (tmp_path / "speed.json").write_text("{}")
+    records = run([stage("speed", "raise SystemExit(1)", output="speed.json")], tmp_path)
+    assert records["speed"]["files"] == [] and not (tmp_path / "speed.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("verdict", "code", "log", "status"),
+    [
+        (stages.pytest_verdict, 5, "", "skipped"),
+        (stages.pytest_verdict, 1, "1 failed", "failed"),
+        (stages.profiler_verdict, 1, "==ERROR== ERR_NVGPUCTRPERM", "skipped"),
+        (stages.profiler_verdict, 0, "No kernels were profiled.", "failed"),
+        (stages.profiler_verdict, 0, "", "ok"),
+        (stages.backend_verdict, 2, "error: backend 'cuda' cannot serve cuda:0: it was not built", "skipped"),
+    ],
+)
+def test_verdicts(verdict, code, log, status):
+    assert verdict(code, log)[0] == status
+
+
+def test_the_commands_for_a_gpu_are_understood(tmp_path):
+    parser = measurements._parser()
+    names = [s.name for s in stages.gpu_stages(tmp_path)]
+    assert len(set(names)) == len(names)
+    for s in stages.gpu_stages(tmp_path):
+        words = [w.replace(stages.ALLOWED, "5") for w in s.command]
+        if "bench" in words and words[1:3] == ["-m", "lozo_kernels"]:
+            words[words.index("--device") + 1] = "cpu"
+            options = parser.parse_args(words[4:])
+            assert Path(options.output).name == s.output
+    assert names.index("correctness") < min(i for i, s in enumerate(stages.gpu_stages(tmp_path)) if s.figures)
+    assert set(targets.STEP["cuda"]["model"].split()) <= set(models.MODELS) and "float16" in arguments.DTYPE_NAMES
+
+
+def documents():
+    rows = [
+        {
+            "op": "lowrank_update",
+            "dtype": "bfloat16",
+            "rank": r,
+            "shape": "opt-13b",
+            "ratios": {"floor": f, "addmm": 2.0, "reference": 9.0},
+        }
+        for r, f in ((1, 0.97), (4, 0.94), (16, 0.9))
+    ]
+    rows.append({"op": "lowrank_update", "dtype": "bfloat16", "rank": 1, "shape": "8192x8192", "ratios": {"floor": 0.1}})
+    steps = [{"method": "lozo", "dtype": "bfloat16", "tokens": 4096, "overhead": 0.08}]
+    peak = {"dtype": "bfloat16", "rank": 4, "tokens": 1024}
+    memory = [{"method": "lozo", "peak_bytes": 26.5e9} | peak, {"method": "mezo-m", "peak_bytes": 78e9} | peak]
+    return {
+        "throughput": {"details": rows, "rows": []},
+        "step": {"details": steps, "rows": [], "model": "opt-13b"},
+        "memory": {"rows": [*memory, {"method": "mezo", "out_of_memory": True}], "model": "opt-13b"},
+    }
+
+
+def test_every_goal_is_judged_or_named_as_not_measured():
+    judged = summary.judge(documents())
+    met = {(t.get("op") or t["method"], t.get("ratio_to", "overhead" if "overhead" in t else "memory")): t["met"] for t in judged}
+    assert met == {
+        ("lowrank_update", "floor"): False,
+        ("lowrank_update", "reference"): True,
+        ("lowrank_update", "addmm"): True,
+        ("dense_update", "floor"): None,
+        ("lozo", "overhead"): True,
+        ("lozo", "memory"): True,
+        ("mezo-m", "memory"): False,
+        ("lozo-m", "memory"): None,
+        ("mezo", "memory"): None,
+    }
+    lines = [summary.goal(t) for t in judged]
+    assert sum(line.startswith("met") for line in lines) == 4
+    assert sum(line.startswith("not measured") for line in lines) == 3
+    assert all(t["met"] is None for t in summary.judge({}))
+
+
+def test_without_a_gpu_it_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    assert "no GPU" in capsys.readouterr().err
+    assert gpu.main(["--smoke", "--only", "nothing"]) == 2
+
+
+def test_a_device_names_its_folder():
+    assert gpu.default_output("NVIDIA H200") == ROOT / "bench" / "results" / "nvidia-h200"
+
+
+def test_smoke(tmp_path):
+    """Stages end to end on tiny CPU tensors: the command as on a GPU but for --smoke. ``fits`` is tested without a process."""
+    names = ",".join(s.name for s in stages.gpu_stages(tmp_path) if s.name != "fits-opt-66b")
+    command = [sys.executable, "-m", "bench.gpu", "--smoke", "--output", str(tmp_path / "out"), "--minutes", "8", "--only", names]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert found["smoke"] and found["targets"] == [] and found["commit"]
+    status = {s["stage"]: s["status"] for s in found["stages"]}
+    assert set(status.values()) <= {"ok", "skipped"}
+    assert all(s["reason"] for s in found["stages"] if s["status"] == "skipped")
+    ran = [name for name, value in status.items() if value == "ok"]
+    assert {"correctness", "exactness", "throughput-opt-13b", "step-opt-13b", "memory-opt-13b", "plots"} <= set(ran)
+    for s in found["stages"]:
+        assert str(ROOT) not in s["command"] and str(tmp_path) not in s["command"]
+        for name in s["files"]:
+            document = json.loads((tmp_path / "out" / name).read_text())
+            assert document["rows"] and {"versions", "commit", "command"} <= set(document) and "complete" not in document
+    assert (tmp_path / "out" / "throughput-opt-13b.png").stat().st_size > 0
+    assert done.stdout.count("skipped") == list(status.values()).count("skipped")

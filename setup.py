@@ -1,7 +1,9 @@
-"""Builds the CPU kernels of csrc/ into lozo_kernels/lib/liblozo_cpu.so: a plain C ABI, so one binary serves every Python and torch.
+"""Builds the kernels of csrc/ into lozo_kernels/lib: a plain C ABI, so one binary serves every Python and torch.
 
-Without a compiler the install goes on in pure Python, slower and with the reason in ``lozo-kernels doctor``; set
-LOZO_KERNELS_REQUIRE_NATIVE=1 to make that an error. CXX names the compiler. Everything else is in pyproject.toml.
+liblozo_cpu.so needs a C++ compiler (CXX names it), liblozo_cuda.so needs nvcc (NVCC, CUDA_HOME or PATH). Without either the
+install goes on, slower and with the reason in ``lozo-kernels doctor``; LOZO_KERNELS_REQUIRE_NATIVE=1 and
+LOZO_KERNELS_REQUIRE_CUDA=1 make that an error. LOZO_KERNELS_CUDA_ARCHS="90;100" narrows the GPUs that are compiled for.
+Everything else is in pyproject.toml.
 """
 
 import os
@@ -36,7 +38,18 @@ FLAGS = [
 ]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 X86_ISAS = {"avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"], "avx512": AVX512, "avx2": ["-mavx2", "-mfma", "-mf16c"]}
-REQUIRED = os.environ.get("LOZO_KERNELS_REQUIRE_NATIVE", "0") not in ("", "0")
+CUDA_OPS = (*OPS, "library")
+CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
+CUDA_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"]
+
+
+def is_set(variable):
+    """Whether an environment variable says yes."""
+    return os.environ.get(variable, "0") not in ("", "0")
+
+
+REQUIRED = is_set("LOZO_KERNELS_REQUIRE_NATIVE")
+CUDA_REQUIRED = is_set("LOZO_KERNELS_REQUIRE_CUDA")
 
 
 def find_compiler():
@@ -46,6 +59,24 @@ def find_compiler():
         if shutil.which(command[0]):
             return command
     return None
+
+
+def find_nvcc():
+    """The CUDA compiler, or None."""
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    for name in (os.environ.get("NVCC"), str(Path(home) / "bin" / "nvcc"), "nvcc"):
+        if name and shutil.which(name):
+            return shutil.which(name)
+    return None
+
+
+def cuda_archs(nvcc):
+    """Compute capabilities to compile for: those asked for, else those of ours that this nvcc knows."""
+    asked = [arch for arch in os.environ.get("LOZO_KERNELS_CUDA_ARCHS", "").replace(",", ";").split(";") if arch.strip()]
+    if asked:
+        return [arch.strip().replace(".", "") for arch in asked]
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    return [arch for arch in CUDA_ARCHS if f"sm_{arch}" in known]
 
 
 def find_ninja():
@@ -69,38 +100,56 @@ def isas(compiler):
     return {**{name: f for name, f in X86_ISAS.items() if x86 and accepts(compiler, f)}, "portable": []}
 
 
-def ninja_file(compiler, library):
-    """The build, as ninja reads it: every op once per instruction set, the rest once."""
+def escape(path):
+    """A path as ninja reads it."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
-    def path(p):
-        return str(p).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
-    chosen = isas(compiler)
-    command = shlex.join([*compiler, *FLAGS, f"-I{ROOT / 'csrc' / 'include'}"])
-    lines = [
-        "rule compile",
-        f"  command = {command.replace('$', '$$')} $flags -MMD -MF $out.d -c $in -o $out",
+def rules(name, compile_command, link_command):
+    """How ninja compiles and links one library."""
+    return [
+        f"rule compile_{name}",
+        f"  command = {compile_command.replace('$', '$$')} $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = $out",
-        "rule link",
-        f"  command = {shlex.join(compiler)} -shared -pthread $in -o $out",
+        f"rule link_{name}",
+        f"  command = {link_command.replace('$', '$$')} $in -o $out",
         "  description = $out",
     ]
+
+
+def cpu_ninja_file(compiler, library):
+    """The CPU library's build: every op once per instruction set, the rest once."""
+    chosen = isas(compiler)
+    command = shlex.join([*compiler, *FLAGS, f"-I{ROOT / 'csrc' / 'include'}"])
+    lines = rules("cpu", command, f"{shlex.join(compiler)} -shared -pthread")
     objects = []
 
     def compile_one(name, object_name, flags):
         objects.append(object_name)
-        lines.extend(
-            [f"build {object_name}: compile {path(ROOT / 'csrc' / 'cpu' / (name + '.cpp'))}", f"  flags = {' '.join(flags)}"]
-        )
+        lines.append(f"build {object_name}: compile_cpu {escape(ROOT / 'csrc' / 'cpu' / (name + '.cpp'))}")
+        lines.append(f"  flags = {' '.join(flags)}")
 
     for isa, flags in chosen.items():
         for op in OPS:
             compile_one(op, f"{op}.{isa}.o", [f"-DLOZO_ISA_{isa}", *flags])
     for name in COMMON:
         compile_one(name, f"{name}.o", [f"-DLOZO_HAVE_{isa}" for isa in chosen])
-    lines.append(f"build {path(library)}: link {' '.join(objects)}")
+    lines.append(f"build {escape(library)}: link_cpu {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+def cuda_ninja_file(nvcc, archs, library):
+    """The CUDA library's build: every file once, for all GPUs; PTX of the newest serves those to come."""
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    macro = f'-DLOZO_CUDA_ARCHITECTURES="{" ".join(archs)}"'
+    command = shlex.join([nvcc, *CUDA_FLAGS, *targets, macro, f"-I{ROOT / 'csrc' / 'include'}"])
+    lines = rules("cuda", command, f"{shlex.join([nvcc])} -shared -cudart static")
+    for name in CUDA_OPS:
+        lines.append(f"build {name}.cuda.o: compile_cuda {escape(ROOT / 'csrc' / 'cuda' / (name + '.cu'))}")
+    lines.append(f"build {escape(library)}: link_cuda {' '.join(f'{name}.cuda.o' for name in CUDA_OPS)}")
     return "\n".join(lines) + "\n"
 
 
@@ -118,16 +167,44 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext):
         """Raises CompileError, which ends an optional extension's build but not the install."""
-        compiler, ninja = find_compiler(), find_ninja()
-        if compiler is None or ninja is None:
-            raise CompileError(f"lozo_kernels: no {'C++ compiler' if compiler is None else 'ninja'} found")
-        library = Path(self.get_ext_fullpath(ext.name)).resolve()
-        library.parent.mkdir(parents=True, exist_ok=True)
+        if ext.name.endswith("_cuda"):
+            self.build_cuda(ext)
+            return
+        compiler = find_compiler()
+        if compiler is None:
+            raise CompileError("lozo_kernels: no C++ compiler found")
+        self.run_ninja("cpu", cpu_ninja_file(compiler, self.library(ext)))
+
+    def build_cuda(self, ext):
+        """One line where it fails: most machines have no GPU to miss it for."""
+        nvcc = find_nvcc()
+        try:
+            archs = cuda_archs(nvcc) if nvcc else []
+            if not archs:
+                raise CompileError(f"{nvcc} knows none of the GPUs {', '.join(CUDA_ARCHS)}" if nvcc else "no nvcc found (set NVCC)")
+            self.run_ninja("cuda", cuda_ninja_file(nvcc, archs, self.library(ext)))
+        except CompileError as error:
+            if CUDA_REQUIRED:
+                raise
+            print(f"lozo_kernels: installing without CUDA C++ kernels: {error}", file=sys.stderr)
+
+    def library(self, ext):
+        """Where the linker is to put it."""
+        path = Path(self.get_ext_fullpath(ext.name)).resolve()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def run_ninja(self, name, text):
+        """Builds what the text of a ninja file describes, on all cores."""
+        ninja = find_ninja()
+        if ninja is None:
+            raise CompileError("no ninja found")
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
-        (build / "build.ninja").write_text(ninja_file(compiler, library))
-        if subprocess.run([ninja, "-C", str(build), *(["-v"] if self.verbose > 1 else [])]).returncode:
-            raise CompileError("lozo_kernels: the native kernels did not compile (see above)")
+        (build / f"{name}.ninja").write_text(text)
+        command = [ninja, "-C", str(build), "-f", f"{name}.ninja", *(["-v"] if self.verbose > 1 else [])]
+        if subprocess.run(command).returncode:
+            raise CompileError(f"the {name} kernels did not compile (see above)")
 
 
 class Wheel(bdist_wheel):
@@ -140,13 +217,17 @@ class Wheel(bdist_wheel):
 
 
 def native_extensions():
-    """The library, unless nothing here can build it and nobody insists."""
-    if not REQUIRED and find_compiler() is None:
+    """The libraries, unless nothing here can build them and nobody insists."""
+    if not (REQUIRED or CUDA_REQUIRED) and find_compiler() is None:
         print("lozo_kernels: no C++ compiler found (set CXX); installing without native CPU kernels", file=sys.stderr)
         return []
-    sources = [f"csrc/cpu/{name}.cpp" for name in (*OPS, *COMMON)]
     headers = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.h"))]
-    return [Extension("lozo_kernels.lib.liblozo_cpu", sources, depends=headers, optional=not REQUIRED)]
+    cpu = [f"csrc/cpu/{name}.cpp" for name in (*OPS, *COMMON)]
+    cuda = [f"csrc/cuda/{name}.cu" for name in CUDA_OPS]
+    return [
+        Extension("lozo_kernels.lib.liblozo_cpu", cpu, depends=headers, optional=not REQUIRED),
+        Extension("lozo_kernels.lib.liblozo_cuda", cuda, depends=headers, optional=not CUDA_REQUIRED),
+    ]
 
 
 setup(ext_modules=native_extensions(), cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel})

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .table import TensorTable
 
-
 Step = int | Tensor
 """A step: a number, or a 0-dim int64 tensor on the table's device, which is not read on the host (a captured graph advances it)."""
 

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from table_helpers import raw
 from torch import nn
 
 from lozo_kernels import LOZO, MeZO, TensorTable, capture_step, ops
 from lozo_kernels.registry import Draw, backend_names, choose_backend
-from table_helpers import raw
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
@@ -130,7 +130,8 @@ def test_the_current_device_need_not_be_the_table_s(name):
         pytest.skip("there is no second GPU")
     x = torch.zeros(1, 64, 64, device="cuda:1")
     with torch.cuda.device("cuda:0"):
-        ops.dense_update_(TensorTable([x], [7]), seed=1, draws=[Draw(0)], scales=0.5, backend=choose_backend("cuda:1", name).backend)
+        backend = choose_backend("cuda:1", name).backend
+        ops.dense_update_(TensorTable([x], [7]), seed=1, draws=[Draw(0)], scales=0.5, backend=backend)
     assert torch.isfinite(x).all() and x.any()
 
 

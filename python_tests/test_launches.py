@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from models import Zoo
 from torch import nn
 
 from lozo_kernels import LOZO
@@ -9,7 +10,6 @@ from lozo_kernels.backends import launches
 from lozo_kernels.backends.launches import ANY_DTYPE, DeviceTable, Tile, device_table
 from lozo_kernels.registry import Draw
 from lozo_kernels.table import TensorTable
-from models import Zoo
 
 pytest.importorskip("triton")
 host = pytest.importorskip("lozo_kernels.bench.host")
@@ -164,4 +164,6 @@ def test_what_does_not_allow_128_bit_access_takes_the_safe_kernel(monkeypatch):
     assert not aligned(view(strides=(68, 16, 1)))
     assert not aligned(view(), col_offsets=4, global_cols=32)
     assert not aligned(view(), col_offsets=0, global_cols=20)
+    assert aligned(view(shape=(1, 1, 16)), row_offsets=2, global_cols=20)
+    assert not aligned(view(shape=(1, 1, 16)), row_offsets=7, global_cols=20)
     assert aligned(view(), col_offsets=8, global_cols=32, row_offsets=3)

@@ -74,7 +74,6 @@ class DeviceTable:
         self._row_tiles: dict[int, Tensor] = {}
         self._matrices: Tensor | None = None
         self._headers: dict[tuple[int, ...], Tensor] = {}
-        self.scratch: Tensor | None = None
 
     def launches(self, key: object, tile_of: TileOf) -> list[Launch]:
         """The launches that cover every element once.
@@ -183,7 +182,7 @@ def _flatten(rows: Tensor) -> Tensor:
 
 def _vectorises(rows: Tensor) -> Tensor:
     """Which tensors allow 128-bit access to X and V, and noise in whole counters."""
-    x, v, n, batch, height, cols, bs, rs, _, _, col, width = (rows[:, i] for i in range(len(FIELDS)) if FIELDS[i] != "dtype")
+    x, v, n, batch, height, cols, bs, rs, _, row, col, width = (rows[:, i] for i in range(len(FIELDS)) if FIELDS[i] != "dtype")
 
     def multiple(value: Tensor) -> Tensor:
         return value % _VECTOR == 0
@@ -196,7 +195,7 @@ def _vectorises(rows: Tensor) -> Tensor:
         & multiple(cols)
         & multiple(col)
         & (multiple(rs) | single)
-        & (multiple(width) | single)
+        & (multiple(width) | (single & multiple(row * width)))  # flat positions of row beginnings
         & (multiple(bs) | (batch <= 1))
     )
 

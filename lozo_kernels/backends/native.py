@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ..noise import STREAMS
 from ..registry import Draw, Momentum, Update
-from ..table import DTYPES, TensorTable
+from ..table import TensorTable
+from .packing import pack
 
 ABI_VERSION = 1
 
 _MAX_DRAWS = 2
-_FACTOR_LIMIT, _FLAT_LIMIT = 1 << 32, 1 << 42  # positions that the noise counters reach
 
 
 class _Call(ctypes.Structure):
@@ -42,7 +42,7 @@ class _Call(ctypes.Structure):
     )
 
 
-class _Factor(ctypes.Structure):
+class Factor(ctypes.Structure):
     """``lozo_factor`` of csrc/include/lozo/abi.h."""
 
     _fields_ = (
@@ -110,7 +110,7 @@ class NativeBackend:
         self, seed: int, rows: int, rank: int, tensor_id: int, draw: Draw, *, stream: str, row_offset: int, device: torch.device
     ) -> Tensor:
         out = torch.empty(rows, rank)
-        what = _Factor(seed, STREAMS[stream], tensor_id, draw.step, draw.direction, row_offset, rows, rank)
+        what = Factor(seed, STREAMS[stream], tensor_id, int(draw.step), draw.direction, row_offset, rows, rank)
         status = _library().lozo_cpu_factor(ctypes.byref(what), out.data_ptr())
         if status:
             raise _STATUS[status]("lozo_cpu_factor")
@@ -207,7 +207,7 @@ def _load() -> ctypes.CDLL:
     pointers = (ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(_Call))
     for op in ("lowrank_update", "dense_update", "lowrank_momentum", "dense_momentum"):
         getattr(library, f"lozo_cpu_{op}").argtypes = pointers
-    library.lozo_cpu_factor.argtypes = (ctypes.POINTER(_Factor), ctypes.c_void_p)
+    library.lozo_cpu_factor.argtypes = (ctypes.POINTER(Factor), ctypes.c_void_p)
     library.lozo_cpu_resample.argtypes = (*pointers, ctypes.c_int64)
     return library
 
@@ -241,9 +241,9 @@ def _call(table: TensorTable, update: Update, momentum: Momentum | None = None) 
     """The arguments as C takes them; the caller keeps ``update`` and ``momentum``, whose memory they point to."""
     call = _Call(seed=update.seed, rank=table.rank, num_draws=len(update.draws), threads=torch.get_num_threads())
     for d, draw in enumerate(update.draws):
-        call.draw_steps[d], call.directions[d] = draw.step, draw.direction
+        call.draw_steps[d], call.directions[d] = int(draw.step), draw.direction
     if update.rounding is not None:
-        call.rounding, call.rounding_step, call.rounding_index = 1, update.rounding.step, update.rounding.index
+        call.rounding, call.rounding_step, call.rounding_index = 1, int(update.rounding.step), update.rounding.index
     call.scales = update.scales.data_ptr()
     call.decay = None if update.decay is None else update.decay.data_ptr()
     if momentum is not None:
@@ -255,42 +255,6 @@ def _packed(table: TensorTable) -> Tensor:
     """The table as rows of ``lozo_tensor``."""
     packed = table.cache.get("native")
     if not isinstance(packed, Tensor):
-        packed = torch.tensor([_row(table, t) for t in range(len(table))], dtype=torch.int64)
+        packed = pack(table)
         table.cache["native"] = packed
     return packed
-
-
-def _row(table: TensorTable, t: int) -> list[int]:
-    x = table.x[t]
-    batch, rows, cols = x.shape
-    row, col, width = table.row_offsets[t], table.col_offsets[t], table.global_cols[t]
-    _check_positions(table, t, batch, rows, cols, row, col, width)
-    return [
-        x.data_ptr(),
-        table.v[t].data_ptr() if table.v is not None else 0,
-        table.n[t].data_ptr() if table.n is not None else 0,
-        DTYPES.index(x.dtype),
-        batch,
-        rows,
-        cols,
-        x.stride(0),
-        x.stride(1),
-        table.tensor_ids[t],
-        row,
-        col,
-        width,
-    ]
-
-
-def _check_positions(table: TensorTable, t: int, batch: int, rows: int, cols: int, row: int, col: int, width: int) -> None:
-    """What the noise cannot address, reported as noise.py reports it."""
-    if not 0 <= table.tensor_ids[t] < 1 << 32:
-        raise ValueError(f"tensor_id is 0 to {(1 << 32) - 1}, not {table.tensor_ids[t]}")
-    if min(row, col, width) < 0:
-        raise ValueError(f"tensor {t} has a negative offset or width: {row}, {col}, {width}")
-    if table.v is not None:
-        end, limit = max(row + batch * rows, col + (batch - 1) * width + cols), _FACTOR_LIMIT
-    else:
-        end, limit = (row + batch * rows - 1) * width + col + cols, _FLAT_LIMIT
-    if batch * rows * cols and end > limit:
-        raise ValueError(f"tensor {t} reaches position {end}, beyond {limit}")

@@ -21,10 +21,17 @@
 #define LOZO_ADD(a, b) ((a) + (b))
 #endif
 
+#if defined(__CUDACC__)
+#define LOZO_UNROLL _Pragma("unroll")
+#else
+#define LOZO_UNROLL
+#endif
+
 namespace lozo {
 
 enum Stream : uint32_t { kStreamU = 0, kStreamV = 1, kStreamZ = 2, kStreamS = 3, kStreamRounding = 8 };
 
+constexpr int kPhiloxRounds = 10;
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 
@@ -50,26 +57,48 @@ LOZO_FN uint32_t draw_word(Stream stream, int64_t draw) { return (uint32_t)strea
 // c1 of a factor's counters (index = k >> 2), or of a flat stream's (index = the counter's bits above 32).
 LOZO_FN uint32_t direction_word(int64_t index, int64_t direction) { return (uint32_t)index | (uint32_t)direction << 8; }
 
+LOZO_FN uint64_t multiply_wide(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  // From C++ the compiler makes two instructions of it, the second adding zero.
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return (uint64_t)a * b;
+#endif
+}
+
+LOZO_FN void philox_round(uint32_t c[4], uint32_t k0, uint32_t k1) {
+  const uint64_t a = multiply_wide(kPhiloxM0, c[0]), b = multiply_wide(kPhiloxM1, c[2]);
+  c[0] = (uint32_t)(b >> 32) ^ c[1] ^ k0;
+  c[2] = (uint32_t)(a >> 32) ^ c[3] ^ k1;
+  c[1] = (uint32_t)b;
+  c[3] = (uint32_t)a;
+}
+
 LOZO_FN void philox(uint32_t c[4], uint64_t seed) {
   uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t a = (uint64_t)kPhiloxM0 * c[0], b = (uint64_t)kPhiloxM1 * c[2];
-    c[0] = (uint32_t)(b >> 32) ^ c[1] ^ k0;
-    c[2] = (uint32_t)(a >> 32) ^ c[3] ^ k1;
-    c[1] = (uint32_t)b;
-    c[3] = (uint32_t)a;
-    k0 += kPhiloxW0;
-    k1 += kPhiloxW1;
-  }
+  LOZO_UNROLL
+  for (int round = 0; round < kPhiloxRounds; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) philox_round(c, k0, k1);
+}
+
+// The sum of a word's bytes, minus 510.
+LOZO_FN float byte_sum(uint32_t w) {
+#if defined(__CUDA_ARCH__) || defined(LOZO_EMULATE)
+  // Into the last bits of 2^23: two instructions at full rate, exact.
+  return LOZO_ADD(float_from_bits(__dp4a(w, 0x01010101u, 0x4b000000u)), -8389118.0f);
+#else
+  return (float)((int)((w & 255) + ((w >> 8) & 255) + ((w >> 16) & 255) + (w >> 24)) - 510);
+#endif
 }
 
 LOZO_FN float normal(uint32_t w) {
-  const int sum = (int)((w & 255) + ((w >> 8) & 255) + ((w >> 16) & 255) + (w >> 24)) - 510;
-  const float x = (float)sum, q = LOZO_MUL(x, x);
-  float p = LOZO_MUL(q, float_from_bits(kNormalBits[0]));
-  p = LOZO_MUL(LOZO_ADD(p, float_from_bits(kNormalBits[1])), q);
-  p = LOZO_MUL(LOZO_ADD(p, float_from_bits(kNormalBits[2])), q);
-  return LOZO_MUL(x, LOZO_ADD(p, float_from_bits(kNormalBits[3])));
+  constexpr uint32_t c3 = kNormalBits[0], c2 = kNormalBits[1], c1 = kNormalBits[2], c0 = kNormalBits[3];
+  const float x = byte_sum(w), q = LOZO_MUL(x, x);
+  float p = LOZO_MUL(q, float_from_bits(c3));
+  p = LOZO_MUL(LOZO_ADD(p, float_from_bits(c2)), q);
+  p = LOZO_MUL(LOZO_ADD(p, float_from_bits(c1)), q);
+  return LOZO_MUL(x, LOZO_ADD(p, float_from_bits(c0)));
 }
 
 // The nearest multiple of 2^-8, counted in steps of 2^-8: the last bits of z + 1.5 * 2^15.

@@ -1,0 +1,28 @@
+// X <- decay * X + sum over draws of scale * Z.
+#include "dense.h"
+
+namespace lozo {
+
+template <class T, int DRAWS>
+static __global__ void __launch_bounds__(kDenseThreads, 5 - DRAWS) dense_update_aligned(const Launch launch) {
+  update_dense_aligned<T, false, DRAWS>(launch);
+}
+
+static __global__ void __launch_bounds__(kDenseThreads) dense_update_any(const Launch launch) { update_dense_any<false>(launch); }
+
+using Kernel = void (*)(Launch);
+
+static Kernel choose_kernel(int64_t dtype, int64_t draws) {
+  if (dtype == LOZO_ANY_DTYPE) return dense_update_any;
+  return for_dtype(dtype, [=](auto element) -> Kernel {
+    using T = decltype(element);
+    return draws == 1 ? dense_update_aligned<T, 1> : dense_update_aligned<T, 2>;
+  });
+}
+
+}  // namespace lozo
+
+int lozo_cuda_dense_update(const lozo_gpu_tiles *tiles, const lozo_gpu_call *call) {
+  if (!lozo::valid_call(tiles, call, false)) return LOZO_BAD_ARGUMENT;
+  return lozo::run_tiles(lozo::choose_kernel(tiles->dtype, call->num_draws), lozo::kDenseThreads, tiles, call);
+}

@@ -1,0 +1,336 @@
+"""The CUDA kernels, run on the CPU by an emulator: the same sources, the same C ABI, the bits of the compiled CPU kernels."""
+
+import collections
+import ctypes
+import importlib.util
+import re
+import shlex
+import shutil
+import subprocess
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from table_helpers import UNIT, Case, assert_same_bits, raw
+from test_ops import momentum_call, random_call
+
+from lozo_kernels import Draw, Rounding, TensorTable, noise, ops
+from lozo_kernels.backends import launches
+from lozo_kernels.backends.cuda import CudaBackend
+from lozo_kernels.backends.launches import device_table
+from lozo_kernels.registry import choose_backend
+from lozo_kernels.table import DTYPES
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+EMULATOR = ROOT / "python_tests" / "cuda_host"
+RANKS = [1, 2, 3, 4, 5, 8, 11, 16, 24, 33, 64]
+
+
+def build_emulated(folder):
+    compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    flags = "-std=c++17 -O1 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Werror"
+    paths = [f"-I{EMULATOR}", f"-I{ROOT / 'csrc' / 'include'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
+    defines = ["-DLOZO_EMULATE", '-DLOZO_CUDA_ARCHITECTURES="emulated"']
+    objects = []
+    running = []
+    for source in (*SOURCES, EMULATOR / "emulator.cpp"):
+        objects.append(folder / f"{source.stem}.o")
+        command = [compiler, *shlex.split(flags), *paths, *defines, "-x", "c++", "-c", str(source), "-o", str(objects[-1])]
+        running.append(subprocess.Popen(command))
+    assert all(process.wait() == 0 for process in running)
+    library = folder / "liblozo_cuda_host.so"
+    subprocess.run([compiler, "-shared", *objects, "-o", library], check=True)
+    return library
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    return build_emulated(tmp_path_factory.mktemp("cuda_host"))
+
+
+@pytest.fixture
+def emulated(library, monkeypatch, rng):
+    """The backend, with fast kernels for small tensors too, and threads in one order or the other."""
+    monkeypatch.setattr(launches, "_LEAST_BYTES", 0)
+    controls = ctypes.CDLL(str(library))
+    controls.emulator_reverse(rng.choice((0, 1)))
+    yield CudaBackend(library, device_type="cpu")
+    controls.emulator_allow_all()
+
+
+@pytest.fixture
+def guard(library):
+    """A function that confines all further access to the tensors of a case."""
+    controls = ctypes.CDLL(str(library))
+
+    def allow(case):
+        for t in (*case.table.x, *(case.table.v or ()), *(case.table.n or ())):
+            extent = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1 if t.numel() else 0
+            controls.emulator_allow(ctypes.c_void_p(t.data_ptr()), ctypes.c_int64(extent * t.element_size()), 1)
+
+    yield allow
+    controls.emulator_allow_all()
+
+
+class AlignedCase(Case):
+    """Tensors that the fast kernels take: multiples of eight everywhere, in poisoned storage all the same."""
+
+    def __init__(self, rng, rank, *, momentum=False, count=4, dtypes=DTYPES):
+        self.storages, xs = [], []
+        for _ in range(count):
+            batch, rows, cols = rng.choice((1, 1, 2)), rng.choice((1, 5, 16, 37, 70)), 8 * rng.choice((1, 3, 4, 9, 17, 33))
+            if rng.random() < 0.2:
+                cols = 2048 + 8 * rng.choice((0, 5))
+                rows = rng.choice((1, 9))
+            row_stride = cols + 8 * rng.choice((0, 0, 1, 3))
+            batch_stride = rows * row_stride + 8 * rng.choice((0, 1))
+            lead = 8 * rng.choice((0, 1))
+            storage = torch.full((lead + batch * batch_stride + 64,), float("nan"), dtype=rng.choice(dtypes))
+            x = torch.as_strided(storage, (batch, rows, cols), (batch_stride, row_stride, 1), lead)
+            x.copy_(torch.randn(x.shape) * rng.choice((1e-6, 0.1, 0.1)))
+            self.storages.append(storage)
+            xs.append(x)
+        self.ids = [rng.getrandbits(32) for _ in xs]
+        self.row_offsets = [rng.choice((0, 0, 7, 1000)) for _ in xs]
+        self.col_offsets = [8 * rng.choice((0, 0, 5)) for _ in xs]
+        self.global_cols = [x.shape[2] + c + 8 * rng.choice((0, 3)) for x, c in zip(xs, self.col_offsets, strict=True)]
+        vs = ns = None
+        if rank:
+            vs = [noise.to_grid(torch.randn(x.shape[0], rank, x.shape[2])).half() for x in xs]
+        if momentum:
+            ns = [torch.randn(*x.shape[:2], rank or x.shape[2]) for x in xs]
+        self.table = TensorTable(
+            xs, self.ids, v=vs, n=ns, row_offsets=self.row_offsets, col_offsets=self.col_offsets, global_cols=self.global_cols
+        )
+
+
+def both_kinds(rng, rank, momentum=False):
+    """An awkward case and an aligned one."""
+    aligned = AlignedCase(rng, rank, momentum=momentum)
+    tables = device_table(aligned.table)
+    assert all(launch.aligned for launch in tables.launches("test", lambda dtype: launches.Tile(16, 16)))
+    return [Case(rng, rank, momentum=momentum), aligned]
+
+
+def peer():
+    """The compiled CPU kernels, or plain PyTorch where they are missing."""
+    try:
+        return choose_backend("cpu", "native").backend
+    except RuntimeError:
+        return choose_backend("cpu", "eager").backend
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+@pytest.mark.parametrize("rank", RANKS)
+def test_lowrank_update(rng, emulated, guard, rank, draws):
+    for case in both_kinds(rng, rank):
+        expected = case.copy()
+        call = random_call(rng, len(case.table), draws) | {"rounding": rng.choice((None, Rounding(rng.getrandbits(28), 5)))}
+        ops.lowrank_update_(expected.table, **call, backend=peer())
+        guard(case)
+        ops.lowrank_update_(case.table, **call, backend=emulated)
+        assert_same_bits(case, expected)
+
+
+@pytest.mark.parametrize("rounding", [None, Rounding(77, 5)])
+@pytest.mark.parametrize("draws", [1, 2])
+def test_dense_update(rng, emulated, guard, draws, rounding):
+    for case in both_kinds(rng, 0):
+        expected = case.copy()
+        call = random_call(rng, len(case.table), draws) | {"rounding": rounding}
+        ops.dense_update_(expected.table, **call, backend=peer())
+        guard(case)
+        ops.dense_update_(case.table, **call, backend=emulated)
+        assert_same_bits(case, expected)
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+@pytest.mark.parametrize("rank", RANKS)
+def test_lowrank_momentum(rng, emulated, guard, rank, draws):
+    for case in both_kinds(rng, rank, momentum=True):
+        before, expected = case.copy(), case.copy()
+        call = random_call(rng, len(case.table), draws) | momentum_call(rng, len(case.table), draws)
+        if rank <= 8:
+            call["rounding"] = rng.choice((None, Rounding(rng.getrandbits(28), 5)))
+        ops.lowrank_momentum_(expected.table, **call, backend=peer())
+        guard(case)
+        ops.lowrank_momentum_(case.table, **call, backend=emulated)
+        if rank <= 8:
+            assert_same_bits(case, expected)
+        else:
+            assert all(torch.equal(a, b) for a, b in zip(case.table.n, expected.table.n, strict=True))
+            check_bounded(case, expected, before, call, rank)
+
+
+def check_bounded(case, expected, before, call, rank):
+    """Of the peer's values: a rounding into the weight's dtype apart, and an error of the product bounded in its terms."""
+    for t, (x, y) in enumerate(zip(case.table.x, expected.table.x, strict=True)):
+        if not x.numel():
+            continue
+        magnitude = (case.table.n[t].double().abs() @ case.table.v[t].double().abs()) * call["alpha"][t].abs().double()
+        # 22 bits of the largest value of a row of N; sums in an order of their own.
+        largest = case.table.n[t].double().abs().amax(2, keepdim=True) @ torch.ones(1, 1, dtype=torch.float64)
+        split = largest * case.table.v[t].double().abs().sum(1, keepdim=True) * call["alpha"][t].abs().double()
+        bound = 2.0**-24 * (rank + 4) * magnitude + 2.0**-22 * split
+        bound += (2 * UNIT[x.dtype] + 2.0**-22) * y.double().abs() + 2.0**-24
+        assert ((x.double() - y.double()).abs() <= bound).all()
+    for storage, old, x in zip(case.storages, before.storages, case.table.x, strict=True):
+        mask = torch.ones_like(storage, dtype=torch.bool)
+        torch.as_strided(mask, x.shape, x.stride(), x.storage_offset()).fill_(False)
+        assert torch.equal(raw(storage[mask]), raw(old[mask]))
+
+
+def test_split_products_have_22_bits(emulated):
+    """Above rank 8, rows of N of very different size, among them zeros, and an alpha that leaves the product alone."""
+    rank, rows, cols = 24, 40, 64
+    n = torch.randn(1, rows, rank) * 2.0 ** torch.linspace(-140, 120, rows)[:, None]
+    n[0, 3] = 0
+    v = noise.to_grid(torch.randn(1, rank, cols)).half()
+    table = TensorTable([torch.zeros(1, rows, cols)], [1], v=[v], n=[n.clone()])
+    ops.lowrank_momentum_(table, seed=0, draws=[Draw(0)], scales=0.0, coefficients=0.0, alpha=1.0, beta=1.0, backend=emulated)
+    exact = n.double() @ v.double()
+    size = n.double().abs().amax(2, keepdim=True) * v.double().abs().sum(1, keepdim=True)
+    assert ((table.x[0].double() - exact).abs() <= 2.0**-21 * size + 2.0**-146).all()
+
+
+@pytest.mark.parametrize("rounding", [None, Rounding(77, 5)])
+@pytest.mark.parametrize("draws", [1, 2])
+def test_dense_momentum(rng, emulated, guard, draws, rounding):
+    for case in both_kinds(rng, 0, momentum=True):
+        expected = case.copy()
+        call = random_call(rng, len(case.table), draws) | momentum_call(rng, len(case.table), draws) | {"rounding": rounding}
+        ops.dense_momentum_(expected.table, **call, backend=peer())
+        guard(case)
+        ops.dense_momentum_(case.table, **call, backend=emulated)
+        assert_same_bits(case, expected)
+
+
+@pytest.mark.parametrize("reproject", [False, True])
+@pytest.mark.parametrize("rank", RANKS)
+def test_resample(rng, emulated, guard, rank, reproject):
+    for case in both_kinds(rng, rank, momentum=reproject):
+        expected = case.copy()
+        call = {"seed": rng.getrandbits(64), "window": rng.getrandbits(28), "reproject": reproject}
+        ops.resample_(expected.table, **call, backend=peer())
+        guard(case)
+        ops.resample_(case.table, **call, backend=emulated)
+        assert_same_bits(case, expected)
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("stream", ["U", "V", "S"])
+def test_factor(rng, emulated, rank, stream):
+    where = (rng.getrandbits(64), 131, rank, rng.getrandbits(32))
+    draw, offset = Draw(rng.getrandbits(28), 3), rng.choice((0, 1 << 31, (1 << 32) - 131))
+    made = ops.factor(*where, draw, stream=stream, row_offset=offset, backend=emulated)
+    assert torch.equal(made, noise.factor(*where, draw.step, stream=stream, row_offset=offset, direction=draw.direction))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("momentum", [False, True])
+def test_flat_positions_beyond_32_bits(rng, emulated, dtype, momentum):
+    """The carry of the counters into their second word, inside a tensor."""
+    x = torch.randn(1, 3, 1 << 12).to(dtype)
+    cases = []
+    for backend in (emulated, peer()):
+        n = [torch.ones(1, 3, 1 << 12)] if momentum else None
+        # Global elements around 2^34 and 2^35.
+        table = TensorTable([x.clone()], [9], n=n, row_offsets=[(1 << 22) - 2], col_offsets=[2056], global_cols=[1 << 13])
+        call = {"seed": 5, "draws": [Draw(1), Draw(2)], "scales": 0.5, "rounding": Rounding(4)}
+        if momentum:
+            ops.dense_momentum_(table, **call, coefficients=0.1, alpha=0.2, beta=0.9, backend=backend)
+        else:
+            ops.dense_update_(table, **call, backend=backend)
+        cases.append(table)
+    assert torch.equal(raw(cases[0].x[0]), raw(cases[1].x[0]))
+    assert not momentum or torch.equal(cases[0].n[0], cases[1].n[0])
+
+
+@pytest.mark.parametrize("op", ["lowrank_update_", "lowrank_momentum_", "dense_update_", "dense_momentum_"])
+def test_values_that_are_not_finite(emulated, op):
+    """Rounding of every class of number into every dtype, on the fast and the safe kernels."""
+    special = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-45, 3.4e38, -65520.0, 65519.0, 6e-8, 2.0**-14, 1.0]
+    low_rank, momentum = "lowrank" in op, "momentum" in op
+    for cols in (16, 13):
+        tables = []
+        for backend in (emulated, peer()):
+            values = torch.tensor(special * 8)[: 4 * cols].view(1, 4, cols)
+            xs = [values.to(dtype) for dtype in DTYPES]
+            v = [torch.ones(1, 4, cols, dtype=torch.float16) for _ in xs] if low_rank else None
+            n = [torch.ones(1, 4, 4 if low_rank else cols) for _ in xs] if momentum else None
+            table = TensorTable(xs, [1, 2, 3], v=v, n=n)
+            call = {"seed": 1, "draws": [Draw(1)], "scales": 0.0, "rounding": Rounding(3)}
+            if momentum:
+                call |= {"coefficients": 0.0, "alpha": 0.0, "beta": 1.0}
+            getattr(ops, op)(table, **call, backend=backend)
+            tables.append(table)
+        for a, b in zip(tables[0].x, tables[1].x, strict=True):
+            assert torch.equal(raw(a), raw(b))
+
+
+def test_empty_table(emulated):
+    ops.dense_update_(TensorTable([], []), seed=0, draws=[Draw(0)], scales=1.0, backend=emulated)
+
+
+def test_versions_count_changes(emulated):
+    x = torch.zeros(1, 2, 8)
+    before = x._version
+    ops.dense_update_(TensorTable([x], [0]), seed=0, draws=[Draw(0)], scales=1.0, backend=emulated)
+    assert x._version > before
+
+
+def test_reasons(tmp_path):
+    assert CudaBackend().unavailable(torch.device("cpu")) == "it serves cuda only"
+    missing = CudaBackend(tmp_path / "none.so", device_type="cpu")
+    assert missing.unavailable(torch.device("cpu")) == "not built (reinstall lozo_kernels where nvcc is)"
+    if not torch.cuda.is_available():
+        assert CudaBackend().unavailable(torch.device("cuda")) is not None
+
+
+def test_emulator_reports_accesses_outside(emulated, guard):
+    case = TensorTable([torch.zeros(1, 4, 16)], [0])
+    other = TensorTable([torch.zeros(1, 4, 16)], [0])
+    guard(types.SimpleNamespace(table=other))
+    with pytest.raises(RuntimeError, match="outside the tensors"):
+        ops.dense_update_(case, seed=0, draws=[Draw(0)], scales=1.0, backend=emulated)
+
+
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def find_cuobjdump():
+    """Of the toolkit, or of Triton's wheel."""
+    spec = importlib.util.find_spec("triton")
+    beside = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if spec and spec.origin else None
+    return shutil.which("cuobjdump") or shutil.which("/usr/local/cuda/bin/cuobjdump") or (beside and shutil.which(str(beside)))
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_machine_code(source, tmp_path):
+    """Nothing spills; the noise and the updates have no fused multiply-add; fast kernels move 128 bits at a time."""
+    flags = "-std=c++17 -O3 -fmad=false -Xptxas -v -gencode arch=compute_90,code=sm_90 -c"
+    defines = ['-DLOZO_CUDA_ARCHITECTURES="90"', f"-I{ROOT / 'csrc' / 'include'}"]
+    target = str(tmp_path / "object.o")
+    done = subprocess.run([NVCC, *flags.split(), *defines, str(source), "-o", target], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    frames = [line.strip() for line in done.stderr.splitlines() if "bytes stack frame" in line]
+    assert frames and all(line.startswith("0 bytes stack frame, 0 bytes spill stores") for line in frames), done.stderr
+    if find_cuobjdump() is None:
+        pytest.skip("compiled without spills; there is no cuobjdump to read the machine code")
+    sass = subprocess.run([find_cuobjdump(), "-sass", target], capture_output=True, text=True, check=True).stdout
+    for kernel in sass.split("Function : ")[1:]:
+        name = kernel.split()[0]
+        codes = [re.sub(r"^@!?U?P\w+ +", "", code) for code in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", kernel)]
+        count = collections.Counter(code.split()[0] for code in codes if code)
+        fused = [code for code in count if code.startswith("FFMA")]
+        # The library's division in fp64 starts from an fp32 estimate.
+        assert not fused or "resample_factor" in name, name
+        assert not any(code.startswith(("LD.", "ST.", "LDL", "STL")) for code in count), name
+        if "aligned" in name:
+            assert count["LDG.E.128"] and count["STG.E.128"], name
+            assert not any(code in count for code in ("STG.E", "STG.E.64", "STG.E.U16")), name

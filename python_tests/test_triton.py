@@ -134,7 +134,7 @@ def test_same_bits_as_the_cpu(rng, backend, op, case):
     example.run(op, backend, random_call(rng, momentum))
     example.check("storage", *(["n"] if momentum else []))
     assert backend.launcher.launches == (2 if momentum and rank else 1)
-    assert backend.launcher.last.constants["ALIGNED"] == example.aligned
+    assert (backend.launcher.last.constants["WEIGHT"] is not None) == example.aligned
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -194,12 +194,26 @@ def test_a_table_of_everything(rng, backend):
     assert backend.launcher.launches == 4
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="it is the device that decides")
+@pytest.mark.parametrize("case", [case for case in CASES if case[0]][::2])
+@pytest.mark.parametrize("op", ["lowrank_update_", "lowrank_momentum_"])
+def test_the_variant_for_amd(rng, backend, monkeypatch, op, case):
+    """Blocks are stored in another shape there."""
+    from lozo_kernels.backends.triton import backend as module
+    from lozo_kernels.backends.triton.plans import Target
+
+    monkeypatch.setattr(module, "_target", lambda device: Target(dp4a=False, eights=True, emulate=True))
+    example = Example(rng, case, rng.choice(EXACT_MOMENTUM_RANKS), "momentum" in op)
+    example.run(op, backend, random_call(rng, "momentum" in op))
+    example.check("storage")
+
+
 def test_small_tensors_share_a_launch(rng):
     backend = TritonBackend(recorder(), sizes=SIZES)
     example = Example(rng, (True, (1, 33, 72), torch.bfloat16), 2, False)
     example.run("lowrank_update_", backend, random_call(rng))
     example.check("storage")
-    assert not backend.launcher.last.constants["ALIGNED"]
+    assert backend.launcher.last.constants["WEIGHT"] is None
 
 
 def test_special_values(rng, backend):

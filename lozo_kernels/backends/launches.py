@@ -24,6 +24,7 @@ HEADER = ("seed_low", "seed_high", "direction_0", "direction_1", "rounding_index
 
 _STEPS = slice(5, 8)
 _VECTOR = 8  # elements that columns, strides and offsets must be a multiple of for 128-bit access to every dtype and to V
+_UPPER_BITS = 34  # of a flat position: they go into another word of the counter, which is the same all over an aligned tensor
 _LEAST_BYTES = 4 << 20  # of a dtype's aligned tensors: fewer are not worth a launch of their own
 _AT = {name: i for i, name in enumerate(FIELDS)}
 
@@ -188,6 +189,7 @@ def _vectorises(rows: Tensor) -> Tensor:
         return value % _VECTOR == 0
 
     single = (batch * height) <= 1
+    begin, stop = row * width + col, (row + batch * height - 1) * width + col + cols
     return (
         (x % 16 == 0)
         & (v % 16 == 0)
@@ -197,6 +199,7 @@ def _vectorises(rows: Tensor) -> Tensor:
         & (multiple(rs) | single)
         & (multiple(width) | (single & multiple(row * width)))  # flat positions of row beginnings
         & (multiple(bs) | (batch <= 1))
+        & (begin >> _UPPER_BITS == (stop - 1) >> _UPPER_BITS)
     )
 
 

@@ -153,14 +153,16 @@ class TritonBackend:
             yield plans.momentum_factor_plan(rank, kind.draws, target), tiles
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
+        vendor = "nvidia" if torch.version.hip is None else "amd"
+
         def size_of(code: int) -> TileSize:
-            return self._sizes.get(kernel) or tile_sizes(name).find(kernel, code != ANY_DTYPE, rank)
+            return self._sizes.get(kernel) or tile_sizes(name, vendor).find(kernel, code != ANY_DTYPE, rank, kind.stochastic)
 
         def tile_of(code: int) -> Tile:
             size = size_of(code)
             return Tile(size.rows, size.cols * size.blocks)
 
-        for launch in device_table(table).launches((self, kernel), tile_of):
+        for launch in device_table(table).launches((self, kernel, kind.stochastic), tile_of):
             dtype = None if launch.dtype == ANY_DTYPE else DTYPES[launch.dtype]
             size = size_of(launch.dtype)
             if rank:
@@ -172,7 +174,8 @@ class TritonBackend:
 def _target(device: torch.device) -> Target:
     from .plans import Target
 
-    return Target(dp4a=device.type == "cuda" and torch.version.hip is None, emulate=device.type == "cpu")
+    hip, cpu = torch.version.hip is not None, device.type == "cpu"
+    return Target(dp4a=not hip and not cpu, eights=hip, emulate=cpu)
 
 
 def _signed(word: int) -> int:

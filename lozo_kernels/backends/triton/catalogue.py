@@ -66,7 +66,7 @@ class Compilation:
 
 def compilations(vendor: str = "nvidia", ranks: Sequence[int] = RANKS) -> list[Compilation]:
     """Everything that is launched on GPUs of a vendor, "nvidia" or "amd"."""
-    target = Target(dp4a=vendor == "nvidia", emulate=False)
+    target = Target(dp4a=vendor == "nvidia", eights=vendor == "amd", emulate=False)
     return [*_lowrank(target, ranks), *_dense(target), *_factors(target, ranks)]
 
 
@@ -74,11 +74,11 @@ def _lowrank(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
     for rank in ranks:
         for dtype in (*DTYPES, None):
             for name, kind in _kinds(momentum=False, dtype=dtype):
-                size = tile_sizes(None).find("lowrank_update", dtype is not None, rank)
+                size = tile_sizes(None, _vendor(target)).find("lowrank_update", dtype is not None, rank, kind.stochastic)
                 plan = plans.lowrank_plan(dtype, rank, kind, size, target)
                 yield _update("lowrank_update" + name, plan, dtype, rank, size, exact=True)
             for name, kind in _kinds(momentum=True, dtype=dtype):
-                size = tile_sizes(None).find("lowrank_momentum", dtype is not None, rank)
+                size = tile_sizes(None, _vendor(target)).find("lowrank_momentum", dtype is not None, rank, kind.stochastic)
                 plan = plans.lowrank_plan(dtype, rank, kind, size, target)
                 yield _update("lowrank_momentum" + name, plan, dtype, rank, size, exact=rank <= _EXACT_MOMENTUM_RANK)
 
@@ -87,7 +87,7 @@ def _dense(target: Target) -> Iterator[Compilation]:
     for dtype in (*DTYPES, None):
         for op in ("dense_update", "dense_momentum"):
             for name, kind in _kinds(momentum=op == "dense_momentum", dtype=dtype):
-                size = tile_sizes(None).find(op, dtype is not None, 0)
+                size = tile_sizes(None, _vendor(target)).find(op, dtype is not None, 0, kind.stochastic)
                 yield _update(op + name, plans.dense_plan(dtype, kind, size, target), dtype, None, size, exact=True)
 
 
@@ -102,6 +102,10 @@ def _factors(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
             yield _plain(name, plans.resample_plan(rank, again, target), rank, plans.RESAMPLE_COLS * plans.padded(rank))
         yield _plain("reproject", plans.reproject_plan(rank), rank, height * width)
         yield _plain("factor_rows", plans.factor_plan(STREAMS["U"], rank, target), rank, height * width)
+
+
+def _vendor(target: Target) -> str:
+    return "nvidia" if target.dp4a else "amd"
 
 
 def _kinds(momentum: bool, dtype: torch.dtype | None) -> Iterator[tuple[str, UpdateKind]]:

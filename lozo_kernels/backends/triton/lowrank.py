@@ -9,25 +9,19 @@ import triton.language as tl
 
 from .noise import STREAM_U, draw_words, factor, rounding_any, rounding_rows, rounding_words, seed_words
 from .tables import dtype_at, extent_at, factors_at, place_at, tile_at, weights_at
-from .weights import as_fp32, store_stochastic, store_weights
+from .weights import as_fp32, read_any, read_weights, store_any, store_stochastic, store_weights
 
 
 @triton.jit
-def round_and_store(
-    pointer, y, mask, header, element, tensor_id, k0, k1,
-    STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, EMULATE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+def random_bits(
+    header, element, tensor_id, k0, k1, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
-    """Writes a (ROWS, COLS) block; ``element`` (ROWS, 1) is the flat index of the block's first column in every row."""
-    if STOCHASTIC and pointer.dtype.element_ty != tl.float32:
-        index, c3 = rounding_words(header)
-        if ALIGNED:
-            counter = (element >> 3) + tl.arange(0, COLS // 8)[None, :]
-            bits = rounding_rows(counter, index, tensor_id, c3, k0, k1, ROWS, COLS)
-        else:
-            bits = rounding_any(element + tl.arange(0, COLS)[None, :], index, tensor_id, c3, k0, k1)
-        store_stochastic(pointer, y, bits, mask)
+    """(ROWS, COLS) rounding bits; ``element`` (ROWS, 1) is the flat index of the block's first column in every row."""
+    index, c3 = rounding_words(header)
+    if ALIGNED:
+        return rounding_rows(element, index, tensor_id, c3, k0, k1, ROWS, COLS)
     else:
-        store_weights(pointer, y, mask, EMULATE)
+        return rounding_any(element + tl.arange(0, COLS)[None, :], index, tensor_id, c3, k0, k1)
 
 
 @triton.jit
@@ -66,32 +60,96 @@ def momentum_columns(n_row, row_mask, RANK: tl.constexpr):
 @triton.jit
 def momentum_block(columns, v_matrix, cols, col_mask, width, RANK: tl.constexpr):
     """N V^T of a block with k ascending, each a rounded multiply and a rounded add; (rows, cols) fp32."""
-    v = tl.load(v_matrix + cols, mask=col_mask, other=0.0).to(tl.float32)
-    acc = columns[0][:, None] * v[None, :]
+    pointer = v_matrix + cols
+    acc = columns[0][:, None] * tl.load(pointer, mask=col_mask).to(tl.float32)[None, :]
     for k in tl.static_range(1, RANK):
-        v = tl.load(v_matrix + k * width + cols, mask=col_mask, other=0.0).to(tl.float32)
-        acc = acc + columns[k][:, None] * v[None, :]
+        pointer += width
+        acc = acc + columns[k][:, None] * tl.load(pointer, mask=col_mask).to(tl.float32)[None, :]
     return acc
 
 
 @triton.jit
-def update_tile(
-    WEIGHT: tl.constexpr, tile, tensors, t, matrix, row0, block0, header, scales, decay, alpha, count,
-    RANK: tl.constexpr, PADDED: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr, MOMENTUM: tl.constexpr,
-    STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCKS: tl.constexpr,
-    AHEAD: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr,
+def update_block(
+    x, y, start, row_mask, end, v_matrix, width, u0, u1, high, low, unit, columns, scale0, scale1, factor_of_x, rate,
+    flat, header, tensor_id, k0, k1, address, code,
+    WEIGHT: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr,
+    MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EIGHTS: tl.constexpr,
+    EMULATE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ROWS by BLOCKS * COLS, for weights of one dtype. EXACT momentum products go up to rank 8."""
-    x, batch_stride, row_stride = weights_at(tensors, t)
+    """A block of ROWS by COLS that was read as ``y``; ``x`` are pointers of its rows, or offsets where WEIGHT is None.
+
+    MASKED: some of its rows or columns do not exist. Masks cost an instruction for every other element.
+    """
+    ks = tl.arange(0, PADDED)
+    cols = start + tl.arange(0, COLS)
+    v_block_pointer = v_matrix + ks.to(tl.int64)[:, None] * width + cols[None, :]
+    mask = None
+    col_mask = None
+    if MASKED:
+        col_mask = cols < end
+        mask = row_mask[:, None] & col_mask[None, :]
+        v_block = tl.load(v_block_pointer, mask=(ks[:, None] < RANK) & col_mask[None, :], other=0.0)
+    elif RANK < PADDED:
+        v_block = tl.load(v_block_pointer, mask=(ks[:, None] < RANK) & (cols[None, :] < end), other=0.0)
+    else:
+        v_block = tl.load(v_block_pointer)
+    if DECAY:
+        y = y * factor_of_x
+    y = y + tl.dot(u0, v_block) * scale0
+    if DRAWS == 2:
+        y = y + tl.dot(u1, v_block) * scale1
+    if MOMENTUM:
+        if RANK > 8:
+            product = tl.dot(high, v_block) + tl.dot(low, v_block) * 0.00048828125
+            product = product * unit[:, None]
+        else:
+            product = momentum_block(columns, v_matrix, cols, col_mask, width, RANK)
+        y = y + product * rate
+    bits = 0
+    if STOCHASTIC and WEIGHT != tl.float32:
+        bits = random_bits(header, flat + start, tensor_id, k0, k1, WEIGHT is not None, ROWS, COLS)
+    if WEIGHT is None:
+        store_any(address, x + cols[None, :], y, bits, mask, code, STOCHASTIC, EMULATE)
+    elif EIGHTS:
+        # In this shape Triton does not store 16-bit results straight from a matrix layout, 64 bits at a time.
+        by_eight = start + tl.arange(0, COLS // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+        pointer = x[:, :, None] + by_eight[None, :, :]
+        mask_by_eight = None
+        if MASKED:
+            mask_by_eight = row_mask[:, None, None] & (by_eight < end)[None, :, :]
+        y = y.reshape(ROWS, COLS // 8, 8)
+        if STOCHASTIC:
+            store_stochastic(pointer, y, bits.reshape(ROWS, COLS // 8, 8), mask_by_eight)
+        else:
+            store_weights(pointer, y, mask_by_eight, EMULATE)
+    elif STOCHASTIC and WEIGHT != tl.float32:
+        store_stochastic(x + cols[None, :], y, bits, mask)
+    else:
+        store_weights(x + cols[None, :], y, mask, EMULATE)
+
+
+@triton.jit(do_not_specialize=["count"])
+def lowrank_update(
+    tiles, tensors, header, scales, decay, alpha, count,
+    WEIGHT: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr,
+    MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCKS: tl.constexpr,
+    AHEAD: tl.constexpr, EIGHTS: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """The op lowrank_update, and with MOMENTUM the weights' part of lowrank_momentum.
+
+    A program does one tile of ROWS by BLOCKS * COLS. WEIGHT None: any dtype, read per tensor, and any alignment.
+    """
+    ALIGNED: tl.constexpr = WEIGHT is not None
+    t, matrix, row0, block0 = tile_at(tiles, tl.program_id(0))
+    address, batch_stride, row_stride = weights_at(tensors, t)
     v, n = factors_at(tensors, t)
     height, width = extent_at(tensors, t)
     tensor_id, row_offset, col_offset, global_cols = place_at(tensors, t)
     k0, k1 = seed_words(header)
-    x = x.to(tl.pointer_type(WEIGHT))
+    matrix = matrix.to(tl.int64)
     height32 = height.to(tl.int32)
     width32 = width.to(tl.int32)
     if ALIGNED:
-        x = tl.multiple_of(x, 16)
         v = tl.multiple_of(v, 16)
         batch_stride = tl.multiple_of(batch_stride, 8)
         row_stride = tl.multiple_of(row_stride, 8)
@@ -99,100 +157,81 @@ def update_tile(
         width32 = tl.multiple_of(width32, 8)
     rows = row0 + tl.arange(0, ROWS)
     row_mask = rows < height32
-    x_rows = x + matrix.to(tl.int64) * batch_stride + rows.to(tl.int64)[:, None] * row_stride
+    row_begins = matrix * batch_stride + rows.to(tl.int64)[:, None] * row_stride
     col0 = block0 * (BLOCKS * COLS)
     end = tl.minimum(width32, col0 + BLOCKS * COLS)
+    x = row_begins
+    code = 0
+    if ALIGNED:
+        x = tl.multiple_of(address.to(tl.pointer_type(WEIGHT)), 16) + row_begins
+    else:
+        code = dtype_at(tensors, t)
     if AHEAD:  # on the way while U is made; then always one block before the one that is worked on
         cols = col0 + tl.arange(0, COLS)
-        ahead = tl.load(x_rows + cols[None, :], mask=row_mask[:, None] & (cols < end)[None, :])
-    global_row = row_offset + matrix.to(tl.int64) * height + row0
+        ahead = read_weights(x + cols[None, :], row_mask[:, None] & (cols < end)[None, :])
+    global_row = row_offset + matrix * height + row0
     first = global_row.to(tl.uint32)
     u0 = draw_factor(header, tensor_id, first, k0, k1, 0, ROWS, RANK, PADDED, DP4A)
+    u1 = u0
     scale0 = tl.load(scales + t)
+    # What is not needed stands for something that is there.
+    scale1 = scale0
+    factor_of_x = scale0
+    rate = scale0
+    high = u0
+    low = u0
+    unit = scale0
+    columns = (scale0,)
     if DRAWS == 2:
         u1 = draw_factor(header, tensor_id, first, k0, k1, 1, ROWS, RANK, PADDED, DP4A)
         scale1 = tl.load(scales + count + t)
     if DECAY:
         factor_of_x = tl.load(decay + t)
-    ks = tl.arange(0, PADDED)
     if MOMENTUM:
         rate = tl.load(alpha + t)
-        n_row = n + (matrix.to(tl.int64) * height + rows) * RANK
+        n_row = n + (matrix * height + rows) * RANK
         if RANK > 8:
+            ks = tl.arange(0, PADDED)
             n_block = tl.load(n_row[:, None] + ks[None, :], mask=row_mask[:, None] & (ks[None, :] < RANK), other=0.0)
             high, low, unit = split_rows(n_block)
         else:
             columns = momentum_columns(n_row, row_mask, RANK)
-    v_matrix = v + matrix.to(tl.int64) * RANK * width
+    v_matrix = v + matrix * RANK * width
     if ALIGNED:
         v_matrix = tl.multiple_of(v_matrix, 16)
-    v_rows = v_matrix + ks.to(tl.int64)[:, None] * width
     flat = (global_row + tl.arange(0, ROWS).to(tl.int64)[:, None]) * global_cols + col_offset
-    for block in range(0, (end - col0 + COLS - 1) // COLS):
+    full = 0
+    if ALIGNED:
+        full = tl.where(row0 + ROWS <= height32, (end - col0) // COLS, 0)
+        for block in range(0, full):
+            start = col0 + block * COLS
+            cols = start + tl.arange(0, COLS)
+            if AHEAD:
+                y = as_fp32(ahead, EMULATE)
+                ahead = read_weights(x + (cols + COLS)[None, :], (cols + COLS < end)[None, :])
+            else:
+                y = as_fp32(read_weights(x + cols[None, :], None), EMULATE)
+            update_block(
+                x, y, start, row_mask, end, v_matrix, width, u0, u1, high, low, unit, columns, scale0, scale1, factor_of_x, rate,
+                flat, header, tensor_id, k0, k1, address, code,
+                WEIGHT, RANK, PADDED, DRAWS, DECAY, MOMENTUM, STOCHASTIC, ROWS, COLS, EIGHTS, EMULATE, False,
+            )  # fmt: skip
+    for block in range(full, (end - col0 + COLS - 1) // COLS):
         start = col0 + block * COLS
         cols = start + tl.arange(0, COLS)
-        col_mask = cols < width32
-        mask = row_mask[:, None] & col_mask[None, :]
-        pointer = x_rows + cols[None, :]
+        mask = row_mask[:, None] & (cols < end)[None, :]
         if AHEAD:
             y = as_fp32(ahead, EMULATE)
-            ahead = tl.load(pointer + COLS, mask=row_mask[:, None] & (cols + COLS < end)[None, :])
+            ahead = read_weights(x + (cols + COLS)[None, :], row_mask[:, None] & (cols + COLS < end)[None, :])
+        elif ALIGNED:
+            y = as_fp32(read_weights(x + cols[None, :], mask), EMULATE)
         else:
-            y = as_fp32(tl.load(pointer, mask=mask), EMULATE)
-        if RANK < PADDED:
-            v_block = tl.load(v_rows + cols[None, :], mask=(ks[:, None] < RANK) & col_mask[None, :], other=0.0)
-        else:
-            v_block = tl.load(v_rows + cols[None, :], mask=col_mask[None, :], other=0.0)
-        if DECAY:
-            y = y * factor_of_x
-        y = y + tl.dot(u0, v_block) * scale0
-        if DRAWS == 2:
-            y = y + tl.dot(u1, v_block) * scale1
-        if MOMENTUM:
-            if RANK > 8:
-                product = tl.dot(high, v_block) + tl.dot(low, v_block) * 0.00048828125
-                product = product * unit[:, None]
-            else:
-                product = momentum_block(columns, v_matrix, cols, col_mask, width, RANK)
-            y = y + product * rate
-        round_and_store(pointer, y, mask, header, flat + start, tensor_id, k0, k1, STOCHASTIC, ALIGNED, EMULATE, ROWS, COLS)
-
-
-@triton.jit(do_not_specialize=["count"])
-def lowrank_update(
-    tiles, tensors, header, scales, decay, alpha, count,
-    WEIGHT: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr,
-    MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    BLOCKS: tl.constexpr, AHEAD: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr,
-):  # fmt: skip
-    """The op lowrank_update, and with MOMENTUM the weights' part of lowrank_momentum. WEIGHT None: any dtype, read per tensor."""
-    t, matrix, row0, block0 = tile_at(tiles, tl.program_id(0))
-    if WEIGHT is not None:
-        update_tile(
-            WEIGHT, tiles, tensors, t, matrix, row0, block0, header, scales, decay, alpha, count, RANK, PADDED, DRAWS, DECAY,
-            MOMENTUM, STOCHASTIC, ALIGNED, ROWS, COLS, BLOCKS, AHEAD, DP4A,
-            EMULATE,
+            y = read_any(address, x + cols[None, :], mask, code, EMULATE)
+        update_block(
+            x, y, start, row_mask, end, v_matrix, width, u0, u1, high, low, unit, columns, scale0, scale1, factor_of_x, rate,
+            flat, header, tensor_id, k0, k1, address, code,
+            WEIGHT, RANK, PADDED, DRAWS, DECAY, MOMENTUM, STOCHASTIC, ROWS, COLS, EIGHTS, EMULATE, True,
         )  # fmt: skip
-    else:
-        code = dtype_at(tensors, t)
-        if code == 0:
-            update_tile(
-                tl.float32, tiles, tensors, t, matrix, row0, block0, header, scales, decay, alpha, count, RANK, PADDED, DRAWS,
-                DECAY, MOMENTUM, STOCHASTIC, ALIGNED, ROWS, COLS, BLOCKS, AHEAD, DP4A,
-            EMULATE,
-            )  # fmt: skip
-        elif code == 1:
-            update_tile(
-                tl.bfloat16, tiles, tensors, t, matrix, row0, block0, header, scales, decay, alpha, count, RANK, PADDED, DRAWS,
-                DECAY, MOMENTUM, STOCHASTIC, ALIGNED, ROWS, COLS, BLOCKS, AHEAD, DP4A,
-            EMULATE,
-            )  # fmt: skip
-        else:
-            update_tile(
-                tl.float16, tiles, tensors, t, matrix, row0, block0, header, scales, decay, alpha, count, RANK, PADDED, DRAWS,
-                DECAY, MOMENTUM, STOCHASTIC, ALIGNED, ROWS, COLS, BLOCKS, AHEAD, DP4A,
-            EMULATE,
-            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count"])

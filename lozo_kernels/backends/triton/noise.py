@@ -100,11 +100,17 @@ def flat_words(counter, direction, tensor_id, c3, k0, k1):
 
 
 @triton.jit
-def dense_block(first, direction, tensor_id, c3, k0, k1, COUNT: tl.constexpr, DP4A: tl.constexpr):
-    """(COUNT,) fp32 of Z from flat element ``first``, a multiple of 8; a thread owns 8 neighbours."""
-    pair = first // 8 + tl.arange(0, COUNT // 8)
-    w0, w1, w2, w3 = flat_words(pair * 2, direction, tensor_id, c3, k0, k1)
-    w4, w5, w6, w7 = flat_words(pair * 2 + 1, direction, tensor_id, c3, k0, k1)
+def dense_block(first, offset, direction, tensor_id, c3, k0, k1, COUNT: tl.constexpr, DP4A: tl.constexpr):
+    """(COUNT,) fp32 of Z from flat element ``first + offset``, multiples of 8; a thread owns 8 neighbours.
+
+    ``first`` is where a tensor's stretch begins: no upper bits of counters change within a tensor that takes this way.
+    """
+    low = ((first + offset) >> 2).to(tl.uint32)
+    c0 = low + tl.arange(0, COUNT // 8).to(tl.uint32) * 2
+    zero = c0 * 0
+    c1 = zero + ((first >> 34).to(tl.uint32) | direction)
+    w0, w1, w2, w3 = philox(c0, c1, zero + tensor_id, zero + c3, k0, k1)
+    w4, w5, w6, w7 = philox(c0 + 1, c1, zero + tensor_id, zero + c3, k0, k1)
     a = tl.join(tl.join(normal(w0, DP4A), normal(w4, DP4A)), tl.join(normal(w2, DP4A), normal(w6, DP4A)))
     b = tl.join(tl.join(normal(w1, DP4A), normal(w5, DP4A)), tl.join(normal(w3, DP4A), normal(w7, DP4A)))
     return tl.join(a, b).reshape(COUNT)
@@ -138,9 +144,28 @@ def rounding_any(element, index, tensor_id, c3, k0, k1):
 
 
 @triton.jit
-def rounding_rows(counter, index, tensor_id, c3, k0, k1, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """(ROWS, COLS) uint32 below 2^16 from (ROWS, COLS / 8) counters (int64)."""
-    w0, w1, w2, w3 = flat_words(counter, index, tensor_id, c3, k0, k1)
+def half_words(w0, w1, w2, w3):
+    """The eight half-words of four words, in order, in three new dimensions."""
     low = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
     high = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
-    return tl.join(low, high).reshape(ROWS, COLS)
+    return tl.join(low, high)
+
+
+@triton.jit
+def rounding_rows(first, index, tensor_id, c3, k0, k1, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """(ROWS, COLS) uint32 below 2^16; ``first`` (ROWS, 1) int64 is the flat element of each row's first column, as above."""
+    c0 = (first >> 3).to(tl.uint32) + tl.arange(0, COLS // 8).to(tl.uint32)[None, :]
+    zero = c0 * 0
+    c1 = zero + ((first >> 35).to(tl.uint32) | index)
+    w0, w1, w2, w3 = philox(c0, c1, zero + tensor_id, zero + c3, k0, k1)
+    return half_words(w0, w1, w2, w3).reshape(ROWS, COLS)
+
+
+@triton.jit
+def rounding_block(first, offset, index, tensor_id, c3, k0, k1, COUNT: tl.constexpr):
+    """(COUNT,) uint32 below 2^16 from flat element ``first + offset``, as :func:`dense_block`."""
+    c0 = ((first + offset) >> 3).to(tl.uint32) + tl.arange(0, COUNT // 8).to(tl.uint32)
+    zero = c0 * 0
+    c1 = zero + ((first >> 35).to(tl.uint32) | index)
+    w0, w1, w2, w3 = philox(c0, c1, zero + tensor_id, zero + c3, k0, k1)
+    return half_words(w0, w1, w2, w3).reshape(COUNT)

@@ -17,15 +17,23 @@ from .tilesizes import TileSize
 _WEIGHTS = dict(zip(DTYPES, (tl.float32, tl.bfloat16, tl.float16), strict=True))
 _LEAST_DOT = 16  # the least extent that tl.dot takes
 
+_ALL_REGISTERS = 255  # that a thread of an NVIDIA GPU can have
 FACTOR_ROWS = 64  # rows per program where only a factor is touched
 RESAMPLE_COLS = 64  # columns at a time: few enough that the fp32 sums of their products are exact
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What the code is made for: NVIDIA's byte sums, or the interpreter's own bf16."""
+    """What the code is made for.
+
+    Attributes:
+        dp4a: NVIDIA's instruction for a sum of bytes.
+        eights: blocks of 16-bit weights are stored in a shape whose last extent is 8, which keeps AMD's stores 128 bits wide.
+        emulate: the interpreter, whose conversions to bf16 are not those of a GPU.
+    """
 
     dp4a: bool
+    eights: bool
     emulate: bool
 
 
@@ -36,11 +44,13 @@ class Plan:
     kernel: Any
     constants: dict[str, Any]
     num_warps: int = 4
+    max_registers: int | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         """As Triton takes them. Fusion off: every multiply and add is rounded by itself."""
-        return {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": False}
+        options: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": False}
+        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +78,19 @@ def lowrank_plan(dtype: torch.dtype | None, rank: int, kind: UpdateKind, size: T
         "DECAY": kind.decay,
         "MOMENTUM": kind.momentum,
         "STOCHASTIC": kind.stochastic,
-        "ALIGNED": dtype is not None,
         "ROWS": size.rows,
         "COLS": size.cols,
         "BLOCKS": size.blocks,
-        "AHEAD": size.ahead,
+        "AHEAD": size.ahead and dtype is not None,
+        "EIGHTS": target.eights and dtype is not None and dtype.itemsize == 2,
         "DP4A": target.dp4a,
         "EMULATE": target.emulate,
     }
-    return Plan(lowrank_update, constants, size.num_warps)
+    # Left alone, ptxas spills some bytes of the large variants to keep more programs on a multiprocessor.
+    large = kind.momentum and (kind.stochastic or kind.draws == 2 or rank > 8)
+    # N, two draws and the sums of each are more than four warps can hold.
+    num_warps = max(8, size.num_warps) if kind.momentum and kind.draws == 2 and rank > 32 else size.num_warps
+    return Plan(lowrank_update, constants, num_warps, _ALL_REGISTERS if large and target.dp4a else None)
 
 
 def momentum_factor_plan(rank: int, draws: int, target: Target) -> Plan:
@@ -93,7 +107,6 @@ def dense_plan(dtype: torch.dtype | None, kind: UpdateKind, size: TileSize, targ
         "DECAY": kind.decay,
         "MOMENTUM": kind.momentum,
         "STOCHASTIC": kind.stochastic,
-        "ALIGNED": dtype is not None,
         "COUNT": size.cols,
         "BLOCKS": size.blocks,
         "DP4A": target.dp4a,
@@ -108,10 +121,10 @@ def resample_plan(rank: int, with_momentum: bool, target: Target) -> Plan:
         "RANK": rank,
         "PADDED": padded(rank),
         "REPROJECT": with_momentum,
-        "COLS": RESAMPLE_COLS,
+        "COLS": RESAMPLE_COLS if padded(rank) <= 32 else RESAMPLE_COLS // 2,
         "DP4A": target.dp4a,
     }
-    return Plan(resample, constants)
+    return Plan(resample, constants, num_warps=8 if padded(rank) > 32 else 4)  # the sums in fp64 fill the registers of four
 
 
 def reproject_plan(rank: int) -> Plan:

@@ -57,7 +57,7 @@ def reproject(tiles, tensors, ratios, RANK: tl.constexpr, PADDED: tl.constexpr, 
     n_rows = n + (matrix.to(tl.int64) * height + rows) * RANK
     column = tl.load(n_rows, mask=row_mask, other=0.0)
     value = column[:, None] * tl.load(ratio + ks, mask=ks < RANK, other=0.0)[None, :]
-    for k in tl.static_range(1, RANK):
+    for k in range(1, RANK):
         column = tl.load(n_rows + k, mask=row_mask, other=0.0)
         value = value + column[:, None] * tl.load(ratio + k * RANK + ks, mask=ks < RANK, other=0.0)[None, :]
     # Every column was read by other threads than those that write it.

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 KERNELS = ("lowrank_update", "lowrank_momentum", "dense_update", "dense_momentum")
+_STOCHASTIC = "_stochastic"
+"""After a kernel's name: its variant that rounds stochastically and may need more registers. Without an entry: the kernel's."""
 ENVIRONMENT = "LOZO_KERNELS_TILES"
 
 
@@ -45,10 +47,13 @@ class TileSizes:
     source: Path
     entries: tuple[tuple[str, str, int, TileSize], ...]
 
-    def find(self, kernel: str, aligned: bool, rank: int) -> TileSize:
+    def find(self, kernel: str, aligned: bool, rank: int, stochastic: bool = False) -> TileSize:
         """The size for a kernel of :data:`KERNELS`: that of the least ``rank_up_to`` that covers the rank (0 for dense ones)."""
         weights = "aligned" if aligned else "any"
-        fitting = [(limit, size) for k, w, limit, size in self.entries if (k, w) == (kernel, weights) and limit >= rank]
+        name = kernel + _STOCHASTIC if stochastic else kernel
+        fitting = [(limit, size) for k, w, limit, size in self.entries if (k, w) == (name, weights) and limit >= rank]
+        if not fitting and stochastic:
+            return self.find(kernel, aligned, rank)
         if not fitting:
             raise ValueError(f"{self.source} has no tile size for {kernel}, {weights} weights, rank {rank}")
         return min(fitting, key=lambda entry: entry[0])[1]
@@ -66,15 +71,18 @@ def user_file(device_name: str) -> Path:
 
 
 @functools.cache
-def tile_sizes(device_name: str | None) -> TileSizes:
+def tile_sizes(device_name: str | None, vendor: str = "nvidia") -> TileSizes:
     """The sizes for a device: of the file that LOZO_KERNELS_TILES names, the user's own, those of the package, the default.
+
+    Args:
+        vendor: "nvidia" or "amd", whose defaults differ: a warp there has 64 threads.
 
     Raises:
         ValueError: a file does not hold tile sizes.
     """
     named = os.environ.get(ENVIRONMENT)
     packaged = Path(__file__).parent / "tiles"
-    candidates = [packaged / "default.json"]
+    candidates = [packaged / f"default-{vendor}.json", packaged / "default.json"]
     if named:
         candidates = [Path(named)]
     elif device_name is not None:
@@ -100,7 +108,7 @@ def read(path: Path) -> TileSizes:
 
 
 def _entry(entry: dict[str, Any]) -> tuple[str, str, int, TileSize]:
-    if entry["kernel"] not in KERNELS or entry["weights"] not in ("aligned", "any"):
+    if entry["kernel"].removesuffix(_STOCHASTIC) not in KERNELS or entry["weights"] not in ("aligned", "any"):
         raise ValueError(f"unknown kernel or weights in {entry}")
     size = TileSize(entry["rows"], entry["cols"], entry["blocks"], entry["num_warps"], bool(entry.get("ahead", False)))
     return entry["kernel"], entry["weights"], int(entry["rank_up_to"]), size

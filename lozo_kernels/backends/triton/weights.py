@@ -1,10 +1,28 @@
-"""Reading weights as fp32 and writing them back, rounded to nearest or stochastically.
+"""Reading weights, as fp32, and writing them back, rounded to nearest or stochastically.
 
-EMULATE is for the interpreter, whose bf16 conversions truncate: there the bits are made by hand.
+All access to weights is in this file. EMULATE is for the interpreter, whose bf16 conversions truncate: there the bits are made by
+hand. Where WEIGHT is None, the dtype is that of a code, and ``x`` is an address instead of a pointer.
 """
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def read_weights(pointer, mask):
+    """Weights as they are, for :func:`as_fp32`; what the mask leaves out is undefined."""
+    return tl.load(pointer, mask=mask)
+
+
+@triton.jit
+def read_bf16_pairs(pointer, offset, mask, COUNT: tl.constexpr):
+    """fp32 of COUNT bf16 weights from an aligned ``pointer + offset``, two to a word: an instruction for each and no more.
+
+    ``mask`` is of the (COUNT / 2,) pairs, or None.
+    """
+    words = pointer.to(tl.pointer_type(tl.uint32)) + offset // 2 + tl.arange(0, COUNT // 2)
+    pairs = tl.load(words, mask=mask)
+    return tl.join(pairs << 16, pairs & 0xFFFF0000).reshape(COUNT).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -26,6 +44,35 @@ def store_weights(pointer, y, mask, EMULATE: tl.constexpr):
         tl.store(pointer, (u >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
     else:
         tl.store(pointer, y.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def read_any(address, offset, mask, code, EMULATE: tl.constexpr):
+    """fp32 of weights of the dtype of a code (``table.DTYPES``) at an address, ``offset`` elements further."""
+    if code == 0:
+        y = tl.load(address.to(tl.pointer_type(tl.float32)) + offset, mask=mask, other=0.0)
+    elif code == 1:
+        y = as_fp32(tl.load(address.to(tl.pointer_type(tl.bfloat16)) + offset, mask=mask), EMULATE)
+    else:
+        y = as_fp32(tl.load(address.to(tl.pointer_type(tl.float16)) + offset, mask=mask), EMULATE)
+    return y
+
+
+@triton.jit
+def store_any(address, offset, y, bits, mask, code, STOCHASTIC: tl.constexpr, EMULATE: tl.constexpr):
+    """The inverse of :func:`read_any`; ``bits`` as for :func:`store_stochastic`."""
+    if code == 0:
+        tl.store(address.to(tl.pointer_type(tl.float32)) + offset, y, mask=mask)
+    elif code == 1:
+        if STOCHASTIC:
+            store_stochastic(address.to(tl.pointer_type(tl.bfloat16)) + offset, y, bits, mask)
+        else:
+            store_weights(address.to(tl.pointer_type(tl.bfloat16)) + offset, y, mask, EMULATE)
+    else:
+        if STOCHASTIC:
+            store_stochastic(address.to(tl.pointer_type(tl.float16)) + offset, y, bits, mask)
+        else:
+            store_weights(address.to(tl.pointer_type(tl.float16)) + offset, y, mask, EMULATE)
 
 
 @triton.jit

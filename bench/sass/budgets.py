@@ -1,0 +1,124 @@
+"""The budgets, reviewed by hand: instructions per element that a kernel may take, and the roofline that it must be predicted to
+reach.
+
+Where they come from. A copy on an H200 moves about 4.3 TB/s, read and write together; its 132 multiprocessors issue 128 thread
+instructions a clock at 1.755 GHz. In the time that an in-place pass needs for one element in memory, it therefore issues
+
+    132 * 128 * 1.755e9 / 4.3e12 * 4 bytes = 28 instructions for bf16 and fp16, 55 for fp32,
+
+and a kernel with more cannot be memory bound. Below that line a budget leaves room for what the count does not see (latency,
+barriers, lower clocks). Numbers marked "required" are the project's goals on sm_90; all others were set just above what was
+counted when the kernel was written, so that a change that makes it slower is noticed. They may be raised, by a person and with a
+reason.
+
+The first line that fits counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """A line of the table.
+
+    Attributes:
+        kernel, dtype, target: shell patterns.
+        ranks: the least and the largest; dense kernels have none and fit every range.
+        instructions: per element, of a full tile with its prologue.
+    """
+
+    kernel: str
+    dtype: str
+    ranks: tuple[int, int]
+    target: str
+    instructions: float
+
+
+_ANY = (1, 64)
+_SMALL, _MIDDLE, _LARGE = (1, 8), (9, 32), (33, 64)
+
+ROOFLINE = {"sm_90": 0.95}
+"""The least predicted roofline of kernels in their default configuration; other targets' figures are nominal and promise
+nothing."""
+
+
+def _both(kernel: str, dtype: str, ranks: tuple[int, int], nvidia: float, amd: float) -> tuple[Budget, Budget]:
+    return Budget(kernel, dtype, ranks, "sm_*", nvidia), Budget(kernel, dtype, ranks, "gfx*", amd)
+
+
+BUDGETS = (
+    # required
+    Budget("lowrank_update", "bfloat16", _SMALL, "sm_90", 16),
+    Budget("lowrank_update", "bfloat16", _LARGE, "sm_90", 22),
+    Budget("dense_update", "bfloat16", _ANY, "sm_90", 25),
+    # X and a product on tensor cores
+    *_both("lowrank_update", "*16", _SMALL, 11, 18),
+    *_both("lowrank_update", "*16", _MIDDLE, 11, 19),
+    *_both("lowrank_update", "*16", _LARGE, 13, 21),
+    *_both("lowrank_update", "float32", _SMALL, 13, 13),
+    *_both("lowrank_update", "float32", _MIDDLE, 14, 14),
+    *_both("lowrank_update", "float32", _LARGE, 16, 16),
+    *_both("lowrank_update_2", "*16", _SMALL, 14, 20),
+    *_both("lowrank_update_2", "*16", _MIDDLE, 15, 22),
+    *_both("lowrank_update_2", "*16", _LARGE, 19, 26),
+    *_both("lowrank_update_2", "float32", _SMALL, 16, 15),
+    *_both("lowrank_update_2", "float32", _MIDDLE, 17, 17),
+    *_both("lowrank_update_2", "float32", _LARGE, 21, 20),
+    # with random bits, one counter of Philox for eight elements
+    *_both("lowrank_update_stochastic", "*16", _ANY, 46, 66),
+    # N V^T: up to rank 8 a multiply and an add for each rank, above on tensor cores
+    *_both("lowrank_momentum", "*", _SMALL, 36, 50),
+    *_both("lowrank_momentum", "*16", _MIDDLE, 16, 23),
+    *_both("lowrank_momentum", "*16", _LARGE, 20, 26),
+    *_both("lowrank_momentum", "float32", _MIDDLE, 19, 18),
+    *_both("lowrank_momentum", "float32", _LARGE, 27, 21),
+    *_both("lowrank_momentum_2", "*", _SMALL, 42, 53),
+    *_both("lowrank_momentum_2", "*", _MIDDLE, 25, 26),
+    *_both("lowrank_momentum_2", "*", _LARGE, 46, 40),
+    *_both("lowrank_momentum_stochastic", "*16", _SMALL, 66, 105),
+    *_both("lowrank_momentum_stochastic", "*16", _MIDDLE, 63, 67),
+    *_both("lowrank_momentum_stochastic", "*16", _LARGE, 72, 75),
+    # a normal number for every element: 22 instructions of noise on NVIDIA, which sums four bytes in one
+    *_both("dense_update", "*16", _ANY, 29, 42),
+    *_both("dense_update", "float32", _ANY, 36, 45),
+    *_both("dense_update_2", "*", _ANY, 63, 75),
+    *_both("dense_update_stochastic", "*16", _ANY, 56, 75),
+    *_both("dense_momentum", "*", _ANY, 45, 50),
+    *_both("dense_momentum_2", "*", _ANY, 75, 80),
+    *_both("dense_momentum_stochastic", "*16", _ANY, 68, 80),
+    # any dtype and alignment: correct rather than fast
+    *_both("lowrank_update_any", "any", _ANY, 80, 270),
+    *_both("lowrank_momentum_any", "any", _ANY, 120, 320),
+    *_both("dense_*_any", "any", _ANY, 170, 345),
+    # per entry of a factor, of which there are few; ranks below 4 pad to one counter
+    *_both("momentum_factor", "none", _ANY, 125, 260),
+    *_both("momentum_factor_2", "none", _ANY, 200, 400),
+    *_both("resample", "none", _ANY, 60, 95),
+    *_both("resample_reproject", "none", _ANY, 105, 170),
+    *_both("reproject", "none", _ANY, 220, 300),
+    *_both("factor_rows", "none", _ANY, 105, 220),
+    # CUDA C++: the main loop only
+    Budget("cuda_*", "any", _ANY, "*", 220),
+    Budget("cuda_*", "none", _ANY, "*", 220),
+    Budget("cuda_dense_update", "*", _ANY, "*", 36),
+    Budget("cuda_dense_update_2", "*", _ANY, "*", 65),
+    Budget("cuda_dense_momentum", "*", _ANY, "*", 45),
+    Budget("cuda_dense_momentum_2", "*", _ANY, "*", 75),
+    Budget("cuda_lowrank_update", "*16", (1, 16), "*", 16),
+    Budget("cuda_lowrank_update", "*16", _LARGE, "*", 22),
+    Budget("cuda_lowrank_*", "*", _ANY, "*", 45),
+)
+
+
+def budget_for(job: Mapping[str, Any]) -> Budget | None:
+    """The budget of a kernel on a target."""
+    for budget in BUDGETS:
+        names = all(fnmatch.fnmatchcase(job[key], getattr(budget, key)) for key in ("kernel", "dtype", "target"))
+        if names and (job["rank"] is None or budget.ranks[0] <= job["rank"] <= budget.ranks[1]):
+            return budget
+    return None

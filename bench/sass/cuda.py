@@ -1,0 +1,133 @@
+"""The CUDA C++ kernels of csrc/cuda, compiled by nvcc. A file holds many kernels, so a file and a target are read at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from . import nvidia
+from .cache import ROOT, Cache, fingerprint
+from .facts import Facts, Work, facts_of
+
+_SOURCES = ROOT / "csrc" / "cuda"
+_INCLUDE = ROOT / "csrc" / "include"
+CODE_FLAGS = ("-std=c++17", "-O3", "-fmad=false")
+"""The flags of setup.py that matter to the code of kernels."""
+
+_FLAGS = (*CODE_FLAGS, "-cubin", "-lineinfo", '-DLOZO_CUDA_ARCHITECTURES=""')
+# The functions that read and write weights, V and N are in this file; tables are read elsewhere.
+_ACCESS = ("device.h",)
+# Options that are known only when a kernel runs (stochastic rounding) are branches: the shortest path leaves them out.
+_WORK = Work(bytes_per_thread=None, sources=_ACCESS, longest=False)
+
+_NAME = re.compile(r"_ZN4lozo(\d+)(\w+)")
+_DTYPES = {"INS_4bf16E": ("bfloat16", 2), "INS_3f16E": ("float16", 2), "If": ("float32", 4)}
+_RANKS_A_STEP = 16
+_EXACT_MOMENTUM_RANK = 8
+
+
+def read(targets: Sequence[str], cache: Cache, processes: int) -> tuple[list[dict[str, Any]], list[Facts], list[str]]:
+    """Every kernel for every target: what is known of it, its facts, and remarks on what is left out."""
+    files = sorted(_SOURCES.glob("*.cu"))
+    nvcc = _nvcc()
+    tools = _tools(nvcc)
+    if not files or nvcc is None or tools is None:
+        missing = "there are none" if not files else "nvcc is missing" if nvcc is None else "nvdisasm and cuobjdump are missing"
+        return [], [], [f"CUDA C++ kernels are not checked: {missing}"]
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    headers = sorted([*_SOURCES.glob("*.h"), *_INCLUDE.rglob("*.h")])
+    made_from = fingerprint(version, Path(__file__), [*files, *headers])
+
+    def one(place: tuple[Path, str]) -> dict[str, Any]:
+        file, target = place
+        key = f"{file.name} {target}"
+        answer = cache.get(made_from, key)
+        if answer is None:
+            answer = _read(nvcc, tools, file, target)
+            if all(found["broken"] is None for found in answer.values()):
+                cache.put(made_from, key, answer)
+        return dict(answer)
+
+    places = [(file, target) for target in targets for file in files]
+    with ThreadPoolExecutor(max_workers=processes) as pool:
+        answers = list(pool.map(one, places))
+    jobs, facts = [], []
+    for (_, target), answer in zip(places, answers, strict=True):
+        for name, found in answer.items():
+            jobs.append(describe(name) | {"target": target})
+            facts.append(Facts.from_json(found))
+    return jobs, facts, []
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What a mangled name tells of a kernel, as ``compiler.describe`` does; a file's name if it did not compile."""
+    match = _NAME.match(name)
+    length = int(match[1]) if match else 0
+    op, arguments = (match[2][:length], match[2][length:]) if match else (name, "")
+    aligned = op.endswith("_aligned")
+    dtype, itemsize = next(
+        (v for k, v in _DTYPES.items() if arguments.startswith(k)), ("any" if op.endswith("_any") else "none", 0)
+    )
+    numbers = [int(n) for n in re.findall(r"Li(\d+)E", arguments)]
+    split = re.search(r"SplitProduct(\d+)", arguments)
+    rank = None
+    if split is not None:
+        rank = int(split[1])
+    elif "ExactProduct" in arguments:
+        rank = _EXACT_MOMENTUM_RANK
+    elif len(numbers) == 2:
+        rank = _RANKS_A_STEP * numbers[0]
+    ratios = "ILb1E" in arguments
+    stored = itemsize + (4 if op.startswith("dense_momentum") and aligned else 0)
+    return {
+        "kernel": "cuda_" + op.removesuffix("_aligned") + ("_2" if numbers[-1:] == [2] else "_ratios" if ratios else ""),
+        "dtype": dtype,
+        "rank": rank,
+        "aligned": aligned,
+        "exact": split is None and not ratios,  # the ratios are divided in fp64, which fuses inside
+        "tile_elements": None,
+        "itemsize": itemsize,
+        "stored_bytes": stored,
+        "bytes_per_element": 2 * stored,
+        "default": aligned and numbers[-1:] == [1],
+        "naive": False,
+    }
+
+
+def _nvcc() -> str | None:
+    """The compiler that setup.py would take."""
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    names = (os.environ.get("NVCC"), str(Path(home) / "bin" / "nvcc"), "nvcc")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+def _tools(nvcc: str | None) -> Path | None:
+    """Where nvdisasm and cuobjdump are: beside nvcc, or in Triton's package."""
+    spec = importlib.util.find_spec("triton")
+    folders = [Path(nvcc).resolve().parent] if nvcc else []
+    if spec is not None and spec.origin is not None:
+        folders.append(Path(spec.origin).parent / "backends" / "nvidia" / "bin")
+    return next((f for f in folders if (f / "nvdisasm").exists() and (f / "cuobjdump").exists()), None)
+
+
+def _read(nvcc: str, tools: Path, file: Path, target: str) -> dict[str, Any]:
+    """The facts, as JSON, of every kernel in a file; under the file's name what went wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "kernels.cubin"
+        command = [nvcc, *_FLAGS, f"-arch={target}", "-I", str(_INCLUDE), "-o", str(out), str(file)]
+        compiled = subprocess.run(command, capture_output=True, text=True)
+        if compiled.returncode:
+            errors = [line for line in compiled.stderr.splitlines() if "error" in line]
+            return {file.name: dataclasses.asdict(Facts(broken=f"nvcc: {errors[0] if errors else compiled.stderr.strip()}"))}
+        code, usage = nvidia.disassemble(out.read_bytes(), tools)
+    needs = nvidia.resources(usage)
+    return {name: dataclasses.asdict(facts_of(blocks, needs[name], _WORK)) for name, blocks in nvidia.functions(code).items()}

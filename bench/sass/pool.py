@@ -1,0 +1,147 @@
+"""Worker processes that compile and read.
+
+Workers are processes of their own because kernels are Python that Triton interprets when TRITON_INTERPRET is set before its import,
+as the tests do; theirs is a clean environment.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .cache import ROOT, Cache, fingerprint
+from .facts import Facts
+
+_KEPT = ("TRITON_HOME", "TRITON_CACHE_DIR")  # where files go; everything else of Triton's changes what it compiles
+
+
+class Worker:
+    """A process of worker.py."""
+
+    def __init__(self) -> None:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "MLIR_", "LLVM_")) or k in _KEPT}
+        clean["OMP_NUM_THREADS"] = "1"
+        # What the parent can import, workers can: a catalogue may lie anywhere.
+        clean["PYTHONPATH"] = os.pathsep.join([str(ROOT), *(p for p in sys.path if p)])
+        command = [sys.executable, "-m", "bench.sass.worker"]
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, env=clean, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self._errors: list[str] = []
+        threading.Thread(target=self._drain, daemon=True).start()
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        """The answer to a request.
+
+        Raises:
+            RuntimeError: the process ended.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            code = self._process.wait()
+            raise RuntimeError(f"the compiling process ended with status {code}: {''.join(self._errors[-5:]).strip()}")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+    def _drain(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self._errors.append(line)
+
+
+@functools.cache
+def _fingerprint(catalogue: str) -> str:
+    kernels = (ROOT / "lozo_kernels" / "backends" / "triton").rglob("*")
+    files = sorted(path for path in kernels if path.suffix in (".py", ".json"))
+    spec = importlib.util.find_spec(catalogue)
+    if spec is not None and spec.origin is not None:
+        files.append(Path(spec.origin))
+    return fingerprint(importlib.metadata.version("triton"), Path(__file__).with_name("compiler.py"), files)
+
+
+def list_jobs(catalogue: str, vendors: Iterable[str], cache: Cache) -> list[dict[str, Any]]:
+    """What a catalogue can compile: the fields of ``compiler.describe`` with "catalogue", "vendor" and "index"."""
+    worker: Worker | None = None
+    jobs = []
+    try:
+        for vendor in vendors:
+            listed = cache.get(_fingerprint(catalogue), f"list {vendor}")
+            if listed is None:
+                worker = worker or Worker()
+                listed = worker.ask({"do": "list", "catalogue": catalogue, "vendor": vendor})
+                cache.put(_fingerprint(catalogue), f"list {vendor}", listed)
+            jobs += [{**d, "catalogue": catalogue, "vendor": vendor, "index": i} for i, d in enumerate(listed)]
+    finally:
+        if worker is not None:
+            worker.close()
+    return jobs
+
+
+def read_all(jobs: Sequence[dict[str, Any]], cache: Cache, processes: int, done: Callable[[], None]) -> list[Facts]:
+    """The facts of every job (of :func:`list_jobs`, with a "target"), compiled by so many processes.
+
+    Args:
+        done: called after each.
+    """
+    answers: list[Any] = [None] * len(jobs)
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for i, job in enumerate(jobs):
+        answers[i] = cache.get(_fingerprint(job["catalogue"]), _job_key(job))
+        if answers[i] is None:
+            waiting.put(i)
+        else:
+            done()
+
+    def serve() -> None:
+        worker: Worker | None = None
+        while True:
+            try:
+                i = waiting.get_nowait()
+            except queue.Empty:
+                break
+            job = jobs[i]
+            worker = worker or Worker()
+            try:
+                answers[i] = worker.ask({"do": "read"} | {k: job[k] for k in ("catalogue", "vendor", "index", "target")})
+                if answers[i]["broken"] is None:  # what failed may have failed for want of memory
+                    cache.put(_fingerprint(job["catalogue"]), _job_key(job), answers[i])
+            except RuntimeError as error:
+                answers[i], worker = {"broken": str(error)}, None
+            done()
+        if worker is not None:
+            worker.close()
+
+    threads = [threading.Thread(target=serve) for _ in range(min(processes, waiting.qsize()))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [Facts.from_json(answer) for answer in answers]
+
+
+def _job_key(job: dict[str, Any]) -> str:
+    return f"{job['key']} {job['naive']} {job['target']}"

@@ -84,13 +84,15 @@ class Handle:
         self._left: list[LeftAlone]
         self._slots, self._left = find_parameters(model, config)
         self._aliases = {alias: slot for slot in self._slots for alias in (slot.name, *slot.aliases)}
+        self._places = [(slot.owner, slot.attribute) for slot in self._slots]
         self._shapes = [slot.parameter.shape for slot in self._slots]
         self._v: dict[str, Tensor] = {}
         self._momentum: dict[str, Tensor] = {}
         self._window: int | None = None
         self._groups: list[Group] = []
         self._addresses: list[int] = []
-        self._views: list[object] = []
+        self._strides: list[tuple[int, ...]] = []
+        self._dtypes: list[torch.dtype] = []
         self._seen_at: Step | None = None
         self._flush: Callable[[], None] | None = None
         self._guards: list[torch.utils.hooks.RemovableHandle] = []
@@ -375,7 +377,7 @@ class Handle:
         at the first of a step: with hundreds of parameters both take longer than launching a kernel.
         """
         try:
-            parameters: list[Any] = [slot.owner()._parameters[slot.attribute] for slot in self._slots]  # type: ignore[union-attr]
+            parameters: list[Any] = [owner()._parameters[name] for owner, name in self._places]  # type: ignore[union-attr]
             addresses = list(map(Tensor.data_ptr, parameters))
         except (AttributeError, KeyError, TypeError):
             parameters = self.parameters  # raises, naming the one that is gone
@@ -383,10 +385,10 @@ class Handle:
         same = addresses == self._addresses
         if same and isinstance(step, int) and step == self._seen_at:
             return
-        views = [*map(Tensor.stride, parameters), *(p.dtype for p in parameters)]
-        if not same or views != self._views:
+        strides, dtypes = list(map(Tensor.stride, parameters)), [p.dtype for p in parameters]
+        if not same or strides != self._strides or dtypes != self._dtypes:
             self._rebuild_groups()
-            self._addresses, self._views = addresses, views
+            self._addresses, self._strides, self._dtypes = addresses, strides, dtypes
         self._seen_at = step
 
     def _rebuild_groups(self) -> None:

@@ -46,6 +46,10 @@ ROOFLINE = {"sm_90": 0.95}
 """The least predicted roofline of kernels in their default configuration; other targets' figures are nominal and promise
 nothing."""
 
+ROOFLINE_BELOW = {("cuda_lowrank_momentum", 64): 0.88}
+"""Kernel and rank of which less is asked. N in two parts and V in four steps are 31 instructions an element where 28 are free;
+Triton's kernel, which is preferred where it is installed, has 14."""
+
 
 def _both(kernel: str, dtype: str, ranks: tuple[int, int], nvidia: float, amd: float) -> tuple[Budget, Budget]:
     return Budget(kernel, dtype, ranks, "sm_*", nvidia), Budget(kernel, dtype, ranks, "gfx*", amd)
@@ -64,7 +68,7 @@ BUDGETS = (
     *_both("lowrank_update", "float32", _MIDDLE, 14, 14),
     *_both("lowrank_update", "float32", _LARGE, 16, 16),
     *_both("lowrank_update_2", "*16", _SMALL, 14, 20),
-    *_both("lowrank_update_2", "*16", _MIDDLE, 15, 22),
+    *_both("lowrank_update_2", "*16", _MIDDLE, 17, 22),
     *_both("lowrank_update_2", "*16", _LARGE, 19, 26),
     *_both("lowrank_update_2", "float32", _SMALL, 16, 15),
     *_both("lowrank_update_2", "float32", _MIDDLE, 17, 17),
@@ -93,7 +97,7 @@ BUDGETS = (
     *_both("dense_momentum_stochastic", "*16", _ANY, 68, 80),
     # any dtype and alignment: correct rather than fast
     *_both("lowrank_update_any", "any", _ANY, 80, 270),
-    *_both("lowrank_momentum_any", "any", _ANY, 120, 320),
+    *_both("lowrank_momentum_any", "any", _ANY, 120, 365),
     *_both("dense_*_any", "any", _ANY, 170, 345),
     # per entry of a factor, of which there are few; ranks below 4 pad to one counter
     *_both("momentum_factor", "none", _ANY, 125, 260),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .budgets import ROOFLINE, Budget
+from .budgets import ROOFLINE, ROOFLINE_BELOW, Budget
 from .facts import WIDE, Facts
 
 
@@ -82,7 +82,7 @@ def _speed(job: Mapping[str, Any], facts: Facts, row: Mapping[str, Any], budget:
     found = []
     if row["instr_per_element"] is not None and row["instr_per_element"] > budget.instructions:
         found.append(f"{row['instr_per_element']:g} instructions per element, {budget.instructions:g} budgeted")
-    promised = ROOFLINE.get(job["target"], 0.0)
+    promised = min(ROOFLINE.get(job["target"], 0.0), ROOFLINE_BELOW.get((job["kernel"], job["rank"]), 1.0))
     if job["default"] and (row["predicted_roofline"] or 0.0) < promised:
         found.append(f"predicted roofline {row['predicted_roofline']} (bound by {row['bound']}), at least {promised:g} promised")
     if job["aligned"] and facts.unknown_loops:

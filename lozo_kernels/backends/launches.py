@@ -122,13 +122,16 @@ class DeviceTable:
         )
         steps = [*(d.step for d in draws), *[0] * missing, 0 if rounding is None else rounding.step]
         tensors = {i: s for i, s in enumerate(steps) if isinstance(s, Tensor)}
+        capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if not tensors:
+            if capturing:  # a graph would copy the words from host memory that is long used for something else
+                raise RuntimeError("a captured pass needs its step as a tensor on the device: see capture_step()")
             return _upload([*constant, *steps], self._device)  # type: ignore[list-item]
         numbers = tuple(0 if isinstance(s, Tensor) else s for s in steps)
         key = constant + numbers
         base = self._headers.get(key)
         if base is None:
-            if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if capturing:
                 raise RuntimeError("run the step once before capturing it: its noise header cannot be filled during a capture")
             base = self._headers[key] = _upload(key, self._device)
         header = base.clone()

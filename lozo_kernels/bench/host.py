@@ -48,12 +48,13 @@ def empty_model(name: str, dtype: torch.dtype) -> nn.Module:
 
 
 def passes(handle: Handle) -> dict[str, Callable[[int], None]]:
-    """The passes of a step, each for a step's number."""
+    """The passes of a step, the first for a step's number: the first of a step also looks at shapes and dtypes."""
     c = torch.tensor(0.3, dtype=torch.float64)
     return {
-        "perturb": lambda step: handle.perturb_(step, 1e-3),
-        "update and restore": lambda step: handle.update_(step, c, 1e-6, standing=-1e-3),
-        "update, restore and perturb": lambda step: handle.update_(step, c, 1e-6, standing=-1e-3, perturb_next=1e-3),
+        "perturb, first of a step": lambda step: handle.perturb_(step, 1e-3),
+        "perturb": lambda step: handle.perturb_(0, 1e-3),
+        "update and restore": lambda step: handle.update_(0, c, 1e-6, standing=-1e-3),
+        "update, restore and perturb": lambda step: handle.update_(0, c, 1e-6, standing=-1e-3, perturb_next=1e-3),
     }
 
 

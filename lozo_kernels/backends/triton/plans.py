@@ -89,7 +89,8 @@ def lowrank_plan(dtype: torch.dtype | None, rank: int, kind: UpdateKind, size: T
     # Left alone, ptxas spills some bytes of the large variants to keep more programs on a multiprocessor.
     large = kind.momentum and (kind.stochastic or kind.draws == 2 or rank > 8)
     # N, two draws and the sums of each are more than four warps can hold.
-    num_warps = max(8, size.num_warps) if kind.momentum and kind.draws == 2 and rank > 32 else size.num_warps
+    crowded = kind.momentum and kind.draws == 2 and rank > 32 and target.dp4a and dtype is not None
+    num_warps = max(8, size.num_warps) if crowded else size.num_warps
     return Plan(lowrank_update, constants, num_warps, _ALL_REGISTERS if large and target.dp4a else None)
 
 

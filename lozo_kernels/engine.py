@@ -213,7 +213,8 @@ class Handle:
         cs = list(c) if isinstance(c, Sequence) else [c]
         terms = []
         for d, cd in enumerate(cs):
-            gradient = cd / len(cs)
+            # By a tensor, as the division of c itself.
+            gradient = cd / torch.full_like(cd, len(cs)) if isinstance(cd, Tensor) else cd / len(cs)
             terms.append(
                 Term(
                     Draw(step, d),
@@ -301,6 +302,7 @@ class Handle:
             return
         if self._flush is not None:
             self._flush()
+            self._flush = None  # with the optimiser that it belongs to, it would hold the model
         for hook in self._guards:
             hook.remove()
         self._guards.clear()

@@ -170,7 +170,8 @@ class CapturedStep:
         if self._device.type != "cuda":
             return body
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device), torch.cuda.graph(graph):
+        # A stream of this device: torch's own for captures belongs to the device that first needed one.
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, stream=torch.cuda.Stream(self._device)):
             body()
         return graph.replay
 

@@ -310,7 +310,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def _estimate(self, plus: list[Tensor], minus: list[Tensor]) -> tuple[Pending, StepInfo]:
         """The update that the evaluations ask for. Reads no value: a skipped update is an update by zero, so nothing waits."""
         f_plus, f_minus = torch.stack(plus), torch.stack(minus)
-        c = (f_plus - f_minus) / (2 * self.eps if self.two_sided else self.eps)
+        # By a tensor: a GPU divides by a number as a multiplication by its reciprocal, which rounds differently.
+        distance = torch.full((), 2 * self.eps if self.two_sided else self.eps, dtype=torch.float64, device=f_plus.device)
+        c = (f_plus - f_minus) / distance
         good = torch.isfinite(c).all()
         c = torch.where(good, c, 0.0)
         lr = self._per_parameter("lr", c.device)
@@ -363,7 +365,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 self._update(self._pending, perturb_next=target[1])
                 self._pending, self._standing = None, target
                 return
-            if target == self._standing or self._pending is not None:
+            if _same_point(target, self._standing) or self._pending is not None:
                 return  # there already, or still at the pending update of the step before: nothing of this step to undo
             if self._standing is None:
                 assert target is not None
@@ -437,6 +439,11 @@ class MeZO(ZerothOrderOptimizer):
     """
 
     _estimator = "dense"
+
+
+def _same_point(a: tuple[int, float] | None, b: tuple[int, float] | None) -> bool:
+    """Whether two perturbations are one. 0.0 and -0.0 are not: a warm-up with eps = 0 makes every pass that a step makes."""
+    return a == b and (a is None or b is None or math.copysign(1.0, a[1]) == math.copysign(1.0, b[1]))
 
 
 def _groups(handle: Handle, params: Iterable[Any] | None) -> list[Any]:

@@ -42,7 +42,8 @@ def no_waiting():
 
 
 def small_model(dtype=torch.float32):
-    return nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 8)).to("cuda", dtype)
+    """One matrix is large enough for the kernels with 128-bit access, the others share the safe one."""
+    return nn.Sequential(nn.Linear(64, 2048), nn.Tanh(), nn.Linear(2048, 2048), nn.Tanh(), nn.Linear(2048, 7)).to("cuda", dtype)
 
 
 def closure(model, device="cuda"):
@@ -63,10 +64,11 @@ def test_a_step_waits_for_nothing(name, method, options, request):
         optimizer.step(loss)
 
 
+@pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("fuse_steps", [False, True])
-def test_a_captured_step_waits_for_nothing(name, fuse_steps, request):
+def test_a_captured_step_waits_for_nothing(name, fuse_steps, directions, request):
     model = small_model(torch.bfloat16)
-    optimizer = LOZO(model, lr=1e-3, interval=5, backend=name, fuse_steps=fuse_steps)
+    optimizer = LOZO(model, lr=1e-3, interval=5, backend=name, fuse_steps=fuse_steps, directions=directions)
     step = capture_step(optimizer, closure(model))
     for _ in range(6):
         step()
@@ -83,7 +85,7 @@ def test_a_run_of_given_losses_has_the_bits_of_the_cpu(name, dtype):
     results = []
     for device, backend in (("cuda", name), ("cpu", None)):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(96, 200), nn.Linear(200, 33)).to(dtype).to(device)
+        model = nn.Sequential(nn.Linear(96, 200), nn.Linear(2048, 2048), nn.Linear(200, 33)).to(dtype).to(device)
         given = iter(losses)
         optimizer = LOZO(model, lr=1e-1, eps=1e-2, rank=4, interval=2, momentum=0.9, weight_decay=0.1, backend=backend)
         for _ in range(4):

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lozo_kernels import LOZO, MeZO, capture_step
+from lozo_kernels.backends.launches import device_table
 
 METHODS = [
     (LOZO, {}),
@@ -83,6 +84,26 @@ def test_no_value_is_read(rng, method, options):
         step._from_rest()
         if step._from_pending is not None:
             step._from_pending()
+
+
+@pytest.mark.parametrize(("method", "options"), METHODS, ids=str)
+def test_the_warm_up_makes_every_pass(rng, monkeypatch, method, options):
+    """A capture finds all kernels compiled and all headers uploaded that a step needs."""
+    host = pytest.importorskip("lozo_kernels.bench.host")
+    model, loss = make_model("cpu"), make_loss("cpu")
+    rounding = {"rounding": options["rounding"]} if "rounding" in options else {}
+    estimator = "dense" if method is MeZO else "lowrank"
+    handle, _ = host.stubbed_handle(model, estimator=estimator, interval=100, **rounding)
+    optimizer = method(handle, lr=1e-2, **{k: v for k, v in options.items() if k not in rounding})
+    step = capture_step(optimizer, lambda: loss(model))
+
+    def prepared():
+        return [set(device_table(group.table)._headers) | set(group.table.cache) for group in handle.groups]
+
+    before = prepared()
+    for _ in range(3):
+        step()
+    assert prepared() == before
 
 
 def test_the_reader_of_values_is_caught():

@@ -54,13 +54,15 @@ _KINDS = ((1, False, False), (2, True, True), (2, False, False), (1, True, False
 
 
 def plans(*, quick: bool) -> list[Plan]:
-    """All cases, the most important first; ``quick`` for a few small ones."""
+    """All cases, the most important first; ``quick`` for a few small ones, and one large enough for 128-bit access of each op."""
     if quick:
-        return [
+        small = [
             Plan(op, "tiny", dtype, rank if op in LOWRANK else 0, *_KINDS[i % 2])
             for op in (*LOWRANK, *DENSE)
             for i, (dtype, rank) in enumerate(((torch.bfloat16, 4), (None, 1), (torch.float32, 17)))
         ]
+        ranks = {op: 4 if op in LOWRANK else 0 for op in (*LOWRANK, *DENSE)}
+        return small + [Plan(op, "large", torch.bfloat16, rank, *_KINDS[1]) for op, rank in ranks.items()]
     found: list[Plan] = []
     for i, rank in enumerate(RANKS):
         for op in LOWRANK:

@@ -132,9 +132,8 @@ class StepBench:
 
     def close(self) -> None:
         """Lets the copies go, so that the next bench finds their memory."""
-        for optimizer in self.optimizers.values():
-            optimizer.handle.restore()
-        self.optimizers.clear()
+        while self.optimizers:
+            self.optimizers.popitem()[1].handle.restore()
         self.models.clear()
         self.published.clear()
         gc.collect()

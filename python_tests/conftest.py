@@ -1,5 +1,6 @@
 import os
 import random
+import signal
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ if not torch.cuda.is_available():  # before anything imports triton: its kernels
 import lozo_kernels
 from lozo_kernels.registry import backend_names, choose_backend
 
+# A shell that starts the tests in the background has them ignore Ctrl-C, which some of them are about.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the models here are too small to share, and on a busy machine threads that wait cost most
 
 

@@ -84,7 +84,8 @@ class Handle:
         self._left: list[LeftAlone]
         self._slots, self._left = find_parameters(model, config)
         self._aliases = {alias: slot for slot in self._slots for alias in (slot.name, *slot.aliases)}
-        self._places = [(slot.owner, slot.attribute) for slot in self._slots]
+        self._owners = [slot.owner for slot in self._slots]
+        self._places = [(slot.owner()._parameters, slot.attribute) for slot in self._slots]  # type: ignore[union-attr]
         self._shapes = [slot.parameter.shape for slot in self._slots]
         self._v: dict[str, Tensor] = {}
         self._momentum: dict[str, Tensor] = {}
@@ -375,17 +376,22 @@ class Handle:
     def _refresh_groups(self, step: Step | None = None) -> None:
         """Follows storage that moved since the last call (``model.to``, ``load_state_dict(assign=True)``, ``param.data = ...``).
 
-        Addresses are compared at every pass, what may lie at them (``model.float().half()`` can come back to the same address)
-        at the first of a step: with hundreds of parameters both take longer than launching a kernel.
+        Addresses are compared at every pass, what may lie at them (``model.float().half()`` can come back to the same address),
+        and that the modules are still there, at the first of a step: with hundreds of parameters all of it takes longer than
+        launching a kernel.
         """
+        again = isinstance(step, int) and step == self._seen_at
         try:
-            parameters: list[Any] = [owner()._parameters[name] for owner, name in self._places]  # type: ignore[union-attr]
+            parameters: list[Any] = [owned[name] for owned, name in self._places]
             addresses = list(map(Tensor.data_ptr, parameters))
-        except (AttributeError, KeyError, TypeError):
+            gone = not again and None in [owner() for owner in self._owners]
+        except (KeyError, TypeError):
+            gone = True
+        if gone:
             parameters = self.parameters  # raises, naming the one that is gone
             addresses = [p.data_ptr() for p in parameters]
         same = addresses == self._addresses
-        if same and isinstance(step, int) and step == self._seen_at:
+        if same and again:
             return
         strides, dtypes = list(map(Tensor.stride, parameters)), [p.dtype for p in parameters]
         if not same or strides != self._strides or dtypes != self._dtypes:

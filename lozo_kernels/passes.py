@@ -44,8 +44,8 @@ class Group:
         """A scalar as the ops take it: a number, or fp32 on the group's device, 0-dim or one value per parameter of the group."""
         if not isinstance(value, Tensor):
             return value
-        value = value.to(self.table.device, non_blocking=True)
-        return (value[self.index] if value.dim() else value).to(torch.float32)
+        value = value.to(self.table.device, torch.float32, non_blocking=True)
+        return value[self.index] if value.dim() else value
 
     def stack(self, values: Sequence[Scalar]) -> Scalar:
         """Selected scalars of the draws as the ops take them: (draws, parameters), or a number for all."""

@@ -50,7 +50,7 @@ def target_row(target: Target) -> dict[str, Any]:
     return {
         "target": target.name,
         "device": target.device,
-        "figures": "measured bandwidth" if target.measured else "nominal",
+        "figures": "reported bandwidth" if target.reported else "nominal",
         "bandwidth": target.bandwidth,
         "multiprocessors": target.multiprocessors,
         "hertz": target.hertz,

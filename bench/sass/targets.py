@@ -12,7 +12,7 @@ class Target:
     Attributes:
         arch: as Triton names it.
         device: whose figures these are.
-        measured: the copy bandwidth was measured; otherwise it is a share of the published one, and the rest is published as well.
+        reported: the bandwidth is that of a copy on a real machine, as others measured it; otherwise a share of the published one.
         bandwidth: bytes read and written by a copy, per second.
         clocks: clocks of a multiprocessor for one unit of a pipe's work: a warp's instruction; of "issue", any instruction.
         shared_bytes, global_bytes, multiply_adds: per clock and multiprocessor.
@@ -22,7 +22,7 @@ class Target:
     vendor: str
     arch: int | str
     device: str
-    measured: bool
+    reported: bool
     bandwidth: float
     multiprocessors: int
     hertz: float

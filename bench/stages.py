@@ -245,7 +245,7 @@ def gpu_stages(output: Path, device: str = "cuda", capability: str | None = None
         ),
         Stage(
             "tune",
-            (python, "-m", "lozo_kernels", "tune", "--output", str(output / "tune.json")),
+            (python, "-m", "lozo_kernels", "tune", "--seconds", ALLOWED, "--output", str(output / "tune.json")),
             100,
             40,
             output="tune.json",

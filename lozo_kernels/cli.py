@@ -101,6 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     tiles.set_defaults(run=_tune)
     tiles.add_argument("--output", help="file to write (default: one for this device in the user's cache, which is then used)")
+    tiles.add_argument(
+        "--seconds", type=float, default=float("inf"), help="measure no more after these (default: until all is done)"
+    )
 
     commands.add_parser("bench", help="benchmarks of the kernels and of whole steps; see bench --help")
     return parser
@@ -138,7 +141,7 @@ def _tune(args: argparse.Namespace, command: str) -> int:
 
     from .tune import run
 
-    return run(Path(args.output) if args.output else None, command)
+    return run(Path(args.output) if args.output else None, args.seconds, command)
 
 
 def _bench(argv: list[str]) -> int:

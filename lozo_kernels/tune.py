@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,7 @@ def tune(
     dtype: torch.dtype = torch.bfloat16,
     shape: str = SHAPE,
     rounds: int = 10,
+    seconds: float = math.inf,
     sizes_of: Callable[[str], Sequence[TileSize]] = candidates,
     timer: Timer | None = None,
 ) -> list[dict[str, Any]]:
@@ -61,26 +64,31 @@ def tune(
         dtype: of the weights; sizes serve all dtypes.
         shape: of the matrix to measure on, "RxC".
         rounds: interleaved rounds.
+        seconds: after these no further size is compiled and no further kernel measured; what is left out keeps its default.
         sizes_of: the candidates of a kernel; its default is always measured too.
         timer: instead of the device's clock, for tests.
     """
     timer = timer or _timer(device, rounds)
+    end = time.monotonic() + seconds
     defaults = tile_sizes(None)
     entries = []
     for kernel, rank in _cases():
+        if time.monotonic() > end:
+            progress(f"{kernel} rank {rank}: no time was left")
+            continue
         default = defaults.find(kernel, True, rank)
-        calls = dict(_calls(kernel, rank, [default, *sizes_of(kernel)], device, dtype, shape))
-        seconds = timer({name: call.run for name, (_, call) in calls.items()})
-        best = min(seconds, key=lambda name: seconds[name])
-        if seconds[best] > (1 - LEAST_GAIN) * seconds["default"]:
+        calls = dict(_calls(kernel, rank, [default, *sizes_of(kernel)], device, dtype, shape, end))
+        took = timer({name: call.run for name, (_, call) in calls.items()})
+        best = min(took, key=lambda name: took[name])
+        if took[best] > (1 - LEAST_GAIN) * took["default"]:
             best = "default"
-        progress(f"{kernel} rank {rank}: {best}, {seconds['default'] / seconds[best]:.3f} x the default")
+        progress(f"{kernel} rank {rank}: {best}, {took['default'] / took[best]:.3f} x the default")
         entry = {"kernel": kernel, "weights": "aligned", "rank_up_to": rank} | dataclasses.asdict(calls[best][0])
-        entries.append(entry | {"seconds": seconds[best], "default_seconds": seconds["default"], "measured": len(seconds)})
+        entries.append(entry | {"seconds": took[best], "default_seconds": took["default"], "measured": len(took)})
     return entries
 
 
-def run(output: Path | None, command: str) -> int:
+def run(output: Path | None, seconds: float, command: str) -> int:
     """The command.
 
     Raises:
@@ -94,7 +102,7 @@ def run(output: Path | None, command: str) -> int:
         raise InputError(f"tuning is of the Triton kernels: {reason}")
     name = torch.cuda.get_device_name(device)
     path = output or user_file(name)
-    document = {"device": name} | {"environment": environment(device, command.split())} | {"tiles": tune(device)}
+    document = {"device": name} | {"environment": environment(device, command.split())} | {"tiles": tune(device, seconds=seconds)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=2) + "\n")
     print(f"tile sizes for {name} are in {path}")
@@ -109,11 +117,13 @@ def _cases() -> Iterator[tuple[str, int]]:
 
 
 def _calls(
-    kernel: str, rank: int, sizes: Sequence[TileSize], device: torch.device, dtype: torch.dtype, shape: str
+    kernel: str, rank: int, sizes: Sequence[TileSize], device: torch.device, dtype: torch.dtype, shape: str, end: float
 ) -> Iterator[tuple[str, tuple[TileSize, OpCall]]]:
     """A call of the kernel for every size that compiles and runs, by name; the first is the default."""
     weights = make_weights(shape, dtype, device)
     for i, size in enumerate(sizes):
+        if i and time.monotonic() > end:
+            return
         backend = TritonBackend(sizes={kernel: size})
         if rank:
             call = lowrank_calls(weights.lowrank_table(rank, backend), backend)[kernel]

@@ -83,6 +83,14 @@ def test_the_tuner_takes_what_is_faster_by_more_than_noise(tmp_path):
     assert tilesizes.read(path).find("lowrank_update", True, 9) == sizes["lowrank_update"][1]
 
 
+@needs_interpreter
+def test_a_tuner_without_time_leaves_the_defaults(tmp_path):
+    assert tune.tune(torch.device("cpu"), shape="32x64", seconds=-1.0) == []
+    path = tmp_path / "tiles.json"
+    path.write_text(json.dumps({"tiles": []}))
+    assert tilesizes.read(path).find("dense_update", True, 0) == tilesizes.tile_sizes(None).find("dense_update", True, 0)
+
+
 def test_candidates_fit_registers():
     for kernel in KERNELS:
         assert all(8 <= s.rows * s.cols // (32 * s.num_warps) <= 64 for s in tune.candidates(kernel))

@@ -91,6 +91,16 @@ def test_a_tuner_without_time_leaves_the_defaults(tmp_path):
     assert tilesizes.read(path).find("dense_update", True, 0) == tilesizes.tile_sizes(None).find("dense_update", True, 0)
 
 
+def test_a_file_of_some_ranks_leaves_the_others_to_the_default(tmp_path):
+    path = tmp_path / "tiles.json"
+    own = TileSize(128, 32, 8, 8)
+    path.write_text(json.dumps({"tiles": [DEFAULT | {"rank_up_to": 16, "rows": 128, "cols": 32, "blocks": 8, "num_warps": 8}]}))
+    sizes, default = tilesizes.read(path), tilesizes.tile_sizes(None)
+    assert sizes.find("lowrank_update", True, 16) == own
+    for rank in (17, 32, 64):
+        assert sizes.find("lowrank_update", True, rank) == default.find("lowrank_update", True, rank)
+
+
 def test_candidates_fit_registers():
     for kernel in KERNELS:
         assert all(8 <= s.rows * s.cols // (32 * s.num_warps) <= 64 for s in tune.candidates(kernel))

@@ -91,7 +91,7 @@ def tile_sizes(device_name: str | None, vendor: str = "nvidia") -> TileSizes:
 
 
 def read(path: Path) -> TileSizes:
-    """Tile sizes of a file; what it does not name is taken from the default.
+    """Tile sizes of a file; kernels that it does not name, and ranks above those that it does, are taken from the default.
 
     Raises:
         ValueError: it does not hold tile sizes.
@@ -102,8 +102,10 @@ def read(path: Path) -> TileSizes:
     except (OSError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{path} does not hold tile sizes ({type(e).__name__}: {e})") from None
     if path != default:
-        own = {(kernel, weights) for kernel, weights, _, _ in entries}
-        entries += [e for e in read(default).entries if e[:2] not in own]
+        covered: dict[tuple[str, str], int] = {}
+        for kernel, weights, limit, _ in entries:
+            covered[kernel, weights] = max(limit, covered.get((kernel, weights), limit))
+        entries += [e for e in read(default).entries if e[2] > covered.get(e[:2], -1)]
     return TileSizes(path, tuple(entries))
 
 

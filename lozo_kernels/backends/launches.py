@@ -22,7 +22,7 @@ ANY_DTYPE = -1
 HEADER = ("seed_low", "seed_high", "direction_0", "direction_1", "rounding_index", "step_0", "step_1", "rounding_step")
 """The int32 words that say which noise a launch makes."""
 
-_STEPS = slice(5, 8)
+_FIRST_STEP = HEADER.index("step_0")
 _VECTOR = 8  # elements that columns, strides and offsets must be a multiple of for 128-bit access to every dtype and to V
 _UPPER_BITS = 34  # of a flat position: they go into another word of the counter, which is the same all over an aligned tensor
 _LEAST_BYTES = 4 << 20  # of a dtype's aligned tensors: fewer are not worth a launch of their own
@@ -136,7 +136,7 @@ class DeviceTable:
             base = self._headers[key] = _upload(key, self._device)
         header = base.clone()
         for i, s in tensors.items():
-            header[_STEPS.start + i] = s
+            header[_FIRST_STEP + i] = s
         return header
 
     def _make_launches(self, tile_of: TileOf) -> list[Launch]:

@@ -84,7 +84,8 @@ class Handle:
         self._left: list[LeftAlone]
         self._slots, self._left = find_parameters(model, config)
         self._aliases = {alias: slot for slot in self._slots for alias in (slot.name, *slot.aliases)}
-        self._owners = [slot.owner for slot in self._slots]
+        self._gone: list[object] = []
+        self._owners = [weakref.ref(slot.owner(), self._gone.append) for slot in self._slots]  # type: ignore[type-var]
         self._places = [(slot.owner()._parameters, slot.attribute) for slot in self._slots]  # type: ignore[union-attr]
         self._shapes = [slot.parameter.shape for slot in self._slots]
         self._v: dict[str, Tensor] = {}
@@ -214,13 +215,14 @@ class Handle:
         cs = list(c) if isinstance(c, Sequence) else [c]
         terms = []
         for d, cd in enumerate(cs):
-            # By a tensor, as the division of c itself.
-            gradient = cd / torch.full_like(cd, len(cs)) if isinstance(cd, Tensor) else cd / len(cs)
+            gradient = cd
+            if len(cs) > 1:  # by a tensor, as the division of c itself
+                gradient = cd / torch.full_like(cd, len(cs)) if isinstance(cd, Tensor) else cd / len(cs)
             terms.append(
                 Term(
                     Draw(step, d),
                     perturb=-standing if d == len(cs) - 1 else 0.0,
-                    gradient=0.0 if beta is not None else -(lr * gradient),
+                    gradient=0.0 if beta is not None else gradient * -lr,
                     coefficient=0.0 if beta is None else (1.0 - beta) * gradient,
                 )
             )
@@ -376,15 +378,14 @@ class Handle:
     def _refresh_groups(self, step: Step | None = None) -> None:
         """Follows storage that moved since the last call (``model.to``, ``load_state_dict(assign=True)``, ``param.data = ...``).
 
-        Addresses are compared at every pass, what may lie at them (``model.float().half()`` can come back to the same address),
-        and that the modules are still there, at the first of a step: with hundreds of parameters all of it takes longer than
-        launching a kernel.
+        Addresses are compared at every pass, what may lie at them (``model.float().half()`` can come back to the same address)
+        at the first of a step: with hundreds of parameters both take longer than launching a kernel.
         """
         again = isinstance(step, int) and step == self._seen_at
         try:
             parameters: list[Any] = [owned[name] for owned, name in self._places]
             addresses = list(map(Tensor.data_ptr, parameters))
-            gone = not again and None in [owner() for owner in self._owners]
+            gone = bool(self._gone)
         except (KeyError, TypeError):
             gone = True
         if gone:

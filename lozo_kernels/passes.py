@@ -82,7 +82,7 @@ def run_pass(
 
         def scale(term: Term, p: float = perturb_factor, u: float = update_factor) -> Scalar:
             standing = term.perturb * p * decayed_by if term.perturb and term.decays else term.perturb * p
-            return standing + term.gradient * u
+            return standing + (term.gradient if u == 1.0 else term.gradient * u)
 
         select = group.select
         table, draws = group.table, group.draws(terms)

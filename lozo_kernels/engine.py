@@ -93,8 +93,7 @@ class Handle:
         self._window: int | None = None
         self._groups: list[Group] = []
         self._addresses: list[int] = []
-        self._strides: list[tuple[int, ...]] = []
-        self._dtypes: list[torch.dtype] = []
+        self._seen: tuple[list[int], list[bool], list[torch.dtype]] = ([], [], [])
         self._seen_at: Step | None = None
         self._flush: Callable[[], None] | None = None
         self._guards: list[torch.utils.hooks.RemovableHandle] = []
@@ -394,10 +393,11 @@ class Handle:
         same = addresses == self._addresses
         if same and again:
             return
-        strides, dtypes = list(map(Tensor.stride, parameters)), [p.dtype for p in parameters]
-        if not same or strides != self._strides or dtypes != self._dtypes:
+        sizes, contiguous = list(map(Tensor.numel, parameters)), list(map(Tensor.is_contiguous, parameters))
+        seen = (sizes, contiguous, [p.dtype for p in parameters])
+        if not same or seen != self._seen:
             self._rebuild_groups()
-            self._addresses, self._strides, self._dtypes = addresses, strides, dtypes
+            self._addresses, self._seen = addresses, seen
         self._seen_at = step
 
     def _rebuild_groups(self) -> None:

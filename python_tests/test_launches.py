@@ -95,6 +95,9 @@ def test_what_lies_at_the_same_address_is_looked_at_once_a_step():
     model.weight.data = model.weight.data.t()
     handle.perturb_(1, 1e-3)
     assert handle.groups is before or len(handle.groups) == 1
+    model.weight.data = model.weight.data[:5]
+    with pytest.raises(ValueError, match=r"was \(8, 8\), now is \(5, 8\)"):
+        handle.perturb_(2, 1e-3)
 
 
 @pytest.mark.parametrize("low_rank", [True, False])

@@ -48,7 +48,7 @@ def empty_model(name: str, dtype: torch.dtype) -> nn.Module:
 
 
 def passes(handle: Handle) -> dict[str, Callable[[int], None]]:
-    """The passes of a step, the first for a step's number: the first of a step also looks at shapes and dtypes."""
+    """The passes of a step, the first for a step's number: the first of a step also looks at sizes and dtypes."""
     c = torch.tensor(0.3, dtype=torch.float64)
     return {
         "perturb, first of a step": lambda step: handle.perturb_(step, 1e-3),

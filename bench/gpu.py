@@ -10,7 +10,6 @@ import argparse
 import datetime
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from bench import runner, stages, summary
+from lozo_kernels.backends.triton.tilesizes import slug
 
 ROOT = Path(__file__).resolve().parent.parent
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
@@ -103,11 +103,6 @@ def default_output(device_name: str) -> Path:
     if device_name == "cpu":
         return ROOT / "runs" / "bench-smoke"
     return ROOT / "bench" / "results" / slug(device_name)
-
-
-def slug(name: str) -> str:
-    """A name as a folder: "NVIDIA H200" becomes "nvidia-h200"."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def subprocess_environment() -> dict[str, str]:

@@ -98,7 +98,7 @@ def test_the_warm_up_makes_every_pass(rng, monkeypatch, method, options):
     step = capture_step(optimizer, lambda: loss(model))
 
     def prepared():
-        return [set(device_table(group.table)._headers) | set(group.table.cache) for group in handle.groups]
+        return [set(device_table(group.table).headers._kept) | set(group.table.cache) for group in handle.groups]
 
     before = prepared()
     for _ in range(3):

@@ -128,9 +128,9 @@ def test_tiles_cover_every_element_once(rng, monkeypatch, low_rank):
 def test_headers_hold_words_of_numbers_and_of_tensors(rng):
     on_device = DeviceTable(TensorTable([torch.zeros(1, 1, 8)], [0]))
     seed, step = rng.getrandbits(64), rng.getrandbits(28)
-    numbers = on_device.words(seed, [Draw(step, 3), Draw(step + 1)])
+    numbers = on_device.headers.words(seed, [Draw(step, 3), Draw(step + 1)])
     tensor = torch.tensor(step)
-    assert torch.equal(numbers, on_device.words(seed, [Draw(tensor, 3), Draw(tensor + 1)]))
+    assert torch.equal(numbers, on_device.headers.words(seed, [Draw(tensor, 3), Draw(tensor + 1)]))
     assert numbers.tolist()[2:] == [3, 0, 0, step, step + 1, 0]
     assert [n & 0xFFFFFFFF for n in numbers.tolist()[:2]] == [seed & 0xFFFFFFFF, seed >> 32]
 

@@ -59,12 +59,53 @@ TileOf = Callable[[int], Tile]
 """The tile for a dtype code or :data:`ANY_DTYPE`."""
 
 
+class Headers:
+    """Makes headers on a device, and keeps what those of captured passes are made from."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._kept: dict[tuple[int, ...], Tensor] = {}
+
+    def words(self, seed: int, draws: Sequence[Draw], rounding: Rounding | None = None) -> Tensor:
+        """The words of :data:`HEADER`: (8,) int32 on the device. Waits for nothing.
+
+        Steps that are tensors are copied on the device. Under stream capture only they may change, so the rest must have been
+        used before (a warm-up, which capturing needs anyway).
+        """
+        missing = 2 - len(draws)
+        constant = (
+            *(seed & 0xFFFFFFFF, seed >> 32),
+            *(d.direction for d in draws),
+            *[0] * missing,
+            0 if rounding is None else rounding.index,
+        )
+        steps = [*(d.step for d in draws), *[0] * missing, 0 if rounding is None else rounding.step]
+        tensors = {i: s for i, s in enumerate(steps) if isinstance(s, Tensor)}
+        capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if not tensors:
+            if capturing:  # a graph would copy the words from host memory that is long used for something else
+                raise RuntimeError("a captured pass needs its step as a tensor on the device: see capture_step()")
+            return _upload([*constant, *steps], self._device)  # type: ignore[list-item]
+        numbers = tuple(0 if isinstance(s, Tensor) else s for s in steps)
+        key = constant + numbers
+        base = self._kept.get(key)
+        if base is None:
+            if capturing:
+                raise RuntimeError("run the step once before capturing it: its noise header cannot be filled during a capture")
+            base = self._kept[key] = _upload(key, self._device)
+        header = base.clone()
+        for i, s in tensors.items():
+            header[_FIRST_STEP + i] = s
+        return header
+
+
 class DeviceTable:
     """A table as GPU kernels read it.
 
     Attributes:
         tensors: (tensors, 13) int64 on the device, see :data:`~lozo_kernels.backends.packing.FIELDS`. Contiguous dense tensors
             are one row of all their elements, and then ``rows`` and ``row_offset`` say so.
+        headers: makes the headers of its launches.
     """
 
     def __init__(self, table: TensorTable) -> None:
@@ -74,7 +115,7 @@ class DeviceTable:
         self._launches: dict[object, list[Launch]] = {}
         self._row_tiles: dict[int, Tensor] = {}
         self._matrices: Tensor | None = None
-        self._headers: dict[tuple[int, ...], Tensor] = {}
+        self.headers = Headers(self._device)
 
     def launches(self, key: object, tile_of: TileOf) -> list[Launch]:
         """The launches that cover every element once.
@@ -105,39 +146,7 @@ class DeviceTable:
 
     def header(self, update: Update) -> Tensor:
         """The words of :data:`HEADER` for an update."""
-        return self.words(update.seed, update.draws, update.rounding)
-
-    def words(self, seed: int, draws: Sequence[Draw], rounding: Rounding | None = None) -> Tensor:
-        """The words of :data:`HEADER`: (8,) int32 on the device. Waits for nothing.
-
-        Steps that are tensors are copied on the device. Under stream capture only they may change, so the rest must have been
-        used before (a warm-up, which capturing needs anyway).
-        """
-        missing = 2 - len(draws)
-        constant = (
-            *(seed & 0xFFFFFFFF, seed >> 32),
-            *(d.direction for d in draws),
-            *[0] * missing,
-            0 if rounding is None else rounding.index,
-        )
-        steps = [*(d.step for d in draws), *[0] * missing, 0 if rounding is None else rounding.step]
-        tensors = {i: s for i, s in enumerate(steps) if isinstance(s, Tensor)}
-        capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if not tensors:
-            if capturing:  # a graph would copy the words from host memory that is long used for something else
-                raise RuntimeError("a captured pass needs its step as a tensor on the device: see capture_step()")
-            return _upload([*constant, *steps], self._device)  # type: ignore[list-item]
-        numbers = tuple(0 if isinstance(s, Tensor) else s for s in steps)
-        key = constant + numbers
-        base = self._headers.get(key)
-        if base is None:
-            if capturing:
-                raise RuntimeError("run the step once before capturing it: its noise header cannot be filled during a capture")
-            base = self._headers[key] = _upload(key, self._device)
-        header = base.clone()
-        for i, s in tensors.items():
-            header[_FIRST_STEP + i] = s
-        return header
+        return self.headers.words(update.seed, update.draws, update.rounding)
 
     def _make_launches(self, tile_of: TileOf) -> list[Launch]:
         rows = self._rows

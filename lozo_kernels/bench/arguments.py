@@ -35,21 +35,26 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 def add_model(parser: argparse.ArgumentParser, methods: Collection[str], default: Sequence[str]) -> None:
     """What measurements of whole steps take besides: ``default`` of the ``methods`` unless others are named."""
-
-    def method_name(text: str) -> str:
-        if text not in methods:
-            raise argparse.ArgumentTypeError(f"method is one of {', '.join(methods)}, not {text!r}")
-        return text
-
     parser.add_argument("--model", type=model_name, default="opt-125m", help="architecture (default: opt-125m); needs transformers")
     parser.add_argument("--dtype", type=several(dtype_name), default=["bfloat16", "float32"], help="default: bfloat16,float32")
     parser.add_argument(
         "--methods",
-        type=several(method_name),
+        type=several(method_of(methods)),
         default=list(default),
         help=f"of {', '.join(methods)} (default: {','.join(default)})",
     )
     parser.add_argument("--rank", type=rank_number, default=4, help="default: 4")
+
+
+def method_of(methods: Collection[str]) -> Callable[[str], str]:
+    """The name of one of these methods."""
+
+    def parse(text: str) -> str:
+        if text not in methods:
+            raise argparse.ArgumentTypeError(f"method is one of {', '.join(methods)}, not {text!r}")
+        return text
+
+    return parse
 
 
 def check_output(path: str | None) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..environment import OtherLoad
-from .arguments import DTYPE_NAMES, add_common, check_output, dtype_name, model_name, positive, rank_number, several
+from .arguments import DTYPE_NAMES, add_common, check_output, dtype_name, method_of, model_name, positive, rank_number, several
 from .document import first_line, format_table, progress, publish, where
 from .memory_use import out_of_memory
 from .models import MODELS, build_model
@@ -27,15 +27,11 @@ _STEPS = 2  # the second is timed; the first loads code
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this measurement."""
     add_common(parser)
-
-    def method_name(text: str) -> str:
-        if text not in METHODS:
-            raise argparse.ArgumentTypeError(f"method is one of {', '.join(METHODS)}, not {text!r}")
-        return text
-
     parser.add_argument("--model", type=model_name, default="opt-66b", help="architecture (default: opt-66b); needs transformers")
     parser.add_argument("--dtype", type=dtype_name, default="bfloat16", help="default: bfloat16")
-    parser.add_argument("--methods", type=several(method_name), default=["lozo"], help=f"of {', '.join(METHODS)} (default: lozo)")
+    parser.add_argument(
+        "--methods", type=several(method_of(METHODS)), default=["lozo"], help=f"of {', '.join(METHODS)} (default: lozo)"
+    )
     parser.add_argument("--rank", type=rank_number, default=4, help="default: 4")
     parser.add_argument("--tokens", type=positive, default=512, help="tokens of a batch (default: 512)")
     add_length(parser)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...noise import STREAMS
 from ...registry import Draw, Momentum, Update
 from ...table import DTYPES, TensorTable
-from ..launches import ANY_DTYPE, Tile, device_table
+from ..launches import ANY_DTYPE, Headers, Tile, device_table
 from .tilesizes import TileSize, tile_sizes
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class TritonBackend:
         assert table.v is not None
         on_device, rank, device = device_table(table), table.rank, table.device
         matrices = on_device.matrices()
-        header = on_device.words(seed, [Draw(window)])
+        header = on_device.headers.words(seed, [Draw(window)])
         ratios = torch.empty(len(matrices) * rank * rank if reproject else 1, device=device)
         plan = plans.resample_plan(rank, reproject, _target(device))
         self.launcher.launch(plan, len(matrices), device, matrices, on_device.tensors, header, ratios)
@@ -103,7 +103,7 @@ class TritonBackend:
         from . import plans
 
         out = torch.empty(rows, rank, device=device)
-        header = device_table(TensorTable([out.view(1, 1, -1)], [tensor_id])).words(seed, [draw])
+        header = Headers(device).words(seed, [draw])
         plan = plans.factor_plan(STREAMS[stream], rank, _target(device))
         programs = -(-rows // plans.FACTOR_ROWS)
         self.launcher.launch(plan, programs, device, out, header, _signed(tensor_id), _signed(row_offset), rows)

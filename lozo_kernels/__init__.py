@@ -2,7 +2,7 @@
 
 from . import backends as _backends  # noqa: F401  (registers the backends)
 from . import library as _library  # noqa: F401  (registers the ops with torch)
-from . import noise, ops, reference
+from . import noise, ops, reference, skinny
 from .config import PatchConfig
 from .engine import Handle, handle_of, patch
 from .graphs import CapturedStep, capture_step
@@ -33,4 +33,5 @@ __all__ = [
     "ops",
     "patch",
     "reference",
+    "skinny",
 ]

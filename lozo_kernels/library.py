@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, skinny
 from .noise import STREAMS
 from .registry import Backend, Draw, Rounding, choose_backend
 from .table import TensorTable
@@ -30,12 +30,18 @@ _UPDATE = (
     "int seed, Tensor steps, int[] directions, Tensor scales, Tensor? decay, Tensor? rounding_step, int rounding_index, str backend"
 )
 _MOMENTUM = "Tensor coefficients, Tensor alpha, Tensor beta"
+_FACTORS = "Tensor v, Tensor b, int seed, int tensor_id, int row_offset, Tensor draws, Tensor scales"
 _SCHEMAS = (
     f"lowrank_update_(Tensor(a!)[] x, Tensor[] v, int[] place, {_UPDATE}) -> ()",
     f"dense_update_(Tensor(a!)[] x, int[] place, {_UPDATE}) -> ()",
     f"lowrank_momentum_(Tensor(a!)[] x, Tensor[] v, Tensor(b!)[] n, int[] place, {_UPDATE}, {_MOMENTUM}) -> ()",
     f"dense_momentum_(Tensor(a!)[] x, Tensor(b!)[] n, int[] place, {_UPDATE}, {_MOMENTUM}) -> ()",
     "resample_(Tensor[] x, Tensor(a!)[] v, Tensor(b!)[] n, int[] place, int seed, SymInt window, str backend) -> ()",
+    f"factor_update_(Tensor(a!)[] x, int[] place, {_UPDATE}) -> ()",
+    f"lowrank_merge_(Tensor(a!)[] out, Tensor[] x, Tensor[] v, Tensor[] n, int[] place, {_UPDATE}) -> ()",
+    f"dense_merge_(Tensor(a!)[] out, Tensor[] x, Tensor[] n, int[] place, {_UPDATE}) -> ()",
+    f"lowrank_linear_(Tensor(a!) y, Tensor x, {_FACTORS}, bool transposed, Tensor? gain, Tensor? shift, str backend) -> ()",
+    f"lowrank_embedding_(Tensor(a!) y, Tensor rows, {_FACTORS}, Tensor? gain, str backend) -> ()",
     "factor(int seed, SymInt rows, int rank, int tensor_id, SymInt step, int direction, int stream, SymInt row_offset, "
     "Device device, str backend) -> Tensor",
 )
@@ -114,6 +120,84 @@ def _resample_(
     ops.resample_(table, seed=seed & _SEED, window=window, reproject=bool(n), backend=_backend(backend, table.device))
 
 
+def _factor_update_(x: Sequence[Tensor], place: Sequence[int], *update: Any) -> None:
+    noise = _noise(*update)
+    del noise["rounding"]
+    ops.factor_update_(_table(x, None, None, place), **noise)
+
+
+def _lowrank_merge_(
+    out: Sequence[Tensor], x: Sequence[Tensor], v: Sequence[Tensor], n: Sequence[Tensor], place: Sequence[int], *update: Any
+) -> None:
+    ops.lowrank_merge_(_table(x, v, n, place), **_noise(*update), out=_table(out, None, None, place))
+
+
+def _dense_merge_(
+    out: Sequence[Tensor], x: Sequence[Tensor], n: Sequence[Tensor], place: Sequence[int], *update: Any
+) -> None:
+    ops.dense_merge_(_table(x, None, n or None, place), **_noise(*update), out=_table(out, None, None, place))
+
+
+def _lowrank_linear_(
+    y: Tensor,
+    x: Tensor,
+    v: Tensor,
+    b: Tensor,
+    seed: int,
+    tensor_id: int,
+    row_offset: int,
+    draws: Tensor,
+    scales: Tensor,
+    transposed: bool,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    backend: str,
+) -> None:
+    skinny.lowrank_linear_(
+        y,
+        x,
+        v,
+        b,
+        seed=seed & _SEED,
+        tensor_id=tensor_id,
+        row_offset=row_offset,
+        draws=draws,
+        scales=scales,
+        transposed=transposed,
+        gain=gain,
+        shift=shift,
+        backend=_backend(backend, y.device),
+    )
+
+
+def _lowrank_embedding_(
+    y: Tensor,
+    rows: Tensor,
+    v: Tensor,
+    b: Tensor,
+    seed: int,
+    tensor_id: int,
+    row_offset: int,
+    draws: Tensor,
+    scales: Tensor,
+    gain: Tensor | None,
+    backend: str,
+) -> None:
+    skinny.lowrank_embedding_(
+        y,
+        rows,
+        v,
+        b,
+        seed=seed & _SEED,
+        tensor_id=tensor_id,
+        row_offset=row_offset,
+        draws=draws,
+        scales=scales,
+        gain=gain,
+        backend=_backend(backend, y.device),
+    )
+
+
 def _factor(
     seed: int,
     rows: int,
@@ -153,6 +237,11 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "lowrank_momentum_": (_lowrank_momentum_, _fake_nothing),
     "dense_momentum_": (_dense_momentum_, _fake_nothing),
     "resample_": (_resample_, _fake_nothing),
+    "factor_update_": (_factor_update_, _fake_nothing),
+    "lowrank_merge_": (_lowrank_merge_, _fake_nothing),
+    "dense_merge_": (_dense_merge_, _fake_nothing),
+    "lowrank_linear_": (_lowrank_linear_, _fake_nothing),
+    "lowrank_embedding_": (_lowrank_embedding_, _fake_nothing),
     "factor": (_factor, _fake_factor),
 }
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .noise import MAX_DIRECTION, MAX_DRAW, STREAMS, check_factor, check_range
+from .noise import MAX_DIRECTION, MAX_DRAW, MAX_RANK, STREAMS, check_factor, check_range
 from .registry import Backend, Draw, Momentum, Rounding, Step, Update, choose_backend
-from .table import TensorTable
+from .table import TensorTable, check_alike
 
 Scalars = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
 """A number, one per tensor, or one per draw and tensor: anything that broadcasts to that shape."""
@@ -160,6 +160,106 @@ def resample_(table: TensorTable, *, seed: int, window: int, reproject: bool = F
         _pick(table, backend).resample_(table, seed, window, reproject)
 
 
+def factor_update_(
+    table: TensorTable,
+    *,
+    seed: int,
+    draws: Sequence[Draw],
+    scales: Scalars,
+    decay: Scalars | None = None,
+    backend: Backend | None = None,
+) -> None:
+    """F <- decay * F + sum over draws of scale * U: LOZO's step on the factor B of a window, or on the momentum N.
+
+    Args:
+        table: the factors as ``x``, (batch, rows, rank) fp32, without V; U's global row is that of the weight.
+        draws: one or two.
+        seed, scales, decay, backend: as in :func:`lowrank_update_`.
+
+    Raises:
+        TypeError: a factor is not fp32.
+        ValueError: an argument is out of range or of the wrong shape.
+    """
+    _check_kind(table, low_rank=False, momentum=False)
+    for f in table.x:
+        if f.dtype != torch.float32:
+            raise TypeError(f"factors are fp32, not {f.dtype}")
+        check_range("rank", f.shape[2] - 1, MAX_RANK)
+    update = _update(table, seed, draws, scales, decay, None)
+    if torch.compiler.is_compiling():
+        torch.ops.lozo_kernels.factor_update_(table.x, _place(table), *_flat(table, update, backend))
+    else:
+        _pick(table, backend).factor_update_(table, update)
+
+
+def lowrank_merge_(
+    table: TensorTable,
+    *,
+    seed: int,
+    draws: Sequence[Draw] = (),
+    scales: Scalars = 0.0,
+    decay: Scalars | None = None,
+    rounding: Rounding | None = None,
+    out: TensorTable | None = None,
+    backend: Backend | None = None,
+) -> None:
+    """OUT <- decay * X + (N + scale * U) V^T: a merge into the weights, or with a draw a probed weight in memory of its own.
+
+    The product has k ascending from 0, each a rounded multiply and a rounded add: promised in bits at any rank.
+
+    Args:
+        table: low-rank tensors with a factor (``v`` and ``n`` given), which are only read.
+        draws: none or one.
+        out: a table whose ``x`` are written instead of ``table.x``, of the same shapes and dtypes.
+        seed, scales, decay, rounding, backend: as in :func:`lowrank_update_`.
+    """
+    _check_kind(table, low_rank=True, momentum=True)
+    _merge("lowrank_merge_", table, seed, draws, scales, decay, rounding, out, backend)
+
+
+def dense_merge_(
+    table: TensorTable,
+    *,
+    seed: int,
+    draws: Sequence[Draw] = (),
+    scales: Scalars = 0.0,
+    decay: Scalars | None = None,
+    rounding: Rounding | None = None,
+    out: TensorTable | None = None,
+    backend: Backend | None = None,
+) -> None:
+    """OUT <- decay * X + (N + scale * Z). Arguments as :func:`lowrank_merge_`, for a table without V; ``n`` may be missing."""
+    _check_kind(table, low_rank=False, momentum=False)
+    _merge("dense_merge_", table, seed, draws, scales, decay, rounding, out, backend)
+
+
+def _merge(
+    op: str,
+    table: TensorTable,
+    seed: int,
+    draws: Sequence[Draw],
+    scales: Scalars,
+    decay: Scalars | None,
+    rounding: Rounding | None,
+    out: TensorTable | None,
+    backend: Backend | None,
+) -> None:
+    if len(draws) > 1:
+        raise ValueError(f"a merge takes one draw at most, not {len(draws)}")
+    update = _update(table, seed, draws, scales, decay, rounding, least=0)
+    if out is not None:
+        check_alike(table, out)
+    if torch.compiler.is_compiling():
+        if out is None:
+            raise NotImplementedError("compiled code can merge into other memory only: give out")
+        v = () if table.v is None else (table.v,)
+        getattr(torch.ops.lozo_kernels, op)(
+            out.x, table.x, *v, [] if table.n is None else table.n, _place(table), *_flat(table, update, backend)
+        )
+    else:
+        getattr(_pick(table, backend), op)(table, update, table if out is None else out)
+
+
 def factor(
     seed: int,
     rows: int,
@@ -205,7 +305,7 @@ def _flat(table: TensorTable, update: Update, backend: Backend | None) -> tuple[
     rounding = update.rounding
     return (
         _signed(update.seed),
-        torch.stack([torch.as_tensor(draw.step, device=table.device) for draw in update.draws]),
+        _steps(table, update),
         [draw.direction for draw in update.draws],
         update.scales,
         update.decay,
@@ -213,6 +313,12 @@ def _flat(table: TensorTable, update: Update, backend: Backend | None) -> tuple[
         0 if rounding is None else rounding.index,
         _name(backend),
     )
+
+
+def _steps(table: TensorTable, update: Update) -> Tensor:
+    if not update.draws:
+        return torch.zeros(0, dtype=torch.int64, device=table.device)
+    return torch.stack([torch.as_tensor(draw.step, device=table.device) for draw in update.draws])
 
 
 def _signed(seed: int) -> int:
@@ -233,10 +339,16 @@ def _check_kind(table: TensorTable, *, low_rank: bool, momentum: bool) -> None:
 
 
 def _update(
-    table: TensorTable, seed: int, draws: Sequence[Draw], scales: Scalars, decay: Scalars | None, rounding: Rounding | None
+    table: TensorTable,
+    seed: int,
+    draws: Sequence[Draw],
+    scales: Scalars,
+    decay: Scalars | None,
+    rounding: Rounding | None,
+    least: int = 1,
 ) -> Update:
     check_range("seed", seed, 1 << 64)
-    if not 1 <= len(draws) <= MAX_DRAWS:
+    if not least <= len(draws) <= MAX_DRAWS:
         raise ValueError(f"an op takes 1 to {MAX_DRAWS} draws, not {len(draws)}")
     for draw in draws:
         _check_step("draw step", draw.step)

@@ -103,6 +103,92 @@ def apply_momentum(y: Tensor, product: Tensor, alpha: Tensor) -> Tensor:
     return y + product.to(y.dtype) * alpha.to(y.dtype)
 
 
+def factor_update(
+    f: Tensor,
+    us: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    decay: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """decay * F + scale_0 * U_0 + scale_1 * U_1: LOZO's update of the factor B of a window, or of the momentum N.
+
+    Args:
+        f: (batch, rows, rank) fp32; us: one (batch, rows, rank) per draw.
+    """
+    return dense_update(f, us, scales, decay, dtype=dtype)
+
+
+def lowrank_merge(
+    x: Tensor,
+    v: Tensor,
+    f: Tensor,
+    us: Sequence[Tensor] = (),
+    scales: Sequence[Tensor] = (),
+    decay: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """decay * X + (F + scale * U) V^T, the product with k ascending: a probed weight, or without draws a merged one.
+
+    Args:
+        x: (batch, rows, cols); v: (batch, rank, cols); f: (batch, rows, rank) fp32; us: (batch, rows, rank) each.
+    """
+    return _start(x, decay, dtype) + momentum_product(factor_update(f, us, scales, dtype=dtype), v, dtype=dtype)
+
+
+def dense_merge(
+    x: Tensor,
+    f: Tensor | None,
+    zs: Sequence[Tensor] = (),
+    scales: Sequence[Tensor] = (),
+    decay: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """decay * X + (F + scale * Z), F being what dense updates added since the last merge, fp32 of X's shape, or None for 0."""
+    y = _start(x, decay, dtype)
+    if f is not None:
+        return y + dense_update(f, zs, scales, dtype=dtype)
+    return dense_update(y, zs, scales, dtype=dtype)
+
+
+def lowrank_linear(
+    y: Tensor,
+    x: Tensor,
+    v: Tensor,
+    f: Tensor,
+    *,
+    transposed: bool = False,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """gain * Y + X (F V^T)^T + shift: the outputs of a linear layer whose weight moved by F V^T, from those of the weight at rest.
+
+    Args:
+        y: (tokens, rows), or (tokens, cols) if transposed; x: (tokens, cols), or (tokens, rows).
+        v: (rank, cols) fp16; f: (rows, rank) fp32, U included.
+        transposed: the layer computes X W instead of X W^T.
+        gain: 0-dim; shift: one value per column of y.
+    """
+    v, f = v.to(dtype), f.to(dtype)
+    inner, outer = (f, v.T) if transposed else (v.T, f)
+    y = _start(y, gain, dtype) + (x.to(dtype) @ inner) @ outer.T
+    return y if shift is None else y + shift.to(dtype)
+
+
+def lowrank_embedding(
+    y: Tensor, rows: Tensor, v: Tensor, f: Tensor, *, gain: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """gain * Y + (F V^T)[rows]: the outputs of an embedding whose weight moved by F V^T.
+
+    Args:
+        y: (tokens, cols); rows: (tokens,) integers; v: (rank, cols) fp16; f: (rows of the weight, rank) fp32, U included.
+    """
+    return _start(y, gain, dtype) + f.to(dtype)[rows] @ v.to(dtype)
+
+
 def reproject(n: Tensor, v_old: Tensor, v_new: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """N (V_old^T V_new) / cols: the momentum seen from the new V, through an r x r product (LOZO-M, Algorithm 2, line 6).
 

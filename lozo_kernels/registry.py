@@ -38,7 +38,7 @@ class Update:
 
     Attributes:
         seed: 64-bit seed of the run.
-        draws: one or two.
+        draws: one or two; none or one for a merge.
         scales: (draws, tensors).
         decay: (tensors,), or None for 1.
         rounding: None for to nearest even.
@@ -58,6 +58,40 @@ class Momentum:
     coefficients: Tensor
     alpha: Tensor
     beta: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Skinny:
+    """A product of activations with a weight's factors, added to the outputs of the weight at rest; see ``skinny.py``.
+
+    The tokens are equal blocks, one for each row of ``draws``: evaluations that share a forward pass. Tensors are on one device,
+    2-d ones have unit column stride, those of the factors are contiguous.
+
+    Attributes:
+        y: (tokens, outputs), any weight dtype; changed in place.
+        x: (tokens, inputs), any weight dtype; or for an embedding (tokens,) int64 or int32 rows.
+        v: (rank, cols) fp16, V transposed.
+        b: (rows, rank) fp32.
+        seed, tensor_id, row_offset: place of U in the noise.
+        draws: (groups, 2) int64: step and direction.
+        scales: (groups,) fp32: a group's factor is B + scale * U.
+        transposed: X W instead of X W^T.
+        gain: (1,) fp32 that multiplies y first, or None.
+        shift: (groups, outputs) fp32 that is added last, or None.
+    """
+
+    y: Tensor
+    x: Tensor
+    v: Tensor
+    b: Tensor
+    seed: int
+    tensor_id: int
+    row_offset: int
+    draws: Tensor
+    scales: Tensor
+    transposed: bool = False
+    gain: Tensor | None = None
+    shift: Tensor | None = None
 
 
 class Backend(Protocol):
@@ -80,6 +114,16 @@ class Backend(Protocol):
     def dense_momentum_(self, table: TensorTable, update: Update, momentum: Momentum) -> None: ...
 
     def resample_(self, table: TensorTable, seed: int, window: int, reproject: bool) -> None: ...
+
+    def factor_update_(self, table: TensorTable, update: Update) -> None: ...
+
+    def lowrank_merge_(self, table: TensorTable, update: Update, out: TensorTable) -> None: ...
+
+    def dense_merge_(self, table: TensorTable, update: Update, out: TensorTable) -> None: ...
+
+    def lowrank_linear_(self, call: Skinny) -> None: ...
+
+    def lowrank_embedding_(self, call: Skinny) -> None: ...
 
     def factor(
         self, seed: int, rows: int, rank: int, tensor_id: int, draw: Draw, *, stream: str, row_offset: int, device: torch.device

@@ -117,6 +117,18 @@ def stride_problem(x: Tensor) -> str | None:
     return None
 
 
+def check_alike(table: TensorTable, out: TensorTable) -> None:
+    """Raises ValueError unless ``out`` has weights of the same number, shapes, dtypes and device."""
+    if len(out) != len(table):
+        raise ValueError(f"out has {len(out)} tensors for {len(table)}")
+    for t, (x, y) in enumerate(zip(table.x, out.x, strict=True)):
+        if x.shape != y.shape or x.dtype != y.dtype or x.device != y.device:
+            raise ValueError(
+                f"out of tensor {t} is {tuple(y.shape)} {y.dtype} on {y.device}; "
+                f"needed is {tuple(x.shape)} {x.dtype} on {x.device}"
+            )
+
+
 def _check_like(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, what: str) -> None:
     if tuple(t.shape) != shape or t.dtype != dtype or t.device != device or not t.is_contiguous():
         raise ValueError(

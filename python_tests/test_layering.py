@@ -16,7 +16,7 @@ LAYERS = [
     {"config", "reference"},
     {"table", "report"},
     {"registry"},
-    {"ops"},
+    {"ops", "skinny"},
     {"backends", "library", "parameters", "passes"},
     {"engine", "environment"},
     {"optim"},

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import noise, reference
-from ..registry import Draw, Momentum, Update
+from ..registry import Draw, Momentum, Skinny, Update
 from ..table import TensorTable
 
 
@@ -61,6 +61,38 @@ class EagerBackend:
                 table.n[t].copy_(reference.reproject(table.n[t], table.v[t], v))
             table.v[t].copy_(v)
 
+    def factor_update_(self, table: TensorTable, update: Update) -> None:
+        for t in _tensors(table):
+            f = table.x[t]
+            us = [_rows_of_u(f, table, t, update.seed, d) for d in update.draws]
+            f.copy_(reference.factor_update(f, us, list(update.scales[:, t]), _decay(update, t)))
+
+    def lowrank_merge_(self, table: TensorTable, update: Update, out: TensorTable) -> None:
+        assert table.v is not None and table.n is not None
+        for t in _tensors(table):
+            us = [row_factor(table, t, update.seed, d) for d in update.draws]
+            y = reference.lowrank_merge(table.x[t], table.v[t], table.n[t], us, list(update.scales[:, t]), _decay(update, t))
+            _store(table, t, y, update, out)
+
+    def dense_merge_(self, table: TensorTable, update: Update, out: TensorTable) -> None:
+        for t in _tensors(table):
+            zs = [dense_noise(table, t, update.seed, d) for d in update.draws]
+            f = None if table.n is None else table.n[t]
+            y = reference.dense_merge(table.x[t], f, zs, list(update.scales[:, t]), _decay(update, t))
+            _store(table, t, y, update, out)
+
+    def lowrank_linear_(self, call: Skinny) -> None:
+        for tokens, f, shift in _groups(call):
+            y = reference.lowrank_linear(
+                call.y[tokens], call.x[tokens], call.v, f, transposed=call.transposed, gain=call.gain, shift=shift
+            )
+            call.y[tokens] = y.to(call.y.dtype)
+
+    def lowrank_embedding_(self, call: Skinny) -> None:
+        for tokens, f, _ in _groups(call):
+            y = reference.lowrank_embedding(call.y[tokens], call.x[tokens], call.v, f, gain=call.gain)
+            call.y[tokens] = y.to(call.y.dtype)
+
     def factor(
         self, seed: int, rows: int, rank: int, tensor_id: int, draw: Draw, *, stream: str, row_offset: int, device: torch.device
     ) -> Tensor:
@@ -71,18 +103,23 @@ class EagerBackend:
 
 def row_factor(table: TensorTable, t: int, seed: int, draw: Draw) -> Tensor:
     """U of one tensor: (batch, rows, rank) fp32."""
-    batch, rows, _ = table.x[t].shape
+    return _rows_of_u(table.x[t], table, t, seed, draw, table.rank)
+
+
+def _rows_of_u(x: Tensor, table: TensorTable, t: int, seed: int, draw: Draw, rank: int | None = None) -> Tensor:
+    batch, rows, cols = x.shape
+    rank = cols if rank is None else rank
     u = noise.factor(
         seed,
         batch * rows,
-        table.rank,
+        rank,
         table.tensor_ids[t],
         draw.step,
         row_offset=table.row_offsets[t],
         direction=draw.direction,
         device=table.device,
     )
-    return u.view(batch, rows, table.rank)
+    return u.view(batch, rows, rank)
 
 
 def column_factor(table: TensorTable, t: int, seed: int, window: int) -> Tensor:
@@ -128,8 +165,27 @@ def _decay(update: Update, t: int) -> Tensor | None:
     return None if update.decay is None else update.decay[t]
 
 
-def _store(table: TensorTable, t: int, y: Tensor, update: Update) -> None:
-    x, rounding = table.x[t], update.rounding
+def _groups(call: Skinny) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """The tokens, the factor B + scale * U and the shift of each evaluation."""
+    groups = len(call.draws)
+    size = len(call.y) // groups
+    for g in range(groups):
+        step, direction = call.draws[g].tolist()
+        u = noise.factor(
+            call.seed,
+            *call.b.shape,
+            call.tensor_id,
+            step,
+            row_offset=call.row_offset,
+            direction=direction,
+            device=call.b.device,
+        )
+        f = reference.factor_update(call.b, [u], [call.scales[g]])
+        yield slice(g * size, (g + 1) * size), f, None if call.shift is None else call.shift[g]
+
+
+def _store(table: TensorTable, t: int, y: Tensor, update: Update, out: TensorTable | None = None) -> None:
+    x, rounding = (table if out is None else out).x[t], update.rounding
     if rounding is None or x.dtype == torch.float32:
         x.copy_(reference.round_nearest(y, x.dtype))
         return

@@ -4,9 +4,11 @@ from . import backends as _backends  # noqa: F401  (registers the backends)
 from . import library as _library  # noqa: F401  (registers the ops with torch)
 from . import noise, ops, reference, skinny
 from .config import PatchConfig
-from .engine import Handle, handle_of, patch
+from .engine import Handle, handle_of
 from .graphs import CapturedStep, capture_step
 from .optim import LOZO, MeZO, NonFiniteLossError, StepInfo
+from .patching import patch
+from .probe import ProbeHandle
 from .registry import Draw, Rounding, choose_backend
 from .report import ParameterReport, Report
 from .table import TensorTable
@@ -22,6 +24,7 @@ __all__ = [
     "NonFiniteLossError",
     "ParameterReport",
     "PatchConfig",
+    "ProbeHandle",
     "Report",
     "Rounding",
     "StepInfo",

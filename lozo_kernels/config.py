@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .noise import MAX_RANK
@@ -12,6 +13,8 @@ from .noise import MAX_RANK
 ESTIMATORS = ("lowrank", "dense")
 SCALINGS = ("paper", "card", "published")
 ROUNDINGS = ("nearest", "stochastic")
+PLACEMENTS = ("inplace", "probe", "auto")
+SIDES = ("auto", "activation", "scratch", "copy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,15 @@ class PatchConfig:
         exclude: glob patterns of parameter names to leave alone.
         rounding: of updates into bf16 and fp16: "nearest" even or "stochastic". Perturbations round to nearest.
         backend: name of a backend; None for the best of each device.
+        placement: "inplace" moves the weights and moves them back. "probe" only reads them: between two draws of V what was
+            learned is in a factor B of fp32, and it is merged into the weights once per interval. "auto" is "probe", except where
+            memory for it is missing or, with ``allow_drift``, moving the weights measures faster.
+        side: of a probe, where a perturbation enters: "activation" (added to the outputs of linear and embedding layers),
+            "scratch" (the perturbed weight is written to shared memory just before its module runs), "copy" (to memory of its own,
+            once per evaluation), or "auto", which measures. One word for all, or (glob pattern, word) pairs or a mapping, of which
+            the first that matches counts. A weight whose module does not allow what was asked for gets what it allows.
+        keep_factors: remember the factor of every interval, for :func:`lozo_kernels.export_lora`.
+        allow_drift: let "auto" choose "inplace" for speed.
 
     Raises:
         TypeError, ValueError: a field is of the wrong type or out of range.
@@ -54,9 +66,14 @@ class PatchConfig:
     exclude: tuple[str, ...] | None = None
     rounding: str = "nearest"
     backend: str | None = None
+    placement: str = "inplace"
+    side: str | Mapping[str, str] | Sequence[tuple[str, str]] = "auto"
+    keep_factors: bool = False
+    allow_drift: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in (("estimator", ESTIMATORS), ("scaling", SCALINGS), ("rounding", ROUNDINGS)):
+        words = (("estimator", ESTIMATORS), ("scaling", SCALINGS), ("rounding", ROUNDINGS), ("placement", PLACEMENTS))
+        for name, known in words:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, not {getattr(self, name)!r}")
         for name, low, high in (("rank", 1, MAX_RANK), ("interval", 1, 2**63), ("seed", 0, 2**64 - 1)):
@@ -71,6 +88,14 @@ class PatchConfig:
                 object.__setattr__(self, name, tuple(value))
         if self.backend is not None and not isinstance(self.backend, str):
             raise TypeError(f"backend is a name or None, not {self.backend!r}")
+        object.__setattr__(self, "side", _sides(self.side))
+        for name in ("keep_factors", "allow_drift"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is True or False, not {getattr(self, name)!r}")
+        if self.placement == "inplace":
+            for name, default in (("side", "auto"), ("keep_factors", False), ("allow_drift", False)):
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name} is about probing: give placement='probe' or 'auto' with it")
 
     @property
     def perturb_factor(self) -> float:
@@ -84,7 +109,7 @@ class PatchConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; ``patch(model, **config.to_dict())`` and :meth:`from_json` take them back."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return {k: _plain(v) for k, v in dataclasses.asdict(self).items()}
 
     def to_json(self) -> str:
         """One JSON object."""
@@ -94,6 +119,24 @@ class PatchConfig:
     def from_json(cls, text: str) -> PatchConfig:
         """The inverse of :meth:`to_json`; an unknown field raises TypeError."""
         return cls(**json.loads(text))
+
+
+def _sides(value: Any) -> str | tuple[tuple[str, str], ...]:
+    if isinstance(value, str):
+        words: list[Any] = [value]
+    else:
+        pairs = list(value.items() if isinstance(value, Mapping) else value)
+        if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+            raise TypeError(f"side is a word or pairs of a glob pattern and a word, not {value!r}")
+        words = [word for _, word in pairs]
+    for word in words:
+        if word not in SIDES:
+            raise ValueError(f"side is one of {', '.join(map(repr, SIDES))}, not {word!r}")
+    return value if isinstance(value, str) else tuple((pattern, word) for pattern, word in pairs)
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:

@@ -1,4 +1,4 @@
-"""patch(): a handle on a model's weights that perturbs and updates them in place, one op call a pass."""
+"""A handle on a model's weights that perturbs and updates them in place, one op call a pass."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import noise, ops, reference
+from .closures import Closure, Randomness
 from .config import PatchConfig
 from .parameters import LeftAlone, Slot, find_parameters
 from .passes import Group, Scalar, Term, run_pass
@@ -24,41 +25,18 @@ _HANDLES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Handle]] = weakref.We
 _LOCK = threading.Lock()
 
 
-def patch(
-    model: nn.Module,
-    *,
-    estimator: str = "lowrank",
-    rank: int = 2,
-    interval: int = 50,
-    seed: int = 0,
-    scaling: str = "paper",
-    include: Sequence[str] | str | None = None,
-    exclude: Sequence[str] | str | None = None,
-    rounding: str = "nearest",
-    backend: str | None = None,
-) -> Handle:
-    """Prepares a model for forward-only training. Nothing of the model changes until the handle is used.
-
-    Args:
-        model: any module; parameters that require a gradient are trained, tied ones once.
-        estimator, rank, interval, seed, scaling, include, exclude, rounding, backend: see :class:`PatchConfig`.
-
-    Returns:
-        The handle; ``handle.restore()`` gives the model back.
+def register_handle(model: nn.Module, make: Callable[[], Handle]) -> Handle:
+    """Makes a model's handle, which :func:`handle_of` then finds.
 
     Raises:
-        TypeError, ValueError: a setting or a parameter does not fit; the model is untouched.
-        RuntimeError: the model is patched already, or the named backend cannot serve one of its devices.
+        RuntimeError: the model has one already.
     """
-    config = PatchConfig(estimator, rank, interval, seed, scaling, include, exclude, rounding, backend)  # type: ignore[arg-type]
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"patch() takes a torch.nn.Module, not {type(model).__name__}")
     with _LOCK:
         if handle_of(model) is not None:
             raise RuntimeError(
                 "this model is patched already: use lozo_kernels.handle_of(model), or call its restore() before patching again"
             )
-        handle = Handle(model, config)
+        handle = make()
         _HANDLES[model] = weakref.ref(handle)
     return handle
 
@@ -86,7 +64,8 @@ class Handle:
         self._aliases = {alias: slot for slot in self._slots for alias in (slot.name, *slot.aliases)}
         self._gone: list[object] = []
         self._owners = [weakref.ref(slot.owner(), self._gone.append) for slot in self._slots]  # type: ignore[type-var]
-        self._places = [(slot.owner()._parameters, slot.attribute) for slot in self._slots]  # type: ignore[union-attr]
+        reachable = [slot for slot in self._slots if slot.out_of_reach is None]
+        self._places = [(slot.owner()._parameters, slot.attribute) for slot in reachable]  # type: ignore[union-attr]
         self._shapes = [slot.parameter.shape for slot in self._slots]
         self._v: dict[str, Tensor] = {}
         self._momentum: dict[str, Tensor] = {}
@@ -127,6 +106,11 @@ class Handle:
         return dict(self._momentum)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of how the model is treated."""
+        return ()
+
+    @property
     def window(self) -> int | None:
         """step // interval of the V that is in memory, None before the first use. Momentum is expressed in it."""
         return self._window
@@ -136,10 +120,18 @@ class Handle:
         self._check_usable()
         if not self._momentum:
             for slot in self._slots:
-                x = slot.view()
-                shape = (*x.shape[:2], self.config.rank) if slot.kind == "lowrank" else tuple(x.shape)
-                self._momentum[slot.name] = torch.zeros(shape, dtype=torch.float32, device=x.device)
+                batch, rows, cols = self._extent(slot)
+                shape = (batch, rows, self.config.rank if slot.kind == "lowrank" else cols)
+                self._momentum[slot.name] = torch.zeros(shape, dtype=torch.float32, device=self._device(slot))
             self._rebuild_groups()
+
+    def _extent(self, slot: Slot) -> tuple[int, int, int]:
+        batch, rows, cols = slot.view().shape if slot.out_of_reach is None else slot.extent
+        return batch, rows, cols
+
+    def _device(self, slot: Slot) -> torch.device:
+        """Where a parameter's state lives and its noise is made."""
+        return slot.parameter.device
 
     @torch.no_grad()
     def perturb_(self, step: Step, scale: float, *, direction: int = 0) -> None:
@@ -154,7 +146,7 @@ class Handle:
         Raises:
             ValueError: an argument is out of range; nothing was changed.
         """
-        _check_scale(scale)
+        check_scale(scale)
         self._start(step)
         run_pass(self._groups, self.config, [Term(Draw(step, direction), perturb=scale)])
 
@@ -167,8 +159,8 @@ class Handle:
             remove: (direction, scale) of the perturbation that stands now.
             add: (direction, scale) of the one that shall stand.
         """
-        _check_scale(remove[1])
-        _check_scale(add[1])
+        check_scale(remove[1])
+        check_scale(add[1])
         self._start(step)
         if remove[0] == add[0]:
             run_pass(self._groups, self.config, [Term(Draw(step, add[0]), perturb=add[1] - remove[1])])
@@ -211,12 +203,31 @@ class Handle:
         if beta is not None and not self._momentum:
             raise RuntimeError("momentum was not enabled: call enable_momentum() first")
         self._start(step)
+        self._update_groups(self._groups, step, c, lr, weight_decay, beta, standing, perturb_next)
+        if perturb_next is not None and not self._same_window(step):
+            assert not isinstance(step, Tensor)
+            self.perturb_(step + 1, perturb_next)
+
+    def _same_window(self, step: Step) -> bool:
+        """Whether the next step has the V of this one. A step that is a tensor says so by being one."""
+        return isinstance(step, Tensor) or (step + 1) // self.config.interval == step // self.config.interval
+
+    def _update_groups(
+        self,
+        groups: Sequence[Group],
+        step: Step,
+        c: Scalar | Sequence[Scalar],
+        lr: Scalar,
+        weight_decay: Scalar,
+        beta: float | Tensor | None,
+        standing: float,
+        perturb_next: float | None,
+    ) -> None:
+        """The passes of :meth:`update_` over the weights of some groups."""
         cs = list(c) if isinstance(c, Sequence) else [c]
         terms = []
         for d, cd in enumerate(cs):
-            gradient = cd
-            if len(cs) > 1:  # by a tensor, as the division of c itself
-                gradient = cd / torch.full_like(cd, len(cs)) if isinstance(cd, Tensor) else cd / len(cs)
+            gradient = share(cd, len(cs))
             terms.append(
                 Term(
                     Draw(step, d),
@@ -227,15 +238,14 @@ class Handle:
             )
         decaying = isinstance(weight_decay, Tensor) or weight_decay != 0.0
         decay = 1.0 - lr * weight_decay if decaying else 1.0
-        same_window = isinstance(step, Tensor) or (step + 1) // self.config.interval == step // self.config.interval
-        if perturb_next is not None and same_window:
+        if perturb_next is not None and self._same_window(step):
             terms.append(Term(Draw(step + 1), perturb=perturb_next, decays=False))
         chunks = [terms[i : i + ops.MAX_DRAWS] for i in range(0, len(terms), ops.MAX_DRAWS)]
         # Decay goes first, the momentum product with the last draw of this step; other chunks only add their draws.
         last = max(i for i, chunk in enumerate(chunks) if chunk[0].decays)
         for i, chunk in enumerate(chunks):
             run_pass(
-                self._groups,
+                groups,
                 self.config,
                 chunk,
                 decay=decay if decaying and i == 0 else None,
@@ -243,8 +253,6 @@ class Handle:
                 rounding=Rounding(step, i) if self.config.rounding == "stochastic" else None,
                 decayed_by=decay,
             )
-        if perturb_next is not None and not isinstance(step, Tensor) and not same_window:
-            self.perturb_(step + 1, perturb_next)
 
     @torch.no_grad()
     def materialize(self, name: str, step: int, *, direction: int = 0) -> Tensor:
@@ -260,27 +268,33 @@ class Handle:
             KeyError: no trained parameter has this name.
         """
         slot = self._find(name)
-        x = slot.view()
-        batch, rows, cols = x.shape
-        seed, rank = self.config.seed, self.config.rank
+        batch, rows, cols = self._extent(slot)
+        seed, rank, device = self.config.seed, self.config.rank, self._device(slot)
         if slot.kind == "dense":
-            z = noise.dense(seed, x.numel(), slot.tensor_id, step, direction=direction, device=x.device)
+            z = noise.dense(seed, batch * rows * cols, slot.tensor_id, step, direction=direction, device=device)
             return z.view(slot.parameter.shape)
-        make = functools.partial(ops.factor, device=x.device, backend=choose_backend(x.device, self.config.backend).backend)
+        make = functools.partial(ops.factor, device=device, backend=choose_backend(device, self.config.backend).backend)
         u = make(seed, batch * rows, rank, slot.tensor_id, Draw(step, direction))
         v = make(seed, batch * cols, rank, slot.tensor_id, Draw(step // self.config.interval), stream="V")
         product = reference.low_rank_product(u.view(batch, rows, rank), v.view(batch, cols, rank).transpose(1, 2))
-        return (product * self.config.perturb_factor).view(slot.parameter.shape)
+        product = product * self.config.perturb_factor
+        return product[0] if slot.out_of_reach == "quantised" else product.view(slot.parameter.shape)
 
     def report(self) -> Report:
         """Every parameter of the model and how it is treated. ``print(handle.report())`` shows a table."""
         self._refresh_groups()
-        serving = {group.table.device: group.choice for group in self._groups}
-        rows = [self._describe(slot, serving[slot.parameter.device]) for slot in self._slots]
+        serving = {device: choose_backend(device, self.config.backend) for device in map(self._device, self._slots)}
+        rows = [self._describe(slot, serving[self._device(slot)]) for slot in self._slots]
         for left in self._left:
             p = left.tensor
             rows.append(ParameterReport(left.name, (), tuple(p.shape), p.dtype, p.device, "left alone", None, left.reason))
-        return Report(tuple(rows), {str(device): choice.rejected for device, choice in serving.items()})
+        return Report(tuple(rows), {str(device): choice.rejected for device, choice in serving.items()}, self.notes)
+
+    def prepare(self, closures: Closure | Sequence[Closure], randomness: Randomness | None = None, *, step: int = 0) -> None:
+        """What has to be known of the closures before the first step: nothing, where weights are moved in place."""
+
+    def settle(self) -> None:
+        """Brings the weights up to date: nothing to do, where they are moved in place."""
 
     def guard(self, flush: Callable[[], None]) -> None:
         """Has ``flush`` called before any forward pass, ``state_dict()`` or ``load_state_dict()`` of the model or a part of it.
@@ -400,12 +414,15 @@ class Handle:
             self._addresses, self._seen = addresses, seen
         self._seen_at = step
 
-    def _rebuild_groups(self) -> None:
+    def _check_shapes(self) -> None:
         for slot, shape in zip(self._slots, self._shapes, strict=True):
             if slot.parameter.shape != shape:
                 raise ValueError(
                     f"parameter {slot.name!r} was {tuple(shape)}, now is {tuple(slot.parameter.shape)}: restore() and patch again"
                 )
+
+    def _rebuild_groups(self) -> None:
+        self._check_shapes()
         members: dict[tuple[str, torch.device], list[int]] = {}
         for i, slot in enumerate(self._slots):
             members.setdefault((slot.kind, slot.parameter.device), []).append(i)
@@ -441,6 +458,13 @@ class Handle:
         return ParameterReport(slot.name, slot.aliases, tuple(p.shape), p.dtype, p.device, treatment, choice.backend.name, note)
 
 
-def _check_scale(scale: float) -> None:
+def share(c: Scalar, directions: int) -> Scalar:
+    """A direction's part in the mean; of a tensor by a tensor, as the division of c itself."""
+    if directions == 1:
+        return c
+    return c / torch.full_like(c, directions) if isinstance(c, Tensor) else c / directions
+
+
+def check_scale(scale: float) -> None:
     if not math.isfinite(scale):
         raise ValueError(f"scale is a finite number, not {scale}")

@@ -13,6 +13,7 @@ from torch import Tensor
 from .closures import Closure
 from .interrupts import deferred_interrupt
 from .optim import Pending, StepInfo, StepInputs, ZerothOrderOptimizer
+from .probe import ProbeHandle
 
 _WARM_UPS = 2  # runs before the capture, in which kernels are compiled and constants uploaded
 
@@ -33,7 +34,7 @@ def capture_step(optimizer: ZerothOrderOptimizer, closure: Closure | Sequence[Cl
         A callable that takes one step and returns the loss, a tensor that the next step overwrites.
 
     Raises:
-        ValueError: the model is on several devices, or the closure draws random numbers although the optimiser promises all
+        ValueError: the handle is a probe, the model is on several devices, or the closure draws random numbers although the optimiser promises all
             evaluations the same ones (dropout: call ``model.eval()`` or give ``common_random_numbers=False``).
     """
     return CapturedStep(optimizer, closure)
@@ -46,6 +47,8 @@ class CapturedStep:
     """
 
     def __init__(self, optimizer: ZerothOrderOptimizer, closure: Closure | Sequence[Closure]) -> None:
+        if isinstance(optimizer.handle, ProbeHandle):
+            raise ValueError("a captured step moves weights: use placement='inplace' with it")
         devices = optimizer.handle.devices
         if len(devices) != 1:
             raise ValueError(f"a step is captured on one device, and the trained parameters are on {len(devices)}")

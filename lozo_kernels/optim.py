@@ -11,12 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .closures import Closure, Randomness, mean_loss
-from .engine import Handle, patch
+from .closures import BatchClosure, Closure, Randomness, as_losses, batch_losses, count_examples, mean_loss
+from .engine import Handle
 from .interrupts import deferred_interrupt
 from .noise import NOISE_VERSION
+from .patching import patch
+from .probe import ProbeHandle, check_batches
 from .readback import Readback
 from .registry import Step
+
+EVALUATIONS = ("sequential", "batched")
 
 
 class NonFiniteLossError(RuntimeError):
@@ -91,6 +95,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             brought up to date before any forward pass, ``state_dict()`` or ``load_state_dict()`` of the model outside ``step``;
             call :meth:`flush` before reading ``param.data`` directly. In half precision the fused pass rounds once where two
             passes round twice, so evaluating between steps changes low-order bits of the run.
+        evaluation: "sequential", one forward pass after the other; or "batched", all evaluations of a step in one forward pass
+            that reads the weights once, for few tokens. The latter needs a probe, ``step(closure, inputs)`` and memory for the
+            activations of all; dropout then differs between evaluations.
         common_random_numbers: give every evaluation of a step the same state of torch's generators (dropout, sampling).
         max_nonfinite: raise :class:`NonFiniteLossError` after this many steps in a row with a loss that is not finite.
         patch_options: see :func:`patch`; only with a model as target.
@@ -113,6 +120,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         directions: int = 1,
         two_sided: bool = True,
         fuse_steps: bool = False,
+        evaluation: str = "sequential",
         common_random_numbers: bool = True,
         max_nonfinite: int = 10,
         **patch_options: Any,
@@ -123,6 +131,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         _check_number("weight_decay", weight_decay, low=0.0)
         _check_count("directions", directions)
         _check_count("max_nonfinite", max_nonfinite)
+        if evaluation not in EVALUATIONS:
+            raise ValueError(f"evaluation is one of {', '.join(map(repr, EVALUATIONS))}, not {evaluation!r}")
         if isinstance(target, Handle) and patch_options:
             raise TypeError(f"the handle is configured already; give {', '.join(patch_options)} to patch()")
         handle = target if isinstance(target, Handle) else patch(target, estimator=self._estimator, **patch_options)
@@ -132,6 +142,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                     f"{type(self).__name__} needs a handle with estimator={self._estimator!r}, "
                     f"and this one has {handle.config.estimator!r}"
                 )
+            self._check_placement(handle, fuse_steps, evaluation)
             self.handle = handle
             super().__init__(_groups(handle, params), {"lr": lr, "weight_decay": weight_decay})
             self._check_cover()
@@ -146,6 +157,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.common_random_numbers = common_random_numbers
         self.max_nonfinite = max_nonfinite
         self.fuse_steps = fuse_steps
+        self.evaluation = evaluation
+        self._batches_checked = False
         self.info: StepInfo | None = None
         self._step = 0
         self._inputs: StepInputs | None = None
@@ -165,31 +178,39 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         return self._step
 
     @torch.no_grad()
-    def step(self, closure: Closure | Sequence[Closure] | None = None) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Any = None, inputs: Any = None) -> Tensor:  # type: ignore[override]
         """One step of the algorithm.
 
         Args:
             closure: returns the loss of a batch as a one-element tensor or a number, without calling backward; it is called
                 once per evaluation and must mean the same batch each time. Several closures are micro-batches: their mean is
                 the objective of the step.
+            inputs: what the closure is called with, a tensor or any nest of tensors, examples first; one for each of several
+                closures. The closure may then return one loss per example, or (sums, weights) of the examples, and must for
+                ``evaluation="batched"``, where it gets the examples once for each evaluation. None: it is called without.
 
         Returns:
             0-dim fp64 tensor, on the device of the loss: :attr:`StepInfo.loss`.
 
         Raises:
             TypeError: no closure, or one that does not return a loss.
+            BatchSplitError: the model cannot evaluate several points in one forward pass.
             NonFiniteLossError: see ``max_nonfinite``.
-            Exception: whatever the closure raises; the weights are then back where they were, up to one rounding of the
-                weight's dtype, and the step was not taken.
+            Exception: whatever the closure raises; the weights are then back where they were (in place, up to one rounding of
+                the weight's dtype), and the step was not taken.
         """
-        closures = [closure] if callable(closure) else list(closure or ())
-        if not closures or not all(map(callable, closures)):
-            raise TypeError(
-                "step() needs a closure that returns the loss (or a sequence of them): optimizer.step(lambda: loss_fn())"
-            )
+        closures, batches = _closures(closure, inputs)
+        if self.evaluation == "batched" and batches is None:
+            raise TypeError("evaluation='batched' needs step(closure, inputs), with a closure that takes the inputs")
+        one_by_one = closures if batches is None else _bind(closures, batches)
         try:
             randomness = Randomness(self.handle.devices) if self.common_random_numbers else None
-            pending, info = self._estimate(*self._evaluate(closures, randomness))
+            self.handle.prepare(one_by_one, randomness, step=self._step)
+            if self.evaluation == "batched":
+                assert batches is not None
+                pending, info = self._estimate(*self._evaluate_together(closures, batches, randomness))
+            else:
+                pending, info = self._estimate(*self._evaluate(one_by_one, randomness))
             self._commit(pending, info)
         except BaseException:
             self._move(None)
@@ -232,6 +253,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         A pending update is made first. V is not stored: it follows from seed and step.
         """
         self.flush()
+        self.handle.settle()
         groups = [
             {k: v for k, v in group.items() if k not in ("params", "param_names")} | {"params": list(group["param_names"])}
             for group in self.param_groups
@@ -281,7 +303,16 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             "directions": self.directions,
             "two_sided": self.two_sided,
             "fuse_steps": self.fuse_steps,
+            "evaluation": self.evaluation,
         }
+
+    @staticmethod
+    def _check_placement(handle: Handle, fuse_steps: bool, evaluation: str) -> None:
+        probing = isinstance(handle, ProbeHandle)
+        if fuse_steps and probing:
+            raise ValueError("fuse_steps saves a pass over the weights, and a probe makes none: leave it out")
+        if evaluation == "batched" and not probing:
+            raise ValueError("evaluation='batched' needs placement='probe': weights that are moved can be at one point only")
 
     def _check_cover(self) -> None:
         grouped = {name for group in self.param_groups for name in group["param_names"]}
@@ -306,6 +337,31 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 self._move((d, -self.eps))
                 minus.append(mean_loss(closures, randomness))
         return plus, minus
+
+    def _evaluate_together(
+        self, closures: Sequence[BatchClosure], batches: Sequence[Any], randomness: Randomness | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """As :meth:`_evaluate`, in one call of each closure."""
+        handle = self.handle
+        assert isinstance(handle, ProbeHandle)
+        examples = {count_examples(inputs) for inputs in batches}
+        if len(examples) > 1:
+            raise ValueError(f"micro-batches that are evaluated together have one number of examples, not {sorted(examples)}")
+        if not self._batches_checked:
+            check_batches(handle, closures, batches, randomness, step=self._step)
+            self._batches_checked = True
+        sides = (self.eps, -self.eps) if self.two_sided else (self.eps,)
+        offsets = [(d, side) for d in range(self.directions) for side in sides]
+        if not self.two_sided:
+            offsets.append((0, 0.0))
+        try:
+            handle.spread_(self._noise_step, offsets, examples.pop())
+            losses = batch_losses(closures, batches, len(offsets), randomness)
+        finally:
+            handle.rest_()
+        if self.two_sided:
+            return list(losses[0::2]), list(losses[1::2])
+        return list(losses[:-1]), [losses[-1]] * self.directions
 
     def _estimate(self, plus: list[Tensor], minus: list[Tensor]) -> tuple[Pending, StepInfo]:
         """The update that the evaluations ask for. Reads no value: a skipped update is an update by zero, so nothing waits."""
@@ -378,14 +434,14 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             self._standing = target
 
     def _update(self, pending: Pending, perturb_next: float | None) -> None:
-        assert self._standing is not None
+        assert self._standing is not None or self.evaluation == "batched"
         self.handle.update_(
             pending.step,
             pending.c,
             pending.lr,
             weight_decay=pending.weight_decay,
             beta=pending.beta,
-            standing=self._standing[1],
+            standing=0.0 if self._standing is None else self._standing[1],
             perturb_next=perturb_next,
         )
 
@@ -439,6 +495,29 @@ class MeZO(ZerothOrderOptimizer):
     """
 
     _estimator = "dense"
+
+
+def _closures(closure: Any, inputs: Any) -> tuple[list[Any], list[Any] | None]:
+    """Closures and, if there are inputs, a batch for each."""
+    single = callable(closure)
+    closures = [closure] if single else list(closure or ())
+    if not closures or not all(map(callable, closures)):
+        raise TypeError("step() needs a closure that returns the loss (or a sequence of them): optimizer.step(lambda: loss_fn())")
+    if inputs is None:
+        return closures, None
+    batches = [inputs] if single else list(inputs)
+    if len(batches) != len(closures):
+        raise ValueError(f"there are {len(batches)} inputs for {len(closures)} closures")
+    return closures, batches
+
+
+def _bind(closures: Sequence[BatchClosure], batches: Sequence[Any]) -> list[Closure]:
+    """Closures that take nothing."""
+
+    def bound(closure: BatchClosure, inputs: Any) -> Closure:
+        return lambda: as_losses(closure(inputs), 1, count_examples(inputs))[0]
+
+    return [bound(closure, inputs) for closure, inputs in zip(closures, batches, strict=True)]
 
 
 def _same_point(a: tuple[int, float] | None, b: tuple[int, float] | None) -> bool:

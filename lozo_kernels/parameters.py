@@ -7,6 +7,7 @@ import fnmatch
 import math
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ class Slot:
         tensor_id: id of the alphabetically first of all names, so it survives a change of registration order.
         kind: "lowrank" or "dense".
         layout: "matrix", "experts" (one matrix each), "rows" (first dimension by the rest, as for convolutions) or "flat".
+        out_of_reach: why the storage cannot be changed here ("offloaded", "quantised"), or None. Only probes take such weights.
     """
 
     owner: weakref.ref[nn.Module]
@@ -39,6 +41,20 @@ class Slot:
     tensor_id: int
     kind: str
     layout: str
+    out_of_reach: str | None = None
+
+    @property
+    def extent(self) -> tuple[int, int, int]:
+        """(batch, rows, cols) of :meth:`view`, without looking at storage; a contiguous tensor's where the layout is "flat"."""
+        p = self.parameter
+        if self.out_of_reach == "quantised":  # the storage may be packed
+            module: Any = self.owner()
+            return 1, module.out_features, module.in_features
+        if self.layout == "flat":
+            return 1, 1, p.numel()
+        if self.layout == "rows":
+            return 1, p.shape[0], math.prod(p.shape[1:])
+        return (1, p.shape[0], p.shape[1]) if p.dim() == 2 else (p.shape[0], p.shape[1], p.shape[2])
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -58,13 +74,14 @@ class Slot:
         """
         p = self.parameter.detach()
         check_trainable(self.name, p)
-        x = self._as_matrices(p)
+        x = self.matrices(p)
         problem = stride_problem(x)
         if problem is not None:
             raise self._bad_strides(p, problem)
         return x
 
-    def _as_matrices(self, p: Tensor) -> Tensor:
+    def matrices(self, p: Tensor) -> Tensor:
+        """A tensor of the parameter's shape as (batch, rows, cols)."""
         if self.layout == "flat":
             if p.is_contiguous():
                 return p.view(1, 1, -1)
@@ -97,8 +114,31 @@ class LeftAlone:
     reason: str
 
 
+def is_quantised(module: nn.Module | None, p: Tensor) -> bool:
+    """Whether a linear layer's weight is kept as integers that only the layer itself can read (bitsandbytes, torchao)."""
+    if not isinstance(module, nn.Linear) or p is not module._parameters.get("weight"):
+        return False
+    sharded = hasattr(p, "placements")  # a DTensor, whose shards are ordinary tensors
+    return not sharded and not p.is_complex() and (not p.is_floating_point() or type(p.data) is not Tensor)
+
+
+def is_offloaded(module: nn.Module | None, p: Tensor) -> bool:
+    """Whether accelerate brings the weight only while its module runs."""
+    return p.device.type == "meta" and hasattr(module, "_hf_hook")
+
+
+def _out_of_reach(module: nn.Module, p: Tensor, config: PatchConfig) -> str | None:
+    if config.placement == "inplace":
+        return None
+    if config.estimator == "lowrank" and is_quantised(module, p):
+        return "quantised"
+    return "offloaded" if is_offloaded(module, p) else None
+
+
 def find_parameters(model: nn.Module, config: PatchConfig) -> tuple[list[Slot], list[LeftAlone]]:
     """Everything that ``config`` trains in ``model``, tied weights once, and everything that it leaves alone.
+
+    A probe also trains quantised linear layers, although their weights do not require a gradient, and offloaded weights.
 
     Raises:
         TypeError: a parameter to train is sparse, complex, on the meta device or of an unsupported dtype.
@@ -115,9 +155,11 @@ def find_parameters(model: nn.Module, config: PatchConfig) -> tuple[list[Slot], 
 
     chosen, left = [], []
     for key, (module, attribute, p) in owners.items():
-        reason = _why_not(p, names[key], config)
+        away = _out_of_reach(module, p, config)
+        reason = _why_not(p, names[key], config, away == "quantised")
         if reason is None:
-            check_trainable(names[key][0], p)
+            if away is None:
+                check_trainable(names[key][0], p)
             chosen.append((module, attribute, p, names[key]))
         else:
             left.append(LeftAlone(names[key][0], p, reason))
@@ -130,8 +172,11 @@ def find_parameters(model: nn.Module, config: PatchConfig) -> tuple[list[Slot], 
     slots = []
     for module, attribute, p, aliases in chosen:
         kind, layout = _treatment(module, p, config)
-        slot = Slot(weakref.ref(module), attribute, aliases[0], tuple(dict.fromkeys(aliases[1:])), ids[min(aliases)], kind, layout)
-        slot.view()
+        away = _out_of_reach(module, p, config)
+        tensor_id, others = ids[min(aliases)], tuple(dict.fromkeys(aliases[1:]))
+        slot = Slot(weakref.ref(module), attribute, aliases[0], others, tensor_id, kind, layout, away)
+        if away is None:
+            slot.view()
         slots.append(slot)
     return slots, left
 
@@ -156,8 +201,8 @@ def _check_patterns(config: PatchConfig, names: Sequence[str]) -> None:
                 )
 
 
-def _why_not(p: Tensor, names: Sequence[str], config: PatchConfig) -> str | None:
-    if not p.requires_grad:
+def _why_not(p: Tensor, names: Sequence[str], config: PatchConfig, quantised: bool) -> str | None:
+    if not p.requires_grad and not quantised:
         return "requires_grad is False"
     if config.include is not None and not _matches(names, config.include):
         return "matches no include pattern"
@@ -180,6 +225,8 @@ def check_trainable(name: str, p: Tensor) -> None:
 
 
 def _treatment(module: nn.Module, p: Tensor, config: PatchConfig) -> tuple[str, str]:
+    if is_quantised(module, p):
+        return "lowrank", "matrix"
     if config.estimator == "dense" or p.dim() < 2:
         return "dense", "flat"
     if p.dim() == 2:

@@ -14,6 +14,7 @@ class ParameterReport:
     Attributes:
         treatment: "low-rank r", "dense" or "left alone".
         backend: name of the backend that changes it, None if none does.
+        side: of a probe, where the perturbation enters; None for in place or not chosen yet.
         note: the matrices it is seen as, or the reason why it is left alone.
     """
 
@@ -25,6 +26,7 @@ class ParameterReport:
     treatment: str
     backend: str | None
     note: str
+    side: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,16 +35,29 @@ class Report:
 
     parameters: tuple[ParameterReport, ...]
     rejected_backends: dict[str, dict[str, str]]
+    notes: tuple[str, ...] = ()
+    """What a probe's check found."""
 
     def __str__(self) -> str:
-        header = ("parameter", "shape", "dtype", "device", "treatment", "backend", "note")
+        header = ("parameter", "shape", "dtype", "device", "treatment", "side", "backend", "note")
         rows = [header]
         for p in self.parameters:
             note = p.note + (f"; tied with {', '.join(p.aliases)}" if p.aliases else "")
             shape = "x".join(map(str, p.shape)) or "scalar"
-            rows.append((p.name, shape, str(p.dtype).removeprefix("torch."), str(p.device), p.treatment, p.backend or "-", note))
+            rows.append(
+                (
+                    p.name,
+                    shape,
+                    str(p.dtype).removeprefix("torch."),
+                    str(p.device),
+                    p.treatment,
+                    p.side or "-",
+                    p.backend or "-",
+                    note,
+                )
+            )
         widths = [max(len(row[i]) for row in rows) for i in range(len(header) - 1)]
         lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
         for device, reasons in self.rejected_backends.items():
             lines += [f"{device}: {name} not used: {reason}" for name, reason in reasons.items()]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])

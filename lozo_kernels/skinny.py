@@ -52,7 +52,9 @@ def lowrank_linear_(
     inputs, outputs = (rows, cols) if transposed else (cols, rows)
     _check(y, v, b, draws, scales, outputs)
     if x.dim() != 2 or x.shape[1] != inputs or len(x) != len(y) or x.dtype not in DTYPES or (inputs > 1 and x.stride(1) != 1):
-        raise ValueError(f"x is {tuple(x.shape)} {x.dtype} with strides {x.stride()}; needed is ({len(y)}, {inputs}), rows contiguous")
+        raise ValueError(
+            f"x is {tuple(x.shape)} {x.dtype} with strides {x.stride()}; needed is ({len(y)}, {inputs}), rows contiguous"
+        )
     if shift is not None and (shift.shape != (len(draws), outputs) or shift.dtype != torch.float32 or not shift.is_contiguous()):
         raise ValueError(f"shift is {tuple(shift.shape)} {shift.dtype}; needed is contiguous fp32 ({len(draws)}, {outputs})")
     if torch.compiler.is_compiling():

@@ -19,6 +19,8 @@ LAYERS = [
     {"ops", "skinny"},
     {"backends", "library", "parameters", "passes"},
     {"engine", "environment"},
+    {"probe"},
+    {"patching"},
     {"optim"},
     {"graphs"},
     {"hf", "bench", "doctor"},

@@ -12,8 +12,9 @@ from torch import nn
 
 from ..backends.triton import TritonBackend
 from ..backends.triton.launcher import Launcher
-from ..engine import Handle, patch
+from ..engine import Handle
 from ..environment import OtherLoad, environment
+from ..patching import patch
 from ..registry import register_backend
 from .arguments import add_common, check_output, model_name, positive
 from .document import format_table, publish

@@ -1,0 +1,53 @@
+"""patch(): the handle that a model's placement asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from .config import PatchConfig
+from .engine import Handle, register_handle
+from .probe import ProbeHandle
+
+
+def patch(
+    model: nn.Module,
+    *,
+    estimator: str = "lowrank",
+    rank: int = 2,
+    interval: int = 50,
+    seed: int = 0,
+    scaling: str = "paper",
+    include: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str | None = None,
+    rounding: str = "nearest",
+    backend: str | None = None,
+    placement: str = "inplace",
+    side: str | Mapping[str, str] | Sequence[tuple[str, str]] = "auto",
+    keep_factors: bool = False,
+    allow_drift: bool = False,
+) -> Handle:
+    """Prepares a model for forward-only training. Nothing of the model changes until the handle is used.
+
+    Args:
+        model: any module; parameters that require a gradient are trained, tied ones once.
+        estimator, rank, interval, seed, scaling, include, exclude, rounding, backend, placement, side, keep_factors, allow_drift:
+            see :class:`PatchConfig`.
+
+    Returns:
+        The handle, a :class:`~lozo_kernels.probe.ProbeHandle` unless the placement is "inplace"; ``handle.restore()`` gives the
+        model back.
+
+    Raises:
+        TypeError, ValueError: a setting or a parameter does not fit; the model is untouched.
+        RuntimeError: the model is patched already, or the named backend cannot serve one of its devices.
+    """
+    config = PatchConfig(
+        *(estimator, rank, interval, seed, scaling, include, exclude, rounding, backend),  # type: ignore[arg-type]
+        *(placement, side, keep_factors, allow_drift),  # type: ignore[arg-type]
+    )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch() takes a torch.nn.Module, not {type(model).__name__}")
+    kind = Handle if config.placement == "inplace" else ProbeHandle
+    return register_handle(model, lambda: kind(model, config))

@@ -1,0 +1,43 @@
+"""Evaluations that share a forward pass: whether a model keeps them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..closures import BatchClosure, Randomness, batch_losses, count_examples
+from .handle import ProbeHandle
+from .runtime import BatchSplitError
+from .verify import Losses, lowest_precision, typical_scale
+
+
+@torch.no_grad()
+def check_batches(
+    handle: ProbeHandle, closures: Sequence[BatchClosure], batches: Sequence[Any], randomness: Randomness | None, *, step: int
+) -> None:
+    """Evaluates two distant points one after the other and together.
+
+    Raises:
+        BatchSplitError: the losses differ.
+    """
+    scale = typical_scale(handle.members, handle.config.rank)
+    try:
+        handle.rest_()
+        rest = float(batch_losses(closures, batches, 1, randomness))
+        alone = []
+        for side in (scale, -scale):
+            handle.perturb_(step, side)
+            alone.append(float(batch_losses(closures, batches, 1, randomness)))
+            handle.rest_()
+        handle.spread_(step, [(0, scale), (0, -scale)], count_examples(batches[0]))
+        together = batch_losses(closures, batches, 2, randomness).tolist()
+    finally:
+        handle.rest_()
+    dtype = lowest_precision(handle.members)
+    if not all(Losses(rest, a, b).agree(dtype) for a, b in zip(together, alone, strict=True)):
+        raise BatchSplitError(
+            f"two evaluations in one forward pass gave the losses {together}, one after the other {alone}: something in the model or the "
+            "closure mixes the examples of a batch; use evaluation='sequential'"
+        )

@@ -1,0 +1,145 @@
+"""Which side each parameter of a probe takes, and why."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from ..config import PatchConfig
+from .activation import layer_kind
+from .cost import Costs, free_bytes
+from .members import Member
+from .trace import Uses
+
+_PASSES = 3  # over the weights in a step that moves them
+
+_COPY_BYTES = 1 << 16
+"""Weights up to this size get memory of their own: one call for all of them costs less than a call for each module."""
+
+
+def choose_sides(
+    members: Sequence[Member], uses: Mapping[Member, Uses], costs: Mapping[Member, Costs], config: PatchConfig, compiled: bool
+) -> None:
+    """Sets ``side``, ``reason`` and ``scopes`` of every member.
+
+    Args:
+        uses: where an evaluation used each.
+        costs: of each low-rank member's device and dtype.
+        compiled: the model is compiled, so that scratch memory cannot be used.
+    """
+    for member in members:
+        used = uses[member]
+        if None in used.modules:
+            _settle(member, "inplace", "used outside of any module")
+            continue
+        member.scopes = [m for m in used.modules if m is not None] or [member.holders[0].module]
+        if member.slot.kind == "lowrank":
+            _choose_matrix(member, used, costs[member], config, compiled)
+        else:
+            _settle(member, "copy", "small" if _bytes(member) <= _COPY_BYTES else "dense")
+            if config.estimator == "dense" and _bytes(member) > _COPY_BYTES and not compiled:
+                _settle(member, "scratch", "dense noise has no factors")
+    if config.placement == "auto":
+        _fall_back(members, uses, costs, config)
+    for member in members:
+        _make_shift(member, members, uses)
+
+
+def _fall_back(members: Sequence[Member], uses: Mapping[Member, Uses], costs: Mapping[Member, Costs], config: PatchConfig) -> None:
+    """To moving weights in place: where scratch does not fit, or everywhere if that is faster and drift is allowed."""
+    for member in members:
+        if member.side == "scratch" and _bytes(member) > free_bytes(member.device):
+            _settle(member, "inplace", "no memory for its scratch")
+    known = [m for m in members if m in costs and m.slot.out_of_reach is None]
+    probe = 2 * sum(_cost(m, uses[m], costs[m]) for m in known)
+    passes = _PASSES * sum(m.numel * costs[m].element for m in known)
+    if config.allow_drift and config.estimator == "lowrank" and passes < probe:
+        for member in members:
+            if member.slot.out_of_reach is None:
+                _settle(member, "inplace", f"{1e3 * passes:.1f} ms a step against {1e3 * probe:.1f} for a probe")
+
+
+def _cost(member: Member, used: Uses, costs: Costs) -> float:
+    _, rows, cols = member.extent
+    return costs.activation(max(1, used.tokens), cols, rows) if member.side == "activation" else costs.scratch(member.numel)
+
+
+def _settle(member: Member, side: str, reason: str) -> None:
+    member.side, member.reason = side, reason
+
+
+def _choose_matrix(member: Member, used: Uses, costs: Costs, config: PatchConfig, compiled: bool) -> None:
+    obstacle = why_not_activation(member, used)
+    asked = _asked(member, config)
+    if member.slot.out_of_reach == "quantised":
+        _settle(member, "inplace" if obstacle else "activation", obstacle or "quantised: its weight cannot be written elsewhere")
+    elif obstacle is None and asked in ("auto", "activation"):
+        _, rows, cols = member.extent
+        skinny, scratch = costs.activation(max(1, used.tokens), cols, rows), costs.scratch(member.numel)
+        if asked == "activation" or compiled or skinny <= scratch:
+            _settle(member, "activation", "asked for" if asked == "activation" else _compare(skinny, scratch, used.tokens))
+        else:
+            _settle(member, "scratch", _compare(scratch, skinny, used.tokens))
+    elif asked in ("scratch", "copy"):
+        _settle(member, asked, "asked for")
+    elif compiled or (_bytes(member) <= _COPY_BYTES and member.slot.out_of_reach is None):
+        _settle(member, "copy", f"{obstacle}; " + ("the model is compiled" if compiled else "small"))
+    else:
+        _settle(member, "scratch", str(obstacle))
+    if member.slot.out_of_reach == "offloaded" and member.side == "copy":
+        _settle(member, "scratch", "offloaded")
+
+
+def why_not_activation(member: Member, used: Uses) -> str | None:
+    """What speaks against the activation side, or None. It needs every use of the weight to be that of a layer that is known."""
+    if member.slot.layout != "matrix":
+        return "not the matrix of a layer"
+    for holder in member.holders:
+        if layer_kind(holder) is None:
+            return f"held by {type(holder.module).__name__}, which uses it in its own way"
+    inside = {holder.module for holder in member.holders}
+    for module in used.modules:
+        if module is not None and module not in inside:
+            return f"also used inside {type(module).__name__}"
+    return None
+
+
+def _make_shift(member: Member, members: Sequence[Member], uses: Mapping[Member, Uses]) -> None:
+    """A bias whose layer is on the activation side is added there."""
+    if member.slot.kind != "dense" or len(member.holders) != 1 or member.holders[0].attribute != "bias":
+        return
+    module = member.holders[0].module
+    if any(m is not module for m in uses[member].modules):
+        return
+    for other in members:
+        if other.side == "activation" and any(h.module is module for h in other.holders):
+            _settle(member, "shift", "added with the weight's part")
+            member.scopes, member.partners = [], [other]
+
+
+def scopes_of(members: Sequence[Member]) -> dict[nn.Module, list[Member]]:
+    """The members that are swapped in during each module's forward."""
+    scopes: dict[nn.Module, list[Member]] = {}
+    for member in members:
+        if member.side in ("scratch", "copy"):
+            for module in member.scopes:
+                scopes.setdefault(module, []).append(member)
+    return scopes
+
+
+def _asked(member: Member, config: PatchConfig) -> str:
+    side = config.side
+    if isinstance(side, str):
+        return side
+    names = (member.name, *member.slot.aliases)
+    return next((word for pattern, word in side if any(fnmatch.fnmatchcase(n, pattern) for n in names)), "auto")
+
+
+def _bytes(member: Member) -> int:
+    return member.numel * member.slot.parameter.element_size()
+
+
+def _compare(chosen: float, other: float, tokens: int) -> str:
+    return f"{1e6 * chosen:.0f} us against {1e6 * other:.0f} at {tokens} tokens"

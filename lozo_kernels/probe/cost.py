@@ -1,0 +1,104 @@
+"""What the two sides of a probe cost on a device, measured there with the ops themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from .. import ops, skinny
+from ..registry import Backend, Draw
+from ..table import TensorTable
+
+_ROUNDS = 5
+_FEATURES = 1024
+_TOKENS = 128
+_SMALL = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Seconds: ``call + tokens * (inputs + outputs) * feature`` on the activation side, ``fill + elements * element`` for a scratch.
+
+    Attributes:
+        call, feature: of :func:`lozo_kernels.skinny.lowrank_linear_`.
+        fill, element: of :func:`lozo_kernels.ops.lowrank_merge_` into other memory.
+    """
+
+    call: float
+    feature: float
+    fill: float
+    element: float
+
+    def activation(self, tokens: int, inputs: int, outputs: int) -> float:
+        """Of one layer in one evaluation."""
+        return self.call + tokens * (inputs + outputs) * self.feature
+
+    def scratch(self, elements: int) -> float:
+        """Of one weight in one evaluation."""
+        return self.fill + elements * self.element
+
+
+@functools.lru_cache(maxsize=64)
+def measure_costs(device: torch.device, dtype: torch.dtype, rank: int, backend: Backend) -> Costs:
+    """Medians of a few calls on small and on larger tensors, once in a process."""
+
+    def activation(tokens: int, features: int) -> float:
+        x, y = (torch.randn(tokens, features, device=device).to(dtype) for _ in range(2))
+        v = torch.zeros(rank, features, dtype=torch.float16, device=device)
+        b = torch.zeros(features, rank, device=device)
+        draws, scales = torch.zeros(1, 2, dtype=torch.int64, device=device), torch.ones(1, device=device)
+        return _median(
+            lambda: skinny.lowrank_linear_(y, x, v, b, seed=0, tensor_id=0, draws=draws, scales=scales, backend=backend), device
+        )
+
+    def scratch(features: int) -> float:
+        weights = [torch.randn(1, features, features, device=device).to(dtype) for _ in range(_ROUNDS + 1)]
+        v = torch.zeros(1, rank, features, dtype=torch.float16, device=device)
+        n = torch.zeros(1, features, rank, device=device)
+        out = TensorTable([torch.empty_like(weights[0])], [0])
+        tables = iter([TensorTable([w], [0], v=[v], n=[n]) for w in weights])  # each read from memory, as in a model
+        return _median(
+            lambda: ops.lowrank_merge_(next(tables), seed=0, draws=[Draw(0)], scales=1.0, out=out, backend=backend), device
+        )
+
+    small, large = activation(1, _SMALL), activation(_TOKENS, _FEATURES)
+    feature = max(0.0, large - small) / (2 * _TOKENS * _FEATURES)
+    least, most = scratch(_SMALL), scratch(_FEATURES)
+    return Costs(small, feature, least, max(0.0, most - least) / _FEATURES**2)
+
+
+def _median(call: Callable[[], None], device: torch.device) -> float:
+    seconds = []
+    for _ in range(_ROUNDS + 1):
+        _wait(device)
+        start = time.perf_counter()
+        call()
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that could be taken on a device now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return _available_ram()
+    except (OSError, ValueError, StopIteration):
+        return 1 << 62
+
+
+def _available_ram() -> int:
+    with open("/proc/meminfo", encoding="ascii") as file:
+        line = next(line for line in file if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024

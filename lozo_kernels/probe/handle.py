@@ -1,0 +1,381 @@
+"""The handle of a probed model: it moves the point that the model is evaluated at, and what was learned, but no weight."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..closures import Closure, Randomness
+from ..config import PatchConfig
+from ..engine import Handle, check_scale
+from ..parameters import Slot
+from ..passes import Group, Scalar, Term, run_pass
+from ..registry import Choice, Draw, Rounding, Step, choose_backend
+from ..report import ParameterReport
+from . import preparation
+from .guards import Guards
+from .install import Installation
+from .members import Holder, Member, Past
+from .offload import execution_device, offloaded_weight
+from .runtime import Point, Runtime
+from .scopes import Arena
+from .state import FactorUpdate, StateGroup, make_groups, merge_weights, update_factors
+from .weights import PerturbedWeights
+
+_REST = Point(0, 0, 0.0)
+
+
+class ProbeHandle(Handle):
+    """A handle whose perturbations do not touch the weights (:class:`~lozo_kernels.PatchConfig`, ``placement="probe"``).
+
+    The model behaves as if its weights were X_t = W + B V^T, plus the perturbation that stands, wherever it is called: in a step, in an
+    evaluation, in ``generate``. W itself changes only when B is merged: when V is drawn anew, in :meth:`settle`, before
+    ``state_dict()`` and ``load_state_dict()``, and in :meth:`restore`. Methods are those of :class:`Handle`; :meth:`prepare` comes first.
+    """
+
+    def __init__(self, model: nn.Module, config: PatchConfig) -> None:
+        self._members: list[Member] = []
+        self._states: list[StateGroup] = []
+        self._resting: list[Group] = []
+        self._runtime = Runtime(config)
+        self._arenas: dict[torch.device, Arena] = {}
+        self._installation = Installation()
+        self._choices: dict[torch.device, Choice] = {}
+        self._standing: Point | None = None
+        self._learned = False
+        self._last_step = 0
+        self._prepared = False
+        self._notes: list[str] = []
+        self.history: list[tuple[int, dict[str, Tensor]]] = []
+        """With ``keep_factors``, and for weights that cannot be merged: (window, B by name) of every window so far, on the CPU."""
+        self._weights = PerturbedWeights(self._runtime, config.seed)
+        super().__init__(model, config)
+        self._watch = Guards(model, self._members)
+        self._watch.check_adapters()
+
+    @property
+    def prepared(self) -> bool:
+        """Whether :meth:`prepare` has chosen sides."""
+        return self._prepared
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where the trained parameters' state is, each device once."""
+        return list(dict.fromkeys(member.device for member in self._members))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the check of :meth:`prepare` found."""
+        return tuple(self._notes)
+
+    @property
+    def members(self) -> list[Member]:
+        """What is known of every trained parameter, in the order of :attr:`names`."""
+        return self._members
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of scratch memory held."""
+        return sum(arena.nbytes for arena in self._arenas.values())
+
+    def prepare(self, closures: Closure | Sequence[Closure], randomness: Randomness | None = None, *, step: int = 0) -> None:
+        """Looks where an evaluation uses each weight, chooses sides, and checks one loss both ways. A second call does nothing.
+
+        An optimiser does this in its first step. It costs three evaluations, and three more for each weight that has to be treated in
+        another way than its module's type suggested; :meth:`report` says which those were.
+
+        Args:
+            closures: as :meth:`lozo_kernels.LOZO.step` takes them.
+            randomness: what every evaluation draws.
+            step: the step that follows.
+        """
+        if self._prepared:
+            return
+        self.enter_window(step)
+        self._notes += preparation.prepare(self, [closures] if callable(closures) else list(closures), randomness)
+        self._prepared = True
+
+    @torch.no_grad()
+    def perturb_(self, step: Step, scale: float, *, direction: int = 0) -> None:
+        """The model is evaluated at scale * D(step, direction) from where it is. Arguments as :meth:`Handle.perturb_`.
+
+        Raises:
+            RuntimeError: not prepared, or a perturbation along another direction stands (use :meth:`shift_`).
+        """
+        check_scale(scale)
+        self._check_prepared()
+        self._start(step)
+        standing = self._standing
+        if standing is not None and ((standing.step is not step and standing.step != step) or standing.direction != direction):
+            raise RuntimeError("a perturbation along another direction stands: a probe holds one at a time; use shift_()")
+        if self._groups:
+            run_pass(self._groups, self.config, [Term(Draw(step, direction), perturb=scale)])
+        self._move_to(Point(step, direction, scale + (standing.scale if standing else 0.0)))
+
+    @torch.no_grad()
+    def shift_(self, step: Step, remove: tuple[int, float], add: tuple[int, float]) -> None:
+        """From a perturbation along one direction of a step to one along another. Arguments as :meth:`Handle.shift_`."""
+        check_scale(remove[1])
+        check_scale(add[1])
+        self._check_prepared()
+        if self._groups:
+            super().shift_(step, remove, add)
+        else:
+            self._start(step)
+        self._move_to(Point(step, add[0], add[1]))
+
+    @torch.no_grad()
+    def spread_(self, step: Step, offsets: Sequence[tuple[int, float]], examples: int) -> None:
+        """Several evaluations share the next forward passes: ``examples`` of the batch at each (direction, scale), in order.
+
+        Raises:
+            RuntimeError: not prepared, or a parameter is perturbed in place.
+        """
+        self._check_prepared()
+        self._start(step)
+        if self._groups:
+            name = self._members[int(self._groups[0].index[0])].name
+            raise RuntimeError(f"{name!r} is perturbed in place, which one forward pass can do in one way only: see report()")
+        self._standing = Point(step, 0, 0.0)
+        self._write([Point(step, direction, scale) for direction, scale in offsets], examples)
+
+    @torch.no_grad()
+    def rest_(self) -> None:
+        """Takes any perturbation out."""
+        standing = self._standing
+        if standing is not None and self._groups and standing.scale:
+            run_pass(self._groups, self.config, [Term(Draw(standing.step, standing.direction), perturb=-standing.scale)])
+        self._standing = None
+        self._write([_REST])
+
+    @torch.no_grad()
+    def update_(
+        self,
+        step: Step,
+        c: Scalar | Sequence[Scalar],
+        lr: Scalar,
+        *,
+        weight_decay: Scalar = 0.0,
+        beta: float | Tensor | None = None,
+        standing: float = 0.0,
+        perturb_next: float | None = None,
+    ) -> None:
+        """X <- (1 - lr * weight_decay) X - lr * mean over directions of c D / r, into B. Arguments as :meth:`Handle.update_`.
+
+        Raises:
+            RuntimeError: an evaluation changed weights.
+        """
+        if perturb_next is not None:
+            raise ValueError("a probe makes no pass that a perturbation could share: leave perturb_next out")
+        if beta is not None and not self._momentum:
+            raise RuntimeError("momentum was not enabled: call enable_momentum() first")
+        self._check_prepared()
+        self._watch.check_weights()
+        self._start(step)
+        cs = list(c) if isinstance(c, Sequence) else [c]
+        for group in self._states:
+            update_factors(group, FactorUpdate(step, cs, lr, weight_decay, beta), self.config)
+        if self._resting:
+            self._update_groups(self._resting, step, cs, lr, weight_decay, beta, 0.0, None)
+        if self._groups:
+            self._update_groups(self._groups, step, cs, lr, weight_decay, beta, standing, None)
+        self._last_step = self._last_step + 1 if isinstance(step, Tensor) else step
+        self._learned = self._learned or bool(self._states)
+        self._standing = None
+        self._write([_REST])
+        self._watch.look()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Merges what was learned into the weights: they become X_t, rounded once into their dtype.
+
+        Rounds once more than a run that merges only when V is drawn anew.
+        """
+        if not self._learned:
+            return
+        if any(member.swapped for member in self._members):
+            raise RuntimeError("the weights cannot be brought up to date while a forward pass of the model runs")
+        if self._standing is not None:
+            self.rest_()
+        rounding = Rounding(self._last_step) if self.config.rounding == "stochastic" else None
+        self._remember()
+        for group in self._states:
+            near = [m for m in group.members if m.slot.out_of_reach is None]
+            if near:
+                merge_weights(group, [m.slot.view() for m in near], near, self.config.seed, rounding)
+            for member in group.members:
+                self._merge_away(group, member, rounding)
+                assert member.b is not None
+                member.b.zero_()
+                member.gain = None
+            group.gains.fill_(1.0)
+        self._learned = False
+        self._write([_REST])
+        self._watch.look()
+
+    def _merge_away(self, group: StateGroup, member: Member, rounding: Rounding | None) -> None:
+        """A weight that is out of reach: brought here and back, or, if it cannot be written, its factors are kept."""
+        if member.slot.out_of_reach == "offloaded":
+            with offloaded_weight(member, group.members[0].device) as x:
+                merge_weights(group, [x], [member], self.config.seed, rounding)
+        elif member.slot.out_of_reach == "quantised":
+            assert member.b is not None and member.v is not None
+            if member.gain is not None:
+                raise RuntimeError(f"{member.name!r} is quantised and cannot decay: use weight_decay=0 for it")
+            b, v = member.b[0].clone(), member.v[0].float()
+            past = member.past
+            member.past = Past(b, v) if past is None else Past(torch.cat((past.b, b), 1), torch.cat((past.v, v)))
+
+    def _remember(self) -> None:
+        kept = [m for m in self._members if m.b is not None and (self.config.keep_factors or m.slot.out_of_reach == "quantised")]
+        if not kept:
+            return
+        decayed = next((m for m in kept if m.gain is not None), None)
+        if decayed is not None and self.config.keep_factors:
+            raise RuntimeError(f"{decayed.name!r} decays, which factors cannot say: keep_factors goes with weight_decay=0")
+        assert self._window is not None
+        self.history.append((self._window, {m.name: m.b.cpu().clone() for m in kept if m.b is not None}))
+
+    def write_perturbed(self, name: str, out: Tensor) -> None:
+        """The weight that the model behaves as having, rounded into its dtype: what the weight side computes with.
+
+        Args:
+            name: any of a parameter's names.
+            out: of its shape and dtype, contiguous.
+
+        Raises:
+            KeyError: no trained parameter has this name.
+            ValueError: ``out`` does not fit.
+        """
+        slot = self._find(name)
+        self._fill(next(m for m in self._members if m.slot is slot), out, 0)
+
+    def enter_window(self, step: int) -> None:
+        """Makes V that of a step. What was learned under another V is merged first."""
+        self._check_usable()
+        if self._window is not None and step // self.config.interval != self._window:
+            self.settle()
+        super().enter_window(step)
+
+    def restore(self) -> None:
+        """Merges, and gives the model its own forwards back. A second call does nothing."""
+        if self._restored:
+            return
+        self.rest_()
+        self.settle()
+        self._installation.remove()
+        super().restore()
+
+    def install(self) -> None:
+        """Puts the chosen sides into the model's modules."""
+        self._installation.remove()
+        self._rebuild_groups()
+        self._installation.add(self.model, self._members, self._runtime, self._arenas, self._fill, self._choices, weakref.ref(self))
+        self._watch.installed(self._installation)
+
+    def _fill(self, member: Member, out: Tensor, group: int) -> None:
+        self._weights.fill(member, out, group, self._choices[member.device].backend)
+
+    def _write(self, points: Sequence[Point], examples: int | None = None) -> None:
+        """Moves to other points; copies and shifts follow."""
+        self._runtime.live = self._learned or any(m.past is not None for m in self._members) or any(p.scale for p in points)
+        self._runtime.write(points, examples)
+        self._weights.refresh()
+
+    def _move_to(self, point: Point) -> None:
+        self._standing = point if point.scale else None
+        self._write([point if point.scale else _REST])
+
+    def _check_prepared(self) -> None:
+        self._check_usable()
+        if not self._prepared:
+            raise RuntimeError("the handle does not know yet where weights are used: call prepare(closure) once first")
+
+    def _start(self, step: Step) -> None:
+        super()._start(step)
+        if self._prepared:
+            self._watch.check_modules()
+
+    def _device(self, slot: Slot) -> torch.device:
+        p = slot.parameter
+        return execution_device(slot.owner()) if p.device.type == "meta" else p.device
+
+    def _resample(self, window: int | None, *, reproject: bool) -> None:
+        if window is not None:
+            for group in self._states:
+                if group.windows is not None:
+                    ops.resample_(
+                        group.windows, seed=self.config.seed, window=window, reproject=reproject, backend=group.choice.backend
+                    )
+        in_place = self._groups
+        try:
+            self._groups = [*in_place, *self._resting]
+            super()._resample(window, reproject=reproject)
+        finally:
+            self._groups = in_place
+
+    def _rebuild_groups(self) -> None:
+        self._check_shapes()
+        if not self._members:
+            self._members = self._find_members()
+        for member in self._members:
+            self._follow(member)
+        self._choices = {d: choose_backend(d, self.config.backend) for d in self.devices}
+        self._states = make_groups(self._members, self._momentum, self._choices)
+        straight = [m for m in self._members if m.b is None]
+        self._groups = self._tables([m for m in straight if m.side == "inplace"])
+        self._resting = self._tables([m for m in straight if m.side != "inplace"])
+        self._weights.rebuild(self._members, self._choices)
+        self._weights.refresh()
+
+    def _tables(self, members: Sequence[Member]) -> list[Group]:
+        """Tables over the weights themselves, which are then moved as :class:`Handle` does."""
+        by_place: dict[tuple[str, torch.device], list[int]] = {}
+        for member in members:
+            by_place.setdefault((member.slot.kind, member.device), []).append(member.index)
+        return [self._make_group(kind, device, index) for (kind, device), index in by_place.items()]
+
+    def _find_members(self) -> list[Member]:
+        holders: dict[int, list[Holder]] = {}
+        for name, module in self.model.named_modules():
+            for attribute, p in module._parameters.items():
+                if p is not None:
+                    holders.setdefault(id(p), []).append(Holder(module, name, attribute))
+        return [
+            Member(slot, i, self._extent(slot), self._device(slot), holders[id(slot.parameter)])
+            for i, slot in enumerate(self._slots)
+        ]
+
+    def _follow(self, member: Member) -> None:
+        """State where the parameter is now, made at the first call."""
+        member.device = device = self._device(member.slot)
+        batch, rows, cols = member.extent
+        if member.slot.kind == "lowrank":
+            if member.v is None:
+                member.v = torch.zeros(batch, self.config.rank, cols, dtype=torch.float16, device=device)
+            member.v = member.v.to(device)
+            self._v[member.name] = member.v
+        if member.side == "inplace":
+            member.b = None
+        elif self.config.estimator == "lowrank":
+            if member.b is None:
+                member.b = torch.zeros(batch, rows, self.config.rank if member.v is not None else cols, device=device)
+            member.b = member.b.to(device)
+        member.point = self._runtime.on(device)
+        if member.name in self._momentum:
+            self._momentum[member.name] = self._momentum[member.name].to(device)
+
+    def _describe(self, slot: Slot, choice: Choice) -> ParameterReport:
+        member = next(m for m in self._members if m.slot is slot)
+        _, rows, cols = member.extent
+        treatment = f"low-rank {self.config.rank}" if slot.kind == "lowrank" else "dense"
+        p = slot.parameter
+        note = f"{member.reason or 'prepare() will choose a side'}"
+        return ParameterReport(
+            *(slot.name, slot.aliases, tuple(p.shape), p.dtype, p.device, treatment, choice.backend.name, note),
+            side=member.side,
+        )

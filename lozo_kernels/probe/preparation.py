@@ -1,0 +1,133 @@
+"""The first evaluation: where weights are used, which side each takes, and whether the probe is right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..closures import Closure, Randomness, mean_loss
+from .choice import choose_sides
+from .cost import free_bytes, measure_costs
+from .members import Member
+from .runtime import Point
+from .trace import watch_uses
+from .verify import Losses, Unit, find_wrong, lowest_precision, materialised, only_enabled, typical_scale, units_of
+
+if TYPE_CHECKING:
+    from .handle import ProbeHandle
+
+_ROUNDS = 4  # of demoting what differs: activation side, scratch, in place, and a last look
+
+
+@torch.no_grad()
+def prepare(handle: ProbeHandle, closures: Sequence[Closure], randomness: Randomness | None) -> list[str]:
+    """Chooses and installs sides. Returns notes for the report."""
+    return _Preparation(handle, closures, randomness).run()
+
+
+class _Preparation:
+    def __init__(self, handle: ProbeHandle, closures: Sequence[Closure], randomness: Randomness | None) -> None:
+        self.handle, self.closures, self.randomness = handle, closures, randomness
+        self.members, self.runtime = handle.members, handle._runtime
+        self.dtype = lowest_precision(self.members)
+
+    def run(self) -> list[str]:
+        handle, compiled = self.handle, is_compiled(self.handle.model)
+        with torch.compiler.set_stance("force_eager"):
+            handle._watch.look()
+            with watch_uses(handle.model, self.members) as uses:
+                rest = self.loss()
+            choose_sides(self.members, uses, self._costs(), handle.config, compiled)
+            self.handle.install()
+            return self._verify(rest)
+
+    def loss(self) -> float:
+        return float(mean_loss(self.closures, self.randomness))
+
+    def _costs(self) -> dict[Member, object]:
+        handle = self.handle
+        costs = {}
+        for member in self.members:
+            if member.slot.kind == "lowrank":
+                p = member.slot.parameter
+                dtype = p.dtype if p.is_floating_point() else torch.float32
+                backend = handle._choices[member.device].backend
+                costs[member] = measure_costs(member.device, dtype, handle.config.rank, backend)
+        return costs
+
+    def _verify(self, rest: float) -> list[str]:
+        notes: list[str] = []
+        for _ in range(_ROUNDS):
+            units = [u for u in units_of(self.members) if all(m.slot.out_of_reach is None for m in u)]
+            if not self._any_wrong(units, rest):
+                return notes
+            if abs(self.loss() - rest) > 1e-6 * max(1.0, abs(rest)):
+                return [*notes, "the loss is not the same twice at the same weights, so the probe could not be checked"]
+            wrong = find_wrong(units, lambda some: not self.compare(some, rest).agree(self.dtype)) or units
+            for unit in wrong:
+                for member in unit:
+                    notes.append(_demote(member))
+            self.handle.install()
+        return notes
+
+    def _any_wrong(self, units: Sequence[Unit], rest: float) -> bool:
+        """Checks as many units together as there is memory to have their perturbed weights at once."""
+        budget = max(free_bytes(device) for device in self.handle.devices) // 2
+        chunk: list[Unit] = []
+        size = 0
+        for unit in [*units, None]:
+            need = 0 if unit is None else sum(m.numel * m.slot.parameter.element_size() for m in unit)
+            if chunk and (unit is None or size + need > budget):
+                if not self.compare(chunk, rest).agree(self.dtype):
+                    return True
+                chunk, size = [], 0
+            if unit is not None:
+                chunk.append(unit)
+                size += need
+        return False
+
+    def compare(self, units: Sequence[Unit], rest: float) -> Losses:
+        """The loss with the members of some units perturbed, by the probe and really."""
+        handle = self.handle
+        point = Point(
+            0 if handle.window is None else handle.window * handle.config.interval,
+            0,
+            typical_scale(self.members, handle.config.rank),
+        )
+        try:
+            handle._write([point])
+            with only_enabled(self.members, units):
+                probed = self.loss()
+                self.runtime.live = False
+                with materialised(units, self._perturbed):
+                    real = self.loss()
+        finally:
+            handle._write([Point(0, 0, 0.0)])
+        return Losses(rest, probed, real)
+
+    def _perturbed(self, member: Member) -> Tensor:
+        p = member.slot.parameter
+        out = torch.empty(p.shape, dtype=p.dtype, device=p.device)
+        self.handle._fill(member, out, 0)
+        return out
+
+
+def _demote(member: Member) -> str:
+    """The next safer side."""
+    before = member.side
+    small = member.slot.kind == "dense"
+    member.side = ("copy" if small else "scratch") if before in ("activation", "shift") else "inplace"
+    if not member.scopes:
+        member.scopes = [member.holders[0].module]
+    member.reason = f"the loss differed on the {before} side"
+    return f"{member.name}: {member.reason}; now {member.side}"
+
+
+def is_compiled(model: torch.nn.Module) -> bool:
+    """Whether torch.compile was applied to the model or to a module of it."""
+    return any(
+        getattr(m, "_compiled_call_impl", None) is not None or isinstance(m, torch._dynamo.OptimizedModule) for m in model.modules()
+    )

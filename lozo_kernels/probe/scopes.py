@@ -1,0 +1,158 @@
+"""The weight side: perturbed weights take the place of the real ones while a module runs, and no longer.
+
+What is swapped is the storage behind the parameter (``param.data``), so every way of reaching it sees the same weight. Where code
+is compiled, tensors of fixed storage are put into the module instead, which compilers understand.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from .members import Member
+from .runtime import Runtime
+
+Forward = Callable[..., Any]
+_ALIGNMENT = 64  # bytes
+
+
+class Arena:
+    """Scratch memory of one device, given out and taken back in stack order: modules run inside each other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8, device=device)
+        self._top = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self._memory.numel()
+
+    def take(self, like: Tensor) -> tuple[Tensor, int]:
+        """A contiguous tensor of a shape and dtype, and what :meth:`give_back` takes."""
+        start, size = self._top, like.numel() * like.element_size()
+        end = -(-(start + size) // _ALIGNMENT) * _ALIGNMENT
+        if end > self._memory.numel():  # whoever holds a part of the old memory keeps it alive
+            self._memory = torch.empty(end, dtype=torch.uint8, device=self._memory.device)
+        self._top = end
+        return self._memory[start : start + size].view(like.dtype).view(like.shape), start
+
+    def give_back(self, start: int) -> None:
+        """Everything from there on is free."""
+        self._top = start
+
+
+Fill = Callable[[Member, Tensor, int], None]
+"""Writes the perturbed weight of a member at the point of a group into a tensor of its shape."""
+
+
+def scoped_forward(
+    runtime: Runtime, members: Sequence[Member], arenas: dict[torch.device, Arena], fill: Fill, old: Forward
+) -> Forward:
+    """A module's forward with the perturbed weights of ``members`` in their places."""
+    scope = _Scope(runtime, members, arenas, fill)
+
+    @functools.wraps(old)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return scope.run_compiled(old, args, kwargs)
+        if not runtime.live:
+            return old(*args, **kwargs)
+        if runtime.groups == 1:
+            return scope.run(old, args, kwargs)
+        return scope.run_groups(old, args, kwargs)
+
+    return forward
+
+
+class _Scope:
+    def __init__(self, runtime: Runtime, members: Sequence[Member], arenas: dict[torch.device, Arena], fill: Fill) -> None:
+        self.runtime, self.members, self.arenas, self.fill = runtime, members, arenas, fill
+
+    def run(self, old: Forward, args: Any, kwargs: Any) -> Any:
+        """The module at one point."""
+        group = self.runtime.selected or 0
+        swapped: list[tuple[Member, nn.Parameter, Tensor]] = []
+        starts: list[tuple[Arena, int]] = []
+        try:
+            for member in self.members:
+                if member.enabled and not member.swapped:
+                    p = member.slot.parameter
+                    if member.side == "copy":
+                        perturbed = member.buffers[group]
+                    else:
+                        arena = self.arenas[p.device]
+                        perturbed, start = arena.take(p)
+                        starts.append((arena, start))
+                        self.fill(member, perturbed, group)
+                    swapped.append((member, p, p.data))
+                    p.data = perturbed
+                    member.swapped = True
+            return old(*args, **kwargs)
+        finally:
+            for member, p, rest in swapped:
+                p.data = rest
+                member.swapped = False
+            for arena, start in reversed(starts):
+                arena.give_back(start)
+
+    def run_groups(self, old: Forward, args: Any, kwargs: Any) -> Any:
+        """The module at every point, each with its part of the batch."""
+        runtime = self.runtime
+        assert runtime.examples is not None
+        groups, whole = runtime.groups, runtime.groups * runtime.examples
+        split = any(_is_batch(x, whole) for x in tree_leaves((args, kwargs)))
+        outputs = []
+        for g in range(groups):
+            part, more = tree_map(lambda x, g=g: _rows(x, g, groups) if _is_batch(x, whole) else x, (args, kwargs))
+            with runtime.only(g):
+                outputs.append(self.run(old, part, more))
+        return _join(outputs, None if split else runtime.examples)
+
+    def run_compiled(self, old: Forward, args: Any, kwargs: Any) -> Any:
+        """The module with tensors of fixed storage in the parameters' places, for compilers."""
+        if self.runtime.groups > 1:
+            raise NotImplementedError("evaluation='batched' is not for compiled models with weights on the weight side")
+        rest = []
+        for member in self.members:
+            if not member.buffers:
+                raise NotImplementedError(
+                    f"{member.name!r} of a compiled model needs memory of its own: patch with side={{'{member.name}': 'copy'}}"
+                )
+            places = member.slot.owner()._parameters  # type: ignore[union-attr]
+            rest.append((places, member.slot.attribute, places[member.slot.attribute]))
+            places[member.slot.attribute] = member.buffers[0]  # type: ignore[assignment]
+        output = old(*args, **kwargs)
+        for places, attribute, p in rest:
+            places[attribute] = p
+        return output
+
+
+def _is_batch(x: Any, whole: int) -> bool:
+    """Whether a tensor's rows are the examples of all evaluations, or a multiple of them."""
+    return isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] > 0 and x.shape[0] % whole == 0
+
+
+def _rows(x: Tensor, group: int, groups: int) -> Tensor:
+    size = x.shape[0] // groups
+    return x[group * size : (group + 1) * size]
+
+
+def _join(outputs: Sequence[Any], examples: int | None) -> Any:
+    """Outputs of the evaluations as one batch. ``examples``: they were made of what all examples share, and are repeated."""
+    flat, spec = tree_flatten(outputs[0])
+    leaves = [flat, *(tree_flatten(output)[0] for output in outputs[1:])]
+    return tree_unflatten([_concatenate(parts, examples) for parts in zip(*leaves, strict=True)], spec)
+
+
+def _concatenate(parts: Sequence[Any], examples: int | None) -> Any:
+    if not isinstance(parts[0], Tensor) or parts[0].dim() == 0:
+        return parts[0]
+    if examples is not None and parts[0].shape[0] == 1:
+        parts = [part.expand(examples, *part.shape[1:]) for part in parts]
+    return torch.cat(list(parts))

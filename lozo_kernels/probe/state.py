@@ -1,0 +1,175 @@
+"""What a probe learned since the last merge: tables over the factors, their updates, and the merge."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..config import PatchConfig
+from ..engine import share
+from ..passes import Group, Scalar
+from ..registry import Choice, Draw, Rounding, Step
+from ..table import TensorTable
+from .members import Member
+
+
+@dataclasses.dataclass(eq=False)
+class StateGroup:
+    """Parameters of one kind on one device.
+
+    Attributes:
+        learned: their factors B, or for dense parameters what was added, as a table to update.
+        momentum: N likewise, or None.
+        windows: V and N as a table to draw V anew; None for dense parameters.
+        gains: (members,) fp32, what weight decay made of the weights.
+    """
+
+    kind: str
+    members: list[Member]
+    learned: Group
+    momentum: Group | None
+    windows: TensorTable | None
+    gains: Tensor
+    choice: Choice
+
+
+def make_groups(
+    members: Sequence[Member], momentum: Mapping[str, Tensor], choices: Mapping[torch.device, Choice]
+) -> list[StateGroup]:
+    """Members that learn in factors, by kind and device."""
+    by_place: dict[tuple[str, torch.device], list[Member]] = {}
+    for member in members:
+        if member.b is not None:
+            by_place.setdefault((member.slot.kind, member.device), []).append(member)
+    return [_make_group(kind, some, momentum, choices[device]) for (kind, device), some in by_place.items()]
+
+
+def _make_group(kind: str, members: list[Member], momentum: Mapping[str, Tensor], choice: Choice) -> StateGroup:
+    index = torch.tensor([m.index for m in members], device=members[0].device)
+    ids = [m.slot.tensor_id for m in members]
+    bs = [m.b for m in members if m.b is not None]
+    ns = [momentum[m.name] for m in members] if momentum else None
+    gains = torch.ones(len(members), dtype=torch.float32, device=members[0].device)
+    for i, member in enumerate(members):
+        if member.gain is not None:
+            gains[i] = member.gain[0]
+        member.gain = gains[i : i + 1] if member.gain is not None else None
+    if kind == "dense":
+        return StateGroup(kind, members, Group(kind, index, TensorTable(bs, ids, n=ns), choice), None, None, gains, choice)
+    windows = TensorTable(
+        # Only shapes count: drawing V does not touch the weights, which may be out of reach.
+        [torch.empty(1, device=m.device).expand(m.extent) for m in members],
+        ids,
+        v=[m.v for m in members if m.v is not None],
+        n=ns,
+        checked=True,
+    )
+    learned = Group(kind, index, TensorTable(bs, ids), choice)
+    return StateGroup(
+        kind, members, learned, Group(kind, index, TensorTable(ns, ids), choice) if ns else None, windows, gains, choice
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class FactorUpdate:
+    """An update as :meth:`Handle.update_` takes it: c per direction, lr, weight decay and beta."""
+
+    step: Step
+    c: Sequence[Scalar]
+    lr: Scalar
+    weight_decay: Scalar
+    beta: float | Tensor | None
+
+
+def update_factors(group: StateGroup, update: FactorUpdate, config: PatchConfig) -> None:
+    """B <- (1 - lr * weight_decay) B - lr * mean of c U / r; with momentum N <- beta N + (1 - beta) mean of c U, and N in its place.
+
+    X_t = gain * W + B V^T then follows Algorithm 1 (or 2) of the paper exactly, and gain takes its decay too.
+    """
+    learned, low_rank = group.learned, group.kind == "lowrank"
+    factor = config.update_factor if low_rank else 1.0
+    draws = [Draw(_on(update.step, learned), d) for d in range(len(update.c))]
+    shares = [share(c, len(update.c)) for c in update.c]
+    decaying = isinstance(update.weight_decay, Tensor) or update.weight_decay != 0.0
+    decay = learned.select(1.0 - update.lr * update.weight_decay) if decaying else None
+    for first in range(0, len(draws), ops.MAX_DRAWS):
+        chunk, some = draws[first : first + ops.MAX_DRAWS], shares[first : first + ops.MAX_DRAWS]
+        last = first + len(chunk) == len(draws)
+        keep = decay if first == 0 else None
+        if update.beta is None:
+            scales = learned.stack([learned.select(s * -update.lr * factor) for s in some])
+            step = ops.factor_update_ if low_rank else ops.dense_update_
+            step(learned.table, seed=config.seed, draws=chunk, scales=scales, decay=keep, backend=group.choice.backend)
+            continue
+        beta = update.beta if first == 0 else 1.0
+        coefficients = learned.stack([learned.select((1.0 - update.beta) * s) for s in some])
+        if not low_rank:
+            ops.dense_momentum_(
+                learned.table,
+                seed=config.seed,
+                draws=chunk,
+                scales=0.0,
+                coefficients=coefficients,
+                alpha=learned.select(-update.lr if last else 0.0 * update.lr),
+                beta=learned.select(beta),
+                decay=keep,
+                backend=group.choice.backend,
+            )
+            continue
+        assert group.momentum is not None
+        ops.factor_update_(
+            group.momentum.table,
+            seed=config.seed,
+            draws=chunk,
+            scales=coefficients,
+            decay=learned.select(beta),
+            backend=group.choice.backend,
+        )
+        if last:
+            _follow_momentum(group, learned.select(update.lr * -factor), decay)
+    if decay is not None:
+        group.gains *= decay
+        for i, member in enumerate(group.members):
+            member.gain = group.gains[i : i + 1]
+
+
+def _follow_momentum(group: StateGroup, alpha: Scalar, decay: Scalar | None) -> None:
+    """B <- decay * B + alpha * N, each operation rounded."""
+    assert group.momentum is not None
+    count = len(group.members)
+    alphas = _each(alpha, count)
+    decays = [None] * count if decay is None else _each(decay, count)
+    for b, n, a, d in zip(group.learned.table.x, group.momentum.table.x, alphas, decays, strict=True):
+        if d is not None:
+            b.mul_(d)
+        b.add_(n * a)
+
+
+def _each(value: Scalar, count: int) -> list[Scalar]:
+    return list(value.expand(count).unbind()) if isinstance(value, Tensor) else [value] * count
+
+
+def _on(step: Step, group: Group) -> Step:
+    return step.to(group.table.device, non_blocking=True) if isinstance(step, Tensor) else step
+
+
+def merge_weights(group: StateGroup, xs: Sequence[Tensor], members: Sequence[Member], seed: int, rounding: Rounding | None) -> None:
+    """X <- gain * X + B V^T (or + what was added), rounded once into the weights' dtype.
+
+    Args:
+        xs: the weights of ``members`` as (batch, rows, cols), on the group's device.
+    """
+    ids = [m.slot.tensor_id for m in members]
+    bs = [m.b.view(x.shape) if group.kind == "dense" else m.b for m, x in zip(members, xs, strict=True) if m.b is not None]
+    gains = [torch.ones(1, device=m.device) if m.gain is None else m.gain for m in members]
+    decay = torch.cat(gains) if any(m.gain is not None for m in members) else None
+    backend = group.choice.backend
+    if group.kind == "dense":
+        ops.dense_merge_(TensorTable(xs, ids, n=bs), seed=seed, decay=decay, rounding=rounding, backend=backend)
+    else:
+        vs = [m.v for m in members if m.v is not None]
+        ops.lowrank_merge_(TensorTable(xs, ids, v=vs, n=bs), seed=seed, decay=decay, rounding=rounding, backend=backend)

@@ -1,0 +1,104 @@
+"""Where a forward pass uses each parameter: seen at the dispatcher, by storage, so that no way of reaching a weight is missed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .members import Member
+
+
+@dataclasses.dataclass(eq=False)
+class Uses:
+    """How one parameter was used.
+
+    Attributes:
+        modules: the innermost modules that were running when an operator took its storage, None for outside of all.
+        tokens: rows of the largest input of those modules.
+    """
+
+    modules: dict[nn.Module | None, None] = dataclasses.field(default_factory=dict)
+    tokens: int = 0
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self, members: Iterable[Member]) -> None:
+        super().__init__()
+        self.uses: dict[Member, Uses] = {member: Uses() for member in members}
+        self.running: list[tuple[nn.Module, int]] = []
+        self._by_storage: dict[int, Member] = {}
+        self._by_place: dict[tuple[nn.Module, str], Member] = {}
+        for member in self.uses:
+            for holder in member.holders:
+                self._by_place[holder.module, holder.attribute] = member
+            if member.slot.out_of_reach is None:
+                self._by_storage[_storage(member.slot.parameter)] = member
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                member = self._find(leaf)
+                if member is not None:
+                    self._note(member)
+        return func(*args, **kwargs)
+
+    def _find(self, tensor: Tensor) -> Member | None:
+        storage = _storage(tensor)
+        if storage in self._by_storage:
+            return self._by_storage[storage]
+        for module, _ in reversed(self.running):  # weights that were brought in while their module runs
+            for attribute, p in module._parameters.items():
+                if p is not None and _storage(p) == storage:
+                    return self._by_place.get((module, attribute))
+        return None
+
+    def _note(self, member: Member) -> None:
+        uses = self.uses[member]
+        module, tokens = self.running[-1] if self.running else (None, 0)
+        uses.modules[module] = None
+        uses.tokens = max(uses.tokens, tokens)
+
+
+@contextlib.contextmanager
+def watch_uses(model: nn.Module, members: Iterable[Member]) -> Iterator[dict[Member, Uses]]:
+    """Collects the uses of the members while the body runs forward passes of the model in eager mode."""
+    inside = set(model.modules())
+    watch = _Watch(members)
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if module in inside:
+            watch.running.append((module, _tokens(args)))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if module in inside:
+            watch.running.pop()
+
+    hooks = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True))
+    try:
+        with watch:
+            yield watch.uses
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # tensor subclasses have none of their own
+        return -1
+
+
+def _tokens(args: tuple[Any, ...]) -> int:
+    first = next((a for a in args if isinstance(a, Tensor)), None)
+    if first is None:
+        return 0
+    return first.numel() // max(1, first.shape[-1]) if first.is_floating_point() and first.dim() else first.numel()

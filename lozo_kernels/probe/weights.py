@@ -1,0 +1,124 @@
+"""Perturbed weights in memory of their own: copies and shifts that follow the points, and scratch that is filled on demand."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..registry import Backend, Choice
+from ..table import TensorTable
+from .members import Member
+from .runtime import Runtime
+
+
+@dataclasses.dataclass
+class _Batch:
+    """Members of one kind on one device whose perturbed weights are made by one call; a table to write for every point."""
+
+    members: list[Member]
+    table: TensorTable
+    outs: list[TensorTable]
+    low_rank: bool
+    backend: Backend
+
+
+class PerturbedWeights:
+    """Writes perturbed weights at the runtime's points."""
+
+    def __init__(self, runtime: Runtime, seed: int) -> None:
+        self._runtime, self._seed = runtime, seed
+        self._batches: list[_Batch] = []
+        self._members: list[Member] = []
+        self._choices: Mapping[torch.device, Choice] = {}
+        self._fills: dict[Member, tuple[tuple[int, int], TensorTable, TensorTable]] = {}
+
+    def rebuild(self, members: Sequence[Member], choices: Mapping[torch.device, Choice]) -> None:
+        """Starts anew: weights, sides or the number of points changed."""
+        self._members, self._choices = list(members), choices
+        self._fills.clear()
+        self._batches.clear()
+        groups = self._runtime.groups
+        batches: dict[tuple[torch.device, str, str], list[Member]] = {}
+        for member in members:
+            if member.side in ("copy", "shift"):
+                batches.setdefault((member.device, member.slot.kind, member.side), []).append(member)
+        for (device, kind, side), some in batches.items():
+            make = self._shifts if side == "shift" else self._copies
+            table, outs = make(some, groups)
+            self._batches.append(_Batch(some, table, outs, kind == "lowrank", choices[device].backend))
+
+    def refresh(self) -> None:
+        """Copies and shifts at the points as they are now."""
+        if any(len(batch.outs) != self._runtime.groups for batch in self._batches):
+            self.rebuild(self._members, self._choices)
+        for batch in self._batches:
+            for g, out in enumerate(batch.outs):
+                gains = None if batch.members[0].side == "shift" else _gains(batch.members)
+                self._merge(batch.table, out, g, batch.low_rank, gains, batch.backend)
+            if batch.members[0].side == "shift":
+                _add_decayed_biases(batch.members)
+
+    def fill(self, member: Member, out: Tensor, group: int, backend: Backend) -> None:
+        """The perturbed weight of a member at a point, into a tensor of its shape."""
+        key = (member.slot.parameter.data_ptr(), out.data_ptr())
+        known = self._fills.get(member)
+        if known is None or known[0] != key:
+            known = self._fills[member] = (key, _table([member]), TensorTable([member.slot.matrices(out)], [0]))
+        self._merge(known[1], known[2], group, member.v is not None, member.gain, backend)
+
+    def _merge(
+        self, table: TensorTable, out: TensorTable, group: int, low_rank: bool, gains: Tensor | None, backend: Backend
+    ) -> None:
+        runtime = self._runtime
+        scale: float | Tensor = runtime.points[group].scale
+        if low_rank:
+            scale = runtime.on(table.device).scales[group : group + 1].view(1, 1)
+        merge = ops.lowrank_merge_ if low_rank else ops.dense_merge_
+        merge(table, seed=self._seed, draws=runtime.draws(group), scales=scale, decay=gains, out=out, backend=backend)
+
+    def _copies(self, members: Sequence[Member], groups: int) -> tuple[TensorTable, list[TensorTable]]:
+        for member in members:
+            if len(member.buffers) != groups or member.buffers[0].device != member.device:
+                p = member.slot.parameter
+                member.buffers = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for _ in range(groups)]
+        outs = [TensorTable([m.slot.matrices(m.buffers[g]) for m in members], [0] * len(members)) for g in range(groups)]
+        return _table(members), outs
+
+    def _shifts(self, members: Sequence[Member], groups: int) -> tuple[TensorTable, list[TensorTable]]:
+        for member in members:
+            if member.shift is None or len(member.shift) != groups or member.shift.device != member.device:
+                member.shift = torch.empty(groups, member.numel, device=member.device)
+        outs = []
+        for g in range(groups):
+            rows = [m.shift[g].view(1, 1, -1) for m in members if m.shift is not None]
+            outs.append(TensorTable(rows, [0] * len(rows)))
+        learned = [m.b for m in members if m.b is not None]
+        return TensorTable(learned, [m.slot.tensor_id for m in members]), outs
+
+
+def _table(members: Sequence[Member]) -> TensorTable:
+    xs = [m.slot.view() for m in members]
+    vs = [m.v for m in members if m.v is not None]
+    learned = [m.b.view(x.shape) if m.v is None else m.b for m, x in zip(members, xs, strict=True) if m.b is not None]
+    return TensorTable(xs, [m.slot.tensor_id for m in members], v=vs or None, n=learned or None)
+
+
+def _gains(members: Sequence[Member]) -> Tensor | None:
+    if all(m.gain is None for m in members):
+        return None
+    return torch.cat([torch.ones(1, device=m.device) if m.gain is None else m.gain for m in members])
+
+
+def _add_decayed_biases(members: Sequence[Member]) -> None:
+    """A layer's outputs hold the bias at rest, times the weight's gain: what is missing where the bias has another."""
+    for member in members:
+        weight = next((g for g in member.partners if g.gain is not None or member.gain is not None), None)
+        if weight is None or member.shift is None:
+            continue
+        one = torch.ones(1, device=member.device)
+        difference = (one if member.gain is None else member.gain) - (one if weight.gain is None else weight.gain)
+        member.shift += difference * member.slot.parameter.detach().float().flatten()

@@ -21,6 +21,8 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 OPS = ("lowrank_update", "dense_update", "lowrank_momentum", "dense_momentum", "resample", "factor")
+PROBE_OPS = ("factor_update", "lowrank_merge", "dense_merge", "lowrank_linear", "lowrank_embedding")
+CPU_OPS = (*OPS, *PROBE_OPS)
 COMMON = ("dispatch", "threads", "tiles")
 # Nothing here changes a value: results are promised in bits, so no -ffast-math and no contraction. -fno-trapping-math lets
 # selects become vector code. The warnings are about the own intrinsics of GCC.
@@ -132,7 +134,7 @@ def cpu_ninja_file(compiler, library):
         lines.append(f"  flags = {' '.join(flags)}")
 
     for isa, flags in chosen.items():
-        for op in OPS:
+        for op in CPU_OPS:
             compile_one(op, f"{op}.{isa}.o", [f"-DLOZO_ISA_{isa}", *flags])
     for name in COMMON:
         compile_one(name, f"{name}.o", [f"-DLOZO_HAVE_{isa}" for isa in chosen])
@@ -222,7 +224,7 @@ def native_extensions():
         print("lozo_kernels: no C++ compiler found (set CXX); installing without native CPU kernels", file=sys.stderr)
         return []
     headers = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.h"))]
-    cpu = [f"csrc/cpu/{name}.cpp" for name in (*OPS, *COMMON)]
+    cpu = [f"csrc/cpu/{name}.cpp" for name in (*CPU_OPS, *COMMON)]
     cuda = [f"csrc/cuda/{name}.cu" for name in CUDA_OPS]
     return [
         Extension("lozo_kernels.lib.liblozo_cpu", cpu, depends=headers, optional=not REQUIRED),

@@ -79,11 +79,15 @@ def throughput(document: Row, shape: str, dtype: str) -> Any:
 
 
 def overhead(document: Row, dtype: str) -> Any:
-    """A step's share on top of its own two forward passes, by tokens."""
+    """A step's share on top of its own two forward passes, by tokens; of a probe, which works within them, on top of plain ones."""
     details = [d for d in document["details"] if d["dtype"] == dtype]
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    for method in dict.fromkeys(d["method"] for d in details):
-        own = [d for d in details if d["method"] == method]
+    for method, placement in dict.fromkeys((d["method"], _placement(d)) for d in details):
+        own = [d for d in details if (d["method"], _placement(d)) == (method, placement)]
+        if placement != "inplace":
+            points = [(d["tokens"], 100 * d["overhead_to_pure_forwards"]) for d in own]
+            _line(axes, points, f"{method} {placement}", marker="s", linestyle="--")
+            continue
         _line(axes, [(d["tokens"], 100 * d["overhead"]) for d in own], method, marker="o")
         if method in ("lozo", "mezo"):
             _line(
@@ -92,7 +96,8 @@ def overhead(document: Row, dtype: str) -> Any:
     axes.set_xscale("log", base=2)
     axes.set_yscale("symlog", linthresh=1)
     axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    axes.set_ylim(0, None)
+    # Evaluations that share a forward pass can be faster than two.
+    axes.set_ylim(None if any(_placement(d) == "batched" for d in details) else 0, None)
     tokens = sorted({d["tokens"] for d in details})
     axes.set_xticks(tokens, [str(t) for t in tokens])
     axes.set(xlabel="tokens of a batch", ylabel="% of the two forward passes", title=f"A step of {document['model']}, {dtype}")
@@ -104,7 +109,8 @@ def memory(document: Row) -> Any:
     rows = [r for r in document["rows"] if "out_of_memory" not in r]
     peaks = all(r.get("peak_bytes") for r in rows)
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    labels = [r["method"] if len({q["dtype"] for q in rows}) == 1 else f"{r['method']}\n{r['dtype']}" for r in rows]
+    names = [r["method"] if _placement(r) == "inplace" else f"{r['method']} {_placement(r)}" for r in rows]
+    labels = names if len({r["dtype"] for r in rows}) == 1 else [f"{n}\n{r['dtype']}" for n, r in zip(names, rows, strict=True)]
     values = [r["peak_bytes"] / 1e9 if peaks else r["extra_percent"] for r in rows]
     axes.bar(range(len(rows)), values, label="measured")
     published = [(i, r["published_gb"]) for i, r in enumerate(rows) if r.get("published_gb")]
@@ -116,6 +122,52 @@ def memory(document: Row) -> Any:
     if not peaks:
         axes.set_yscale("symlog", linthresh=1)
     return _finished(figure, axes)
+
+
+def _placement(row: Row) -> str:
+    return row.get("placement", "inplace")  # older documents know no other
+
+
+def probe_drift(document: Row) -> Any:
+    """Three plots side by side: weights moved by probing alone, the dev loss of a run, and how far that is from fp32."""
+    figure, (moved, losses, off) = plt.subplots(1, 3, figsize=(16, 5))
+    for d in document["drift"]:
+        points = [(p["probes"], p["relative_distance"]) for p in d["points"]]
+        _line(moved, points, _way(d), **_style(d), marker=".")
+    moved.set_xscale("log")
+    moved.set_yscale("symlog", linthresh=1e-4)
+    moved.set(xlabel="probes, learning rate 0", ylabel="distance from the start / norm", title="Weights", ylim=(-1e-5, None))
+    for c in document["curves"]:
+        _line(losses, list(zip(c["steps"], c["dev_loss"], strict=True)), _way(c), **_style(c))
+        if any(c.get("off", [])):
+            _line(off, [(s, 100 * x) for s, x in zip(c["steps"], c["off"], strict=True)], _way(c), **_style(c))
+    losses.set(xlabel="steps", ylabel="dev loss, per token", title="260K-parameter Llama on SST-2 sentences")
+    off.axhspan(-1, 1, color="black", alpha=0.1, label="1%")
+    off.set_yscale("symlog", linthresh=1)
+    off.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    off.set(xlabel="steps", ylabel="% of the decrease in float32", title="Decrease beside that in float32 with the same noise")
+    for axes in (moved, losses):
+        _finished(figure, axes)
+    return _finished(figure, off)
+
+
+_COLOURS = {
+    "probe": "tab:green",
+    "probe, activation": "tab:olive",
+    "probe, scratch": "tab:cyan",
+    "in place": "tab:blue",
+    "in place, fused": "tab:purple",
+    "published": "tab:red",
+}
+_LINES = {"float32": "-", "bfloat16": "--", "float16": ":"}
+
+
+def _way(row: Row) -> str:
+    return f"{row['dtype']} {row['placement']}"
+
+
+def _style(row: Row) -> Row:
+    return {"color": _COLOURS[row["placement"]], "linestyle": _LINES[row["dtype"]]}
 
 
 def _line(axes: Any, points: list[tuple[float, float]], label: str, **style: Any) -> None:

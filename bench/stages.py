@@ -182,14 +182,15 @@ def gpu_stages(output: Path, device: str = "cuda", capability: str | None = None
         ),
         bench(
             "step-opt-13b",
-            "step|--model|opt-13b|--dtype|bfloat16|--tokens|4096,128,512,2048,8192|--length|256|--repeats|4|--peer-repeats|1",
+            "step|--model|opt-13b|--dtype|bfloat16|--placement|inplace|"
+            "--tokens|4096,128,512,2048,8192|--length|256|--repeats|4|--peer-repeats|1",
             limit=150,
             share=90,
             **whole,
         ),
         bench(
             "memory-opt-13b",
-            "memory|--model|opt-13b|--dtype|bfloat16|--tokens|1024|--methods|"
+            "memory|--model|opt-13b|--dtype|bfloat16|--placement|inplace|--tokens|1024|--methods|"
             "lozo,lozo-m,mezo,mezo-m,lozo-fused,published lozo,published lozo-m,published mezo,published mezo-m",
             limit=90,
             share=35,
@@ -205,7 +206,8 @@ def gpu_stages(output: Path, device: str = "cuda", capability: str | None = None
         ),
         bench(
             "step-opt-1.3b",
-            "step|--model|opt-1.3b|--dtype|bfloat16|--tokens|128,512,2048,4096,8192|--length|256|--repeats|7|--peer-repeats|2",
+            "step|--model|opt-1.3b|--dtype|bfloat16|--placement|inplace|"
+            "--tokens|128,512,2048,4096,8192|--length|256|--repeats|7|--peer-repeats|2",
             limit=60,
             share=30,
             **whole,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lozo_kernels.bench import models, step
+from lozo_kernels.bench import batches, entrants, models
 
 CPU = torch.device("cpu")
 MODEL = os.environ.get("LOZO_BENCH_MODEL")
@@ -43,7 +43,7 @@ def model():
 
 @pytest.fixture(params=TOKENS)
 def forward(request):
-    return step.causal_forward(request.param, CPU, 2048)
+    return batches.CausalBatch(request.param, CPU, 2048)
 
 
 def test_two_forwards(benchmark, model, forward):
@@ -52,15 +52,15 @@ def test_two_forwards(benchmark, model, forward):
         benchmark.pedantic(lambda: (forward(model), forward(model)), rounds=10, warmup_rounds=1)
 
 
-@pytest.mark.parametrize("method", list(step.METHODS))
+@pytest.mark.parametrize("method", list(entrants.METHODS))
 def test_step(benchmark, model, forward, method):
     benchmark.group = "step"
-    optimizer = step.make_optimizer(method, model, RANK)
+    optimizer = entrants.make_optimizer(method, model, RANK)
     benchmark.pedantic(lambda: optimizer.step(lambda: forward(model)), rounds=10, warmup_rounds=1)
 
 
-@pytest.mark.parametrize("method", sorted(set(step.METHODS.values())))
+@pytest.mark.parametrize("method", sorted(set(entrants.METHODS.values())))
 def test_published_step(benchmark, model, forward, method):
     benchmark.group = "step"
-    published = step.make_published(method, model, RANK)
+    published = entrants.make_published(method, model, RANK)
     benchmark.pedantic(lambda: published.step(lambda: forward(model)), rounds=3)

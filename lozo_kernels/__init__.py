@@ -6,20 +6,23 @@ from . import noise, ops, reference, skinny
 from .config import PatchConfig
 from .engine import Handle, handle_of
 from .graphs import CapturedStep, capture_step
-from .optim import LOZO, MeZO, NonFiniteLossError, StepInfo
+from .optim import LOZO, MeZO, NonFiniteLossError
 from .patching import patch
-from .probe import ProbeHandle
+from .probe import BatchSplitError, LoraAdapter, ProbeHandle, export_lora
 from .registry import Draw, Rounding, choose_backend
 from .report import ParameterReport, Report
+from .steps import StepInfo
 from .table import TensorTable
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LOZO",
+    "BatchSplitError",
     "CapturedStep",
     "Draw",
     "Handle",
+    "LoraAdapter",
     "MeZO",
     "NonFiniteLossError",
     "ParameterReport",
@@ -31,6 +34,7 @@ __all__ = [
     "TensorTable",
     "capture_step",
     "choose_backend",
+    "export_lora",
     "handle_of",
     "noise",
     "ops",

@@ -74,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     method.add_argument("--weight-decay", type=float, default=d.weight_decay, help="decoupled (default: %(default)s)")
     method.add_argument("--scaling", default=d.scaling, help="where 1/rank goes: paper, card or published (default: %(default)s)")
     method.add_argument("--directions", type=int, default=d.directions, help="directions per step (default: %(default)s)")
+    method.add_argument(
+        "--placement", default=d.placement, help="inplace moves the weights, probe only reads them, or auto (default: %(default)s)"
+    )
 
     run = finetune.add_argument_group("run")
     run.add_argument("--steps", type=int, help="(default: 1000; 1500 without arguments)")

@@ -87,10 +87,38 @@ def as_losses(value: Any, times: int, examples: int) -> Tensor:
     if not 1 <= len(parts) <= 2 or not all(isinstance(x, Tensor) and x.shape == (times * examples,) for x in parts):
         got = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in parts)
         raise TypeError(
-            f"the closure must return one loss for each of the {times * examples} examples that it was given, or their sums and weights, "
-            f"so that evaluations can be told apart; it returned {got}"
+            f"the closure must return one loss for each of the {times * examples} examples that it was given, or their sums and "
+            f"weights, so that evaluations can be told apart; it returned {got}"
         )
     sums = parts[0].detach().to(torch.float64).view(times, examples).sum(1)
     if len(parts) == 1:
         return sums / torch.full_like(sums, examples)
     return sums / parts[1].detach().to(torch.float64).view(times, examples).sum(1)
+
+
+def pair_closures(closure: Any, inputs: Any) -> tuple[list[Any], list[Any] | None]:
+    """Closures and, if there are inputs, a batch for each.
+
+    Raises:
+        TypeError: there is no closure.
+        ValueError: another number of inputs.
+    """
+    single = callable(closure)
+    closures = [closure] if single else list(closure or ())
+    if not closures or not all(map(callable, closures)):
+        raise TypeError("step() needs a closure that returns the loss (or a sequence of them): optimizer.step(lambda: loss_fn())")
+    if inputs is None:
+        return closures, None
+    batches = [inputs] if single else list(inputs)
+    if len(batches) != len(closures):
+        raise ValueError(f"there are {len(batches)} inputs for {len(closures)} closures")
+    return closures, batches
+
+
+def bind_inputs(closures: Sequence[BatchClosure], batches: Sequence[Any]) -> list[Closure]:
+    """Closures that take nothing."""
+
+    def bound(closure: BatchClosure, inputs: Any) -> Closure:
+        return lambda: as_losses(closure(inputs), 1, count_examples(inputs))[0]
+
+    return [bound(closure, inputs) for closure, inputs in zip(closures, batches, strict=True)]

@@ -72,7 +72,7 @@ class Handle:
         self._window: int | None = None
         self._groups: list[Group] = []
         self._addresses: list[int] = []
-        self._seen: tuple[list[int], list[bool], list[torch.dtype]] = ([], [], [])
+        self._seen: tuple[list[int], list[bool], list[torch.dtype]] | None = None
         self._seen_at: Step | None = None
         self._flush: Callable[[], None] | None = None
         self._guards: list[torch.utils.hooks.RemovableHandle] = []
@@ -466,5 +466,6 @@ def share(c: Scalar, directions: int) -> Scalar:
 
 
 def check_scale(scale: float) -> None:
+    """Raises ValueError for a scale that is no finite number."""
     if not math.isfinite(scale):
         raise ValueError(f"scale is a finite number, not {scale}")

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .closures import Closure
 from .interrupts import deferred_interrupt
-from .optim import Pending, StepInfo, StepInputs, ZerothOrderOptimizer
+from .optim import ZerothOrderOptimizer
 from .probe import ProbeHandle
+from .steps import Pending, StepInfo, StepInputs
 
 _WARM_UPS = 2  # runs before the capture, in which kernels are compiled and constants uploaded
 
@@ -34,8 +35,9 @@ def capture_step(optimizer: ZerothOrderOptimizer, closure: Closure | Sequence[Cl
         A callable that takes one step and returns the loss, a tensor that the next step overwrites.
 
     Raises:
-        ValueError: the handle is a probe, the model is on several devices, or the closure draws random numbers although the optimiser promises all
-            evaluations the same ones (dropout: call ``model.eval()`` or give ``common_random_numbers=False``).
+        ValueError: the handle is a probe, the model is on several devices, or the closure draws random numbers although the
+            optimiser promises all evaluations the same ones (dropout: call ``model.eval()`` or give
+            ``common_random_numbers=False``).
     """
     return CapturedStep(optimizer, closure)
 

@@ -132,9 +132,7 @@ def _lowrank_merge_(
     ops.lowrank_merge_(_table(x, v, n, place), **_noise(*update), out=_table(out, None, None, place))
 
 
-def _dense_merge_(
-    out: Sequence[Tensor], x: Sequence[Tensor], n: Sequence[Tensor], place: Sequence[int], *update: Any
-) -> None:
+def _dense_merge_(out: Sequence[Tensor], x: Sequence[Tensor], n: Sequence[Tensor], place: Sequence[int], *update: Any) -> None:
     ops.dense_merge_(_table(x, None, n or None, place), **_noise(*update), out=_table(out, None, None, place))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -11,67 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .closures import BatchClosure, Closure, Randomness, as_losses, batch_losses, count_examples, mean_loss
+from .closures import BatchClosure, Closure, Randomness, batch_losses, bind_inputs, count_examples, mean_loss, pair_closures
 from .engine import Handle
 from .interrupts import deferred_interrupt
 from .noise import NOISE_VERSION
+from .numbers import check_count, check_number
 from .patching import patch
 from .probe import ProbeHandle, check_batches
 from .readback import Readback
 from .registry import Step
+from .steps import Pending, StepInfo, StepInputs
 
 EVALUATIONS = ("sequential", "batched")
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss was NaN or infinite too many steps in a row. The weights are those of the last good step."""
-
-
-@dataclasses.dataclass(frozen=True)
-class StepInfo:
-    """What one step saw, as fp64 tensors that stay on the device of the loss.
-
-    Attributes:
-        step: index of the step, from 0.
-        loss: 0-dim; mean of F(+) and F(-) over the directions, or F at the unperturbed weights when one-sided.
-        loss_plus, loss_minus: (directions,); when one-sided, loss_minus is F at the unperturbed weights.
-        c: (directions,) projected gradients; 0 when the update was skipped.
-        skipped: 0-dim bool: a loss was not finite and the update was skipped.
-        skipped_total, skipped_in_a_row: 0-dim integers: skipped updates so far, and those since the last that was not.
-    """
-
-    step: int
-    loss: Tensor
-    loss_plus: Tensor
-    loss_minus: Tensor
-    c: Tensor
-    skipped: Tensor
-    skipped_total: Tensor
-    skipped_in_a_row: Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Pending:
-    """An update whose pass over the weights is still owed. ``step`` and ``c`` are those of the step that was probed."""
-
-    step: Step
-    c: list[Tensor]
-    lr: Tensor
-    weight_decay: Tensor | float
-    beta: Tensor | None
-
-
-@dataclasses.dataclass(frozen=True)
-class StepInputs:
-    """What a step takes from tensors that are filled before it, when it is captured: fp64, on the device of the loss.
-
-    Attributes:
-        step: 0-dim int64.
-        settings: "lr" and "weight_decay", 0-dim or one value per parameter.
-    """
-
-    step: Tensor
-    settings: dict[str, Tensor]
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
@@ -125,12 +79,12 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         max_nonfinite: int = 10,
         **patch_options: Any,
     ) -> None:
-        _check_number("lr", lr, low=0.0)
-        _check_number("eps", eps, low=0.0, open_low=True)
-        _check_number("momentum", momentum, low=0.0, high=1.0)
-        _check_number("weight_decay", weight_decay, low=0.0)
-        _check_count("directions", directions)
-        _check_count("max_nonfinite", max_nonfinite)
+        check_number("lr", lr, low=0.0)
+        check_number("eps", eps, low=0.0, open_low=True)
+        check_number("momentum", momentum, low=0.0, high=1.0)
+        check_number("weight_decay", weight_decay, low=0.0)
+        check_count("directions", directions)
+        check_count("max_nonfinite", max_nonfinite)
         if evaluation not in EVALUATIONS:
             raise ValueError(f"evaluation is one of {', '.join(map(repr, EVALUATIONS))}, not {evaluation!r}")
         if isinstance(target, Handle) and patch_options:
@@ -199,10 +153,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             Exception: whatever the closure raises; the weights are then back where they were (in place, up to one rounding of
                 the weight's dtype), and the step was not taken.
         """
-        closures, batches = _closures(closure, inputs)
+        closures, batches = pair_closures(closure, inputs)
         if self.evaluation == "batched" and batches is None:
             raise TypeError("evaluation='batched' needs step(closure, inputs), with a closure that takes the inputs")
-        one_by_one = closures if batches is None else _bind(closures, batches)
+        one_by_one = closures if batches is None else bind_inputs(closures, batches)
         try:
             randomness = Randomness(self.handle.devices) if self.common_random_numbers else None
             self.handle.prepare(one_by_one, randomness, step=self._step)
@@ -243,7 +197,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 )
         for name in ("lr", "weight_decay"):
             if name in param_group:
-                _check_number(name, param_group[name], low=0.0)
+                check_number(name, param_group[name], low=0.0)
         param_group["params"] = [(known[id(p)], p) for p in params]
         super().add_param_group(param_group)
 
@@ -266,6 +220,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             "window": self.handle.window,
             "skipped": [int(self._skipped_total), int(self._skipped_in_a_row)],
             "state": {name: {"momentum": value} for name, value in self.handle.momentum.items()},
+            "past": self.handle.past if isinstance(self.handle, ProbeHandle) else {},
+            "history": [(w, dict(bs)) for w, bs in self.handle.history] if isinstance(self.handle, ProbeHandle) else [],
             "param_groups": groups,
         }
 
@@ -288,6 +244,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         saved_groups = state_dict["param_groups"]
         if [list(g["param_names"]) for g in self.param_groups] != [list(g["params"]) for g in saved_groups]:
             raise ValueError("the state was saved with other parameter groups")
+        if isinstance(self.handle, ProbeHandle):
+            self.handle.load_past(state_dict["past"])
+            self.handle.history = [(w, dict(bs)) for w, bs in state_dict["history"]]
         if self.momentum:
             self.handle.load_momentum({name: s["momentum"] for name, s in state_dict["state"].items()}, state_dict["window"])
         for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
@@ -322,6 +281,12 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 f"the handle trains {len(missing)} parameters that are in no group, e.g. {missing[0]!r}; "
                 "exclude them in patch() or add them to a group"
             )
+        if isinstance(self.handle, ProbeHandle):
+            undecaying = set(self.handle.undecaying)
+            for group in self.param_groups:
+                stuck = next((name for name in group["param_names"] if name in undecaying), None)
+                if stuck is not None and (isinstance(group["weight_decay"], Tensor) or group["weight_decay"]):
+                    raise ValueError(f"{stuck!r} cannot decay: it is quantised, or keep_factors was asked for; use weight_decay=0")
 
     def _evaluate(self, closures: Sequence[Closure], randomness: Randomness | None) -> tuple[list[Tensor], list[Tensor]]:
         """F(+) and F(-) (or F(0)) of each direction; leaves the weights at the last point that was evaluated."""
@@ -497,29 +462,6 @@ class MeZO(ZerothOrderOptimizer):
     _estimator = "dense"
 
 
-def _closures(closure: Any, inputs: Any) -> tuple[list[Any], list[Any] | None]:
-    """Closures and, if there are inputs, a batch for each."""
-    single = callable(closure)
-    closures = [closure] if single else list(closure or ())
-    if not closures or not all(map(callable, closures)):
-        raise TypeError("step() needs a closure that returns the loss (or a sequence of them): optimizer.step(lambda: loss_fn())")
-    if inputs is None:
-        return closures, None
-    batches = [inputs] if single else list(inputs)
-    if len(batches) != len(closures):
-        raise ValueError(f"there are {len(batches)} inputs for {len(closures)} closures")
-    return closures, batches
-
-
-def _bind(closures: Sequence[BatchClosure], batches: Sequence[Any]) -> list[Closure]:
-    """Closures that take nothing."""
-
-    def bound(closure: BatchClosure, inputs: Any) -> Closure:
-        return lambda: as_losses(closure(inputs), 1, count_examples(inputs))[0]
-
-    return [bound(closure, inputs) for closure, inputs in zip(closures, batches, strict=True)]
-
-
 def _same_point(a: tuple[int, float] | None, b: tuple[int, float] | None) -> bool:
     """Whether two perturbations are one. 0.0 and -0.0 are not: a warm-up with eps = 0 makes every pass that a step makes."""
     return a == b and (a is None or b is None or math.copysign(1.0, a[1]) == math.copysign(1.0, b[1]))
@@ -532,24 +474,3 @@ def _groups(handle: Handle, params: Iterable[Any] | None) -> list[Any]:
     if not groups:
         raise ValueError("params is empty; leave it out to train everything that the handle trains")
     return groups if isinstance(groups[0], dict) else [{"params": groups}]
-
-
-def _check_number(name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> None:
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{name} is one number, not a tensor of shape {tuple(value.shape)}")
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is a number, not {value!r}")
-    if not math.isfinite(value) or value < low or (open_low and value == low) or value >= high:
-        bound = f"above {low:g}" if open_low else f"at least {low:g}"
-        raise ValueError(
-            f"{name} is a finite number {bound}" + (f" and below {high:g}" if high < math.inf else "") + f", not {value}"
-        )
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is an integer, not {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} is at least 1, not {value}")

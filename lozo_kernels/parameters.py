@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .config import PatchConfig
 from .noise import tensor_ids
+from .offloaded import find_homes, identities
 from .table import DTYPES, stride_problem
 
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -122,45 +123,50 @@ def is_quantised(module: nn.Module | None, p: Tensor) -> bool:
     return not sharded and not p.is_complex() and (not p.is_floating_point() or type(p.data) is not Tensor)
 
 
-def is_offloaded(module: nn.Module | None, p: Tensor) -> bool:
-    """Whether accelerate brings the weight only while its module runs."""
-    return p.device.type == "meta" and hasattr(module, "_hf_hook")
-
-
-def _out_of_reach(module: nn.Module, p: Tensor, config: PatchConfig) -> str | None:
+def _out_of_reach(module: nn.Module, p: Tensor, config: PatchConfig, offloaded: bool) -> str | None:
     if config.placement == "inplace":
         return None
     if config.estimator == "lowrank" and is_quantised(module, p):
         return "quantised"
-    return "offloaded" if is_offloaded(module, p) else None
+    return "offloaded" if offloaded else None
 
 
 def find_parameters(model: nn.Module, config: PatchConfig) -> tuple[list[Slot], list[LeftAlone]]:
     """Everything that ``config`` trains in ``model``, tied weights once, and everything that it leaves alone.
 
-    A probe also trains quantised linear layers, although their weights do not require a gradient, and offloaded weights.
+    A probe also trains offloaded weights, and quantised linear layers although their weights do not require a gradient (under the
+    adapters of PEFT only those that ``include`` names).
 
     Raises:
         TypeError: a parameter to train is sparse, complex, on the meta device or of an unsupported dtype.
         ValueError: nothing is trainable, a pattern matches nothing, two names share an id, or strides do not fit.
     """
-    owners: dict[int, tuple[nn.Module, str, Tensor]] = {}
-    names: dict[int, list[str]] = {}
+    owners: dict[Hashable, tuple[nn.Module, str, Tensor]] = {}
+    names: dict[Hashable, list[str]] = {}
+    offloaded: set[Hashable] = set()
+    homes = find_homes(model)
+    identity = identities(model, homes)
     for prefix, module in model.named_modules(remove_duplicate=False):
         for attribute, p in module._parameters.items():
             if p is not None:
-                owners.setdefault(id(p), (module, attribute, p))
-                names.setdefault(id(p), []).append(_canonical(f"{prefix}.{attribute}" if prefix else attribute))
+                name = f"{prefix}.{attribute}" if prefix else attribute
+                key = identity[name]
+                owners.setdefault(key, (module, attribute, p))
+                names.setdefault(key, []).append(canonical(name))
+                if module in homes:
+                    offloaded.add(key)
     _check_patterns(config, [n for group in names.values() for n in group])
 
+    # Quantised layers under adapters are their frozen base, unless asked for.
+    adapted = any(hasattr(module, "merged_adapters") for module in model.modules())
     chosen, left = [], []
     for key, (module, attribute, p) in owners.items():
-        away = _out_of_reach(module, p, config)
-        reason = _why_not(p, names[key], config, away == "quantised")
+        away = _out_of_reach(module, p, config, key in offloaded)
+        reason = _why_not(p, names[key], config, away == "quantised" and (not adapted or config.include is not None))
         if reason is None:
             if away is None:
                 check_trainable(names[key][0], p)
-            chosen.append((module, attribute, p, names[key]))
+            chosen.append((module, attribute, p, names[key], away))
         else:
             left.append(LeftAlone(names[key][0], p, reason))
     if not chosen:
@@ -168,11 +174,10 @@ def find_parameters(model: nn.Module, config: PatchConfig) -> tuple[list[Slot], 
             "the model has no trainable parameter"
             + (f" ({len(left)} were left alone, e.g. {left[0].name!r}: {left[0].reason})" if left else "")
         )
-    ids = tensor_ids(min(aliases) for *_, aliases in chosen)
+    ids = tensor_ids(min(aliases) for *_, aliases, _ in chosen)
     slots = []
-    for module, attribute, p, aliases in chosen:
+    for module, attribute, p, aliases, away in chosen:
         kind, layout = _treatment(module, p, config)
-        away = _out_of_reach(module, p, config)
         tensor_id, others = ids[min(aliases)], tuple(dict.fromkeys(aliases[1:]))
         slot = Slot(weakref.ref(module), attribute, aliases[0], others, tensor_id, kind, layout, away)
         if away is None:
@@ -181,7 +186,8 @@ def find_parameters(model: nn.Module, config: PatchConfig) -> tuple[list[Slot], 
     return slots, left
 
 
-def _canonical(name: str) -> str:
+def canonical(name: str) -> str:
+    """A parameter's name without the prefixes of wrappers."""
     for wrapper in _WRAPPERS:
         while f".{name}".find(f".{wrapper}") >= 0:
             name = f".{name}".replace(f".{wrapper}", ".", 1)[1:]
@@ -201,8 +207,8 @@ def _check_patterns(config: PatchConfig, names: Sequence[str]) -> None:
                 )
 
 
-def _why_not(p: Tensor, names: Sequence[str], config: PatchConfig, quantised: bool) -> str | None:
-    if not p.requires_grad and not quantised:
+def _why_not(p: Tensor, names: Sequence[str], config: PatchConfig, anyway: bool) -> str | None:
+    if not p.requires_grad and not anyway:
         return "requires_grad is False"
     if config.include is not None and not _matches(names, config.include):
         return "matches no include pattern"

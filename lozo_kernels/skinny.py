@@ -48,15 +48,17 @@ def lowrank_linear_(
     Raises:
         TypeError, ValueError: an argument is of the wrong dtype or shape.
     """
-    rows, cols = len(b), v.shape[-1]
+    tokens, groups, rows, cols = _check(y, v, b, draws, scales, gain)
     inputs, outputs = (rows, cols) if transposed else (cols, rows)
-    _check(y, v, b, draws, scales, outputs)
-    if x.dim() != 2 or x.shape[1] != inputs or len(x) != len(y) or x.dtype not in DTYPES or (inputs > 1 and x.stride(1) != 1):
+    if y.shape[1] != outputs:
+        raise ValueError(f"y is {tuple(y.shape)}; needed is ({tokens}, {outputs})")
+    if x.shape != (tokens, inputs) or x.dtype not in DTYPES or (inputs > 1 and x.stride(1) != 1) or x.device != y.device:
         raise ValueError(
-            f"x is {tuple(x.shape)} {x.dtype} with strides {x.stride()}; needed is ({len(y)}, {inputs}), rows contiguous"
+            f"x is {tuple(x.shape)} {x.dtype} on {x.device} with strides {x.stride()}; "
+            f"needed is ({tokens}, {inputs}) on {y.device}, rows contiguous"
         )
-    if shift is not None and (shift.shape != (len(draws), outputs) or shift.dtype != torch.float32 or not shift.is_contiguous()):
-        raise ValueError(f"shift is {tuple(shift.shape)} {shift.dtype}; needed is contiguous fp32 ({len(draws)}, {outputs})")
+    if shift is not None and (shift.shape != (groups, outputs) or not _is_plain(shift, torch.float32, y.device)):
+        raise ValueError(f"shift is {_describe(shift)}; needed is contiguous fp32 ({groups}, {outputs}) on {y.device}")
     if torch.compiler.is_compiling():
         torch.ops.lozo_kernels.lowrank_linear_(
             y, x, v, b, _signed(seed), tensor_id, row_offset, draws, scales, transposed, gain, shift, _name(backend)
@@ -89,9 +91,11 @@ def lowrank_embedding_(
     Raises:
         TypeError, ValueError: an argument is of the wrong dtype or shape.
     """
-    _check(y, v, b, draws, scales, v.shape[-1])
-    if rows.shape != (len(y),) or rows.dtype not in (torch.int64, torch.int32) or not rows.is_contiguous():
-        raise ValueError(f"rows is {tuple(rows.shape)} {rows.dtype}; needed is contiguous int64 or int32 ({len(y)},)")
+    tokens, _, _, cols = _check(y, v, b, draws, scales, gain)
+    if y.shape[1] != cols:
+        raise ValueError(f"y is {tuple(y.shape)}; needed is ({tokens}, {cols})")
+    if rows.shape != (tokens,) or rows.dtype not in (torch.int64, torch.int32) or not _is_plain(rows, rows.dtype, y.device):
+        raise ValueError(f"rows is {_describe(rows)}; needed is contiguous int64 or int32 ({tokens},) on {y.device}")
     if torch.compiler.is_compiling():
         torch.ops.lozo_kernels.lowrank_embedding_(
             y, rows, v, b, _signed(seed), tensor_id, row_offset, draws, scales, gain, _name(backend)
@@ -101,22 +105,36 @@ def lowrank_embedding_(
     backend.lowrank_embedding_(Skinny(y, rows, v, b, seed, tensor_id, row_offset, draws, scales, gain=gain))
 
 
-def _check(y: Tensor, v: Tensor, b: Tensor, draws: Tensor, scales: Tensor, outputs: int) -> None:
+def _check(y: Tensor, v: Tensor, b: Tensor, draws: Tensor, scales: Tensor, gain: Tensor | None) -> tuple[int, int, int, int]:
+    """Tokens, groups, rows and columns of the weight. This runs after every layer of a forward pass: few calls, no ``len``."""
+    device = y.device
     if y.dtype not in DTYPES:
         raise TypeError(f"y is {y.dtype}; supported are {', '.join(str(d) for d in DTYPES)}")
-    if y.dim() != 2 or y.shape[1] != outputs or (outputs > 1 and y.stride(1) != 1):
-        raise ValueError(f"y is {tuple(y.shape)} with strides {y.stride()}; needed is (tokens, {outputs}), rows contiguous")
-    if v.dim() != 2 or v.dtype != torch.float16 or not v.is_contiguous():
-        raise ValueError(f"v is {tuple(v.shape)} {v.dtype}; needed is contiguous fp16 (rank, cols)")
-    if b.shape != (len(b), len(v)) or b.dtype != torch.float32 or not b.is_contiguous() or not 1 <= len(v) <= MAX_RANK:
-        raise ValueError(f"b is {tuple(b.shape)} {b.dtype}; needed is contiguous fp32 (rows, {len(v)}), rank 1 to {MAX_RANK}")
-    groups = len(draws)
-    if draws.shape != (groups, 2) or draws.dtype != torch.int64 or not draws.is_contiguous():
-        raise ValueError(f"draws is {tuple(draws.shape)} {draws.dtype}; needed is contiguous int64 (groups, 2)")
-    if scales.shape != (groups,) or scales.dtype != torch.float32 or not scales.is_contiguous():
-        raise ValueError(f"scales is {tuple(scales.shape)} {scales.dtype}; needed is contiguous fp32 ({groups},)")
-    if groups == 0 or len(y) % groups:
-        raise ValueError(f"{len(y)} tokens do not divide into {groups} evaluations")
+    if y.dim() != 2 or (y.shape[1] > 1 and y.stride(1) != 1):
+        raise ValueError(f"y is {tuple(y.shape)} with strides {y.stride()}; needed is (tokens, outputs), rows contiguous")
+    if v.dim() != 2 or not _is_plain(v, torch.float16, device):
+        raise ValueError(f"v is {_describe(v)}; needed is contiguous fp16 (rank, cols) on {device}")
+    rank, cols = v.shape
+    if b.dim() != 2 or b.shape[1] != rank or not 1 <= rank <= MAX_RANK or not _is_plain(b, torch.float32, device):
+        raise ValueError(f"b is {_describe(b)}; needed is contiguous fp32 (rows, {rank}) on {device}, rank 1 to {MAX_RANK}")
+    if draws.dim() != 2 or draws.shape[1] != 2 or not _is_plain(draws, torch.int64, device):
+        raise ValueError(f"draws is {_describe(draws)}; needed is contiguous int64 (groups, 2) on {device}")
+    tokens, groups = y.shape[0], draws.shape[0]
+    if scales.shape != (groups,) or not _is_plain(scales, torch.float32, device):
+        raise ValueError(f"scales is {_describe(scales)}; needed is contiguous fp32 ({groups},) on {device}")
+    if gain is not None and (gain.shape != (1,) or not _is_plain(gain, torch.float32, device)):
+        raise ValueError(f"gain is {_describe(gain)}; needed is fp32 (1,) on {device}")
+    if groups == 0 or tokens % groups:
+        raise ValueError(f"{tokens} tokens do not divide into {groups} evaluations")
+    return tokens, groups, b.shape[0], cols
+
+
+def _is_plain(t: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
+    return t.dtype == dtype and t.device == device and t.is_contiguous()
+
+
+def _describe(t: Tensor) -> str:
+    return f"{tuple(t.shape)} {t.dtype} on {t.device} (contiguous: {t.is_contiguous()})"
 
 
 def _signed(seed: int) -> int:

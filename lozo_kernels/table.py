@@ -124,8 +124,7 @@ def check_alike(table: TensorTable, out: TensorTable) -> None:
     for t, (x, y) in enumerate(zip(table.x, out.x, strict=True)):
         if x.shape != y.shape or x.dtype != y.dtype or x.device != y.device:
             raise ValueError(
-                f"out of tensor {t} is {tuple(y.shape)} {y.dtype} on {y.device}; "
-                f"needed is {tuple(x.shape)} {x.dtype} on {x.device}"
+                f"out of tensor {t} is {tuple(y.shape)} {y.dtype} on {y.device}; needed is {tuple(x.shape)} {x.dtype} on {x.device}"
             )
 
 

@@ -12,9 +12,11 @@ from torch.nn import functional as F
 
 from lozo_kernels import bench, environment, ops
 from lozo_kernels.bench import clock, memory, perturb, step, targets, timing
+from lozo_kernels.bench.batches import CausalBatch, TimedClosure
+from lozo_kernels.bench.entrants import METHODS, Entrant, entrants
 
 ROW = {"op", "dtype", "rank", "shape", "gbps", "host_us", "not_run", *(f"{column}_gbps" for column in perturb.COLUMNS)}
-STEP_ROW = {"method", "dtype", "tokens", "step_ms", "two_forwards_ms", "reference_step_ms"}
+STEP_ROW = {"method", "placement", "dtype", "tokens", "step_ms", "two_forwards_ms", "reference_step_ms"}
 TINY = ["perturb", "--shapes", "48x70", "--repeats", "2", "--peer-repeats", "1"]
 
 
@@ -127,6 +129,7 @@ def test_gate_sees_wrong_momentum(capsys, monkeypatch):
         ["perturb", "--colour", "red"],
         ["step", "--methods", "adam"],
         ["step", "--tokens", "0"],
+        ["step", "--placement", "inplace,elsewhere"],
         ["memory", "--device", "meta"],
         ["memory", "--methods", "sgd"],
     ],
@@ -213,17 +216,18 @@ class Toy(nn.Module):
         self.embed = nn.Embedding(1000, 16)
         self.head = nn.Linear(16, 1000)
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> types.SimpleNamespace:
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> types.SimpleNamespace:
         logits = self.head(self.embed(input_ids))
-        return types.SimpleNamespace(loss=F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()))
+        if labels is None:
+            return types.SimpleNamespace(logits=logits)
+        return types.SimpleNamespace(loss=F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()))
 
 
 def test_step_rows():
     torch.manual_seed(0)
-    toys = step.StepBench(Toy(), list(step.METHODS), rank=2)
-    forward = step.causal_forward(96, torch.device("cpu"), 2048)
-    measured = toys.measure(forward, repeats=3, peer_repeats=1)
-    assert [row["method"] for row, _ in measured] == list(step.METHODS)
+    toys = step.StepBench(Toy(), entrants(METHODS, ["inplace"]), rank=2)
+    measured = toys.measure(CausalBatch(96, torch.device("cpu"), 2048), repeats=3, peer_repeats=1)
+    assert [row["method"] for row, _ in measured] == list(METHODS)
     for row, detail in measured:
         assert set(row) | {"dtype", "tokens"} == STEP_ROW
         assert all(row[c] > 0 for c in ("step_ms", "two_forwards_ms", "reference_step_ms"))
@@ -234,8 +238,8 @@ def test_step_rows():
 def test_where_memory_is_short_the_published_code_moves_the_model_at_rest():
     toy = Toy()
     before = toy.embed.weight.detach().clone()
-    bench = step.StepBench(toy, ["lozo-fused"], rank=2, published_model=toy)
-    ((row, _),) = bench.measure(step.causal_forward(8, torch.device("cpu"), 2048), repeats=2, peer_repeats=1)
+    bench = step.StepBench(toy, [Entrant("lozo-fused")], rank=2, published_model=toy)
+    ((row, _),) = bench.measure(CausalBatch(8, torch.device("cpu"), 2048), repeats=2, peer_repeats=1)
     assert row["method"] == "lozo-fused" and row["reference_step_ms"] > 0
     assert not torch.equal(before, toy.embed.weight)
     bench.close()
@@ -245,7 +249,7 @@ def test_where_memory_is_short_the_published_code_moves_the_model_at_rest():
 @pytest.mark.parametrize("measurement", ["step", "memory"])
 def test_commands_print_tables_and_documents(capsys, monkeypatch, measurement):
     monkeypatch.setattr(getattr(bench, measurement), "build_model", lambda name, dtype, device: Toy().to(device, dtype))
-    arguments = [measurement, "--tokens", "16", "--dtype", "bfloat16", "--methods", "lozo,mezo"]
+    arguments = [measurement, "--tokens", "16", "--dtype", "bfloat16", "--methods", "lozo,mezo", "--placement", "inplace,probe"]
     if measurement == "step":
         arguments += ["--repeats", "2", "--peer-repeats", "1"]
     assert bench.main(arguments) == 0
@@ -253,7 +257,7 @@ def test_commands_print_tables_and_documents(capsys, monkeypatch, measurement):
     assert table.count("lozo ") >= 1 and "mezo" in table
     assert bench.main([*arguments, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [row["method"] for row in rows] == ["lozo", "mezo"]
+    assert [(r["method"], r["placement"]) for r in rows] == [(m, p) for m in ("lozo", "mezo") for p in ("inplace", "probe")]
     if measurement == "step":
         assert all(set(row) == STEP_ROW for row in rows)
 
@@ -266,13 +270,13 @@ def test_a_step_is_charged_for_what_it_does_outside_its_forwards(monkeypatch):
         now[0] += 10.0
         return torch.zeros(())
 
-    def take_step(closure: step.Forward) -> None:
+    def take_step(closure: TimedClosure) -> None:
         closure()
         now[0] += 1.0
         closure()
         now[0] += 2.0
 
-    closure = step.TimedClosure(forward)
+    closure = TimedClosure(forward)
     for _ in range(2):
         closure.step(types.SimpleNamespace(step=take_step))
     assert closure.shares() == pytest.approx([0.15, 0.15])
@@ -281,7 +285,7 @@ def test_a_step_is_charged_for_what_it_does_outside_its_forwards(monkeypatch):
 @pytest.mark.parametrize("method", ["lozo", "lozo-fused", "lozo-m", "mezo"])
 def test_a_step_needs_less_than_a_hundredth_of_the_weights(mid_size, method):
     model, x = mid_size
-    use = memory.measure_method(model, lambda m: m(x).square().mean(), method, rank=4)
+    use = memory.measure_method(model, lambda m: m(x).square().mean(), Entrant(method), rank=4)
     assert use.weights == sum(p.numel() for p in model.parameters()) * 4
     assert use.persistent <= use.extra < 0.01 * use.weights
     factors = {"lozo": 1, "lozo-fused": 1, "lozo-m": 3, "mezo": 0}[method]  # V in fp16, N in fp32; as many rows as columns
@@ -292,7 +296,7 @@ def test_a_step_needs_less_than_a_hundredth_of_the_weights(mid_size, method):
 
 def test_the_published_step_needs_whole_matrices(mid_size):
     model, x = mid_size
-    use = memory.measure_method(model, lambda m: m(x).square().mean(), "published lozo", rank=4)
+    use = memory.measure_method(model, lambda m: m(x).square().mean(), Entrant("published lozo"), rank=4)
     matrix = 1024 * 4096 * 4
     assert 2 * matrix < use.extra < 4.5 * matrix
     assert use.persistent < 0.01 * use.weights

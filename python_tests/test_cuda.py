@@ -15,7 +15,7 @@ import torch
 from table_helpers import UNIT, Case, assert_same_bits, raw
 from test_ops import momentum_call, random_call
 
-from lozo_kernels import Draw, Rounding, TensorTable, noise, ops
+from lozo_kernels import Draw, Rounding, TensorTable, noise, ops, skinny
 from lozo_kernels.backends import launches
 from lozo_kernels.backends.cuda import CudaBackend
 from lozo_kernels.backends.launches import device_table
@@ -207,6 +207,29 @@ def test_dense_momentum(rng, emulated, guard, draws, rounding):
         guard(case)
         ops.dense_momentum_(case.table, **call, backend=emulated)
         assert_same_bits(case, expected)
+
+
+@pytest.mark.parametrize("op", ["factor_update_", "lowrank_merge_", "dense_merge_"])
+def test_ops_without_a_kernel(rng, emulated, op):
+    rank, shapes = 3 if op == "lowrank_merge_" else 0, [(1, 5, 24), (2, 3, 7)]
+    case = Case(rng, rank, momentum=op != "factor_update_", dtypes=(torch.float32,), shapes=shapes)
+    call = random_call(rng, len(shapes), 1)
+    expected = case.copy()
+    getattr(ops, op)(expected.table, **call, backend=choose_backend("cpu", "eager").backend)
+    getattr(ops, op)(case.table, **call, backend=emulated)
+    assert_same_bits(case, expected)
+
+
+def test_products_of_activations(emulated):
+    v, b = noise.to_grid(torch.randn(3, 9)).half(), torch.randn(7, 3)
+    where = {"seed": 5, "tensor_id": 6, "draws": torch.tensor([[1, 0]]), "scales": torch.tensor([0.5])}
+    y, x, rows = torch.zeros(4, 7), torch.randn(4, 9), torch.tensor([0, 6, 2, 2])
+    skinny.lowrank_linear_(y, x, v, b, **where, backend=emulated)
+    f = b + 0.5 * noise.factor(5, 7, 3, 6, 1)
+    assert torch.allclose(y, x @ v.float().T @ f.T, atol=1e-4)
+    y = torch.zeros(4, 9)
+    skinny.lowrank_embedding_(y, rows, v, b, **where, backend=emulated)
+    assert torch.allclose(y, f[rows] @ v.float(), atol=1e-4)
 
 
 @pytest.mark.parametrize("reproject", [False, True])

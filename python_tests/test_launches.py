@@ -7,7 +7,7 @@ from torch import nn
 
 from lozo_kernels import LOZO
 from lozo_kernels.backends import launches
-from lozo_kernels.backends.launches import ANY_DTYPE, DeviceTable, Tile, device_table
+from lozo_kernels.backends.launches import ANY_DTYPE, DeviceTable, Tile, device_table, merge_table
 from lozo_kernels.registry import Draw
 from lozo_kernels.table import TensorTable
 
@@ -133,6 +133,42 @@ def test_headers_hold_words_of_numbers_and_of_tensors(rng):
     assert torch.equal(numbers, on_device.headers.words(seed, [Draw(tensor, 3), Draw(tensor + 1)]))
     assert numbers.tolist()[2:] == [3, 0, 0, step, step + 1, 0]
     assert [n & 0xFFFFFFFF for n in numbers.tolist()[:2]] == [seed & 0xFFFFFFFF, seed >> 32]
+
+
+def test_layers_of_a_pass_share_a_header():
+    tables = [DeviceTable(TensorTable([torch.zeros(1, 1, 8)], [i])) for i in range(2)]
+    first, second = (t.headers.words(7, [Draw(3)]) for t in tables)
+    assert first is second
+    assert tables[0].headers.words(7, [Draw(4)]).tolist() != first.tolist()
+    assert tables[0].headers.words(7, []).tolist() == [7] + [0] * 7
+
+
+def test_tables_of_outputs_are_built_once_for_every_place():
+    x = torch.zeros(1, 4, 16)
+    table = TensorTable([x], [0])
+    memory = torch.zeros(3, 1, 4, 16)
+    made = [merge_table(table, TensorTable([memory[i]], [0])) for i in (0, 1, 0, 1)]
+    assert made[0] is made[2] and made[1] is made[3] and made[0] is not made[1]
+    assert made[1].outputs[0, 0] == memory[1].data_ptr() and made[1].tensors[0, 0] == x.data_ptr()
+    assert merge_table(table, table) is device_table(table)
+    for _ in range(20):
+        merge_table(table, TensorTable([torch.zeros(1, 4, 16)], [0]))
+    assert len(table.cache["gpu outputs"]) <= 4
+
+
+def test_both_ends_of_a_merge_decide_how_it_is_done():
+    """Dense tensors are one row only if that of the output is too; access is wide only if both allow it."""
+    table = TensorTable([torch.zeros(1, 4, 16)], [0])
+
+    def launch(out):
+        on_device = merge_table(table, TensorTable([out], [0]))
+        (only,) = on_device.launches("test", lambda code: Tile(1, 64))
+        return on_device.tensors[0, 5].item(), only.aligned
+
+    assert launch(torch.zeros(1, 4, 16)) == (1, True)
+    assert launch(torch.zeros(1, 4, 24)[:, :, :16]) == (4, True)
+    assert launch(torch.zeros(1, 4, 17)[:, :, :16]) == (4, False)
+    assert launch(torch.zeros(65)[1:].view(1, 4, 16)) == (1, False)
 
 
 def test_under_inference_mode(backend):

@@ -12,11 +12,11 @@ import lozo_kernels
 ROOT = Path(lozo_kernels.__file__).parent
 # Lower layers first; a module imports only from layers below its own (or its own package).
 LAYERS = [
-    {"noise", "interrupts", "errors", "published", "closures", "readback"},
+    {"noise", "interrupts", "errors", "published", "closures", "numbers", "readback", "offloaded"},
     {"config", "reference"},
     {"table", "report"},
     {"registry"},
-    {"ops", "skinny"},
+    {"ops", "skinny", "steps"},
     {"backends", "library", "parameters", "passes"},
     {"engine", "environment"},
     {"probe"},

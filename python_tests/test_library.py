@@ -4,8 +4,9 @@ import pytest
 import torch
 from table_helpers import Case, assert_same_bits, raw
 
-from lozo_kernels import LOZO, TensorTable, noise, ops
+from lozo_kernels import LOZO, TensorTable, noise, ops, skinny
 from lozo_kernels.registry import Draw, Rounding, choose_backend
+from lozo_kernels.table import DTYPES
 
 TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 OPS = torch.ops.lozo_kernels
@@ -20,26 +21,46 @@ def fresh_compiler():
 
 def case(rng, op):
     """A small table for an op, without poison: opcheck compares values."""
-    made = Case(rng, 0 if "dense" in op else 3, momentum="momentum" in op or op == "resample_", shapes=SHAPES)
+    rank, dtypes = (0, (torch.float32,)) if op == "factor_update_" else (0 if "dense" in op else 3, DTYPES)
+    momentum = "momentum" in op or "merge" in op or op == "resample_"
+    made = Case(rng, rank, momentum=momentum, shapes=SHAPES, dtypes=dtypes)
     place = list(zip(made.ids, made.row_offsets, made.col_offsets, made.global_cols, strict=True))
     xs = [x.contiguous() for x in made.table.x]
     return xs, made.table.v, made.table.n, [number for row in place for number in row]
 
 
+def activations(op, backend):
+    v, b = noise.to_grid(torch.randn(3, 10)).half(), torch.randn(7, 3)
+    where = (-5, 77, 2, torch.tensor([[3, 0], [4, 1]]), torch.randn(2))
+    if op == "lowrank_embedding_":
+        return torch.randn(6, 10), torch.randint(7, (6,)), v, b, *where, torch.rand(1), backend
+    return torch.randn(6, 7), torch.randn(6, 10), v, b, *where, False, torch.rand(1), torch.randn(2, 7), backend
+
+
 def arguments(rng, op, backend, rounding):
+    if op in ("lowrank_linear_", "lowrank_embedding_"):
+        return activations(op, backend)
     xs, v, n, place = case(rng, op)
     if op == "resample_":
         return xs, v, n, place, -5, 7, backend
     if op == "factor":
         return -5, 9, 3, 77, 4, 1, noise.STREAMS["V"], 2, torch.device("cpu"), backend
-    update = (-5, torch.tensor([3, 4]), [0, 1], torch.randn(2, 2), torch.rand(2))
+    draws = 1 if "merge" in op else 2
+    update = (-5, torch.tensor([3, 4][:draws]), [0, 1][:draws], torch.randn(draws, 2), torch.rand(2))
     update += (torch.tensor(6) if rounding else None, 1, backend)
     momentum = (torch.randn(2, 2), torch.randn(2), torch.rand(2)) if "momentum" in op else ()
     factors = () if v is None else (v,)
-    return (xs, *factors, *(() if n is None else (n,)), place, *update, *momentum)
+    out = ([torch.zeros_like(x) for x in xs],) if "merge" in op else ()
+    return (*out, xs, *factors, *(() if n is None else (n,)), place, *update, *momentum)
 
 
-@pytest.mark.parametrize("op", ["lowrank_update_", "dense_update_", "lowrank_momentum_", "dense_momentum_", "resample_", "factor"])
+@pytest.mark.parametrize(
+    "op",
+    [
+        *("lowrank_update_", "dense_update_", "lowrank_momentum_", "dense_momentum_", "resample_", "factor"),
+        *("factor_update_", "lowrank_merge_", "dense_merge_", "lowrank_linear_", "lowrank_embedding_"),
+    ],
+)
 def test_opcheck(rng, any_backend, op):
     for rounding in (False, True):
         torch.library.opcheck(getattr(OPS, op).default, arguments(rng, op, any_backend.name, rounding), test_utils=TESTS)
@@ -72,6 +93,48 @@ def test_compiled_call_gives_the_same_bits(rng, op, compiler):
 def test_compiled_factor():
     make = torch.compile(lambda: ops.factor(5, 9, 3, 77, Draw(2, 1), stream="V", row_offset=4), backend="aot_eager", fullgraph=True)
     assert torch.equal(make(), noise.factor(5, 9, 3, 77, 2, stream="V", row_offset=4, direction=1))
+
+
+@pytest.mark.parametrize("op", ["factor_update_", "lowrank_merge_", "dense_merge_"])
+def test_compiled_merge_gives_the_same_bits(rng, op):
+    rank, merge = 3 if op == "lowrank_merge_" else 0, op != "factor_update_"
+    case = Case(rng, rank, momentum=merge, shapes=SHAPES, dtypes=DTYPES if merge else (torch.float32,))
+    outs = (
+        [[torch.zeros_like(x) for x in case.table.x] for _ in range(2)]
+        if merge
+        else [[x.clone() for x in case.table.x] for _ in "ab"]
+    )
+    call = {"seed": (1 << 64) - 3, "draws": [Draw(5)], "scales": 0.1, "decay": 0.9}
+
+    def run(out):
+        table = TensorTable(out, case.ids)
+        if merge:
+            getattr(ops, op)(case.table, **call, out=table)
+        else:
+            ops.factor_update_(table, **call)
+
+    run(outs[0])
+    torch.compile(run, backend="aot_eager", fullgraph=True)(outs[1])
+    for a, b in zip(*outs, strict=True):
+        assert torch.equal(raw(a), raw(b))
+
+
+def test_a_probed_layer_is_compiled_once(rng):
+    """Draws and scales are tensors: what they hold may change."""
+    layer = torch.nn.Linear(10, 7)
+    v, b = noise.to_grid(torch.randn(3, 10)).half(), torch.randn(7, 3)
+
+    def probed(x, draws, scales):
+        y = layer(x)
+        skinny.lowrank_linear_(y, x, v, b, seed=1 << 63, tensor_id=5, draws=draws, scales=scales)
+        return y.square().sum()
+
+    compiled = torch.compile(probed, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for i in range(3):
+            call = (torch.randn(6, 10), torch.tensor([[i, 0], [i, 1]]), torch.randn(2))
+            with torch._dynamo.config.patch(error_on_recompile=i > 0):
+                assert torch.allclose(compiled(*call), probed(*call), rtol=1e-5)
 
 
 def test_ops_inside_a_compiled_function_see_each_other(rng):

@@ -7,8 +7,9 @@ import threading
 
 import pytest
 import torch
+from table_helpers import Product
 
-from lozo_kernels import noise, ops
+from lozo_kernels import noise, ops, skinny
 from lozo_kernels.backends import native
 from lozo_kernels.backends.eager import EagerBackend
 from lozo_kernels.backends.native import NativeBackend
@@ -179,15 +180,118 @@ def test_resample(rank, reproject, rng):
     check("resample_", table, {"seed": rng.randrange(1 << 64), "window": rng.randrange(1 << 28)}, reproject=reproject)
 
 
+@pytest.mark.parametrize("draws", [1, 2])
+@pytest.mark.parametrize("rank", RANKS)
+def test_factor_update(rank, draws, rng):
+    shapes = [(1, rng.randint(1, 40), rank), (3, rng.randint(1, 300), rank), (1, 700, rank), (1, 0, rank)]
+    table = make_table(rng, torch.float32, shapes=shapes)
+    call = arguments(rng, table, draws)
+    del call["rounding"]
+    check("factor_update_", table, call)
+
+
+def check_merge(rng, op, table, call):
+    """In place, and into other memory with strides of its own."""
+    check(op, table, call)
+    shapes = [tuple(x.shape) for x in table.x]
+    outs = [make_x(rng, table.x[0].dtype, *shape) for shape in shapes]
+    expected = clone(TensorTable(x=outs, tensor_ids=table.tensor_ids))
+    getattr(ops, op)(clone(table), **call, out=expected, backend=EAGER)
+    for isa in ISAS:
+        native.set_isa(isa)
+        actual, read = clone(TensorTable(x=outs, tensor_ids=table.tensor_ids)), clone(table)
+        getattr(ops, op)(read, **call, out=actual, backend=NATIVE)
+        assert_same(actual, expected, f"{isa} {op} {call}")
+        assert_same(read, table, f"{isa} {op}, what is read")
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lowrank_merge(dtype, rank, rng):
+    for draws in (0, 1):
+        table = make_table(rng, dtype, rank, momentum=True)
+        check_merge(rng, "lowrank_merge_", table, arguments(rng, table, draws))
+
+
+@pytest.mark.parametrize("draws", [0, 1])
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dense_merge(dtype, kept, draws, rng):
+    for _ in range(3):
+        table = make_table(rng, dtype, momentum=kept)
+        check_merge(rng, "dense_merge_", table, arguments(rng, table, draws))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("rank", RANKS)
+def test_products_with_factors(rank, groups, isa, rng):
+    native.set_isa(isa)
+    for kind in ({}, {"transposed": True}, {"lookup": True}):
+        tokens, rows, cols = groups * rng.choice((0, 1, 3, 8, 70)), rng.choice((1, 31, 64, 300)), rng.choice((1, 33, 64, 290))
+        Product(rng, rank=rank, tokens=tokens, rows=rows, cols=cols, groups=groups, **kind).check(NATIVE, isa)
+
+
+@pytest.mark.parametrize("kind", [{}, {"transposed": True}, {"lookup": True}], ids=["linear", "transposed", "lookup"])
+def test_threads_do_not_matter_for_products(whose_threads, kind, rng):
+    native.set_isa(rng.choice(ISAS))
+    case = Product(rng, rank=rng.choice((4, 9)), tokens=4 * 301, rows=900, cols=1100, groups=4, **kind)
+    case.b.normal_()
+    case.check(NATIVE)
+    results = []
+    for count in (1, 2, 3, 4):
+        torch.set_num_threads(count)
+        results.append(case.run(NATIVE))
+    ints = INTS[results[0].dtype]
+    assert all(torch.equal(result.view(ints), results[0].view(ints)) for result in results[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_rows_outside_the_weight_are_refused(dtype):
+    v, draws = torch.zeros(4, 6, dtype=torch.float16), torch.zeros(1, 2, dtype=torch.int64)
+    for bad in (-1, 5, -(1 << 31), (1 << 31) - 1):
+        y = torch.ones(40, 6)
+        rows = torch.zeros(40, dtype=dtype)
+        rows[37] = bad
+        with pytest.raises(ValueError, match="rejected the arguments"):
+            skinny.lowrank_embedding_(
+                y, rows, v, torch.zeros(5, 4), seed=1, tensor_id=1, draws=draws, scales=torch.ones(1), backend=NATIVE
+            )
+        assert (y == 1).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tensor_id": 1 << 32},
+        {"row_offset": (1 << 32) - 4},
+        {"draws": torch.tensor([[1 << 28, 0]])},
+        {"draws": torch.tensor([[0, -1]])},
+    ],
+    ids=["tensor_id", "row_offset", "step", "direction"],
+)
+def test_products_outside_the_noise_are_refused(change):
+    call = {"seed": 1, "tensor_id": 1, "draws": torch.zeros(1, 2, dtype=torch.int64), "scales": torch.ones(1)} | change
+    y = torch.ones(2, 5)
+    with pytest.raises(ValueError, match="rejected the arguments"):
+        skinny.lowrank_linear_(
+            y, torch.zeros(2, 6), torch.zeros(4, 6, dtype=torch.float16), torch.zeros(5, 4), **call, backend=NATIVE
+        )
+    assert (y == 1).all()
+
+
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", ["lowrank_update_", "dense_update_", "lowrank_momentum_", "dense_momentum_"])
+@pytest.mark.parametrize(
+    "op", ["lowrank_update_", "dense_update_", "lowrank_momentum_", "dense_momentum_", "lowrank_merge_", "dense_merge_"]
+)
 def test_special_values(op, dtype, stochastic, rng):
     """Infinities, NaN, denormals of the weight's dtype and of fp32, overflow, and scales that are zero, tiny or infinite."""
     for scale in (0.0, 1e-42, 1e-36, 1e-30, 1e-6, 1.0, 1e30, float("inf")):
         rank = 0 if op.startswith("dense") else rng.choice([1, 2, 4, 5])
-        table = make_table(rng, dtype, rank, "momentum" in op, special=0.3)
-        call = arguments(rng, table, rng.choice([1, 2]))
+        merge = "merge" in op
+        table = make_table(rng, dtype, rank, merge or "momentum" in op, special=0.3)
+        call = arguments(rng, table, 1 if merge else rng.choice([1, 2]))
         call["scales"].fill_(scale)
         call["rounding"] = Rounding(3) if stochastic else None
         extra = momentum_arguments(table, len(call["draws"])) if "momentum" in op else {}
@@ -212,6 +316,7 @@ def test_every_rank(dtype, rng):
         call = arguments(rng, table, 2)
         check("lowrank_update_", table, call)
         check("lowrank_momentum_", table, call, **momentum_arguments(table, 2))
+        check("lowrank_merge_", table, arguments(rng, table, 1))
 
 
 def test_worst_case_product():
@@ -222,7 +327,7 @@ def test_worst_case_product():
     check("lowrank_update_", table, {"seed": 3, "draws": [Draw(1)], "scales": 1.0})
 
 
-@pytest.mark.parametrize("op", ["dense_update_", "dense_momentum_"])
+@pytest.mark.parametrize("op", ["dense_update_", "dense_momentum_", "dense_merge_"])
 def test_counters_past_32_bits(op, rng):
     """Flat elements around the point where the counter carries into its second word."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -235,9 +340,10 @@ def test_counters_past_32_bits(op, rng):
                 col_offsets=[(1 << bits) - rng.randint(1, 998)],
                 global_cols=[1 << 40],
             )
-            call = arguments(rng, table, 2)
+            draws = 1 if op == "dense_merge_" else 2
+            call = arguments(rng, table, draws)
             call["rounding"] = Rounding(1)
-            check(op, table, call, **(momentum_arguments(table, 2) if "momentum" in op else {}))
+            check(op, table, call, **(momentum_arguments(table, draws) if "momentum" in op else {}))
 
 
 @pytest.fixture(params=["torch", "own"])
@@ -269,6 +375,8 @@ def test_threads_do_not_matter(whose_threads, dtype, rng):
             torch.set_num_threads(count)
             results.append(clone(table))
             getattr(ops, op)(results[-1], **call, backend=NATIVE)
+            merge = ops.lowrank_merge_ if rank else ops.dense_merge_
+            merge(results[-1], seed=call["seed"], draws=call["draws"][:1], scales=0.1, rounding=Rounding(4), backend=NATIVE)
             if rank:
                 ops.resample_(results[-1], seed=5, window=6, reproject=True, backend=NATIVE)
         for result in results[1:]:

@@ -192,6 +192,7 @@ def test_required_budgets_are_in_the_table():
 
     for rank in range(1, 9):
         assert budget("lowrank_update", rank).instructions <= 16
+    assert all(budget("lowrank_merge", rank).instructions <= 28 for rank in range(1, 5))
     assert budget("lowrank_update", 64).instructions <= 22
     assert budget("dense_update", None).instructions <= 25
     assert ROOFLINE["sm_90"] >= 0.95
@@ -213,6 +214,24 @@ def test_loops_of_unknown_length_are_counted_by_the_trip():
         Work(bytes_per_thread=None, sources=("weights.py",), longest=False),
     )
     assert any("by 128 bits" in defect for defect in defects(job, narrow, row_of(job, narrow, BUDGET), BUDGET))
+
+
+def test_loops_inside_the_main_one_have_the_trips_that_are_told():
+    text = SASS.replace("FADD R4, R4, R9 ;", "NOP;\n.L_x_9:\n /*1*/ FADD R4, R4, R9 ;\n /*2*/ @P3 BRA `(.L_x_9) ;")
+    blocks = nvidia.functions(text)["update"]
+    told = facts_of(blocks, Resources(32, 0, 0), Work(32.0, nested=3))
+    assert told.instructions == 2 + 2 * (7 - 1 + 3 * 2) + 1 and not told.unknown_loops
+    assert facts_of(blocks, Resources(32, 0, 0), Work(32.0)).unknown_loops == 1
+
+
+def test_kernels_that_only_read_weights_are_followed():
+    """Their main loop is the one that loads weights."""
+    text = SASS.replace('File "/x/weights.py", line 20', 'File "/x/update.py", line 20')
+    waiting = text.replace("FMUL R9, R9, R8 ;", "NOP;\n.L_x_9:\n /*1*/ NANOSLEEP R9 ;\n /*2*/ @P3 BRA `(.L_x_9) ;")
+    facts = facts_of(nvidia.functions(waiting)["update"], Resources(32, 0, 0), Work(0, iterations=2))
+    assert facts.loads == {128: 32} and not facts.stores and facts.trips == 2
+    job = JOB | {"stored_bytes": 0, "exact": False}
+    assert not defects(job, facts, row_of(job, facts, BUDGET), BUDGET)
 
 
 def test_mangled_names_are_understood():
@@ -249,6 +268,7 @@ def test_kernels_pass(chosen, capsys, tmp_path):
     kernels = {row["kernel"] for row in json.loads(out.read_text())["rows"]}
     if "none" in chosen:
         assert {"lowrank_update", "lowrank_momentum", "dense_update", "dense_momentum", "momentum_factor", "resample"} <= kernels
+        assert {"factor_update", "lowrank_merge", "dense_merge", "contraction", "expansion", "lookup"} <= kernels
     else:
         assert {"lowrank_update_any", "lowrank_momentum_any", "dense_update_any", "lowrank_momentum"} <= kernels
 

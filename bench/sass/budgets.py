@@ -41,6 +41,9 @@ class Budget:
 
 _ANY = (1, 64)
 _SMALL, _MIDDLE, _LARGE = (1, 8), (9, 32), (33, 64)
+_LEAST, _LOWER, _HALF, _UPPER = (1, 4), (5, 8), (9, 16), (17, 32)
+_PADDED = (1, 16)
+"""Ranks that matrix units take as 16."""
 
 ROOFLINE = {"sm_90": 0.95}
 """The least predicted roofline of kernels in their default configuration; other targets' figures are nominal and promise
@@ -60,6 +63,7 @@ BUDGETS = (
     Budget("lowrank_update", "bfloat16", _SMALL, "sm_90", 16),
     Budget("lowrank_update", "bfloat16", _LARGE, "sm_90", 22),
     Budget("dense_update", "bfloat16", _ANY, "sm_90", 25),
+    Budget("lowrank_merge", "bfloat16", _LEAST, "sm_90", 28),
     # X and a product on tensor cores
     *_both("lowrank_update", "*16", _SMALL, 11, 18),
     *_both("lowrank_update", "*16", _MIDDLE, 11, 19),
@@ -95,6 +99,33 @@ BUDGETS = (
     *_both("dense_momentum", "*", _ANY, 45, 50),
     *_both("dense_momentum_2", "*", _ANY, 75, 80),
     *_both("dense_momentum_stochastic", "*16", _ANY, 68, 80),
+    # a product of fp32 numbers in a fixed order: a multiply and an add for each rank, so that ranks above 8 wait for arithmetic
+    *_both("lowrank_merge_any", "any", _ANY, 130, 330),
+    *_both("lowrank_merge_stochastic", "*16", _SMALL, 60, 90),
+    *_both("lowrank_merge_stochastic", "*16", _HALF, 75, 100),
+    *_both("lowrank_merge_stochastic", "*16", _UPPER, 130, 160),
+    *_both("lowrank_merge_stochastic", "*16", _LARGE, 220, 260),
+    *_both("lowrank_merge*", "*", _LEAST, 16, 19),
+    *_both("lowrank_merge*", "*", _LOWER, 28, 32),
+    *_both("lowrank_merge*", "*", _HALF, 55, 62),
+    *_both("lowrank_merge*", "*", _UPPER, 115, 130),
+    *_both("lowrank_merge*", "*", _LARGE, 210, 240),
+    # as dense_update, and N
+    *_both("dense_merge_stochastic", "*16", _ANY, 56, 75),
+    *_both("dense_merge_0", "*", _ANY, 12, 16),
+    *_both("dense_merge", "*", _ANY, 30, 45),
+    *_both("dense_merge_fresh", "*", _ANY, 30, 45),
+    # per activation
+    *_both("contraction", "*", _PADDED, 13, 12),
+    *_both("contraction", "*", _ANY, 18, 18),
+    *_both("contraction_factor", "*", _PADDED, 20, 18),
+    *_both("contraction_factor", "*", _ANY, 54, 50),
+    *_both("expansion", "*", _PADDED, 15, 17),
+    *_both("expansion", "*", _ANY, 38, 22),
+    *_both("expansion_factor", "*", _PADDED, 17, 18),
+    *_both("expansion_factor", "*", _ANY, 40, 27),
+    *_both("expansion_all", "*16", _PADDED, 26, 28),
+    *_both("expansion_all", "*16", _ANY, 54, 42),
     # any dtype and alignment: correct rather than fast
     *_both("lowrank_update_any", "any", _ANY, 80, 270),
     *_both("lowrank_momentum_any", "any", _ANY, 120, 365),
@@ -102,6 +133,10 @@ BUDGETS = (
     # per entry of a factor, of which there are few; ranks below 4 pad to one counter
     *_both("momentum_factor", "none", _ANY, 125, 260),
     *_both("momentum_factor_2", "none", _ANY, 200, 400),
+    *_both("factor_update", "none", _ANY, 130, 260),
+    *_both("factor_update_2", "none", _ANY, 200, 400),
+    *_both("probed_factor", "none", _ANY, 45, 60),
+    *_both("lookup", "none", _ANY, 60, 85),
     *_both("resample", "none", _ANY, 60, 95),
     *_both("resample_reproject", "none", _ANY, 105, 170),
     *_both("reproject", "none", _ANY, 220, 300),

@@ -45,10 +45,11 @@ def _vectors(job: Mapping[str, Any], facts: Facts) -> list[str]:
         found.append(f"stores with fewer than 128 bits: {_listed(facts.other_narrow_stores)}")
     if job["tile_elements"] is None:
         return found + _trip(facts)
-    expected = job["tile_elements"] * job["itemsize"] / job["threads"]
+    per_thread = job["tile_elements"] / job["threads"]
+    expected = per_thread * job["itemsize"]
     # A kernel that reads one block ahead has one load more on its path, which the last trip masks out.
     ahead = expected / job["iterations"] if job.get("ahead") else 0
-    for name, moved, due in (("loads", facts.loads, expected + ahead), ("stores", facts.stores, expected)):
+    for name, moved, due in (("loads", facts.loads, expected + ahead), ("stores", facts.stores, per_thread * job["stored_bytes"])):
         if sum(moved.values()) != due:
             found.append(f"{name} of weights add up to {sum(moved.values())} bytes a thread where a full tile has {due:g}")
     return found

@@ -36,7 +36,7 @@ def describe(compilation: Any, vendor: str) -> dict[str, Any]:
         "iterations": compilation.iterations,
         "ahead": bool(compilation.constants.get("AHEAD")),
         "itemsize": compilation.itemsize,
-        "stored_bytes": compilation.itemsize,
+        "stored_bytes": compilation.itemsize if compilation.writes else 0,
         "bytes_per_element": compilation.bytes_per_element,
         "default": compilation.default,
         "threads": _threads(compilation, 32 if vendor == "nvidia" else 64),
@@ -47,10 +47,12 @@ def describe(compilation: Any, vendor: str) -> dict[str, Any]:
 
 def read(compilation: Any, target: Target) -> Facts:
     """Compiles for a target and reads the machine code."""
+    stored = compilation.tile_elements * compilation.itemsize if compilation.writes else 0
     work = Work(
-        bytes_per_thread=compilation.tile_elements * compilation.itemsize / _threads(compilation, target.lanes),
+        bytes_per_thread=stored / _threads(compilation, target.lanes),
         iterations=compilation.iterations,
         longest=not getattr(compilation, "naive", False),
+        nested=compilation.nested,
     )
     compiled = _compile(compilation, target)
     if target.vendor == "amd":
@@ -79,5 +81,5 @@ def _threads(compilation: Any, lanes: int) -> int:
 def _key(compilation: Any) -> str:
     """Tells a compilation from all others of the same sources."""
     parts = [compilation.kernel, compilation.dtype, compilation.rank, compilation.signature, compilation.divisible]
-    parts += [compilation.constants, compilation.options, compilation.tile_elements, compilation.iterations]
+    parts += [compilation.constants, compilation.options, compilation.tile_elements, compilation.iterations, compilation.nested]
     return repr(parts)

@@ -25,12 +25,14 @@ class Work:
         sources: names of the files whose loads and stores are those of weights. They are told apart by the line table, because
             registers that hold addresses say nothing, and table, V and scalars are loaded in the same loops.
         longest: count the longest path, not the shortest.
+        nested: trips of a loop inside the main one, if it has one.
     """
 
     bytes_per_thread: float | None
     iterations: int = 1
     sources: tuple[str, ...] = ("weights.py",)
     longest: bool = True
+    nested: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +111,7 @@ def facts_of(blocks: Sequence[Block], resources: Resources, work: Work) -> Facts
     }
     try:
         path = heaviest_path(blocks, lambda b: moved(b.instructions), longest=work.longest)
-        main = _set_trips(path, [stored(b.instructions) for b in blocks], work)
+        main = _set_trips(path, [stored(b.instructions) for b in blocks], [moved(b.instructions) for b in blocks], work)
     except ValueError as error:
         return Facts(**common, broken=str(error))
     trip = main.path.visits() if main is not None else Counter()
@@ -143,15 +145,17 @@ def _waits(loop: Loop, blocks: Sequence[Block]) -> bool:
     return any(i.waits for block in loop.path.visits() for i in blocks[block].instructions)
 
 
-def _set_trips(path: Path, stored: Sequence[int], work: Work) -> Loop | None:
+def _set_trips(path: Path, stored: Sequence[int], every: Sequence[int], work: Work) -> Loop | None:
     """Finds the main loop and its trips. Compilers unroll and peel, so trips follow from the weights that a full tile stores."""
     loops = list(path.loops())
     if not loops:
         return None
     if work.bytes_per_thread == 0:
-        if len(loops) == 1:
-            loops[0].trips = work.iterations
-            return loops[0]
+        # Kernels that only read weights wait in further loops.
+        reading = [loop for loop in loops if any(every[block] for block in loop.path.visits())] or loops
+        if len(reading) == 1:
+            reading[0].trips = work.iterations
+            return reading[0]
         return None
 
     def bytes_of(visits: Counter[int]) -> int:
@@ -164,6 +168,8 @@ def _set_trips(path: Path, stored: Sequence[int], work: Work) -> Loop | None:
     main = max(storing, key=lambda loop: bytes_of(loop.path.visits()))
     for loop in storing:
         loop.trips = 0
+        for inner in loop.path.loops():
+            inner.trips = work.nested
     for loop in loops:
         if loop.trips is None and main in loop.path.loops():
             loop.trips = 1

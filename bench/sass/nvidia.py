@@ -67,6 +67,8 @@ def functions(code: str) -> dict[str, list[Block]]:
 
 
 def _lines(body: list[str]) -> list[Line]:
+    """ptxas leaves out a change of file where the number of the line stays the same: then what a line of another file does is
+    taken for weights.py's, or the other way round, and accesses to weights do not add up. Moving a function by a line helps."""
     source = ""
     found = []
     for text in body:
@@ -154,7 +156,7 @@ def _pipe(base: str, modifiers: list[str]) -> tuple[str, float]:
     elif base in _SHARED:
         pipe, work = "shared", max(_bits(modifiers), 32) / 8 * LANES
     elif base in _SHARED_MATRICES:
-        pipe, work = "shared", 128.0 * int(modifiers[-1])
+        pipe, work = "shared", 128.0 * (int(modifiers[-1]) if modifiers[-1].isdigit() else 1)  # matrices of 128 bytes
     elif base in _LOCAL | _CONSTANT | _CONTROL or base.startswith("U") or base in ("R2UR", "S2UR", "LDTM", "STTM"):
         pipe = "other"
     return pipe, work

@@ -16,6 +16,11 @@ struct Isa {
   int (*lowrank_momentum)(const lozo_tensor *, int64_t, const lozo_call *);
   int (*dense_momentum)(const lozo_tensor *, int64_t, const lozo_call *);
   int (*resample)(const lozo_tensor *, int64_t, const lozo_call *, int64_t);
+  int (*factor_update)(const lozo_tensor *, int64_t, const lozo_call *);
+  int (*lowrank_merge)(const lozo_tensor *, int64_t, const lozo_call *, const lozo_tensor *);
+  int (*dense_merge)(const lozo_tensor *, int64_t, const lozo_call *, const lozo_tensor *);
+  int (*lowrank_linear)(const lozo_skinny *);
+  int (*lowrank_embedding)(const lozo_skinny *);
   void (*factor)(const lozo_factor *, float *);
 };
 
@@ -27,6 +32,11 @@ struct Isa {
    lozo::isa::lowrank_momentum,        \
    lozo::isa::dense_momentum,          \
    lozo::isa::resample,                \
+   lozo::isa::factor_update,           \
+   lozo::isa::lowrank_merge,           \
+   lozo::isa::dense_merge,             \
+   lozo::isa::lowrank_linear,          \
+   lozo::isa::lowrank_embedding,       \
    lozo::isa::factor}
 
 #define LOZO_CPU(feature) __builtin_cpu_supports(feature)
@@ -91,6 +101,31 @@ int lozo_cpu_dense_momentum(const lozo_tensor *tensors, int64_t count, const loz
 int lozo_cpu_resample(const lozo_tensor *tensors, int64_t count, const lozo_call *call, int64_t reproject) {
   if (!lozo::valid_call(tensors, count, call, true)) return LOZO_BAD_ARGUMENT;
   return current().resample(tensors, count, call, reproject);
+}
+
+int lozo_cpu_factor_update(const lozo_tensor *tensors, int64_t count, const lozo_call *call) {
+  if (!lozo::valid_call(tensors, count, call, false) || !lozo::are_factors(tensors, count)) return LOZO_BAD_ARGUMENT;
+  return current().factor_update(tensors, count, call);
+}
+
+int lozo_cpu_lowrank_merge(const lozo_tensor *tensors, int64_t count, const lozo_call *call, const lozo_tensor *out) {
+  if (!lozo::valid_call(tensors, count, call, true) || call->num_draws > 1) return LOZO_BAD_ARGUMENT;
+  return current().lowrank_merge(tensors, count, call, out);
+}
+
+int lozo_cpu_dense_merge(const lozo_tensor *tensors, int64_t count, const lozo_call *call, const lozo_tensor *out) {
+  if (!lozo::valid_call(tensors, count, call, false) || call->num_draws > 1) return LOZO_BAD_ARGUMENT;
+  return current().dense_merge(tensors, count, call, out);
+}
+
+int lozo_cpu_lowrank_linear(const lozo_skinny *call) {
+  if (!lozo::valid_skinny(call) || !lozo::is_dtype(call->x_dtype)) return LOZO_BAD_ARGUMENT;
+  return current().lowrank_linear(call);
+}
+
+int lozo_cpu_lowrank_embedding(const lozo_skinny *call) {
+  if (!lozo::valid_skinny(call) || (call->x_dtype != 4 && call->x_dtype != 8)) return LOZO_BAD_ARGUMENT;
+  return current().lowrank_embedding(call);
 }
 
 int lozo_cpu_factor(const lozo_factor *factor, float *out) {

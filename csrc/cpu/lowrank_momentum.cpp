@@ -1,4 +1,5 @@
 // N <- beta * N + sum of coefficient * U, then X <- decay * X + sum of scale * U V^T + alpha * N V^T.
+#include "factor_rows.h"
 #include "lowrank_rows.h"
 #include "ops.h"
 #include "rounding.h"
@@ -30,29 +31,14 @@ struct MomentumFactors {
   float alpha;
 };
 
-int32_t low_step(int32_t pair) { return (int32_t)((uint32_t)pair << 16) >> 16; }
-
 void update_momentum(const Tile &tile, char *scratch, const void *context) {
   const OpCall &op = *(const OpCall *)context;
   const lozo_call &call = *op.call;
-  const int rank = (int)call.rank, draws = (int)call.num_draws;
-  int32_t *u = ((Scratch *)scratch)->u;
-  const int64_t draw_stride = (LOZO_MAX_RANK / 2) * kMaxTileRows;
-  for (int d = 0; d < draws; ++d)
-    factor_pairs(u + d * draw_stride, kMaxTileRows, call.seed, kStreamU, call.draw_steps[d], call.directions[d],
-                 tile.tensor->tensor_id, (uint64_t)global_row(tile, 0), tile.rows, rank);
-  const float beta = call.beta[tile.index];
+  const int64_t rank = call.rank;
   float *n = (float *)tile.tensor->n + (tile.matrix * tile.tensor->rows + tile.row) * rank;
-  for (int64_t i = 0; i < tile.rows; ++i, n += rank)
-    for (int k = 0; k < rank; ++k) {
-      float value = n[k] * beta;
-      for (int d = 0; d < draws; ++d) {
-        const int32_t pair = u[d * draw_stride + k / 2 * kMaxTileRows + i];
-        const float step = (float)(k % 2 ? pair >> 16 : low_step(pair)) * kGridStep;
-        value = value + step * call.coefficients[d * op.count + tile.index];
-      }
-      n[k] = value;
-    }
+  const FactorArguments a = {call.coefficients + tile.index, op.count, call.beta[tile.index]};
+  const auto update = call.num_draws == 1 ? update_factor<1> : update_factor<2>;
+  update(n, rank, n, rank, (int)rank, tile, call, a, (FactorScratch *)scratch);
 }
 
 template <class T, int DRAWS, int ROWS>
@@ -171,7 +157,7 @@ void update_weights(const Tile &tile, char *scratch, const void *context) {
 // N first, as its own pass over little data: a row of N serves tiles on several threads.
 int lowrank_momentum(const lozo_tensor *tensors, int64_t count, const lozo_call *call) {
   const OpCall op = {call, count};
-  const int status = for_each_tile({tensors, count, call->threads, kRowGrain, false, sizeof(Scratch), update_momentum, &op});
+  const int status = for_each_tile({tensors, count, call->threads, kRowGrain, false, sizeof(FactorScratch), update_momentum, &op});
   if (status != LOZO_OK) return status;
   return for_each_tile({tensors, count, call->threads, kMatrixGrain, false, sizeof(Scratch), update_weights, &op});
 }

@@ -120,6 +120,33 @@ static inline void factor_pairs(int32_t *out, int64_t stride, uint64_t seed, Str
   }
 }
 
+// U in fp32: four floats out[row * stride + 4 * group] for every group of four ranks, those beyond ``rank`` included.
+// ``counters_at(i)`` are those of rows i to i + W / 2; rows up to a multiple of W are written.
+template <class CountersAt>
+static inline void factor_floats(float *out, int64_t stride, uint64_t seed, int64_t draw, int64_t direction, int64_t tensor_id,
+                                 int64_t rows, int rank, CountersAt counters_at) {
+  const F unit = splat(kGridStep);
+  for (int group = 0; group * 4 < rank; ++group, out += 4) {
+    const Counters s = make_counters(seed, direction_word(group, direction), (uint32_t)tensor_id, draw_word(kStreamU, draw));
+    for (int64_t i = 0; i < rows; i += W) {
+      Words x[2];
+      philox(x, s, {counters_at(i), counters_at(i + kCounters)});
+      for (int half = 0; half < 2; ++half) {
+        const L(&w)[4] = x[half].w;
+        const Pair<I> words = unpack_quads(zip(w[0], w[1]), zip(w[2], w[3]));
+        alignas(64) float even[W], odd[W];
+        store(even, mul(to_float(normal_steps(words.a)), unit));
+        store(odd, mul(to_float(normal_steps(words.b)), unit));
+        float *row = out + (i + half * kCounters) * stride;
+        for (int c = 0; c < kCounters / 2; ++c, row += 2 * stride) {
+          memcpy(row, even + 4 * c, 4 * sizeof(float));
+          memcpy(row + stride, odd + 4 * c, 4 * sizeof(float));
+        }
+      }
+    }
+  }
+}
+
 }  // namespace LOZO_ISA
 }  // namespace lozo
 

@@ -12,14 +12,19 @@ struct OpCall {
   int64_t count;
 };
 
-#define LOZO_DECLARE_OPS(isa)                                                       \
-  namespace isa {                                                                   \
-  int lowrank_update(const lozo_tensor *, int64_t, const lozo_call *);              \
-  int dense_update(const lozo_tensor *, int64_t, const lozo_call *);                \
-  int lowrank_momentum(const lozo_tensor *, int64_t, const lozo_call *);            \
-  int dense_momentum(const lozo_tensor *, int64_t, const lozo_call *);              \
-  int resample(const lozo_tensor *, int64_t, const lozo_call *, int64_t reproject); \
-  void factor(const lozo_factor *, float *out);                                     \
+#define LOZO_DECLARE_OPS(isa)                                                                 \
+  namespace isa {                                                                             \
+  int lowrank_update(const lozo_tensor *, int64_t, const lozo_call *);                        \
+  int dense_update(const lozo_tensor *, int64_t, const lozo_call *);                          \
+  int lowrank_momentum(const lozo_tensor *, int64_t, const lozo_call *);                      \
+  int dense_momentum(const lozo_tensor *, int64_t, const lozo_call *);                        \
+  int resample(const lozo_tensor *, int64_t, const lozo_call *, int64_t reproject);           \
+  int factor_update(const lozo_tensor *, int64_t, const lozo_call *);                         \
+  int lowrank_merge(const lozo_tensor *, int64_t, const lozo_call *, const lozo_tensor *out); \
+  int dense_merge(const lozo_tensor *, int64_t, const lozo_call *, const lozo_tensor *out);   \
+  int lowrank_linear(const lozo_skinny *);                                                    \
+  int lowrank_embedding(const lozo_skinny *);                                                 \
+  void factor(const lozo_factor *, float *out);                                               \
   }
 
 LOZO_DECLARE_OPS(avx512_bf16)

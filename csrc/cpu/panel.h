@@ -32,15 +32,14 @@ static inline void build_pair_panel(int32_t *panel, bool interleaved, const f16 
   }
 }
 
-// panel[(block * rank + k) * kBlock]: V in fp32.
+// panel[(block * rank + k) * kBlock]: V in fp32, zero beyond cols.
 static inline void build_float_panel(float *panel, bool interleaved, const f16 *v, int64_t v_stride, int rank, int64_t cols) {
-  const F step = splat(kGridStep);
   for (int64_t j = 0; j < cols; j += kBlock) {
     for (int k = 0; k < rank; ++k, panel += kBlock) {
-      Pair<I> x = load_block_steps(v + k * v_stride + j, cols - j);
+      const f16 *column = v + k * v_stride + j;
+      Pair<F> x = cols - j >= kBlock ? Io<f16>::load(column) : load_partial(column, cols - j);
       if (interleaved) x = deinterleave(x);
-      store(panel, mul(to_float(x.a), step));
-      store(panel + W, mul(to_float(x.b), step));
+      Io<float>::store(panel, x);
     }
   }
 }

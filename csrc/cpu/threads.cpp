@@ -221,6 +221,37 @@ bool run_on_team(int64_t threads, size_t scratch_bytes, Body body, void *context
   return true;
 }
 
+namespace {
+
+struct Items {
+  int64_t count;
+  void (*body)(int64_t, char *, const void *);
+  const void *context;
+  std::atomic<int64_t> next{0};
+};
+
+void take_items(void *context, char *scratch) {
+  Items &items = *static_cast<Items *>(context);
+  for (;;) {
+    const int64_t number = items.next.fetch_add(1, std::memory_order_relaxed);
+    if (number >= items.count) return;
+    items.body(number, scratch, items.context);
+  }
+}
+
+}  // namespace
+
+bool share_out(int64_t items, int64_t threads, size_t scratch_bytes, void (*body)(int64_t, char *, const void *),
+               const void *context) {
+  Items all{items, body, context};
+  return run_on_team(threads < items ? threads : items, scratch_bytes, take_items, &all);
+}
+
+char *shared_scratch(size_t bytes) {
+  static thread_local Buffer buffer;
+  return buffer.reserve(bytes) ? buffer.data() : nullptr;
+}
+
 }  // namespace lozo
 
 extern "C" void lozo_use_openmp(void *gomp_parallel) { lozo::openmp.store(reinterpret_cast<lozo::Parallel>(gomp_parallel)); }

@@ -1,7 +1,6 @@
 #include "tiles.h"
 
 #include <algorithm>
-#include <atomic>
 #include <new>
 #include <vector>
 
@@ -22,6 +21,7 @@ struct Grid {
 };
 
 struct Plan {
+  const lozo_tensor *outputs;
   std::vector<lozo_tensor> tensors;
   std::vector<Grid> grids;
   int64_t tiles = 0;
@@ -31,15 +31,18 @@ struct Plan {
 struct Run {
   const Plan *plan;
   const Work *work;
-  std::atomic<int64_t> next{0};
 };
 
 int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
-lozo_tensor flat(lozo_tensor t) {
-  const bool rows_touch = t.rows <= 1 || t.row_stride == t.cols;
-  const bool matrices_touch = t.batch <= 1 || t.batch_stride == t.rows * t.cols;
-  if (!rows_touch || !matrices_touch || t.col_offset != 0 || t.global_cols != t.cols) return t;
+bool is_flat(const lozo_tensor &t, const lozo_tensor &strides) {
+  const bool rows_touch = t.rows <= 1 || strides.row_stride == t.cols;
+  const bool matrices_touch = t.batch <= 1 || strides.batch_stride == t.rows * t.cols;
+  return rows_touch && matrices_touch;
+}
+
+lozo_tensor flat(lozo_tensor t, const lozo_tensor &out) {
+  if (!is_flat(t, t) || !is_flat(t, out) || t.col_offset != 0 || t.global_cols != t.cols) return t;
   t.col_offset = t.row_offset * t.cols;
   t.cols *= t.batch * t.rows;
   t.batch = t.rows = 1;
@@ -61,10 +64,11 @@ Grid make_grid(const lozo_tensor &t, const Grain &grain, int64_t target) {
 
 Plan make_plan(const Work &work) {
   Plan plan;
+  plan.outputs = work.out ? work.out : work.tensors;
   plan.tensors.reserve(work.count);
   plan.grids.reserve(work.count);
   for (int64_t i = 0; i < work.count; ++i) {
-    plan.tensors.push_back(work.flatten ? flat(work.tensors[i]) : work.tensors[i]);
+    plan.tensors.push_back(work.flatten ? flat(work.tensors[i], plan.outputs[i]) : work.tensors[i]);
     const lozo_tensor &t = plan.tensors.back();
     plan.elements += t.batch * t.rows * t.cols;
   }
@@ -86,7 +90,7 @@ Tile find_tile(const Plan &plan, int64_t number) {
   const Grid &g = plan.grids[index];
   const lozo_tensor &t = plan.tensors[index];
   int64_t rest = number - g.first;
-  Tile tile{&t, index, 0, 0, 0, 0, 0};
+  Tile tile{&t, &plan.outputs[index], index, 0, 0, 0, 0, 0};
   tile.col = rest % g.across * g.tile_cols;
   rest /= g.across;
   tile.row = rest % g.down * g.tile_rows;
@@ -96,13 +100,9 @@ Tile find_tile(const Plan &plan, int64_t number) {
   return tile;
 }
 
-void take_tiles(void *context, char *scratch) {
-  Run &run = *static_cast<Run *>(context);
-  for (;;) {
-    const int64_t number = run.next.fetch_add(1, std::memory_order_relaxed);
-    if (number >= run.plan->tiles) return;
-    run.work->tile(find_tile(*run.plan, number), scratch, run.work->context);
-  }
+void run_tile(int64_t number, char *scratch, const void *context) {
+  const Run &run = *static_cast<const Run *>(context);
+  run.work->tile(find_tile(*run.plan, number), scratch, run.work->context);
 }
 
 }  // namespace
@@ -111,11 +111,9 @@ int for_each_tile(const Work &work) {
   try {
     const Plan plan = make_plan(work);
     if (plan.tiles == 0) return LOZO_OK;
-    Run run;
-    run.plan = &plan;
-    run.work = &work;
-    const int64_t threads = std::min({work.threads, plan.tiles, 1 + plan.elements / kElementsPerThread});
-    return run_on_team(threads, work.scratch_bytes, take_tiles, &run) ? LOZO_OK : LOZO_NO_MEMORY;
+    const Run run{&plan, &work};
+    const int64_t threads = std::min(work.threads, 1 + plan.elements / kElementsPerThread);
+    return share_out(plan.tiles, threads, work.scratch_bytes, run_tile, &run) ? LOZO_OK : LOZO_NO_MEMORY;
   } catch (const std::bad_alloc &) {
     return LOZO_NO_MEMORY;
   }
@@ -125,7 +123,22 @@ bool valid_call(const lozo_tensor *tensors, int64_t count, const lozo_call *call
   if (count < 0 || call->num_draws < 0 || call->num_draws > LOZO_MAX_DRAWS) return false;
   if (low_rank && count > 0 && (call->rank < 1 || call->rank > LOZO_MAX_RANK)) return false;
   for (int64_t i = 0; i < count; ++i)
-    if (tensors[i].dtype < LOZO_FLOAT32 || tensors[i].dtype > LOZO_FLOAT16) return false;
+    if (!is_dtype(tensors[i].dtype)) return false;
+  return true;
+}
+
+bool are_factors(const lozo_tensor *tensors, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    if (tensors[i].dtype != LOZO_FLOAT32 || tensors[i].cols < 1 || tensors[i].cols > LOZO_MAX_RANK) return false;
+  return true;
+}
+
+bool valid_skinny(const lozo_skinny *s) {
+  if (!is_dtype(s->y_dtype) || s->rank < 1 || s->rank > LOZO_MAX_RANK) return false;
+  if (s->rows < 0 || s->cols < 0 || s->groups < 1 || s->tokens < 0 || s->tokens % s->groups != 0) return false;
+  if (s->tensor_id < 0 || s->tensor_id >> 32 || s->row_offset < 0 || s->row_offset + s->rows > int64_t{1} << 32) return false;
+  for (int64_t g = 0; g < s->groups; ++g)
+    if (s->draws[2 * g] < 0 || s->draws[2 * g] >> 28 || s->draws[2 * g + 1] < 0 || s->draws[2 * g + 1] >> 24) return false;
   return true;
 }
 

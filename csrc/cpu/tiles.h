@@ -12,7 +12,8 @@ namespace lozo {
 // A rectangle of one matrix, in local rows and columns.
 struct Tile {
   const lozo_tensor *tensor;
-  int64_t index;  // of the tensor in the table
+  const lozo_tensor *out;  // whose weights are written
+  int64_t index;           // of the tensor in the table
   int64_t matrix;
   int64_t row, rows;
   int64_t col, cols;
@@ -39,6 +40,7 @@ struct Work {
   size_t scratch_bytes;
   void (*tile)(const Tile &tile, char *scratch, const void *context);
   const void *context;
+  const lozo_tensor *out = nullptr;  // tensors whose weights are written, where they are others
 };
 
 // Runs work.tile on every tile, in any order and on any thread. Returns a lozo_status.
@@ -47,14 +49,25 @@ int for_each_tile(const Work &work);
 // Whether a call's rank, draws and dtypes are within what the kernels assume.
 bool valid_call(const lozo_tensor *tensors, int64_t count, const lozo_call *call, bool low_rank);
 
+// Whether all tensors are fp32 factors of a rank that there is.
+bool are_factors(const lozo_tensor *tensors, int64_t count);
+
+// Whether a product's rank, dtype of y, tokens and place in the noise are within what the kernels assume.
+bool valid_skinny(const lozo_skinny *call);
+
+static inline bool is_dtype(int64_t code) { return code >= LOZO_FLOAT32 && code <= LOZO_FLOAT16; }
+
 // Global row of a tile's row i, and flat global element of that row's first column in the tile.
 static inline int64_t global_row(const Tile &t, int64_t i) { return t.tensor->row_offset + t.matrix * t.tensor->rows + t.row + i; }
 static inline int64_t global_element(const Tile &t, int64_t i) {
   return global_row(t, i) * t.tensor->global_cols + t.tensor->col_offset + t.col;
 }
-// Position of that element in x, and in a contiguous tensor of the same shape.
+// Position of that element in x, in the x that is written, and in a contiguous tensor of the same shape.
 static inline int64_t weight_offset(const Tile &t, int64_t i) {
   return t.matrix * t.tensor->batch_stride + (t.row + i) * t.tensor->row_stride + t.col;
+}
+static inline int64_t out_offset(const Tile &t, int64_t i) {
+  return t.matrix * t.out->batch_stride + (t.row + i) * t.out->row_stride + t.col;
 }
 static inline int64_t dense_offset(const Tile &t, int64_t i) {
   return (t.matrix * t.tensor->rows + t.row + i) * t.tensor->cols + t.col;

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..noise import STREAMS
 from ..registry import Draw, Momentum, Update
 from ..table import TensorTable
+from .eager import EagerBackend
 from .launches import ANY_DTYPE, DeviceTable, Tile, TileOf, device_table
 from .native import Factor
 
@@ -27,6 +28,7 @@ _OPS = (
 )
 
 _ROWS = Tile(256, 0)  # of N
+_EAGER = EagerBackend()
 
 
 def _lowrank_tile(dtype: int) -> Tile:
@@ -156,6 +158,13 @@ class CudaBackend:
             status = library.lozo_cuda_factor(ctypes.byref(what), out.data_ptr(), _index(out.device), _stream(out.device))
         _check(library, "factor", status)
         return out
+
+    # Probing has no kernels here: Triton's do it wherever these could, and PyTorch's operators do it right where Triton is missing.
+    factor_update_ = _EAGER.factor_update_
+    lowrank_merge_ = _EAGER.lowrank_merge_
+    dense_merge_ = _EAGER.dense_merge_
+    lowrank_linear_ = _EAGER.lowrank_linear_
+    lowrank_embedding_ = _EAGER.lowrank_embedding_
 
     @contextlib.contextmanager
     def _calling(self, table: TensorTable, update: Update, momentum: Momentum | None = None) -> Iterator[_Calling]:

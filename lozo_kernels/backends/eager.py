@@ -173,7 +173,8 @@ def _groups(call: Skinny) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         step, direction = call.draws[g].tolist()
         u = noise.factor(
             call.seed,
-            *call.b.shape,
+            call.b.shape[0],
+            call.b.shape[1],
             call.tensor_id,
             step,
             row_offset=call.row_offset,

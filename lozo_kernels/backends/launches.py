@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..registry import Draw, Rounding, Update
 from ..table import DTYPES, TensorTable
-from .packing import FIELDS, pack
+from .packing import FIELDS, pack, redirect
 
 ANY_DTYPE = -1
 """In place of a dtype code: the kernel reads the code of every tensor."""
@@ -26,6 +27,7 @@ _FIRST_STEP = HEADER.index("step_0")
 _VECTOR = 8  # elements that columns, strides and offsets must be a multiple of for 128-bit access to every dtype and to V
 _UPPER_BITS = 34  # of a flat position: they go into another word of the counter, which is the same all over an aligned tensor
 _LEAST_BYTES = 4 << 20  # of a dtype's aligned tensors: fewer are not worth a launch of their own
+_MOST_OUTPUTS = 4  # tables of outputs that a table keeps the device forms of
 _AT = {name: i for i, name in enumerate(FIELDS)}
 
 
@@ -70,7 +72,7 @@ class Headers:
         """The words of :data:`HEADER`: (8,) int32 on the device. Waits for nothing.
 
         Steps that are tensors are copied on the device. Under stream capture only they may change, so the rest must have been
-        used before (a warm-up, which capturing needs anyway).
+        used before (a warm-up, which capturing needs anyway). The words are only read: calls may share them.
         """
         missing = 2 - len(draws)
         constant = (
@@ -82,10 +84,10 @@ class Headers:
         steps = [*(d.step for d in draws), *[0] * missing, 0 if rounding is None else rounding.step]
         tensors = {i: s for i, s in enumerate(steps) if isinstance(s, Tensor)}
         capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if not tensors:
+        if not tensors and (draws or rounding is not None):
             if capturing:  # a graph would copy the words from host memory that is long used for something else
                 raise RuntimeError("a captured pass needs its step as a tensor on the device: see capture_step()")
-            return _upload([*constant, *steps], self._device)  # type: ignore[list-item]
+            return _recent((*constant, *steps), self._device)  # type: ignore[arg-type]
         numbers = tuple(0 if isinstance(s, Tensor) else s for s in steps)
         key = constant + numbers
         base = self._kept.get(key)
@@ -93,6 +95,8 @@ class Headers:
             if capturing:
                 raise RuntimeError("run the step once before capturing it: its noise header cannot be filled during a capture")
             base = self._kept[key] = _upload(key, self._device)
+        if not tensors:
+            return base
         header = base.clone()
         for i, s in tensors.items():
             header[_FIRST_STEP + i] = s
@@ -105,16 +109,30 @@ class DeviceTable:
     Attributes:
         tensors: (tensors, 13) int64 on the device, see :data:`~lozo_kernels.backends.packing.FIELDS`. Contiguous dense tensors
             are one row of all their elements, and then ``rows`` and ``row_offset`` say so.
+        outputs: the same with the addresses and strides of what is written, which is ``tensors`` itself unless ``out`` is given.
         headers: makes the headers of its launches.
+        prepared: what a backend launches on it, by a key of its own.
+
+    Args:
+        out: what is written instead of the table's weights, of the same shapes.
+        factors: the tensors are factors themselves.
     """
 
-    def __init__(self, table: TensorTable) -> None:
-        self._rows = _flatten(pack(table)) if table.v is None else pack(table)
+    def __init__(self, table: TensorTable, out: TensorTable | None = None, factors: bool = False) -> None:
+        rows = pack(table, factors)
+        written = rows if out is None else redirect(rows, out)
+        if table.v is None and not factors:
+            flat = _is_flat(rows) & _is_flat(written)
+            rows, written = _flatten(rows, flat), _flatten(written, flat)
+        self._rows, self._written = rows, written
         self._device = table.device
-        self.tensors = self._rows.to(self._device)
+        self.tensors = rows.to(self._device)
+        self.outputs = self.tensors if out is None else written.to(self._device)
         self._launches: dict[object, list[Launch]] = {}
         self._row_tiles: dict[int, Tensor] = {}
         self._matrices: Tensor | None = None
+        self._factor_starts: tuple[Tensor, int] | None = None
+        self.prepared: dict[object, list[Any]] = {}
         self.headers = Headers(self._device)
 
     def launches(self, key: object, tile_of: TileOf) -> list[Launch]:
@@ -144,6 +162,13 @@ class DeviceTable:
             self._matrices = _tiles(self._rows, _filled(self._rows), Tile(0, 0)).to(self._device)
         return self._matrices
 
+    def factor_starts(self) -> tuple[Tensor, int]:
+        """Where each tensor's rows begin among those of all: (tensors,) int64 on the device, and how many there are."""
+        if self._factor_starts is None:
+            counts = self._rows[:, _AT["batch"]] * self._rows[:, _AT["rows"]]
+            self._factor_starts = (counts.cumsum(0) - counts).to(self._device), int(counts.sum())
+        return self._factor_starts
+
     def header(self, update: Update) -> Tensor:
         """The words of :data:`HEADER` for an update."""
         return self.headers.words(update.seed, update.draws, update.rounding)
@@ -151,12 +176,12 @@ class DeviceTable:
     def _make_launches(self, tile_of: TileOf) -> list[Launch]:
         rows = self._rows
         filled = _filled(rows)
-        aligned = filled & _vectorises(rows)
+        aligned = filled & _vectorises(rows) & _vectorises(self._written)
         launches = []
         for code, dtype in enumerate(DTYPES):
             of_dtype = aligned & (rows[:, _AT["dtype"]] == code)
             elements = int(rows[of_dtype][:, [_AT["batch"], _AT["rows"], _AT["cols"]]].prod(1).sum())
-            if elements * dtype.itemsize < _LEAST_BYTES:
+            if len(rows) > 1 and elements * dtype.itemsize < _LEAST_BYTES:
                 aligned &= ~of_dtype
             elif elements:
                 launches.append(Launch(code, True, _tiles(rows, of_dtype, tile_of(code)).to(self._device)))
@@ -174,22 +199,49 @@ def device_table(table: TensorTable) -> DeviceTable:
     return found
 
 
+def factor_table(table: TensorTable) -> DeviceTable:
+    """The device form of a table of factors."""
+    found = table.cache.get("gpu factors")
+    if not isinstance(found, DeviceTable):
+        found = table.cache["gpu factors"] = DeviceTable(table, factors=True)
+    return found
+
+
+def merge_table(table: TensorTable, out: TensorTable) -> DeviceTable:
+    """The table's device form for writing to other weights, kept with the table by where they lie."""
+    if out is table:
+        return device_table(table)
+    made = table.cache.setdefault("gpu outputs", {})
+    assert isinstance(made, dict)
+    where = tuple((x.data_ptr(), x.stride()) for x in out.x)
+    found = made.get(where)
+    if found is None:
+        if len(made) >= _MOST_OUTPUTS:
+            made.clear()
+        found = made[where] = DeviceTable(table, out)
+    return found  # type: ignore[no-any-return]
+
+
 def _filled(rows: Tensor) -> Tensor:
     """Which tensors have elements."""
     return rows[:, [_AT["batch"], _AT["rows"], _AT["cols"]]].prod(1) > 0
 
 
-def _flatten(rows: Tensor) -> Tensor:
-    """Dense tensors that are contiguous here and in the noise, as one row of all their elements."""
-    rows = rows.clone()
-    b, r, c, bs, rs, ro, co, gc = (
-        rows[:, _AT[name]].clone()
-        for name in ("batch", "rows", "cols", "batch_stride", "row_stride", "row_offset", "col_offset", "global_cols")
+def _is_flat(rows: Tensor) -> Tensor:
+    """Which dense tensors are contiguous, here and in the noise."""
+    b, r, c, bs, rs, co, gc = (
+        rows[:, _AT[name]] for name in ("batch", "rows", "cols", "batch_stride", "row_stride", "col_offset", "global_cols")
     )
-    contiguous = ((r <= 1) | (rs == c)) & ((b <= 1) | (bs == r * c)) & (co == 0) & ((gc == c) | (b * r <= 1))
+    return ((r <= 1) | (rs == c)) & ((b <= 1) | (bs == r * c)) & (co == 0) & ((gc == c) | (b * r <= 1))
+
+
+def _flatten(rows: Tensor, flat: Tensor) -> Tensor:
+    """Flat tensors as one row of all their elements."""
+    rows = rows.clone()
+    b, r, c, ro, gc = (rows[:, _AT[name]].clone() for name in ("batch", "rows", "cols", "row_offset", "global_cols"))
     for name, value in (("batch", 1), ("rows", 1), ("cols", b * r * c), ("row_offset", 0), ("col_offset", ro * gc)):
         column = rows[:, _AT[name]]
-        rows[:, _AT[name]] = torch.where(contiguous, torch.as_tensor(value), column)
+        rows[:, _AT[name]] = torch.where(flat, torch.as_tensor(value), column)
     return rows
 
 
@@ -230,6 +282,18 @@ def _tiles(rows: Tensor, chosen: Tensor, tile: Tile) -> Tensor:
     matrix, local = local // (down * across)[owner], local % (down * across)[owner]
     row, col = local // across[owner], local % across[owner]
     return torch.stack((index[owner], matrix, row * tile.rows, col), 1).to(torch.int32)
+
+
+_shared: dict[tuple[torch.device, int], tuple[tuple[int, ...], Tensor]] = {}
+
+
+def _recent(words: tuple[int, ...], device: torch.device) -> Tensor:
+    """Words on a device: those of the last call again if they are the same, as they are for all layers of one pass."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    found = _shared.get((device, stream))
+    if found is None or found[0] != words:
+        found = _shared[device, stream] = words, _upload(words, device)
+    return found[1]
 
 
 def _upload(words: Sequence[int], device: torch.device) -> Tensor:

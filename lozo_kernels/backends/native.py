@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ..noise import STREAMS
-from ..registry import Draw, Momentum, Update
-from ..table import TensorTable
+from ..registry import Draw, Momentum, Skinny, Update
+from ..table import DTYPES, TensorTable
 from .packing import pack
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 _MAX_DRAWS = 2
 
@@ -56,6 +56,38 @@ class Factor(ctypes.Structure):
         ("rank", ctypes.c_int64),
     )
 
+
+class _Skinny(ctypes.Structure):
+    """``lozo_skinny`` of csrc/include/lozo/abi.h."""
+
+    _fields_ = (
+        ("y", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("b", ctypes.c_void_p),
+        ("draws", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("gain", ctypes.c_void_p),
+        ("shift", ctypes.c_void_p),
+        ("seed", ctypes.c_uint64),
+        ("tensor_id", ctypes.c_int64),
+        ("row_offset", ctypes.c_int64),
+        ("y_dtype", ctypes.c_int64),
+        ("x_dtype", ctypes.c_int64),
+        ("y_stride", ctypes.c_int64),
+        ("x_stride", ctypes.c_int64),
+        ("tokens", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
+        ("transposed", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+    )
+
+
+_CODES = {dtype: code for code, dtype in enumerate(DTYPES)} | {torch.int32: 4, torch.int64: 8}
+"""What ``lozo_skinny`` calls the dtypes of y and of x."""
 
 _STATUS: dict[int, Callable[[str], Exception]] = {
     1: lambda op: ValueError(f"{op}: the native library rejected the arguments"),
@@ -105,6 +137,25 @@ class NativeBackend:
         call = _Call(seed=seed, rank=table.rank, num_draws=1, draw_steps=(window,), threads=torch.get_num_threads())
         _run("lozo_cpu_resample", table, call, ctypes.c_int64(reproject))
         torch.autograd.graph.increment_version((*table.v, *(table.n or ())) if reproject else table.v)
+
+    def factor_update_(self, table: TensorTable, update: Update) -> None:
+        _run("lozo_cpu_factor_update", table, _call(table, update), factors=True)
+        torch.autograd.graph.increment_version(table.x)
+
+    def lowrank_merge_(self, table: TensorTable, update: Update, out: TensorTable) -> None:
+        assert table.n is not None
+        _run("lozo_cpu_lowrank_merge", table, _call(table, update), _packed(out).data_ptr())
+        torch.autograd.graph.increment_version(out.x)
+
+    def dense_merge_(self, table: TensorTable, update: Update, out: TensorTable) -> None:
+        _run("lozo_cpu_dense_merge", table, _call(table, update), _packed(out).data_ptr())
+        torch.autograd.graph.increment_version(out.x)
+
+    def lowrank_linear_(self, call: Skinny) -> None:
+        _run_skinny("lozo_cpu_lowrank_linear", call, call.x.stride(0))
+
+    def lowrank_embedding_(self, call: Skinny) -> None:
+        _run_skinny("lozo_cpu_lowrank_embedding", call, 1)
 
     def factor(
         self, seed: int, rows: int, rank: int, tensor_id: int, draw: Draw, *, stream: str, row_offset: int, device: torch.device
@@ -207,6 +258,11 @@ def _load() -> ctypes.CDLL:
     pointers = (ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(_Call))
     for op in ("lowrank_update", "dense_update", "lowrank_momentum", "dense_momentum"):
         getattr(library, f"lozo_cpu_{op}").argtypes = pointers
+    library.lozo_cpu_factor_update.argtypes = pointers
+    for op in ("lowrank_merge", "dense_merge"):
+        getattr(library, f"lozo_cpu_{op}").argtypes = (*pointers, ctypes.c_void_p)
+    for op in ("lowrank_linear", "lowrank_embedding"):
+        getattr(library, f"lozo_cpu_{op}").argtypes = (ctypes.POINTER(_Skinny),)
     library.lozo_cpu_factor.argtypes = (ctypes.POINTER(Factor), ctypes.c_void_p)
     library.lozo_cpu_resample.argtypes = (*pointers, ctypes.c_int64)
     return library
@@ -230,8 +286,8 @@ def _choose(library: ctypes.CDLL, name: str | None) -> None:
     raise ValueError(f"instruction set {name!r} (LOZO_KERNELS_ISA): {why}; choose from {', '.join(supported)}")
 
 
-def _run(function: str, table: TensorTable, call: _Call, *more: object) -> None:
-    packed = _packed(table)
+def _run(function: str, table: TensorTable, call: _Call, *more: object, factors: bool = False) -> None:
+    packed = _packed(table, factors)
     status = getattr(_library(), function)(packed.data_ptr(), len(table), ctypes.byref(call), *more)
     if status:
         raise _STATUS[status](function)
@@ -251,10 +307,44 @@ def _call(table: TensorTable, update: Update, momentum: Momentum | None = None) 
     return call
 
 
-def _packed(table: TensorTable) -> Tensor:
+def _run_skinny(function: str, call: Skinny, x_stride: int) -> None:
+    y, x, v, b, gain, shift = call.y, call.x, call.v, call.b, call.gain, call.shift
+    rows, rank = b.shape
+    arguments = _Skinny(
+        y.data_ptr(),
+        x.data_ptr(),
+        v.data_ptr(),
+        b.data_ptr(),
+        call.draws.data_ptr(),
+        call.scales.data_ptr(),
+        None if gain is None else gain.data_ptr(),
+        None if shift is None else shift.data_ptr(),
+        call.seed,
+        call.tensor_id,
+        call.row_offset,
+        _CODES[y.dtype],
+        _CODES[x.dtype],
+        y.stride(0),
+        x_stride,
+        y.shape[0],
+        call.scales.shape[0],
+        rows,
+        v.shape[1],
+        rank,
+        call.transposed,
+        torch.get_num_threads(),
+    )
+    status = getattr(_library(), function)(arguments)
+    if status:
+        raise _STATUS[status](function)
+    torch.autograd.graph.increment_version(y)
+
+
+def _packed(table: TensorTable, factors: bool = False) -> Tensor:
     """The table as rows of ``lozo_tensor``."""
-    packed = table.cache.get("native")
+    key = "native factors" if factors else "native"
+    packed = table.cache.get(key)
     if not isinstance(packed, Tensor):
-        packed = pack(table)
-        table.cache["native"] = packed
+        packed = pack(table, factors)
+        table.cache[key] = packed
     return packed

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from ..environment import OtherLoad
 from .arguments import DTYPE_NAMES, add_common, check_output, dtype_name, method_of, model_name, positive, rank_number, several
+from .batches import CausalBatch
 from .document import first_line, format_table, progress, publish, where
+from .entrants import METHODS, make_optimizer
 from .memory_use import out_of_memory
 from .models import MODELS, build_model
-from .step import METHODS, add_length, causal_forward, make_optimizer
+from .step import add_length
 from .targets import gb
 
 Row = dict[str, Any]
@@ -55,7 +57,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         rows = [{"method": method} | attempt.result() for method in options.methods]
     else:
         document["weights_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
-        forward = causal_forward(options.tokens, options.device, MODELS[options.model].positions, options.length)
+        forward = CausalBatch(options.tokens, options.device, MODELS[options.model].positions, options.length)
         rows = [{"method": method} | try_steps(model, forward, method, options.rank) for method in options.methods]
     document["cpus_used_by_others"] = others.mean()
     document |= {"targets": [], "rows": rows}

@@ -11,27 +11,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine import handle_of
 from ..environment import OtherLoad
+from ..optim import ZerothOrderOptimizer
+from ..probe import ProbeHandle
 from . import memory_cpu, memory_gpu
 from .arguments import DTYPE_NAMES, add_common, add_model, check_output, positive
+from .batches import CausalBatch
 from .document import format_table, progress, publish, save_partial, where
+from .entrants import Entrant, add_placement, entrants, make_optimizer, make_published
 from .memory_use import MemoryUse, Step, out_of_memory
 from .models import MODELS, build_model
-from .step import add_length, causal_forward, make_optimizer, make_published
-from .targets import PUBLISHED_MEMORY_GB, PUBLISHED_MEMORY_MODEL, gb, goals, judge_extra_memory, judge_peak_memory
+from .step import add_length
+from .targets import (
+    PUBLISHED_MEMORY_GB,
+    PUBLISHED_MEMORY_MODEL,
+    gb,
+    goals,
+    judge_extra_memory,
+    judge_peak_memory,
+    judge_probe_memory,
+)
+from .weights import nbytes
 
 Row = dict[str, Any]
 
 METHODS = ("lozo", "lozo-fused", "lozo-m", "mezo", "published lozo", "published lozo-m", "published mezo")
 DENSE_MOMENTUM = ("mezo-m", "published mezo-m")
 """Measured only if asked for: their momentum is as large as the weights or twice that."""
+DEFAULT_PLACEMENTS = ("inplace", "probe", "probe-activation", "probe-scratch")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this measurement."""
     add_common(parser)
     add_model(parser, (*METHODS, *DENSE_MOMENTUM), METHODS)
+    add_placement(parser, DEFAULT_PLACEMENTS)
     parser.add_argument("--tokens", type=positive, default=32, help="tokens of the forward pass (default: 32)")
     add_length(parser)
 
@@ -48,16 +62,17 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     document["model"] = options.model
     on_gpu = options.device.type == "cuda"
     rows: list[Row] = []
-    forward = causal_forward(options.tokens, options.device, MODELS[options.model].positions, options.length)
+    batch = CausalBatch(options.tokens, options.device, MODELS[options.model].positions, options.length)
     for name in options.dtype:
         torch.manual_seed(0)
         model = build_model(options.model, DTYPE_NAMES[name], options.device)
-        for method in options.methods:
-            progress(f"{options.model} {name} {method}")
-            row = {"method": method, "dtype": name, "rank": options.rank, "tokens": options.tokens}
+        for entrant in entrants(options.methods, options.placement):
+            progress(f"{options.model} {name} {entrant}")
+            row = {"method": entrant.method, "placement": entrant.placement, "dtype": name}
+            row |= {"rank": options.rank, "tokens": options.tokens}
             try:
                 # A GPU may have no room for a copy, and there the values of weights change no peak.
-                use = measure_method(model if on_gpu else copy.deepcopy(model), forward, method, options.rank)
+                use = measure_method(model if on_gpu else copy.deepcopy(model), batch, entrant, options.rank)
             except RuntimeError as e:
                 if not out_of_memory(e):
                     raise
@@ -66,41 +81,62 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
             row |= {f"{key}_bytes": value for key, value in dataclasses.asdict(use).items()}
             row["extra_percent"] = round(100 * use.share, 4)
             if on_gpu and options.model == PUBLISHED_MEMORY_MODEL:
-                row["published_gb"] = PUBLISHED_MEMORY_GB.get(method)
+                row["published_gb"] = None if entrant.probing else PUBLISHED_MEMORY_GB.get(entrant.method)
             rows.append(row)
             save_partial(document, options.output, rows=rows)
         del model
     document["cpus_used_by_others"] = others.mean()
     measured = [row for row in rows if "out_of_memory" not in row]
     targets = judge_peak_memory(measured, options.model) if on_gpu else judge_extra_memory(measured)
+    targets += judge_probe_memory(measured)
     publish(document | {"targets": targets, "rows": rows}, render, as_json=options.json, output=options.output)
     return 0
 
 
-def measure_method(model: nn.Module, forward: Callable[[nn.Module], Tensor], method: str, rank: int) -> MemoryUse:
+def measure_method(model: nn.Module, batch: Callable[[nn.Module], Tensor], entrant: Entrant, rank: int) -> MemoryUse:
     """Memory use of a method of :data:`METHODS` or :data:`DENSE_MOMENTUM` on a model, which is changed.
 
     Args:
-        forward: the loss of a model on a fixed batch.
+        batch: the loss of a model on a fixed batch; a :class:`~lozo_kernels.bench.batches.CausalBatch` where evaluations share a
+            forward pass.
     """
+    made: list[ZerothOrderOptimizer] = []
 
     def unpatch() -> None:
-        patched = handle_of(model)
-        if patched is not None:
-            patched.restore()
+        while made:
+            made.pop().handle.restore()
 
     def make_step() -> Step:
-        if method.startswith("published "):
-            return make_published(method.removeprefix("published "), model, rank).step
+        if entrant.method.startswith("published "):
+            return make_published(entrant.method.removeprefix("published "), model, rank).step
         unpatch()
-        return make_optimizer(method, model, rank).step
+        made.append(make_optimizer(entrant.method, model, rank, entrant.placement))
+        step = made[0].step
+        return (lambda closure: step(closure, batch.ids)) if isinstance(batch, CausalBatch) and entrant.batched else step
+
+    def closure(*inputs: Tensor) -> Tensor:
+        return batch.losses(model, *inputs) if inputs and isinstance(batch, CausalBatch) else batch(model)
 
     device = next(model.parameters()).device
     measure = memory_gpu.measure_memory if device.type == "cuda" else memory_cpu.measure_memory
     try:
-        return measure(model, lambda: forward(model), make_step)
+        use = measure(model, closure, make_step, prepares=entrant.probing)
+        return dataclasses.replace(use, **parts(made[0].handle)) if made else use
     finally:
         unpatch()
+
+
+def parts(handle: Any) -> dict[str, int]:
+    """Bytes of what a probe holds, by their names in :class:`MemoryUse`; nothing of another handle."""
+    if not isinstance(handle, ProbeHandle):
+        return {}
+    factors = [t for m in handle.members for t in (m.b, m.v, m.gain) if t is not None]
+    copies = [t for m in handle.members for t in (*m.buffers, m.shift) if t is not None]
+    return {
+        "factor": nbytes([*factors, *handle.momentum.values()]),
+        "scratch": handle.scratch_bytes,
+        "copy": nbytes(copies),
+    }
 
 
 def render(document: Row) -> str:
@@ -110,12 +146,12 @@ def render(document: Row) -> str:
         return "-" if value is None else f"{value / 2**20:.2f}"
 
     on_gpu = any(row.get("peak_bytes") for row in document["rows"])
-    sizes = ("weights", "forward", "persistent", "extra")
-    header = ["method", "dtype", "rank", *(f"{size} MiB" for size in sizes), "of weights"]
+    sizes = ("weights", "forward", "persistent", "factor", "scratch", "extra", "first_step")
+    header = ["method", "placement", "dtype", "rank", *(f"{size.replace('_', ' ')} MiB" for size in sizes), "of weights"]
     header += ["peak GB", "reserved GB", "published GB"] if on_gpu else ["resident MiB"]
     lines = []
     for row in document["rows"]:
-        line = [row["method"], row["dtype"], str(row["rank"])]
+        line = [row["method"], row["placement"], row["dtype"], str(row["rank"])]
         if "out_of_memory" in row:
             lines.append([*line, "out of memory", *[""] * (len(header) - len(line) - 1)])
             continue
@@ -125,4 +161,4 @@ def render(document: Row) -> str:
         else:
             line.append(mib(row["resident_bytes"]))
         lines.append(line)
-    return format_table(header, lines, left=2) + goals(document)
+    return format_table(header, lines, left=3) + goals(document)

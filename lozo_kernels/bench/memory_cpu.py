@@ -15,18 +15,28 @@ from torch import Tensor, nn
 from .memory_use import STEPS, Closure, MemoryUse, Step
 
 _FORWARD, _REALLOCATE = "lozo_kernels.bench.forward", "lozo_kernels.bench.reallocate"
+_FIRST, _FIRST_FORWARD = "lozo_kernels.bench.first", "lozo_kernels.bench.first_forward"
+_SPANS = (_FORWARD, _REALLOCATE, _FIRST, _FIRST_FORWARD)
 
 
-def measure_memory(model: nn.Module, closure: Closure, make_step: Callable[[], Step]) -> MemoryUse:
-    """Memory use of steps on a model on the CPU. The weights move by two steps.
+def measure_memory(model: nn.Module, closure: Closure, make_step: Callable[[], Step], *, prepares: bool = False) -> MemoryUse:
+    """Memory use of steps on a model on the CPU. The weights move by them.
 
     Args:
         closure: a forward pass of the model that returns its loss.
         make_step: makes an optimiser for the model and returns its step, which takes a closure; called twice.
+        prepares: a step before the others prepares the optimiser, and counts apart.
     """
     with torch.no_grad():
         closure()  # libraries keep workspaces after their first use
         forward = _peak(_allocations(closure))
+
+    def marked(span: str) -> Closure:
+        def call(*inputs: Any) -> Tensor:
+            with torch.profiler.record_function(span):
+                return closure(*inputs)
+
+        return call
 
     def steps() -> list[Step]:
         # The profiler sees a release only of what it saw allocated: without this, code that replaces its weights would seem
@@ -35,30 +45,28 @@ def measure_memory(model: nn.Module, closure: Closure, make_step: Callable[[], S
             for p in model.parameters():
                 p.data = p.data.clone()
         step = make_step()
+        if prepares:
+            with torch.profiler.record_function(_FIRST):
+                step(marked(_FIRST_FORWARD))
         for _ in range(STEPS):
-            step(marked)
+            step(marked(_FORWARD))
         return [step]  # keeps the optimiser alive until its memory was read
 
-    def marked() -> Tensor:
-        with torch.profiler.record_function(_FORWARD):
-            return closure()
-
-    resident = _resident_growth(make_step)
-    inside, outside, alive = 0, 0, 0
+    resident = _resident_growth(closure, make_step, prepares)
+    peaks = {_FORWARD: 0, _FIRST_FORWARD: 0, _FIRST: 0, None: 0}
+    alive = 0
     for change, span in _allocations(steps):
-        if span == _REALLOCATE:
-            continue
-        alive += change
-        if span == _FORWARD:
-            inside = max(inside, alive)
-        else:
-            outside = max(outside, alive)
+        if span != _REALLOCATE:
+            alive += change
+            peaks[span] = max(peaks[span], alive)
     weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return MemoryUse(weights, forward, max(0, alive), max(outside, inside - forward, alive), resident)
+    extra = max(peaks[None], peaks[_FORWARD] - forward, alive)
+    first = max(peaks[_FIRST], peaks[_FIRST_FORWARD] - forward) if prepares else None
+    return MemoryUse(weights, forward, max(0, alive), extra, resident, first_step=first)
 
 
 def _allocations(call: Callable[[], object]) -> list[tuple[int, str | None]]:
-    """Every allocation (bytes) of torch during a call and its release (negative bytes), and the marked span that it was in.
+    """Every allocation (bytes) of torch during a call and its release (negative bytes), and the innermost marked span it was in.
 
     What the call returns is alive until the end.
     """
@@ -69,7 +77,8 @@ def _allocations(call: Callable[[], object]) -> list[tuple[int, str | None]]:
         result = call()
     del result
     nodes = _flatten(profile.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
-    spans = [(n.start_time_ns, n.end_time_ns, n.name) for n in nodes if n.name in (_FORWARD, _REALLOCATE)]
+    spans = [(n.start_time_ns, n.end_time_ns, n.name) for n in nodes if n.name in _SPANS]
+    spans.sort(key=lambda span: span[1] - span[0])
     sizes: dict[int, int] = {}
     changes = []
     for node in sorted((n for n in nodes if n.name == "[memory]"), key=lambda n: n.start_time_ns):
@@ -102,20 +111,40 @@ def _peak(events: Sequence[tuple[int, str | None]]) -> int:
     return peak
 
 
-def _resident_growth(make_step: Callable[[], Step]) -> int | None:
-    """Peak growth of the resident set over steps with a closure that computes nothing (Linux)."""
+def _resident_growth(closure: Closure, make_step: Callable[[], Step], prepares: bool) -> int | None:
+    """Peak growth of the resident set over steps (Linux).
+
+    The closure computes nothing, so that a forward pass hides nothing. A probe's work is in its forward passes: what they take
+    without it is subtracted.
+    """
     loss = torch.zeros(())
-    gc.collect()
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc holds on to would hide an allocation
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-        before = _status_bytes("VmRSS")
+        with torch.no_grad():
+            before = _begin()
+            forward = _high_water(before, closure) if prepares else 0
+        before = _begin()
         step = make_step()
-        for _ in range(STEPS):
-            step(lambda: loss)
-        return max(0, _status_bytes("VmHWM") - before)
+        if prepares:
+            step(closure)
+            _begin()
+        call = closure if prepares else lambda: loss
+        return max(0, _high_water(before, *[lambda: step(call)] * STEPS) - forward)
     except (OSError, AttributeError, KeyError):
         return None
+
+
+def _begin() -> int:
+    """The resident set; its high-water mark starts anew."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc holds on to would hide an allocation
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status_bytes("VmRSS")
+
+
+def _high_water(before: int, *calls: Callable[[], object]) -> int:
+    for call in calls:
+        call()
+    return _status_bytes("VmHWM") - before
 
 
 def _status_bytes(field: str) -> int:

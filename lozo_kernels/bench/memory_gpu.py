@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 from .memory_use import STEPS, Closure, MemoryUse, Step
 
 
-def measure_memory(model: nn.Module, closure: Closure, make_step: Callable[[], Step]) -> MemoryUse:
-    """Memory use of steps on a model on a CUDA device. The weights move by two steps.
+def measure_memory(model: nn.Module, closure: Closure, make_step: Callable[[], Step], *, prepares: bool = False) -> MemoryUse:
+    """Memory use of steps on a model on a CUDA device. The weights move by them.
 
     Args:
         closure: a forward pass of the model that returns its loss.
         make_step: makes an optimiser for the model and returns its step, which takes a closure.
+        prepares: a step before the others prepares the optimiser, and counts apart.
     """
     device = next(model.parameters()).device
     with torch.no_grad():
@@ -37,29 +39,40 @@ def measure_memory(model: nn.Module, closure: Closure, make_step: Callable[[], S
         reserved = max(reserved, torch.cuda.max_memory_reserved(device))
         torch.cuda.reset_peak_memory_stats(device)
 
-    def marked() -> Tensor:
+    def marked(*inputs: Any) -> Tensor:
         close("outside")
-        loss = closure()
+        loss = closure(*inputs)
         close("inside")
         return loss
 
+    def extra() -> int:
+        return max(peaks["outside"] - start, peaks["inside"] - forward_peak)
+
     step = make_step()
+    first = None
+    if prepares:
+        step(marked)
+        close("outside")
+        first = extra()
+        peaks.update(inside=0, outside=0)
+        _settle(device)
+        reserved = 0
     for _ in range(STEPS):
         step(marked)
     close("outside")
     persistent = max(0, _settle(device) - start)
     weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    inside, outside = peaks["inside"], peaks["outside"]
     return MemoryUse(
         weights=weights,
         forward=forward_peak - start,
         persistent=persistent,
-        extra=max(outside - start, inside - forward_peak, persistent),
+        extra=max(extra(), persistent),
         resident=None,
         forward_peak=forward_peak,
-        peak=max(inside, outside),
+        peak=max(peaks.values()),
         forward_reserved=forward_reserved,
         reserved=reserved,
+        first_step=first,
     )
 
 

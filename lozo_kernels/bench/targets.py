@@ -58,8 +58,34 @@ STEP = {
 }
 """The most that a step may take on top of its own two forward passes, by device type."""
 
+
+@dataclasses.dataclass(frozen=True)
+class RatioTarget:
+    """The most that a step may take, in times of two plain forward passes."""
+
+    placement: str
+    tokens: int
+    most: float
+    method: str = "lozo"
+    model: str = "opt-125m"
+    dtypes: tuple[str, ...] = ("bfloat16", "float32")
+
+
+RATIOS = {
+    "cpu": (
+        RatioTarget("probe", 512, 1.08),
+        RatioTarget("probe", 128, 1.12),
+        RatioTarget("batched", 16, 0.85),
+        RatioTarget("batched", 32, 0.85),
+        RatioTarget("batched", 64, 0.85),
+    )
+}
+"""Steps that only read the weights, by device type."""
+
 EXTRA_MEMORY = 0.01
-"""On the CPU: extra bytes of every method of this library but MeZO-M at rank 4, as a share of the weights."""
+"""On the CPU: extra bytes of every method of this library but MeZO-M at rank 4 that moves weights, as a share of the weights."""
+PROBE_SLACK = 0.01
+"""What a probe's step may take beyond its factors and its scratch memory, as a share of the weights."""
 
 PUBLISHED_MEMORY_GB = {"lozo": 27.0, "lozo-m": 27.4, "mezo": 27.4, "mezo-m": 51.7}
 """Memory of a run on OPT-13B in half precision, RTE, as the authors of LOZO publish it (GB; they do not give the batch)."""
@@ -96,18 +122,46 @@ def judge_step(details: Sequence[Row], device_type: str, model: str) -> list[Row
     return [
         target | {"measured": d["overhead"], "met": d["overhead"] <= target["overhead"]}
         for d in details
-        if all(d[key] == target[key] for key in ("method", "dtype", "tokens"))
+        if _in_place(d) and all(d[key] == target[key] for key in ("method", "dtype", "tokens"))
     ]
 
 
+def judge_ratios(details: Sequence[Row], device_type: str, model: str) -> list[Row]:
+    """The targets of steps that only read the weights, where their case was measured."""
+    return [
+        {"method": target.method, "placement": target.placement, "dtype": d["dtype"], "tokens": target.tokens, "model": model}
+        | {"target_ratio": target.most, "measured": d["times_two_forwards"], "met": d["times_two_forwards"] <= target.most}
+        for target in RATIOS.get(device_type, ())
+        if target.model == model
+        for d in details
+        if (target.method, target.placement, target.tokens) == (d["method"], d.get("placement"), d["tokens"])
+        and d["dtype"] in target.dtypes
+    ]
+
+
+def _in_place(row: Row) -> bool:
+    return row.get("placement", "inplace") == "inplace"  # older documents know no other
+
+
 def judge_extra_memory(rows: Sequence[Row]) -> list[Row]:
-    """The CPU's memory target for every row of this library at rank 4."""
+    """The CPU's memory target for every row of this library at rank 4 that moves weights."""
     return [
         {"method": row["method"], "dtype": row["dtype"], "rank": 4, "target_percent": 100 * EXTRA_MEMORY}
         | {"measured_percent": row["extra_percent"], "met": row["extra_percent"] < 100 * EXTRA_MEMORY}
         for row in rows
-        if row["rank"] == 4 and not row["method"].startswith("published") and row["method"] != "mezo-m"
+        if row["rank"] == 4 and _in_place(row) and not row["method"].startswith("published") and row["method"] != "mezo-m"
     ]
+
+
+def judge_probe_memory(rows: Sequence[Row]) -> list[Row]:
+    """The memory target for every row of a probe whose forward passes are those of inference: factors, scratch, and a little."""
+    judged = []
+    for row in rows:
+        if not _in_place(row) and row["placement"] != "batched":
+            most = row["factor_bytes"] + row["scratch_bytes"] + int(PROBE_SLACK * row["weights_bytes"])
+            case = {key: row[key] for key in ("method", "placement", "dtype", "rank")}
+            judged.append(case | {"target_bytes": most, "measured_bytes": row["extra_bytes"], "met": row["extra_bytes"] <= most})
+    return judged
 
 
 def judge_peak_memory(rows: Sequence[Row], model: str) -> list[Row]:
@@ -119,7 +173,7 @@ def judge_peak_memory(rows: Sequence[Row], model: str) -> list[Row]:
         | {"target_gb": PUBLISHED_MEMORY_GB[row["method"]], "measured_gb": gb(row["peak_bytes"])}
         | {"met": row["peak_bytes"] <= 1e9 * PUBLISHED_MEMORY_GB[row["method"]]}
         for row in rows
-        if row["method"] in PUBLISHED_MEMORY_GB and row["dtype"] != "float32" and row.get("peak_bytes")
+        if _in_place(row) and row["method"] in PUBLISHED_MEMORY_GB and row["dtype"] != "float32" and row.get("peak_bytes")
     ]
 
 
@@ -138,6 +192,13 @@ def describe(target: Row) -> str:
     elif "overhead" in target:
         what = f"{target['method']} {target['dtype']} {target['tokens']} tokens of {target['model']}"
         text = f"{what}: {target['measured']:.1%} on top of its two forward passes, target {target['overhead']:.0%}"
+    elif "target_ratio" in target:
+        what = f"{target['method']} {target['placement']} {target['dtype']} {target['tokens']} tokens of {target['model']}"
+        text = f"{what}: {target['measured']:.3f} times two forward passes, target {target['target_ratio']:g}"
+    elif "target_bytes" in target:
+        what = f"{target['method']} {target['placement']} {target['dtype']} rank {target['rank']}"
+        size, most = (f"{target[key] / 2**20:.2f}" for key in ("measured_bytes", "target_bytes"))
+        text = f"{what}: {size} MiB, target {most} MiB: factors, scratch and {PROBE_SLACK:.0%} of the weights"
     elif "target_gb" in target:
         what = f"{target['method']} {target['dtype']} rank {target['rank']}"
         text = f"{what}: {target['measured_gb']:g} GB at its peak, published {target['target_gb']:g} GB"

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..config import SCALINGS
+from ..config import PLACEMENTS, SCALINGS
 from ..errors import InputError
 from ..noise import MAX_RANK
 from .methods import METHODS, Method
@@ -34,6 +34,7 @@ class Settings:
         method: a name of the method table.
         rank, interval, eps, lr, momentum, weight_decay, scaling, directions, seed, backend: see :class:`lozo_kernels.LOZO`
             and :class:`lozo_kernels.PatchConfig`.
+        placement: "inplace", "probe" or "auto": whether weights are moved, see :class:`lozo_kernels.PatchConfig`.
         lr_schedule: "constant", "linear" or "cosine", the latter two to zero.
         eval_every: steps between evaluations; None: a tenth of the run.
         eval_size: dev examples to evaluate on at most.
@@ -58,6 +59,7 @@ class Settings:
     lr_schedule: str = "constant"
     scaling: str = "paper"
     directions: int = 1
+    placement: str = "inplace"
     steps: int | None = None
     batch_size: int = 16
     max_length: int = 256
@@ -115,6 +117,7 @@ class Settings:
             ("--objective", self.objective, OBJECTIVES),
             ("--lr-schedule", self.lr_schedule, SCHEDULES),
             ("--scaling", self.scaling, SCALINGS),
+            ("--placement", self.placement, PLACEMENTS),
             ("--dtype", self.dtype, DTYPES),
         ):
             if value is not None and value not in known:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from ..errors import InputError, require
-from ..optim import NonFiniteLossError, StepInfo, ZerothOrderOptimizer
+from ..optim import NonFiniteLossError, ZerothOrderOptimizer
+from ..steps import StepInfo
 from .measure import Clock, StepTimer, peak_memory
 from .methods import METHODS
 from .objectives import Encoded, Objective
@@ -90,7 +91,9 @@ def build_optimizer(model: torch.nn.Module, settings: Settings) -> ZerothOrderOp
     if method.low_rank:
         names += ["rank", "interval", "scaling"]
     try:
-        return method.optimizer(model, fuse_steps=True, **{name: getattr(settings, name) for name in names})
+        # Fused steps save passes over the weights, of which a probe makes none.
+        options = {"fuse_steps": True} if settings.placement == "inplace" else {"placement": settings.placement}
+        return method.optimizer(model, **options, **{name: getattr(settings, name) for name in names})
     except (TypeError, ValueError, RuntimeError) as e:
         raise InputError(f"this model cannot be trained by {settings.method}: {e}") from None
 

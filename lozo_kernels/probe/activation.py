@@ -79,7 +79,7 @@ class _Layer:
         if not y.is_contiguous():
             y = y.contiguous()
         assert member.v is not None and member.b is not None and member.point is not None
-        noise = {
+        noise: dict[str, Any] = {
             "seed": runtime.seed,
             "tensor_id": member.slot.tensor_id,
             "draws": runtime.select(member.point.draws),
@@ -109,11 +109,13 @@ class _Layer:
         return y
 
     def _spared_bias(self) -> Tensor | None:
-        """What is missing of a bias in outputs that were multiplied by the weight's gain, where it does not decay with the weight."""
+        """What outputs that were multiplied by the weight's gain lack of a bias that does not decay with the weight."""
         b = self.holder.module._parameters.get("bias")
-        if b is None or self.member.gain is None or self.bias is not None:
+        gain, bias = self.member.gain, self.bias
+        if b is None or gain is None or (bias is not None and bias.slot.out_of_reach is None):  # within reach: in the shift
             return None
-        return (1.0 - self.member.gain) * b.float()
+        own = 1.0 if bias is None or bias.gain is None else bias.gain
+        return (own - gain) * b.float()
 
     def _differentiable(self, y: Tensor, x: Tensor) -> Tensor:
         """As :meth:`add`, in operators that autograd knows, for a forward pass that someone wants gradients of."""

@@ -10,7 +10,7 @@ import torch
 from ..closures import BatchClosure, Randomness, batch_losses, count_examples
 from .handle import ProbeHandle
 from .runtime import BatchSplitError
-from .verify import Losses, lowest_precision, typical_scale
+from .verify import Losses, typical_scale
 
 
 @torch.no_grad()
@@ -20,7 +20,7 @@ def check_batches(
     """Evaluates two distant points one after the other and together.
 
     Raises:
-        BatchSplitError: the losses differ.
+        BatchSplitError: together they fail, or their losses differ.
     """
     scale = typical_scale(handle.members, handle.config.rank)
     try:
@@ -32,12 +32,19 @@ def check_batches(
             alone.append(float(batch_losses(closures, batches, 1, randomness)))
             handle.rest_()
         handle.spread_(step, [(0, scale), (0, -scale)], count_examples(batches[0]))
-        together = batch_losses(closures, batches, 2, randomness).tolist()
+        try:
+            together = batch_losses(closures, batches, 2, randomness).tolist()
+        except (RuntimeError, IndexError, ValueError) as error:
+            if isinstance(error, BatchSplitError):
+                raise
+            raise BatchSplitError(
+                f"two evaluations in one forward pass failed, where one by one they did not ({error}): this model gives some "
+                "module inputs that are not split by example; use evaluation='sequential'"
+            ) from error
     finally:
         handle.rest_()
-    dtype = lowest_precision(handle.members)
-    if not all(Losses(rest, a, b).agree(dtype) for a, b in zip(together, alone, strict=True)):
+    if not all(Losses(rest, a, b).agree(handle.precision) for a, b in zip(together, alone, strict=True)):
         raise BatchSplitError(
-            f"two evaluations in one forward pass gave the losses {together}, one after the other {alone}: something in the model or the "
-            "closure mixes the examples of a batch; use evaluation='sequential'"
+            f"two evaluations in one forward pass gave the losses {together}, one after the other {alone}: something in the model "
+            "or the closure mixes the examples of a batch; use evaluation='sequential'"
         )

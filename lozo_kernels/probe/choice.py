@@ -32,7 +32,7 @@ def choose_sides(
     for member in members:
         used = uses[member]
         if None in used.modules:
-            _settle(member, "inplace", "used outside of any module")
+            _settle_in_place(member, "used outside of any module")
             continue
         member.scopes = [m for m in used.modules if m is not None] or [member.holders[0].module]
         if member.slot.kind == "lowrank":
@@ -41,6 +41,8 @@ def choose_sides(
             _settle(member, "copy", "small" if _bytes(member) <= _COPY_BYTES else "dense")
             if config.estimator == "dense" and _bytes(member) > _COPY_BYTES and not compiled:
                 _settle(member, "scratch", "dense noise has no factors")
+            if member.slot.out_of_reach is not None:
+                _settle(member, "scratch", "offloaded: only its module has it")
     if config.placement == "auto":
         _fall_back(members, uses, costs, config)
     for member in members:
@@ -50,7 +52,7 @@ def choose_sides(
 def _fall_back(members: Sequence[Member], uses: Mapping[Member, Uses], costs: Mapping[Member, Costs], config: PatchConfig) -> None:
     """To moving weights in place: where scratch does not fit, or everywhere if that is faster and drift is allowed."""
     for member in members:
-        if member.side == "scratch" and _bytes(member) > free_bytes(member.device):
+        if member.side == "scratch" and member.slot.out_of_reach is None and _bytes(member) > free_bytes(member.device):
             _settle(member, "inplace", "no memory for its scratch")
     known = [m for m in members if m in costs and m.slot.out_of_reach is None]
     probe = 2 * sum(_cost(m, uses[m], costs[m]) for m in known)
@@ -70,11 +72,19 @@ def _settle(member: Member, side: str, reason: str) -> None:
     member.side, member.reason = side, reason
 
 
+def _settle_in_place(member: Member, reason: str) -> None:
+    if member.slot.out_of_reach is not None:
+        raise RuntimeError(f"{member.name!r} is {member.slot.out_of_reach} and cannot be probed ({reason}): exclude it")
+    _settle(member, "inplace", reason)
+
+
 def _choose_matrix(member: Member, used: Uses, costs: Costs, config: PatchConfig, compiled: bool) -> None:
     obstacle = why_not_activation(member, used)
     asked = _asked(member, config)
     if member.slot.out_of_reach == "quantised":
-        _settle(member, "inplace" if obstacle else "activation", obstacle or "quantised: its weight cannot be written elsewhere")
+        if obstacle is not None:
+            _settle_in_place(member, obstacle)
+        _settle(member, "activation", "quantised: its weight cannot be written elsewhere")
     elif obstacle is None and asked in ("auto", "activation"):
         _, rows, cols = member.extent
         skinny, scratch = costs.activation(max(1, used.tokens), cols, rows), costs.scratch(member.numel)
@@ -89,7 +99,7 @@ def _choose_matrix(member: Member, used: Uses, costs: Costs, config: PatchConfig
     else:
         _settle(member, "scratch", str(obstacle))
     if member.slot.out_of_reach == "offloaded" and member.side == "copy":
-        _settle(member, "scratch", "offloaded")
+        _settle(member, "scratch", "offloaded: only its module has it")
 
 
 def why_not_activation(member: Member, used: Uses) -> str | None:
@@ -130,11 +140,13 @@ def scopes_of(members: Sequence[Member]) -> dict[nn.Module, list[Member]]:
 
 
 def _asked(member: Member, config: PatchConfig) -> str:
-    side = config.side
-    if isinstance(side, str):
-        return side
+    if isinstance(config.side, str):
+        return config.side
     names = (member.name, *member.slot.aliases)
-    return next((word for pattern, word in side if any(fnmatch.fnmatchcase(n, pattern) for n in names)), "auto")
+    for pattern, word in dict(config.side).items():
+        if any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            return word
+    return "auto"
 
 
 def _bytes(member: Member) -> int:

@@ -11,18 +11,18 @@ from collections.abc import Callable
 import torch
 
 from .. import ops, skinny
-from ..registry import Backend, Draw
+from ..registry import Draw, choose_backend
 from ..table import TensorTable
 
-_ROUNDS = 5
-_FEATURES = 1024
+_ROUNDS = 4
+_FEATURES = 768
 _TOKENS = 128
 _SMALL = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Seconds: ``call + tokens * (inputs + outputs) * feature`` on the activation side, ``fill + elements * element`` for a scratch.
+    """Seconds: ``call + tokens * (inputs + outputs) * feature`` on the activation side, ``fill + elements * element`` of a scratch.
 
     Attributes:
         call, feature: of :func:`lozo_kernels.skinny.lowrank_linear_`.
@@ -44,8 +44,9 @@ class Costs:
 
 
 @functools.lru_cache(maxsize=64)
-def measure_costs(device: torch.device, dtype: torch.dtype, rank: int, backend: Backend) -> Costs:
+def measure_costs(device: torch.device, dtype: torch.dtype, rank: int, backend_name: str | None) -> Costs:
     """Medians of a few calls on small and on larger tensors, once in a process."""
+    backend = choose_backend(device, backend_name).backend
 
     def activation(tokens: int, features: int) -> float:
         x, y = (torch.randn(tokens, features, device=device).to(dtype) for _ in range(2))

@@ -28,7 +28,6 @@ class Guards:
     def installed(self, installation: Installation) -> None:
         """Forwards were put into modules; they have to stay there."""
         self._installation = installation
-        self.look()
 
     def look(self) -> None:
         """Remembers the weights as they are."""
@@ -38,9 +37,9 @@ class Guards:
         """Raises RuntimeError if a weight changed since :meth:`look`."""
         for member, version in zip(self._read_only(), self._versions, strict=False):
             if member.slot.parameter._version != version:
-                self.look()
                 raise RuntimeError(
-                    f"{member.name!r} was changed during the evaluations of a step: a probe only reads weights, and so must the closure"
+                    f"{member.name!r} was changed during the evaluations of a step: a probe only reads weights, and so must "
+                    "the closure"
                 )
 
     def check_modules(self) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +14,21 @@ from .. import ops
 from ..closures import Closure, Randomness
 from ..config import PatchConfig
 from ..engine import Handle, check_scale
-from ..parameters import Slot
+from ..offloaded import find_homes, home_of
+from ..parameters import Slot, canonical
 from ..passes import Group, Scalar, Term, run_pass
 from ..registry import Choice, Draw, Rounding, Step, choose_backend
 from ..report import ParameterReport
+from ..table import TensorTable
 from . import preparation
 from .guards import Guards
 from .install import Installation
-from .members import Holder, Member, Past
-from .offload import execution_device, offloaded_weight
+from .ledger import Ledger
+from .members import Holder, Member
+from .offload import execution_device, load_weight, offloaded_weight
 from .runtime import Point, Runtime
 from .scopes import Arena
-from .state import FactorUpdate, StateGroup, make_groups, merge_weights, update_factors
+from .state import FactorUpdate, StateGroup, make_groups, update_factors
 from .weights import PerturbedWeights
 
 _REST = Point(0, 0, 0.0)
@@ -32,9 +37,10 @@ _REST = Point(0, 0, 0.0)
 class ProbeHandle(Handle):
     """A handle whose perturbations do not touch the weights (:class:`~lozo_kernels.PatchConfig`, ``placement="probe"``).
 
-    The model behaves as if its weights were X_t = W + B V^T, plus the perturbation that stands, wherever it is called: in a step, in an
-    evaluation, in ``generate``. W itself changes only when B is merged: when V is drawn anew, in :meth:`settle`, before
-    ``state_dict()`` and ``load_state_dict()``, and in :meth:`restore`. Methods are those of :class:`Handle`; :meth:`prepare` comes first.
+    The model behaves as if its weights were X_t = W + B V^T, plus the perturbation that stands, wherever it is called: in a step,
+    in an evaluation, in ``generate``. W itself changes only when B is merged: when V is drawn anew, in :meth:`settle`, before
+    ``state_dict()`` and ``load_state_dict()``, and in :meth:`restore`. Methods are those of :class:`Handle`; :meth:`prepare`
+    comes first.
     """
 
     def __init__(self, model: nn.Module, config: PatchConfig) -> None:
@@ -43,17 +49,20 @@ class ProbeHandle(Handle):
         self._resting: list[Group] = []
         self._runtime = Runtime(config)
         self._arenas: dict[torch.device, Arena] = {}
+        self._holders: dict[str, list[Holder]] = {}
         self._installation = Installation()
         self._choices: dict[torch.device, Choice] = {}
         self._standing: Point | None = None
         self._learned = False
         self._last_step = 0
         self._prepared = False
+        self._warned = False
         self._notes: list[str] = []
-        self.history: list[tuple[int, dict[str, Tensor]]] = []
-        """With ``keep_factors``, and for weights that cannot be merged: (window, B by name) of every window so far, on the CPU."""
+        self.precision = torch.float32
+        """The coarsest dtype that evaluations compute with."""
         self._weights = PerturbedWeights(self._runtime, config.seed)
         super().__init__(model, config)
+        self._ledger = Ledger(self._members, config)
         self._watch = Guards(model, self._members)
         self._watch.check_adapters()
 
@@ -85,8 +94,8 @@ class ProbeHandle(Handle):
     def prepare(self, closures: Closure | Sequence[Closure], randomness: Randomness | None = None, *, step: int = 0) -> None:
         """Looks where an evaluation uses each weight, chooses sides, and checks one loss both ways. A second call does nothing.
 
-        An optimiser does this in its first step. It costs three evaluations, and three more for each weight that has to be treated in
-        another way than its module's type suggested; :meth:`report` says which those were.
+        An optimiser does this in its first step. It costs three evaluations, and some more where a weight has to be treated in
+        another way than expected; :meth:`report` says which those were.
 
         Args:
             closures: as :meth:`lozo_kernels.LOZO.step` takes them.
@@ -96,7 +105,8 @@ class ProbeHandle(Handle):
         if self._prepared:
             return
         self.enter_window(step)
-        self._notes += preparation.prepare(self, [closures] if callable(closures) else list(closures), randomness)
+        self.precision, notes = preparation.prepare(self, [closures] if callable(closures) else list(closures), randomness)
+        self._notes += notes
         self._prepared = True
 
     @torch.no_grad()
@@ -110,6 +120,8 @@ class ProbeHandle(Handle):
         self._check_prepared()
         self._start(step)
         standing = self._standing
+        if standing is None:
+            self._watch.look()
         if standing is not None and ((standing.step is not step and standing.step != step) or standing.direction != direction):
             raise RuntimeError("a perturbation along another direction stands: a probe holds one at a time; use shift_()")
         if self._groups:
@@ -140,6 +152,7 @@ class ProbeHandle(Handle):
         if self._groups:
             name = self._members[int(self._groups[0].index[0])].name
             raise RuntimeError(f"{name!r} is perturbed in place, which one forward pass can do in one way only: see report()")
+        self._watch.look()
         self._standing = Point(step, 0, 0.0)
         self._write([Point(step, direction, scale) for direction, scale in offsets], examples)
 
@@ -181,19 +194,23 @@ class ProbeHandle(Handle):
             update_factors(group, FactorUpdate(step, cs, lr, weight_decay, beta), self.config)
         if self._resting:
             self._update_groups(self._resting, step, cs, lr, weight_decay, beta, 0.0, None)
+        for member in self._members:
+            if member.b is None and member.slot.out_of_reach is not None:
+                with offloaded_weight(member, member.device) as x:
+                    self._update_groups([self._group_away(member, x)], step, cs, lr, weight_decay, beta, 0.0, None)
         if self._groups:
             self._update_groups(self._groups, step, cs, lr, weight_decay, beta, standing, None)
         self._last_step = self._last_step + 1 if isinstance(step, Tensor) else step
         self._learned = self._learned or bool(self._states)
         self._standing = None
         self._write([_REST])
-        self._watch.look()
 
     @torch.no_grad()
     def settle(self) -> None:
         """Merges what was learned into the weights: they become X_t, rounded once into their dtype.
 
-        Rounds once more than a run that merges only when V is drawn anew.
+        Rounds once more than a run that merges only when V is drawn anew. What quantised layers learned stays in factors, which
+        their forwards add: r more ranks with every V.
         """
         if not self._learned:
             return
@@ -201,44 +218,52 @@ class ProbeHandle(Handle):
             raise RuntimeError("the weights cannot be brought up to date while a forward pass of the model runs")
         if self._standing is not None:
             self.rest_()
+        self.check_decay()
+        assert self._window is not None
         rounding = Rounding(self._last_step) if self.config.rounding == "stochastic" else None
-        self._remember()
         for group in self._states:
-            near = [m for m in group.members if m.slot.out_of_reach is None]
-            if near:
-                merge_weights(group, [m.slot.view() for m in near], near, self.config.seed, rounding)
-            for member in group.members:
-                self._merge_away(group, member, rounding)
-                assert member.b is not None
-                member.b.zero_()
-                member.gain = None
-            group.gains.fill_(1.0)
+            self._ledger.merge(group, self._window, rounding)
         self._learned = False
         self._write([_REST])
-        self._watch.look()
 
-    def _merge_away(self, group: StateGroup, member: Member, rounding: Rounding | None) -> None:
-        """A weight that is out of reach: brought here and back, or, if it cannot be written, its factors are kept."""
-        if member.slot.out_of_reach == "offloaded":
-            with offloaded_weight(member, group.members[0].device) as x:
-                merge_weights(group, [x], [member], self.config.seed, rounding)
-        elif member.slot.out_of_reach == "quantised":
-            assert member.b is not None and member.v is not None
-            if member.gain is not None:
-                raise RuntimeError(f"{member.name!r} is quantised and cannot decay: use weight_decay=0 for it")
-            b, v = member.b[0].clone(), member.v[0].float()
-            past = member.past
-            member.past = Past(b, v) if past is None else Past(torch.cat((past.b, b), 1), torch.cat((past.v, v)))
+    @property
+    def undecaying(self) -> list[str]:
+        """Names of parameters that cannot decay: quantised ones, and with ``keep_factors`` all low-rank ones."""
+        return self._ledger.undecaying
 
-    def _remember(self) -> None:
-        kept = [m for m in self._members if m.b is not None and (self.config.keep_factors or m.slot.out_of_reach == "quantised")]
-        if not kept:
-            return
-        decayed = next((m for m in kept if m.gain is not None), None)
-        if decayed is not None and self.config.keep_factors:
-            raise RuntimeError(f"{decayed.name!r} decays, which factors cannot say: keep_factors goes with weight_decay=0")
-        assert self._window is not None
-        self.history.append((self._window, {m.name: m.b.cpu().clone() for m in kept if m.b is not None}))
+    def check_decay(self) -> None:
+        """Raises RuntimeError if a parameter has decayed whose factors are kept, because they cannot say that."""
+        self._ledger.check_decay()
+
+    @property
+    def history(self) -> list[tuple[int, dict[str, Tensor]]]:
+        """With ``keep_factors``: (window, merged B by name) of every window so far, on the CPU."""
+        return self._ledger.history
+
+    @history.setter
+    def history(self, history: list[tuple[int, dict[str, Tensor]]]) -> None:
+        self._ledger.history = history
+
+    @property
+    def past(self) -> dict[str, dict[str, Any]]:
+        """What quantised layers learned in windows that are over, by name, as no weight holds it.
+
+        Factors ``b`` (rows, ranks) and ``v`` (ranks, cols), fp32, and the last ``window``.
+        """
+        return self._ledger.past
+
+    @torch.no_grad()
+    def load_past(self, past: dict[str, dict[str, Any]]) -> None:
+        """The inverse of :attr:`past`.
+
+        Raises:
+            ValueError: names or shapes differ; nothing was changed.
+        """
+        self._check_usable()
+        self._ledger.check_past(past)
+        self.settle()
+        self._ledger.load_past(past)
+        self._write([_REST])
 
     def write_perturbed(self, name: str, out: Tensor) -> None:
         """The weight that the model behaves as having, rounded into its dtype: what the weight side computes with.
@@ -249,10 +274,15 @@ class ProbeHandle(Handle):
 
         Raises:
             KeyError: no trained parameter has this name.
+            TypeError: it is quantised: no weight holds what the layer computes with.
             ValueError: ``out`` does not fit.
         """
         slot = self._find(name)
-        self._fill(next(m for m in self._members if m.slot is slot), out, 0)
+        if slot.out_of_reach == "quantised":
+            raise TypeError(f"{name!r} is quantised and has no perturbed weight")
+        member = next(m for m in self._members if m.slot is slot)
+        base = None if slot.out_of_reach is None else load_weight(member, member.device)
+        self._weights.fill(member, out, 0, self._choices[member.device].backend, base)
 
     def enter_window(self, step: int) -> None:
         """Makes V that of a step. What was learned under another V is merged first."""
@@ -261,14 +291,39 @@ class ProbeHandle(Handle):
             self.settle()
         super().enter_window(step)
 
-    def restore(self) -> None:
-        """Merges, and gives the model its own forwards back. A second call does nothing."""
+    def restore(self, *, discard: bool = False) -> None:
+        """Merges, and gives the model its own forwards back. A second call does nothing.
+
+        Args:
+            discard: give up what quantised layers learned, which no weight can hold.
+
+        Raises:
+            RuntimeError: quantised layers learned something, and ``discard`` is False; nothing was changed.
+        """
         if self._restored:
             return
+        names = self._ledger.unmergeable(self._learned)
+        if names and not discard:
+            raise RuntimeError(
+                f"what {len(names)} quantised layers learned (e.g. {names[0]!r}) cannot be merged into their weights and would be "
+                "lost: save it with lozo_kernels.export_lora() and call restore(discard=True)"
+            )
         self.rest_()
         self.settle()
         self._installation.remove()
         super().restore()
+
+    def before_state_dict(self) -> None:
+        """Merges, and warns once if there is something that the model's ``state_dict()`` cannot have."""
+        self.settle()
+        names = self._ledger.unmergeable(self._learned)
+        if names and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"state_dict() is without what {len(names)} quantised layers learned (e.g. {names[0]!r}), which cannot be merged "
+                "into their weights: save it with lozo_kernels.export_lora(), or with the optimiser's state_dict() to go on later",
+                stacklevel=3,
+            )
 
     def install(self) -> None:
         """Puts the chosen sides into the model's modules."""
@@ -302,7 +357,7 @@ class ProbeHandle(Handle):
 
     def _device(self, slot: Slot) -> torch.device:
         p = slot.parameter
-        return execution_device(slot.owner()) if p.device.type == "meta" else p.device
+        return execution_device(self._holders[slot.name]) if p.device.type == "meta" else p.device
 
     def _resample(self, window: int | None, *, reproject: bool) -> None:
         if window is not None:
@@ -328,7 +383,7 @@ class ProbeHandle(Handle):
         self._states = make_groups(self._members, self._momentum, self._choices)
         straight = [m for m in self._members if m.b is None]
         self._groups = self._tables([m for m in straight if m.side == "inplace"])
-        self._resting = self._tables([m for m in straight if m.side != "inplace"])
+        self._resting = self._tables([m for m in straight if m.side != "inplace" and m.slot.out_of_reach is None])
         self._weights.rebuild(self._members, self._choices)
         self._weights.refresh()
 
@@ -339,15 +394,31 @@ class ProbeHandle(Handle):
             by_place.setdefault((member.slot.kind, member.device), []).append(member.index)
         return [self._make_group(kind, device, index) for (kind, device), index in by_place.items()]
 
-    def _find_members(self) -> list[Member]:
-        holders: dict[int, list[Holder]] = {}
+    def _group_away(self, member: Member, x: Tensor) -> Group:
+        """A table over one offloaded weight while it is here."""
+        momentum = [self._momentum[member.name]] if self._momentum else None
+        index = torch.tensor([member.index], device=member.device)
+        table = TensorTable([x], [member.slot.tensor_id], n=momentum)
+        return Group(member.slot.kind, index, table, self._choices[member.device])
+
+    def _find_holders(self) -> dict[str, list[Holder]]:
+        """The modules that have each trained parameter, by its canonical name."""
+        holders: dict[str, list[Holder]] = {}
+        homes = find_homes(self.model)
         for name, module in self.model.named_modules():
-            for attribute, p in module._parameters.items():
-                if p is not None:
-                    holders.setdefault(id(p), []).append(Holder(module, name, attribute))
+            for attribute in module._parameters:
+                slot = self._aliases.get(canonical(f"{name}.{attribute}" if name else attribute))
+                if slot is not None:
+                    holder = Holder(module, name, attribute, home_of(homes, module, attribute))
+                    if holder.home is not None and slot.out_of_reach == "offloaded":
+                        holder.home.check_writable()
+                    holders.setdefault(slot.name, []).append(holder)
+        return holders
+
+    def _find_members(self) -> list[Member]:
+        self._holders = self._find_holders()
         return [
-            Member(slot, i, self._extent(slot), self._device(slot), holders[id(slot.parameter)])
-            for i, slot in enumerate(self._slots)
+            Member(slot, i, self._extent(slot), self._device(slot), self._holders[slot.name]) for i, slot in enumerate(self._slots)
         ]
 
     def _follow(self, member: Member) -> None:
@@ -366,15 +437,16 @@ class ProbeHandle(Handle):
                 member.b = torch.zeros(batch, rows, self.config.rank if member.v is not None else cols, device=device)
             member.b = member.b.to(device)
         member.point = self._runtime.on(device)
+        if member.past is not None:
+            member.past.to(device)
         if member.name in self._momentum:
             self._momentum[member.name] = self._momentum[member.name].to(device)
 
     def _describe(self, slot: Slot, choice: Choice) -> ParameterReport:
         member = next(m for m in self._members if m.slot is slot)
-        _, rows, cols = member.extent
         treatment = f"low-rank {self.config.rank}" if slot.kind == "lowrank" else "dense"
         p = slot.parameter
-        note = f"{member.reason or 'prepare() will choose a side'}"
+        note = member.reason or "prepare() will choose a side"
         return ParameterReport(
             *(slot.name, slot.aliases, tuple(p.shape), p.dtype, p.device, treatment, choice.backend.name, note),
             side=member.side,

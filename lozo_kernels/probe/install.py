@@ -90,10 +90,15 @@ class Installation:
         self._replaced.append((module, name, attribute, old, new))
 
     def _add_hooks(self, model: nn.Module, handle: weakref.ref[ProbeHandle]) -> None:
-        def settle(*_: Any) -> None:
+        def save(*_: Any) -> None:
+            found = handle()
+            if found is not None:
+                found.before_state_dict()
+
+        def load(*_: Any) -> None:
             found = handle()
             if found is not None:
                 found.settle()
 
         for module in model.modules():
-            self._hooks += [module.register_state_dict_pre_hook(settle), module.register_load_state_dict_pre_hook(settle)]
+            self._hooks += [module.register_state_dict_pre_hook(save), module.register_load_state_dict_pre_hook(load)]

@@ -7,25 +7,44 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
+from ..offloaded import Home
 from ..parameters import Slot
 from .runtime import DevicePoint
 
 
 @dataclasses.dataclass(eq=False)
 class Holder:
-    """A module that has the parameter, and under which name."""
+    """A module that has the parameter, and under which name; ``home`` where it is offloaded."""
 
     module: nn.Module
     name: str
     attribute: str
+    home: Home | None = None
 
 
 @dataclasses.dataclass(eq=False)
 class Past:
-    """Windows of a weight that cannot be merged: its delta is ``b @ v``, b (rows, all ranks) fp32, v (all ranks, cols) fp32."""
+    """Windows of a weight that cannot be merged: its delta is ``b @ v``.
+
+    Attributes:
+        b: (rows, all ranks) fp32; v: (all ranks, cols) fp32.
+        window: the last of them.
+    """
 
     b: Tensor
     v: Tensor
+    window: int
+
+    def add(self, b: Tensor, v: Tensor, window: int) -> None:
+        """Takes in what was learned in a window: b (rows, rank), v (rank, cols) fp32. One that goes on adds no rank."""
+        if window == self.window:
+            self.b[:, -b.shape[1] :] += b
+        else:
+            self.b, self.v, self.window = torch.cat((self.b, b), 1), torch.cat((self.v, v)), window
+
+    def to(self, device: torch.device) -> None:
+        """Moves it."""
+        self.b, self.v = self.b.to(device), self.v.to(device)
 
 
 @dataclasses.dataclass(eq=False)
@@ -77,6 +96,21 @@ class Member:
     def name(self) -> str:
         """Canonical name."""
         return self.slot.name
+
+    @property
+    def present(self) -> list[nn.Parameter]:
+        """The parameter where it has storage now: an offloaded one only while a module that holds it runs, tied ones in each place.
+
+        Raises:
+            RuntimeError: it is offloaded, and no module that holds it runs.
+        """
+        if self.slot.out_of_reach is None:
+            return [self.slot.parameter]
+        held = [holder.module._parameters.get(holder.attribute) for holder in self.holders]
+        found = {id(p): p for p in held if p is not None and p.device.type != "meta"}
+        if not found:
+            raise RuntimeError(f"{self.name!r} is offloaded, and was not brought in for the module that uses it")
+        return list(found.values())
 
     @property
     def numel(self) -> int:

@@ -6,56 +6,60 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ..closures import Closure, Randomness, mean_loss
 from .choice import choose_sides
-from .cost import free_bytes, measure_costs
+from .cost import Costs, free_bytes, measure_costs
 from .members import Member
 from .runtime import Point
 from .trace import watch_uses
-from .verify import Losses, Unit, find_wrong, lowest_precision, materialised, only_enabled, typical_scale, units_of
+from .verify import Losses, Unit, coarsest, find_wrong, materialised, only_enabled, typical_scale, units_of
 
 if TYPE_CHECKING:
     from .handle import ProbeHandle
 
 _ROUNDS = 4  # of demoting what differs: activation side, scratch, in place, and a last look
 
+_CHUNKS = 8  # in which the weights are checked, two evaluations each, so that the check needs little memory
+_COPY_BYTES = 1 << 26  # that it may take in any case
+
 
 @torch.no_grad()
-def prepare(handle: ProbeHandle, closures: Sequence[Closure], randomness: Randomness | None) -> list[str]:
-    """Chooses and installs sides. Returns notes for the report."""
-    return _Preparation(handle, closures, randomness).run()
+def prepare(handle: ProbeHandle, closures: Sequence[Closure], randomness: Randomness | None) -> tuple[torch.dtype, list[str]]:
+    """Chooses and installs sides. Returns the coarsest dtype that evaluations compute with, and notes for the report."""
+    preparation = _Preparation(handle, closures, randomness)
+    notes = preparation.run()
+    return preparation.dtype, notes
 
 
 class _Preparation:
     def __init__(self, handle: ProbeHandle, closures: Sequence[Closure], randomness: Randomness | None) -> None:
         self.handle, self.closures, self.randomness = handle, closures, randomness
         self.members, self.runtime = handle.members, handle._runtime
-        self.dtype = lowest_precision(self.members)
+        self.dtype = torch.float32
 
     def run(self) -> list[str]:
         handle, compiled = self.handle, is_compiled(self.handle.model)
         with torch.compiler.set_stance("force_eager"):
             handle._watch.look()
-            with watch_uses(handle.model, self.members) as uses:
+            with watch_uses(handle.model, self.members) as watch:
                 rest = self.loss()
-            choose_sides(self.members, uses, self._costs(), handle.config, compiled)
+            self.dtype = coarsest(watch.dtypes)
+            choose_sides(self.members, watch.uses, self._costs(), handle.config, compiled)
             self.handle.install()
             return self._verify(rest)
 
     def loss(self) -> float:
         return float(mean_loss(self.closures, self.randomness))
 
-    def _costs(self) -> dict[Member, object]:
+    def _costs(self) -> dict[Member, Costs]:
         handle = self.handle
-        costs = {}
+        costs: dict[Member, Costs] = {}
         for member in self.members:
             if member.slot.kind == "lowrank":
                 p = member.slot.parameter
                 dtype = p.dtype if p.is_floating_point() else torch.float32
-                backend = handle._choices[member.device].backend
-                costs[member] = measure_costs(member.device, dtype, handle.config.rank, backend)
+                costs[member] = measure_costs(member.device, dtype, handle.config.rank, handle.config.backend)
         return costs
 
     def _verify(self, rest: float) -> list[str]:
@@ -74,12 +78,13 @@ class _Preparation:
         return notes
 
     def _any_wrong(self, units: Sequence[Unit], rest: float) -> bool:
-        """Checks as many units together as there is memory to have their perturbed weights at once."""
-        budget = max(free_bytes(device) for device in self.handle.devices) // 2
+        """Checks as many units together as the memory allows that a copy of their weights may take."""
+        weights = sum(_bytes(unit) for unit in units)
+        budget = min(max(_COPY_BYTES, weights // _CHUNKS), max(free_bytes(device) for device in self.handle.devices) // 2)
         chunk: list[Unit] = []
         size = 0
         for unit in [*units, None]:
-            need = 0 if unit is None else sum(m.numel * m.slot.parameter.element_size() for m in unit)
+            need = 0 if unit is None else _bytes(unit)
             if chunk and (unit is None or size + need > budget):
                 if not self.compare(chunk, rest).agree(self.dtype):
                     return True
@@ -102,17 +107,15 @@ class _Preparation:
             with only_enabled(self.members, units):
                 probed = self.loss()
                 self.runtime.live = False
-                with materialised(units, self._perturbed):
+                with materialised(units, lambda member, p: handle._fill(member, p, 0)):
                     real = self.loss()
         finally:
             handle._write([Point(0, 0, 0.0)])
         return Losses(rest, probed, real)
 
-    def _perturbed(self, member: Member) -> Tensor:
-        p = member.slot.parameter
-        out = torch.empty(p.shape, dtype=p.dtype, device=p.device)
-        self.handle._fill(member, out, 0)
-        return out
+
+def _bytes(unit: Unit) -> int:
+    return sum(m.numel * m.slot.parameter.element_size() for m in unit)
 
 
 def _demote(member: Member) -> str:

@@ -118,9 +118,9 @@ class Runtime:
         Raises:
             BatchSplitError: neither.
         """
-        if self.examples is None or (shape and shape[0] and shape[0] % (self.groups * self.examples) == 0):
-            if shape and shape[0] % self.groups == 0:
-                return shape[0] // self.groups
+        whole = self.groups * (self.examples or 1)
+        if shape and shape[0] and shape[0] % whole == 0:
+            return shape[0] // self.groups
         if shape and shape[0] == 1:
             return None
         raise BatchSplitError(

@@ -82,16 +82,17 @@ class _Scope:
         try:
             for member in self.members:
                 if member.enabled and not member.swapped:
-                    p = member.slot.parameter
+                    places = member.present
                     if member.side == "copy":
                         perturbed = member.buffers[group]
                     else:
-                        arena = self.arenas[p.device]
-                        perturbed, start = arena.take(p)
+                        arena = self.arenas[places[0].device]
+                        perturbed, start = arena.take(places[0])
                         starts.append((arena, start))
                         self.fill(member, perturbed, group)
-                    swapped.append((member, p, p.data))
-                    p.data = perturbed
+                    for p in places:
+                        swapped.append((member, p, p.data))
+                        p.data = perturbed
                     member.swapped = True
             return old(*args, **kwargs)
         finally:

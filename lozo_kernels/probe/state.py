@@ -86,7 +86,7 @@ class FactorUpdate:
 
 
 def update_factors(group: StateGroup, update: FactorUpdate, config: PatchConfig) -> None:
-    """B <- (1 - lr * weight_decay) B - lr * mean of c U / r; with momentum N <- beta N + (1 - beta) mean of c U, and N in its place.
+    """B <- (1 - lr * weight_decay) B - lr * mean of c U / r; with momentum N <- beta N + (1 - beta) mean of c U, N in its place.
 
     X_t = gain * W + B V^T then follows Algorithm 1 (or 2) of the paper exactly, and gain takes its decay too.
     """

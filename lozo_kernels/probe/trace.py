@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,23 +29,35 @@ class Uses:
     tokens: int = 0
 
 
-class _Watch(TorchDispatchMode):
+class Watch(TorchDispatchMode):
+    """What a forward pass did.
+
+    Attributes:
+        uses: of each parameter.
+        dtypes: of all floating-point tensors that operators were given, autocast's included.
+    """
+
     def __init__(self, members: Iterable[Member]) -> None:
         super().__init__()
         self.uses: dict[Member, Uses] = {member: Uses() for member in members}
+        self.dtypes: set[torch.dtype] = set()
         self.running: list[tuple[nn.Module, int]] = []
         self._by_storage: dict[int, Member] = {}
-        self._by_place: dict[tuple[nn.Module, str], Member] = {}
+        self._away: list[tuple[nn.Module, str, Member]] = []  # where weights are brought in while their module runs
         for member in self.uses:
-            for holder in member.holders:
-                self._by_place[holder.module, holder.attribute] = member
             if member.slot.out_of_reach is None:
                 self._by_storage[_storage(member.slot.parameter)] = member
+            else:
+                self._away += [(holder.module, holder.attribute, member) for holder in member.holders]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if str(kwargs.get("device")) == "meta":  # a hook takes an offloaded weight out again
+            return func(*args, **kwargs)
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor):
+                if leaf.is_floating_point():
+                    self.dtypes.add(leaf.dtype)
                 member = self._find(leaf)
                 if member is not None:
                     self._note(member)
@@ -54,10 +67,10 @@ class _Watch(TorchDispatchMode):
         storage = _storage(tensor)
         if storage in self._by_storage:
             return self._by_storage[storage]
-        for module, _ in reversed(self.running):  # weights that were brought in while their module runs
-            for attribute, p in module._parameters.items():
-                if p is not None and _storage(p) == storage:
-                    return self._by_place.get((module, attribute))
+        for module, attribute, member in self._away:
+            p = module._parameters.get(attribute)
+            if p is not None and p.device.type != "meta" and _storage(p) == storage != -1:
+                return member
         return None
 
     def _note(self, member: Member) -> None:
@@ -68,10 +81,10 @@ class _Watch(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def watch_uses(model: nn.Module, members: Iterable[Member]) -> Iterator[dict[Member, Uses]]:
+def watch_uses(model: nn.Module, members: Iterable[Member]) -> Iterator[Watch]:
     """Collects the uses of the members while the body runs forward passes of the model in eager mode."""
     inside = set(model.modules())
-    watch = _Watch(members)
+    watch = Watch(members)
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         if module in inside:
@@ -84,7 +97,7 @@ def watch_uses(model: nn.Module, members: Iterable[Member]) -> Iterator[dict[Mem
     hooks = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True))
     try:
         with watch:
-            yield watch.uses
+            yield watch
     finally:
         for hook in hooks:
             hook.remove()

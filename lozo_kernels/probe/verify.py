@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -34,10 +34,9 @@ class Losses:
         return both_undefined or difference <= relative * shift + absolute * (1e-3 + abs(self.rest))
 
 
-def lowest_precision(members: Sequence[Member]) -> torch.dtype:
-    """The coarsest dtype among the weights."""
-    dtypes = {m.slot.parameter.dtype for m in members} & set(_TOLERANCES)
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The one with the fewest bits, of those that a model computes with."""
+    return max(set(dtypes) & set(_TOLERANCES), key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
 def typical_scale(members: Sequence[Member], rank: int) -> float:
@@ -91,16 +90,19 @@ def only_enabled(members: Sequence[Member], units: Sequence[Unit]) -> Iterator[N
 
 
 @contextlib.contextmanager
-def materialised(units: Sequence[Unit], make: Callable[[Member], Tensor]) -> Iterator[None]:
-    """Puts perturbed weights in the places of the real ones, for as long as the body runs."""
+def materialised(units: Sequence[Unit], write: Callable[[Member, Tensor], None]) -> Iterator[None]:
+    """Perturbs the weights themselves, for as long as the body runs, and puts every bit back.
+
+    In their own storage: whoever kept an address of it must see the same.
+    """
     rest = []
     try:
         for unit in units:
             for member in unit:
-                p = member.slot.parameter
-                rest.append((p, p.data))
-                p.data = make(member)
+                p = member.slot.parameter.data
+                rest.append((p, p.clone()))
+                write(member, p)
         yield
     finally:
-        for p, data in rest:
-            p.data = data
+        for p, before in rest:
+            p.copy_(before)

@@ -62,12 +62,16 @@ class PerturbedWeights:
             if batch.members[0].side == "shift":
                 _add_decayed_biases(batch.members)
 
-    def fill(self, member: Member, out: Tensor, group: int, backend: Backend) -> None:
-        """The perturbed weight of a member at a point, into a tensor of its shape."""
-        key = (member.slot.parameter.data_ptr(), out.data_ptr())
+    def fill(self, member: Member, out: Tensor, group: int, backend: Backend, base: Tensor | None = None) -> None:
+        """The perturbed weight of a member at a point, into a tensor of its shape. ``base``: its weight; None: where it is now."""
+        if base is None:
+            base = member.present[0].detach()
+        key = (base.data_ptr(), out.data_ptr())
         known = self._fills.get(member)
         if known is None or known[0] != key:
-            known = self._fills[member] = (key, _table([member]), TensorTable([member.slot.matrices(out)], [0]))
+            known = (key, _table([member], [base]), TensorTable([member.slot.matrices(out)], [0]))
+            if member.slot.out_of_reach is None:  # a table keeps its tensors alive, and an offloaded weight is to go
+                self._fills[member] = known
         self._merge(known[1], known[2], group, member.v is not None, member.gain, backend)
 
     def _merge(
@@ -82,8 +86,8 @@ class PerturbedWeights:
 
     def _copies(self, members: Sequence[Member], groups: int) -> tuple[TensorTable, list[TensorTable]]:
         for member in members:
-            if len(member.buffers) != groups or member.buffers[0].device != member.device:
-                p = member.slot.parameter
+            p = member.slot.parameter
+            if len(member.buffers) != groups or member.buffers[0].device != p.device or member.buffers[0].dtype != p.dtype:
                 member.buffers = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for _ in range(groups)]
         outs = [TensorTable([m.slot.matrices(m.buffers[g]) for m in members], [0] * len(members)) for g in range(groups)]
         return _table(members), outs
@@ -100,8 +104,8 @@ class PerturbedWeights:
         return TensorTable(learned, [m.slot.tensor_id for m in members]), outs
 
 
-def _table(members: Sequence[Member]) -> TensorTable:
-    xs = [m.slot.view() for m in members]
+def _table(members: Sequence[Member], weights: Sequence[Tensor] | None = None) -> TensorTable:
+    xs = [m.slot.view() if weights is None else m.slot.matrices(weights[i]) for i, m in enumerate(members)]
     vs = [m.v for m in members if m.v is not None]
     learned = [m.b.view(x.shape) if m.v is None else m.b for m, x in zip(members, xs, strict=True) if m.b is not None]
     return TensorTable(xs, [m.slot.tensor_id for m in members], v=vs or None, n=learned or None)
@@ -117,7 +121,7 @@ def _add_decayed_biases(members: Sequence[Member]) -> None:
     """A layer's outputs hold the bias at rest, times the weight's gain: what is missing where the bias has another."""
     for member in members:
         weight = next((g for g in member.partners if g.gain is not None or member.gain is not None), None)
-        if weight is None or member.shift is None:
+        if weight is None or member.shift is None or member.slot.out_of_reach is not None:
             continue
         one = torch.ones(1, device=member.device)
         difference = (one if member.gain is None else member.gain) - (one if weight.gain is None else weight.gain)

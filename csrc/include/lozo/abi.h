@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define LOZO_ABI_VERSION 1
+#define LOZO_ABI_VERSION 2
 #define LOZO_MAX_RANK 64
 #define LOZO_MAX_DRAWS 2
 
@@ -42,7 +42,7 @@ typedef struct lozo_tensor {
 typedef struct lozo_call {
   uint64_t seed;
   int64_t rank;       // 0 for dense tensors
-  int64_t num_draws;  // 1 or 2
+  int64_t num_draws;  // 1 or 2; none or 1 for a merge
   int64_t draw_steps[LOZO_MAX_DRAWS];
   int64_t directions[LOZO_MAX_DRAWS];
   int64_t rounding;  // 1: stochastic into bf16 and fp16, 0: to nearest even
@@ -55,6 +55,32 @@ typedef struct lozo_call {
   const float *decay;         // (tensors,), or NULL for 1
   int64_t threads;
 } lozo_call;
+
+// A product of activations with a weight's factors, as registry.Skinny describes it. Unit column strides.
+typedef struct lozo_skinny {
+  void *y;               // (tokens, rows), or (tokens, cols) if transposed or looked up
+  const void *x;         // (tokens, cols), or (tokens, rows) if transposed; for a look-up (tokens,) row indices
+  const void *v;         // (rank, cols) fp16
+  const float *b;        // (rows, rank)
+  const int64_t *draws;  // (groups, 2): step, direction
+  const float *scales;   // (groups,)
+  const float *gain;     // (1,), or NULL for 1
+  const float *shift;    // (groups, columns of y), or NULL for 0
+  uint64_t seed;
+  int64_t tensor_id;
+  int64_t row_offset;
+  int64_t y_dtype;   // lozo_dtype
+  int64_t x_dtype;   // lozo_dtype; for a look-up the bytes of an index, 4 or 8
+  int64_t y_stride;  // between rows, in elements
+  int64_t x_stride;
+  int64_t tokens;  // groups equal blocks
+  int64_t groups;
+  int64_t rows;
+  int64_t cols;
+  int64_t rank;
+  int64_t transposed;
+  int64_t threads;
+} lozo_skinny;
 
 // A factor of the noise contract, as noise.factor describes it.
 typedef struct lozo_factor {
@@ -75,6 +101,14 @@ LOZO_EXPORT int lozo_cpu_lowrank_momentum(const lozo_tensor *tensors, int64_t co
 LOZO_EXPORT int lozo_cpu_dense_momentum(const lozo_tensor *tensors, int64_t count, const lozo_call *call);
 // seed, rank and threads of the call are used; draw_steps[0] is the window.
 LOZO_EXPORT int lozo_cpu_resample(const lozo_tensor *tensors, int64_t count, const lozo_call *call, int64_t reproject);
+
+// The tensors are fp32 factors themselves, (batch, rows, rank).
+LOZO_EXPORT int lozo_cpu_factor_update(const lozo_tensor *tensors, int64_t count, const lozo_call *call);
+// The weights of ``out`` are written, tensor by tensor; it may be ``tensors``. Of ``out`` only x and its strides are used.
+LOZO_EXPORT int lozo_cpu_lowrank_merge(const lozo_tensor *tensors, int64_t count, const lozo_call *call, const lozo_tensor *out);
+LOZO_EXPORT int lozo_cpu_dense_merge(const lozo_tensor *tensors, int64_t count, const lozo_call *call, const lozo_tensor *out);
+LOZO_EXPORT int lozo_cpu_lowrank_linear(const lozo_skinny *call);
+LOZO_EXPORT int lozo_cpu_lowrank_embedding(const lozo_skinny *call);
 
 // Writes fp32 (rows, rank) to out.
 LOZO_EXPORT int lozo_cpu_factor(const lozo_factor *factor, float *out);

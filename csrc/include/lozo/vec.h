@@ -84,6 +84,15 @@ LOZO_INLINE void store_partial(T *x, Pair<F> y, int64_t count) {
 #endif
 }
 
+// A whole block where no bits are promised: denormals may become zero, which spares some machines a test.
+template <class T>
+LOZO_INLINE void store_flushing(T *x, Pair<F> y) {
+  Io<T>::store(x, y);
+}
+#if defined(LOZO_ISA_avx512_bf16)
+LOZO_INLINE void store_flushing(bf16 *x, Pair<F> y) { _mm512_storeu_si512(x, round_to_bf16_flushing(y)); }
+#endif
+
 }  // namespace LOZO_ISA
 }  // namespace lozo
 

@@ -1,4 +1,4 @@
-// AVX2, FMA (unused: it would contract), F16C.
+// AVX2, FMA (only where no bits are promised: it contracts), F16C.
 #include <immintrin.h>
 
 namespace lozo {
@@ -14,6 +14,13 @@ LOZO_INLINE F load(const float *p) { return _mm256_loadu_ps(p); }
 LOZO_INLINE void store(float *p, F x) { _mm256_storeu_ps(p, x); }
 LOZO_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 LOZO_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
+// sum + a * b, for results that are not promised in bits: fused where the machine has it.
+LOZO_INLINE F fma(F a, F b, F sum) { return _mm256_fmadd_ps(a, b, sum); }
+LOZO_INLINE float sum_lanes(F x) {
+  const __m128 halves = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 pair = _mm_add_ps(halves, _mm_movehl_ps(halves, halves));
+  return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+}
 LOZO_INLINE F to_float(I x) { return _mm256_cvtepi32_ps(x); }
 
 LOZO_INLINE I splat_int(int32_t x) { return _mm256_set1_epi32(x); }
@@ -62,6 +69,11 @@ LOZO_INLINE L splat_counter(uint32_t x) { return _mm256_set1_epi64x((int64_t)x);
 LOZO_INLINE L consecutive_counters(uint32_t first) {
   return _mm256_add_epi64(_mm256_set1_epi64x((int64_t)first), _mm256_set_epi64x(3, 2, 1, 0));
 }
+template <int APART>
+LOZO_INLINE L spaced_counters(uint32_t first) {
+  return _mm256_add_epi64(_mm256_set1_epi64x((int64_t)first), _mm256_set_epi64x(3 * APART, 2 * APART, APART, 0));
+}
+LOZO_INLINE L load_counters(const uint32_t *p) { return _mm256_cvtepu32_epi64(_mm_loadu_si128((const __m128i *)p)); }
 // The order from which unpack_quads makes contiguous words.
 LOZO_INLINE L quad_counters(uint32_t first) {
   return _mm256_add_epi64(_mm256_set1_epi64x((int64_t)first), _mm256_set_epi64x(3, 1, 2, 0));

@@ -16,6 +16,9 @@ LOZO_INLINE F load(const float *p) { return _mm512_loadu_ps(p); }
 LOZO_INLINE void store(float *p, F x) { _mm512_storeu_ps(p, x); }
 LOZO_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 LOZO_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+// sum + a * b, for results that are not promised in bits: fused where the machine has it.
+LOZO_INLINE F fma(F a, F b, F sum) { return _mm512_fmadd_ps(a, b, sum); }
+LOZO_INLINE float sum_lanes(F x) { return _mm512_reduce_add_ps(x); }
 LOZO_INLINE F to_float(I x) { return _mm512_cvtepi32_ps(x); }
 
 LOZO_INLINE I splat_int(int32_t x) { return _mm512_set1_epi32(x); }
@@ -77,6 +80,12 @@ LOZO_INLINE L splat_counter(uint32_t x) { return _mm512_set1_epi64((int64_t)x); 
 LOZO_INLINE L consecutive_counters(uint32_t first) {
   return _mm512_add_epi64(_mm512_set1_epi64((int64_t)first), _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0));
 }
+template <int APART>
+LOZO_INLINE L spaced_counters(uint32_t first) {
+  return _mm512_add_epi64(_mm512_set1_epi64((int64_t)first),
+                          _mm512_set_epi64(7 * APART, 6 * APART, 5 * APART, 4 * APART, 3 * APART, 2 * APART, APART, 0));
+}
+LOZO_INLINE L load_counters(const uint32_t *p) { return _mm512_cvtepu32_epi64(_mm256_loadu_si256((const __m256i *)p)); }
 // The order from which unpack_quads makes contiguous words.
 LOZO_INLINE L quad_counters(uint32_t first) {
   return _mm512_add_epi64(_mm512_set1_epi64((int64_t)first), _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0));
@@ -132,16 +141,22 @@ LOZO_INLINE I round_to_bf16_exact(Pair<F> y) {
   return _mm512_mask_blend_epi16(0xAAAAAAAAu, even, round_to_upper_half(y.b));
 }
 
-LOZO_INLINE I round_to_bf16(Pair<F> y) {
 #if defined(LOZO_ISA_avx512_bf16)
-  // The instruction takes denormals for zero, whatever MXCSR says.
-  constexpr int denormal = 0x20;
-  const __mmask16 any = _kor_mask16(_mm512_fpclass_ps_mask(y.a, denormal), _mm512_fpclass_ps_mask(y.b, denormal));
-  if (__builtin_expect(!_kortestz_mask16_u8(any, any), 0)) return round_to_bf16_exact(y);
+// The instruction takes denormals for zero, whatever MXCSR says.
+LOZO_INLINE I round_to_bf16_flushing(Pair<F> y) {
   const I halves = (I)_mm512_cvtne2ps_pbh(y.b, y.a);
   const I order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,
                                    18, 2, 17, 1, 16, 0);
   return _mm512_permutexvar_epi16(order, halves);
+}
+#endif
+
+LOZO_INLINE I round_to_bf16(Pair<F> y) {
+#if defined(LOZO_ISA_avx512_bf16)
+  constexpr int denormal = 0x20;
+  const __mmask16 any = _kor_mask16(_mm512_fpclass_ps_mask(y.a, denormal), _mm512_fpclass_ps_mask(y.b, denormal));
+  if (__builtin_expect(!_kortestz_mask16_u8(any, any), 0)) return round_to_bf16_exact(y);
+  return round_to_bf16_flushing(y);
 #else
   return round_to_bf16_exact(y);
 #endif

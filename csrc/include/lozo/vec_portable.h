@@ -23,6 +23,9 @@ LOZO_INLINE F load(const float *p) {
 LOZO_INLINE void store(float *p, F x) { memcpy(p, &x, sizeof x); }
 LOZO_INLINE F mul(F a, F b) { return a * b; }
 LOZO_INLINE F add(F a, F b) { return a + b; }
+// sum + a * b, for results that are not promised in bits: fused where the machine has it.
+LOZO_INLINE F fma(F a, F b, F sum) { return a * b + sum; }
+LOZO_INLINE float sum_lanes(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 LOZO_INLINE F to_float(I x) { return __builtin_convertvector(x, F); }
 
 LOZO_INLINE I splat_int(int32_t x) { return I{x, x, x, x}; }
@@ -91,6 +94,11 @@ LOZO_INLINE Pair<F> interleave(Pair<F> x) { return {F{x.a[0], x.b[0], x.a[1], x.
 
 LOZO_INLINE L splat_counter(uint32_t x) { return {{x, x}}; }
 LOZO_INLINE L consecutive_counters(uint32_t first) { return {{first, first + 1}}; }
+template <int APART>
+LOZO_INLINE L spaced_counters(uint32_t first) {
+  return {{first, first + APART}};
+}
+LOZO_INLINE L load_counters(const uint32_t *p) { return {{p[0], p[1]}}; }
 // The order from which unpack_quads makes contiguous words.
 LOZO_INLINE L quad_counters(uint32_t first) { return {{first, first + 1}}; }
 // Only the low half of a lane counts as input; the high half of a result of multiply() is what high() brings down.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +20,20 @@ RANKS = (1, 2, 4, 8, 16, 32, 64)
 _EXACT_MOMENTUM_RANK = 8
 _POINTERS = {
     **dict.fromkeys(("tiles", "matrices", "header"), "*i32"),
-    "tensors": "*i64",
+    **dict.fromkeys(("tensors", "outputs", "draws", "ids", "starts"), "*i64"),
     **dict.fromkeys(("scales", "decay", "coefficients", "alpha", "beta", "ratios", "out"), "*fp32"),
+    **dict.fromkeys(("b", "sums", "gain", "shift", "factors"), "*fp32"),
+    "v": "*fp16",
 }
-_NUMBERS = {"count": "i32", "tensor_id": "i32", "row_offset": "i32", "rows": "i32"}
+_NUMBERS = dict.fromkeys(
+    (
+        *("count", "tensor_id", "row_offset", "rows", "seed_low", "seed_high", "size", "groups", "parts", "blocks", "height"),
+        *("inner", "outer", "stride", "quads"),
+    ),
+    "i32",
+)
+_EXTENTS = ("inner", "outer", "stride")  # of activations; those of a model are divisible by 16
+_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +56,8 @@ class Compilation:
         itemsize: bytes of a weight, 0 where no weights are touched.
         bytes_per_element: that a pass must move at least: weights read and written, dense momentum too.
         default: a configuration that training uses by default, rather than a variant for special cases.
+        writes: weights are written too, not only read.
+        nested: trips of a loop inside the main one.
     """
 
     kernel: str
@@ -62,12 +75,21 @@ class Compilation:
     itemsize: int
     bytes_per_element: int
     default: bool
+    writes: bool = True
+    nested: int | None = None
 
 
 def compilations(vendor: str = "nvidia", ranks: Sequence[int] = RANKS) -> list[Compilation]:
     """Everything that is launched on GPUs of a vendor, "nvidia" or "amd"."""
-    target = Target(dp4a=vendor == "nvidia", eights=vendor == "amd", emulate=False)
-    return [*_lowrank(target, ranks), *_dense(target), *_factors(target, ranks)]
+    nvidia = vendor == "nvidia"
+    target = Target(dp4a=nvidia, eights=not nvidia, emulate=False, tf32=nvidia)
+    return [
+        *_lowrank(target, ranks),
+        *_dense(target),
+        *_factors(target, ranks),
+        *_merges(target, ranks),
+        *_activations(target, ranks),
+    ]
 
 
 def _lowrank(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
@@ -94,14 +116,43 @@ def _dense(target: Target) -> Iterator[Compilation]:
 def _factors(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
     for rank in ranks:
         height, width = plans.FACTOR_ROWS, plans.factor_width(rank)
-        for draws in (1, 2):
-            name = "momentum_factor" if draws == 1 else "momentum_factor_2"
-            yield _plain(name, plans.momentum_factor_plan(rank, draws, target), rank, height * width)
+        for op in ("momentum_factor", "factor_update"):
+            for draws in (1, 2):
+                name, momentum = op if draws == 1 else f"{op}_2", op == "momentum_factor"
+                plan = plans.factor_update_plan(rank, draws, momentum or draws == 2, momentum, target)
+                yield _plain(name, plan, rank, height * width)
         for again in (False, True):
             name = "resample_reproject" if again else "resample"
             yield _plain(name, plans.resample_plan(rank, again, target), rank, plans.RESAMPLE_COLS * plans.padded(rank))
         yield _plain("reproject", plans.reproject_plan(rank), rank, height * width)
         yield _plain("factor_rows", plans.factor_plan(STREAMS["U"], rank, target), rank, height * width)
+        if plans.is_wide(rank):
+            yield _plain("probed_factor", plans.probed_factor_plan(rank, target), rank, height * width)
+        yield _plain("lookup", plans.lookup_plan(rank, height, target), rank, height * plans.padded(rank))
+
+
+def _merges(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
+    for dtype in (*DTYPES, None):
+        for name, kind in _merge_kinds(dtype):
+            size = tile_sizes(None, _vendor(target)).find("dense_merge", dtype is not None, 0, kind.stochastic)
+            yield _update("dense_merge" + name, plans.dense_merge_plan(dtype, kind, size, target), dtype, None, size, exact=True)
+            for rank in ranks if kind.momentum else ():
+                size = tile_sizes(None, _vendor(target)).find("lowrank_merge", dtype is not None, rank, kind.stochastic)
+                plan = plans.lowrank_merge_plan(dtype, rank, kind, size, target)
+                yield _update("lowrank_merge" + name, plan, dtype, rank, size, exact=True)
+
+
+def _activations(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
+    for dtype, rank, factor in itertools.product(DTYPES, ranks, (False, True)):
+        name = "_factor" if factor else ""
+        size = tile_sizes(None, _vendor(target)).find("contraction", True, rank)
+        yield _activation("contraction" + name, plans.contraction_plan(rank, factor, size, target), dtype, rank, size)
+        size = tile_sizes(None, _vendor(target)).find("expansion", True, rank)
+        plan = plans.expansion_plan(dtype, rank, factor, False, False, False, size, target)
+        yield _activation("expansion" + name, plan, dtype, rank, size)
+        if factor and dtype != torch.float32:
+            plan = plans.expansion_plan(dtype, rank, factor, True, True, True, size, target)
+            yield _activation("expansion_all", plan, dtype, rank, size)
 
 
 def _vendor(target: Target) -> str:
@@ -119,12 +170,26 @@ def _kinds(momentum: bool, dtype: torch.dtype | None) -> Iterator[tuple[str, Upd
         yield "_stochastic", UpdateKind(1, False, True, momentum)
 
 
+def _merge_kinds(dtype: torch.dtype | None) -> Iterator[tuple[str, UpdateKind]]:
+    """A probed weight, a merged one, stochastic rounding, and of dense tensors those without N."""
+    if dtype is None:
+        yield "_any", UpdateKind(1, True, True, True)
+        return
+    yield "", UpdateKind(1, False, False, True)
+    yield "_0", UpdateKind(0, True, False, True)
+    yield "_fresh", UpdateKind(1, False, False, False)
+    if dtype != torch.float32:
+        yield "_stochastic", UpdateKind(1, False, True, True)
+
+
 def _update(kernel: str, plan: Plan, dtype: torch.dtype | None, rank: int | None, size: TileSize, *, exact: bool) -> Compilation:
     itemsize = 0 if dtype is None else dtype.itemsize
     name = "any" if dtype is None else str(dtype).removeprefix("torch.")
-    moved = 2 * itemsize + (8 if kernel.startswith("dense_momentum") else 0)
+    moved = 2 * itemsize + (8 if kernel.startswith("dense_momentum") else 4 if plan.constants.get("FACTOR") else 0)
     elements = size.rows * size.cols * size.blocks
-    default = kernel in ("lowrank_update", "lowrank_momentum", "dense_update", "dense_momentum")
+    # Merges of higher ranks wait for arithmetic.
+    low = kernel == "lowrank_merge" and (rank or 0) <= _EXACT_MOMENTUM_RANK
+    default = low or kernel in ("lowrank_update", "lowrank_momentum", "dense_update", "dense_momentum", "dense_merge")
     return _compilation(
         kernel,
         plan,
@@ -137,6 +202,28 @@ def _update(kernel: str, plan: Plan, dtype: torch.dtype | None, rank: int | None
         itemsize,
         bytes_per_element=moved,
         default=default,
+        nested=rank // 4 if kernel.startswith("lowrank_merge") and rank else None,
+    )
+
+
+def _activation(kernel: str, plan: Plan, dtype: torch.dtype, rank: int, size: TileSize) -> Compilation:
+    """Of activations that allow 128-bit access. Sums of them are bounded, not exact."""
+    writes = kernel.startswith("expansion")
+    return _compilation(
+        kernel,
+        plan,
+        str(dtype).removeprefix("torch."),
+        rank,
+        True,
+        False,
+        size.rows * size.cols * size.blocks,
+        size.blocks,
+        dtype.itemsize,
+        bytes_per_element=dtype.itemsize * (2 if writes else 1),
+        default=False,
+        writes=writes,
+        nested=1,  # a second part of a long row
+        types=_POINTERS | {"x": _TYPES[dtype], "y": _TYPES[dtype]},
     )
 
 
@@ -158,14 +245,17 @@ def _compilation(
     *,
     bytes_per_element: int,
     default: bool,
+    writes: bool = True,
+    nested: int | None = None,
+    types: Mapping[str, str] = _POINTERS,
 ) -> Compilation:
-    signature = {name: (_POINTERS | _NUMBERS)[name] for name in plan.kernel.arg_names if name not in plan.constants}
+    signature = {name: {**types, **_NUMBERS}[name] for name in plan.kernel.arg_names if name not in plan.constants}
     return Compilation(
         kernel=kernel,
         function=plan.kernel,
         signature=signature,
         constants=plan.constants,
-        divisible=tuple(name for name in signature if name in _POINTERS),
+        divisible=tuple(name for name in signature if name in types or name in _EXTENTS),
         options=plan.options,
         dtype=dtype,
         rank=rank,
@@ -176,4 +266,6 @@ def _compilation(
         itemsize=itemsize,
         bytes_per_element=bytes_per_element,
         default=default,
+        writes=writes,
+        nested=nested,
     )

@@ -235,25 +235,37 @@ def lowrank_update(
 
 
 @triton.jit(do_not_specialize=["count"])
-def momentum_factor(
-    tiles, tensors, header, coefficients, beta, count,
-    RANK: tl.constexpr, PADDED: tl.constexpr, DRAWS: tl.constexpr, ROWS: tl.constexpr, DP4A: tl.constexpr,
+def factor_update(
+    tiles, tensors, header, scales, decay, count,
+    MOMENTUM: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr,
+    ROWS: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
-    """N <- beta * N + sum of coefficient * U, ROWS rows per program, before lowrank_update reads N."""
+    """The op factor_update, and with MOMENTUM the same of N, before lowrank_update reads it; ROWS rows per program.
+
+    Factors of a table may be of several ranks, up to RANK; N has RANK columns.
+    """
     t, matrix, row0, _ = tile_at(tiles, tl.program_id(0))
-    _, n = factors_at(tensors, t)
-    height, _ = extent_at(tensors, t)
+    height, width = extent_at(tensors, t)
     tensor_id, row_offset, _, _ = place_at(tensors, t)
     k0, k1 = seed_words(header)
     matrix = matrix.to(tl.int64)
     first = (row_offset + matrix * height + row0).to(tl.uint32)
     rows = row0 + tl.arange(0, ROWS)
     ks = tl.arange(0, PADDED)
-    mask = (rows < height)[:, None] & (ks < RANK)[None, :]
-    pointer = n + (matrix * height + rows)[:, None] * RANK + ks[None, :]
-    value = tl.load(pointer, mask=mask, other=0.0) * tl.load(beta + t)
+    if MOMENTUM:
+        _, n = factors_at(tensors, t)
+        mask = (rows < height)[:, None] & (ks < RANK)[None, :]
+        pointer = n + (matrix * height + rows)[:, None] * RANK + ks[None, :]
+    else:
+        address, batch_stride, row_stride = weights_at(tensors, t)
+        mask = (rows < height)[:, None] & (ks < width)[None, :]
+        begins = matrix * batch_stride + rows.to(tl.int64)[:, None] * row_stride
+        pointer = address.to(tl.pointer_type(tl.float32)) + begins + ks[None, :]
+    value = tl.load(pointer, mask=mask, other=0.0)
+    if DECAY:
+        value = value * tl.load(decay + t)
     for d in tl.static_range(DRAWS):
         direction, c3 = draw_words(header, d, STREAM_U)
         u = factor(first, tensor_id, direction, c3, k0, k1, ROWS, RANK, PADDED, DP4A)
-        value = value + u * tl.load(coefficients + d * count + t)
+        value = value + u * tl.load(scales + d * count + t)
     tl.store(pointer, value, mask=mask)

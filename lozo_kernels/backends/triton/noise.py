@@ -74,20 +74,37 @@ def draw_words(header, DRAW: tl.constexpr, STREAM: tl.constexpr):
 
 
 @triton.jit
-def factor(first, tensor_id, direction, c3, k0, k1, ROWS: tl.constexpr, RANK: tl.constexpr, COLS: tl.constexpr, DP4A: tl.constexpr):
-    """(ROWS, COLS) fp32 of a factor from global row ``first`` (uint32); columns from RANK on are zero."""
-    GROUPS: tl.constexpr = COLS // 4
-    c0 = (first + tl.arange(0, ROWS).to(tl.uint32))[:, None] + tl.zeros([1, GROUPS], dtype=tl.uint32)
+def factor_quad(c0, c1, tensor_id, c3, k0, k1, DP4A: tl.constexpr):
+    """The four neighbouring entries of a factor for each counter: c0 is the global row, c1 the column / 4 and the direction."""
     zero = c0 * 0
-    c1 = zero + (tl.arange(0, GROUPS).to(tl.uint32)[None, :] | direction)
     w0, w1, w2, w3 = philox(c0, c1, zero + tensor_id, zero + c3, k0, k1)
-    even = tl.join(normal(w0, DP4A), normal(w2, DP4A))
-    odd = tl.join(normal(w1, DP4A), normal(w3, DP4A))
-    u = tl.join(even, odd).reshape(ROWS, COLS)
-    u = (u + GRID) - GRID
+    u0 = (normal(w0, DP4A) + GRID) - GRID
+    u1 = (normal(w1, DP4A) + GRID) - GRID
+    u2 = (normal(w2, DP4A) + GRID) - GRID
+    u3 = (normal(w3, DP4A) + GRID) - GRID
+    return u0, u1, u2, u3
+
+
+@triton.jit
+def factor_at(
+    rows, tensor_id, direction, c3, k0, k1, ROWS: tl.constexpr, RANK: tl.constexpr, COLS: tl.constexpr, DP4A: tl.constexpr
+):  # fmt: skip
+    """(ROWS, COLS) fp32 of a factor at global rows (uint32); columns from RANK on are zero."""
+    GROUPS: tl.constexpr = COLS // 4
+    c0 = rows[:, None] + tl.zeros([1, GROUPS], dtype=tl.uint32)
+    c1 = c0 * 0 + (tl.arange(0, GROUPS).to(tl.uint32)[None, :] | direction)
+    u0, u1, u2, u3 = factor_quad(c0, c1, tensor_id, c3, k0, k1, DP4A)
+    u = tl.join(tl.join(u0, u2), tl.join(u1, u3)).reshape(ROWS, COLS)
     if RANK < COLS:
         u = tl.where(tl.arange(0, COLS)[None, :] < RANK, u, 0.0)
     return u
+
+
+@triton.jit
+def factor(first, tensor_id, direction, c3, k0, k1, ROWS: tl.constexpr, RANK: tl.constexpr, COLS: tl.constexpr, DP4A: tl.constexpr):
+    """As :func:`factor_at`, of ROWS rows from global row ``first`` (uint32)."""
+    rows = first + tl.arange(0, ROWS).to(tl.uint32)
+    return factor_at(rows, tensor_id, direction, c3, k0, k1, ROWS, RANK, COLS, DP4A)
 
 
 @triton.jit

@@ -10,14 +10,19 @@ import triton.language as tl
 
 from ...table import DTYPES
 from .dense import dense_update
-from .lowrank import lowrank_update, momentum_factor
+from .lowrank import factor_update, lowrank_update
+from .merge import REGISTER_RANK, dense_merge, lowrank_merge, probed_factor
 from .resample import factor_rows, reproject, resample
+from .skinny import contraction, expansion, lookup
 from .tilesizes import TileSize
 
 _WEIGHTS = dict(zip(DTYPES, (tl.float32, tl.bfloat16, tl.float16), strict=True))
 _LEAST_DOT = 16  # the least extent that tl.dot takes
 
-_ALL_REGISTERS = 255  # that a thread of an NVIDIA GPU can have
+_ALL_REGISTERS = 255
+"""That a thread of an NVIDIA GPU can have. Left alone, ptxas spills some bytes of large kernels to keep more programs on a
+multiprocessor."""
+_HALF_THE_REGISTERS = 128
 FACTOR_ROWS = 64  # rows per program where only a factor is touched
 RESAMPLE_COLS = 64  # columns at a time: few enough that the fp32 sums of their products are exact
 
@@ -30,11 +35,13 @@ class Target:
         dp4a: NVIDIA's instruction for a sum of bytes.
         eights: blocks of 16-bit weights are stored in a shape whose last extent is 8, which keeps AMD's stores 128 bits wide.
         emulate: the interpreter, whose conversions to bf16 are not those of a GPU.
+        tf32: tensor cores multiply fp32 numbers of 11 bits only; AMD's take them whole.
     """
 
     dp4a: bool
     eights: bool
     emulate: bool
+    tf32: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +93,6 @@ def lowrank_plan(dtype: torch.dtype | None, rank: int, kind: UpdateKind, size: T
         "DP4A": target.dp4a,
         "EMULATE": target.emulate,
     }
-    # Left alone, ptxas spills some bytes of the large variants to keep more programs on a multiprocessor.
     large = kind.momentum and (kind.stochastic or kind.draws == 2 or rank > 8)
     # N, two draws and the sums of each are more than four warps can hold.
     crowded = kind.momentum and kind.draws == 2 and rank > 32 and target.dp4a and dtype is not None
@@ -94,10 +100,113 @@ def lowrank_plan(dtype: torch.dtype | None, rank: int, kind: UpdateKind, size: T
     return Plan(lowrank_update, constants, num_warps, _ALL_REGISTERS if large and target.dp4a else None)
 
 
-def momentum_factor_plan(rank: int, draws: int, target: Target) -> Plan:
-    """The update of N before the pass over the weights."""
-    constants = {"RANK": rank, "PADDED": factor_width(rank), "DRAWS": draws, "ROWS": FACTOR_ROWS, "DP4A": target.dp4a}
-    return Plan(momentum_factor, constants)
+def factor_update_plan(rank: int, draws: int, decay: bool, momentum: bool, target: Target) -> Plan:
+    """The update of factors, or with ``momentum`` of N, before the pass over the weights."""
+    constants = {
+        "MOMENTUM": momentum,
+        "RANK": rank,
+        "PADDED": factor_width(rank),
+        "DRAWS": draws,
+        "DECAY": decay,
+        "ROWS": FACTOR_ROWS,
+        "DP4A": target.dp4a,
+    }
+    return Plan(factor_update, constants)
+
+
+def is_wide(rank: int) -> bool:
+    """Whether a merge keeps no columns of its factor in registers, so that :func:`probed_factor_plan` goes before it."""
+    return rank > REGISTER_RANK.value
+
+
+def probed_factor_plan(rank: int, target: Target) -> Plan:
+    """N + scale * U in memory of its own, before a merge of a high rank."""
+    return Plan(probed_factor, {"RANK": rank, "PADDED": factor_width(rank), "ROWS": FACTOR_ROWS, "DP4A": target.dp4a})
+
+
+def lowrank_merge_plan(dtype: torch.dtype | None, rank: int, kind: UpdateKind, size: TileSize, target: Target) -> Plan:
+    """A merge of low-rank tensors; ``dtype`` None: any, unaligned."""
+    constants = {
+        "WEIGHT": None if dtype is None else _WEIGHTS[dtype],
+        "RANK": rank,
+        "DRAWS": kind.draws,
+        "DECAY": kind.decay,
+        "STOCHASTIC": kind.stochastic,
+        "ROWS": size.rows,
+        "COLS": size.cols,
+        "BLOCKS": size.blocks,
+        "DP4A": target.dp4a,
+        "EMULATE": target.emulate,
+    }
+    large = dtype == torch.float32 or kind.stochastic or rank > 4
+    registers = _ALL_REGISTERS if large else _HALF_THE_REGISTERS
+    return Plan(lowrank_merge, constants, size.num_warps, registers if target.dp4a else None)
+
+
+def dense_merge_plan(dtype: torch.dtype | None, kind: UpdateKind, size: TileSize, target: Target) -> Plan:
+    """A merge of dense tensors, with ``kind.momentum`` from fp32 ones; ``dtype`` None: any, unaligned."""
+    constants = {
+        "WEIGHT": None if dtype is None else _WEIGHTS[dtype],
+        "FACTOR": kind.momentum,
+        "DRAWS": kind.draws,
+        "DECAY": kind.decay,
+        "STOCHASTIC": kind.stochastic,
+        "COUNT": size.cols,
+        "BLOCKS": size.blocks,
+        "DP4A": target.dp4a,
+        "EMULATE": target.emulate,
+    }
+    return Plan(dense_merge, constants, size.num_warps, _HALF_THE_REGISTERS if target.dp4a and not kind.draws else None)
+
+
+def plan_of(kernel: str, dtype: torch.dtype | None, rank: int, kind: UpdateKind, size: TileSize, target: Target) -> Plan:
+    """The pass over the weights of an op."""
+    if kernel == "lowrank_merge":
+        return lowrank_merge_plan(dtype, rank, kind, size, target)
+    if kernel == "dense_merge":
+        return dense_merge_plan(dtype, kind, size, target)
+    return lowrank_plan(dtype, rank, kind, size, target) if rank else dense_plan(dtype, kind, size, target)
+
+
+def contraction_plan(rank: int, factor: bool, size: TileSize, target: Target) -> Plan:
+    """Activations times V, or with ``factor`` times B + scale * U."""
+    constants = {
+        "FACTOR": factor,
+        "RANK": rank,
+        "PADDED": padded(rank),
+        "TOKENS": size.rows,
+        "COLS": size.cols,
+        "DP4A": target.dp4a,
+        "TF32": target.tf32,
+        "EMULATE": target.emulate,
+    }
+    return Plan(contraction, constants, size.num_warps, _ALL_REGISTERS if target.dp4a else None)
+
+
+def lookup_plan(rank: int, tokens: int, target: Target) -> Plan:
+    """Rows of B + scale * U, ``tokens`` per program."""
+    return Plan(lookup, {"RANK": rank, "PADDED": padded(rank), "TOKENS": tokens, "DP4A": target.dp4a})
+
+
+def expansion_plan(
+    dtype: torch.dtype, rank: int, factor: bool, parts: bool, gain: bool, shift: bool, size: TileSize, target: Target
+) -> Plan:
+    """What a contraction or a look-up left, in ``parts`` or one, times V or with ``factor`` B + scale * U, added to outputs."""
+    constants = {
+        "FACTOR": factor,
+        "PARTS": parts,
+        "GAIN": gain,
+        "SHIFT": shift,
+        "RANK": rank,
+        "PADDED": padded(rank),
+        "TOKENS": size.rows,
+        "COLS": size.cols,
+        "DP4A": target.dp4a,
+        "EIGHTS": target.eights and dtype.itemsize == 2,
+        "TF32": target.tf32,
+        "EMULATE": target.emulate,
+    }
+    return Plan(expansion, constants, size.num_warps)
 
 
 def dense_plan(dtype: torch.dtype | None, kind: UpdateKind, size: TileSize, target: Target) -> Plan:

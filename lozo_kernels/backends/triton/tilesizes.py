@@ -10,7 +10,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-KERNELS = ("lowrank_update", "lowrank_momentum", "dense_update", "dense_momentum")
+KERNELS = (
+    *("lowrank_update", "lowrank_momentum", "dense_update", "dense_momentum"),
+    *("lowrank_merge", "dense_merge", "contraction", "expansion"),
+)
 _STOCHASTIC = "_stochastic"
 """After a kernel's name: its variant that rounds stochastically and may need more registers. Without an entry: the kernel's."""
 ENVIRONMENT = "LOZO_KERNELS_TILES"
@@ -21,8 +24,8 @@ class TileSize:
     """How a kernel divides its work.
 
     Attributes:
-        rows, cols: of the block that a program holds in registers; powers of two.
-        blocks: how many of them, side by side, a program works through.
+        rows, cols: of the block that a program holds in registers; powers of two. Rows of activations are tokens.
+        blocks: how many of them, side by side, a program works through; of activations the most.
         num_warps: of a program.
         ahead: the next block is read while one is worked on (low-rank kernels): more bytes in flight, more registers.
     """

@@ -94,3 +94,9 @@ def store_stochastic(pointer, y, bits, mask):
         grid = (steps.to(tl.float32) * 5.9604644775390625e-08).to(tl.uint32, bitcast=True) | (u & 0x80000000)
         rounded = tl.where(small, grid, normal).to(tl.float32, bitcast=True)
         tl.store(pointer, rounded.to(tl.float16), mask=mask)
+
+
+@triton.jit
+def read_activations(pointer, mask):
+    """As :func:`read_weights`, and zero where the mask leaves something out."""
+    return tl.load(pointer, mask=mask, other=0.0)

@@ -1,0 +1,303 @@
+"""What probing leaves of the weights, and what that does to a run, beside moving them in place and the published code.
+
+``python -m bench.probe_drift`` writes ``bench/results/probe_drift.json`` and ``.png``, about the real 260K-parameter Llama on SST-2
+sentences (language modelling; the data folder is that of ``bench/real_input.py``), on one thread:
+
+- ``drift``: how far weights are from where they were after 10,000 probes (5,000 steps with a learning rate of zero), by dtype.
+- ``curves``: the dev loss of one LOZO run in several dtypes and placements, with the same noise, batches and settings. Only the
+  published code draws noise of its own, and other noise in each dtype; it is held to its own fp32 run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import math
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(REPO), str(REPO / "python_tests")]
+
+import hf_helpers  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+from bench import plots  # noqa: E402
+from lozo_kernels import LOZO  # noqa: E402
+from lozo_kernels.bench.document import dumps  # noqa: E402
+from lozo_kernels.environment import OtherLoad, environment  # noqa: E402
+from lozo_kernels.hf.data import read_examples  # noqa: E402
+from lozo_kernels.hf.objectives import Encoded, LanguageModelObjective  # noqa: E402
+from lozo_kernels.hf.tasks import TASKS  # noqa: E402
+from lozo_kernels.hf.train import BatchSampler, evaluate  # noqa: E402
+from lozo_kernels.published import PublishedStep  # noqa: E402
+
+Row = dict[str, Any]
+
+SEED, RANK, INTERVAL, EPS, LR = 0, 2, 50, 1e-3, 1e-4
+BATCH, LENGTH = 16, 48
+PROBED_BATCH = 1  # only that there is a forward pass matters where nothing is learned
+CPU = torch.device("cpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way of taking steps.
+
+    Attributes:
+        placement: "in place", "in place, fused", "probe", "probe, activation", "probe, scratch" or "published".
+        dtype: name of the weights' dtype.
+    """
+
+    placement: str
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.placement}"
+
+    @property
+    def truth(self) -> Way:
+        """The run that this one would follow if nothing were rounded."""
+        return Way("published", "float32") if self.placement == "published" else TRUTH
+
+
+WAYS = tuple(
+    Way(placement, dtype)
+    for dtype, placements in (
+        ("float32", ("in place", "probe", "published")),
+        ("bfloat16", ("probe", "probe, activation", "probe, scratch", "in place", "in place, fused", "published")),
+        ("float16", ("probe", "in place")),
+    )
+    for placement in placements
+)
+"""Of which there are curves."""
+DRIFTING = (*(w for w in WAYS if w.dtype != "float32"), Way("published", "float16"))
+"""Whose weights are compared."""
+TRUTH = Way("in place", "float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """The model's folder, and encoded sentences."""
+
+    folder: Path
+    objective: LanguageModelObjective
+    train: list[Encoded]
+    dev: list[Encoded]
+
+    def model(self, dtype: str) -> torch.nn.Module:
+        """The model with the checkpoint's weights, in evaluation mode."""
+        return transformers.AutoModelForCausalLM.from_pretrained(self.folder, dtype=getattr(torch, dtype)).eval()
+
+    def batches(self, size: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches without end, the same ones in every run."""
+        sampler = BatchSampler(self.train, size, SEED)
+        while True:
+            yield self.objective.collate(sampler.next(), CPU)
+
+    def dev_loss(self, model: torch.nn.Module) -> float:
+        """Mean loss of a token of the dev sentences, of the model as it behaves now."""
+        return evaluate(model, self.objective, self.dev, 0, 64, CPU).loss
+
+
+def load(folder: Path, eval_size: int) -> Material:
+    data = hf_helpers.data_folder()
+    hf_helpers.convert_stories260k(data, folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    objective = LanguageModelObjective(tokenizer, TASKS["sst2"], LENGTH)
+    train, dev = (read_examples(data / f"sst2.{part}.jsonl", TASKS["sst2"], labelled=False) for part in ("train", "dev"))
+    return Material(folder, objective, objective.encode_all(train), objective.encode_all(dev[:eval_size]))
+
+
+def make_stepper(
+    way: Way, model: torch.nn.Module, lr: float
+) -> tuple[Callable[[Callable[[], Any]], list[float]], Callable[[], Row]]:
+    """A step, which takes a closure and returns c (not the published code's), and what ends the run and says on which side each
+    parameter was."""
+    if way.placement == "published":
+        # Its update has no 1/r, so this learning rate makes its steps those of the others.
+        settings = {"rank": RANK, "interval": INTERVAL, "lr": lr / RANK, "eps": EPS, "seed": SEED}
+        published = PublishedStep(model, low_rank=True, momentum=0.0, weight_decay=0.0, **settings)
+        return lambda closure: [published.step(closure)][1:], dict
+    kind, _, manner = way.placement.partition(", ")
+    placement = {"placement": "probe", "side": manner or "auto"} if kind == "probe" else {"fuse_steps": manner == "fused"}
+    optimizer = LOZO(model, lr=lr, eps=EPS, rank=RANK, interval=INTERVAL, seed=SEED, **placement)
+
+    def step(closure: Callable[[], Any]) -> list[float]:
+        optimizer.step(closure)
+        assert optimizer.info is not None
+        return optimizer.info.c.tolist()
+
+    def end() -> Row:
+        sides = collections.Counter(p.side for p in optimizer.handle.report().parameters if p.side)
+        optimizer.handle.restore()
+        return {"sides": dict(sides)} if sides else {}
+
+    return step, end
+
+
+def drift(way: Way, material: Material, probes: int) -> Row:
+    """How far the weights are from where they were, after some numbers of probes."""
+    model = material.model(way.dtype)
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    before = material.dev_loss(model)
+    step, end = make_stepper(way, model, lr=0.0)
+    batches = material.batches(PROBED_BATCH)
+    points = []
+    for done in range(2, probes + 1, 2):
+        step(_closure(way, material, model, next(batches)))
+        if done == probes or done in (2, 20, 200, 2000):
+            points.append({"probes": done} | _distance(model, start))
+    row = {**dataclasses.asdict(way), **end(), "points": points, "restored": _distance(model, start)}
+    return row | {"dev_loss_before": before, "dev_loss_after": material.dev_loss(model)}
+
+
+def _closure(way: Way, material: Material, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], Any]:
+    """Forward passes happen only where they could touch a weight: elsewhere perturbing is what moves them."""
+    if way.placement.startswith("probe"):
+        return lambda: material.objective.loss(model, batch)
+    return lambda: torch.zeros(())
+
+
+def _distance(model: torch.nn.Module, start: dict[str, torch.Tensor]) -> Row:
+    moved = norm = 0.0
+    changed = elements = 0
+    for name, p in model.named_parameters():
+        moved += float((p.detach().double() - start[name].double()).square().sum())
+        norm += float(start[name].double().square().sum())
+        changed += int((p.detach().view(_BITS[p.element_size()]) != start[name].view(_BITS[p.element_size()])).sum())
+        elements += p.numel()
+    return {"relative_distance": (moved / norm) ** 0.5, "elements_changed": changed / elements, "bits_equal": changed == 0}
+
+
+_BITS = {2: torch.int16, 4: torch.int32}
+
+
+def curve(way: Way, material: Material, steps: int, eval_every: int) -> Row:
+    """Dev loss over a run, of the model as the run sees it: under a probe with what it has learned and not merged yet."""
+    start = time.perf_counter()
+    model = material.model(way.dtype)
+    evaluated, losses = [0], [material.dev_loss(model)]
+    step, end = make_stepper(way, model, LR)
+    batches = material.batches(BATCH)
+    cs = []
+    for done in range(1, steps + 1):
+        batch = next(batches)
+        cs += step(lambda batch=batch: material.objective.loss(model, batch))
+        if done % eval_every == 0 or done == steps:
+            evaluated.append(done)
+            losses.append(material.dev_loss(model))
+    row = {**dataclasses.asdict(way), **end(), "steps": evaluated, "dev_loss": losses, "c": cs[:INTERVAL]}
+    return row | {"dev_loss_restored": material.dev_loss(model), "seconds": round(time.perf_counter() - start, 1)}
+
+
+def follow(curves: list[Row]) -> None:
+    """Adds to every curve how its decrease differs from that of the fp32 run, as a fraction of the latter's whole decrease.
+
+    A run of fewer steps is held to as many of the other. They must have been evaluated after the same steps. ``c_off`` is how far
+    its projected gradients are from the other's over the first steps, where the weights are nearly the same: what rounding in the
+    forward passes makes of the difference of two losses.
+    """
+    by_way = {Way(c["placement"], c["dtype"]): c for c in curves}
+    for c in curves:
+        other = by_way.get(Way(c["placement"], c["dtype"]).truth)
+        if other is None:
+            continue
+        mine, truth = c["dev_loss"], other["dev_loss"]
+        whole = truth[0] - truth[len(mine) - 1]
+        off = [((mine[0] - a) - (truth[0] - b)) / whole for a, b in zip(mine, truth, strict=False)]
+        c |= {"off": off, "off_at_end": abs(off[-1]), "off_at_most": max(map(abs, off))}
+        if c["placement"] != "published":
+            c["c_off"] = math.dist(c["c"], other["c"][: len(c["c"])]) / math.hypot(*other["c"][: len(c["c"])])
+
+
+def measure(options: argparse.Namespace, argv: Sequence[str]) -> Row:
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    others = OtherLoad()
+    document = environment(CPU, []) | {"command": shlex.join(["python", "-m", "bench.probe_drift", *argv])}
+    document["settings"] = {
+        name: getattr(options, name) for name in ("probes", "steps", "float16_steps", "eval_every", "eval_size")
+    }
+    document["settings"] |= {"seed": SEED, "rank": RANK, "interval": INTERVAL, "eps": EPS, "lr": LR}
+    document["settings"] |= {"batch_size": BATCH, "max_length": LENGTH}
+    drifts, curves = [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        material = load(Path(scratch), options.eval_size)
+        for way in (w for w in DRIFTING if options.only in str(w)):
+            drifts.append(drift(way, material, options.probes))
+            print(_drift_line(drifts[-1]), flush=True)
+        for way in (w for w in WAYS if options.only in str(w) or w == TRUTH):
+            steps = min(options.steps, options.float16_steps) if way.dtype == "float16" else options.steps
+            curves.append(curve(way, material, steps, options.eval_every))
+            print(f"{way}: dev loss {curves[-1]['dev_loss'][0]:.4f} -> {curves[-1]['dev_loss'][-1]:.4f}", flush=True)
+    follow(curves)
+    document |= {"cpus_used_by_others": others.mean(), "targets": judge(drifts, curves)}
+    return document | {"drift": drifts, "curves": curves}
+
+
+def judge(drifts: list[Row], curves: list[Row]) -> list[Row]:
+    """The project's goals for probing."""
+    goals = [
+        {
+            "goal": f"every parameter bit-identical after the probes, {d['dtype']} {d['placement']}",
+            "met": all(p["bits_equal"] for p in d["points"]),
+        }
+        for d in drifts
+        if d["placement"].startswith("probe")
+    ]
+    for c in curves:
+        if (c["placement"], c["dtype"]) == ("probe", "bfloat16"):
+            goal = {"goal": "a bfloat16 probe follows float32 within 1% of the decrease", "measured": c["off_at_end"]}
+            goals.append(goal | {"met": c["off_at_end"] <= 0.01})
+    return goals
+
+
+def _drift_line(row: Row) -> str:
+    last = row["points"][-1]
+    change = f"dev loss {row['dev_loss_before']:.4f} -> {row['dev_loss_after']:.4f}"
+    moved = "bit-identical" if last["bits_equal"] else f"{last['relative_distance']:.1e} of the norm"
+    return f"{row['dtype']} {row['placement']}: {last['probes']} probes, weights {moved}, {change}"
+
+
+def render(document: Row) -> str:
+    lines = [
+        f"{c['dtype']:9} {c['placement']:16} decrease {c['dev_loss'][0] - c['dev_loss'][-1]:8.4f}, "
+        f"off by {c['off_at_end']:.2%} of float32's at the end and {c['off_at_most']:.2%} at most"
+        + (f"; c off by {c['c_off']:.1%} in the first steps" if "c_off" in c else "")
+        for c in document["curves"]
+        if "off" in c
+    ]
+    lines += [f"{'met   ' if t['met'] else 'missed'}  {t['goal']}" for t in document["targets"]]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--probes", type=int, default=10_000, help="default: 10000")
+    parser.add_argument("--steps", type=int, default=1000, help="of the curves (default: 1000)")
+    parser.add_argument("--float16-steps", type=int, default=300, help="of the curves in float16, slow on a CPU (default: 300)")
+    parser.add_argument("--eval-every", type=int, default=50, help="steps (default: 50)")
+    parser.add_argument("--eval-size", type=int, default=872, help="dev sentences (default: 872, all)")
+    parser.add_argument("--only", default="", help="what has this in its name, as in 'bfloat16 probe', and the float32 run")
+    parser.add_argument("--output", type=Path, default=REPO / "bench" / "results" / "probe_drift.json")
+    argv = sys.argv[1:] if argv is None else argv
+    options = parser.parse_args(argv)
+    document = measure(options, argv)
+    print(render(document))
+    options.output.write_text(dumps(document) + "\n")
+    figure = plots.probe_drift(document)
+    figure.text(0.01, 0.01, plots.origin(document), fontsize=6)
+    figure.savefig(options.output.with_suffix(".png"), dpi=150)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,279 @@
+// Products of activations with the factors of a weight, in three steps that share out work by themselves: a panel of one factor;
+// P, the product of the activations with it, and beside that a panel of the other factor; then Y <- gain * Y + P panel + shift.
+// Nothing here is promised in bits, but the order of a sum depends on no number of threads.
+#ifndef LOZO_SKINNY_H
+#define LOZO_SKINNY_H
+
+#include "lowrank_rows.h"
+#include "noise_vec.h"
+#include "panel.h"
+#include "threads.h"
+
+namespace lozo {
+namespace LOZO_ISA {
+
+constexpr int kTokensAtOnce = W == 16 ? 4 : 2;  // that share a panel's registers
+constexpr int64_t kPanelCols = 256;             // that one item of work makes
+constexpr int64_t kItemsPerThread = 4;
+constexpr int64_t kWorkPerThread = 1 << 18;  // multiply-adds, below which waking a thread costs more than it saves
+constexpr int64_t kNoiseWork = 48;           // multiply-adds in the time that a value of U takes
+constexpr int64_t kResidentBytes = 1 << 17;  // of a panel that stays in the second-level cache while tokens pass
+
+LOZO_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+LOZO_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+
+LOZO_INLINE int64_t threads_for(const lozo_skinny &s, int64_t work) { return at_most(s.threads, 1 + work / kWorkPerThread); }
+
+// The tokens of every group in equal pieces, so many that threads end together.
+struct TokenChunks {
+  int64_t group, chunk, per_group;  // tokens, tokens, chunks
+  TokenChunks(const lozo_skinny &s, int64_t threads) {
+    group = s.tokens / s.groups;
+    const int64_t least = divide_up(threads > 1 ? threads * kItemsPerThread : 1, s.groups);
+    chunk = divide_up(divide_up(group, least), kTokensAtOnce) * kTokensAtOnce;
+    per_group = chunk ? divide_up(group, chunk) : 0;
+  }
+  int64_t first(int64_t number) const { return number / per_group * group + number % per_group * chunk; }
+  int64_t count(int64_t number) const { return at_most(chunk, group - number % per_group * chunk); }
+};
+
+// R vectors of W rows by R columns become R vectors of one column each.
+template <int R>
+LOZO_INLINE void transpose(F *x) {
+  if constexpr (R > 1) {
+    F even[R / 2], odd[R / 2];
+    for (int i = 0; i < R / 2; ++i) {
+      const Pair<F> y = deinterleave(Pair<F>{x[2 * i], x[2 * i + 1]});
+      even[i] = y.a, odd[i] = y.b;
+    }
+    transpose<R / 2>(even);
+    transpose<R / 2>(odd);
+    for (int i = 0; i < R / 2; ++i) x[2 * i] = even[i], x[2 * i + 1] = odd[i];
+  }
+}
+
+// A block of columns of B^T; RANK = 0 takes any.
+template <int RANK>
+LOZO_INLINE void transpose_block(float *panel, bool interleaved, const float *b, int any_rank) {
+  const int rank = RANK ? RANK : any_rank;
+  if constexpr (RANK > 0) {
+    F first[RANK], last[RANK];
+    for (int k = 0; k < RANK; ++k) first[k] = load(b + k * W), last[k] = load(b + (RANK + k) * W);
+    transpose<RANK>(first);
+    transpose<RANK>(last);
+    for (int k = 0; k < RANK; ++k) Io<float>::store(panel + k * kBlock, {first[k], last[k]});
+  } else {
+    for (int k = 0; k < rank; ++k)
+      for (int i = 0; i < kBlock; ++i) panel[k * kBlock + i] = b[i * rank + k];
+  }
+  if (interleaved)
+    for (int k = 0; k < rank; ++k, panel += kBlock) Io<float>::store(panel, deinterleave(Io<float>::load(panel)));
+}
+
+template <int RANK>
+static void transpose_factor(float *panel, bool interleaved, const float *b, int64_t rows, int rank) {
+  const int64_t whole = rows / kBlock * kBlock;
+  for (int64_t i = 0; i < whole; i += kBlock, b += kBlock * rank, panel += kBlock * rank)
+    transpose_block<RANK>(panel, interleaved, b, rank);
+  if (whole == rows) return;
+  float rest[LOZO_MAX_RANK * kBlock];
+  memset(rest, 0, kBlock * rank * sizeof(float));
+  memcpy(rest, b, (rows - whole) * rank * sizeof(float));
+  transpose_block<RANK>(panel, interleaved, rest, rank);
+}
+
+// Counters of the rows of a block whose words zip to vectors of the panel: even and odd lanes of a, and of b.
+template <bool INTERLEAVED>
+LOZO_INLINE void block_counters(L (&a)[2], L (&b)[2], uint32_t row) {
+  if constexpr (INTERLEAVED) {
+    a[0] = spaced_counters<4>(row), a[1] = spaced_counters<4>(row + 2);
+    b[0] = spaced_counters<4>(row + 1), b[1] = spaced_counters<4>(row + 3);
+  } else {
+    a[0] = spaced_counters<2>(row), a[1] = spaced_counters<2>(row + 1);
+    b[0] = spaced_counters<2>(row + W), b[1] = spaced_counters<2>(row + W + 1);
+  }
+}
+
+template <bool INTERLEAVED>
+static void add_noise(float *panel, uint32_t row, int64_t rows, int rank, int group, const Counters &counters, F scale) {
+  const int ranks = (int)at_most(4, rank - 4 * group);
+  const F unit = splat(kGridStep);
+  panel += 4 * group * kBlock;
+  for (int64_t i = 0; i < rows; i += kBlock, panel += rank * kBlock) {
+    L c0[2][2];
+    Words x[2][2];
+    block_counters<INTERLEAVED>(c0[0], c0[1], row + (uint32_t)i);
+    for (int half = 0; half < 2; ++half) philox(x[half], counters, c0[half]);
+    for (int half = 0; half < 2; ++half)
+      for (int k = 0; k < ranks; ++k) {
+        float *c = panel + k * kBlock + half * W;
+        const F u = mul(to_float(normal_steps(zip(x[half][0].w[k], x[half][1].w[k]))), unit);
+        store(c, add(load(c), mul(u, scale)));
+      }
+  }
+}
+
+// B + scale * U of an evaluation, for ``rows`` rows from ``row``.
+static inline void build_factor_panel(float *panel, bool interleaved, const lozo_skinny &s, int64_t evaluation, int64_t row,
+                                      int64_t rows) {
+  const int rank = (int)s.rank;
+  const auto transposed = rank == 1   ? transpose_factor<1>
+                          : rank == 2 ? transpose_factor<2>
+                          : rank == 4 ? transpose_factor<4>
+                          : rank == 8 ? transpose_factor<8>
+                                      : transpose_factor<0>;
+  transposed(panel, interleaved, s.b + row * rank, rows, rank);
+  const float scale = s.scales[evaluation];
+  if (scale == 0) return;
+  const auto add = interleaved ? add_noise<true> : add_noise<false>;
+  const int64_t step = s.draws[2 * evaluation], direction = s.draws[2 * evaluation + 1];
+  for (int group = 0; group * 4 < rank; ++group) {
+    const Counters counters =
+        make_counters(s.seed, direction_word(group, direction), (uint32_t)s.tensor_id, draw_word(kStreamU, step));
+    add(panel, (uint32_t)(s.row_offset + row), rows, rank, group, counters, splat(scale));
+  }
+}
+
+// A factor as the panel of one side of a product: V, the same for all evaluations, or B + scale * U.
+struct PanelPlan {
+  bool drawn;        // B + scale * U
+  bool interleaved;  // the order of the activations on this side
+  int64_t cols;
+  float *panels;
+  int64_t size;  // of one panel, in floats
+  int64_t count;
+
+  int64_t across() const { return divide_up(cols, kPanelCols); }
+  int64_t items() const { return count * across(); }
+  int64_t work() const { return count * size * (drawn ? kNoiseWork : 1); }
+  const float *of(int64_t evaluation) const { return panels + (count > 1 ? evaluation * size : 0); }
+};
+
+static inline PanelPlan plan_panel(const lozo_skinny &s, bool drawn, int64_t dtype) {
+  PanelPlan plan;
+  plan.drawn = drawn;
+  plan.interleaved = dtype == LOZO_BFLOAT16;
+  plan.cols = drawn ? s.rows : s.cols;
+  plan.panels = nullptr;
+  plan.size = divide_up(plan.cols, kBlock) * kBlock * s.rank;
+  plan.count = drawn ? s.groups : 1;
+  return plan;
+}
+
+static inline void build_panel_item(const PanelPlan &plan, const lozo_skinny &s, int64_t number) {
+  const int64_t evaluation = number / plan.across(), col = number % plan.across() * kPanelCols;
+  const int64_t cols = at_most(kPanelCols, plan.cols - col);
+  float *panel = plan.panels + evaluation * plan.size + col * s.rank;
+  if (plan.drawn) return build_factor_panel(panel, plan.interleaved, s, evaluation, col, cols);
+  build_float_panel(panel, plan.interleaved, (const f16 *)s.v + col, s.cols, (int)s.rank, cols);
+}
+
+template <class T, int RANK, bool GAIN, int TOKENS>
+LOZO_INLINE void add_block(T *y, int64_t stride, int64_t count, const F *held, const float *p, const float *panel, int any_rank,
+                           F gain, Pair<F> shift) {
+  const int rank = RANK ? RANK : any_rank;
+  Pair<F> sum[TOKENS];
+  load_rows<T, TOKENS, GAIN>(sum, y, stride, count, gain);
+  for (int t = 0; t < TOKENS; ++t) sum[t] = {add(sum[t].a, shift.a), add(sum[t].b, shift.b)};
+  for (int k = 0; k < rank; ++k) {
+    const Pair<F> c = {load(panel + k * kBlock), load(panel + k * kBlock + W)};
+    for (int t = 0; t < TOKENS; ++t) {
+      const F a = RANK ? held[t * RANK + k] : splat(p[t * rank + k]);
+      sum[t] = {fma(a, c.a, sum[t].a), fma(a, c.b, sum[t].b)};
+    }
+  }
+  for (int t = 0; t < TOKENS; ++t) {
+    if (count >= kBlock) {
+      store_flushing(y + t * stride, sum[t]);
+    } else {
+      store_partial(y + t * stride, sum[t], count);
+    }
+  }
+}
+
+template <class T>
+LOZO_INLINE Pair<F> load_shift(const float *shift, int64_t count) {
+  if (!shift) return {splat(0), splat(0)};
+  const Pair<F> x = count >= kBlock ? Io<float>::load(shift) : load_partial(shift, count);
+  return Io<T>::interleaved ? deinterleave(x) : x;
+}
+
+// Some tokens by some columns. RANK = 0 takes any.
+template <class T, int RANK, bool GAIN, int TOKENS>
+LOZO_INLINE void add_tokens(T *y, int64_t stride, int64_t cols, const float *p, const float *panel, int rank, F gain,
+                            const float *shift) {
+  F held[RANK ? RANK * TOKENS : 1];
+  for (int i = 0; i < RANK * TOKENS; ++i) held[i] = splat(p[i]);
+  for (int64_t j = 0; j < cols; j += kBlock, panel += rank * kBlock) {
+    const Pair<F> added = load_shift<T>(shift ? shift + j : shift, cols - j);
+    if (cols - j >= kBlock) {
+      add_block<T, RANK, GAIN, TOKENS>(y + j, stride, kBlock, held, p, panel, rank, gain, added);
+    } else {
+      add_block<T, RANK, GAIN, TOKENS>(y + j, stride, cols - j, held, p, panel, rank, gain, added);
+    }
+  }
+}
+
+template <class T, int RANK, bool GAIN>
+static void add_outer(T *y, int64_t stride, int64_t tokens, int64_t cols, const float *p, const float *panel, int rank, float gain,
+                      const float *shift) {
+  int64_t t = 0;
+  for (; t + kTokensAtOnce <= tokens; t += kTokensAtOnce)
+    add_tokens<T, RANK, GAIN, kTokensAtOnce>(y + t * stride, stride, cols, p + t * rank, panel, rank, splat(gain), shift);
+  for (; t < tokens; ++t) add_tokens<T, RANK, GAIN, 1>(y + t * stride, stride, cols, p + t * rank, panel, rank, splat(gain), shift);
+}
+
+template <class T, bool GAIN>
+static void add_outer(T *y, int64_t stride, int64_t tokens, int64_t cols, const float *p, const float *panel, int rank, float gain,
+                      const float *shift) {
+  const auto add = rank == 1   ? add_outer<T, 1, GAIN>
+                   : rank == 2 ? add_outer<T, 2, GAIN>
+                   : rank == 3 ? add_outer<T, 3, GAIN>
+                   : rank == 4 ? add_outer<T, 4, GAIN>
+                               : add_outer<T, 0, GAIN>;
+  add(y, stride, tokens, cols, p, panel, rank, gain, shift);
+}
+
+struct OuterPlan {
+  const lozo_skinny *call;
+  const PanelPlan *panel;
+  const float *p;  // (tokens, rank)
+  TokenChunks chunks;
+  int64_t tile_cols, across;
+};
+
+template <class T>
+static void add_item(const OuterPlan &plan, int64_t number) {
+  const lozo_skinny &s = *plan.call;
+  const int64_t chunk = number / plan.across, col = number % plan.across * plan.tile_cols;
+  const int64_t evaluation = chunk / plan.chunks.per_group, token = plan.chunks.first(chunk), cols = plan.panel->cols;
+  const auto add = s.gain ? add_outer<T, true> : add_outer<T, false>;
+  add((T *)s.y + token * s.y_stride + col, s.y_stride, plan.chunks.count(chunk), at_most(plan.tile_cols, cols - col),
+      plan.p + token * s.rank, plan.panel->of(evaluation) + col * s.rank, (int)s.rank, s.gain ? *s.gain : 1.0f,
+      s.shift ? s.shift + evaluation * cols + col : nullptr);
+}
+
+static inline void outer_item(int64_t number, char *, const void *context) {
+  const OuterPlan &plan = *(const OuterPlan *)context;
+  switch (plan.call->y_dtype) {
+    case LOZO_FLOAT32:
+      return add_item<float>(plan, number);
+    case LOZO_BFLOAT16:
+      return add_item<bf16>(plan, number);
+    default:
+      return add_item<f16>(plan, number);
+  }
+}
+
+static inline bool add_outer_products(const lozo_skinny &s, const PanelPlan &panel, const float *p) {
+  const int64_t threads = threads_for(s, s.tokens * panel.cols * (s.rank + 2));
+  const int64_t resident = kResidentBytes / 4 / s.rank / kBlock * kBlock;
+  OuterPlan plan = {&s, &panel, p, TokenChunks(s, threads), resident, 0};
+  plan.across = divide_up(panel.cols, plan.tile_cols);
+  return share_out(s.groups * plan.chunks.per_group * plan.across, threads, 0, outer_item, &plan);
+}
+
+}  // namespace LOZO_ISA
+}  // namespace lozo
+
+#endif

@@ -1,0 +1,85 @@
+"""The batch of a measured step, and a closure that knows how much of a step was spent in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..optim import ZerothOrderOptimizer
+from .clock import Clock, HostClock
+
+Forward = Callable[..., Tensor]
+
+LENGTH = 128
+_IGNORED = -100
+
+
+class CausalBatch:
+    """Called with a model: its own language modelling loss on a fixed random batch.
+
+    Args:
+        tokens: of the batch, in sequences of one length that divides it.
+        positions: the longest sequence of the model.
+        length: the most tokens of a sequence.
+        sequences: the least number of sequences, where the tokens can be divided so.
+    """
+
+    def __init__(self, tokens: int, device: torch.device, positions: int, length: int = LENGTH, sequences: int = 1) -> None:
+        most = min(tokens, length, positions)
+        # One token has no next one to predict.
+        shared = [n for n in range(2, min(most, tokens // sequences) + 1) if tokens % n == 0]
+        length = max(shared or [n for n in range(1, most + 1) if tokens % n == 0])
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(4, 1000, (tokens // length, length), generator=generator).to(device)
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        """The mean over tokens, as the model computes it."""
+        return model(input_ids=self.ids, labels=self.ids).loss
+
+    @staticmethod
+    def losses(model: nn.Module, ids: Tensor) -> Tensor:
+        """The mean over the tokens of each sequence: (sequences,), whose mean is the model's loss."""
+        logits = model(input_ids=ids).logits.float()
+        labels = F.pad(ids[:, 1:], (0, 1), value=_IGNORED)
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=_IGNORED, reduction="none")
+        return losses.view(ids.shape).sum(1) / (ids.shape[1] - 1)
+
+
+class TimedClosure:
+    """A closure that knows how much of a step was spent in it.
+
+    Args:
+        inputs: what a step gets besides, to call the closure with; None: it is called without.
+    """
+
+    def __init__(self, forward: Forward, clock: Clock | None = None, inputs: Tensor | None = None) -> None:
+        self._forward = forward
+        self._clock = clock or HostClock()
+        self._inputs = () if inputs is None else (inputs,)
+        self._inside: list[tuple[Any, Any]] = []
+        self._steps: list[tuple[tuple[Any, Any], list[tuple[Any, Any]]]] = []
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """The loss, or with inputs the losses."""
+        start = self._clock.mark()
+        loss = self._forward(*inputs)
+        self._inside.append((start, self._clock.mark()))
+        return loss
+
+    def step(self, optimizer: ZerothOrderOptimizer) -> None:
+        """One step of an optimiser."""
+        self._inside = []
+        start = self._clock.mark()
+        optimizer.step(self, *self._inputs)
+        self._steps.append(((start, self._clock.mark()), self._inside))
+
+    def shares(self) -> list[float]:
+        """For every step so far, what it took on top of its own forward passes, as a fraction of them. Waits for the device."""
+        self._clock.wait()
+        return [
+            self._clock.seconds(*whole) / sum(self._clock.seconds(*span) for span in inside) - 1.0 for whole, inside in self._steps
+        ]

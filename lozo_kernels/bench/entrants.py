@@ -1,0 +1,126 @@
+"""What whole steps are measured of: this library's methods, each with its placements, and the published code of each method."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ..optim import LOZO, MeZO, ZerothOrderOptimizer
+from ..probe import ProbeHandle
+from ..published import PublishedStep
+from .arguments import several
+
+EPS, LR, BETA, INTERVAL = 1e-3, 1e-7, 0.9, 50
+
+METHODS = {"lozo": "lozo", "lozo-fused": "lozo", "lozo-m": "lozo-m", "mezo": "mezo"}
+"""This library's methods, and the published one beside each."""
+
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    "inplace": {},
+    "probe": {"placement": "probe"},
+    "probe-activation": {"placement": "probe", "side": "activation"},
+    "probe-scratch": {"placement": "probe", "side": "scratch"},
+    "batched": {"placement": "probe", "evaluation": "batched"},
+}
+"""Where a perturbation goes, and what an optimiser is given for it."""
+
+_MOMENTUM = ("lozo-m", "mezo-m")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entrant:
+    """A method of this library in one placement."""
+
+    method: str
+    placement: str = "inplace"
+
+    def __str__(self) -> str:
+        return self.method if self.placement == "inplace" else f"{self.method} {self.placement}"
+
+    @property
+    def probing(self) -> bool:
+        """Its weights are only read."""
+        return self.placement != "inplace"
+
+    @property
+    def batched(self) -> bool:
+        """Its evaluations share a forward pass."""
+        return self.placement == "batched"
+
+    @property
+    def sensible(self) -> bool:
+        """There is such a thing: published code moves weights, fused steps save a pass that a probe does not make, and dense noise
+        has no factors, so that only the weight side is left, which gains nothing from a shared forward pass."""
+        if not self.probing:
+            return True
+        if self.method.startswith("published ") or self.method == "lozo-fused":
+            return False
+        return not self.method.startswith("mezo") or self.placement == "probe"
+
+
+def entrants(methods: Sequence[str], placements: Sequence[str]) -> list[Entrant]:
+    """Every method in every placement that makes sense for it."""
+    return [e for m in methods for e in (Entrant(m, p) for p in placements) if e.sensible]
+
+
+def add_placement(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
+    """The placements to measure."""
+    parser.add_argument(
+        "--placement",
+        type=several(placement_name),
+        default=list(default),
+        help=f"of {', '.join(PLACEMENTS)}, where they make sense for a method (default: {','.join(default)})",
+    )
+
+
+def placement_name(text: str) -> str:
+    """The name of a placement."""
+    if text not in PLACEMENTS:
+        raise argparse.ArgumentTypeError(f"placement is one of {', '.join(PLACEMENTS)}, not {text!r}")
+    return text
+
+
+def make_optimizer(method: str, model: nn.Module, rank: int, placement: str = "inplace") -> ZerothOrderOptimizer:
+    """This library's optimiser of a method."""
+    momentum = BETA if method in _MOMENTUM else 0.0
+    placed = PLACEMENTS[placement]
+    if method.startswith("mezo"):
+        return MeZO(model, lr=LR, eps=EPS, momentum=momentum, **placed)
+    return LOZO(
+        model,
+        lr=LR,
+        eps=EPS,
+        momentum=momentum,
+        fuse_steps=method == "lozo-fused",
+        rank=rank,
+        interval=INTERVAL,
+        **placed,
+    )
+
+
+def make_published(method: str, model: nn.Module, rank: int) -> PublishedStep:
+    """The published code of a method."""
+    return PublishedStep(
+        model,
+        low_rank=not method.startswith("mezo"),
+        rank=rank,
+        interval=INTERVAL,
+        lr=LR,
+        eps=EPS,
+        momentum=BETA if method in _MOMENTUM else 0.0,
+        weight_decay=0.0,
+        seed=0,
+    )
+
+
+def treatment(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
+    """For a row's details: how many parameters a probe has on each side, and what its check found; nothing without a probe."""
+    handle = optimizer.handle
+    if not isinstance(handle, ProbeHandle):
+        return {}
+    return {"sides": dict(collections.Counter(str(m.side) for m in handle.members)), "notes": list(handle.notes)}

@@ -1,0 +1,31 @@
+"""Checks of settings that are numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+
+def check_number(name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> None:
+    """Raises TypeError or ValueError unless it is a finite number in [low, high), or a tensor of one element."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} is one number, not a tensor of shape {tuple(value.shape)}")
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is a number, not {value!r}")
+    if not math.isfinite(value) or value < low or (open_low and value == low) or value >= high:
+        bound = f"above {low:g}" if open_low else f"at least {low:g}"
+        raise ValueError(
+            f"{name} is a finite number {bound}" + (f" and below {high:g}" if high < math.inf else "") + f", not {value}"
+        )
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises TypeError or ValueError unless it is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is an integer, not {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} is at least 1, not {value}")

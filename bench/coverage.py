@@ -98,6 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, default=REPO / "docs" / "coverage.md")
     argv = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(argv)
+    torch.set_num_threads(1)  # the models are too small for more
     where = environment(torch.device("cpu"), []) | {"command": shlex.join(["python", "-m", "bench.coverage", *argv])}
     rows = []
     for name in options.only or ARCHITECTURES:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .config import PatchConfig
 from .noise import tensor_ids
 from .offloaded import find_homes, identities
+from .sharding import check_shards, is_sharded, reshard
 from .table import DTYPES, stride_problem
 
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -32,7 +33,8 @@ class Slot:
         tensor_id: id of the alphabetically first of all names, so it survives a change of registration order.
         kind: "lowrank" or "dense".
         layout: "matrix", "experts" (one matrix each), "rows" (first dimension by the rest, as for convolutions) or "flat".
-        out_of_reach: why the storage cannot be changed here ("offloaded", "quantised"), or None. Only probes take such weights.
+        out_of_reach: why the storage cannot be changed as it is ("offloaded", "quantised", "sharded"), or None. Only probes take
+            such weights.
     """
 
     owner: weakref.ref[nn.Module]
@@ -119,11 +121,12 @@ def is_quantised(module: nn.Module | None, p: Tensor) -> bool:
     """Whether a linear layer's weight is kept as integers that only the layer itself can read (bitsandbytes, torchao)."""
     if not isinstance(module, nn.Linear) or p is not module._parameters.get("weight"):
         return False
-    sharded = hasattr(p, "placements")  # a DTensor, whose shards are ordinary tensors
-    return not sharded and not p.is_complex() and (not p.is_floating_point() or type(p.data) is not Tensor)
+    return not is_sharded(p) and not p.is_complex() and (not p.is_floating_point() or type(p.data) is not Tensor)
 
 
 def _out_of_reach(module: nn.Module, p: Tensor, config: PatchConfig, offloaded: bool) -> str | None:
+    if is_sharded(p):
+        return "sharded"
     if config.placement == "inplace":
         return None
     if config.estimator == "lowrank" and is_quantised(module, p):
@@ -141,6 +144,7 @@ def find_parameters(model: nn.Module, config: PatchConfig) -> tuple[list[Slot], 
         TypeError: a parameter to train is sparse, complex, on the meta device or of an unsupported dtype.
         ValueError: nothing is trainable, a pattern matches nothing, two names share an id, or strides do not fit.
     """
+    reshard(model)
     owners: dict[Hashable, tuple[nn.Module, str, Tensor]] = {}
     names: dict[Hashable, list[str]] = {}
     offloaded: set[Hashable] = set()
@@ -164,8 +168,10 @@ def find_parameters(model: nn.Module, config: PatchConfig) -> tuple[list[Slot], 
         away = _out_of_reach(module, p, config, key in offloaded)
         reason = _why_not(p, names[key], config, away == "quantised" and (not adapted or config.include is not None))
         if reason is None:
-            if away is None:
+            if away in (None, "sharded"):
                 check_trainable(names[key][0], p)
+            if away == "sharded":
+                _check_sharded(model, names[key][0], p, config)
             chosen.append((module, attribute, p, names[key], away))
         else:
             left.append(LeftAlone(names[key][0], p, reason))
@@ -228,6 +234,15 @@ def check_trainable(name: str, p: Tensor) -> None:
         raise TypeError(
             f"parameter {name!r} is {p.dtype}; supported are {', '.join(str(d) for d in DTYPES)}: convert it, or {way_out}"
         )
+
+
+def _check_sharded(model: nn.Module, name: str, p: Tensor, config: PatchConfig) -> None:
+    if config.placement == "inplace" or config.estimator == "dense":
+        raise TypeError(
+            f"parameter {name!r} is sharded (fully_shard): shards are not moved in place, nor along dense noise (MeZO); "
+            "use LOZO with placement='probe', or exclude it"
+        )
+    check_shards(model, name, p)
 
 
 def _treatment(module: nn.Module, p: Tensor, config: PatchConfig) -> tuple[str, str]:

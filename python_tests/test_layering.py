@@ -12,7 +12,7 @@ import lozo_kernels
 ROOT = Path(lozo_kernels.__file__).parent
 # Lower layers first; a module imports only from layers below its own (or its own package).
 LAYERS = [
-    {"noise", "interrupts", "errors", "published", "closures", "numbers", "readback", "offloaded"},
+    {"noise", "interrupts", "errors", "published", "closures", "numbers", "readback", "offloaded", "sharding"},
     {"config", "reference"},
     {"table", "report"},
     {"registry"},

@@ -13,6 +13,7 @@ from .cost import Costs, free_bytes
 from .members import Member
 from .trace import Uses
 
+_GAIN = 0.8  # what scratch must save at least: it takes memory, and the choice should not hang on noise
 _PASSES = 3  # over the weights in a step that moves them
 
 _COPY_BYTES = 1 << 16
@@ -42,7 +43,7 @@ def choose_sides(
             if config.estimator == "dense" and _bytes(member) > _COPY_BYTES and not compiled:
                 _settle(member, "scratch", "dense noise has no factors")
             if member.slot.out_of_reach is not None:
-                _settle(member, "scratch", "offloaded: only its module has it")
+                _settle(member, "scratch", f"{member.slot.out_of_reach}: only its module has it")
     if config.placement == "auto":
         _fall_back(members, uses, costs, config)
     for member in members:
@@ -64,8 +65,19 @@ def _fall_back(members: Sequence[Member], uses: Mapping[Member, Uses], costs: Ma
 
 
 def _cost(member: Member, used: Uses, costs: Costs) -> float:
+    return _skinny_cost(member, used, costs) if member.side == "activation" else _scratch_cost(member, costs)
+
+
+def _skinny_cost(member: Member, used: Uses, costs: Costs) -> float:
+    """Of all layers that have the weight, in one evaluation; an embedding touches the rows that are looked up."""
     _, rows, cols = member.extent
-    return costs.activation(max(1, used.tokens), cols, rows) if member.side == "activation" else costs.scratch(member.numel)
+    tokens = max(1, used.tokens)
+    inputs = [0 if layer_kind(holder) == "embedding" else rows for holder in member.holders]
+    return sum(costs.activation(tokens, some, cols) for some in inputs)
+
+
+def _scratch_cost(member: Member, costs: Costs) -> float:
+    return max(1, len(member.scopes)) * costs.scratch(member.numel)
 
 
 def _settle(member: Member, side: str, reason: str) -> None:
@@ -86,9 +98,8 @@ def _choose_matrix(member: Member, used: Uses, costs: Costs, config: PatchConfig
             _settle_in_place(member, obstacle)
         _settle(member, "activation", "quantised: its weight cannot be written elsewhere")
     elif obstacle is None and asked in ("auto", "activation"):
-        _, rows, cols = member.extent
-        skinny, scratch = costs.activation(max(1, used.tokens), cols, rows), costs.scratch(member.numel)
-        if asked == "activation" or compiled or skinny <= scratch:
+        skinny, scratch = _skinny_cost(member, used, costs), _scratch_cost(member, costs)
+        if asked == "activation" or compiled or _GAIN * skinny <= scratch:
             _settle(member, "activation", "asked for" if asked == "activation" else _compare(skinny, scratch, used.tokens))
         else:
             _settle(member, "scratch", _compare(scratch, skinny, used.tokens))
@@ -98,8 +109,8 @@ def _choose_matrix(member: Member, used: Uses, costs: Costs, config: PatchConfig
         _settle(member, "copy", f"{obstacle}; " + ("the model is compiled" if compiled else "small"))
     else:
         _settle(member, "scratch", str(obstacle))
-    if member.slot.out_of_reach == "offloaded" and member.side == "copy":
-        _settle(member, "scratch", "offloaded: only its module has it")
+    if member.slot.out_of_reach is not None and member.side == "copy":
+        _settle(member, "scratch", f"{member.slot.out_of_reach}: only its module has it")
 
 
 def why_not_activation(member: Member, used: Uses) -> str | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import statistics
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -14,10 +15,12 @@ from .. import ops, skinny
 from ..registry import Draw, choose_backend
 from ..table import TensorTable
 
-_ROUNDS = 4
-_FEATURES = 768
+_ROUNDS = 5
+_FEATURES = 1024
 _TOKENS = 128
 _SMALL = 64
+_WEIGHTS = 4  # read one after the other, so that none comes from a cache that held it a moment ago
+_LARGE = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,35 +48,46 @@ class Costs:
 
 @functools.lru_cache(maxsize=64)
 def measure_costs(device: torch.device, dtype: torch.dtype, rank: int, backend_name: str | None) -> Costs:
-    """Medians of a few calls on small and on larger tensors, once in a process."""
+    """The fastest of a few calls on small and on larger tensors, once in a process: other load only ever adds."""
     backend = choose_backend(device, backend_name).backend
 
     def activation(tokens: int, features: int) -> float:
-        x, y = (torch.randn(tokens, features, device=device).to(dtype) for _ in range(2))
+        x, y = (torch.ones(tokens, features, dtype=dtype, device=device) for _ in range(2))
         v = torch.zeros(rank, features, dtype=torch.float16, device=device)
         b = torch.zeros(features, rank, device=device)
         draws, scales = torch.zeros(1, 2, dtype=torch.int64, device=device), torch.ones(1, device=device)
-        return _median(
+        return _fastest(
             lambda: skinny.lowrank_linear_(y, x, v, b, seed=0, tensor_id=0, draws=draws, scales=scales, backend=backend), device
         )
 
     def scratch(features: int) -> float:
-        weights = [torch.randn(1, features, features, device=device).to(dtype) for _ in range(_ROUNDS + 1)]
+        weights = [torch.ones(1, features, features, dtype=dtype, device=device) for _ in range(_WEIGHTS)]
         v = torch.zeros(1, rank, features, dtype=torch.float16, device=device)
         n = torch.zeros(1, features, rank, device=device)
         out = TensorTable([torch.empty_like(weights[0])], [0])
-        tables = iter([TensorTable([w], [0], v=[v], n=[n]) for w in weights])  # each read from memory, as in a model
-        return _median(
+        tables = itertools.cycle([TensorTable([w], [0], v=[v], n=[n]) for w in weights])
+        return _fastest(
             lambda: ops.lowrank_merge_(next(tables), seed=0, draws=[Draw(0)], scales=1.0, out=out, backend=backend), device
         )
 
-    small, large = activation(1, _SMALL), activation(_TOKENS, _FEATURES)
-    feature = max(0.0, large - small) / (2 * _TOKENS * _FEATURES)
-    least, most = scratch(_SMALL), scratch(_FEATURES)
-    return Costs(small, feature, least, max(0.0, most - least) / _FEATURES**2)
+    with _one_thread():
+        small, large = activation(1, _SMALL), activation(_TOKENS, _FEATURES)
+        least, most = scratch(_SMALL), scratch(_LARGE)
+    return Costs(small, max(0.0, large - small) / (2 * _TOKENS * _FEATURES), least, max(0.0, most - least) / _LARGE**2)
 
 
-def _median(call: Callable[[], None], device: torch.device) -> float:
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """The sides are compared on one thread: several wait for each other where cores are shared, which drowns what is measured."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _fastest(call: Callable[[], None], device: torch.device) -> float:
     seconds = []
     for _ in range(_ROUNDS + 1):
         _wait(device)
@@ -81,7 +95,7 @@ def _median(call: Callable[[], None], device: torch.device) -> float:
         call()
         _wait(device)
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+    return min(seconds[1:])
 
 
 def _wait(device: torch.device) -> None:

@@ -19,6 +19,7 @@ from ..parameters import Slot, canonical
 from ..passes import Group, Scalar, Term, run_pass
 from ..registry import Choice, Draw, Rounding, Step, choose_backend
 from ..report import ParameterReport
+from ..sharding import reshard, running_device
 from ..table import TensorTable
 from . import preparation
 from .guards import Guards
@@ -219,6 +220,8 @@ class ProbeHandle(Handle):
         if self._standing is not None:
             self.rest_()
         self.check_decay()
+        if any(slot.out_of_reach == "sharded" for slot in self._slots):
+            reshard(self.model)
         assert self._window is not None
         rounding = Rounding(self._last_step) if self.config.rounding == "stochastic" else None
         for group in self._states:
@@ -281,6 +284,8 @@ class ProbeHandle(Handle):
         if slot.out_of_reach == "quantised":
             raise TypeError(f"{name!r} is quantised and has no perturbed weight")
         member = next(m for m in self._members if m.slot is slot)
+        if slot.out_of_reach == "sharded":
+            reshard(self.model)
         base = None if slot.out_of_reach is None else load_weight(member, member.device)
         self._weights.fill(member, out, 0, self._choices[member.device].backend, base)
 
@@ -357,7 +362,7 @@ class ProbeHandle(Handle):
 
     def _device(self, slot: Slot) -> torch.device:
         p = slot.parameter
-        return execution_device(self._holders[slot.name]) if p.device.type == "meta" else p.device
+        return execution_device(self._holders[slot.name]) if p.device.type == "meta" else running_device(p)
 
     def _resample(self, window: int | None, *, reproject: bool) -> None:
         if window is not None:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..config import PatchConfig
 from ..registry import Rounding
+from ..sharding import shard_of
 from .members import Member, Past
 from .offload import offloaded_weight
-from .state import StateGroup, merge_weights
+from .state import StateGroup, merge_shard, merge_weights
 
 
 class Ledger:
@@ -38,7 +39,11 @@ class Ledger:
                 self._begin_anew([member], window)
 
     def _merge_away(self, group: StateGroup, member: Member, window: int, rounding: Rounding | None) -> None:
-        """A weight that is out of reach: brought here and back, or, if it cannot be written, its factors are kept."""
+        """A weight that is out of reach: this process's rows, or brought here and back, or its factors are kept."""
+        if member.slot.out_of_reach == "sharded":
+            shard = shard_of(member.name, member.slot.parameter)
+            merge_shard(group, shard, member, self._config.seed, rounding)
+            return
         if member.slot.out_of_reach == "offloaded":
             with offloaded_weight(member, member.device) as x:
                 merge_weights(group, [x], [member], self._config.seed, rounding)

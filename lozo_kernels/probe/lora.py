@@ -18,6 +18,7 @@ from ..engine import Handle
 from ..errors import require
 from ..parameters import canonical
 from ..registry import Draw
+from ..sharding import gather, reshard
 from .activation import layer_kind
 from .handle import ProbeHandle
 from .members import Holder, Member
@@ -99,6 +100,7 @@ class _Export:
         self.biases = self.transposed = False
 
     def run(self) -> LoraAdapter:
+        reshard(self.handle.model)
         deltas = {m: _factors(self.handle, m) for m in self.handle.members if m.slot.kind == "lowrank" and _is_layer(m)}
         width = max((b.shape[1] for b, _ in deltas.values()), default=0)
         if width == 0:
@@ -156,7 +158,7 @@ class _Export:
         for attribute, p in module._parameters.items():
             if p is not None:
                 member = self.members.get((module, attribute))
-                self._put(name, attribute, p.detach() if member is None else _current(member))
+                self._put(name, attribute, gather(p.detach()) if member is None else _current(member))
         for attribute, buffer in module._buffers.items():
             if buffer is not None and attribute not in module._non_persistent_buffers_set:
                 self._put(name, attribute, buffer)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..offloaded import Home
 from ..parameters import Slot
+from ..sharding import is_sharded
 from .runtime import DevicePoint
 
 
@@ -99,17 +100,17 @@ class Member:
 
     @property
     def present(self) -> list[nn.Parameter]:
-        """The parameter where it has storage now: an offloaded one only while a module that holds it runs, tied ones in each place.
+        """The parameter where it has storage now: an offloaded or sharded one only while its module runs, tied ones in each place.
 
         Raises:
-            RuntimeError: it is offloaded, and no module that holds it runs.
+            RuntimeError: it is offloaded or sharded, and no module that holds it runs.
         """
         if self.slot.out_of_reach is None:
             return [self.slot.parameter]
         held = [holder.module._parameters.get(holder.attribute) for holder in self.holders]
-        found = {id(p): p for p in held if p is not None and p.device.type != "meta"}
+        found = {id(p): p for p in held if p is not None and p.device.type != "meta" and not is_sharded(p)}
         if not found:
-            raise RuntimeError(f"{self.name!r} is offloaded, and was not brought in for the module that uses it")
+            raise RuntimeError(f"{self.name!r} is {self.slot.out_of_reach}, and was not brought in for the module that uses it")
         return list(found.values())
 
     @property

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..offloaded import Home
+from ..sharding import gather
 from .members import Holder, Member
 
 
@@ -18,7 +19,12 @@ def execution_device(holders: list[Holder]) -> torch.device:
 
 
 def load_weight(member: Member, device: torch.device) -> Tensor:
-    """An offloaded weight of its parameter's shape and dtype, contiguous; what is kept in memory of the device is not copied."""
+    """An offloaded or sharded weight of its parameter's shape and dtype, contiguous; in memory of the device it is not copied.
+
+    A sharded one is gathered, which every process has to take part in.
+    """
+    if member.slot.out_of_reach == "sharded":
+        return gather(member.slot.parameter).detach().to(device).contiguous()
     weight = _resident(member)
     if weight is None:
         weight = _homes(member)[0].load()

@@ -13,6 +13,7 @@ from ..config import PatchConfig
 from ..engine import share
 from ..passes import Group, Scalar
 from ..registry import Choice, Draw, Rounding, Step
+from ..sharding import Shard
 from ..table import TensorTable
 from .members import Member
 
@@ -167,9 +168,32 @@ def merge_weights(group: StateGroup, xs: Sequence[Tensor], members: Sequence[Mem
     bs = [m.b.view(x.shape) if group.kind == "dense" else m.b for m, x in zip(members, xs, strict=True) if m.b is not None]
     gains = [torch.ones(1, device=m.device) if m.gain is None else m.gain for m in members]
     decay = torch.cat(gains) if any(m.gain is not None for m in members) else None
-    backend = group.choice.backend
-    if group.kind == "dense":
-        ops.dense_merge_(TensorTable(xs, ids, n=bs), seed=seed, decay=decay, rounding=rounding, backend=backend)
+    vs = [m.v for m in members if m.v is not None]
+    _merge(group, TensorTable(xs, ids, v=vs or None, n=bs), seed, decay, rounding)
+
+
+def merge_shard(group: StateGroup, shard: Shard, member: Member, seed: int, rounding: Rounding | None) -> None:
+    """As :func:`merge_weights`, of the rows of one weight that this process has, which may be none: with the same bits."""
+    if not shard.local.numel():
+        return
+    weight, first = shard.local.to(member.device), shard.offset
+    x = member.slot.matrices(weight)
+    batch, rows, cols = x.shape
+    assert member.b is not None
+    ids, v = [member.slot.tensor_id], member.v
+    if v is None:  # elements of a vector
+        b = member.b.view(-1)[first : first + cols].view(x.shape)
+        table = TensorTable([x], ids, n=[b], col_offsets=[first], global_cols=[member.numel])
+    elif member.slot.layout == "experts":
+        part = slice(first, first + batch)
+        table = TensorTable([x], ids, v=[v[part]], n=[member.b[part]], row_offsets=[first * rows])
     else:
-        vs = [m.v for m in members if m.v is not None]
-        ops.lowrank_merge_(TensorTable(xs, ids, v=vs, n=bs), seed=seed, decay=decay, rounding=rounding, backend=backend)
+        table = TensorTable([x], ids, v=[v], n=[member.b[:, first : first + rows]], row_offsets=[first])
+    _merge(group, table, seed, member.gain, rounding)
+    if weight.data_ptr() != shard.local.data_ptr():
+        shard.local.copy_(weight)
+
+
+def _merge(group: StateGroup, table: TensorTable, seed: int, decay: Tensor | None, rounding: Rounding | None) -> None:
+    merge = ops.dense_merge_ if group.kind == "dense" else ops.lowrank_merge_
+    merge(table, seed=seed, decay=decay, rounding=rounding, backend=group.choice.backend)

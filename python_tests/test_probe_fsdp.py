@@ -1,0 +1,242 @@
+"""Probes of models that FSDP shards: two processes on the CPU. This file is also what they run."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed, nn
+
+from lozo_kernels import LOZO, MeZO, patch
+
+if not distributed.is_available() or not distributed.is_gloo_available():
+    pytest.skip("torch.distributed or its gloo backend is missing", allow_module_level=True)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+
+RANKS, STEPS = 2, 7
+CASES = {
+    "activation": {"side": "activation"},
+    "scratch": {"side": "scratch"},
+    "activation, whole between forwards": {"side": "activation", "reshard": False},
+    "scratch, whole between forwards": {"side": "scratch", "reshard": False},
+    "eager": {"side": "auto", "backend": "eager"},
+    "stochastic rounding": {"side": "scratch", "dtype": torch.bfloat16, "rounding": "stochastic", "lr": 0.1},
+    "momentum": {"side": "activation", "momentum": 0.9},
+    "weight decay": {"side": "scratch", "weight_decay": 0.1},
+    "split": {"side": "activation", "split": True},
+    "replicas": {"side": "scratch", "shape": (RANKS, 1)},
+    "mixed precision": {"side": "scratch", "mixed": True},
+    "mixed precision, activation": {"side": "activation", "mixed": True},
+}
+
+
+class Block(nn.Module):
+    """Sizes that two processes cannot halve."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down, self.gate = nn.LayerNorm(3), nn.Linear(3, 7), nn.Linear(7, 3), nn.Linear(3, 1)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(self.norm(x)))) * torch.sigmoid(self.gate(x))
+
+
+class Model(nn.Module):
+    """A tied embedding and head, blocks, a convolution and stacked experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.blocks = nn.Embedding(5, 3), nn.ModuleList([Block(), Block()])
+        self.conv, self.experts = nn.Conv1d(3, 3, 3, padding=1), nn.Parameter(torch.randn(3, 3, 5) * 0.3)
+        self.head = nn.Linear(3, 5)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        x = self.conv(x.transpose(1, 2)).transpose(1, 2)
+        return self.head(x) + torch.einsum("btd,edf->btf", x, self.experts)
+
+
+def closure(model, part=None, average=False):
+    tokens = torch.randint(0, 5, (4, 9), generator=torch.Generator().manual_seed(1))
+    tokens = tokens if part is None else tokens.chunk(RANKS)[part]
+
+    def loss():
+        logits = model(tokens[:, :-1]).float()
+        value = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        if average:  # every rank has to be given the same loss
+            distributed.all_reduce(value)
+            value /= RANKS
+        return value
+
+    return loss
+
+
+def run(model, loss, options):
+    settings = {"placement": "probe", "rank": 2, "interval": 2, "lr": 1e-2, "eps": 1e-2, "backend": None}
+    optimizer = LOZO(model, **(settings | options))
+    losses = [float(optimizer.step(loss)) for _ in range(STEPS)]
+    handle = optimizer.handle
+    found = {
+        "losses": losses,
+        "b": {m.name: m.b.clone() for m in handle.members},
+        "sides": {p.name: (p.side, p.note) for p in handle.report().parameters},
+        "notes": handle.notes,
+    }
+    found["saved"] = {name: full(p) for name, p in model.state_dict().items()}
+    after = loss()
+    handle.restore()
+    found["weights"] = {name: full(p) for name, p in model.state_dict().items()}
+    with torch.no_grad():
+        found["after"] = float(after), float(loss())
+    return found
+
+
+def full(p):
+    return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+
+
+def shard(model, mesh, reshard=True, mixed=False):
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if mixed else MixedPrecisionPolicy()
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
+    return model
+
+
+def work(rank, folder):
+    """What one process does."""
+    torch.set_num_threads(1)
+    store = distributed.FileStore(str(folder / "store"), RANKS)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    mesh, results = init_device_mesh("cpu", (RANKS,)), {}
+    for name, case in CASES.items():
+        options = dict(case)
+        dtype, split = options.pop("dtype", torch.float32), options.pop("split", False)
+        how = {key: options.pop(key) for key in ("reshard", "mixed") if key in options}
+        torch.manual_seed(3)
+        plain = Model().to(dtype)
+        shape = options.pop("shape", (RANKS,))
+        sharded = shard(copy.deepcopy(plain), init_device_mesh("cpu", shape, mesh_dim_names=("r", "s")[-len(shape) :]), **how)
+        local = {n: tuple(p.to_local().shape) for n, p in sharded.named_parameters()}
+        got = run(sharded, closure(sharded, rank if split else None, average=True), options)
+        results[name] = {"plain": run(plain, closure(plain), options), "sharded": got, "local": local}
+    results["refused"] = refusals(mesh)
+    results["written"] = written(mesh)
+    torch.save(results, folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def refusals(mesh):
+    found = []
+    split = nn.Linear(4, 4)
+    split.weight = nn.Parameter(distribute_tensor(split.weight.detach(), mesh, [Shard(0)]))
+    columns = fully_shard(nn.Linear(4, 4, bias=False), mesh=mesh, shard_placement_fn=lambda p: Shard(1))
+    sharded = shard(Model(), mesh)
+    for make in (
+        lambda: patch(sharded),
+        lambda: LOZO(sharded),
+        lambda: MeZO(sharded, placement="probe"),
+        lambda: LOZO(split, placement="probe"),
+        lambda: LOZO(columns, placement="probe"),
+    ):
+        try:
+            make()
+        except TypeError as error:
+            found.append(str(error))
+    return found
+
+
+def written(mesh):
+    """Perturbed weights."""
+    found = []
+    torch.manual_seed(3)
+    plain = Model()
+    for model in (plain, shard(copy.deepcopy(plain), mesh)):
+        handle = patch(model, placement="probe", side="scratch", backend="eager")
+        handle.prepare(closure(model))
+        handle.perturb_(0, 0.1)
+        for name, shape in (("head.weight", (5, 3)), ("blocks.0.norm.weight", (3,)), ("blocks.1.gate.weight", (1, 3))):
+            found.append(torch.empty(shape))
+            handle.write_perturbed(name, found[-1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fsdp")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).resolve())]
+    logs = [folder / f"{rank}.log" for rank in range(RANKS)]
+    processes = []
+    try:
+        for rank, log in enumerate(logs):
+            with log.open("w") as file:
+                processes.append(subprocess.Popen([*command, str(rank), str(folder)], stdout=file, stderr=file, env=environment))
+        codes = [process.wait(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0] * RANKS, "\n".join(log.read_text()[-4000:] for log in logs)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_sharded_run_is_the_run_of_one_process(name, results):
+    one, two = (result[name] for result in results)
+    plain, sharded = one["plain"], one["sharded"]
+    assert sharded["losses"] == two["sharded"]["losses"] and equal(sharded["b"], two["sharded"]["b"])
+    assert equal(sharded["weights"], two["sharded"]["weights"])
+    if "mixed" in CASES[name]:
+        assert sharded["losses"] == pytest.approx(plain["losses"], rel=2e-2)
+        assert {p.dtype for p in sharded["weights"].values()} == {torch.float32}
+    elif "split" in CASES[name]:
+        assert sharded["losses"] == pytest.approx(plain["losses"], abs=1e-6)
+        for kind in ("saved", "weights", "b"):
+            for key, value in plain[kind].items():
+                torch.testing.assert_close(sharded[kind][key], value, rtol=0, atol=1e-5)
+    else:
+        assert sharded["losses"] == plain["losses"] and sharded["after"] == plain["after"]
+        assert all(equal(sharded[kind], plain[kind]) for kind in ("saved", "weights", "b"))
+    assert sharded["notes"] == ()
+    sides = {side for side, _ in sharded["sides"].values()}
+    assert sides <= {"activation", "scratch", "shift"} and "scratch" in sides
+    assert CASES[name]["side"] == "auto" or CASES[name]["side"] in sides
+
+
+def test_the_cases_are_uneven(results):
+    one, two = (result["scratch"]["local"] for result in results)
+    assert one["blocks.0.gate.weight"] == (1, 3) and two["blocks.0.gate.weight"] == (0, 3)
+    assert one["blocks.0.norm.weight"] == (2,) and two["blocks.0.norm.weight"] == (1,)
+    assert one["experts"] == (2, 3, 5) and two["experts"] == (1, 3, 5)
+    torch.manual_seed(3)
+    before = dict(Model().named_parameters())
+    after = results[0]["scratch"]["sharded"]["weights"]
+    assert all(not torch.equal(after[k], p) for k, p in before.items())
+
+
+def test_what_cannot_be_done_is_refused(results):
+    for result in results:
+        *moved, split, columns = result["refused"]
+        assert len(moved) == 3 and all("placement='probe'" in error for error in moved)
+        assert "fully_shard() did not make" in split and "Shard(dim=1)" in columns
+
+
+def test_a_perturbed_weight_can_be_had(results):
+    for result in results:
+        plain, sharded = result["written"][:3], result["written"][3:]
+        assert all(torch.equal(a, b) for a, b in zip(plain, sharded, strict=True))
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), Path(sys.argv[2]))

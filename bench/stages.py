@@ -212,6 +212,17 @@ def gpu_stages(output: Path, device: str = "cuda", capability: str | None = None
             share=30,
             **whole,
         ),
+        *(
+            bench(
+                f"probe-{model}",
+                f"step|--model|{model}|--dtype|bfloat16|--methods|lozo|--placement|inplace,probe,batched|"
+                "--tokens|2048,64|--length|32|--repeats|7|--peer-repeats|1",
+                limit=90,
+                share=30,
+                **whole,
+            )
+            for model in ("opt-1.3b", "opt-13b")
+        ),
         bench(
             "throughput-dtypes",
             "perturb|--model-shapes|opt-13b|--dtype|float16,float32|--rank|4|--repeats|10|--peer-repeats|3|--no-compile",
@@ -267,6 +278,8 @@ def smoke_stages(output: Path) -> list[Stage]:
         "exactness": "exactness|--size|48|--draws|1|--rank|1,4,64",
         "throughput-opt-13b": "perturb|--model-shapes|opt-tiny|--dtype|bfloat16|--rank|1,4|--repeats|2|--peer-repeats|1",
         "throughput-8192x8192": "perturb|--shapes|48x70|--dtype|bfloat16,float16|--rank|1,4|--repeats|2|--peer-repeats|1",
+        "probe-opt-13b": "step|--model|opt-tiny|--methods|lozo|--placement|probe,batched|--dtype|bfloat16|--tokens|16|--repeats|1|"
+        "--peer-repeats|1",
         "step-opt-13b": "step|--model|opt-tiny|--dtype|bfloat16|--tokens|16,32|--repeats|1|--peer-repeats|1",
         "memory-opt-13b": "memory|--model|opt-tiny|--dtype|bfloat16|--tokens|16|--methods|lozo,published lozo",
         "fits-opt-66b": "fits|--model|opt-tiny|--tokens|16",
@@ -279,7 +292,9 @@ def smoke_stages(output: Path) -> list[Stage]:
         elif stage.name == "plots":
             stages.append(stage)
         else:
-            needs = "not part of a smoke run" if stage.name.startswith(("throughput", "step", "build")) else "it needs a GPU"
+            needs = (
+                "not part of a smoke run" if stage.name.startswith(("throughput", "step", "probe", "build")) else "it needs a GPU"
+            )
             stages.append(dataclasses.replace(stage, skip=needs))
     return stages
 

@@ -78,7 +78,15 @@ RATIOS = {
         RatioTarget("batched", 16, 0.85),
         RatioTarget("batched", 32, 0.85),
         RatioTarget("batched", 64, 0.85),
-    )
+    ),
+    "cuda": tuple(
+        target
+        for model in ("opt-1.3b", "opt-13b")
+        for target in (
+            RatioTarget("probe", 2048, 1.05, model=model, dtypes=("bfloat16",)),
+            RatioTarget("batched", 64, 0.7, model=model, dtypes=("bfloat16",)),
+        )
+    ),
 }
 """Steps that only read the weights, by device type."""
 

@@ -31,6 +31,7 @@ DEFAULT_PLACEMENTS = ("inplace", "probe", "batched")
 
 _COPIES_SHARE = 0.5  # of a GPU's memory that copies of the model may fill; activations and the published code need the rest
 _OWN, _EACH = "two forwards", "two forwards, a loss for each sequence"
+_TOGETHER = "one forward of both"  # a plain one over the batch twice: the floor of a batched step
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -164,7 +165,11 @@ class StepBench:
             for _ in range(2):
                 batch.losses(self.model, batch.ids)
 
-        return {_OWN: Contender(own)} | ({_EACH: Contender(of_each)} if each else {})
+        @torch.no_grad()
+        def together() -> None:
+            batch.losses(self.model, torch.cat([batch.ids, batch.ids]))
+
+        return {_OWN: Contender(own)} | ({_EACH: Contender(of_each), _TOGETHER: Contender(together)} if each else {})
 
     def _publications(self, batch: CausalBatch, rounds: int) -> dict[str, Contender]:
         @torch.inference_mode()
@@ -210,6 +215,8 @@ def _rows(entrant: Entrant, seconds: Mapping[str, Seconds], base: str, shares: S
         "times_faster": round(paired_ratio(reference, step), 3),
         "forwards": base,
     }
+    if entrant.batched:
+        detail["together_to_two_forwards"] = round(paired_ratio(seconds[_TOGETHER], forwards), 4)
     if _EACH in seconds:
         detail["forwards_each_to_own"] = round(paired_ratio(seconds[_EACH], seconds[_OWN]), 4)
     return name | row, name | detail | {"seconds": {c: spread(s) for c, s in columns.items()}}

@@ -59,6 +59,7 @@ def probed_forward(
 class _Layer:
     def __init__(self, runtime: Runtime, kind: str, member: Member, bias: Member | None, holder: Holder, backend: Backend) -> None:
         self.runtime, self.kind, self.member, self.bias, self.holder, self.backend = runtime, kind, member, bias, holder, backend
+        self.noise = {"seed": runtime.seed, "tensor_id": member.slot.tensor_id, "backend": backend}
 
     @property
     def _shift(self) -> Tensor | None:
@@ -78,25 +79,22 @@ class _Layer:
             return self._differentiable(y, x)
         if not y.is_contiguous():
             y = y.contiguous()
-        assert member.v is not None and member.b is not None and member.point is not None
-        noise: dict[str, Any] = {
-            "seed": runtime.seed,
-            "tensor_id": member.slot.tensor_id,
-            "draws": runtime.select(member.point.draws),
-            "scales": runtime.select(member.point.scales),
-            "gain": member.gain,
-            "backend": self.backend,
-        }
+        assert member.factors is not None and member.point is not None
+        v, b = member.factors
+        draws, scales = member.point.draws, member.point.scales
+        if runtime.selected is not None:
+            draws, scales = runtime.select(draws), runtime.select(scales)
+        noise: dict[str, Any] = {"draws": draws, "scales": scales, "gain": member.gain, **self.noise}
         flat = y.view(-1, y.shape[-1])
         if self.kind == "embedding":
-            skinny.lowrank_embedding_(flat, x.reshape(-1).contiguous(), member.v[0], member.b[0], **noise)
+            skinny.lowrank_embedding_(flat, x.reshape(-1).contiguous(), v, b, **noise)
         else:
             rows = x.reshape(-1, x.shape[-1])
             skinny.lowrank_linear_(
                 flat,
                 rows if rows.stride(1) == 1 else rows.contiguous(),
-                member.v[0],
-                member.b[0],
+                v,
+                b,
                 transposed=self.kind == "transposed",
                 shift=self._shift,
                 **noise,

@@ -442,6 +442,8 @@ class ProbeHandle(Handle):
                 member.b = torch.zeros(batch, rows, self.config.rank if member.v is not None else cols, device=device)
             member.b = member.b.to(device)
         member.point = self._runtime.on(device)
+        if member.v is not None and member.b is not None and batch == 1:
+            member.factors = member.v[0], member.b[0]
         if member.past is not None:
             member.past.to(device)
         if member.name in self._momentum:

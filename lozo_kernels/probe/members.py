@@ -72,6 +72,7 @@ class Member:
         past: of a weight that cannot be merged.
         partners: of a bias on the activation side, the weight of its layer.
         point: the points on its device.
+        factors: V and B of a single matrix as (rank, cols) and (rows, rank), which layers ask for all the time.
     """
 
     slot: Slot
@@ -92,6 +93,7 @@ class Member:
     past: Past | None = None
     partners: list[Member] = dataclasses.field(default_factory=list)
     point: DevicePoint | None = None
+    factors: tuple[Tensor, Tensor] | None = None
 
     @property
     def name(self) -> str:

@@ -87,8 +87,10 @@ class Runtime:
             self.selected = None
 
     def select(self, per_group: Tensor) -> Tensor:
-        """Of a tensor with a row for each evaluation, those that a module is given now."""
-        return per_group if self.selected is None else per_group[self.selected : self.selected + 1]
+        """Of a tensor with a row for each evaluation, and perhaps room for more, those that a module is given now."""
+        if self.selected is not None:
+            return per_group[self.selected : self.selected + 1]
+        return per_group if per_group.shape[0] == len(self.points) else per_group[: len(self.points)]
 
     def point(self, group: int) -> Point:
         """The point of an evaluation among those that a module is given."""

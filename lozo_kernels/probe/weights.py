@@ -32,16 +32,17 @@ class PerturbedWeights:
     def __init__(self, runtime: Runtime, seed: int) -> None:
         self._runtime, self._seed = runtime, seed
         self._batches: list[_Batch] = []
+        self._most = 1  # points at once so far: there is memory for as many
         self._members: list[Member] = []
         self._choices: Mapping[torch.device, Choice] = {}
         self._fills: dict[Member, tuple[tuple[int, int], TensorTable, TensorTable]] = {}
 
     def rebuild(self, members: Sequence[Member], choices: Mapping[torch.device, Choice]) -> None:
-        """Starts anew: weights, sides or the number of points changed."""
+        """Starts anew: weights or sides changed, or there are more points than ever."""
         self._members, self._choices = list(members), choices
         self._fills.clear()
         self._batches.clear()
-        groups = self._runtime.groups
+        groups = self._most = max(self._most, self._runtime.groups)
         batches: dict[tuple[torch.device, str, str], list[Member]] = {}
         for member in members:
             if member.side in ("copy", "shift"):
@@ -53,10 +54,10 @@ class PerturbedWeights:
 
     def refresh(self) -> None:
         """Copies and shifts at the points as they are now."""
-        if any(len(batch.outs) != self._runtime.groups for batch in self._batches):
+        if self._runtime.groups > self._most:
             self.rebuild(self._members, self._choices)
         for batch in self._batches:
-            for g, out in enumerate(batch.outs):
+            for g, out in enumerate(batch.outs[: self._runtime.groups]):
                 gains = None if batch.members[0].side == "shift" else _gains(batch.members)
                 self._merge(batch.table, out, g, batch.low_rank, gains, batch.backend)
             if batch.members[0].side == "shift":

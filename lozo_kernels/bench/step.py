@@ -197,7 +197,7 @@ class StepBench:
 
 
 def _twin(model: nn.Module, *, share: bool) -> nn.Module:
-    """A copy. A probe only reads weights, and shares those at rest: their place in memory is worth some percent of a forward pass."""
+    """A copy. A probe only reads weights and shares those at rest: their place in memory is worth some percent of a forward."""
     twin = copy.deepcopy(model)
     if share:
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):

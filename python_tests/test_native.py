@@ -1,7 +1,6 @@
 """The native CPU backend against the eager one, bit for bit, on every instruction set that this machine runs."""
 
 import os
-import subprocess
 import sys
 import threading
 
@@ -485,39 +484,3 @@ def test_positions_outside_the_noise_are_refused(table, message):
     table = TensorTable(x=[torch.zeros(1, 2, 3)], **table)
     with pytest.raises(ValueError, match=message):
         ops.dense_update_(table, seed=1, draws=[Draw(0)], scales=1.0, backend=NATIVE)
-
-
-def test_isa_choice():
-    native.set_isa("portable")
-    assert native.isa() == "portable"
-    native.set_isa(None)
-    with pytest.raises(ValueError, match=r"'mmx'.*choose from.*portable"):
-        native.set_isa("mmx")
-    assert native.isa() == ISAS[0]
-
-
-@pytest.mark.parametrize(("name", "expected"), [("portable", "portable None"), ("mmx", "ValueError instruction set 'mmx'")])
-def test_isa_from_the_environment(name, expected):
-    code = """
-import torch
-from lozo_kernels.backends import native
-try:
-    print(native.isa(), native.NativeBackend().unavailable(torch.device("cpu")))
-except ValueError as error:
-    assert str(error) == native.NativeBackend().unavailable(torch.device("cpu"))
-    print("ValueError", error)
-"""
-    environment = os.environ | {"LOZO_KERNELS_ISA": name}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert result.stdout.startswith(expected)
-
-
-def test_reasons(monkeypatch, tmp_path):
-    assert NATIVE.unavailable(torch.device("cuda")) == "it serves cpu only"
-    assert NATIVE.unavailable(torch.device("cpu")) is None
-    monkeypatch.setattr(native, "library_path", lambda: tmp_path / "liblozo_cpu.so")
-    native._load.cache_clear()
-    try:
-        assert "not built" in NATIVE.unavailable(torch.device("cpu"))
-    finally:
-        native._load.cache_clear()

@@ -6,7 +6,7 @@ import functools
 import math
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -236,8 +236,7 @@ class Handle:
                     coefficient=0.0 if beta is None else (1.0 - beta) * gradient,
                 )
             )
-        decaying = isinstance(weight_decay, Tensor) or weight_decay != 0.0
-        decay = 1.0 - lr * weight_decay if decaying else 1.0
+        decay = decay_of(lr, weight_decay)
         if perturb_next is not None and self._same_window(step):
             terms.append(Term(Draw(step + 1), perturb=perturb_next, decays=False))
         chunks = [terms[i : i + ops.MAX_DRAWS] for i in range(0, len(terms), ops.MAX_DRAWS)]
@@ -248,10 +247,10 @@ class Handle:
                 groups,
                 self.config,
                 chunk,
-                decay=decay if decaying and i == 0 else None,
+                decay=decay if i == 0 else None,
                 momentum=None if beta is None or i > last else (beta if i == 0 else 1.0, -lr if i == last else 0.0),
                 rounding=Rounding(step, i) if self.config.rounding == "stochastic" else None,
-                decayed_by=decay,
+                decayed_by=1.0 if decay is None else decay,
             )
 
     @torch.no_grad()
@@ -423,10 +422,14 @@ class Handle:
 
     def _rebuild_groups(self) -> None:
         self._check_shapes()
-        members: dict[tuple[str, torch.device], list[int]] = {}
-        for i, slot in enumerate(self._slots):
-            members.setdefault((slot.kind, slot.parameter.device), []).append(i)
-        self._groups = [self._make_group(kind, device, index) for (kind, device), index in members.items()]
+        self._groups = self._make_groups(range(len(self._slots)))
+
+    def _make_groups(self, positions: Iterable[int]) -> list[Group]:
+        """Tables over the weights of some parameters, by kind and device."""
+        by_place: dict[tuple[str, torch.device], list[int]] = {}
+        for i in positions:
+            by_place.setdefault((self._slots[i].kind, self._slots[i].parameter.device), []).append(i)
+        return [self._make_group(kind, device, index) for (kind, device), index in by_place.items()]
 
     def _make_group(self, kind: str, device: torch.device, index: list[int]) -> Group:
         slots = [self._slots[i] for i in index]
@@ -463,6 +466,12 @@ def share(c: Scalar, directions: int) -> Scalar:
     if directions == 1:
         return c
     return c / torch.full_like(c, directions) if isinstance(c, Tensor) else c / directions
+
+
+def decay_of(lr: Scalar, weight_decay: Scalar) -> Scalar | None:
+    """What an update multiplies weights by first: 1 - lr * weight_decay; None without weight decay."""
+    decaying = isinstance(weight_decay, Tensor) or weight_decay != 0.0
+    return 1.0 - lr * weight_decay if decaying else None
 
 
 def check_scale(scale: float) -> None:

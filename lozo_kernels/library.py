@@ -136,64 +136,22 @@ def _dense_merge_(out: Sequence[Tensor], x: Sequence[Tensor], n: Sequence[Tensor
     ops.dense_merge_(_table(x, None, n or None, place), **_noise(*update), out=_table(out, None, None, place))
 
 
-def _lowrank_linear_(
-    y: Tensor,
-    x: Tensor,
-    v: Tensor,
-    b: Tensor,
-    seed: int,
-    tensor_id: int,
-    row_offset: int,
-    draws: Tensor,
-    scales: Tensor,
-    transposed: bool,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    backend: str,
-) -> None:
-    skinny.lowrank_linear_(
-        y,
-        x,
-        v,
-        b,
-        seed=seed & _SEED,
-        tensor_id=tensor_id,
-        row_offset=row_offset,
-        draws=draws,
-        scales=scales,
-        transposed=transposed,
-        gain=gain,
-        shift=shift,
-        backend=_backend(backend, y.device),
-    )
+def _lowrank_linear_(y: Tensor, x: Tensor, v: Tensor, b: Tensor, *rest: Any) -> None:
+    *draws, transposed, gain, shift, backend = rest
+    noise = _factor_noise(draws, gain, _backend(backend, y.device))
+    skinny.lowrank_linear_(y, x, v, b, **noise, transposed=transposed, shift=shift)
 
 
-def _lowrank_embedding_(
-    y: Tensor,
-    rows: Tensor,
-    v: Tensor,
-    b: Tensor,
-    seed: int,
-    tensor_id: int,
-    row_offset: int,
-    draws: Tensor,
-    scales: Tensor,
-    gain: Tensor | None,
-    backend: str,
-) -> None:
-    skinny.lowrank_embedding_(
-        y,
-        rows,
-        v,
-        b,
-        seed=seed & _SEED,
-        tensor_id=tensor_id,
-        row_offset=row_offset,
-        draws=draws,
-        scales=scales,
-        gain=gain,
-        backend=_backend(backend, y.device),
-    )
+def _lowrank_embedding_(y: Tensor, rows: Tensor, v: Tensor, b: Tensor, *rest: Any) -> None:
+    *draws, gain, backend = rest
+    skinny.lowrank_embedding_(y, rows, v, b, **_factor_noise(draws, gain, _backend(backend, y.device)))
+
+
+def _factor_noise(noise: Sequence[Any], gain: Tensor | None, backend: Backend | None) -> dict[str, Any]:
+    """The arguments that products of activations share, as skinny.py takes them."""
+    seed, tensor_id, row_offset, draws, scales = noise
+    place = {"seed": seed & _SEED, "tensor_id": tensor_id, "row_offset": row_offset}
+    return place | {"draws": draws, "scales": scales, "gain": gain, "backend": backend}
 
 
 def _factor(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .noise import MAX_DIRECTION, MAX_DRAW, MAX_RANK, STREAMS, check_factor, check_range
-from .registry import Backend, Draw, Momentum, Rounding, Step, Update, choose_backend
+from .registry import Backend, Draw, Momentum, Rounding, Step, Update, choose_backend, name_of, signed_seed
 from .table import TensorTable, check_alike
 
 Scalars = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
@@ -155,7 +155,7 @@ def resample_(table: TensorTable, *, seed: int, window: int, reproject: bool = F
     check_range("window", window, MAX_DRAW)
     if torch.compiler.is_compiling():
         n = table.n if reproject else []
-        torch.ops.lozo_kernels.resample_(table.x, table.v, n, _place(table), _signed(seed), window, _name(backend))
+        torch.ops.lozo_kernels.resample_(table.x, table.v, n, _place(table), signed_seed(seed), window, name_of(backend))
     else:
         _pick(table, backend).resample_(table, seed, window, reproject)
 
@@ -284,8 +284,8 @@ def factor(
     device = torch.device(device)
     check_factor(seed, rows, rank, tensor_id, draw.step, stream=stream, row_offset=row_offset, direction=draw.direction)
     if torch.compiler.is_compiling():
-        where = (_signed(seed), rows, rank, tensor_id, draw.step, draw.direction, STREAMS[stream], row_offset)
-        return torch.ops.lozo_kernels.factor(*where, device, _name(backend))
+        where = (signed_seed(seed), rows, rank, tensor_id, draw.step, draw.direction, STREAMS[stream], row_offset)
+        return torch.ops.lozo_kernels.factor(*where, device, name_of(backend))
     backend = backend if backend is not None else choose_backend(device).backend
     return backend.factor(seed, rows, rank, tensor_id, draw, stream=stream, row_offset=row_offset, device=device)
 
@@ -304,14 +304,14 @@ def _flat(table: TensorTable, update: Update, backend: Backend | None) -> tuple[
     """An update as library.py takes it."""
     rounding = update.rounding
     return (
-        _signed(update.seed),
+        signed_seed(update.seed),
         _steps(table, update),
         [draw.direction for draw in update.draws],
         update.scales,
         update.decay,
         None if rounding is None else torch.as_tensor(rounding.step, device=table.device),
         0 if rounding is None else rounding.index,
-        _name(backend),
+        name_of(backend),
     )
 
 
@@ -319,14 +319,6 @@ def _steps(table: TensorTable, update: Update) -> Tensor:
     if not update.draws:
         return torch.zeros(0, dtype=torch.int64, device=table.device)
     return torch.stack([torch.as_tensor(draw.step, device=table.device) for draw in update.draws])
-
-
-def _signed(seed: int) -> int:
-    return seed - (1 << 64) if seed >= 1 << 63 else seed
-
-
-def _name(backend: Backend | None) -> str:
-    return "" if backend is None else backend.name
 
 
 def _check_kind(table: TensorTable, *, low_rank: bool, momentum: bool) -> None:

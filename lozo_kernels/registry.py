@@ -130,6 +130,16 @@ class Backend(Protocol):
     ) -> Tensor: ...
 
 
+def signed_seed(seed: int) -> int:
+    """The 64 bits of a seed as library.py takes them."""
+    return seed - (1 << 64) if seed >= 1 << 63 else seed
+
+
+def name_of(backend: Backend | None) -> str:
+    """A backend as library.py takes it: "" for the best."""
+    return "" if backend is None else backend.name
+
+
 _BACKENDS: dict[str, Backend] = {}
 
 

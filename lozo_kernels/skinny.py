@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .noise import MAX_RANK
-from .registry import Backend, Skinny, choose_backend
+from .registry import Backend, Skinny, choose_backend, name_of, signed_seed
 from .table import DTYPES
 
 
@@ -61,7 +61,7 @@ def lowrank_linear_(
         raise ValueError(f"shift is {_describe(shift)}; needed is contiguous fp32 ({groups}, {outputs}) on {y.device}")
     if torch.compiler.is_compiling():
         torch.ops.lozo_kernels.lowrank_linear_(
-            y, x, v, b, _signed(seed), tensor_id, row_offset, draws, scales, transposed, gain, shift, _name(backend)
+            y, x, v, b, signed_seed(seed), tensor_id, row_offset, draws, scales, transposed, gain, shift, name_of(backend)
         )
         return
     backend = choose_backend(y.device).backend if backend is None else backend
@@ -98,7 +98,7 @@ def lowrank_embedding_(
         raise ValueError(f"rows is {_describe(rows)}; needed is contiguous int64 or int32 ({tokens},) on {y.device}")
     if torch.compiler.is_compiling():
         torch.ops.lozo_kernels.lowrank_embedding_(
-            y, rows, v, b, _signed(seed), tensor_id, row_offset, draws, scales, gain, _name(backend)
+            y, rows, v, b, signed_seed(seed), tensor_id, row_offset, draws, scales, gain, name_of(backend)
         )
         return
     backend = choose_backend(y.device).backend if backend is None else backend
@@ -135,11 +135,3 @@ def _is_plain(t: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
 
 def _describe(t: Tensor) -> str:
     return f"{tuple(t.shape)} {t.dtype} on {t.device} (contiguous: {t.is_contiguous()})"
-
-
-def _signed(seed: int) -> int:
-    return seed - (1 << 64) if seed >= 1 << 63 else seed
-
-
-def _name(backend: Backend | None) -> str:
-    return "" if backend is None else backend.name

@@ -64,7 +64,7 @@ class EagerBackend:
     def factor_update_(self, table: TensorTable, update: Update) -> None:
         for t in _tensors(table):
             f = table.x[t]
-            us = [_rows_of_u(f, table, t, update.seed, d) for d in update.draws]
+            us = [_rows_of_u(table, t, f.shape[2], update.seed, d) for d in update.draws]
             f.copy_(reference.factor_update(f, us, list(update.scales[:, t]), _decay(update, t)))
 
     def lowrank_merge_(self, table: TensorTable, update: Update, out: TensorTable) -> None:
@@ -103,12 +103,11 @@ class EagerBackend:
 
 def row_factor(table: TensorTable, t: int, seed: int, draw: Draw) -> Tensor:
     """U of one tensor: (batch, rows, rank) fp32."""
-    return _rows_of_u(table.x[t], table, t, seed, draw, table.rank)
+    return _rows_of_u(table, t, table.rank, seed, draw)
 
 
-def _rows_of_u(x: Tensor, table: TensorTable, t: int, seed: int, draw: Draw, rank: int | None = None) -> Tensor:
-    batch, rows, cols = x.shape
-    rank = cols if rank is None else rank
+def _rows_of_u(table: TensorTable, t: int, rank: int, seed: int, draw: Draw) -> Tensor:
+    batch, rows, _ = table.x[t].shape
     u = noise.factor(
         seed,
         batch * rows,

@@ -71,10 +71,8 @@ class _Layer:
         member, runtime = self.member, self.runtime
         if not member.enabled:
             return y if self._shift is None else y + self._shift[0].to(y.dtype)
-        if runtime.groups > 1 and runtime.rows_per_group(self.holder.name, x.shape) is None:
-            assert runtime.examples is not None
-            whole = runtime.groups * runtime.examples
-            x, y = x.expand(whole, *x.shape[1:]), y.expand(whole, *y.shape[1:]).contiguous()
+        if runtime.groups > 1 and runtime.is_shared(self.holder.name, x.shape):
+            x, y = x.expand(runtime.whole, *x.shape[1:]), y.expand(runtime.whole, *y.shape[1:]).contiguous()
         if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad):
             return self._differentiable(y, x)
         if not y.is_contiguous():

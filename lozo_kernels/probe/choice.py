@@ -137,7 +137,7 @@ def _make_shift(member: Member, members: Sequence[Member], uses: Mapping[Member,
     for other in members:
         if other.side == "activation" and any(h.module is module for h in other.holders):
             _settle(member, "shift", "added with the weight's part")
-            member.scopes, member.partners = [], [other]
+            member.scopes, member.layer_weight = [], other
 
 
 def scopes_of(members: Sequence[Member]) -> dict[nn.Module, list[Member]]:

@@ -27,12 +27,10 @@ from .install import Installation
 from .ledger import Ledger
 from .members import Holder, Member
 from .offload import execution_device, load_weight, offloaded_weight
-from .runtime import Point, Runtime
+from .runtime import REST, Point, Runtime
 from .scopes import Arena
 from .state import FactorUpdate, StateGroup, make_groups, update_factors
 from .weights import PerturbedWeights
-
-_REST = Point(0, 0, 0.0)
 
 
 class ProbeHandle(Handle):
@@ -164,7 +162,7 @@ class ProbeHandle(Handle):
         if standing is not None and self._groups and standing.scale:
             run_pass(self._groups, self.config, [Term(Draw(standing.step, standing.direction), perturb=-standing.scale)])
         self._standing = None
-        self._write([_REST])
+        self._write([REST])
 
     @torch.no_grad()
     def update_(
@@ -204,7 +202,7 @@ class ProbeHandle(Handle):
         self._last_step = self._last_step + 1 if isinstance(step, Tensor) else step
         self._learned = self._learned or bool(self._states)
         self._standing = None
-        self._write([_REST])
+        self._write([REST])
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -227,7 +225,7 @@ class ProbeHandle(Handle):
         for group in self._states:
             self._ledger.merge(group, self._window, rounding)
         self._learned = False
-        self._write([_REST])
+        self._write([REST])
 
     @property
     def undecaying(self) -> list[str]:
@@ -266,7 +264,7 @@ class ProbeHandle(Handle):
         self._ledger.check_past(past)
         self.settle()
         self._ledger.load_past(past)
-        self._write([_REST])
+        self._write([REST])
 
     def write_perturbed(self, name: str, out: Tensor) -> None:
         """The weight that the model behaves as having, rounded into its dtype: what the weight side computes with.
@@ -283,7 +281,7 @@ class ProbeHandle(Handle):
         slot = self._find(name)
         if slot.out_of_reach == "quantised":
             raise TypeError(f"{name!r} is quantised and has no perturbed weight")
-        member = next(m for m in self._members if m.slot is slot)
+        member = self._member_of(slot)
         if slot.out_of_reach == "sharded":
             reshard(self.model)
         base = None if slot.out_of_reach is None else load_weight(member, member.device)
@@ -348,7 +346,7 @@ class ProbeHandle(Handle):
 
     def _move_to(self, point: Point) -> None:
         self._standing = point if point.scale else None
-        self._write([point if point.scale else _REST])
+        self._write([point if point.scale else REST])
 
     def _check_prepared(self) -> None:
         self._check_usable()
@@ -387,17 +385,10 @@ class ProbeHandle(Handle):
         self._choices = {d: choose_backend(d, self.config.backend) for d in self.devices}
         self._states = make_groups(self._members, self._momentum, self._choices)
         straight = [m for m in self._members if m.b is None]
-        self._groups = self._tables([m for m in straight if m.side == "inplace"])
-        self._resting = self._tables([m for m in straight if m.side != "inplace" and m.slot.out_of_reach is None])
+        self._groups = self._make_groups(m.index for m in straight if m.side == "inplace")
+        self._resting = self._make_groups(m.index for m in straight if m.side != "inplace" and m.slot.out_of_reach is None)
         self._weights.rebuild(self._members, self._choices)
         self._weights.refresh()
-
-    def _tables(self, members: Sequence[Member]) -> list[Group]:
-        """Tables over the weights themselves, which are then moved as :class:`Handle` does."""
-        by_place: dict[tuple[str, torch.device], list[int]] = {}
-        for member in members:
-            by_place.setdefault((member.slot.kind, member.device), []).append(member.index)
-        return [self._make_group(kind, device, index) for (kind, device), index in by_place.items()]
 
     def _group_away(self, member: Member, x: Tensor) -> Group:
         """A table over one offloaded weight while it is here."""
@@ -449,8 +440,11 @@ class ProbeHandle(Handle):
         if member.name in self._momentum:
             self._momentum[member.name] = self._momentum[member.name].to(device)
 
+    def _member_of(self, slot: Slot) -> Member:
+        return next(m for m in self._members if m.slot is slot)
+
     def _describe(self, slot: Slot, choice: Choice) -> ParameterReport:
-        member = next(m for m in self._members if m.slot is slot)
+        member = self._member_of(slot)
         treatment = f"low-rank {self.config.rank}" if slot.kind == "lowrank" else "dense"
         p = slot.parameter
         note = member.reason or "prepare() will choose a side"

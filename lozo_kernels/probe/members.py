@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ..offloaded import Home
 from ..parameters import Slot
 from ..sharding import is_sharded
+from ..table import TensorTable
 from .runtime import DevicePoint
 
 
@@ -70,7 +72,7 @@ class Member:
         buffers: perturbed weights, one for each evaluation, of the parameter's shape ("copy").
         shift: (groups, elements) fp32 ("shift").
         past: of a weight that cannot be merged.
-        partners: of a bias on the activation side, the weight of its layer.
+        layer_weight: of a bias on the activation side, the weight of its layer.
         point: the points on its device.
         factors: V and B of a single matrix as (rank, cols) and (rows, rank), which layers ask for all the time.
     """
@@ -91,7 +93,7 @@ class Member:
     buffers: list[Tensor] = dataclasses.field(default_factory=list)
     shift: Tensor | None = None
     past: Past | None = None
-    partners: list[Member] = dataclasses.field(default_factory=list)
+    layer_weight: Member | None = None
     point: DevicePoint | None = None
     factors: tuple[Tensor, Tensor] | None = None
 
@@ -120,3 +122,17 @@ class Member:
         """Elements."""
         batch, rows, cols = self.extent
         return batch * rows * cols
+
+
+def table_of(members: Sequence[Member], xs: Sequence[Tensor]) -> TensorTable:
+    """Weights of members of one kind, as (batch, rows, cols) on their device, with V and what was learned."""
+    vs = [m.v for m in members if m.v is not None]
+    learned = [m.b.view(x.shape) if m.v is None else m.b for m, x in zip(members, xs, strict=True) if m.b is not None]
+    return TensorTable(xs, [m.slot.tensor_id for m in members], v=vs or None, n=learned or None)
+
+
+def gains_of(members: Sequence[Member]) -> Tensor | None:
+    """(members,) fp32, what weight decay has made of the weights, or None if none decayed."""
+    if all(m.gain is None for m in members):
+        return None
+    return torch.cat([torch.ones(1, device=m.device) if m.gain is None else m.gain for m in members])

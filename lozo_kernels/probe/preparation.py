@@ -11,7 +11,7 @@ from ..closures import Closure, Randomness, mean_loss
 from .choice import choose_sides
 from .cost import Costs, free_bytes, measure_costs
 from .members import Member
-from .runtime import Point
+from .runtime import REST, Point
 from .trace import watch_uses
 from .verify import Losses, Unit, coarsest, find_wrong, materialised, only_enabled, typical_scale, units_of
 
@@ -110,7 +110,7 @@ class _Preparation:
                 with materialised(units, lambda member, p: handle._fill(member, p, 0)):
                     real = self.loss()
         finally:
-            handle._write([Point(0, 0, 0.0)])
+            handle._write([REST])
         return Losses(rest, probed, real)
 
 

@@ -26,6 +26,10 @@ class Point:
     scale: float
 
 
+REST = Point(0, 0, 0.0)
+"""No perturbation."""
+
+
 class DevicePoint:
     """The points on one device: ``draws`` (groups, 2) int64, step and direction; ``scales`` (groups,) fp32 for low-rank weights.
 
@@ -67,7 +71,7 @@ class Runtime:
         self.seed = config.seed
         self._factor = config.perturb_factor
         self._devices: dict[torch.device, DevicePoint] = {}
-        self.points: list[Point] = [Point(0, 0, 0.0)]
+        self.points: list[Point] = [REST]
         self.examples: int | None = None
         self.live = False
         self.selected: int | None = None
@@ -114,17 +118,25 @@ class Runtime:
         point = self.points[group]
         return [Draw(point.step, point.direction)] if point.scale else []
 
-    def rows_per_group(self, name: str, shape: torch.Size) -> int | None:
-        """How many leading rows of a tensor belong to one evaluation; None where they are shared by all and must be expanded.
+    @property
+    def whole(self) -> int:
+        """Examples of all evaluations together."""
+        return self.groups * (self.examples or 1)
+
+    def is_batch(self, shape: torch.Size) -> bool:
+        """Whether a tensor's rows are the examples of all evaluations, or a multiple of them."""
+        return bool(shape) and shape[0] > 0 and shape[0] % self.whole == 0
+
+    def is_shared(self, name: str, shape: torch.Size) -> bool:
+        """Whether a tensor is one for all examples, and must be expanded to be one for each evaluation.
 
         Raises:
-            BatchSplitError: neither.
+            BatchSplitError: it is neither that nor made of the examples.
         """
-        whole = self.groups * (self.examples or 1)
-        if shape and shape[0] and shape[0] % whole == 0:
-            return shape[0] // self.groups
+        if self.is_batch(shape):
+            return False
         if shape and shape[0] == 1:
-            return None
+            return True
         raise BatchSplitError(
             f"{name!r} gets a tensor of shape {tuple(shape)}, whose first dimension is not made of {self.groups} evaluations of "
             f"{self.examples} examples: this model cannot evaluate them in one forward pass; use evaluation='sequential'"

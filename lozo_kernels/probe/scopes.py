@@ -105,18 +105,21 @@ class _Scope:
     def run_groups(self, old: Forward, args: Any, kwargs: Any) -> Any:
         """The module at every point, each with its part of the batch."""
         runtime = self.runtime
-        assert runtime.examples is not None
-        groups, whole = runtime.groups, runtime.groups * runtime.examples
-        if len(args) == 1 and not kwargs and _is_batch(args[0], whole):  # most modules, norms above all, without the detours
+        groups = runtime.groups
+
+        def is_batch(x: Any) -> bool:
+            return isinstance(x, Tensor) and runtime.is_batch(x.shape)
+
+        if len(args) == 1 and not kwargs and is_batch(args[0]):  # most modules, norms above all, without the detours
             parts = []
             for g in range(groups):
                 with runtime.only(g):
                     parts.append(self.run(old, (_rows(args[0], g, groups),), kwargs))
             return torch.cat(parts) if isinstance(parts[0], Tensor) else _join(parts, None)
-        split = any(_is_batch(x, whole) for x in tree_leaves((args, kwargs)))
+        split = any(is_batch(x) for x in tree_leaves((args, kwargs)))
         outputs = []
         for g in range(groups):
-            part, more = tree_map(lambda x, g=g: _rows(x, g, groups) if _is_batch(x, whole) else x, (args, kwargs))
+            part, more = tree_map(lambda x, g=g: _rows(x, g, groups) if is_batch(x) else x, (args, kwargs))
             with runtime.only(g):
                 outputs.append(self.run(old, part, more))
         return _join(outputs, None if split else runtime.examples)
@@ -138,11 +141,6 @@ class _Scope:
         for places, attribute, p in rest:
             places[attribute] = p
         return output
-
-
-def _is_batch(x: Any, whole: int) -> bool:
-    """Whether a tensor's rows are the examples of all evaluations, or a multiple of them."""
-    return isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] > 0 and x.shape[0] % whole == 0
 
 
 def _rows(x: Tensor, group: int, groups: int) -> Tensor:

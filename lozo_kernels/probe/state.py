@@ -10,12 +10,12 @@ from torch import Tensor
 
 from .. import ops
 from ..config import PatchConfig
-from ..engine import share
-from ..passes import Group, Scalar
+from ..engine import decay_of, share
+from ..passes import Group, Scalar, Term
 from ..registry import Choice, Draw, Rounding, Step
 from ..sharding import Shard
 from ..table import TensorTable
-from .members import Member
+from .members import Member, gains_of, table_of
 
 
 @dataclasses.dataclass(eq=False)
@@ -93,10 +93,10 @@ def update_factors(group: StateGroup, update: FactorUpdate, config: PatchConfig)
     """
     learned, low_rank = group.learned, group.kind == "lowrank"
     factor = config.update_factor if low_rank else 1.0
-    draws = [Draw(_on(update.step, learned), d) for d in range(len(update.c))]
+    draws = learned.draws([Term(Draw(update.step, d)) for d in range(len(update.c))])
     shares = [share(c, len(update.c)) for c in update.c]
-    decaying = isinstance(update.weight_decay, Tensor) or update.weight_decay != 0.0
-    decay = learned.select(1.0 - update.lr * update.weight_decay) if decaying else None
+    whole_decay = decay_of(update.lr, update.weight_decay)
+    decay = None if whole_decay is None else learned.select(whole_decay)
     for first in range(0, len(draws), ops.MAX_DRAWS):
         chunk, some = draws[first : first + ops.MAX_DRAWS], shares[first : first + ops.MAX_DRAWS]
         last = first + len(chunk) == len(draws)
@@ -154,22 +154,13 @@ def _each(value: Scalar, count: int) -> list[Scalar]:
     return list(value.expand(count).unbind()) if isinstance(value, Tensor) else [value] * count
 
 
-def _on(step: Step, group: Group) -> Step:
-    return step.to(group.table.device, non_blocking=True) if isinstance(step, Tensor) else step
-
-
 def merge_weights(group: StateGroup, xs: Sequence[Tensor], members: Sequence[Member], seed: int, rounding: Rounding | None) -> None:
     """X <- gain * X + B V^T (or + what was added), rounded once into the weights' dtype.
 
     Args:
         xs: the weights of ``members`` as (batch, rows, cols), on the group's device.
     """
-    ids = [m.slot.tensor_id for m in members]
-    bs = [m.b.view(x.shape) if group.kind == "dense" else m.b for m, x in zip(members, xs, strict=True) if m.b is not None]
-    gains = [torch.ones(1, device=m.device) if m.gain is None else m.gain for m in members]
-    decay = torch.cat(gains) if any(m.gain is not None for m in members) else None
-    vs = [m.v for m in members if m.v is not None]
-    _merge(group, TensorTable(xs, ids, v=vs or None, n=bs), seed, decay, rounding)
+    _merge(group, table_of(members, xs), seed, gains_of(members), rounding)
 
 
 def merge_shard(group: StateGroup, shard: Shard, member: Member, seed: int, rounding: Rounding | None) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..registry import Backend, Choice
 from ..table import TensorTable
-from .members import Member
+from .members import Member, gains_of, table_of
 from .runtime import Runtime
 
 
@@ -58,7 +58,7 @@ class PerturbedWeights:
             self.rebuild(self._members, self._choices)
         for batch in self._batches:
             for g, out in enumerate(batch.outs[: self._runtime.groups]):
-                gains = None if batch.members[0].side == "shift" else _gains(batch.members)
+                gains = None if batch.members[0].side == "shift" else gains_of(batch.members)
                 self._merge(batch.table, out, g, batch.low_rank, gains, batch.backend)
             if batch.members[0].side == "shift":
                 _add_decayed_biases(batch.members)
@@ -70,7 +70,7 @@ class PerturbedWeights:
         key = (base.data_ptr(), out.data_ptr())
         known = self._fills.get(member)
         if known is None or known[0] != key:
-            known = (key, _table([member], [base]), TensorTable([member.slot.matrices(out)], [0]))
+            known = (key, table_of([member], [member.slot.matrices(base)]), TensorTable([member.slot.matrices(out)], [0]))
             if member.slot.out_of_reach is None:  # a table keeps its tensors alive, and an offloaded weight is to go
                 self._fills[member] = known
         self._merge(known[1], known[2], group, member.v is not None, member.gain, backend)
@@ -91,7 +91,7 @@ class PerturbedWeights:
             if len(member.buffers) != groups or member.buffers[0].device != p.device or member.buffers[0].dtype != p.dtype:
                 member.buffers = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for _ in range(groups)]
         outs = [TensorTable([m.slot.matrices(m.buffers[g]) for m in members], [0] * len(members)) for g in range(groups)]
-        return _table(members), outs
+        return table_of(members, [m.slot.view() for m in members]), outs
 
     def _shifts(self, members: Sequence[Member], groups: int) -> tuple[TensorTable, list[TensorTable]]:
         for member in members:
@@ -105,24 +105,13 @@ class PerturbedWeights:
         return TensorTable(learned, [m.slot.tensor_id for m in members]), outs
 
 
-def _table(members: Sequence[Member], weights: Sequence[Tensor] | None = None) -> TensorTable:
-    xs = [m.slot.view() if weights is None else m.slot.matrices(weights[i]) for i, m in enumerate(members)]
-    vs = [m.v for m in members if m.v is not None]
-    learned = [m.b.view(x.shape) if m.v is None else m.b for m, x in zip(members, xs, strict=True) if m.b is not None]
-    return TensorTable(xs, [m.slot.tensor_id for m in members], v=vs or None, n=learned or None)
-
-
-def _gains(members: Sequence[Member]) -> Tensor | None:
-    if all(m.gain is None for m in members):
-        return None
-    return torch.cat([torch.ones(1, device=m.device) if m.gain is None else m.gain for m in members])
-
-
 def _add_decayed_biases(members: Sequence[Member]) -> None:
     """A layer's outputs hold the bias at rest, times the weight's gain: what is missing where the bias has another."""
     for member in members:
-        weight = next((g for g in member.partners if g.gain is not None or member.gain is not None), None)
-        if weight is None or member.shift is None or member.slot.out_of_reach is not None:
+        weight = member.layer_weight
+        if weight is None or (weight.gain is None and member.gain is None):
+            continue
+        if member.shift is None or member.slot.out_of_reach is not None:
             continue
         one = torch.ones(1, device=member.device)
         difference = (one if member.gain is None else member.gain) - (one if weight.gain is None else weight.gain)

@@ -13,7 +13,7 @@ namespace lozo {
 namespace LOZO_ISA {
 
 constexpr int kTokensAtOnce = W == 16 ? 4 : 2;  // that share a panel's registers
-constexpr int64_t kPanelCols = 256;             // that one item of work makes
+constexpr int64_t kPanelCols = 128;             // that one item of work makes
 constexpr int64_t kItemsPerThread = 4;
 constexpr int64_t kWorkPerThread = 1 << 18;  // multiply-adds, below which waking a thread costs more than it saves
 constexpr int64_t kNoiseWork = 48;           // multiply-adds in the time that a value of U takes
@@ -94,8 +94,10 @@ LOZO_INLINE void block_counters(L (&a)[2], L (&b)[2], uint32_t row) {
   }
 }
 
+// Adds scale * U to the panels of some evaluations along one direction, which lie ``stride`` floats apart.
 template <bool INTERLEAVED>
-static void add_noise(float *panel, uint32_t row, int64_t rows, int rank, int group, const Counters &counters, F scale) {
+static void add_noise(float *panel, int64_t stride, uint32_t row, int64_t rows, int rank, int group, const Counters &counters,
+                      const float *scales, int64_t evaluations) {
   const int ranks = (int)at_most(4, rank - 4 * group);
   const F unit = splat(kGridStep);
   panel += 4 * group * kBlock;
@@ -108,14 +110,14 @@ static void add_noise(float *panel, uint32_t row, int64_t rows, int rank, int gr
       for (int k = 0; k < ranks; ++k) {
         float *c = panel + k * kBlock + half * W;
         const F u = mul(to_float(normal_steps(zip(x[half][0].w[k], x[half][1].w[k]))), unit);
-        store(c, add(load(c), mul(u, scale)));
+        for (int64_t e = 0; e < evaluations; ++e, c += stride) store(c, add(load(c), mul(u, splat(scales[e]))));
       }
   }
 }
 
-// B + scale * U of an evaluation, for ``rows`` rows from ``row``.
-static inline void build_factor_panel(float *panel, bool interleaved, const lozo_skinny &s, int64_t evaluation, int64_t row,
-                                      int64_t rows) {
+// B + scale * U for ``rows`` rows from ``row``, of evaluations with one draw.
+static inline void build_factor_panels(float *panel, int64_t stride, bool interleaved, const lozo_skinny &s, int64_t first,
+                                       int64_t evaluations, int64_t row, int64_t rows) {
   const int rank = (int)s.rank;
   const auto transposed = rank == 1   ? transpose_factor<1>
                           : rank == 2 ? transpose_factor<2>
@@ -123,15 +125,25 @@ static inline void build_factor_panel(float *panel, bool interleaved, const lozo
                           : rank == 8 ? transpose_factor<8>
                                       : transpose_factor<0>;
   transposed(panel, interleaved, s.b + row * rank, rows, rank);
-  const float scale = s.scales[evaluation];
-  if (scale == 0) return;
+  const int64_t floats = divide_up(rows, kBlock) * kBlock * rank;
+  for (int64_t e = 1; e < evaluations; ++e) memcpy(panel + e * stride, panel, floats * sizeof(float));
+  const float *scales = s.scales + first;
+  if (evaluations == 1 && scales[0] == 0) return;
   const auto add = interleaved ? add_noise<true> : add_noise<false>;
-  const int64_t step = s.draws[2 * evaluation], direction = s.draws[2 * evaluation + 1];
+  const int64_t step = s.draws[2 * first], direction = s.draws[2 * first + 1];
   for (int group = 0; group * 4 < rank; ++group) {
     const Counters counters =
         make_counters(s.seed, direction_word(group, direction), (uint32_t)s.tensor_id, draw_word(kStreamU, step));
-    add(panel, (uint32_t)(s.row_offset + row), rows, rank, group, counters, splat(scale));
+    add(panel, stride, (uint32_t)(s.row_offset + row), rows, rank, group, counters, scales, evaluations);
   }
+}
+
+// Evaluations from ``first`` that have its draw.
+LOZO_INLINE int64_t count_of_draw(const lozo_skinny &s, int64_t first) {
+  const int64_t *draws = s.draws + 2 * first;
+  int64_t count = 1;
+  while (first + count < s.groups && draws[2 * count] == draws[0] && draws[2 * count + 1] == draws[1]) ++count;
+  return count;
 }
 
 // A factor as the panel of one side of a product: V, the same for all evaluations, or B + scale * U.
@@ -144,7 +156,7 @@ struct PanelPlan {
   int64_t count;
 
   int64_t across() const { return divide_up(cols, kPanelCols); }
-  int64_t items() const { return count * across(); }
+  int64_t items() const { return across(); }
   int64_t work() const { return count * size * (drawn ? kNoiseWork : 1); }
   const float *of(int64_t evaluation) const { return panels + (count > 1 ? evaluation * size : 0); }
 };
@@ -160,12 +172,15 @@ static inline PanelPlan plan_panel(const lozo_skinny &s, bool drawn, int64_t dty
   return plan;
 }
 
+// Some columns of the panels of all evaluations.
 static inline void build_panel_item(const PanelPlan &plan, const lozo_skinny &s, int64_t number) {
-  const int64_t evaluation = number / plan.across(), col = number % plan.across() * kPanelCols;
-  const int64_t cols = at_most(kPanelCols, plan.cols - col);
-  float *panel = plan.panels + evaluation * plan.size + col * s.rank;
-  if (plan.drawn) return build_factor_panel(panel, plan.interleaved, s, evaluation, col, cols);
-  build_float_panel(panel, plan.interleaved, (const f16 *)s.v + col, s.cols, (int)s.rank, cols);
+  const int64_t col = number * kPanelCols, cols = at_most(kPanelCols, plan.cols - col);
+  float *panel = plan.panels + col * s.rank;
+  if (!plan.drawn) return build_float_panel(panel, plan.interleaved, (const f16 *)s.v + col, s.cols, (int)s.rank, cols);
+  for (int64_t first = 0, count; first < s.groups; first += count) {
+    count = count_of_draw(s, first);
+    build_factor_panels(panel + first * plan.size, plan.size, plan.interleaved, s, first, count, col, cols);
+  }
 }
 
 template <class T, int RANK, bool GAIN, int TOKENS>

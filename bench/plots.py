@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import textwrap
 from pathlib import Path
@@ -28,11 +29,16 @@ def main(argv: list[str] | None = None) -> int:
             continue
         for name, figure in figures(document).items():
             target = path.with_name(f"{path.stem}{name}.png")
-            figure.text(0.01, 0.01, origin(document), fontsize=6)
-            figure.savefig(target, dpi=150)
-            plt.close(figure)
+            save(figure, document, target)
             print(target.name)
     return 0
+
+
+def save(figure: Any, document: Row, target: Path) -> None:
+    """Writes a plot, with its origin below."""
+    figure.text(0.01, 0.01, origin(document), fontsize=6)
+    figure.savefig(target, dpi=150)
+    plt.close(figure)
 
 
 def origin(document: Row) -> str:
@@ -122,6 +128,27 @@ def memory(document: Row) -> Any:
     if not peaks:
         axes.set_yscale("symlog", linthresh=1)
     return _finished(figure, axes)
+
+
+def learning(document: Row) -> Any:
+    """Two plots side by side: the score of each method at its best learning rate over steps, and over the time that steps took."""
+    figure, both = plt.subplots(1, 2, figsize=(13, 5), sharey=True)
+    key = "accuracy" if "accuracy" in document["runs"][0]["points"][0] else "loss"
+    for method in dict.fromkeys(r["method"] for r in document["runs"]):
+        runs = [r for r in document["runs"] if r["method"] == method and r["best"]]
+        points = list(zip(*(r["points"] for r in runs), strict=False))
+        middle = [statistics.median(p[key] for p in seeds) for seeds in points]
+        for axes, x in zip(both, ("step", "seconds"), strict=True):
+            along = [statistics.median(p[x] for p in seeds) for seeds in points]
+            (line,) = axes.plot(along, middle, label=f"{method}, lr {runs[0]['lr']:g}, {len(runs)} seeds")
+            axes.fill_between(
+                along, [min(p[key] for p in s) for s in points], [max(p[key] for p in s) for s in points],
+                color=line.get_color(), alpha=0.15,
+            )  # fmt: skip
+    both[0].set(xlabel="steps", ylabel=document["unit"], title=document["task"])
+    both[1].set(xlabel="seconds in steps", title="median and range of the seeds")
+    _finished(figure, both[0])
+    return _finished(figure, both[1])
 
 
 def _placement(row: Row) -> str:

@@ -296,9 +296,7 @@ def main(argv: list[str] | None = None) -> int:
     document = measure(options, argv)
     print(render(document))
     options.output.write_text(dumps(document) + "\n")
-    figure = plots.probe_drift(document)
-    figure.text(0.01, 0.01, plots.origin(document), fontsize=6)
-    figure.savefig(options.output.with_suffix(".png"), dpi=150)
+    plots.save(plots.probe_drift(document), document, options.output.with_suffix(".png"))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Fine-tune large language models with forward passes only: LOZO, LOZO-M and MeZO on fused kernels."""
+"""Fine-tune large language models with forward passes only: LOZO, LOZO-M, MeZO and SubZero on fused kernels."""
 
 from . import backends as _backends  # noqa: F401  (registers the backends)
 from . import library as _library  # noqa: F401  (registers the ops with torch)
@@ -6,7 +6,7 @@ from . import noise, ops, reference, skinny
 from .config import PatchConfig
 from .engine import Handle, handle_of
 from .graphs import CapturedStep, capture_step
-from .optim import LOZO, MeZO, NonFiniteLossError
+from .optim import LOZO, MeZO, NonFiniteLossError, SubZero
 from .patching import patch
 from .probe import BatchSplitError, LoraAdapter, ProbeHandle, export_lora
 from .registry import Draw, Rounding, choose_backend
@@ -31,6 +31,7 @@ __all__ = [
     "Report",
     "Rounding",
     "StepInfo",
+    "SubZero",
     "TensorTable",
     "capture_step",
     "choose_backend",

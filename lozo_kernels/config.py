@@ -10,10 +10,12 @@ from typing import Any
 
 from .noise import MAX_RANK
 
-ESTIMATORS = ("lowrank", "dense")
+ESTIMATORS = ("lowrank", "dense", "subspace")
 SCALINGS = ("paper", "card", "published")
 ROUNDINGS = ("nearest", "stochastic")
 PLACEMENTS = ("inplace", "probe", "auto")
+ADAPTER_PATTERNS = ("*lora_*", "*prompt_encoder*")
+"""How PEFT names what it adds: LoRA factors, and prompts and prefixes."""
 SIDES = ("auto", "activation", "scratch", "copy")
 
 
@@ -22,9 +24,10 @@ class PatchConfig:
     """How a model's parameters are perturbed and updated.
 
     Attributes:
-        estimator: "lowrank" (LOZO: U V^T for matrices, dense noise for one-dimensional tensors) or "dense" (MeZO).
+        estimator: "lowrank" (LOZO: U V^T for matrices), "subspace" (SubZero: U S V^T) or "dense" (MeZO); one-dimensional tensors
+            have dense noise with all.
         rank: r, columns of U and V, 1 to 64.
-        interval: nu, steps between two draws of V (LOZO, Algorithm 1).
+        interval: nu, steps between two draws of V (LOZO, Algorithm 1), or of U and V (SubZero).
         seed: 64-bit seed of all noise.
         scaling: where 1/r goes. With c = (F(+) - F(-)) / (2 eps):
 
@@ -38,7 +41,7 @@ class PatchConfig:
 
             The same trajectory results from lr(published) = lr(paper) / r, and from eps(card) = r eps(paper) with
             lr(card) = r lr(paper). Dense tensors have no rank: they get eps Z and lr c Z throughout, so a conversion of lr
-            changes their step relative to the matrices'.
+            changes their step relative to the matrices'. SubZero's directions have one scale, that of "paper": c D is the update.
         include: glob patterns of parameter names to train; None for all that require a gradient.
         exclude: glob patterns of parameter names to leave alone.
         rounding: of updates into bf16 and fp16: "nearest" even or "stochastic". Perturbations round to nearest.
@@ -52,6 +55,9 @@ class PatchConfig:
             the first that matches counts. A weight whose module does not allow what was asked for gets what it allows.
         keep_factors: remember the factor of every interval, for :func:`lozo_kernels.export_lora`.
         allow_drift: let "auto" choose "inplace" for speed.
+        square: glob patterns of parameters whose elements are seen as the most nearly square matrix that holds them, as SubZero
+            does with the long and thin tensors of adapters. None: those of PEFT (LoRA, prompts, prefixes) with "subspace", none
+            with the others.
 
     Raises:
         TypeError, ValueError: a field is of the wrong type or out of range.
@@ -70,6 +76,7 @@ class PatchConfig:
     side: str | Mapping[str, str] | Sequence[tuple[str, str]] = "auto"
     keep_factors: bool = False
     allow_drift: bool = False
+    square: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         words = (("estimator", ESTIMATORS), ("scaling", SCALINGS), ("rounding", ROUNDINGS), ("placement", PLACEMENTS))
@@ -78,7 +85,7 @@ class PatchConfig:
                 raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, not {getattr(self, name)!r}")
         for name, low, high in (("rank", 1, MAX_RANK), ("interval", 1, 2**63), ("seed", 0, 2**64 - 1)):
             object.__setattr__(self, name, _integer(name, getattr(self, name), low, high))
-        for name in ("include", "exclude"):
+        for name in ("square", "include", "exclude"):
             value = getattr(self, name)
             if isinstance(value, str):
                 value = (value,)
@@ -86,6 +93,8 @@ class PatchConfig:
                 if not all(isinstance(v, str) for v in value):
                     raise TypeError(f"{name} is a glob pattern or a sequence of them, not {value!r}")
                 object.__setattr__(self, name, tuple(value))
+        if self.estimator == "subspace" and self.scaling != "paper":
+            raise ValueError(f"scaling={self.scaling!r} is about LOZO: SubZero's directions have one scale")
         if self.backend is not None and not isinstance(self.backend, str):
             raise TypeError(f"backend is a name or None, not {self.backend!r}")
         object.__setattr__(self, "side", _sides(self.side))
@@ -105,7 +114,14 @@ class PatchConfig:
     @property
     def update_factor(self) -> float:
         """What multiplies lr * c for a low-rank tensor."""
-        return 1.0 if self.scaling == "published" else 1.0 / self.rank
+        return 1.0 if self.scaling == "published" or self.estimator == "subspace" else 1.0 / self.rank
+
+    @property
+    def square_patterns(self) -> tuple[str, ...]:
+        """The patterns of ``square`` with its default."""
+        if self.square is None:
+            return ADAPTER_PATTERNS if self.estimator == "subspace" else ()
+        return self.square
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; ``patch(model, **config.to_dict())`` and :meth:`from_json` take them back."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 import weakref
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from . import noise, ops, reference
 from .closures import Closure, Randomness
 from .config import PatchConfig
+from .estimators import ESTIMATORS, Place
 from .parameters import LeftAlone, Slot, find_parameters
 from .passes import Group, Scalar, Term, run_pass
 from .registry import Choice, Draw, Rounding, Step, choose_backend
@@ -58,6 +58,7 @@ class Handle:
     def __init__(self, model: nn.Module, config: PatchConfig) -> None:
         self.model = model
         self.config = config
+        self.estimator = ESTIMATORS[config.estimator](config)
         self._slots: list[Slot]
         self._left: list[LeftAlone]
         self._slots, self._left = find_parameters(model, config)
@@ -268,15 +269,14 @@ class Handle:
         """
         slot = self._find(name)
         batch, rows, cols = self._extent(slot)
-        seed, rank, device = self.config.seed, self.config.rank, self._device(slot)
+        seed, device = self.config.seed, self._device(slot)
         if slot.kind == "dense":
             z = noise.dense(seed, batch * rows * cols, slot.tensor_id, step, direction=direction, device=device)
             return z.view(slot.parameter.shape)
-        make = functools.partial(ops.factor, device=device, backend=choose_backend(device, self.config.backend).backend)
-        u = make(seed, batch * rows, rank, slot.tensor_id, Draw(step, direction))
-        v = make(seed, batch * cols, rank, slot.tensor_id, Draw(step // self.config.interval), stream="V")
-        product = reference.low_rank_product(u.view(batch, rows, rank), v.view(batch, cols, rank).transpose(1, 2))
-        product = product * self.config.perturb_factor
+        backend = choose_backend(device, self.config.backend).backend
+        place = Place(slot.tensor_id, (batch, rows, cols), backend, device)
+        left, v = self.estimator.left(place, Draw(step, direction)), self.estimator.right(place, step // self.config.interval)
+        product = reference.low_rank_product(left, v) * self.config.perturb_factor
         return product[0] if slot.out_of_reach == "quantised" else product.view(slot.parameter.shape)
 
     def report(self) -> Report:
@@ -382,9 +382,7 @@ class Handle:
         if window is not None:
             for group in self._groups:
                 if group.kind == "lowrank":
-                    ops.resample_(
-                        group.table, seed=self.config.seed, window=window, reproject=reproject, backend=group.choice.backend
-                    )
+                    self.estimator.resample_(group.table, window=window, reproject=reproject, backend=group.choice.backend)
         self._window = window
 
     def _refresh_groups(self, step: Step | None = None) -> None:
@@ -447,7 +445,8 @@ class Handle:
             v=[self._v[slot.name] for slot in slots] if kind == "lowrank" else None,
             n=[self._momentum[slot.name] for slot in slots] if self._momentum else None,
         )
-        return Group(kind, torch.tensor(index, device=device), table, choose_backend(device, self.config.backend))
+        choice = choose_backend(device, self.config.backend)
+        return Group(kind, torch.tensor(index, device=device), table, choice, self.estimator)
 
     def _describe(self, slot: Slot, choice: Choice) -> ParameterReport:
         p, x = slot.parameter, slot.view()

@@ -19,7 +19,7 @@ fp32 and never contracted. U, V and S are then rounded to multiples of 2**-8, wh
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -64,13 +64,13 @@ def tensor_ids(names: Iterable[str]) -> dict[str, int]:
     return ids
 
 
-def philox(seed: int, c0: Tensor, c1: Tensor | int, c2: int, c3: Tensor | int) -> Tensor:
+def philox(seed: int, c0: Tensor, c1: Tensor | int, c2: Tensor | int, c3: Tensor | int) -> Tensor:
     """Philox4x32-10 of a batch of counters.
 
     Args:
         seed: 64-bit key.
         c0: (n,) int64, values below 2**32.
-        c1: (n,) int64 or a number; c2: a number; c3: a number or a 0-dim int64 tensor; all below 2**32.
+        c1, c2: (n,) int64 or a number; c3: a number or a 0-dim int64 tensor; all below 2**32.
 
     Returns:
         (n, 4) int64 words in [0, 2**32).
@@ -145,6 +145,37 @@ def factor(
         words = philox(seed, i, k, tensor_id, STREAMS[stream] << 28 | draw)
         out[start : start + size] = to_grid(normal(words)).view(size, groups * 4)[:, :rank]
     return out
+
+
+def cores(
+    seed: int,
+    rank: int,
+    owners: Sequence[tuple[int, int]],
+    draw: int,
+    *,
+    direction: int = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The cores S of SubZero for many matrices at once.
+
+    Args:
+        seed, rank, direction: as in :func:`factor`; ``draw`` is the step.
+        owners: (tensor id, index of the matrix in the tensor's batch) of each.
+
+    Returns:
+        (matrices, rank, rank) fp32: of matrix b the rows ``b * rank`` to ``(b + 1) * rank - 1`` of ``factor(stream="S")``.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    for tensor, batch in owners:
+        check_factor(seed, rank, rank, tensor, draw, stream="S", row_offset=batch * rank, direction=direction)
+    groups = (rank + 3) // 4
+    places = torch.tensor(owners, dtype=torch.int64).reshape(-1, 2).to(device)
+    i = (places[:, 1:] * rank + torch.arange(rank, device=device)).flatten().repeat_interleave(groups)
+    k = torch.arange(groups, device=device).repeat(len(owners) * rank) | direction << 8
+    words = philox(seed, i, k, places[:, 0].repeat_interleave(rank * groups), STREAMS["S"] << 28 | draw)
+    return to_grid(normal(words)).view(len(owners), rank, groups * 4)[..., :rank].contiguous()
 
 
 def dense(

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from .closures import BatchClosure, Closure, Randomness, batch_losses, bind_inputs, count_examples, mean_loss, pair_closures
+from .drive import Drive, drive_of
 from .engine import Handle
 from .interrupts import deferred_interrupt
-from .noise import NOISE_VERSION
 from .numbers import check_count, check_number
 from .patching import patch
 from .probe import ProbeHandle, check_batches
 from .readback import Readback
 from .registry import Step
+from .resume import ResumableOptimizer
 from .steps import Pending, StepInfo, StepInputs
 
 EVALUATIONS = ("sequential", "batched")
@@ -28,7 +29,7 @@ class NonFiniteLossError(RuntimeError):
     """The loss was NaN or infinite too many steps in a row. The weights are those of the last good step."""
 
 
-class ZerothOrderOptimizer(torch.optim.Optimizer):
+class ZerothOrderOptimizer(ResumableOptimizer):
     """Two-point (or one-sided) estimates along directions that are regenerated, never stored. Use a subclass.
 
     ``step(closure)`` evaluates the closure without a graph at perturbed weights and updates them in place; a step costs two
@@ -54,7 +55,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             activations of all; dropout then differs between evaluations.
         common_random_numbers: give every evaluation of a step the same state of torch's generators (dropout, sampling).
         max_nonfinite: raise :class:`NonFiniteLossError` after this many steps in a row with a loss that is not finite.
-        patch_options: see :func:`patch`; only with a model as target.
+        patch_options: see :func:`patch`; only with a model as target. ``drive="backward"`` is for loops that call
+            ``loss.backward()`` and ``step()``.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the model is untouched.
@@ -98,6 +100,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 )
             self._check_placement(handle, fuse_steps, evaluation)
             self.handle = handle
+            self._drive: Drive | None = None
             super().__init__(_groups(handle, params), {"lr": lr, "weight_decay": weight_decay})
             self._check_cover()
         except BaseException:
@@ -125,11 +128,20 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             handle.enable_momentum()
         if fuse_steps:
             handle.guard(self.flush)
+        self._drive = drive_of(handle)
+        if self._drive is not None:
+            self._drive.connect(self)
 
     @property
     def steps_done(self) -> int:
         """Steps taken so far, which is the index of the next one."""
         return self._step
+
+    @property
+    def projected_gradient(self) -> Tensor | None:
+        """(directions,) fp64: with ``drive="backward"``, c as backward has accumulated it since the last step, or None."""
+        gradient = None if self._drive is None else self._drive.gradient
+        return None if gradient is None else gradient[0]
 
     @torch.no_grad()
     def step(self, closure: Any = None, inputs: Any = None) -> Tensor:  # type: ignore[override]
@@ -143,16 +155,21 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 closures. The closure may then return one loss per example, or (sums, weights) of the examples, and must for
                 ``evaluation="batched"``, where it gets the examples once for each evaluation. None: it is called without.
 
+        With ``drive="backward"``, step() uses what backward has accumulated; a closure is called once and does that first.
+
         Returns:
             0-dim fp64 tensor, on the device of the loss: :attr:`StepInfo.loss`.
 
         Raises:
             TypeError: no closure, or one that does not return a loss.
+            RuntimeError: with ``drive="backward"``, nothing was backpropagated since the last step.
             BatchSplitError: the model cannot evaluate several points in one forward pass.
             NonFiniteLossError: see ``max_nonfinite``.
             Exception: whatever the closure raises; the weights are then back where they were (in place, up to one rounding of
                 the weight's dtype), and the step was not taken.
         """
+        if self._drive is not None:
+            return self._step_after_backward(self._drive, closure, inputs)
         closures, batches = pair_closures(closure, inputs)
         if self.evaluation == "batched" and batches is None:
             raise TypeError("evaluation='batched' needs step(closure, inputs), with a closure that takes the inputs")
@@ -171,6 +188,32 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             raise
         self._watch_losses(info.loss)
         return info.loss
+
+    def _step_after_backward(self, drive: Drive, closure: Any, inputs: Any) -> Tensor:
+        if inputs is not None:
+            raise TypeError("with drive='backward' the model is called with its inputs before step()")
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        pending, info = self._conclude(*drive.take())
+        self._commit(pending, info)
+        self._watch_losses(info.loss)
+        return info.loss
+
+    @torch.no_grad()
+    def estimate(self, closure: Closure) -> tuple[Tensor, Tensor]:
+        """Evaluates a loss at the points of the next step, which it does not take; the weights are then back where they were.
+
+        Returns:
+            (3, directions) fp64: projected gradients, F(+) and F(-); and the loss of the step, 0-dim fp64.
+        """
+        try:
+            randomness = Randomness(self.handle.devices) if self.common_random_numbers else None
+            self.handle.prepare([closure], randomness, step=self._step)
+            plus, minus = map(torch.stack, self._evaluate([closure], randomness))
+        finally:
+            self._move(None)
+        return torch.stack((self._differences(plus, minus), plus, minus)), self._mean(plus, minus)
 
     def flush(self) -> None:
         """Makes an update that ``fuse_steps`` left pending; otherwise does nothing."""
@@ -201,73 +244,12 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         param_group["params"] = [(known[id(p)], p) for p in params]
         super().add_param_group(param_group)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a run needs besides the weights to go on bit for bit, keyed by parameter name.
-
-        A pending update is made first. V is not stored: it follows from seed and step.
-        """
-        self.flush()
-        self.handle.settle()
-        groups = [
-            {k: v for k, v in group.items() if k not in ("params", "param_names")} | {"params": list(group["param_names"])}
-            for group in self.param_groups
-        ]
-        return {
-            "noise_version": NOISE_VERSION,
-            "patch": self.handle.config.to_dict(),
-            "settings": self._settings(),
-            "step": self._step,
-            "window": self.handle.window,
-            "skipped": [int(self._skipped_total), int(self._skipped_in_a_row)],
-            "state": {name: {"momentum": value} for name, value in self.handle.momentum.items()},
-            "past": self.handle.past if isinstance(self.handle, ProbeHandle) else {},
-            "history": [(w, dict(bs)) for w, bs in self.handle.history] if isinstance(self.handle, ProbeHandle) else [],
-            "param_groups": groups,
-        }
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`.
-
-        Raises:
-            ValueError: it was saved under other settings, noise or parameters; nothing was changed.
-        """
-        self.flush()
-        mine = {"noise_version": NOISE_VERSION, "patch": self.handle.config.to_dict(), "settings": self._settings()}
-        for key, value in mine.items():
-            saved = state_dict.get(key)
-            if saved != value:
-                what = key
-                if isinstance(saved, dict) and isinstance(value, dict):
-                    what = ", ".join(k for k in value if saved.get(k) != value[k]) or key
-                raise ValueError(f"the state was saved under other settings; differing: {what} (saved {saved}, now {value})")
-        saved_groups = state_dict["param_groups"]
-        if [list(g["param_names"]) for g in self.param_groups] != [list(g["params"]) for g in saved_groups]:
-            raise ValueError("the state was saved with other parameter groups")
-        if isinstance(self.handle, ProbeHandle):
-            self.handle.load_past(state_dict["past"])
-            self.handle.history = [(w, dict(bs)) for w, bs in state_dict["history"]]
-        if self.momentum:
-            self.handle.load_momentum({name: s["momentum"] for name, s in state_dict["state"].items()}, state_dict["window"])
-        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
-            group.update({k: v for k, v in saved_group.items() if k != "params"})
-        self._step = state_dict["step"]
-        total, in_a_row = state_dict["skipped"]
-        self._skipped_total, self._skipped_in_a_row = torch.tensor(total), torch.tensor(in_a_row)
-
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "eps": self.eps,
-            "momentum": self.momentum,
-            "directions": self.directions,
-            "two_sided": self.two_sided,
-            "fuse_steps": self.fuse_steps,
-            "evaluation": self.evaluation,
-        }
-
     @staticmethod
     def _check_placement(handle: Handle, fuse_steps: bool, evaluation: str) -> None:
         probing = isinstance(handle, ProbeHandle)
+        if drive_of(handle) is not None and (fuse_steps or evaluation == "batched"):
+            which = "fuse_steps leaves weights perturbed" if fuse_steps else "evaluation='batched' needs the loss of each example"
+            raise ValueError(f"{which}, which drive='backward' does not allow: leave it out, or use step(closure)")
         if fuse_steps and probing:
             raise ValueError("fuse_steps saves a pass over the weights, and a probe makes none: leave it out")
         if evaluation == "batched" and not probing:
@@ -331,9 +313,17 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def _estimate(self, plus: list[Tensor], minus: list[Tensor]) -> tuple[Pending, StepInfo]:
         """The update that the evaluations ask for. Reads no value: a skipped update is an update by zero, so nothing waits."""
         f_plus, f_minus = torch.stack(plus), torch.stack(minus)
+        return self._conclude(self._differences(f_plus, f_minus), f_plus, f_minus)
+
+    def _differences(self, plus: Tensor, minus: Tensor) -> Tensor:
         # By a tensor: a GPU divides by a number as a multiplication by its reciprocal, which rounds differently.
-        distance = torch.full((), 2 * self.eps if self.two_sided else self.eps, dtype=torch.float64, device=f_plus.device)
-        c = (f_plus - f_minus) / distance
+        distance = torch.full((), 2 * self.eps if self.two_sided else self.eps, dtype=torch.float64, device=plus.device)
+        return (plus - minus) / distance
+
+    def _mean(self, plus: Tensor, minus: Tensor) -> Tensor:
+        return (plus + minus).mean() / 2 if self.two_sided else minus[0]
+
+    def _conclude(self, c: Tensor, f_plus: Tensor, f_minus: Tensor) -> tuple[Pending, StepInfo]:
         good = torch.isfinite(c).all()
         c = torch.where(good, c, 0.0)
         lr = self._per_parameter("lr", c.device)
@@ -344,7 +334,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             weight_decay=self._per_parameter("weight_decay", c.device) if self._decays else 0.0,
             beta=torch.where(good, self.momentum, 1.0).to(torch.float64) if self.momentum else None,
         )
-        loss = (f_plus + f_minus).mean() / 2 if self.two_sided else f_minus[0]
+        loss = self._mean(f_plus, f_minus)
         total = self._skipped_total.to(c.device, non_blocking=True) + ~good
         in_a_row = (self._skipped_in_a_row.to(c.device, non_blocking=True) + 1) * ~good
         return pending, StepInfo(self._step, loss, f_plus, f_minus, c, ~good, total, in_a_row)
@@ -399,7 +389,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             self._standing = target
 
     def _update(self, pending: Pending, perturb_next: float | None) -> None:
-        assert self._standing is not None or self.evaluation == "batched"
+        assert self._standing is not None or self.evaluation == "batched" or self._drive is not None
         self.handle.update_(
             pending.step,
             pending.c,
@@ -460,6 +450,22 @@ class MeZO(ZerothOrderOptimizer):
     """
 
     _estimator = "dense"
+
+
+class SubZero(ZerothOrderOptimizer):
+    """Zeroth-order SGD in random subspaces (Yu et al., 2024): X is probed along U S V^T sqrt(rows * cols) / rank.
+
+    U and V are orthonormal and drawn every ``interval`` steps (the reference's ``update_interval``), S is new every step; X moves
+    by -lr c times the direction. One-dimensional tensors have dense Gaussian directions, and the tensors of PEFT adapters are
+    seen as nearly square matrices (``square``). The published settings are rank 8 and an interval of 1000 or 2000. ``momentum`` is
+    kept in the left factor, as LOZO-M's.
+
+    Example::
+
+        optimizer = SubZero(model, lr=1e-6, rank=8, interval=1000)
+    """
+
+    _estimator = "subspace"
 
 
 def _same_point(a: tuple[int, float] | None, b: tuple[int, float] | None) -> bool:

@@ -32,7 +32,8 @@ class Slot:
         aliases: its other names, if it is tied.
         tensor_id: id of the alphabetically first of all names, so it survives a change of registration order.
         kind: "lowrank" or "dense".
-        layout: "matrix", "experts" (one matrix each), "rows" (first dimension by the rest, as for convolutions) or "flat".
+        layout: "matrix", "experts" (one matrix each), "rows" (first dimension by the rest, as for convolutions), "square" (see
+            :func:`most_square`) or "flat".
         out_of_reach: why the storage cannot be changed as it is ("offloaded", "quantised", "sharded"), or None. Only probes take
             such weights.
     """
@@ -57,6 +58,8 @@ class Slot:
             return 1, 1, p.numel()
         if self.layout == "rows":
             return 1, p.shape[0], math.prod(p.shape[1:])
+        if self.layout == "square":
+            return 1, *most_square(p.numel())
         return (1, p.shape[0], p.shape[1]) if p.dim() == 2 else (p.shape[0], p.shape[1], p.shape[2])
 
     @property
@@ -90,14 +93,16 @@ class Slot:
                 return p.view(1, 1, -1)
             if p.dim() == 1:  # every element a row: the flat index is the row
                 return p.view(1, -1, 1)
+        if self.layout == "square" and p.is_contiguous():
+            return p.view(1, *most_square(p.numel()))
         if self.layout == "rows":
             try:
                 return p.view(1, p.shape[0], math.prod(p.shape[1:]))
             except RuntimeError:
                 raise self._bad_strides(p, "its columns must be contiguous") from None
-        if p.dim() == 3:
+        if p.dim() == 3 and self.layout != "square":
             return p
-        if p.dim() == 2:
+        if p.dim() == 2 and self.layout != "square":
             return p.unsqueeze(0)
         raise self._bad_strides(p, "it must be contiguous")
 
@@ -115,6 +120,12 @@ class LeftAlone:
     name: str
     tensor: Tensor
     reason: str
+
+
+def most_square(numel: int) -> tuple[int, int]:
+    """Rows and columns of the most nearly square matrix of so many elements, not more rows than columns."""
+    rows = next((r for r in range(math.isqrt(numel), 0, -1) if numel % r == 0), 1)
+    return rows, numel // rows
 
 
 def is_quantised(module: nn.Module | None, p: Tensor) -> bool:
@@ -183,7 +194,7 @@ def find_parameters(model: nn.Module, config: PatchConfig) -> tuple[list[Slot], 
     ids = tensor_ids(min(aliases) for *_, aliases, _ in chosen)
     slots = []
     for module, attribute, p, aliases, away in chosen:
-        kind, layout = _treatment(module, p, config)
+        kind, layout = _treatment(module, p, aliases, config)
         tensor_id, others = ids[min(aliases)], tuple(dict.fromkeys(aliases[1:]))
         slot = Slot(weakref.ref(module), attribute, aliases[0], others, tensor_id, kind, layout, away)
         if away is None:
@@ -237,19 +248,21 @@ def check_trainable(name: str, p: Tensor) -> None:
 
 
 def _check_sharded(model: nn.Module, name: str, p: Tensor, config: PatchConfig) -> None:
-    if config.placement == "inplace" or config.estimator == "dense":
+    if config.placement == "inplace" or config.estimator != "lowrank":
         raise TypeError(
-            f"parameter {name!r} is sharded (fully_shard): shards are not moved in place, nor along dense noise (MeZO); "
+            f"parameter {name!r} is sharded (fully_shard): shards are not moved in place, nor with MeZO or SubZero; "
             "use LOZO with placement='probe', or exclude it"
         )
     check_shards(model, name, p)
 
 
-def _treatment(module: nn.Module, p: Tensor, config: PatchConfig) -> tuple[str, str]:
+def _treatment(module: nn.Module, p: Tensor, names: Sequence[str], config: PatchConfig) -> tuple[str, str]:
     if is_quantised(module, p):
         return "lowrank", "matrix"
     if config.estimator == "dense" or p.dim() < 2:
         return "dense", "flat"
+    if _matches(names, config.square_patterns):
+        return "lowrank", "square"
     if p.dim() == 2:
         return "lowrank", "matrix"
     if p.dim() == 3 and not isinstance(module, nn.modules.conv._ConvNd):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from . import ops
 from .config import PatchConfig
+from .estimators import Estimator
 from .registry import Choice, Draw, Rounding
 from .table import TensorTable
 
@@ -39,6 +41,7 @@ class Group:
     """Positions of its parameters among all, for picking per-parameter scalars; on the group's device."""
     table: TensorTable
     choice: Choice
+    estimator: Estimator
 
     def select(self, value: Scalar) -> Scalar:
         """A scalar as the ops take it: a number, or fp32 on the group's device, 0-dim or one value per parameter of the group."""
@@ -87,16 +90,17 @@ def run_pass(
         select = group.select
         table, draws = group.table, group.draws(terms)
         scales = group.stack([select(scale(term)) for term in terms])
-        seed, backend = config.seed, group.choice.backend
+        backend = group.choice.backend
         decay_here = None if decay is None else select(decay)
         if momentum is None:
-            update = ops.lowrank_update_ if low_rank else ops.dense_update_
-            update(table, seed=seed, draws=draws, scales=scales, decay=decay_here, rounding=rounding, backend=backend)
+            update = group.estimator.lowrank_update_ if low_rank else functools.partial(ops.dense_update_, seed=config.seed)
+            update(table, draws=draws, scales=scales, decay=decay_here, rounding=rounding, backend=backend)
         else:
-            update_momentum = ops.lowrank_momentum_ if low_rank else ops.dense_momentum_
+            update_momentum = (
+                group.estimator.lowrank_momentum_ if low_rank else functools.partial(ops.dense_momentum_, seed=config.seed)
+            )
             update_momentum(
                 table,
-                seed=seed,
                 draws=draws,
                 scales=scales,
                 coefficients=group.stack([select(term.coefficient) for term in terms]),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from .config import PatchConfig
+from .drive import DRIVES, Drive
 from .engine import Handle, register_handle
 from .probe import ProbeHandle
 
@@ -27,13 +28,20 @@ def patch(
     side: str | Mapping[str, str] | Sequence[tuple[str, str]] = "auto",
     keep_factors: bool = False,
     allow_drift: bool = False,
+    square: Sequence[str] | str | None = None,
+    drive: str = "closure",
 ) -> Handle:
     """Prepares a model for forward-only training. Nothing of the model changes until the handle is used.
 
     Args:
         model: any module; parameters that require a gradient are trained, tied ones once.
-        estimator, rank, interval, seed, scaling, include, exclude, rounding, backend, placement, side, keep_factors, allow_drift:
-            see :class:`PatchConfig`.
+        estimator, rank, interval, seed, scaling, include, exclude, rounding, backend, placement, side, keep_factors,
+            allow_drift, square: see :class:`PatchConfig`.
+        drive: "closure": an optimiser's ``step(closure)`` evaluates. "backward": a call of the model in train mode makes all
+            evaluations of a step, its loss can be backpropagated, and ``step()`` follows (:mod:`lozo_kernels.drive`). The model's
+            parameters then require no gradient until the handle is restored. Build the optimiser before wrapping the model for
+            several processes. "loss": the same for a loss that is computed outside of the model, by way of
+            :meth:`lozo_kernels.drive.Drive.project`.
 
     Returns:
         The handle, a :class:`~lozo_kernels.probe.ProbeHandle` unless the placement is "inplace"; ``handle.restore()`` gives the
@@ -45,9 +53,18 @@ def patch(
     """
     config = PatchConfig(
         *(estimator, rank, interval, seed, scaling, include, exclude, rounding, backend),  # type: ignore[arg-type]
-        *(placement, side, keep_factors, allow_drift),  # type: ignore[arg-type]
+        *(placement, side, keep_factors, allow_drift, square),  # type: ignore[arg-type]
     )
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch() takes a torch.nn.Module, not {type(model).__name__}")
+    if drive not in DRIVES:
+        raise ValueError(f"drive is one of {', '.join(map(repr, DRIVES))}, not {drive!r}")
     kind = Handle if config.placement == "inplace" else ProbeHandle
-    return register_handle(model, lambda: kind(model, config))
+    handle = register_handle(model, lambda: kind(model, config))
+    if drive != "closure":
+        try:
+            Drive(handle, intercept=drive == "backward")
+        except BaseException:
+            handle.restore()
+            raise
+    return handle

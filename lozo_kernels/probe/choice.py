@@ -58,7 +58,7 @@ def _fall_back(members: Sequence[Member], uses: Mapping[Member, Uses], costs: Ma
     known = [m for m in members if m in costs and m.slot.out_of_reach is None]
     probe = 2 * sum(_cost(m, uses[m], costs[m]) for m in known)
     passes = _PASSES * sum(m.numel * costs[m].element for m in known)
-    if config.allow_drift and config.estimator == "lowrank" and passes < probe:
+    if config.allow_drift and config.estimator != "dense" and passes < probe:
         for member in members:
             if member.slot.out_of_reach is None:
                 _settle(member, "inplace", f"{1e3 * passes:.1f} ms a step against {1e3 * probe:.1f} for a probe")
@@ -91,7 +91,7 @@ def _settle_in_place(member: Member, reason: str) -> None:
 
 
 def _choose_matrix(member: Member, used: Uses, costs: Costs, config: PatchConfig, compiled: bool) -> None:
-    obstacle = why_not_activation(member, used)
+    obstacle = why_not_activation(member, used, config.estimator)
     asked = _asked(member, config)
     if member.slot.out_of_reach == "quantised":
         if obstacle is not None:
@@ -113,10 +113,12 @@ def _choose_matrix(member: Member, used: Uses, costs: Costs, config: PatchConfig
         _settle(member, "scratch", f"{member.slot.out_of_reach}: only its module has it")
 
 
-def why_not_activation(member: Member, used: Uses) -> str | None:
+def why_not_activation(member: Member, used: Uses, estimator: str) -> str | None:
     """What speaks against the activation side, or None. It needs every use of the weight to be that of a layer that is known."""
     if member.slot.layout != "matrix":
         return "not the matrix of a layer"
+    if estimator == "subspace":
+        return "SubZero's directions are written into weights"
     for holder in member.holders:
         if layer_kind(holder) is None:
             return f"held by {type(holder.module).__name__}, which uses it in its own way"

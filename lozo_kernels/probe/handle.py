@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..closures import Closure, Randomness
 from ..config import PatchConfig
 from ..engine import Handle, check_scale
@@ -366,9 +365,7 @@ class ProbeHandle(Handle):
         if window is not None:
             for group in self._states:
                 if group.windows is not None:
-                    ops.resample_(
-                        group.windows, seed=self.config.seed, window=window, reproject=reproject, backend=group.choice.backend
-                    )
+                    self.estimator.resample_(group.windows, window=window, reproject=reproject, backend=group.choice.backend)
         in_place = self._groups
         try:
             self._groups = [*in_place, *self._resting]
@@ -383,11 +380,11 @@ class ProbeHandle(Handle):
         for member in self._members:
             self._follow(member)
         self._choices = {d: choose_backend(d, self.config.backend) for d in self.devices}
-        self._states = make_groups(self._members, self._momentum, self._choices)
+        self._states = make_groups(self._members, self._momentum, self._choices, self.estimator)
         straight = [m for m in self._members if m.b is None]
         self._groups = self._make_groups(m.index for m in straight if m.side == "inplace")
         self._resting = self._make_groups(m.index for m in straight if m.side != "inplace" and m.slot.out_of_reach is None)
-        self._weights.rebuild(self._members, self._choices)
+        self._weights.rebuild(self._members, self._choices, self.estimator)
         self._weights.refresh()
 
     def _group_away(self, member: Member, x: Tensor) -> Group:
@@ -395,7 +392,7 @@ class ProbeHandle(Handle):
         momentum = [self._momentum[member.name]] if self._momentum else None
         index = torch.tensor([member.index], device=member.device)
         table = TensorTable([x], [member.slot.tensor_id], n=momentum)
-        return Group(member.slot.kind, index, table, self._choices[member.device])
+        return Group(member.slot.kind, index, table, self._choices[member.device], self.estimator)
 
     def _find_holders(self) -> dict[str, list[Holder]]:
         """The modules that have each trained parameter, by its canonical name."""
@@ -428,7 +425,7 @@ class ProbeHandle(Handle):
             self._v[member.name] = member.v
         if member.side == "inplace":
             member.b = None
-        elif self.config.estimator == "lowrank":
+        elif self.estimator.low_rank:
             if member.b is None:
                 member.b = torch.zeros(batch, rows, self.config.rank if member.v is not None else cols, device=device)
             member.b = member.b.to(device)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..engine import Handle
 from ..errors import require
+from ..estimators import Place
 from ..parameters import canonical
-from ..registry import Draw
+from ..registry import choose_backend
 from ..sharding import gather, reshard
 from .activation import layer_kind
 from .handle import ProbeHandle
@@ -80,8 +80,10 @@ def export_lora(handle: Handle, folder: str | Path | None = None, *, rank: int |
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank is an integer of at least 1, not {rank!r}")
-    if not isinstance(handle, ProbeHandle) or handle.config.estimator != "lowrank":
-        raise ValueError("an adapter is made of the factors that LOZO learns with placement='probe' and keep_factors=True")
+    if not isinstance(handle, ProbeHandle) or handle.config.estimator == "dense":
+        raise ValueError(
+            "an adapter is made of factors that LOZO or SubZero learns with placement='probe' and keep_factors=True"
+        )
     handle.check_decay()
     adapter = _Export(handle, rank).run()
     if folder is not None:
@@ -211,16 +213,16 @@ def truncate(b: Tensor, v: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
 
 def _factors(handle: ProbeHandle, member: Member) -> tuple[Tensor, Tensor]:
     """(rows, ranks) and (cols, ranks) fp32 on the CPU: the member's delta since it was patched is their product."""
-    _, _, cols = member.extent
     config = handle.config
+    cpu = torch.device("cpu")
+    place = Place(member.slot.tensor_id, member.extent, choose_backend(cpu).backend, cpu)
     if member.b is None or not (config.keep_factors or member.slot.out_of_reach == "quantised"):
         why = "it is moved in place" if member.b is None else "patch the model with keep_factors=True"
         raise ValueError(f"the factors of {member.name!r} were not kept: {why}")
     parts: dict[int, tuple[Tensor, Tensor]] = {}
     for window, kept in handle.history:
         if member.name in kept:
-            v = ops.factor(config.seed, cols, config.rank, member.slot.tensor_id, Draw(window), stream="V")
-            parts[window] = kept[member.name][0], v
+            parts[window] = kept[member.name][0], handle.estimator.right(place, window)[0].T
     if handle.window is not None and bool(member.b.any()):
         assert member.v is not None
         b, v = member.b[0].cpu(), member.v[0].T.float().cpu()

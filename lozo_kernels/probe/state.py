@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from .. import ops
 from ..config import PatchConfig
 from ..engine import decay_of, share
+from ..estimators import Estimator
 from ..passes import Group, Scalar, Term
 from ..registry import Choice, Draw, Rounding, Step
 from ..sharding import Shard
@@ -39,17 +41,19 @@ class StateGroup:
 
 
 def make_groups(
-    members: Sequence[Member], momentum: Mapping[str, Tensor], choices: Mapping[torch.device, Choice]
+    members: Sequence[Member], momentum: Mapping[str, Tensor], choices: Mapping[torch.device, Choice], estimator: Estimator
 ) -> list[StateGroup]:
     """Members that learn in factors, by kind and device."""
     by_place: dict[tuple[str, torch.device], list[Member]] = {}
     for member in members:
         if member.b is not None:
             by_place.setdefault((member.slot.kind, member.device), []).append(member)
-    return [_make_group(kind, some, momentum, choices[device]) for (kind, device), some in by_place.items()]
+    return [_make_group(kind, some, momentum, choices[device], estimator) for (kind, device), some in by_place.items()]
 
 
-def _make_group(kind: str, members: list[Member], momentum: Mapping[str, Tensor], choice: Choice) -> StateGroup:
+def _make_group(
+    kind: str, members: list[Member], momentum: Mapping[str, Tensor], choice: Choice, estimator: Estimator
+) -> StateGroup:
     index = torch.tensor([m.index for m in members], device=members[0].device)
     ids = [m.slot.tensor_id for m in members]
     bs = [m.b for m in members if m.b is not None]
@@ -60,7 +64,8 @@ def _make_group(kind: str, members: list[Member], momentum: Mapping[str, Tensor]
             gains[i] = member.gain[0]
         member.gain = gains[i : i + 1] if member.gain is not None else None
     if kind == "dense":
-        return StateGroup(kind, members, Group(kind, index, TensorTable(bs, ids, n=ns), choice), None, None, gains, choice)
+        learned = Group(kind, index, TensorTable(bs, ids, n=ns), choice, estimator)
+        return StateGroup(kind, members, learned, None, None, gains, choice)
     windows = TensorTable(
         # Only shapes count: drawing V does not touch the weights, which may be out of reach.
         [torch.empty(1, device=m.device).expand(m.extent) for m in members],
@@ -69,10 +74,9 @@ def _make_group(kind: str, members: list[Member], momentum: Mapping[str, Tensor]
         n=ns,
         checked=True,
     )
-    learned = Group(kind, index, TensorTable(bs, ids), choice)
-    return StateGroup(
-        kind, members, learned, Group(kind, index, TensorTable(ns, ids), choice) if ns else None, windows, gains, choice
-    )
+    learned = Group(kind, index, TensorTable(bs, ids), choice, estimator)
+    carried = Group(kind, index, TensorTable(ns, ids), choice, estimator) if ns else None
+    return StateGroup(kind, members, learned, carried, windows, gains, choice)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +107,8 @@ def update_factors(group: StateGroup, update: FactorUpdate, config: PatchConfig)
         keep = decay if first == 0 else None
         if update.beta is None:
             scales = learned.stack([learned.select(s * -update.lr * factor) for s in some])
-            step = ops.factor_update_ if low_rank else ops.dense_update_
-            step(learned.table, seed=config.seed, draws=chunk, scales=scales, decay=keep, backend=group.choice.backend)
+            step = learned.estimator.factor_update_ if low_rank else functools.partial(ops.dense_update_, seed=config.seed)
+            step(learned.table, draws=chunk, scales=scales, decay=keep, backend=group.choice.backend)
             continue
         beta = update.beta if first == 0 else 1.0
         coefficients = learned.stack([learned.select((1.0 - update.beta) * s) for s in some])
@@ -122,9 +126,8 @@ def update_factors(group: StateGroup, update: FactorUpdate, config: PatchConfig)
             )
             continue
         assert group.momentum is not None
-        ops.factor_update_(
+        learned.estimator.factor_update_(
             group.momentum.table,
-            seed=config.seed,
             draws=chunk,
             scales=coefficients,
             decay=learned.select(beta),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..estimators import Estimator
 from ..registry import Backend, Choice
 from ..table import TensorTable
 from .members import Member, gains_of, table_of
@@ -31,15 +33,16 @@ class PerturbedWeights:
 
     def __init__(self, runtime: Runtime, seed: int) -> None:
         self._runtime, self._seed = runtime, seed
+        self._estimator: Estimator
         self._batches: list[_Batch] = []
         self._most = 1  # points at once so far: there is memory for as many
         self._members: list[Member] = []
         self._choices: Mapping[torch.device, Choice] = {}
         self._fills: dict[Member, tuple[tuple[int, int], TensorTable, TensorTable]] = {}
 
-    def rebuild(self, members: Sequence[Member], choices: Mapping[torch.device, Choice]) -> None:
+    def rebuild(self, members: Sequence[Member], choices: Mapping[torch.device, Choice], estimator: Estimator) -> None:
         """Starts anew: weights or sides changed, or there are more points than ever."""
-        self._members, self._choices = list(members), choices
+        self._members, self._choices, self._estimator = list(members), choices, estimator
         self._fills.clear()
         self._batches.clear()
         groups = self._most = max(self._most, self._runtime.groups)
@@ -55,7 +58,7 @@ class PerturbedWeights:
     def refresh(self) -> None:
         """Copies and shifts at the points as they are now."""
         if self._runtime.groups > self._most:
-            self.rebuild(self._members, self._choices)
+            self.rebuild(self._members, self._choices, self._estimator)
         for batch in self._batches:
             for g, out in enumerate(batch.outs[: self._runtime.groups]):
                 gains = None if batch.members[0].side == "shift" else gains_of(batch.members)
@@ -82,8 +85,8 @@ class PerturbedWeights:
         scale: float | Tensor = runtime.points[group].scale
         if low_rank:
             scale = runtime.on(table.device).scales[group : group + 1].view(1, 1)
-        merge = ops.lowrank_merge_ if low_rank else ops.dense_merge_
-        merge(table, seed=self._seed, draws=runtime.draws(group), scales=scale, decay=gains, out=out, backend=backend)
+        merge = self._estimator.lowrank_merge_ if low_rank else functools.partial(ops.dense_merge_, seed=self._seed)
+        merge(table, draws=runtime.draws(group), scales=scale, decay=gains, out=out, backend=backend)
 
     def _copies(self, members: Sequence[Member], groups: int) -> tuple[TensorTable, list[TensorTable]]:
         for member in members:

@@ -1,0 +1,109 @@
+"""Which trainer an object is, by its call points, and the adapter that serves it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ..config import ROUNDINGS
+from .base import COMPAT, Settings, TrainerAdapter
+from .lozo import LozoAdapter, PublishedLozoAdapter
+from .mezo import MediumMezoAdapter, MezoAdapter
+from .subzero import SubZeroAdapter
+from .zo2 import Zo2Adapter
+from .zo_llm import ZoLlmAdapter
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A trainer by what is called on it.
+
+    Attributes:
+        name: of its repository.
+        methods: all of them are methods of the object.
+        adapter: serves it; ``published`` with compat="published".
+    """
+
+    name: str
+    methods: tuple[str, ...]
+    adapter: type[TrainerAdapter]
+    published: type[TrainerAdapter]
+
+
+FAMILIES = (
+    Family("zimingyy/SubZero", ("zo_subspace_perturb_parameters", "zo_subspace_update"), SubZeroAdapter, SubZeroAdapter),
+    Family(
+        "optsuite/LOZO",
+        ("lowrank_zo_perturb_parameters", "lowrank_zo_step", "lowrank_zo_update"),
+        LozoAdapter,
+        PublishedLozoAdapter,
+    ),
+    Family("liangyuwang/zo2", ("zo_perturb_parameters", "zo_perturb_shifts", "zo_forward", "zo_update"), Zo2Adapter, Zo2Adapter),
+    Family("ZO-Bench/ZO-LLM", ("zo_perturb_parameters", "zo_step", "zo_step_v1", "zo_forward"), ZoLlmAdapter, ZoLlmAdapter),
+    Family("princeton-nlp/MeZO, large_models", ("zo_perturb_parameters", "zo_step", "zo_update"), MezoAdapter, MezoAdapter),
+    Family(
+        "princeton-nlp/MeZO, medium_models", ("efficient_perturb_parameters", "zo_forward"), MediumMezoAdapter, MediumMezoAdapter
+    ),
+)
+"""The first whose methods are all there counts: some trainers have another's methods too."""
+
+
+def accelerate_trainer(
+    trainer: Any,
+    *,
+    compat: str | None = None,
+    seed: int | None = None,
+    backend: str | None = None,
+    rounding: str = "nearest",
+) -> TrainerAdapter:
+    """Serves the perturb and update methods of another project's zeroth-order trainer with the ops of this library, in place.
+
+    The trainer keeps its loop, its losses and its schedule. Its seeds name the directions: the same seed and scalar replay. One op
+    call moves all parameters of a device, and nothing as large as a weight is made.
+
+    Args:
+        trainer: an object with the call points of one of :data:`FAMILIES`.
+        compat: "published" for the trainer's own stream of noise (torch's global generator, in its order) and its defects, so that
+            a published run is followed to rounding. LOZO and SubZero are still applied without a temporary of the size of a
+            weight; for the dense noise of MeZO one, drawn for each parameter in turn, cannot be avoided.
+        seed: of V (LOZO) and of U and V (SubZero), which outlive a step; default: ``trainer.args.seed``, or 0.
+        backend: name of a backend; None for the best of each device.
+        rounding: of updates into bf16 and fp16: "nearest" or "stochastic".
+
+    Returns:
+        The adapter. ``adapter.restore()`` gives every method back; ``with accelerate_trainer(trainer):`` does so at the end.
+
+    Raises:
+        TypeError: the object has the call points of no known trainer.
+        ValueError: an argument or a setting of the trainer is not served; nothing was changed.
+        RuntimeError: the trainer is served already.
+    """
+    if compat not in COMPAT:
+        raise ValueError(f"compat is one of {', '.join(map(repr, COMPAT))}, not {compat!r}")
+    if rounding not in ROUNDINGS or (compat == "published" and rounding != "nearest"):
+        raise ValueError(f"rounding is one of {', '.join(map(repr, ROUNDINGS))}, 'nearest' with compat, not {rounding!r}")
+    family = recognise(trainer)
+    if any(hasattr(getattr(trainer, name), "lozo_adapter") for name in family.methods):
+        raise RuntimeError("this trainer is served already: call restore() on its adapter first")
+    if seed is None:
+        seed = getattr(getattr(trainer, "args", None), "seed", None) or 0
+    kind = family.adapter if compat is None else family.published
+    adapter = kind(trainer, Settings(compat, seed, backend, rounding))
+    adapter.serve()
+    return adapter
+
+
+def recognise(trainer: Any) -> Family:
+    """The family of a trainer.
+
+    Raises:
+        TypeError: it is none of :data:`FAMILIES`.
+    """
+    for family in FAMILIES:
+        if all(callable(getattr(trainer, name, None)) for name in family.methods):
+            return family
+    looked = "; ".join(f"{family.name}: {', '.join(family.methods)}" for family in FAMILIES)
+    raise TypeError(
+        f"{type(trainer).__name__} has the methods of no known zeroth-order trainer ({looked}). "
+        "For a trainer of your own use lozo_kernels.adapters.DirectionBackend"
+    )

@@ -1,0 +1,232 @@
+"""The parameters of a trainer's list, moved by one op call a pass wherever their storage is now."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..config import PatchConfig
+from ..engine import Handle
+from ..parameters import canonical
+from ..passes import Group, Scalar
+from ..registry import Draw, Rounding
+
+Pairs = Sequence[tuple[Any, ...]]
+"""(name, parameter, ...) for each parameter, as in a trainer's ``named_parameters_to_optim``."""
+
+
+@dataclasses.dataclass
+class Listed:
+    """A list of parameters that was seen before: the module that stands for it, and the handle on that module."""
+
+    holder: nn.Module
+    handle: Handle
+    raw: dict[str, str]
+    """The trainer's name for each of the handle's."""
+
+
+class Weights:
+    """Moves lists of parameters along directions that a seed names.
+
+    These trainers make their list anew in every step and may replace the storage of a parameter at any time. A list is known by its
+    names; addresses are compared at every pass (:class:`~lozo_kernels.Handle` does it), so a list that did not change costs
+    a look-up. Tied parameters are one. Noise is that of :mod:`lozo_kernels.noise` with the caller's seed and step 0; V is that
+    of ``config.seed`` and the window of the caller's step.
+
+    Args:
+        config: estimator, rank, interval, seed of V, scaling, rounding and backend.
+        model: where the parameters' further names are found, if they are tied; ids are then those of ``patch(model)``.
+    """
+
+    def __init__(self, config: PatchConfig, model: nn.Module | None = None) -> None:
+        self.config = config
+        self.model = model
+        self._lists: dict[tuple[str, ...], Listed] = {}
+        self._whole: Listed | None = None
+        self._tick = 0
+
+    def listed(self, pairs: Pairs | None, step: int | None = None) -> Listed:
+        """The list with the storage that its parameters have now.
+
+        Args:
+            pairs: None for the parameters of the model that require a gradient.
+            step: through ``step // interval`` which V; None where the direction has none.
+
+        Raises:
+            TypeError, ValueError: a parameter cannot be changed in place, or there is none; nothing was changed.
+        """
+        found = self._find(pairs)
+        self._tick ^= 1  # a step that differs from the last: sizes and dtypes are compared too
+        found.handle.enter_window(self._tick if step is None else step)
+        return found
+
+    def _find(self, pairs: Pairs | None) -> Listed:
+        if pairs is None:
+            if self._whole is None:
+                assert self.model is not None
+                handle = Handle(self.model, self.config)
+                self._whole = Listed(self.model, handle, {name: name for name in handle.names})
+            return self._whole
+        names = tuple(pair[0] for pair in pairs)
+        found = self._lists.get(names)
+        if found is None:
+            found = self._lists[names] = self._make(pairs)
+        else:
+            owned = found.holder._parameters
+            for name, p, *_ in pairs:
+                if owned[name] is not p:
+                    owned[name] = trained(p)
+        return found
+
+    def perturb(self, pairs: Pairs | None, seed: int, scale: float, *, step: int | None = None) -> None:
+        """X += scale * D(seed)."""
+        for group in self.listed(pairs, step).handle.groups:
+            factor = self.config.perturb_factor if group.kind == "lowrank" else 1.0
+            _update_op(group)(group.table, **self._seeded(group, seed), scales=scale * factor)
+
+    def update(
+        self,
+        pairs: Pairs | None,
+        seed: int,
+        gradient: Scalar,
+        *,
+        decay: Scalar | None = None,
+        restore: float = 0.0,
+        step: int | None = None,
+        index: int = 0,
+    ) -> None:
+        """X <- decay * (X + restore * D(seed)) + gradient * D(seed).
+
+        Args:
+            gradient: -lr * c; a number, or one value per parameter of the list.
+            decay: 1 - lr * weight_decay, likewise; None for 1.
+            restore: minus the scale of a perturbation along the same direction that still stands.
+            index: of this pass among the stochastically rounded ones of the seed.
+        """
+        for group in self.listed(pairs, step).handle.groups:
+            standing, factor = self._factors(group, decay, restore)
+            _update_op(group)(
+                group.table,
+                **self._seeded(group, seed),
+                scales=group.select(standing + gradient * factor),
+                decay=None if decay is None else group.select(decay),
+                rounding=self._rounding(index),
+            )
+
+    def update_momentum(
+        self,
+        pairs: Pairs,
+        seed: int,
+        coefficient: Scalar,
+        *,
+        beta: float,
+        lr: Scalar,
+        decay: Scalar | None = None,
+        restore: float = 0.0,
+        step: int | None = None,
+        index: int = 0,
+    ) -> None:
+        """N <- beta * N + coefficient * U, or Z for dense tensors; X <- decay * (X + restore * D(seed)) - lr * N V^T, or N."""
+        handle = self.listed(pairs, step).handle
+        handle.enable_momentum()
+        for group in handle.groups:
+            standing, factor = self._factors(group, decay, restore)
+            update = ops.lowrank_momentum_ if group.kind == "lowrank" else ops.dense_momentum_
+            update(
+                group.table,
+                **self._seeded(group, seed),
+                scales=group.select(standing),
+                coefficients=group.select(coefficient),
+                alpha=group.select(-lr * factor),
+                beta=beta,
+                decay=None if decay is None else group.select(decay),
+                rounding=self._rounding(index),
+            )
+
+    def factors(self, pairs: Pairs, step: int | None = None) -> dict[str, Tensor]:
+        """V of every low-rank parameter by the trainer's name: (cols, rank) fp16 views, or (batch, cols, rank)."""
+        listed = self.listed(pairs, step)
+        found = {}
+        for group in listed.handle.groups:
+            for i, v in zip(group.index.tolist(), group.table.v or (), strict=False):
+                v = v.transpose(1, 2)
+                found[listed.raw[listed.handle.names[i]]] = v[0] if len(v) == 1 else v
+        return found
+
+    def momentum(self, pairs: Pairs, step: int | None = None) -> dict[str, Tensor]:
+        """N by the trainer's name, empty before the first update with momentum.
+
+        fp32 views: (rows, rank), (batch, rows, rank) for a batch of matrices, the parameter's own shape for dense ones.
+        """
+        listed = self.listed(pairs, step)
+        handle = listed.handle
+        shapes = dict(zip(handle.names, (p.shape for p in handle.parameters), strict=True))
+        found = {}
+        for name, n in handle.momentum.items():
+            low_rank = self.config.estimator == "lowrank" and len(shapes[name]) >= 2
+            found[listed.raw[name]] = (n[0] if len(n) == 1 else n) if low_rank else n.view(shapes[name])
+        return found
+
+    def _make(self, pairs: Pairs) -> Listed:
+        holder, further = nn.Module(), []
+        parameters = {id(p): trained(p) for _, p, *_ in pairs}
+        for name, p, *_ in pairs:
+            holder._parameters[name] = parameters[id(p)]
+        for name, p in further_names(pairs, self.model):
+            holder._parameters[name] = p
+            further.append(name)
+        handle = Handle(holder, self.config)
+        for name in further:  # they made the ids; kept, they would keep replaced parameters in memory
+            del holder._parameters[name]
+        return Listed(holder, handle, {canonical(name): name for name, *_ in reversed(pairs)})
+
+    def _seeded(self, group: Group, seed: Any) -> dict[str, Any]:
+        return {"seed": operator.index(seed), "draws": [Draw(0)], "backend": group.choice.backend}
+
+    def _factors(self, group: Group, decay: Scalar | None, restore: float) -> tuple[Scalar, float]:
+        """The scale that takes a standing perturbation out, and what multiplies lr * c."""
+        low_rank = group.kind == "lowrank"
+        standing: Scalar = restore * (self.config.perturb_factor if low_rank else 1.0)
+        if restore and decay is not None:
+            standing = standing * decay
+        return standing, self.config.update_factor if low_rank else 1.0
+
+    def _rounding(self, index: int) -> Rounding | None:
+        return Rounding(0, index) if self.config.rounding == "stochastic" else None
+
+
+def _update_op(group: Group) -> Callable[..., None]:
+    return ops.lowrank_update_ if group.kind == "lowrank" else ops.dense_update_
+
+
+def further_names(pairs: Pairs, model: nn.Module | None) -> list[tuple[str, nn.Parameter]]:
+    """The names that a model has for parameters of a list and that are not in the list: those of tied parameters."""
+    if model is None:
+        return []
+    listed, names = {id(p) for _, p, *_ in pairs}, {name for name, *_ in pairs}
+    every = model.named_parameters(remove_duplicate=False)
+    return [(name, p) for name, p in every if id(p) in listed and name not in names]
+
+
+def trained(p: Tensor) -> nn.Parameter:
+    """The parameter itself, or for a tensor that is none, or is frozen but listed, a parameter on its storage."""
+    if isinstance(p, nn.Parameter) and p.requires_grad:
+        return p
+    return nn.Parameter(p.detach(), requires_grad=True)
+
+
+def decay_of_names(names: Iterable[str], without: Sequence[str], lr: Scalar, weight_decay: float) -> Tensor | None:
+    """1 - lr * weight_decay for each name, 1 where the name contains one of the words; None without weight decay.
+
+    The comparison is case-sensitive, as in the trainers that are served.
+    """
+    if not weight_decay:
+        return None
+    decays = [0.0 if any(word in name for word in without) else weight_decay for name in names]
+    return 1.0 - lr * torch.tensor(decays, dtype=torch.float64)

@@ -31,12 +31,12 @@ class Coverage:
     untouched: bool
 
 
-def check(name: str, side: str, *, seed: int = 0, backend: str | None = None) -> Coverage:
-    """Builds an architecture, takes two steps of LOZO under a probe, and compares the third's probe with materialised weights."""
+def check(name: str, side: str, *, seed: int = 0, backend: str | None = None, estimator: str = "lowrank") -> Coverage:
+    """Builds an architecture, takes two steps of an estimator's optimiser under a probe, and compares the third's probe with materialised weights."""
     model, inputs = build(name, seed=seed)
     run(model, inputs)  # some models change their own weights at the first call (RWKV)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    handle = patch(model, placement="probe", side=side, rank=3, seed=seed, interval=50, backend=backend)
+    handle = patch(model, placement="probe", side=side, rank=3, seed=seed, interval=50, backend=backend, estimator=estimator)
     with torch.no_grad():
         handle.prepare(lambda: run(model, inputs)[0])
         for step in range(2):

@@ -29,6 +29,13 @@ def test_scratch_gives_the_bits_of_materialised_weights(name):
     assert found.untouched and found.same_bits
 
 
+@pytest.mark.parametrize("name", ["opt", "gpt2", "bert", "vit", "mixtral", "mamba", "t5", "gemma3_text"])
+def test_subzero_has_the_bits_of_materialised_weights(name):
+    found = check(name, "auto", estimator="subspace")
+    assert not found.demoted and set(found.sides) <= {"scratch", "copy"}
+    assert found.untouched and found.same_bits
+
+
 def test_enough_architectures_of_every_family():
     families = {a.family for a in ARCHITECTURES.values()}
     assert len(ARCHITECTURES) >= 60

@@ -76,5 +76,5 @@ def cge(loss: Loss, at: Parameters, eps: float) -> dict[str, Tensor]:
 
 def forward_gradient(loss: Loss, at: Parameters, z: Parameters) -> dict[str, Tensor]:
     """(grad F . Z) Z by forward-mode differentiation: RGE without a finite difference, at the memory of a tangent (Baydin, 2022)."""
-    _, c = jvp(loss, (dict(at),), (dict(z),))
+    c = jvp(loss, (dict(at),), (dict(z),))[1]
     return {name: c * z[name] for name in at}

@@ -1,5 +1,6 @@
 """Tasks, files and the embedded language."""
 
+import dataclasses
 import json
 import random
 
@@ -9,20 +10,27 @@ from hf_helpers import data_folder, write_jsonl
 from lozo_kernels.errors import InputError
 from lozo_kernels.hf.data import Example, load_data, read_examples
 from lozo_kernels.hf.demo import language
+from lozo_kernels.hf.prompts import render
 from lozo_kernels.hf.settings import Settings
-from lozo_kernels.hf.tasks import TASKS, TEXT
+from lozo_kernels.hf.splits import draw_demonstrations, split
+from lozo_kernels.hf.tasks import KINDS, TASKS, TEXT
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda t: t.name)
 def test_rows_of_the_table_are_complete(task):
-    assert task.kind in ("classification", "causal_lm")
+    assert task.kind in KINDS
     assert task.fields and all(task.fields)
+    texts = ["field"] * len(task.fields)
     if task.kind == "classification":
         assert len(task.labels) == len(set(task.labels)) > 1
         assert len(task.words) == len(task.labels)
-        assert all(word.startswith(" ") for word in task.words)
-        assert task.prompt.format(*("field" for _ in task.fields)) != task.prompt
+        # Words follow the prompt directly.
+        assert all(word.startswith(" ") != task.prompt.endswith("\n") for word in task.words)
+        assert render(task.prompt, texts).lower().count("field") == len(texts)
         assert task.hub or task.generate
+    if task.masked:
+        assert len(task.masked_words) == len(task.labels)
+        assert render(task.masked, texts, mask="MASK").count("MASK") == 1
     if task.hub and task.hub.labels:
         assert sorted(task.hub.labels) == sorted(task.labels)
 
@@ -37,6 +45,9 @@ def test_rows_of_the_table_are_complete(task):
         ("mnli", 8999, 1000, 0),
         ("boolq", 32, 3270, None),
         ("cb", 32, 56, 0),
+        ("wsc", 554, 104, 0),
+        ("wic", 32, 638, None),
+        ("multirc", 154, 4848, None),
     ],
 )
 def test_real_files_of_every_task(task, train, dev, first):
@@ -133,3 +144,100 @@ def test_the_embedded_task_is_new_to_its_model_and_dev_is_disjoint():
 def test_settings_survive_json():
     settings = Settings(task="sst2", lr=1e-3)
     assert Settings(**json.loads(json.dumps(settings.to_dict()))) == settings
+
+
+def drawn(settings, train=range(1000), held=range(2000, 2600), task="sst2", labels=None):
+    return split(TASKS[task], list(train), list(held), labels or [i % 2 for i in train], settings)
+
+
+def test_nothing_is_drawn_unless_it_was_asked_for():
+    parts = drawn(Settings())
+    assert (parts.train, parts.dev, parts.test, parts.note) == (list(range(1000)), list(range(2000, 2600)), [], "")
+    parts = drawn(Settings(num_train=30, num_eval=7))
+    assert len(parts.train) == 30 and set(parts.train) < set(range(1000)) and len(parts.dev) == 600
+    assert len(parts.test) == 7 and set(parts.test) < set(parts.dev)
+
+
+def test_the_papers_split_is_drawn_from_the_train_examples():
+    settings = Settings(num_train=600, num_dev=300, seed=5)
+    parts = drawn(settings)
+    assert (len(parts.train), len(parts.dev), len(parts.test)) == (600, 300, 600)
+    assert len({*parts.train, *parts.dev}) == 900 and {*parts.train, *parts.dev} < set(range(1000))
+    assert set(parts.test) == set(range(2000, 2600)) and "600 and 300 of its train examples drawn with seed 5" in parts.note
+    assert drawn(settings) == parts != drawn(dataclasses.replace(settings, seed=6))
+    # The seed of the run and that of the draws can be two.
+    assert drawn(dataclasses.replace(settings, seed=6, data_seed=5)) == parts
+    assert len(drawn(settings, held=range(3000)).test) == 1000
+    # Fewer than were asked for: dev has its number, as in the published runs on CB (150 and 100 of 250).
+    parts = drawn(Settings(num_train=1000, num_dev=100), train=range(250))
+    assert (len(parts.train), len(parts.dev)) == (150, 100)
+    with pytest.raises(InputError, match="--num-dev 500 of 32 train examples leaves none to train on"):
+        drawn(Settings(num_train=1000, num_dev=500), train=range(32))
+
+
+def test_k_shot_takes_as_many_of_each_class():
+    labels = [rank % 3 for rank in range(900)]
+    parts = drawn(Settings(k_shot=16), train=range(900), task="snli", labels=labels)
+    for part in (parts.train, parts.dev):
+        assert [sum(labels[i] == c for i in part) for c in range(3)] == [16] * 3
+    assert not set(parts.train) & set(parts.dev) and len(parts.test) == 600
+    assert drawn(Settings(k_shot=16, seed=1), train=range(900), task="snli", labels=labels).train != parts.train
+    # A class with fewer is trained on first.
+    few = [0] * 5 + [1] * 90 + [2] * 12
+    parts = drawn(Settings(k_shot=10), train=range(107), task="snli", labels=few)
+    assert [sum(few[i] == c for i in parts.train) for c in range(3)] == [5, 10, 10]
+    assert [sum(few[i] == c for i in parts.dev) for c in range(3)] == [0, 10, 2]
+    assert "(entailment has 5, contradiction has 12)" in parts.note
+
+
+@pytest.mark.parametrize(
+    ("settings", "labels", "message"),
+    [
+        ({"task": "sst2", "k_shot": 5}, [0, 0, 0, 0], "no train example is of the class positive"),
+        ({"task": "sst2", "k_shot": 2}, [0, 0, 1, 1], "no class has more than 2 examples, so that none is left as dev"),
+        ({"task": "copa", "k_shot": 2}, [None] * 4, "copa has no classes; use --num-train and --num-dev"),
+    ],
+)
+def test_k_shot_that_cannot_be(settings, labels, message):
+    with pytest.raises(InputError, match=message):
+        drawn(Settings(**settings), train=range(4), task=settings["task"], labels=labels)
+    with pytest.raises(InputError, match="--k-shot says how many"):
+        Settings(**settings, num_train=3, train_file=__file__).resolved()
+
+
+def test_demonstrations_are_drawn_with_the_seed():
+    shown = draw_demonstrations(list(range(100)), Settings(num_shots=8, seed=3))
+    assert len(set(shown)) == 8 and shown == draw_demonstrations(list(range(100)), Settings(num_shots=8, data_seed=3, seed=4))
+    assert sorted(draw_demonstrations(list(range(5)), Settings(num_shots=8))) == list(range(5))
+
+
+def test_the_split_of_a_run_is_that_of_its_settings(tmp_path):
+    write_jsonl(tmp_path / "sst2.train.jsonl", [{"text": f"t{i}", "label": i % 2} for i in range(40)])
+    write_jsonl(tmp_path / "sst2.dev.jsonl", [{"text": f"d{i}", "label": i % 2} for i in range(9)])
+    data = load_data(Settings(task="sst2", data_dir=str(tmp_path), k_shot=4))
+    assert (len(data.train), len(data.dev), len(data.test)) == (8, 8, 9)
+    assert data.source.endswith("4 of each class, and as many as dev, drawn with seed 0")
+
+
+def test_rows_of_the_hub_without_an_answer_are_passed_over(monkeypatch):
+    import sys
+    import types
+
+    rows = {
+        "rajpurkar/squad": [
+            {"context": "c", "question": "q", "answers": {"text": texts, "answer_start": []}} for texts in (["a"], [])
+        ],
+        "aps/super_glue": [
+            {"premise": "p.", "choice1": "A b", "choice2": "C d", "question": "cause", "label": label} for label in (-1, 1)
+        ],
+    }
+    asked = []
+
+    def load_dataset(path, config, *, split, revision):
+        asked.append(split)
+        return rows[path]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert [e.answers for e in load_data(Settings(task="squad")).train] == [("a",)]
+    assert [e.right for e in load_data(Settings(task="copa", method="zero-shot")).dev] == [(1,)]
+    assert asked == ["train", "validation", "validation"]  # nothing is fetched that is not needed

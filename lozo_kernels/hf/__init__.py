@@ -2,3 +2,24 @@
 
 Only this package imports transformers, and only inside the functions that need it (the pretraining script apart).
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .planning import plan
+
+if TYPE_CHECKING:
+    from .arguments import ZOArguments
+    from .attaching import attach
+    from .trainer import ZOTrainer
+
+__all__ = ["ZOArguments", "ZOTrainer", "attach", "plan"]
+
+_LAZY = {"ZOArguments": "arguments", "attach": "attaching", "ZOTrainer": "trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    """What needs transformers is imported when it is asked for."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)

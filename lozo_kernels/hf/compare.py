@@ -10,10 +10,9 @@ import torch
 
 from ..published import PublishedStep
 from .measure import Clock, peak_memory
-from .methods import METHODS
+from .methods import METHODS, build_optimizer
 from .objectives import Encoded, Objective
 from .settings import Settings
-from .train import build_optimizer
 
 
 @dataclasses.dataclass(frozen=True)

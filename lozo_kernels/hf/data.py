@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, require
+from .methods import METHODS
 from .settings import Settings
+from .splits import split
 from .tasks import TASKS, TEXT, Row, Task
 
 DEV_NAMES = ("dev", "val", "validation", "test")
@@ -18,42 +20,67 @@ DEV_NAMES = ("dev", "val", "validation", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One example: its text fields in order, and the index of its class (None for language modelling)."""
+    """One example.
+
+    Attributes:
+        texts: the text fields of the task, in order.
+        label: the index of its class; None where there are no classes.
+        options, right: continuations of the prompt that are this example's own, and the indices of the right ones.
+        answers: all texts that count as right where the answer is written; the first is trained.
+    """
 
     texts: tuple[str, ...]
     label: int | None = None
+    options: tuple[str, ...] = ()
+    right: tuple[int, ...] = ()
+    answers: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskData:
-    """A task (one made up for a file without a task included) and its examples."""
+    """A task (one made up for a file without a task included) and its examples; ``test`` is empty unless it was asked for."""
 
     task: Task
     train: list[Example]
     dev: list[Example]
     source: str
+    test: list[Example] = dataclasses.field(default_factory=list)
 
 
 def load_data(settings: Settings) -> TaskData:
-    """The data that resolved settings ask for.
+    """The data that resolved settings ask for, divided as they say, see :func:`lozo_kernels.hf.splits.split`.
 
     Raises:
         InputError: a file is missing or malformed, a label is none of the classes, or there are no examples.
     """
+    whole = _load(settings)
+    parts = split(whole.task, whole.train, whole.dev, [e.label for e in whole.train], settings)
+    source = f"{whole.source}: {parts.note}" if parts.note else whole.source
+    return TaskData(whole.task, parts.train, parts.dev, source, parts.test)
+
+
+def _load(settings: Settings) -> TaskData:
     labelled = settings.objective != "lm"
     if settings.train_file is not None:
         return _from_files(settings, labelled)
     task = TASKS[settings.task or ""]
+    shown = METHODS[settings.method].trains or settings.method == "icl"  # the train examples are
+    if task.kind == "image":
+        from .vision_data import load_images
+
+        return load_images(settings)
+    if settings.dev_file is not None:  # zero-shot
+        return TaskData(task, [], read_examples(Path(settings.dev_file), task, labelled), settings.dev_file)
     if settings.data_dir is not None:
-        train_path, dev_path = _find(Path(settings.data_dir), task)
-        train, dev = (read_examples(path, task, labelled) for path in (train_path, dev_path))
-        return TaskData(task, train, dev, f"{train_path}, {dev_path}")
+        paths = _find(Path(settings.data_dir), task, shown)
+        train, dev = (read_examples(path, task, labelled) if path is not None else [] for path in paths)
+        return TaskData(task, train, dev, ", ".join(str(path) for path in paths if path is not None))
     if task.generate is not None:
         train, dev = (_examples(_numbered(rows, task.name), task, labelled) for rows in task.generate(0))
         return TaskData(task, train, dev, "its generator")
     if task.hub is None:
         raise InputError(f"--task {task.name} needs --train-file or --data-dir")
-    return _from_hub(task, labelled)
+    return _from_hub(task, labelled, shown)
 
 
 def read_examples(path: Path, task: Task, labelled: bool = True) -> list[Example]:
@@ -78,7 +105,7 @@ def _from_files(settings: Settings, labelled: bool) -> TaskData:
     texts = sorted({e.texts for e in train})
     if len(texts) < 2:
         raise InputError(f"{train_path}: one example is too few to hold some out; give --dev-file")
-    random.Random(settings.seed).shuffle(texts)
+    random.Random(settings.drawing_seed).shuffle(texts)
     held_out = set(texts[: max(1, len(texts) // 10)])
     return TaskData(
         task,
@@ -110,35 +137,35 @@ def _fields_of(row: Row, where: str) -> tuple[tuple[str, ...], ...]:
     raise InputError(f"{where}: no text field ({_spell(single)}, or for pairs {_spell(pair)})")
 
 
-def _find(folder: Path, task: Task) -> tuple[Path, Path]:
-    trains = [folder / f"{task.name}.train.jsonl", *sorted(folder.glob(f"{task.name}.train*.jsonl"))]
+def _find(folder: Path, task: Task, shown: bool) -> tuple[Path | None, Path]:
+    train_paths = [folder / f"{task.name}.train.jsonl", *sorted(folder.glob(f"{task.name}.train*.jsonl"))]
     devs = [folder / f"{task.name}.{name}.jsonl" for name in DEV_NAMES]
-    found = [next((p for p in paths if p.is_file()), None) for paths in (trains, devs)]
-    train, dev = found
-    if train is None or dev is None:
-        missing = trains[0].name if train is None else " or ".join(p.name for p in devs)
+    train, dev = (next((p for p in paths if p.is_file()), None) for paths in (train_paths, devs))
+    lacks_train = train is None and shown
+    if dev is None or lacks_train:
+        missing = train_paths[0].name if lacks_train else " or ".join(p.name for p in devs)
         raise InputError(f"--data-dir {folder}: no {missing}")
     return train, dev
 
 
-def _from_hub(task: Task, labelled: bool) -> TaskData:
+def _from_hub(task: Task, labelled: bool, shown: bool) -> TaskData:
     datasets = require("datasets", extra="hub")
     hub = task.hub
     assert hub is not None
     parts = {}
-    for split in (hub.train, hub.dev):
+    for part in (hub.train, hub.dev) if shown else (hub.dev,):
         try:
-            rows = datasets.load_dataset(hub.path, hub.config, split=split, revision=hub.revision)
+            rows = datasets.load_dataset(hub.path, hub.config, split=part, revision=hub.revision)
         except Exception as e:  # offline, renamed, gated: the library raises many kinds, and each is the user's to know
             reason = " ".join(str(e).split())
             raise InputError(f"task {task.name}: {hub.path} could not be had from the Hub ({reason}); use --data-dir") from None
         source = dataclasses.replace(task, label_field=hub.label_field or task.label_field, labels=hub.labels or task.labels)
-        examples = _examples(_numbered(rows, f"{hub.path} {split}"), source, labelled, skip_unlabelled=True)
+        examples = _examples(_numbered(rows, f"{hub.path} {part}"), source, labelled, skip_unlabelled=True)
         if hub.labels and labelled:
             order = [task.labels.index(name) for name in hub.labels]
             examples = [dataclasses.replace(e, label=order[e.label]) for e in examples if e.label is not None]
-        parts[split] = examples
-    return TaskData(task, parts[hub.train], parts[hub.dev], f"the Hub: {hub.path}")
+        parts[part] = examples
+    return TaskData(task, parts.get(hub.train, []), parts[hub.dev], f"the Hub: {hub.path}")
 
 
 def _numbered(rows: Iterable[Row], name: str) -> Iterator[tuple[str, Row]]:
@@ -169,21 +196,45 @@ def _read_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _examples(rows: Iterable[tuple[str, Row]], task: Task, labelled: bool, skip_unlabelled: bool = False) -> list[Example]:
-    """Rows as examples. ``skip_unlabelled`` passes over the label -1, by which the Hub's sets mark rows without one."""
-    labelled = labelled and task.kind == "classification"
+    """Rows as examples. ``skip_unlabelled`` passes over those whose answer is not published: label -1, or no right answer."""
     examples = []
     for where, row in rows:
-        texts = tuple(_text(row, names, where) for names in task.fields)
-        label = None
-        if labelled:
-            if task.label_field not in row:
-                raise InputError(f"{where}: no field {task.label_field!r}")
-            value = row[task.label_field]
-            if skip_unlabelled and value == -1:
+        for part in _unpack(row, task, where):
+            texts = tuple(_text(part, names, where) for names in task.fields)
+            if not labelled or task.kind == "causal_lm":
+                examples.append(Example(texts))
+            elif skip_unlabelled and _unanswered(part, task):
                 continue
-            label = _class_index(value, task, where)
-        examples.append(Example(texts, label))
+            elif task.kind == "classification":
+                if task.label_field not in part:
+                    raise InputError(f"{where}: no field {task.label_field!r}")
+                examples.append(Example(texts, _class_index(part[task.label_field], task, where)))
+            elif task.kind == "choice":
+                if not part["right"]:
+                    raise InputError(f"{where}: none of the {len(part['options'])} options of {task.name} is the answer")
+                examples.append(Example(texts, options=tuple(part["options"]), right=tuple(part["right"])))
+            else:
+                if not part["answers"] or not all(isinstance(a, str) and a.strip() for a in part["answers"]):
+                    raise InputError(f"{where}: the answers are {part['answers']!r}, texts are needed")
+                examples.append(Example(texts, answers=tuple(part["answers"])))
     return examples
+
+
+def _unpack(row: Row, task: Task, where: str) -> list[Row]:
+    if task.unpack is None:
+        return [row]
+    try:
+        return list(task.unpack(row))
+    except KeyError as e:
+        raise InputError(f"{where}: no field {e} as {task.name} has it") from None
+    except (TypeError, ValueError, AttributeError, IndexError) as e:
+        raise InputError(f"{where}: not a row of {task.name}: {e}") from None
+
+
+def _unanswered(row: Row, task: Task) -> bool:
+    if task.kind == "classification":
+        return bool(row.get(task.label_field) == -1)
+    return not row["right" if task.kind == "choice" else "answers"]
 
 
 def _text(row: Row, names: tuple[str, ...], where: str) -> str:

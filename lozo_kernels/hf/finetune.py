@@ -13,15 +13,18 @@ import torch
 
 from ..errors import InputError, require
 from ..registry import choose_backend
+from .card import write_card
 from .compare import compare
 from .data import Example, load_data
 from .measure import peak_memory
+from .methods import build_driver
 from .models import load_model, open_checkpoint, pick_device
 from .objectives import OBJECTIVES, Encoded, Objective, choose_objective
 from .records import MetricsLog, to_json
 from .report import Run, plot, summarize
+from .scoring import score
 from .settings import Settings
-from .train import BatchSampler, build_optimizer, eval_batch_size, evaluate, train
+from .train import BatchSampler, eval_batch_size, evaluate, train
 
 
 def finetune(settings: Settings, *, command: str = "", quiet: bool = False) -> dict[str, Any]:
@@ -40,7 +43,7 @@ def finetune(settings: Settings, *, command: str = "", quiet: bool = False) -> d
         KeyboardInterrupt: before the first step; later ones end the training and everything is saved.
     """
     settings = settings.resolved()
-    with _threads(settings.threads):
+    with threads(settings.threads):
         return _run(settings, command, quiet)
 
 
@@ -54,10 +57,10 @@ def _run(settings: Settings, command: str, quiet: bool) -> dict[str, Any]:
     for package in ("tqdm", "matplotlib", "tokenizers", "transformers"):
         require(package)
     checkpoint = open_checkpoint(settings)
-    name = choose_objective(settings.objective, data.task, checkpoint.causal)
+    name = choose_objective(settings.objective, data.task, checkpoint.causal, checkpoint.masked)
     objective = OBJECTIVES[name](checkpoint.tokenizer, data.task, checkpoint.max_length(settings.max_length))
     train_set = objective.encode_all(data.train)
-    dev_set = objective.encode_all(_shuffled(data.dev)[: settings.eval_size])
+    dev_set = objective.encode_all(_shuffled(data.dev)[: settings.eval_size], evaluation=True)
     output = _make_output(settings)
 
     model, notes = load_model(checkpoint, name, data.task, settings, device)
@@ -72,15 +75,19 @@ def _run(settings: Settings, command: str, quiet: bool) -> dict[str, Any]:
         _say(quiet, f"timing {settings.compare_steps} steps of the published way beside this library's, on copies of the model")
         comparison = compare(model, objective, first_batch, settings, device)
 
+    test = None
     log = MetricsLog(output / "metrics.jsonl")
     try:
         batch_size = eval_batch_size(settings)
         log.add_evaluation(evaluate(model, objective, dev_set, 0, batch_size, device))
         outcome = train(
-            model, lambda: build_optimizer(model, settings), objective, sampler, dev_set, log, settings, device, quiet=quiet
+            model, lambda: build_driver(model, settings), objective, sampler, dev_set, log, settings, device, quiet=quiet
         )
         if outcome.stopped is None:
             log.add_evaluation(evaluate(model, objective, dev_set, outcome.steps_done, batch_size, device))
+            if data.test:
+                _say(quiet, f"scoring {len(data.test)} test examples")
+                test = score(model, objective, data.test, batch_size, settings.max_new_tokens, device).to_dict()
     finally:
         log.close()
 
@@ -100,16 +107,18 @@ def _run(settings: Settings, command: str, quiet: bool) -> dict[str, Any]:
         command=command,
         output=output,
     )
-    summary = summarize(run, outcome, log, comparison)
+    summary = summarize(run, outcome, log, comparison) | {"test": test}
     model.save_pretrained(output / "model")
     checkpoint.tokenizer.save_pretrained(output / "model")
+    write_card(output / "model", summary, data.task.metrics)
     (output / "summary.json").write_text(to_json(summary, indent=2) + "\n", encoding="utf-8")
     plot(output / "loss.png", log, f"{data.task.name}, {settings.method}")
     return summary
 
 
 @contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def threads(count: int | None) -> Iterator[None]:
+    """So many CPU threads inside the block; None leaves them."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

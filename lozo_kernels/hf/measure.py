@@ -84,10 +84,20 @@ class StepTimer:
 
 @dataclasses.dataclass
 class PeakMemory:
-    """Most bytes of tensors alive at once in a block, beyond those alive before it. ``bytes`` is None where nothing counts them."""
+    """Most bytes of tensors alive at once in a block, beyond those alive before it. ``bytes`` is None where nothing counts them.
+
+    ``kept`` is what the block left alive; None as ``bytes``.
+    """
 
     device: torch.device
     bytes: int | None = None
+    kept: int | None = None
+
+    def then(self, later: PeakMemory) -> PeakMemory:
+        """The peak of this block and of a later one, together."""
+        if self.bytes is None or self.kept is None or later.bytes is None or later.kept is None:
+            return PeakMemory(self.device)
+        return PeakMemory(self.device, max(self.bytes, self.kept + later.bytes), self.kept + later.kept)
 
 
 @contextlib.contextmanager
@@ -101,20 +111,21 @@ def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
         yield result
         torch.cuda.synchronize(device)
         result.bytes = torch.cuda.max_memory_allocated(device) - before
+        result.kept = torch.cuda.memory_allocated(device) - before
     elif device.type == "cpu":
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes its own start and stop to stderr
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             yield result
-        result.bytes = _peak_of_events(profile)
+        result.bytes, result.kept = _peak_of_events(profile)
     else:
         yield result
 
 
-def _peak_of_events(profile: torch.profiler.profile) -> int:
+def _peak_of_events(profile: torch.profiler.profile) -> tuple[int, int]:
     events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
     changes = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if e.name() == "[memory]")
     peak = alive = 0
     for _, _, nbytes in changes:
         alive += nbytes
         peak = max(peak, alive)
-    return peak
+    return peak, alive

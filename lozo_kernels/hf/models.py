@@ -10,9 +10,24 @@ import torch
 
 from ..errors import InputError, require
 from .demo import MODEL
-from .objectives import ClassificationObjective
+from .objectives import ClassificationObjective, MaskedPromptObjective
 from .settings import Settings
-from .tasks import Task
+from .tasks import TASKS, Task
+
+POSITIONS_AFTER_PADDING = frozenset(
+    {
+        "roberta",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "roberta-prelayernorm",
+        "camembert",
+        "xmod",
+        "data2vec-text",
+        "mpnet",
+        "longformer",
+    }
+)
+"""Kinds of models that number the first token after the padding token, and so have that many positions fewer for tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +41,23 @@ class Checkpoint:
     @property
     def causal(self) -> bool:
         """It was saved as a causal language model."""
-        return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in self.config.architectures or ())
+        return self._saved_as("ForCausalLM", "LMHeadModel")
+
+    @property
+    def masked(self) -> bool:
+        """It was saved as a masked language model."""
+        return self._saved_as("ForMaskedLM")
 
     def max_length(self, asked: int) -> int:
         """Tokens that fit, at most ``asked``."""
-        limits = (asked, getattr(self.config, "max_position_embeddings", None), self.tokenizer.model_max_length)
+        positions = getattr(self.config, "max_position_embeddings", None)
+        if positions is not None and self.config.model_type in POSITIONS_AFTER_PADDING:
+            positions -= (self.config.pad_token_id or 0) + 1
+        limits = (asked, positions, self.tokenizer.model_max_length)
         return min(int(n) for n in limits if n is not None)
+
+    def _saved_as(self, *endings: str) -> bool:
+        return any(name.endswith(endings) for name in self.config.architectures or ())
 
 
 def pick_device(name: str) -> torch.device:
@@ -58,6 +84,10 @@ def open_checkpoint(settings: Settings) -> Checkpoint:
     Raises:
         InputError: they cannot be had.
     """
+    if settings.task is not None and TASKS[settings.task].kind == "image":
+        from .vision import open_image_checkpoint
+
+        return open_image_checkpoint(settings)
     transformers = require("transformers")
     transformers.utils.logging.set_verbosity_error()
     path = settings.model or str(MODEL)
@@ -85,9 +115,15 @@ def load_model(
     Raises:
         InputError: the weights cannot be read, or have no such head.
     """
+    if task.kind == "image":
+        from .vision import load_image_model
+
+        return load_image_model(checkpoint, task, settings, device)
     transformers = require("transformers")
     options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), "output_loading_info": True}
     auto = transformers.AutoModelForCausalLM
+    if objective == MaskedPromptObjective.name:
+        auto = transformers.AutoModelForMaskedLM
     if objective == ClassificationObjective.name:
         auto = transformers.AutoModelForSequenceClassification
         names = dict(enumerate(task.labels))
@@ -106,11 +142,26 @@ def load_model(
     if model.config.pad_token_id is None:
         model.config.pad_token_id = checkpoint.tokenizer.pad_token_id
     fresh = sorted({*info["missing_keys"], *(key[0] for key in info.get("mismatched_keys", ()))})
-    if fresh and objective != ClassificationObjective.name and not checkpoint.causal:
-        lack = f"--model {checkpoint.path} is no causal language model (it lacks {fresh[0]})"
+    masked = objective == MaskedPromptObjective.name
+    if fresh and objective != ClassificationObjective.name and not (checkpoint.masked if masked else checkpoint.causal):
+        kind = "masked" if masked else "causal"
+        lack = f"--model {checkpoint.path} is no {kind} language model (it lacks {fresh[0]})"
         raise InputError(f"{lack}; use --objective classification")
     notes = [f"not in the checkpoint, starting from random weights: {', '.join(fresh)}"] if fresh else []
     return model.to(device).eval(), notes
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """The model with a PEFT adapter on it, in evaluation mode.
+
+    Raises:
+        InputError: peft is not installed, or the adapter does not fit the model.
+    """
+    peft = require("peft", extra="peft")
+    try:
+        return peft.PeftModel.from_pretrained(model, str(folder)).eval()
+    except (OSError, ValueError, RuntimeError) as e:
+        raise InputError(f"--checkpoint {folder}: {_first_line(e)}") from None
 
 
 def _first_line(error: Exception) -> str:

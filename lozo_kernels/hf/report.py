@@ -12,6 +12,7 @@ import torch
 from ..environment import commit, cpu_name, versions
 from ..errors import require
 from .compare import Comparison
+from .methods import METHODS
 from .records import MetricsLog
 from .settings import Settings
 from .train import Outcome
@@ -48,6 +49,7 @@ class Run:
 def summarize(run: Run, outcome: Outcome, log: MetricsLog, comparison: Comparison | None) -> dict[str, Any]:
     """The machine-readable summary. A number that could not be had is None."""
     steady = log.steps[min(5, len(log.steps) // 2) :]  # without the first, profiled and cold ones
+    method = METHODS[run.settings.method]
     step_ms = statistics.median(r.step_ms for r in steady) if steady else None
     forwards_ms = statistics.median(r.forwards_ms for r in steady) if steady else None
     before = log.evaluations[0] if log.evaluations else None
@@ -75,7 +77,7 @@ def summarize(run: Run, outcome: Outcome, log: MetricsLog, comparison: Compariso
         "train_seconds": outcome.seconds,
         "step_ms": step_ms,
         "forwards_ms": forwards_ms,
-        "two_forwards_ms": forwards_ms and forwards_ms / run.settings.directions,
+        "two_forwards_ms": forwards_ms / run.settings.directions if forwards_ms and method.forwards == 2 else None,
         "outside_forwards": None if not step_ms or forwards_ms is None else 1 - forwards_ms / step_ms,
         "weight_bytes": run.weight_bytes,
         "inference_peak_bytes": inference,
@@ -108,9 +110,9 @@ def _published(run: Run, comparison: Comparison) -> dict[str, Any]:
 def table(summary: dict[str, Any]) -> str:
     """The summary for a reader."""
     s, settings = summary, summary["settings"]
-    details = f"eps {settings['eps']:g}, lr {settings['lr']:g}"
-    if s["method"].startswith("lozo"):
-        details = f"rank {settings['rank']}, interval {settings['interval']}, " + details
+    method = METHODS[s["method"]]
+    names = [name for name in ("rank", "interval", "eps") if name in method.uses] + ["lr"]
+    details = ", ".join(f"{name} {settings[name]:g}" for name in names)
     if settings["momentum"]:
         details += f", momentum {settings['momentum']:g}"
     lines = [
@@ -123,10 +125,14 @@ def table(summary: dict[str, Any]) -> str:
     ]
     if s["accuracy_before"] is not None:
         lines.append(f"{'dev accuracy':34}{_number(s['accuracy_before'], '.1%'):>14}{_number(s['accuracy_after'], '.1%'):>14}")
+    if s.get("test"):
+        scored = ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in s["test"]["metrics"].items())
+        lines.append(f"{s['test']['examples']} test examples, after: {scored or format(s['test']['loss'], '.4f')}")
     published = s["published"]
     # In a comparison, both columns are from its interleaved rounds, so that they saw the same machine.
     step, forwards = (published["step_ms"], published["two_forwards_ms"]) if published else (s["step_ms"], s["forwards_ms"])
-    passes = {1: "two", 2: "four"}.get(settings["directions"], str(2 * settings["directions"]))
+    count = method.forwards * settings["directions"]
+    passes = {1: "one", 2: "two", 4: "four"}.get(count, str(count))
     inference = s["inference_peak_bytes"]
     columns = [(step, s["training_peak_bytes"])]
     if published:
@@ -134,7 +140,7 @@ def table(summary: dict[str, Any]) -> str:
     heads = ["this library", "published way"][: len(columns)]
     rows: list[tuple[str, list[str]]] = [
         ("time per step, ms", [_number(ms, ".2f") for ms, _ in columns]),
-        (f"{passes} forward passes, ms", [_number(forwards, ".2f") for _ in columns]),
+        (f"{passes} forward pass{'es' if count > 1 else ''}, ms", [_number(forwards, ".2f") for _ in columns]),
         ("share of the step beyond them", [_number(_beyond(ms, forwards), ".0%") for ms, _ in columns]),
         ("peak memory, MiB", [_mebibytes(peak) for _, peak in columns]),
         ("inference alone, MiB", [_mebibytes(inference) for _ in columns]),
@@ -157,7 +163,7 @@ def plot(path: Path, log: MetricsLog, title: str) -> None:
     figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     steps, losses = [r.step + 1 for r in log.steps], [r.loss for r in log.steps]
     axis.plot(steps, losses, color="tab:blue", alpha=0.2, linewidth=0.8)
-    axis.plot(steps, _smoothed(losses), color="tab:blue", label="train loss (smoothed)")
+    axis.plot(steps, smoothed(losses), color="tab:blue", label="train loss (smoothed)")
     at = [e.step for e in log.evaluations]
     accuracies = [e.accuracy for e in log.evaluations if e.accuracy is not None]
     axis.plot(at, [e.loss for e in log.evaluations], "o-", color="tab:orange", label="dev loss")
@@ -174,7 +180,7 @@ def plot(path: Path, log: MetricsLog, title: str) -> None:
     pyplot.close(figure)
 
 
-def _smoothed(values: list[float], keep: float = 0.95) -> list[float]:
+def smoothed(values: list[float], keep: float = 0.95) -> list[float]:
     """Exponential average without the bias of its start."""
     out, total, weight = [], 0.0, 0.0
     for value in values:

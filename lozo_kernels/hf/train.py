@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError, require
-from ..optim import NonFiniteLossError, ZerothOrderOptimizer
+from ..errors import require
+from ..optim import NonFiniteLossError
 from ..steps import StepInfo
+from .drivers import Driver, StepResult
 from .measure import Clock, StepTimer, peak_memory
-from .methods import METHODS
 from .objectives import Encoded, Objective
 from .records import EvalRecord, MetricsLog, StepRecord
 from .settings import Settings
@@ -29,7 +29,7 @@ class Outcome:
     Attributes:
         steps_done: steps taken.
         stopped: None if it ran to the end, else "interrupted" or the reason for which it could not go on.
-        peak_bytes: most memory alive at once in the first step beyond the weights: forward, V, momentum and all.
+        peak_bytes: most memory alive at once in the first two steps beyond the weights: forward, V, momentum and all.
         seconds: duration with evaluations.
         backends: those that changed the weights.
     """
@@ -67,49 +67,32 @@ def evaluate(
 ) -> EvalRecord:
     """Mean loss and accuracy over examples, after so many steps."""
     start = time.perf_counter()
-    loss, count, correct = 0.0, 0, 0
+    loss, count, correct, asked = 0.0, 0, 0, 0
     has_accuracy = False
-    for i in range(0, len(examples), batch_size):
-        totals = objective.totals(model, objective.collate(examples[i : i + batch_size], device))
+    for batch in objective.batches(examples, batch_size):
+        totals = objective.totals(model, objective.collate(batch, device))
         loss += float(totals.loss)
         count += int(totals.count)
         if totals.correct is not None:
             has_accuracy = True
             correct += int(totals.correct)
-    accuracy = correct / count if has_accuracy else None
+            asked += int(totals.count if totals.examples is None else totals.examples)
+    accuracy = correct / asked if has_accuracy else None
     return EvalRecord(step, loss / count, accuracy, len(examples), time.perf_counter() - start)
 
 
-def build_optimizer(model: torch.nn.Module, settings: Settings) -> ZerothOrderOptimizer:
-    """The optimiser that resolved settings ask for; the model is patched.
-
-    Raises:
-        InputError: the model has nothing that can be trained so.
-    """
-    method = METHODS[settings.method]
-    names = ["lr", "eps", "momentum", "weight_decay", "directions", "seed", "backend"]
-    if method.low_rank:
-        names += ["rank", "interval", "scaling"]
-    try:
-        # Fused steps save passes over the weights, of which a probe makes none.
-        options = {"fuse_steps": True} if settings.placement == "inplace" else {"placement": settings.placement}
-        return method.optimizer(model, **options, **{name: getattr(settings, name) for name in names})
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise InputError(f"this model cannot be trained by {settings.method}: {e}") from None
-
-
-def make_schedule(optimizer: ZerothOrderOptimizer, name: str, steps: int) -> Any:
+def make_schedule(optimizer: torch.optim.Optimizer, name: str | None, steps: int) -> Any:
     """A learning-rate schedule over the run, or None for a constant rate."""
     factors = {
         "linear": lambda t: 1 - t / steps,
         "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)),
     }
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factors[name]) if name in factors else None
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factors[name]) if name is not None and name in factors else None
 
 
 def train(
     model: torch.nn.Module,
-    make_optimizer: Callable[[], ZerothOrderOptimizer],
+    make_driver: Callable[[], Driver],
     objective: Objective,
     sampler: BatchSampler,
     dev: Sequence[Encoded],
@@ -119,7 +102,7 @@ def train(
     *,
     quiet: bool = False,
 ) -> Outcome:
-    """Runs the steps of the settings and takes the patch off again.
+    """Runs the steps of the settings and leaves a plain model.
 
     After the first step, Ctrl-C and a loss that stays NaN end it early, with the weights of the last whole step.
     """
@@ -141,41 +124,47 @@ def train(
 
     def one_step() -> None:
         batch = objective.collate(sampler.next(), device)
-        lr = float(optimizer.param_groups[0]["lr"])
-        before = optimizer.info
+        lr = float(driver.optimizer.param_groups[0]["lr"])
+        before = driver.info
         timer = StepTimer(reader.clock)
         try:
             with timer:
-                optimizer.step(timer.forward(lambda: objective.loss(model, batch)))
+                driver.step(timer.forward(lambda: objective.loss(model, batch)))
         finally:  # a step that was taken is logged, also when it is the one that ends the run
-            if optimizer.info is not None and optimizer.info is not before:
-                reader.add(optimizer.info, lr, timer)
+            if driver.info is not None and driver.info is not before:
+                reader.add(driver.info, lr, timer)
         if schedule is not None:
             schedule.step()
 
     with bar, warnings.catch_warnings():
         # Skipped updates are in the log and on the bar, and torch cannot know that step() is called inside one_step().
         warnings.filterwarnings("ignore", message=".*update skipped|.*lr_scheduler.step", category=UserWarning)
-        # The first step is measured together with the making of the optimiser, whose V and momentum are part of the peak.
+        # The first step is measured together with the making of the driver, whose V and momentum are part of the peak, and the
+        # second because some optimisers make their state at the end of the first.
         with peak_memory(device) as memory:
-            optimizer = make_optimizer()
-            schedule = make_schedule(optimizer, settings.lr_schedule, steps)
+            driver = make_driver()
+            schedule = make_schedule(driver.optimizer, settings.lr_schedule, steps)
             one_step()
         outcome.peak_bytes = memory.bytes
-        outcome.backends = sorted({p.backend for p in optimizer.handle.report().parameters if p.backend})
+        outcome.backends = driver.backends
         try:
-            while optimizer.steps_done < steps:
-                if optimizer.steps_done % eval_every == 0:
+            while driver.steps_done < steps:
+                if driver.steps_done % eval_every == 0:
                     reader.flush()
-                    log.add_evaluation(evaluate(model, objective, dev, optimizer.steps_done, eval_batch_size(settings), device))
-                one_step()
+                    log.add_evaluation(evaluate(model, objective, dev, driver.steps_done, eval_batch_size(settings), device))
+                if driver.steps_done > 1:
+                    one_step()
+                    continue
+                with peak_memory(device) as second:
+                    one_step()
+                outcome.peak_bytes = memory.then(second).bytes
         except KeyboardInterrupt:
             outcome.stopped = "interrupted"
         except NonFiniteLossError as e:
             outcome.stopped = str(e)
-    optimizer.handle.restore()
+    driver.close()
     reader.flush()
-    outcome.steps_done = optimizer.steps_done
+    outcome.steps_done = driver.steps_done
     outcome.seconds = time.perf_counter() - start
     return outcome
 
@@ -193,9 +182,9 @@ class _StepReader:
         self._log = log
         self._bar = bar
         self._every = 1 if device.type == "cpu" else 10
-        self._waiting: list[tuple[StepInfo, float, StepTimer]] = []
+        self._waiting: list[tuple[StepInfo | StepResult, float, StepTimer]] = []
 
-    def add(self, info: StepInfo, lr: float, timer: StepTimer) -> None:
+    def add(self, info: StepInfo | StepResult, lr: float, timer: StepTimer) -> None:
         self._waiting.append((info, lr, timer))
         if len(self._waiting) >= self._every:
             self.flush()
@@ -217,12 +206,10 @@ class _StepReader:
             self._log.add_step(record)
             self._bar.update()
         if record is not None:
-            values = {
-                "loss": f"{record.loss:.4f}",
-                "c": f"{sum(record.c) / len(record.c):+.2e}",
-                "ms/step": f"{record.step_ms:.1f}",
-                "outside forwards": f"{record.outside:.0%}",
-            }
+            values = {"loss": f"{record.loss:.4f}"}
+            if record.c:
+                values["c"] = f"{sum(record.c) / len(record.c):+.2e}"
+            values |= {"ms/step": f"{record.step_ms:.1f}", "outside forwards": f"{record.outside:.0%}"}
             if self._log.skipped:
                 values["skipped"] = str(self._log.skipped)
             self._bar.set_postfix(values, refresh=False)

@@ -1,0 +1,133 @@
+"""A model as it is, on the examples of a task: zero-shot, with demonstrations in its context, or after a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ..environment import commit, versions
+from ..errors import InputError, require
+from .data import TaskData, load_data
+from .finetune import threads
+from .models import Checkpoint, load_adapter, load_model, open_checkpoint, pick_device
+from .objectives import OBJECTIVES, Objective, PromptedObjective, choose_objective
+from .scoring import score
+from .settings import Settings
+from .splits import TEST_SIZE, draw_demonstrations
+
+METHODS = ("zero-shot", "icl")
+
+
+def evaluate(settings: Settings, *, checkpoint: str | None = None, command: str = "", quiet: bool = False) -> dict[str, Any]:
+    """Scores a model on ``num_eval`` held-out examples (1,000, as in the papers, if that is None).
+
+    Args:
+        settings: resolved here; ``method`` is "zero-shot" or "icl" (the latter puts ``num_shots`` train examples, drawn with the
+            seed, before each prompt, and drops them from the left until it fits).
+        checkpoint: folder of a run of ``finetune``, of its model, or of a PEFT adapter for the settings' model: what to score
+            instead of the settings' model. A run's folder also says which task it is.
+        command: how this was asked for, for the result.
+        quiet: nothing on stderr.
+
+    Returns:
+        Plain values: "metrics" by name, "loss" and "loss_unit", "examples", "demonstrations" (how many went with a prompt,
+        on average), "task", "method", "objective", "data", "settings", "notes", versions and command.
+
+    Raises:
+        InputError: something that the user can put right.
+    """
+    if settings.method not in METHODS:
+        raise InputError(f"evaluate knows the methods {' and '.join(METHODS)}, not {settings.method}")
+    settings, adapter = _with_checkpoint(settings, checkpoint)
+    settings = dataclasses.replace(settings, num_eval=settings.num_eval or TEST_SIZE).resolved()
+    with threads(settings.threads):
+        return _evaluate(settings, adapter, command, quiet)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for a reader."""
+    lines = [
+        f"{result['task']} ({result['objective']}), {result['method']}",
+        f"{result['examples']} examples from {result['data']['source']}",
+        f"model {result['model']}, {result['seconds']:.0f} s",
+        "",
+        *(f"{name.replace('_', ' '):24}{value:>10.1%}" for name, value in result["metrics"].items()),
+        f"{'loss per ' + result['loss_unit']:24}{result['loss']:>10.4f}",
+    ]
+    if result["method"] == "icl":
+        lines.append(f"{'demonstrations':24}{result['demonstrations']:>10.1f}")
+    return "\n".join(lines + [f"note: {note}" for note in result["notes"]])
+
+
+def _evaluate(settings: Settings, adapter: Path | None, command: str, quiet: bool) -> dict[str, Any]:
+    start = time.perf_counter()
+    device = pick_device(settings.device)
+    data = load_data(settings)
+    for package in ("tokenizers", "transformers"):
+        require(package)
+    opened = open_checkpoint(settings)
+    objective = _objective(settings, data, opened)
+    model, notes = load_model(opened, objective.name, data.task, settings, device)
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    if not quiet:
+        print(f"{data.task.name}: {len(data.test)} examples from {data.source}", file=sys.stderr)
+    scores = score(model, objective, data.test, settings.batch_size, settings.max_new_tokens, device)
+    counts = list(objective.shown.elements()) if isinstance(objective, PromptedObjective) else []
+    if counts and min(counts) < len(objective.demonstrations):
+        notes = [*notes, f"some prompts have room for {min(counts)} of the {len(objective.demonstrations)} demonstrations only"]
+    return {
+        "task": data.task.name,
+        "method": settings.method,
+        "model": str(adapter or opened.path),
+        "objective": objective.name,
+        **scores.to_dict(),
+        "loss_unit": objective.unit,
+        "demonstrations": sum(counts) / len(counts) if counts else 0.0,
+        "data": {"source": data.source},
+        "settings": settings.to_dict(),
+        "seed": settings.seed,
+        "seconds": time.perf_counter() - start,
+        "device": str(device),
+        "notes": notes,
+        "versions": versions(),
+        "commit": commit(),
+        "command": command,
+    }
+
+
+def _objective(settings: Settings, data: TaskData, opened: Checkpoint) -> Objective:
+    name = choose_objective(settings.objective, data.task, opened.causal, opened.masked)
+    kind = OBJECTIVES[name]
+    length = opened.max_length(settings.max_length)
+    if settings.method != "icl":
+        return kind(opened.tokenizer, data.task, length)
+    if not issubclass(kind, PromptedObjective):
+        raise InputError(f"--method icl needs a causal model and a task with a prompt; the objective here is {name}")
+    demonstrations = draw_demonstrations(data.train, settings)
+    if not demonstrations:
+        raise InputError(f"--method icl: {data.source} has no train examples to show")
+    return kind(opened.tokenizer, data.task, length, demonstrations)
+
+
+def _with_checkpoint(settings: Settings, checkpoint: str | None) -> tuple[Settings, Path | None]:
+    """The settings for what is in the folder, and the adapter to put on their model, if it is one."""
+    if checkpoint is None:
+        return settings, None
+    folder = Path(checkpoint)
+    summary = folder / "summary.json"
+    if settings.task is None and summary.is_file():
+        settings = dataclasses.replace(settings, task=json.loads(summary.read_text(encoding="utf-8"))["task"])
+    for place in (folder, folder / "model"):
+        if (place / "adapter_config.json").is_file():
+            base = json.loads((place / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+            if settings.model is None and not base:
+                raise InputError(f"--checkpoint {checkpoint}: an adapter that does not say of which model; give --model too")
+            return dataclasses.replace(settings, model=settings.model or base), place
+        if (place / "config.json").is_file():
+            return dataclasses.replace(settings, model=str(place)), None
+    raise InputError(f"--checkpoint {checkpoint}: no config.json or adapter_config.json there, nor in a folder model in it")

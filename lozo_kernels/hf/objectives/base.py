@@ -1,0 +1,155 @@
+"""What every objective is: examples to batches, batches to losses."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...errors import InputError
+from ..data import Example
+from ..tasks import Task
+
+IGNORED = -100
+
+Encoded = dict[str, Any]
+"""One example as the model takes it: lists of numbers by name; ``labels`` holds one class or one target per token."""
+
+Batch = dict[str, Tensor]
+
+TARGETS = frozenset({"labels", "position", "row", "target", "slot", "right", "answer"})
+"""What a batch holds beside the model's inputs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """Sums over a batch, so that batches of unequal size add up.
+
+    Attributes:
+        loss: 0-dim.
+        count: what the loss is a sum over: examples, or target tokens; a tensor where only the device knows it.
+        correct: right answers, 0-dim; None where there are none.
+        examples: what ``correct`` is of, if other than ``count``.
+    """
+
+    loss: Tensor
+    count: int | Tensor
+    correct: Tensor | None = None
+    examples: int | None = None
+
+
+class Objective(abc.ABC):
+    """Turns examples into batches and batches into losses.
+
+    Args:
+        tokenizer: of the model.
+        task: what the examples are of.
+        max_length: tokens per example at most.
+        demonstrations: solved examples to put before each one, where there is room (in-context learning); the objectives
+            of causal models take them.
+
+    Raises:
+        InputError: task, tokenizer and objective do not go together.
+    """
+
+    name: str
+    unit: str
+    """What the loss is a mean over."""
+
+    def __init__(self, tokenizer: Any, task: Task, max_length: int, demonstrations: Sequence[Example] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.task = task
+        self.max_length = max_length
+        self.demonstrations = tuple(demonstrations)
+
+    @abc.abstractmethod
+    def encode(self, example: Example) -> Encoded | None:
+        """One example as token ids and labels; None if nothing of it can be predicted."""
+
+    def encode_for_evaluation(self, example: Example) -> Encoded | None:
+        """As :meth:`encode`, with what is needed to tell the right answers apart."""
+        return self.encode(example)
+
+    @abc.abstractmethod
+    def totals(self, model: torch.nn.Module, batch: Batch) -> Totals:
+        """Loss and right answers of a batch, by one forward pass."""
+
+    def encode_all(self, examples: Sequence[Example], *, evaluation: bool = False) -> list[Encoded]:
+        """All examples, for training or for evaluation.
+
+        Raises:
+            InputError: none of them can be predicted.
+        """
+        encode = self.encode_for_evaluation if evaluation else self.encode
+        encoded = [e for e in map(encode, examples) if e is not None]
+        if not encoded:
+            raise InputError(f"none of the {len(examples)} examples has two tokens or more")
+        return encoded
+
+    def collate(self, encoded: Sequence[Encoded], device: torch.device) -> Batch:
+        """A batch, padded on the right to its longest example."""
+        return {
+            key: pad([e[key] for e in encoded], fill).to(device, non_blocking=True) for key, fill in self._fills(encoded[0]).items()
+        }
+
+    def batches(self, encoded: Sequence[Encoded], rows: int) -> Iterator[Sequence[Encoded]]:
+        """The examples in order, in batches of so many rows of the model's input at most (of one example at least)."""
+        batch: list[Encoded] = []
+        for e in encoded:
+            if batch and sum(map(self.rows, batch)) + self.rows(e) > rows:
+                yield batch
+                batch = []
+            batch.append(e)
+        if batch:
+            yield batch
+
+    def rows(self, encoded: Encoded) -> int:
+        """Rows of the model's input that an example takes."""
+        return 1
+
+    def loss(self, model: torch.nn.Module, batch: Batch) -> Tensor:
+        """Mean loss of a batch."""
+        totals = self.totals(model, batch)
+        return totals.loss / totals.count
+
+    def _fills(self, names: Sequence[str] | Encoded) -> dict[str, int]:
+        known = {"input_ids": self.tokenizer.pad_token_id, "labels": IGNORED}
+        return {name: known.get(name, 0) for name in names}
+
+
+class ClassObjective(Objective):
+    """An objective whose model gives a score to each class of the task: cross-entropy of the scores."""
+
+    unit = "example"
+
+    @abc.abstractmethod
+    def scores(self, model: torch.nn.Module, batch: Batch) -> Tensor:
+        """(examples, classes), from one forward pass."""
+
+    def totals(self, model: torch.nn.Module, batch: Batch) -> Totals:
+        """See the base class."""
+        scores, labels = self.scores(model, batch).float(), batch["labels"][:, 0]
+        loss = F.cross_entropy(scores, labels, reduction="sum")
+        return Totals(loss, len(labels), (scores.argmax(-1) == labels).sum())
+
+
+def inputs(batch: Batch) -> Batch:
+    """What of a batch the model takes."""
+    return {k: v for k, v in batch.items() if k not in TARGETS}
+
+
+def pad(rows: Sequence[list[int]], fill: int) -> Tensor:
+    """(rows, longest) from lists of unequal length."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
+
+
+def label_of(example: Example) -> int:
+    """The class of a labelled example."""
+    assert example.label is not None
+    return example.label

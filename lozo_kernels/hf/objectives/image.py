@@ -1,0 +1,36 @@
+"""A classification head over images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import Example
+from .base import Batch, ClassObjective, Encoded, label_of
+
+
+class ImageObjective(ClassObjective):
+    """Cross-entropy of a classification head over images, which are read when a batch needs them.
+
+    ``tokenizer`` is an :class:`lozo_kernels.hf.vision.ImageReader`.
+    """
+
+    name = "image"
+
+    def encode(self, example: Example) -> Encoded | None:
+        """The image, still where it is, and the class."""
+        return {"image": example, "labels": [label_of(example)]}
+
+    def collate(self, encoded: Sequence[Encoded], device: torch.device) -> Batch:
+        """Pixels as the model takes them, (examples, channels, height, width), and classes (examples, 1)."""
+        pixels = self.tokenizer([e["image"].read() for e in encoded])
+        labels = torch.tensor([e["labels"] for e in encoded])
+        return {"pixel_values": pixels.to(device, non_blocking=True), "labels": labels.to(device, non_blocking=True)}
+
+    def scores(self, model: Any, batch: Batch) -> Tensor:
+        """The head's logits."""
+        logits: Tensor = model(pixel_values=batch["pixel_values"].to(model.dtype)).logits
+        return logits

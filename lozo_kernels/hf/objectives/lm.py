@@ -1,0 +1,30 @@
+"""Language modelling."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from ..data import Example
+from .base import IGNORED, Batch, Encoded, Objective, Totals, inputs
+
+
+class LanguageModelObjective(Objective):
+    """Cross-entropy of each next token of the texts."""
+
+    name = "lm"
+    unit = "token"
+
+    def encode(self, example: Example) -> Encoded | None:
+        """The texts of the example, one after the other, each token the label of the position before it."""
+        ids = self.tokenizer(" ".join(example.texts), truncation=True, max_length=self.max_length)["input_ids"]
+        if len(ids) < 2:
+            return None
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [*ids[1:], IGNORED]}
+
+    def totals(self, model: torch.nn.Module, batch: Batch) -> Totals:
+        """See the base class."""
+        logits = model(**inputs(batch)).logits
+        labels = batch["labels"]
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return Totals(loss, (labels != IGNORED).sum())

@@ -1,0 +1,100 @@
+"""Prompts of causal models: demonstrations, the prompt, and what follows it, within the length that there is."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+from typing import Any
+
+from ...errors import InputError
+from ..data import Example
+from ..prompts import render
+from ..tasks import Task
+from .base import Objective, label_of
+
+SEPARATOR = "\n\n"
+"""Between demonstrations, as in MeZO."""
+
+
+class PromptedObjective(Objective):
+    """An objective that asks a causal model by the task's prompt.
+
+    What is too long is shortened in front, as in MeZO: first whole demonstrations go, then tokens of the prompt.
+
+    Attributes:
+        shown: how many demonstrations went with how many prompts.
+
+    Raises:
+        InputError: the prompt leaves no room for what it asks about.
+    """
+
+    def __init__(self, tokenizer: Any, task: Task, max_length: int, demonstrations: Sequence[Example] = ()) -> None:
+        super().__init__(tokenizer, task, max_length, demonstrations)
+        empty = len(self._ids(render(task.prompt, [""] * len(task.fields)) + max(task.words, key=len, default="")))
+        if empty >= max_length:
+            raise InputError(
+                f"the prompt of the task {task.name} alone takes {empty} tokens, and {max_length} fit "
+                "(--max-length, or the context of the model)"
+            )
+        self.shown: collections.Counter[int] = collections.Counter()
+        self._shown = [self.solved(e) for e in self.demonstrations]
+        self._shown_lengths = [len(self._ids(text + SEPARATOR)) for text in self._shown]
+
+    def prompt(self, example: Example) -> str:
+        """What the model is asked."""
+        return render(self.task.prompt, example.texts)
+
+    def continuations(self, example: Example) -> tuple[str, ...]:
+        """What can follow the prompt: the options of the example, or the words of the classes; of a generation, its answer."""
+        if example.answers:
+            return (f" {example.answers[0]}\n",)
+        return example.options or self.task.words
+
+    def solved(self, example: Example) -> str:
+        """The prompt with its right answer."""
+        right = 0 if example.answers else example.right[0] if example.right else label_of(example)
+        return (self.prompt(example) + self.continuations(example)[right]).strip()
+
+    def place(self, prompt: str, continuation: str = "", room: int | None = None) -> tuple[list[int], int]:
+        """Token ids of demonstrations, prompt and continuation.
+
+        Args:
+            room: tokens at most, if other than ``max_length``.
+
+        Returns:
+            The ids, and how many of them at the end belong to the continuation.
+
+        Raises:
+            InputError: the continuation alone is too long.
+        """
+        room = self.max_length if room is None else room
+        prompt = self._demonstrated(prompt, continuation, room)
+        ids = self._ids(prompt + continuation)
+        count = max(1, len(ids) - _common(self._ids(prompt), ids)) if continuation else 0
+        start = ids[:1] if ids and ids[0] == self.tokenizer.bos_token_id else []
+        if len(ids) > room:
+            if count + len(start) >= room:
+                raise InputError(
+                    f"an answer of {count} tokens ({continuation.strip()[:40]!r} ...) does not fit in {room} "
+                    "(--max-length, or the context of the model)"
+                )
+            ids = start + ids[len(ids) - room + len(start) :]
+        return ids, count
+
+    def _demonstrated(self, prompt: str, continuation: str, room: int) -> str:
+        if not self._shown:
+            return prompt
+        first, length = len(self._shown), len(self._ids(prompt + continuation))
+        while first and length + self._shown_lengths[first - 1] <= room:
+            first -= 1
+            length += self._shown_lengths[first]
+        self.shown[len(self._shown) - first] += 1
+        return "".join(text + SEPARATOR for text in self._shown[first:]) + prompt
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        return ids
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,0 +1,72 @@
+"""What a task is: a row of the table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+Row = dict[str, Any]
+
+KINDS = ("classification", "choice", "generation", "causal_lm", "image")
+
+
+@dataclasses.dataclass(frozen=True)
+class Hub:
+    """Where the Hub keeps a data set.
+
+    Attributes:
+        path, config: as ``datasets.load_dataset`` takes them.
+        train, dev: names of the splits.
+        revision: "refs/convert/parquet" for a data set whose main branch is a script.
+        label_field: if other than the task's.
+        labels: what its integer labels stand for, if other than the task's order.
+    """
+
+    path: str
+    config: str | None = None
+    train: str = "train"
+    dev: str = "validation"
+    revision: str | None = None
+    label_field: str | None = None
+    labels: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Attributes:
+        kind: "classification" (classes that all examples share), "choice" (each example has options of its own), "generation"
+            (the answer is written), "causal_lm" or "image" (classes of images, which are those of the data).
+        fields: the text fields in the order of the model's input; of the names of each, the first that a row has is read.
+        labels: class names; a row's label is a name, an index into them, or a boolean for ("false", "true").
+        prompt: how a causal model is asked, see :mod:`lozo_kernels.hf.prompts`.
+        words: the answer of each class; they follow the prompt directly, so they start with a space unless it ends a line.
+        masked: how a masked model is asked; {mask} is where it answers.
+        masked_words: its answer for each class.
+        unpack: the examples in a row of a file, as rows with ``fields``; a choice has ``options`` (continuations of the prompt)
+            and ``right`` (indices of the right ones), a generation ``answers`` (all that count as right; the first is trained).
+        metrics: "accuracy", or names in :mod:`lozo_kernels.hf.metrics`, the main one first.
+        objective: what "auto" takes on a causal model.
+        source, masked_source: who asked like this.
+        hub: where the Hub keeps it.
+        generate: (seed) -> train and dev rows, for a task that needs no files.
+    """
+
+    name: str
+    kind: str
+    fields: tuple[tuple[str, ...], ...]
+    label_field: str = "label"
+    labels: tuple[str, ...] = ()
+    prompt: str = ""
+    words: tuple[str, ...] = ()
+    hub: Hub | None = None
+    generate: Callable[[int], tuple[list[Row], list[Row]]] | None = None
+    masked: str = ""
+    masked_words: tuple[str, ...] = ()
+    unpack: Callable[[Row], Iterable[Row]] | None = None
+    metrics: tuple[str, ...] = ("accuracy",)
+    objective: str = "prompt"
+    source: str = ""
+    masked_source: str = ""

@@ -424,7 +424,7 @@ def test_groups_and_their_decay():
 @pytest.mark.parametrize("when", ["before", "around"])
 def test_compiled_models(when):
     """Compiled before patching, its evaluations are; a compiler around a driven model leaves it alone."""
-    (a, plain), (b, compiled) = pair(placement="probe", side="copy")
+    (a, plain), (b, compiled) = pair(placement="probe", side="activation")
     compiled.handle.restore()
     graphs = []
 
@@ -434,7 +434,7 @@ def test_compiled_models(when):
 
     if when == "before":
         b.compile(backend=backend)
-    compiled = LOZO(b, lr=1e-4, seed=5, interval=4, drive="backward", placement="probe", side="copy")
+    compiled = LOZO(b, lr=1e-4, seed=5, interval=4, drive="backward", placement="probe", side="activation")
     called = torch.compile(b, backend=backend) if when == "around" else b
     for tokens in batches(3):
         backward_step(called, compiled, tokens)

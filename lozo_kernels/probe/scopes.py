@@ -134,9 +134,10 @@ class _Scope:
                 raise NotImplementedError(
                     f"{member.name!r} of a compiled model needs memory of its own: patch with side={{'{member.name}': 'copy'}}"
                 )
-            places = member.slot.owner()._parameters  # type: ignore[union-attr]
-            rest.append((places, member.slot.attribute, places[member.slot.attribute]))
-            places[member.slot.attribute] = member.buffers[0]  # type: ignore[assignment]
+            for holder in member.holders:  # a tied weight is in several modules
+                places = holder.module._parameters
+                rest.append((places, holder.attribute, places[holder.attribute]))
+                places[holder.attribute] = member.buffers[0]  # type: ignore[assignment]
         output = old(*args, **kwargs)
         for places, attribute, p in rest:
             places[attribute] = p

@@ -19,6 +19,7 @@ from .parameters import LeftAlone, Slot, find_parameters
 from .passes import Group, Scalar, Term, run_pass
 from .registry import Choice, Draw, Rounding, Step, choose_backend
 from .report import ParameterReport, Report
+from .sharding import reshard
 from .table import TensorTable
 
 _HANDLES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
@@ -67,6 +68,7 @@ class Handle:
         self._owners = [weakref.ref(slot.owner(), self._gone.append) for slot in self._slots]  # type: ignore[type-var]
         reachable = [slot for slot in self._slots if slot.out_of_reach is None]
         self._places = [(slot.owner()._parameters, slot.attribute) for slot in reachable]  # type: ignore[union-attr]
+        self._sharded = any(slot.out_of_reach == "sharded" for slot in self._slots)
         self._shapes = [slot.parameter.shape for slot in self._slots]
         self._v: dict[str, Tensor] = {}
         self._momentum: dict[str, Tensor] = {}
@@ -121,13 +123,23 @@ class Handle:
         self._check_usable()
         if not self._momentum:
             for slot in self._slots:
-                batch, rows, cols = self._extent(slot)
+                batch, rows, cols = self._state_extent(slot)
                 shape = (batch, rows, self.config.rank if slot.kind == "lowrank" else cols)
                 self._momentum[slot.name] = torch.zeros(shape, dtype=torch.float32, device=self._device(slot))
             self._rebuild_groups()
 
+    @property
+    def sharded(self) -> bool:
+        """Whether some parameter is spread over processes, which then take every step together."""
+        return self._sharded
+
     def _extent(self, slot: Slot) -> tuple[int, int, int]:
         batch, rows, cols = slot.view().shape if slot.out_of_reach is None else slot.extent
+        return batch, rows, cols
+
+    def _state_extent(self, slot: Slot) -> tuple[int, int, int]:
+        """As :meth:`_extent`, of the part whose momentum this process keeps."""
+        batch, rows, cols = slot.piece().x.shape
         return batch, rows, cols
 
     def _device(self, slot: Slot) -> torch.device:
@@ -370,6 +382,8 @@ class Handle:
             self._resample(window, reproject=bool(self._momentum) and self._window is not None)
 
     def _start(self, step: Step) -> None:
+        if self._sharded:
+            reshard(self.model)  # what FSDP keeps whole after a forward would stay as it was
         if not isinstance(step, Tensor):
             self.enter_window(step)
             return
@@ -381,9 +395,26 @@ class Handle:
     def _resample(self, window: int | None, *, reproject: bool) -> None:
         if window is not None:
             for group in self._groups:
-                if group.kind == "lowrank":
+                if group.kind == "lowrank" and self._sharded:
+                    self._resample_shards(group, window, reproject)
+                elif group.kind == "lowrank":
                     self.estimator.resample_(group.table, window=window, reproject=reproject, backend=group.choice.backend)
         self._window = window
+
+    def _resample_shards(self, group: Group, window: int, reproject: bool) -> None:
+        """As the op, where this process may have some matrices or columns only: the momentum is carried by all columns of V."""
+        table = group.table
+        for i, t in zip(group.index.tolist(), range(len(table)), strict=True):
+            slot, piece = self._slots[i], self._slots[i].piece()
+            place = Place(slot.tensor_id, slot.extent, group.choice.backend, table.device)
+            mine = slice(piece.first_matrix, piece.first_matrix + len(piece.x))
+            new = self.estimator.right(place, window)[mine]
+            if reproject:
+                assert table.n is not None and self._window is not None
+                old = self.estimator.right(place, self._window)[mine]
+                table.n[t].copy_(reference.reproject(table.n[t], old, new))
+            assert table.v is not None
+            table.v[t].copy_(new[..., piece.col_offset : piece.col_offset + piece.x.shape[2]])
 
     def _refresh_groups(self, step: Step | None = None) -> None:
         """Follows storage that moved since the last call (``model.to``, ``load_state_dict(assign=True)``, ``param.data = ...``).
@@ -394,12 +425,13 @@ class Handle:
         again = isinstance(step, int) and step == self._seen_at
         try:
             parameters: list[Any] = [owned[name] for owned, name in self._places]
+            parameters += self._shards()
             addresses = list(map(Tensor.data_ptr, parameters))
             gone = bool(self._gone)
         except (KeyError, TypeError):
             gone = True
         if gone:
-            parameters = self.parameters  # raises, naming the one that is gone
+            parameters = [*self.parameters, *self._shards()]  # raises, naming the one that is gone
             addresses = [p.data_ptr() for p in parameters]
         same = addresses == self._addresses
         if same and again:
@@ -410,6 +442,12 @@ class Handle:
             self._rebuild_groups()
             self._addresses, self._seen = addresses, seen
         self._seen_at = step
+
+    def _shards(self) -> list[Tensor]:
+        """Storage of the shards that passes change here."""
+        if not self._sharded:
+            return []
+        return [slot.piece().x for slot in self._slots if slot.out_of_reach == "sharded"]
 
     def _check_shapes(self) -> None:
         for slot, shape in zip(self._slots, self._shapes, strict=True):
@@ -431,7 +469,8 @@ class Handle:
 
     def _make_group(self, kind: str, device: torch.device, index: list[int]) -> Group:
         slots = [self._slots[i] for i in index]
-        xs = [slot.view() for slot in slots]
+        pieces = [slot.piece() for slot in slots]
+        xs = [piece.x for piece in pieces]
         for slot, x in zip(slots, xs, strict=True):
             if slot.name in self._momentum:
                 self._momentum[slot.name] = self._momentum[slot.name].to(device)
@@ -444,13 +483,15 @@ class Handle:
             [slot.tensor_id for slot in slots],
             v=[self._v[slot.name] for slot in slots] if kind == "lowrank" else None,
             n=[self._momentum[slot.name] for slot in slots] if self._momentum else None,
+            row_offsets=[piece.row_offset for piece in pieces],
+            col_offsets=[piece.col_offset for piece in pieces],
+            global_cols=[piece.global_cols for piece in pieces],
         )
         choice = choose_backend(device, self.config.backend)
         return Group(kind, torch.tensor(index, device=device), table, choice, self.estimator)
 
     def _describe(self, slot: Slot, choice: Choice) -> ParameterReport:
-        p, x = slot.parameter, slot.view()
-        batch, rows, cols = x.shape
+        p, (batch, rows, cols) = slot.parameter, self._extent(slot)
         treatment, note = "dense", f"{p.numel()} elements"
         if slot.kind == "lowrank":
             treatment = f"low-rank {self.config.rank}"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .config import PatchConfig
 from .noise import tensor_ids
 from .offloaded import find_homes, identities
-from .sharding import check_shards, is_sharded, reshard
+from .sharding import block_of, check_block, check_shards, is_sharded, reshard
 from .table import DTYPES, stride_problem
 
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -34,8 +34,8 @@ class Slot:
         kind: "lowrank" or "dense".
         layout: "matrix", "experts" (one matrix each), "rows" (first dimension by the rest, as for convolutions), "square" (see
             :func:`most_square`) or "flat".
-        out_of_reach: why the storage cannot be changed as it is ("offloaded", "quantised", "sharded"), or None. Only probes take
-            such weights.
+        out_of_reach: why the storage cannot be changed as it is ("offloaded", "quantised", "sharded"), or None. Of these only
+            sharded ones can be moved in place.
     """
 
     owner: weakref.ref[nn.Module]
@@ -111,6 +111,46 @@ class Slot:
             f"parameter {self.name!r} has shape {tuple(p.shape)} and strides {p.stride()}: {problem}; "
             "make it contiguous (param.data = param.data.contiguous()) or exclude it"
         )
+
+    def piece(self) -> Piece:
+        """What passes over the weights change in this process: all of the parameter, or its shard."""
+        p = self.parameter
+        if not is_sharded(p):
+            x = self.view()
+            return Piece(x, 0, 0, x.shape[2])
+        block = block_of(self.name, p)
+        local, offsets = block.local, block.offsets
+        check_trainable(self.name, local)
+        if self.layout == "experts":
+            x, row, col, width = local, offsets[0] * p.shape[1], 0, p.shape[2]
+        elif p.dim() < 2:
+            x, row, col, width = local.reshape(1, 1, -1), 0, sum(offsets), p.numel()
+        elif p.dim() == 2:
+            x, row, col, width = local.unsqueeze(0), offsets[0], offsets[1], p.shape[1]
+        else:  # rows of a convolution, or of any tensor that gets dense noise
+            width = math.prod(p.shape[1:])
+            x, row, col = local.reshape(1, len(local), width), offsets[0], 0
+        problem = stride_problem(x)
+        if problem is not None or (x.numel() and x.data_ptr() != local.data_ptr()):
+            raise self._bad_strides(local, problem or "it must be contiguous")
+        return Piece(x, row, col, width, offsets[0] if self.layout == "experts" else 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A parameter, or a shard of it, as an entry of a :class:`~lozo_kernels.table.TensorTable`.
+
+    Attributes:
+        x: (batch, rows, cols), a view of storage.
+        row_offset, col_offset, global_cols: as in the table.
+        first_matrix: which of the parameter's matrices is the first here.
+    """
+
+    x: Tensor
+    row_offset: int
+    col_offset: int
+    global_cols: int
+    first_matrix: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +239,9 @@ def find_parameters(model: nn.Module, config: PatchConfig) -> tuple[list[Slot], 
         slot = Slot(weakref.ref(module), attribute, aliases[0], others, tensor_id, kind, layout, away)
         if away is None:
             slot.view()
+        elif away == "sharded" and config.placement == "inplace":
+            check_block(slot.name, p, 2 if p.dim() == 2 else 1)
+            slot.piece()
         slots.append(slot)
     return slots, left
 
@@ -248,12 +291,13 @@ def check_trainable(name: str, p: Tensor) -> None:
 
 
 def _check_sharded(model: nn.Module, name: str, p: Tensor, config: PatchConfig) -> None:
-    if config.placement == "inplace" or config.estimator != "lowrank":
+    if config.estimator == "subspace" or (config.placement != "inplace" and config.estimator == "dense"):
         raise TypeError(
-            f"parameter {name!r} is sharded (fully_shard): shards are not moved in place, nor with MeZO or SubZero; "
-            "use LOZO with placement='probe', or exclude it"
+            f"parameter {name!r} is sharded: shards have no probe with MeZO, and nothing with SubZero; use LOZO, MeZO with "
+            "placement='inplace', or exclude it"
         )
-    check_shards(model, name, p)
+    if config.placement != "inplace":
+        check_shards(model, name, p)
 
 
 def _treatment(module: nn.Module, p: Tensor, names: Sequence[str], config: PatchConfig) -> tuple[str, str]:

@@ -1,7 +1,8 @@
-"""Weights that FSDP shards (``torch.distributed.fsdp.fully_shard``): what this process has of one, and bringing shards back.
+"""Sharded weights, DTensors of the global shape: what this process has of one, and bringing shards back.
 
-Between forwards a parameter is a DTensor of the global shape, of which every process holds some rows; while its module runs it is
-an ordinary tensor, the whole weight. ``torch.distributed`` is not imported here: where nobody did, nothing is sharded.
+FSDP (``torch.distributed.fsdp.fully_shard``) leaves rows with each process between forwards, and makes the parameter an ordinary
+tensor, the whole weight, while its module runs. Tensor parallelism keeps rows or columns all the time. ``torch.distributed`` is
+not imported here: where nobody did, nothing is sharded.
 """
 
 from __future__ import annotations
@@ -20,6 +21,14 @@ class Shard:
 
     local: Tensor
     offset: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A block of a weight in storage of this process: ``offsets`` has where it begins in each dimension. It may be empty."""
+
+    local: Tensor
+    offsets: tuple[int, ...]
 
 
 def is_sharded(p: Tensor) -> bool:
@@ -43,6 +52,39 @@ def check_shards(model: nn.Module, name: str, p: Any) -> None:
         raise TypeError(
             f"parameter {name!r} is sharded as {tuple(p.placements)}; rows alone can be (Shard(0), last of the mesh): exclude it"
         )
+
+
+def check_block(name: str, p: Any, dimensions: int) -> None:
+    """Raises TypeError, with the way out, for a DTensor that is not cut along its first ``dimensions`` dimensions."""
+    for placement in p.placements:
+        strided = "Strided" in type(placement).__name__  # FSDP over tensor parallelism: rows that do not lie together
+        if not placement.is_replicate() and (strided or not placement.is_shard() or placement.dim >= dimensions):
+            raise TypeError(
+                f"parameter {name!r} of shape {tuple(p.shape)} is sharded as {tuple(p.placements)}; moved in place can be "
+                f"contiguous shards of dimension {' or '.join(map(str, range(dimensions)))}: exclude it"
+            )
+
+
+def block_of(name: str, p: Any) -> Block:
+    """What this process has of a weight that :func:`check_block` let pass: a view, so that writing it changes the weight.
+
+    Raises:
+        RuntimeError: it is whole now, or has another shape here than its placements say.
+    """
+    if not is_sharded(p):
+        raise RuntimeError(f"parameter {name!r} is not in shards now: its module is running, or it is not sharded any more")
+    sizes, offsets = list(p.shape), [0] * p.dim()
+    for axis, placement in enumerate(p.placements):
+        if placement.is_shard():
+            d, whole = placement.dim, sizes[placement.dim]
+            chunk = -(-whole // p.device_mesh.size(axis))
+            first = min(whole, chunk * p.device_mesh.get_coordinate()[axis])
+            offsets[d] += first
+            sizes[d] = min(chunk, whole - first)
+    local = p.detach().to_local()
+    if list(local.shape) != sizes:
+        raise RuntimeError(f"parameter {name!r} has {tuple(local.shape)} here where {tuple(sizes)} was expected")
+    return Block(local, tuple(offsets))
 
 
 def running_device(p: Any) -> torch.device:

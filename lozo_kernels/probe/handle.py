@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,8 @@ class ProbeHandle(Handle):
         self._prepared = False
         self._warned = False
         self._notes: list[str] = []
+        self.on_settle: Callable[[], None] | None = None
+        """Called just before a merge that no change of V implies."""
         self.precision = torch.float32
         """The coarsest dtype that evaluations compute with."""
         self._weights = PerturbedWeights(self._runtime, config.seed)
@@ -203,13 +205,16 @@ class ProbeHandle(Handle):
         self._standing = None
         self._write([REST])
 
-    @torch.no_grad()
     def settle(self) -> None:
         """Merges what was learned into the weights: they become X_t, rounded once into their dtype.
 
         Rounds once more than a run that merges only when V is drawn anew. What quantised layers learned stays in factors, which
         their forwards add: r more ranks with every V.
         """
+        self._settle(self.on_settle)
+
+    @torch.no_grad()
+    def _settle(self, before: Callable[[], None] | None = None) -> None:
         if not self._learned:
             return
         if any(member.swapped for member in self._members):
@@ -220,6 +225,8 @@ class ProbeHandle(Handle):
         if any(slot.out_of_reach == "sharded" for slot in self._slots):
             reshard(self.model)
         assert self._window is not None
+        if before is not None:
+            before()
         rounding = Rounding(self._last_step) if self.config.rounding == "stochastic" else None
         for group in self._states:
             self._ledger.merge(group, self._window, rounding)
@@ -290,7 +297,7 @@ class ProbeHandle(Handle):
         """Makes V that of a step. What was learned under another V is merged first."""
         self._check_usable()
         if self._window is not None and step // self.config.interval != self._window:
-            self.settle()
+            self._settle()
         super().enter_window(step)
 
     def restore(self, *, discard: bool = False) -> None:
@@ -356,6 +363,12 @@ class ProbeHandle(Handle):
         super()._start(step)
         if self._prepared:
             self._watch.check_modules()
+
+    def _state_extent(self, slot: Slot) -> tuple[int, int, int]:
+        return self._extent(slot)  # factors are whole in every process
+
+    def _shards(self) -> list[Tensor]:
+        return []  # they are looked for when there is something to merge
 
     def _device(self, slot: Slot) -> torch.device:
         p = slot.parameter

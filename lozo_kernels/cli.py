@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--task", help="a task by name; an unknown name lists them")
     data.add_argument("--train-file", help="jsonl with text and, for classification, label; or text, one example a line")
     data.add_argument("--dev-file", help="as --train-file (default: a tenth of that file is held out)")
-    data.add_argument("--data-dir", help="folder of TASK.train.jsonl and TASK.dev.jsonl (default: the Hub)")
+    data.add_argument("--data-dir", help="folder of TASK.train.jsonl and TASK.dev.jsonl, or of images (default: the Hub)")
     data.add_argument("--k-shot", type=int, help="train on so many examples of each class, with as many more as dev")
     data.add_argument("--num-train", type=int, help="train on so many examples (default: all)")
     data.add_argument("--num-dev", type=int, help="draw so many dev examples from the train ones (default: those of the data)")

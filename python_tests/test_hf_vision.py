@@ -43,10 +43,11 @@ def settings(data, **more):
 
 
 def test_digits(tmp_path):
-    """1,797 real digits: LOZO teaches a tiny ViT with random weights something in 150 steps, by forward passes only."""
+    """Real digits, three classes of them: LOZO teaches a tiny ViT with random weights to tell them apart, mostly."""
     datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
     digits = datasets.load_digits()
-    for i, (pixels, digit) in enumerate(zip(digits.images[:400], digits.target, strict=False)):
+    chosen = [pair for pair in zip(digits.images, digits.target, strict=True) if pair[1] < 3][:400]
+    for i, (pixels, digit) in enumerate(chosen):
         folder = tmp_path / "data" / ("train" if i < 320 else "dev") / f"digit {digit}"
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray((pixels * 15.9).astype("uint8")).save(folder / f"{i}.png")
@@ -65,9 +66,11 @@ def test_digits(tmp_path):
         quiet=True,
     )
     assert summary["objective"] == "image" and summary["stopped"] is None
-    assert summary["loss_after"] < summary["loss_before"] - 0.1
+    # Better than any guess that does not look: log 3 = 1.099.
+    assert summary["loss_after"] < min(1.0, summary["loss_before"] - 0.1) and summary["accuracy_after"] > 0.5
+    print(summary["loss_before"], summary["loss_after"], summary["accuracy_after"])
     tuned = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "model")
-    assert tuned.config.id2label[3] == "digit 3"
+    assert tuned.config.id2label[2] == "digit 2"
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out" / "model")
     assert processor.size["height"] == 8
     card = (tmp_path / "out" / "model" / "README.md").read_text()

@@ -6,20 +6,19 @@ Only this package imports transformers, and only inside the functions that need 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .planning import plan
-
 if TYPE_CHECKING:
     from .arguments import ZOArguments
     from .attaching import attach
+    from .planning import plan
     from .trainer import ZOTrainer
 
 __all__ = ["ZOArguments", "ZOTrainer", "attach", "plan"]
 
-_LAZY = {"ZOArguments": "arguments", "attach": "attaching", "ZOTrainer": "trainer"}
+_LAZY = {"ZOArguments": "arguments", "attach": "attaching", "ZOTrainer": "trainer", "plan": "planning"}
 
 
 def __getattr__(name: str) -> Any:
-    """What needs transformers is imported when it is asked for."""
+    """What takes long to import, or needs transformers, is imported when it is asked for."""
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,7 +17,9 @@ from ..probe.cost import Costs
 from ..probe.members import Holder, Member
 from ..probe.trace import Uses, watch_uses
 from ..probe.verify import units_of
-from .dry_run import DryModel
+
+if TYPE_CHECKING:
+    from .dry_run import DryModel
 
 _FLOAT = 4
 _FACTOR = 2  # V is fp16

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,9 +17,11 @@ from ..errors import InputError, require
 from ..noise import MAX_RANK
 from ..optim import LOZO, MeZO, SubZero, ZerothOrderOptimizer
 from ..probe.members import Member
-from .dry_run import DryModel
 from .plan_machine import Machine, given_machine, measured_machine
 from .plan_state import State, find_members, place_members, side_seconds, state_in_place, state_of_probe
+
+if TYPE_CHECKING:
+    from .dry_run import DryModel
 
 DTYPES = ("float32", "bfloat16", "float16")
 _FT_FORWARDS = 3  # a backward pass costs two
@@ -153,6 +155,8 @@ def plan(
         InputError: a value is out of range, or the model cannot be built or run without its weights.
     """
     _check(method, rank, interval, dtype, batch_size, sequence_length, placement, device_bandwidth, device_tflops)
+    from .dry_run import DryModel  # takes a while to import, and every command of the command line imports this file
+
     torch_dtype = getattr(torch, dtype)
     name, config = _open_config(model)
     dry = DryModel(config, torch_dtype, batch_size, sequence_length)

@@ -19,7 +19,7 @@ demo: $(STAMP)
 	$(BIN)/lozo-kernels finetune
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadfile
 
 bench: $(STAMP)
 	$(BIN)/lozo-kernels bench perturb --device cpu --output bench/results/perturb_cpu.json

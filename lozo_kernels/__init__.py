@@ -7,6 +7,7 @@ from .config import PatchConfig
 from .engine import Handle, handle_of
 from .graphs import CapturedStep, capture_step
 from .optim import LOZO, MeZO, NonFiniteLossError, SubZero
+from .parallel import DivergenceError, Parallel, PeerLostError
 from .patching import patch
 from .probe import BatchSplitError, LoraAdapter, ProbeHandle, export_lora
 from .registry import Draw, Rounding, choose_backend
@@ -20,13 +21,16 @@ __all__ = [
     "LOZO",
     "BatchSplitError",
     "CapturedStep",
+    "DivergenceError",
     "Draw",
     "Handle",
     "LoraAdapter",
     "MeZO",
     "NonFiniteLossError",
+    "Parallel",
     "ParameterReport",
     "PatchConfig",
+    "PeerLostError",
     "ProbeHandle",
     "Report",
     "Rounding",

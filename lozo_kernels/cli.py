@@ -89,11 +89,13 @@ def _parser() -> argparse.ArgumentParser:
     method.add_argument(
         "--placement", default=d.placement, help="inplace moves the weights, probe only reads them, or auto (default: %(default)s)"
     )
+    method.add_argument("--parallel", help="what processes share: examples or directions (default: examples, under torchrun)")
 
     run = finetune.add_argument_group("run")
     run.add_argument("--steps", type=int, help="(default: 1000; 1500 without arguments)")
     run.add_argument("--batch-size", type=int, default=d.batch_size, help="(default: %(default)s)")
     run.add_argument("--eval-every", type=int, help="steps between evaluations (default: a tenth of the run)")
+    run.add_argument("--keep", default=d.keep, help="weights of the last step, or best: of the lowest dev loss (default: %(default)s)")
     run.add_argument("--eval-size", type=int, default=d.eval_size, help="dev examples at most (default: %(default)s)")
     run.add_argument(
         "--compare-steps", type=int, help="time so many steps of the published way too (default: 0; 24 without arguments)"
@@ -104,12 +106,16 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--threads", type=int, help="on the CPU (default: torch's; one for the embedded model)")
     run.add_argument("--seed", type=int, default=d.seed, help="(default: %(default)s)")
     run.add_argument("--output", help="folder for the results (default: runs/TASK-METHOD)")
+    run.add_argument(
+        "--resume", metavar="RUN_DIR", help="go on with a run that was ended or killed, by its journal; no other setting"
+    )
     run.add_argument("--json", action="store_true", help="print the summary as JSON, and nothing else, on stdout")
     run.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
     _add_evaluate(commands)
     _add_reproduce(commands)
     _add_plan(commands)
+    _add_journal(commands)
 
     doctor = commands.add_parser("doctor", help="versions, devices, backends, and a self-test")
     doctor.set_defaults(run=_doctor)
@@ -133,15 +139,19 @@ def _finetune(args: argparse.Namespace, command: str) -> int:
 
     from .hf.finetune import finetune
     from .hf.methods import METHODS
+    from .hf.processes import counted
     from .hf.records import to_json
     from .hf.report import table
     from .hf.settings import Settings
 
     settings = Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)})
+    if args.resume is not None:
+        settings = _resumed(args.resume, settings)
     if args.method in METHODS and not METHODS[args.method].trains:
         return _print_evaluation(settings, None, args, command)
-    summary = finetune(settings, command=command, quiet=args.quiet)
-    print(to_json(summary, indent=2) if args.json else table(summary))
+    summary = finetune(settings, command=command, quiet=args.quiet, resume=args.resume is not None)
+    if counted()[0] == 0:
+        print(to_json(summary, indent=2) if args.json else table(summary))
     if summary["stopped"] is None:
         return 0
     print(
@@ -150,6 +160,84 @@ def _finetune(args: argparse.Namespace, command: str) -> int:
         file=sys.stderr,
     )
     return EXIT_INTERRUPTED if summary["stopped"] == "interrupted" else EXIT_FAILED
+
+
+def _resumed(folder: str, given: Any) -> Any:
+    from pathlib import Path
+
+    from .hf.journaling import settings_of
+    from .hf.settings import Settings
+
+    if given != Settings():
+        raise InputError("--resume takes all settings from the run: leave the others out")
+    return settings_of(Path(folder))
+
+
+def _add_journal(commands: Any) -> None:
+    what = {
+        "replay": "the model of a run, from the one that it started from and its journal, without data or forward passes",
+        "revert": "the model that a run had after some steps, and its journal up to there",
+        "verify": "whether a tuned model is what the journal of its run says, bit for bit",
+    }
+    for name, text in what.items():
+        command = commands.add_parser(name, help=text)
+        command.set_defaults(run=_verify if name == "verify" else _replay)
+        command.add_argument("--model", help="the model that the run started from (default: what the journal names)")
+        command.add_argument("--journal", required=True, help="the journal, or the folder of its run")
+        if name == "verify":
+            command.add_argument("--checkpoint", help="the tuned model or its run (default: the journal's fingerprint)")
+            command.add_argument("--step", type=int, help="the tuned model is that after so many steps (default: all)")
+            continue
+        needed = name == "revert"
+        command.add_argument("--step", type=int, required=needed, help="steps to take" + ("" if needed else " (default: all)"))
+        command.add_argument("--output", required=True, help="folder to write")
+    difference = commands.add_parser("diff", help="where the journals of two runs part: the first record and field")
+    difference.set_defaults(run=_diff)
+    difference.add_argument("journals", nargs=2, metavar="JOURNAL", help="a journal or the folder of its run")
+
+
+def _replay(args: argparse.Namespace, command: str) -> int:
+    from pathlib import Path
+
+    from .hf.journaling import find_journal, replay_run
+
+    reverting = args.subcommand == "revert"
+    done = replay_run(args.model, find_journal(Path(args.journal)), Path(args.output), args.step, reverting=reverting)
+    agrees = {True: "as the run ended", False: "", None: "the run recorded no fingerprint here"}[done["agrees"]]
+    steps = f"{done['steps']} steps ({done['skipped']} without an update)"
+    print(f"{steps} in {done['output']}; weights {done['fingerprint'][:16]}, {agrees}")
+    return 0
+
+
+def _verify(args: argparse.Namespace, command: str) -> int:
+    from pathlib import Path
+
+    from .hf.journaling import find_journal, verify_run
+
+    checkpoint = Path(args.checkpoint) if args.checkpoint else None
+    found = verify_run(args.model, find_journal(Path(args.journal)), checkpoint, args.step)
+    steps = found.replayed.steps
+    if found.good:
+        compared = f"{found.compared} parameters of the tuned model" if found.compared else "the fingerprint at its end"
+        print(f"good: {steps} steps replayed, {compared} equal in every bit")
+        return 0
+    if found.differing:
+        print(f"bad: after {steps} steps {len(found.differing)} parameters differ, e.g. {found.differing[0]}")
+    elif found.replayed.agrees is False:
+        print(f"bad: after {steps} steps the weights are not those with which the run ended")
+    else:
+        print(f"nothing to compare with: the run recorded no end after {steps} steps; give --checkpoint")
+    return EXIT_FAILED
+
+
+def _diff(args: argparse.Namespace, command: str) -> int:
+    from pathlib import Path
+
+    from .hf.journaling import diff_runs
+
+    found = diff_runs(Path(args.journals[0]), Path(args.journals[1]))
+    print("the journals are equal" if found is None else found)
+    return 0 if found is None else EXIT_FAILED
 
 
 def _add_evaluate(commands: Any) -> None:

@@ -38,7 +38,10 @@ def mean_loss(closures: Sequence[Closure], randomness: Randomness | None) -> Ten
 
 
 def as_loss(value: Any) -> Tensor:
-    """What a closure returned as a 0-dim fp64 tensor on its device; TypeError if it is not one real number."""
+    """What a closure returned as a 0-dim fp64 tensor on its device; TypeError if it is not one real number, or (sum, weight)."""
+    if isinstance(value, tuple) and len(value) == 2:
+        total, weight = map(as_loss, value)
+        return total / weight.to(total.device)
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex():
             raise TypeError(
@@ -49,6 +52,28 @@ def as_loss(value: Any) -> Tensor:
         return torch.tensor(float(value), dtype=torch.float64)
     except (TypeError, ValueError):
         raise TypeError(f"the closure must return the loss, a tensor or a number; it returned {type(value).__name__}") from None
+
+
+def mean_totals(closures: Sequence[Closure], randomness: Randomness | None) -> Tensor:
+    """As :func:`mean_loss`, as (sum, weight) for a mean over processes: (2,) fp64, on the device of the losses.
+
+    The weight of a closure that returns a mean is that of the examples that it was given, or 1.
+    """
+    if randomness is not None:
+        randomness.replay()
+    found = [closure.totals() if isinstance(closure, BoundClosure) else _totals(closure(), 1) for closure in closures]
+    if len(found) == 1:
+        return found[0]
+    sums, weights = torch.stack(found).unbind(1)
+    return torch.stack(((sums / weights).mean() * weights.sum(), weights.sum()))
+
+
+def _totals(value: Any, weight: int) -> Tensor:
+    if isinstance(value, tuple) and len(value) == 2:
+        total = as_loss(value[0])
+        return torch.stack((total, as_loss(value[1]).to(total.device)))
+    loss = as_loss(value)
+    return torch.stack((loss * weight, torch.full_like(loss, weight)))
 
 
 def count_examples(inputs: Any) -> int:
@@ -70,20 +95,43 @@ def repeat_examples(inputs: Any, times: int) -> Any:
 
 def batch_losses(closures: Sequence[BatchClosure], batches: Sequence[Any], times: int, randomness: Randomness | None) -> Tensor:
     """The loss of each of ``times`` evaluations in one call of each closure: (times,) fp64, the mean over the closures."""
+    losses = [sums / weights for sums, weights in _batch_totals(closures, batches, times, randomness)]
+    return losses[0] if len(losses) == 1 else torch.stack(losses).mean(0)
+
+
+def batch_totals(closures: Sequence[BatchClosure], batches: Sequence[Any], times: int, randomness: Randomness | None) -> Tensor:
+    """As :func:`batch_losses`, as (sum, weight) for a mean over processes: (times, 2) fp64."""
+    found = _batch_totals(closures, batches, times, randomness)
+    if len(found) == 1:
+        return torch.stack(found[0], 1)
+    weight = torch.stack([weights for _, weights in found]).sum(0)
+    return torch.stack((torch.stack([sums / weights for sums, weights in found]).mean(0) * weight, weight), 1)
+
+
+def _batch_totals(
+    closures: Sequence[BatchClosure], batches: Sequence[Any], times: int, randomness: Randomness | None
+) -> list[tuple[Tensor, Tensor]]:
     if randomness is not None:
         randomness.replay()
-    losses = []
+    found = []
     for closure, inputs in zip(closures, batches, strict=True):
         examples = count_examples(inputs)
-        losses.append(as_losses(closure(repeat_examples(inputs, times) if times > 1 else inputs), times, examples))
-    return losses[0] if len(losses) == 1 else torch.stack(losses).mean(0)
+        found.append(_as_totals(closure(repeat_examples(inputs, times) if times > 1 else inputs), times, examples))
+    return found
 
 
 def as_losses(value: Any, times: int, examples: int) -> Tensor:
     """What a closure returned for a batch as (times,) fp64; TypeError if it does not say each evaluation's loss."""
+    sums, weights = _as_totals(value, times, examples)
+    return sums / weights
+
+
+def _as_totals(value: Any, times: int, examples: int) -> tuple[Tensor, Tensor]:
+    """(times,) fp64 each; a mean is its own sum, of weight 1."""
     parts = value if isinstance(value, (tuple, list)) else (value,)
     if times == 1 and len(parts) == 1 and (not isinstance(value, Tensor) or value.dim() == 0):
-        return as_loss(value).reshape(1)
+        loss = as_loss(value).reshape(1)
+        return loss, torch.ones_like(loss)
     if not 1 <= len(parts) <= 2 or not all(isinstance(x, Tensor) and x.shape == (times * examples,) for x in parts):
         got = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in parts)
         raise TypeError(
@@ -92,8 +140,8 @@ def as_losses(value: Any, times: int, examples: int) -> Tensor:
         )
     sums = parts[0].detach().to(torch.float64).view(times, examples).sum(1)
     if len(parts) == 1:
-        return sums / torch.full_like(sums, examples)
-    return sums / parts[1].detach().to(torch.float64).view(times, examples).sum(1)
+        return sums, torch.full_like(sums, examples)
+    return sums, parts[1].detach().to(torch.float64).view(times, examples).sum(1)
 
 
 def pair_closures(closure: Any, inputs: Any) -> tuple[list[Any], list[Any] | None]:
@@ -117,8 +165,22 @@ def pair_closures(closure: Any, inputs: Any) -> tuple[list[Any], list[Any] | Non
 
 def bind_inputs(closures: Sequence[BatchClosure], batches: Sequence[Any]) -> list[Closure]:
     """Closures that take nothing."""
+    return [BoundClosure(closure, inputs) for closure, inputs in zip(closures, batches, strict=True)]
 
-    def bound(closure: BatchClosure, inputs: Any) -> Closure:
-        return lambda: as_losses(closure(inputs), 1, count_examples(inputs))[0]
 
-    return [bound(closure, inputs) for closure, inputs in zip(closures, batches, strict=True)]
+class BoundClosure:
+    """A closure with its inputs."""
+
+    def __init__(self, closure: BatchClosure, inputs: Any) -> None:
+        self._closure, self._inputs = closure, inputs
+
+    def __call__(self) -> Tensor:
+        """The loss, 0-dim fp64."""
+        return as_losses(self._closure(self._inputs), 1, count_examples(self._inputs))[0]
+
+    def totals(self) -> Tensor:
+        """(2,) fp64: the sum of the losses and their weight."""
+        value, examples = self._closure(self._inputs), count_examples(self._inputs)
+        if (isinstance(value, Tensor) and value.dim() == 0) or not isinstance(value, (Tensor, tuple, list)):
+            return _totals(value, examples)
+        return torch.cat(_as_totals(value, 1, examples))

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import noise, ops, reference
+from . import noise, reference
 from .closures import Closure, Randomness
 from .config import PatchConfig
 from .estimators import ESTIMATORS, Place
 from .parameters import LeftAlone, Slot, find_parameters
-from .passes import Group, Scalar, Term, run_pass
-from .registry import Choice, Draw, Rounding, Step, choose_backend
+from .passes import Group, Scalar, StepUpdate, Term, run_pass, run_update
+from .registry import Choice, Draw, Step, choose_backend
 from .report import ParameterReport, Report
 from .sharding import reshard
 from .table import TensorTable
@@ -216,7 +216,8 @@ class Handle:
         if beta is not None and not self._momentum:
             raise RuntimeError("momentum was not enabled: call enable_momentum() first")
         self._start(step)
-        self._update_groups(self._groups, step, c, lr, weight_decay, beta, standing, perturb_next)
+        update = StepUpdate(step, list(c) if isinstance(c, Sequence) else [c], lr, weight_decay, beta)
+        run_update(self._groups, self.config, update, standing, perturb_next if self._same_window(step) else None)
         if perturb_next is not None and not self._same_window(step):
             assert not isinstance(step, Tensor)
             self.perturb_(step + 1, perturb_next)
@@ -224,47 +225,6 @@ class Handle:
     def _same_window(self, step: Step) -> bool:
         """Whether the next step has the V of this one. A step that is a tensor says so by being one."""
         return isinstance(step, Tensor) or (step + 1) // self.config.interval == step // self.config.interval
-
-    def _update_groups(
-        self,
-        groups: Sequence[Group],
-        step: Step,
-        c: Scalar | Sequence[Scalar],
-        lr: Scalar,
-        weight_decay: Scalar,
-        beta: float | Tensor | None,
-        standing: float,
-        perturb_next: float | None,
-    ) -> None:
-        """The passes of :meth:`update_` over the weights of some groups."""
-        cs = list(c) if isinstance(c, Sequence) else [c]
-        terms = []
-        for d, cd in enumerate(cs):
-            gradient = share(cd, len(cs))
-            terms.append(
-                Term(
-                    Draw(step, d),
-                    perturb=-standing if d == len(cs) - 1 else 0.0,
-                    gradient=0.0 if beta is not None else gradient * -lr,
-                    coefficient=0.0 if beta is None else (1.0 - beta) * gradient,
-                )
-            )
-        decay = decay_of(lr, weight_decay)
-        if perturb_next is not None and self._same_window(step):
-            terms.append(Term(Draw(step + 1), perturb=perturb_next, decays=False))
-        chunks = [terms[i : i + ops.MAX_DRAWS] for i in range(0, len(terms), ops.MAX_DRAWS)]
-        # Decay goes first, the momentum product with the last draw of this step; other chunks only add their draws.
-        last = max(i for i, chunk in enumerate(chunks) if chunk[0].decays)
-        for i, chunk in enumerate(chunks):
-            run_pass(
-                groups,
-                self.config,
-                chunk,
-                decay=decay if i == 0 else None,
-                momentum=None if beta is None or i > last else (beta if i == 0 else 1.0, -lr if i == last else 0.0),
-                rounding=Rounding(step, i) if self.config.rounding == "stochastic" else None,
-                decayed_by=1.0 if decay is None else decay,
-            )
 
     @torch.no_grad()
     def materialize(self, name: str, step: int, *, direction: int = 0) -> Tensor:
@@ -499,19 +459,6 @@ class Handle:
             if self.config.rank > min(rows, cols):
                 note += f"; rank {self.config.rank} is above min(rows, columns), which wastes noise but is exact"
         return ParameterReport(slot.name, slot.aliases, tuple(p.shape), p.dtype, p.device, treatment, choice.backend.name, note)
-
-
-def share(c: Scalar, directions: int) -> Scalar:
-    """A direction's part in the mean; of a tensor by a tensor, as the division of c itself."""
-    if directions == 1:
-        return c
-    return c / torch.full_like(c, directions) if isinstance(c, Tensor) else c / directions
-
-
-def decay_of(lr: Scalar, weight_decay: Scalar) -> Scalar | None:
-    """What an update multiplies weights by first: 1 - lr * weight_decay; None without weight decay."""
-    decaying = isinstance(weight_decay, Tensor) or weight_decay != 0.0
-    return 1.0 - lr * weight_decay if decaying else None
 
 
 def check_scale(scale: float) -> None:

@@ -51,6 +51,8 @@ class CapturedStep:
     def __init__(self, optimizer: ZerothOrderOptimizer, closure: Closure | Sequence[Closure]) -> None:
         if isinstance(optimizer.handle, ProbeHandle):
             raise ValueError("a captured step moves weights: use placement='inplace' with it")
+        if optimizer.parallel is not None:
+            raise ValueError("a captured step does not wait for other processes: leave parallel out")
         devices = optimizer.handle.devices
         if len(devices) != 1:
             raise ValueError(f"a step is captured on one device, and the trained parameters are on {len(devices)}")
@@ -102,6 +104,9 @@ class CapturedStep:
             optimizer._step = step + 1
             optimizer.info = dataclasses.replace(self._info, step=step)
             optimizer._skipped_total, optimizer._skipped_in_a_row = self._info.skipped_total, self._info.skipped_in_a_row
+            optimizer._moves = 0
+            if optimizer.journal is not None:
+                optimizer.journal.add_step(optimizer, optimizer.info)
         optimizer._watch_losses(self._info.loss)
         return self._info.loss
 

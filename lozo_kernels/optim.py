@@ -10,17 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .closures import BatchClosure, Closure, Randomness, batch_losses, bind_inputs, count_examples, mean_loss, pair_closures
+from .closures import (
+    BatchClosure,
+    Closure,
+    Randomness,
+    batch_losses,
+    batch_totals,
+    bind_inputs,
+    count_examples,
+    mean_loss,
+    mean_totals,
+    pair_closures,
+)
 from .drive import Drive, drive_of
 from .engine import Handle
 from .interrupts import deferred_interrupt
 from .numbers import check_count, check_number
+from .parallel import Parallel, as_parallel
 from .patching import patch
 from .probe import ProbeHandle, check_batches
 from .readback import Readback
 from .registry import Step
 from .resume import ResumableOptimizer
-from .steps import Pending, StepInfo, StepInputs
+from .steps import Pending, StepInfo, StepInputs, StepLog
 
 EVALUATIONS = ("sequential", "batched")
 
@@ -55,6 +67,9 @@ class ZerothOrderOptimizer(ResumableOptimizer):
             activations of all; dropout then differs between evaluations.
         common_random_numbers: give every evaluation of a step the same state of torch's generators (dropout, sampling).
         max_nonfinite: raise :class:`NonFiniteLossError` after this many steps in a row with a loss that is not finite.
+        parallel: several processes take each step together: "examples", each evaluates its own, "directions", each evaluates some
+            of them, or a :class:`~lozo_kernels.parallel.Parallel`, whose page says what is exchanged and compared. None: this
+            process is alone, or others see to it.
         patch_options: see :func:`patch`; only with a model as target. ``drive="backward"`` is for loops that call
             ``loss.backward()`` and ``step()``.
 
@@ -79,6 +94,7 @@ class ZerothOrderOptimizer(ResumableOptimizer):
         evaluation: str = "sequential",
         common_random_numbers: bool = True,
         max_nonfinite: int = 10,
+        parallel: Parallel | str | None = None,
         **patch_options: Any,
     ) -> None:
         check_number("lr", lr, low=0.0)
@@ -87,6 +103,7 @@ class ZerothOrderOptimizer(ResumableOptimizer):
         check_number("weight_decay", weight_decay, low=0.0)
         check_count("directions", directions)
         check_count("max_nonfinite", max_nonfinite)
+        self.parallel = as_parallel(parallel)
         if evaluation not in EVALUATIONS:
             raise ValueError(f"evaluation is one of {', '.join(map(repr, EVALUATIONS))}, not {evaluation!r}")
         if isinstance(target, Handle) and patch_options:
@@ -99,6 +116,8 @@ class ZerothOrderOptimizer(ResumableOptimizer):
                     f"and this one has {handle.config.estimator!r}"
                 )
             self._check_placement(handle, fuse_steps, evaluation)
+            if self.parallel is not None and drive_of(handle) is not None:
+                raise ValueError("with drive='backward' DistributedDataParallel averages over processes: leave parallel out")
             self.handle = handle
             self._drive: Drive | None = None
             super().__init__(_groups(handle, params), {"lr": lr, "weight_decay": weight_decay})
@@ -117,7 +136,9 @@ class ZerothOrderOptimizer(ResumableOptimizer):
         self.evaluation = evaluation
         self._batches_checked = False
         self.info: StepInfo | None = None
+        self.journal: StepLog | None = None
         self._step = 0
+        self._moves = 0
         self._inputs: StepInputs | None = None
         self._standing: tuple[int, float] | None = None
         self._pending: Pending | None = None
@@ -126,6 +147,13 @@ class ZerothOrderOptimizer(ResumableOptimizer):
         self._watched = Readback()
         if momentum:
             handle.enable_momentum()
+        if self.parallel is not None:
+            try:
+                self.parallel.connect(handle, directions, self._facts())
+            except BaseException:
+                if handle is not target:
+                    handle.restore()
+                raise
         if fuse_steps:
             handle.guard(self.flush)
         self._drive = drive_of(handle)
@@ -165,6 +193,7 @@ class ZerothOrderOptimizer(ResumableOptimizer):
             RuntimeError: with ``drive="backward"``, nothing was backpropagated since the last step.
             BatchSplitError: the model cannot evaluate several points in one forward pass.
             NonFiniteLossError: see ``max_nonfinite``.
+            PeerLostError, DivergenceError: with ``parallel``, a process is gone, or its run is another.
             Exception: whatever the closure raises; the weights are then back where they were (in place, up to one rounding of
                 the weight's dtype), and the step was not taken.
         """
@@ -184,8 +213,10 @@ class ZerothOrderOptimizer(ResumableOptimizer):
                 pending, info = self._estimate(*self._evaluate(one_by_one, randomness))
             self._commit(pending, info)
         except BaseException:
-            self._move(None)
+            self._go_back()
             raise
+        if self.parallel is not None:
+            self.parallel.committed(info, [float(group[key]) for group in self.param_groups for key in ("lr", "weight_decay")])
         self._watch_losses(info.loss)
         return info.loss
 
@@ -210,13 +241,18 @@ class ZerothOrderOptimizer(ResumableOptimizer):
         try:
             randomness = Randomness(self.handle.devices) if self.common_random_numbers else None
             self.handle.prepare([closure], randomness, step=self._step)
-            plus, minus = map(torch.stack, self._evaluate([closure], randomness))
+            plus, minus = self._losses(*self._evaluate([closure], randomness))
         finally:
-            self._move(None)
+            self._go_back()
         return torch.stack((self._differences(plus, minus), plus, minus)), self._mean(plus, minus)
 
     def flush(self) -> None:
         """Makes an update that ``fuse_steps`` left pending; otherwise does nothing."""
+        if self._pending is not None and self.journal is not None:
+            self.journal.add_flush()
+        self._make_pending()
+
+    def _make_pending(self) -> None:
         pending = self._pending
         if pending is not None:
             with torch.no_grad(), deferred_interrupt():
@@ -241,6 +277,9 @@ class ZerothOrderOptimizer(ResumableOptimizer):
         for name in ("lr", "weight_decay"):
             if name in param_group:
                 check_number(name, param_group[name], low=0.0)
+        settings = [param_group.get(name, self.defaults[name]) for name in ("lr", "weight_decay")]
+        if not any(isinstance(value, Tensor) for value in settings) and settings[0] * settings[1] > 1.0:
+            raise ValueError(f"lr * weight_decay is {settings[0] * settings[1]:g}: above 1 every step turns the weights' sign")
         param_group["params"] = [(known[id(p)], p) for p in params]
         super().add_param_group(param_group)
 
@@ -252,6 +291,8 @@ class ZerothOrderOptimizer(ResumableOptimizer):
             raise ValueError(f"{which}, which drive='backward' does not allow: leave it out, or use step(closure)")
         if fuse_steps and probing:
             raise ValueError("fuse_steps saves a pass over the weights, and a probe makes none: leave it out")
+        if fuse_steps and handle.sharded:
+            raise ValueError("fuse_steps makes updates during forward passes, when weights are not in shards: leave it out")
         if evaluation == "batched" and not probing:
             raise ValueError("evaluation='batched' needs placement='probe': weights that are moved can be at one point only")
 
@@ -274,15 +315,20 @@ class ZerothOrderOptimizer(ResumableOptimizer):
         """F(+) and F(-) (or F(0)) of each direction; leaves the weights at the last point that was evaluated."""
         plus: list[Tensor] = []
         minus: list[Tensor] = []
+        evaluate = mean_loss if self.parallel is None else mean_totals
+        mine = [self.parallel is None or self.parallel.evaluates(d, self.directions) for d in range(self.directions)]
         if not self.two_sided:
-            self.flush()
-            minus = [mean_loss(closures, randomness)] * self.directions
+            self._make_pending()
+            minus = [evaluate(closures, randomness)] * sum(mine)
         for d in range(self.directions):
+            # Also along directions that other processes evaluate: weights that are moved round, and have to round alike.
             self._move((d, self.eps))
-            plus.append(mean_loss(closures, randomness))
+            if mine[d]:
+                plus.append(evaluate(closures, randomness))
             if self.two_sided:
                 self._move((d, -self.eps))
-                minus.append(mean_loss(closures, randomness))
+                if mine[d]:
+                    minus.append(evaluate(closures, randomness))
         return plus, minus
 
     def _evaluate_together(
@@ -298,22 +344,43 @@ class ZerothOrderOptimizer(ResumableOptimizer):
             check_batches(handle, closures, batches, randomness, step=self._step)
             self._batches_checked = True
         sides = (self.eps, -self.eps) if self.two_sided else (self.eps,)
-        offsets = [(d, side) for d in range(self.directions) for side in sides]
+        mine = [d for d in range(self.directions) if self.parallel is None or self.parallel.evaluates(d, self.directions)]
+        offsets = [(d, side) for d in mine for side in sides]
         if not self.two_sided:
             offsets.append((0, 0.0))
         try:
             handle.spread_(self._noise_step, offsets, examples.pop())
-            losses = batch_losses(closures, batches, len(offsets), randomness)
+            evaluate = batch_losses if self.parallel is None else batch_totals
+            losses = evaluate(closures, batches, len(offsets), randomness)
         finally:
             handle.rest_()
         if self.two_sided:
             return list(losses[0::2]), list(losses[1::2])
-        return list(losses[:-1]), [losses[-1]] * self.directions
+        return list(losses[:-1]), [losses[-1]] * len(mine)
 
     def _estimate(self, plus: list[Tensor], minus: list[Tensor]) -> tuple[Pending, StepInfo]:
         """The update that the evaluations ask for. Reads no value: a skipped update is an update by zero, so nothing waits."""
-        f_plus, f_minus = torch.stack(plus), torch.stack(minus)
+        f_plus, f_minus = self._losses(plus, minus)
         return self._conclude(self._differences(f_plus, f_minus), f_plus, f_minus)
+
+    def _losses(self, plus: list[Tensor], minus: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """F(+) and F(-) of all directions, of which other processes may have evaluated parts: (directions,) each."""
+        if self.parallel is None:
+            return torch.stack(plus), torch.stack(minus)
+        return self.parallel.combine(self._step, plus, minus, self.directions)
+
+    def _facts(self) -> dict[str, Any]:
+        """What processes have to agree on besides the weights."""
+        groups = [[len(g["params"]), *(float(g[key]) for key in ("lr", "weight_decay"))] for g in self.param_groups]
+        return {
+            "method": type(self).__name__,
+            **{key: str(value) for key, value in self.handle.config.to_dict().items()},
+            **self._settings(),
+            "common_random_numbers": self.common_random_numbers,
+            "max_nonfinite": self.max_nonfinite,
+            "parameter groups (parameters, lr, weight_decay)": groups,
+            "groups of parameters": self._trained_names(),
+        }
 
     def _differences(self, plus: Tensor, minus: Tensor) -> Tensor:
         # By a tensor: a GPU divides by a number as a multiplication by its reciprocal, which rounds differently.
@@ -340,14 +407,22 @@ class ZerothOrderOptimizer(ResumableOptimizer):
         return pending, StepInfo(self._step, loss, f_plus, f_minus, c, ~good, total, in_a_row)
 
     def _commit(self, pending: Pending, info: StepInfo) -> None:
-        """Takes the step: makes the update or leaves it pending."""
+        """Takes the step: makes the update or leaves it pending. A journal has it before the weights do."""
         with deferred_interrupt():
-            if not self.fuse_steps:
-                self._update(pending, perturb_next=None)
-                self._standing = None
-            else:
-                self._pending = pending
+            if self.journal is not None:
+                self.journal.add_step(self, info)
+            try:
+                if not self.fuse_steps:
+                    self._update(pending, perturb_next=None)
+                    self._standing = None
+                else:
+                    self._pending = pending
+            except BaseException:
+                if self.journal is not None:
+                    self.journal.take_back()
+                raise
             self._step += 1
+            self._moves = 0
             self.info = info
             self._skipped_total, self._skipped_in_a_row = info.skipped_total, info.skipped_in_a_row
 
@@ -369,9 +444,17 @@ class ZerothOrderOptimizer(ResumableOptimizer):
                 stacklevel=4,
             )
 
+    def _go_back(self) -> None:
+        """Takes the perturbations of a step that is not taken, or not yet, out of the weights."""
+        self._move(None)
+        if self._moves and self.journal is not None:
+            self.journal.add_detour(self._moves)
+        self._moves = 0
+
     def _move(self, target: tuple[int, float] | None) -> None:
         """Brings the weights from where they are to a perturbation (direction, scale) of the current step, or to none."""
         with deferred_interrupt():
+            self._moves += target is not None
             if self._pending is not None and target is not None:
                 self._update(self._pending, perturb_next=target[1])
                 self._pending, self._standing = None, target

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import ops
 from .config import PatchConfig
 from .estimators import Estimator
-from .registry import Choice, Draw, Rounding
+from .registry import Choice, Draw, Rounding, Step
 from .table import TensorTable
 
 Scalar = float | Tensor
@@ -30,6 +30,17 @@ class Term:
     """-lr * c, before the division by r that ``scaling`` asks for."""
     coefficient: Scalar = 0.0
     decays: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class StepUpdate:
+    """An update as :meth:`Handle.update_` takes it: c per direction, lr, weight decay and beta."""
+
+    step: Step
+    c: Sequence[Scalar]
+    lr: Scalar
+    weight_decay: Scalar
+    beta: float | Tensor | None
 
 
 @dataclasses.dataclass
@@ -110,3 +121,57 @@ def run_pass(
                 rounding=rounding,
                 backend=backend,
             )
+
+
+def run_update(
+    groups: Sequence[Group], config: PatchConfig, update: StepUpdate, standing: float = 0.0, perturb_next: float | None = None
+) -> None:
+    """The passes of an update over the weights of some groups.
+
+    Args:
+        standing: scale of the perturbation along the last direction that is still in the weights.
+        perturb_next: scale of the perturbation along direction 0 of the next step, which has the same V; None for none.
+    """
+    terms = []
+    for d, c in enumerate(update.c):
+        gradient = share(c, len(update.c))
+        terms.append(
+            Term(
+                Draw(update.step, d),
+                perturb=-standing if d == len(update.c) - 1 else 0.0,
+                gradient=0.0 if update.beta is not None else gradient * -update.lr,
+                coefficient=0.0 if update.beta is None else (1.0 - update.beta) * gradient,
+            )
+        )
+    decay = decay_of(update.lr, update.weight_decay)
+    if perturb_next is not None:
+        terms.append(Term(Draw(update.step + 1), perturb=perturb_next, decays=False))
+    chunks = [terms[i : i + ops.MAX_DRAWS] for i in range(0, len(terms), ops.MAX_DRAWS)]
+    # Decay goes first, the momentum product with the last draw of this step; other chunks only add their draws.
+    last = max(i for i, chunk in enumerate(chunks) if chunk[0].decays)
+    for i, chunk in enumerate(chunks):
+        momentum = None
+        if update.beta is not None and i <= last:
+            momentum = (update.beta if i == 0 else 1.0, -update.lr if i == last else 0.0)
+        run_pass(
+            groups,
+            config,
+            chunk,
+            decay=decay if i == 0 else None,
+            momentum=momentum,
+            rounding=Rounding(update.step, i) if config.rounding == "stochastic" else None,
+            decayed_by=1.0 if decay is None else decay,
+        )
+
+
+def share(c: Scalar, directions: int) -> Scalar:
+    """A direction's part in the mean; of a tensor by a tensor, as the division of c itself."""
+    if directions == 1:
+        return c
+    return c / torch.full_like(c, directions) if isinstance(c, Tensor) else c / directions
+
+
+def decay_of(lr: Scalar, weight_decay: Scalar) -> Scalar | None:
+    """What an update multiplies weights by first: 1 - lr * weight_decay; None without weight decay."""
+    decaying = isinstance(weight_decay, Tensor) or weight_decay != 0.0
+    return 1.0 - lr * weight_decay if decaying else None

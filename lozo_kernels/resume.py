@@ -10,6 +10,7 @@ from torch import Tensor
 from .engine import Handle
 from .noise import NOISE_VERSION
 from .probe import ProbeHandle
+from .steps import StepLog
 
 
 class ResumableOptimizer(torch.optim.Optimizer):
@@ -22,6 +23,7 @@ class ResumableOptimizer(torch.optim.Optimizer):
     two_sided: bool
     fuse_steps: bool
     evaluation: str
+    journal: StepLog | None
     _step: int
     _skipped_total: Tensor
     _skipped_in_a_row: Tensor
@@ -59,9 +61,12 @@ class ResumableOptimizer(torch.optim.Optimizer):
         """The inverse of :meth:`state_dict`.
 
         Raises:
-            ValueError: it was saved under other settings, noise or parameters; nothing was changed.
+            ValueError: it is not a whole state, or was saved under other settings, noise or parameters; nothing was changed.
+            RuntimeError: the optimiser has a journal; nothing was changed.
         """
-        self.flush()
+        if self.journal is not None and state_dict.get("step") != self._step:
+            raise RuntimeError("the optimiser has a journal, which cannot say how it came to another state: close() it first")
+        self._check_whole(state_dict)
         mine = {"noise_version": NOISE_VERSION, "patch": self.handle.config.to_dict(), "settings": self._settings()}
         for key, value in mine.items():
             saved = state_dict.get(key)
@@ -73,6 +78,10 @@ class ResumableOptimizer(torch.optim.Optimizer):
         saved_groups = state_dict["param_groups"]
         if self._trained_names() != [list(g["params"]) for g in saved_groups]:
             raise ValueError("the state was saved with other parameter groups")
+        missing = [name for name in self.handle.momentum if "momentum" not in state_dict["state"].get(name, {})]
+        if missing:
+            raise ValueError(f"the state has no momentum of {missing[0]!r}: it is not all of what state_dict() returned")
+        self.flush()
         if isinstance(self.handle, ProbeHandle):
             self.handle.load_past(state_dict["past"])
             self.handle.history = [(w, dict(bs)) for w, bs in state_dict["history"]]
@@ -83,6 +92,15 @@ class ResumableOptimizer(torch.optim.Optimizer):
         self._step = state_dict["step"]
         total, in_a_row = state_dict["skipped"]
         self._skipped_total, self._skipped_in_a_row = torch.tensor(total), torch.tensor(in_a_row)
+
+    def _check_whole(self, state: dict[str, Any]) -> None:
+        needed = ["noise_version", "patch", "settings", "step", "window", "skipped", "state", "param_groups"]
+        needed += ["past", "history"] if isinstance(self.handle, ProbeHandle) else []
+        missing = [key for key in needed if key not in state]
+        groups = state.get("param_groups", [])
+        missing += [f"{key} in its param_groups" for key in ("params", *self.defaults) if any(key not in g for g in groups)]
+        if missing:
+            raise ValueError(f"this is not all of what state_dict() of a {type(self).__name__} returned: it has no {missing[0]}")
 
     def _trained_names(self) -> list[list[str]]:
         """Of each group, without the parameter that a driven model hangs its loss on: how a run is driven is not its state."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -54,3 +55,22 @@ class StepInputs:
 
     step: Tensor
     settings: dict[str, Tensor]
+
+
+class StepLog(Protocol):
+    """What an optimiser tells a journal (:mod:`lozo_kernels.journal`). What it is told of may still be taken back."""
+
+    def add_step(self, optimizer: Any, info: StepInfo) -> None:
+        """A step is about to be taken; if this raises, it is not."""
+
+    def take_back(self) -> None:
+        """The step that was told last was not taken after all."""
+
+    def add_flush(self) -> None:
+        """A pending update is about to be made outside of a step, in a pass of its own."""
+
+    def add_detour(self, moves: int) -> None:
+        """Weights went through the first ``moves`` points of the present step and back."""
+
+    def finish(self) -> None:
+        """The run ends: brings the weights up to date, notes their fingerprint and closes the file."""

@@ -96,11 +96,12 @@ class ContractNoise:
         return noise.factor(self.seed, *shape, self.ids[id(p)], 0, stream="S").to(p.dtype)
 
     def subspace(self, p, shape, rank, window):
-        u, v = (
-            torch.linalg.qr(noise.factor(self.lasting, n, rank, self.ids[id(p)], window, stream=stream))[0]
-            for n, stream in zip(shape, "UV", strict=True)
-        )
-        return u, v.half().float()
+        bases = []
+        for n, stream in zip(shape, "UV", strict=True):
+            q, r = torch.linalg.qr(noise.factor(self.lasting, n, rank, self.ids[id(p)], window, stream=stream).double())
+            scaled = q * r.diagonal().sign() * n**0.5  # on the grid of the noise, so that a library's last bits are nothing
+            bases.append((torch.round(scaled * 256) / 256 / n**0.5).float())
+        return tuple(bases)
 
 
 class Miniature:

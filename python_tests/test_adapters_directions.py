@@ -148,6 +148,23 @@ def test_bad_input_changes_nothing(call, error, words):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    (
+        (None, "not NoneType"),
+        (3, "not int"),
+        (torch.ones(2, 2), "not Tensor"),
+        ([1, 2], "one of the list is int"),
+        ([torch.ones(2)], "one of the list is Tensor"),
+        ([("a", 3.0)], "one of the list is tuple"),
+        ([("a", torch.ones(2, 2)), ("b", torch.ones(2, dtype=torch.int64))], "'b' has torch.int64"),
+    ),
+)
+def test_what_is_no_parameters_is_refused(parameters, words):
+    with pytest.raises(TypeError, match=rf"takes a module or \(name, tensor\) pairs.*{words}"):
+        DirectionBackend(parameters)
+
+
 def test_the_example_of_the_documentation(rng):
     text = (Path(__file__).parent.parent / "docs" / "adapters.md").read_text(encoding="utf-8")
     example = re.search(r"```python\n(.*?)```", text, re.S).group(1)

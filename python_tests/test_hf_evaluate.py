@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -97,6 +98,8 @@ def test_greedy_generation_is_that_of_single_sequences(llama):
     model = transformers.AutoModelForCausalLM.from_pretrained(llama).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
     objective = AnswerObjective(tokenizer, TASKS["squad"], 200)
+    # As checkpoints of chat models have them; what is written is greedy all the same.
+    model.generation_config.repetition_penalty, model.generation_config.num_beams = 5.0, 2
     examples = [Example((f"Context: {'red ' * n}", "Which colour?"), answers=("red",)) for n in (1, 9, 4)]
     written = generate_answers(model, objective, examples, 2, 6, CPU)
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
@@ -231,6 +234,12 @@ def test_a_roberta_has_as_many_tokens_as_positions_after_the_padding(roberta, da
         ("--task sst2 --data-dir DATA --model BARE", "its tokenizer has neither a padding nor an end token"),
         ("--task sst2 --dev-file UNLABELLED --model LLAMA", "line 1: no field 'label'"),
         ("--checkpoint nowhere", "--checkpoint nowhere: no config.json"),
+        ("--checkpoint BROKEN", "summary.json is not a JSON object"),
+        ("--checkpoint LLAMA", "does not say which task it is for: give --task or --train-file"),
+        ("--checkpoint ADAPTER --task sst2 --data-dir DATA", "no usable adapter"),
+        ("--task sst2 --data-dir DATA --model DAMAGED", "its weights cannot be read"),
+        ("--task sst2 --data-dir DATA --model WORDLESS", "no usable tokenizer in that folder"),
+        ("--task sst2 --data-dir DATA --model ROBERTA --objective prompt", "is no causal language model; use --objective class"),
         ("--dev-file UNLABELLED", "--dev-file goes with --task"),
     ],
 )
@@ -240,7 +249,19 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, llama, roberta,
     model.save_pretrained(bare)
     tokenizer = tiny_tokenizer()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(bare)
+    broken, adapter, damaged, wordless = (tmp_path / name for name in ("broken", "adapter", "damaged", "wordless"))
+    for folder in (broken, adapter, wordless):
+        folder.mkdir()
+    (broken / "summary.json").write_text("{")
+    write_jsonl(adapter / "adapter_config.json", [{"base_model_name_or_path": str(llama)}])
+    (wordless / "config.json").write_bytes((llama / "config.json").read_bytes())
+    shutil.copytree(llama, damaged)
+    (damaged / "model.safetensors").write_bytes(b"cut off")
     places = {
+        "BROKEN": broken,
+        "ADAPTER": adapter,
+        "DAMAGED": damaged,
+        "WORDLESS": wordless,
         "DATA": data,
         "LLAMA": llama,
         "ROBERTA": roberta,

@@ -216,3 +216,9 @@ def test_command(tmp_path, capsys):
     assert "placement: inplace (asked for)" in capsys.readouterr().out
     assert cli.main(["plan", "--model", str(tmp_path / "none")]) == 2
     assert "no usable configuration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", [3, None, b"opt", {"hidden_size": 8}])
+def test_what_is_no_model_is_refused(model):
+    with pytest.raises(TypeError, match=r"plan\(\) takes a name on the Hub, a folder or a configuration of transformers, not"):
+        plan(model)

@@ -1,5 +1,6 @@
 """The papers' tables: the numbers that are published, the settings behind them, and each table at its smallest scale."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from lozo_kernels.hf.plots import compare_runs, read_run
 from lozo_kernels.hf.published_results import OPT_13B_MEMORY, TABLES
 from lozo_kernels.hf.reproduce import render, reproduce
 from lozo_kernels.hf.scales import SCALES, Request
-from lozo_kernels.hf.score_table import make_settings, measure_scores
+from lozo_kernels.hf.score_table import find_recipe, make_settings, measure_scores
 from lozo_kernels.hf.settings import Settings
 from lozo_kernels.hf.tasks import TASKS
 
@@ -73,18 +74,42 @@ def test_settings_at_the_papers_scale_are_the_papers():
     expected = {
         "model": "facebook/opt-13b", "rank": 2, "interval": 50, "eps": 1e-3, "lr": 1e-6, "batch_size": 16, "steps": 20_000,
         "eval_every": 4000, "lr_schedule": "constant", "num_train": 1000, "num_dev": 500, "num_eval": 1000, "seed": 3,
+        "scaling": "published",
     }  # fmt: skip
     assert {name: getattr(settings, name) for name in expected} == expected
     other = make_settings(request, recipe, "lozo", "rte", CPU, Path("out"), {"lr": 1e-7, "rank": 1, "interval": 100})
     assert (other.lr, other.rank, other.interval) == (1e-7, 1, 100)
+    embedded = make_settings(Request("lozo-opt"), recipe, "lozo", None, CPU, Path("out"), {})
+    assert embedded.lr is None and embedded.scaling == "paper"  # which the embedded model's own rate goes with
     request = Request("lozo-roberta", model="FacebookAI/roberta-large")
     settings = make_settings(request, request.paper.recipes["lozo-m"], "lozo-m", "snli", CPU, Path("out"), {}).resolved()
     expected = {"rank": 4, "interval": 50, "lr": 1e-6, "momentum": 0.9, "batch_size": 64, "steps": 100_000, "k_shot": 16}
+    expected["scaling"] = "published"  # the learning rates are those of code that leaves 1/r out
     assert {name: getattr(settings, name) for name in expected} == expected
     request = Request("subzero", model="facebook/opt-13b")
     settings = make_settings(request, request.paper.recipes["subzero"], "subzero", "rte", CPU, Path("out"), {}).resolved()
     expected = {"rank": 8, "interval": 1000, "eps": 1e-3, "batch_size": 16, "steps": 20_000, "momentum": 0.0}
     assert {name: getattr(settings, name) for name in expected} == expected
+
+
+def test_a_method_without_a_row_takes_the_recipe_of_the_closest(tmp_path):
+    def settings(table, method):
+        request = Request(table, scale="paper", model="facebook/opt-13b")
+        recipe = find_recipe(request.paper, method)
+        return make_settings(request, recipe, method, "sst2", torch.device("cpu"), tmp_path, {}).resolved()
+
+    for table in ("lozo-opt", "subzero"):
+        lozo, momentum = settings(table, "lozo"), settings(table, "lozo-m")
+        assert (momentum.rank, momentum.interval, momentum.scaling, momentum.lr) == (2, 50, "published", 1e-6)
+        assert momentum.momentum == 0.9
+        assert dataclasses.replace(momentum, method="lozo", momentum=0.0) == lozo
+    subzero = settings("lozo-roberta", "subzero")
+    assert (subzero.rank, subzero.interval, subzero.lr) == (8, 1000, 1e-7)
+    assert (subzero.steps, subzero.batch_size, subzero.k_shot) == (100_000, 64, 16)
+    tuned = settings("lozo-opt", "ft")
+    assert (tuned.lr, tuned.steps) == (1e-5, 20_000)
+    shots = settings("lozo-roberta", "icl")
+    assert shots.num_eval == 1000 and shots.k_shot is None
 
 
 def test_dtypes_at_the_papers_scale():
@@ -182,10 +207,26 @@ def test_a_cell_that_cannot_be_had_does_not_end_the_others(tmp_path):
     )  # fmt: skip
     document, text = reproduce(request, "x")
     good, bad = document["rows"]
+    assert good["scored"] == "dev" and good["examples"] == 8
     assert good["score"] is not None and bad["score"] is None and "rte" in bad["error"]
     assert f"not measured: lozo on rte: {bad['error']}" in text
     with pytest.raises(InputError, match="rte"):
         measure_scores(Request(**vars(request) | {"tasks": ("rte",)}), CPU, tmp_path / "other", "x")
+
+
+def test_small_scales_score_all_methods_on_the_same_examples(tmp_path):
+    """Of a task whose answers are written too, where training itself sees a loss only."""
+    (tmp_path / "data").mkdir()
+    rows = [{"context": "Bern has inhabitants.", "question": f"Which city is {n}?", "answers": ["Bern"]} for n in range(24)]
+    for part in ("train", "dev"):
+        (tmp_path / "data" / f"squad.{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    request = Request(
+        "lozo-opt", scale="tiny", methods=("zero-shot", "lozo"), tasks=("squad",), data_dir=str(tmp_path / "data"),
+        output=str(tmp_path / "out"), quiet=True, threads=1, steps=1,
+    )  # fmt: skip
+    rows = reproduce(request, "x")[0]["rows"]
+    assert [(row["metric"], row["examples"]) for row in rows] == [("f1", 16), ("f1", 16)]
+    assert all(row["score"] is not None and row["settings"]["num_eval"] == 16 for row in rows)
 
 
 def test_the_grid_keeps_the_best_run(tmp_path, monkeypatch):
@@ -226,6 +267,8 @@ def test_a_model_of_the_published_name_stands_beside_its_cells():
         ({"table": "lozo-opt", "scale": "paper"}, "--scale paper needs --model"),
         ({"table": "lozo-opt", "methods": ("adam",)}, "--methods 'adam' is not known"),
         ({"table": "lozo-opt", "steps": 0}, "--steps is at least 1"),
+        ({"table": "lozo-opt", "methods": ()}, "--methods names none"),
+        ({"table": "memory", "scale": "tiny", "steps": 3}, "leave out --tasks, --data-dir, --grid and --steps"),
         ({"table": "memory", "scale": "tiny", "methods": ("zero-shot",)}, "none of them trains"),
         ({"table": "memory", "model": "/nowhere/at/all"}, "no usable causal model"),
     ],

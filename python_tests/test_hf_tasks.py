@@ -28,7 +28,8 @@ CPU = torch.device("cpu")
 MASKED = [name for name, task in TASKS.items() if task.masked]
 LARGE = ["sst2", "rte", "cb", "boolq", "wsc", "wic", "multirc", "copa", "record", "squad", "drop", "winogrande"]
 
-# Malladi et al. 2023, appendix, table of OPT prompts: the prompt of the first row of each task, and all answers to it.
+# Malladi et al. 2023, appendix, table of OPT prompts: the prompt of the first row of each task, and all answers to it. winogrande
+# is as in the code of SubZero (large_models/tasks.py): candidates are an option and what follows the blank.
 PROMPTS = {
     "sst2": ("a slow and tired film It was", (" terrible", " great"), 0),
     "rte": ('Ada lived in London.\nDoes this mean that "Ada lived in England." is true? Yes or No?\n', ("Yes", "No"), 0),
@@ -57,8 +58,8 @@ PROMPTS = {
         1,
     ),
     "winogrande": (
-        "",
-        ("The box did not fit in the bag as the box was big.", "The box did not fit in the bag as the bag was big."),
+        "The box did not fit in the bag as the",
+        (" box was big.", " bag was big."),
         0,
     ),
     "squad": (
@@ -178,6 +179,7 @@ def test_forms_of_a_field():
     assert render("{0:clause} so", ["It rained. "]) == "It rained so" and render("{0:clause}", ["Why?"]) == "Why?"
     assert render("{0:open}? {mask}, {1:small}", ["It is. ", "The {0} end."], mask="M") == "It is? M, the {0} end."
     assert render("{0:lower}{1:strip}", ["ABC", " x "]) == "abcx"
+    assert render("{0:before}", ["as the _ was"]) == "as the" and render("{0:before}", ["_ ran"]) == ""
     assert all(form("") in ("", "?") for form in FORMS.values())
 
 
@@ -253,6 +255,7 @@ def test_several_entities_of_record_may_be_right(from_hub):
         ("squad", HUB_ROWS["squad"][0] | {"answers": {"text": []}}, "the answers are [], texts are needed"),
         ("squad", HUB_ROWS["squad"][0] | {"context": 3, "answers": 4}, "not a row of squad: 'int' object is not iterable"),
         ("winogrande", {"text": "Which one?", "answer": "option1"}, "its text is not a sentence and two options"),
+        ("winogrande", HUB_ROWS["winogrande"][0] | {"sentence": "No blank."}, "its sentence has no blank (_)"),
         ("multirc", {"passage": {"text": "a", "questions": [{"question": "b"}]}}, "no field 'answers' as multirc has it"),
         ("wic", {"word": "a", "sentence1": "b", "sentence2": "c"}, "no field 'label'"),
         ("boolq", {"passage": "a", "question": "b", "label": "maybe"}, "label 'maybe' is none of the 2 classes of boolq"),

@@ -80,11 +80,15 @@ def test_options_are_compared_by_their_mean_log_probability(rng, llama):
         assert float(answer.loss(model, answer.collate(encoded, CPU))) == pytest.approx(record.loss, rel=1e-4)
 
 
-def test_a_whole_sentence_is_scored_without_a_prompt(rng, llama):
+@pytest.mark.parametrize(
+    ("sentence", "prompt", "options"),
+    [("_ runs", "", ("the red dog runs", "the cat runs")), ("near the _ house", "near the", (" red house", " green house"))],
+)
+def test_what_follows_a_blank_is_scored_also_without_a_prompt(llama, sentence, prompt, options):
     model, tokenizer = llama
     objective = ChoiceObjective(tokenizer, TASKS["winogrande"], 200)
-    example = Example(("the _ runs",), options=("the red dog runs", "the cat runs"), right=(1,))
-    means = [torch.tensor(log_probabilities(model, tokenizer, "", option)).mean() for option in example.options]
+    example = Example((sentence,), options=options, right=(1,))
+    means = [torch.tensor(log_probabilities(model, tokenizer, prompt, option)).mean() for option in options]
     with torch.no_grad():
         batch = objective.collate([objective.encode(example)], CPU)
         torch.testing.assert_close(objective.scores(model, batch)[0], torch.stack(means), rtol=1e-4, atol=1e-4)

@@ -225,6 +225,9 @@ def test_weight_decay_leaves_biases_and_norms(tmp_path):
         ({"deepspeed": {"train_batch_size": 1}}, "deepspeed brings an optimiser"),
         ({"method": "adam"}, "method is one of"),
         ({"momentum": 0.9}, "use method='lozo-m'"),
+        ({"method": "mezo", "momentum": 0.9, "rank": None, "interval": None}, "use method='mezo-m'"),
+        ({"method": "lozo-m", "momentum": 0.0}, "use method='lozo'"),
+        ({"method": "subzero", "momentum": 0.9}, "leave it out"),
         ({"method": "mezo", "interval": None}, "method='mezo' has no rank"),
         ({"rank": 1000}, "rank is at least 1"),
         ({"eps": 0.0}, "eps"),
@@ -255,6 +258,16 @@ def test_trainers_that_are_refused(tmp_path):
         attach(Trainer(model, args), eps=-1)
     with pytest.raises(ValueError, match="method is one of"):
         attach(Trainer(model, args), method="sgd")
+    for options, message in (
+        ({"method": "mezo", "rank": 2}, "method='mezo' has no rank"),
+        ({"method": "mezo", "momentum": 0.9}, "use method='mezo-m'"),
+        ({"method": "lozo-m", "momentum": 0}, "use method='lozo'"),
+        ({"method": "subzero", "momentum": 0.9}, "leave it out"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attach(Trainer(model, args), **options)
+    with pytest.raises(TypeError, match="momentum is a number, not 'a'"):
+        attach(Trainer(model, args), momentum="a")
     several = arguments(tmp_path)
     several._n_gpu = 2
     trainer = Trainer(model, args)
@@ -263,6 +276,8 @@ def test_trainers_that_are_refused(tmp_path):
         attach(trainer)
     assert handle_of(model) is None and all(p.requires_grad for p in model.parameters())
     own = zo_arguments(tmp_path)
+    with pytest.raises(TypeError, match="momentum is a number, not 'a'"):
+        zo_arguments(tmp_path, momentum="a")
     with pytest.raises(TypeError, match=r"takes lozo_kernels\.hf\.ZOArguments"):
         ZOTrainer(model, args)
     with pytest.raises(ValueError, match="makes its optimiser"):
@@ -275,6 +290,14 @@ def test_trainers_that_are_refused(tmp_path):
     with pytest.raises(RuntimeError, match="patched already"):
         ZOTrainer(model, own, train_dataset=DATA).train()
     kept.restore()
+
+
+def test_rates_by_default_are_the_papers(tmp_path):
+    args = ZOArguments(str(tmp_path), use_cpu=True, report_to=[], max_steps=2, save_strategy="no", disable_tqdm=True)
+    assert args.learning_rate == 1e-6
+    trainer = ZOTrainer(tiny_llama(), args, train_dataset=DATA)
+    trainer.train()
+    assert trainer.lr_scheduler.get_last_lr() == [1e-6]  # after the last step, where a linear one is at zero
 
 
 def test_arguments_from_a_command_line(tmp_path):

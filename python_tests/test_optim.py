@@ -205,6 +205,38 @@ def test_state_of_another_run_is_refused():
         optimizer.handle.restore()
 
 
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.5}, {"placement": "probe"}], ids=["plain", "momentum", "probe"])
+def test_a_state_in_part_is_refused(options):
+    model = nn.Linear(3, 3)
+    optimizer = make("lozo", model, **options)
+    loss = lambda: model(torch.ones(1, 3)).pow(2).sum()  # noqa: E731
+    optimizer.step(loss)
+    whole = copy.deepcopy(optimizer.state_dict())
+    optimizer.step(loss)
+    partial = [{k: v for k, v in whole.items() if k != key} for key in whole]
+    if not options.get("placement"):  # of a probe alone
+        partial = [state for state in partial if state.keys() >= {"past", "history"}]
+    partial += [whole | {"param_groups": [{k: v for k, v in whole["param_groups"][0].items() if k != "lr"}]}]
+    partial += [whole | {"state": {}}] if options.get("momentum") else []
+    before = copy.deepcopy(optimizer.state_dict()), weights(model)
+    for state in partial:
+        with pytest.raises(ValueError, match="not all of what state_dict"):
+            optimizer.load_state_dict(state)
+    after = optimizer.state_dict()
+    assert after["step"] == 2 and after["param_groups"] == before[0]["param_groups"] and same(weights(model), before[1])
+    optimizer.load_state_dict(whole)
+    assert optimizer.steps_done == 1
+
+
+def test_weight_decay_that_turns_signs_is_refused():
+    model = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match=r"lr \* weight_decay is 1\.5"):
+        make("lozo", model, lr=0.5, weight_decay=3.0)
+    with pytest.raises(ValueError, match=r"lr \* weight_decay is 2"):
+        make("lozo", model, params=[{"params": list(model.parameters()), "weight_decay": 2.0}], lr=1.0)
+    make("lozo", model, lr=0.5, weight_decay=2.0).handle.restore()
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("method", METHODS)
 def test_an_exception_leaves_the_model_as_it_was(method, shape):

@@ -258,6 +258,30 @@ def test_published_settings_learn(settings):
     assert sum(losses[-10:]) < 0.97 * sum(losses[:10])
 
 
+@pytest.mark.parametrize("placement", ["inplace", "probe"])
+def test_the_published_interval_ends_at_step_1000(rng, placement):
+    """Rank 8, interval 1000: 1,003 steps, after which directions are those of the bases of the second window."""
+    seed, rows, cols, rank = rng.getrandbits(64), 11, 12, 8
+    torch.manual_seed(rng.getrandbits(32))
+    model = nn.Linear(cols, rows, bias=False)
+    target = torch.randn(rows, cols)
+    optimizer = SubZero(model, rank=rank, interval=1000, lr=1e-4, eps=1e-2, seed=seed, placement=placement)
+    handle, tid = optimizer.handle, noise.tensor_id("weight")
+    bases = [[basis(seed, n, rank, rank, tid, window, stream) for n, stream in ((rows, "U"), (cols, "V"))] for window in (0, 1)]
+    assert not any(torch.equal(old, new) for old, new in zip(*bases, strict=True))
+    known = {}
+    for step in range(1003):
+        optimizer.step(lambda: (model.weight - target).square().mean())
+        v = handle._v["weight"][0].double().T
+        assert torch.equal(v, bases[step // 1000][1]), step
+        if step in (0, 1, 999, 1000, 1001, 1002):
+            u, v = bases[step // 1000]
+            s = noise.factor(seed, rank, rank, tid, step, stream="S").double()
+            known[step] = (u @ s / rank @ v.T).float()
+            assert torch.allclose(handle.materialize("weight", step), known[step], atol=1e-5), step
+    assert len(known) == 6 and optimizer.steps_done == 1003
+
+
 def test_what_does_not_fit_is_refused():
     model = nn.Linear(6, 5)
     with pytest.raises(ValueError, match="scaling='published' is about LOZO"):

@@ -60,6 +60,7 @@ def arguments(folder, cls=TrainingArguments, **changes):
         "max_steps": 40,
         "per_device_train_batch_size": 16,
         "learning_rate": 1e-4,
+        "lr_scheduler_type": "linear",
         "save_strategy": "no",
         "logging_steps": 10,
     }

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..config import PatchConfig
-from ..engine import check_scale, decay_of
+from ..engine import check_scale
 from ..numbers import check_number
+from ..passes import decay_of
 from .weights import Pairs, Weights
 
 _ESTIMATORS = ("lowrank", "dense")
@@ -73,11 +74,12 @@ class DirectionBackend:
     ) -> None:
         if estimator not in _ESTIMATORS:
             raise ValueError(f"estimator is one of {', '.join(map(repr, _ESTIMATORS))}, not {estimator!r}")
+        pairs = None if isinstance(parameters, nn.Module) else _listed(parameters)
         config = PatchConfig(
             estimator, rank, seed=0 if v_seed is None else v_seed, scaling=scaling, rounding=rounding, backend=backend
         )
         model = parameters if isinstance(parameters, nn.Module) else None
-        self._pairs: Pairs | None = None if isinstance(parameters, nn.Module) else list(parameters)
+        self._pairs: Pairs | None = pairs
         self._weights = Weights(config, model)
         self._shared = v_seed is not None
         self._window = 0
@@ -160,6 +162,19 @@ class DirectionBackend:
                     ops.resample_(group.table, seed=where[0], window=where[1], backend=group.choice.backend)
             self._drawn = where
         return self._pairs
+
+
+def _listed(parameters: Iterable[tuple[str, Tensor]]) -> Pairs:
+    what = "DirectionBackend takes a module or (name, tensor) pairs"
+    if not isinstance(parameters, Iterable) or isinstance(parameters, (str, Tensor)):
+        raise TypeError(f"{what}, not {type(parameters).__name__}")
+    pairs = list(parameters)
+    for pair in pairs:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)):
+            raise TypeError(f"{what}; one of the list is {type(pair).__name__}")
+        if not pair[1].is_floating_point():
+            raise TypeError(f"{what} that can move; {pair[0]!r} has {pair[1].dtype}")
+    return pairs
 
 
 def _check_seed(seed: int) -> None:

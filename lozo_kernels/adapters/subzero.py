@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..estimators.subspace import orthonormal
 from ..noise import MAX_RANK, tensor_ids
-from ..parameters import canonical, check_trainable
+from ..parameters import canonical, check_trainable, most_square
 from ..passes import Scalar
 from ..registry import Backend, Draw, Rounding, choose_backend
 from ..table import TensorTable
@@ -30,10 +31,10 @@ class Subspace:
     """A parameter's subspace and its part in the direction.
 
     Attributes:
-        u: (rows, rank) fp32, orthonormal columns.
-        v: (1, rank, cols) fp16: V transposed, orthonormal up to the rounding into fp16.
-        a: (1, rows, rank) fp32: the scale times U S sqrt(mn)/r.
-        spread: sqrt(mn)/r.
+        u: (rows, rank) fp32: sqrt(rows) U, where U has orthonormal columns.
+        v: (1, rank, cols) fp16: sqrt(cols) V, transposed.
+        a: (1, rows, rank) fp32: the scale times sqrt(rows) U S / r.
+        spread: 1/r, the direction being U S V^T sqrt(mn)/r.
         window: global_step // update_interval of U and V.
 
     Where the rank is above a dimension of the parameter, the columns beyond it are zero.
@@ -106,28 +107,28 @@ class Subspaces:
             space = self.of[name]
             s = ops.factor(seed, self.rank, self.rank, i, Draw(0), stream="S", device=space.u.device, backend=placed.backend)
             mine = float(scale[t]) if isinstance(scale, Tensor) else scale
-            torch.mul(space.u @ s, mine * space.spread, out=space.a[0])
+            # Factors on the grid of the noise have an exact product in fp64, whoever adds up.
+            torch.mul((space.u.double() @ s.double()).float(), mine * space.spread, out=space.a[0])
         ops.lowrank_merge_(placed.table, seed=seed, decay=decay, rounding=rounding, backend=placed.backend)
 
     def _draw(self, x: Tensor, tensor_id: int, window: int, backend: Backend) -> Subspace:
         rows, cols = x.shape
-        u, v = (self._orthonormal(n, tensor_id, window, stream, x.device, backend) for n, stream in ((rows, "U"), (cols, "V")))
-        spread = math.sqrt(rows * cols / (min(rows, self.rank) * min(cols, self.rank)))
-        half = v.t().to(torch.float16).contiguous().unsqueeze(0)
-        return Subspace(u, half, torch.zeros(1, rows, self.rank, device=x.device), spread, window)
+        u, v = (self._basis(n, tensor_id, window, stream, x.device, backend) for n, stream in ((rows, "U"), (cols, "V")))
+        spread = 1.0 / math.sqrt(min(rows, self.rank) * min(cols, self.rank))
+        return Subspace(u.float(), v.t().contiguous().unsqueeze(0), torch.zeros(1, rows, self.rank, device=x.device), spread, window)
 
-    def _orthonormal(self, rows: int, tensor_id: int, window: int, stream: str, device: torch.device, backend: Backend) -> Tensor:
+    def _basis(self, rows: int, tensor_id: int, window: int, stream: str, device: torch.device, backend: Backend) -> Tensor:
+        """(rows, rank) fp16."""
         g = ops.factor(self.seed, rows, self.rank, tensor_id, Draw(window), stream=stream, device=device, backend=backend)
-        q, _ = torch.linalg.qr(g)
-        return torch.nn.functional.pad(q, (0, self.rank - q.shape[1]))
+        return orthonormal(g.unsqueeze(0), min(rows, self.rank))[0]
 
 
 class SubZeroAdapter(TrainerAdapter):
     """``zo_subspace_perturb_parameters`` and ``zo_subspace_update``, for ``torch.optim.SGD`` without momentum.
 
     U and V come from the adapter's seed and the window ``global_step // update_interval`` (the trainer draws them from the global
-    generator, which no log of seeds can repeat), S and the noise of other tensors from ``zo_random_seed``. ``p_state`` shows the
-    U (rows, rank) fp32 and V (rank, cols) fp16 in use.
+    generator, which no log of seeds can repeat), S and the noise of other tensors from ``zo_random_seed``. ``p_state`` shows what is
+    in use: sqrt(rows) U, (rows, rank) fp32, and sqrt(cols) V transposed, (rank, cols) fp16.
     """
 
     family = "SubZero"
@@ -147,11 +148,13 @@ class SubZeroAdapter(TrainerAdapter):
         self._replace("zo_subspace_update", self._published_update if published else self._update)
 
     def release(self) -> None:
-        """Leaves U and V in the dtype of the parameters, as the published methods keep them."""
+        """Leaves orthonormal U and V in the dtype of the parameters, as the published methods keep them."""
         t = self.trainer
         for name, p, *_ in getattr(t, "named_parameters_to_optim", ()):
-            if name in self._spaces.of:
-                t.p_state[name] |= {word: t.p_state[name][word].to(p.dtype, copy=True) for word in ("U", "V")}
+            space = self._spaces.of.get(name)
+            if space is not None:
+                u, v = space.u, space.v[0]
+                t.p_state[name] |= {"U": (u / len(u) ** 0.5).to(p.dtype), "V": (v / v.shape[1] ** 0.5).to(p.dtype)}
 
     def _perturb(self, random_seed: int | None = None, scaling_factor: float = 1) -> None:
         t = self.trainer
@@ -251,9 +254,3 @@ class SubZeroAdapter(TrainerAdapter):
         s = torch.normal(mean=0, std=1, size=(u.shape[1], v.shape[0]), device=x.device, dtype=x.dtype)
         a = (u @ s).mul_(math.sqrt(x.numel() / s.numel()))
         x.view(u.shape[0], v.shape[1]).addmm_(a, v, alpha=scale)
-
-
-def most_square(numel: int) -> tuple[int, int]:
-    """The two factors of a number that are closest to each other, the smaller one first."""
-    small = next(a for a in range(math.isqrt(numel), 0, -1) if numel % a == 0)
-    return small, numel // small

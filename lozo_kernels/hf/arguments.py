@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from .. import optim
@@ -10,6 +11,7 @@ from ..config import PatchConfig
 from ..errors import require
 from ..numbers import check_count, check_number
 from ..optim import ZerothOrderOptimizer
+from .methods import METHODS
 
 require("accelerate", extra="trainer")
 TrainingArguments = require("transformers").TrainingArguments
@@ -45,13 +47,36 @@ ZO_METHODS = {
 }
 
 
+_OWN = ("rank", "interval", "scaling", "momentum")
+
+
+def check_method_options(method: str, options: Mapping[str, Any]) -> None:
+    """Raises TypeError or ValueError for options, of those that only some methods have, that are not this method's.
+
+    Args:
+        method: a name of :data:`ZO_METHODS`.
+        options: only what was given.
+    """
+    for name in _OWN[:3]:
+        if name in options and name not in ZO_METHODS[method].settings:
+            raise ValueError(f"method={method!r} has no {name}: leave it out")
+    if "momentum" in options:
+        momentum = options["momentum"]
+        check_number("momentum", momentum, low=0.0, high=1.0)
+        other = METHODS[method].with_momentum(float(momentum))
+        if other != method:
+            way_out = f"use method={other!r}" if other in ZO_METHODS else "leave it out"
+            raise ValueError(f"method={method!r} with momentum={float(momentum):g}: {way_out}")
+
+
 @dataclasses.dataclass
 class ZOArguments(TrainingArguments):  # type: ignore[misc, valid-type]
     """``TrainingArguments`` with the settings of zeroth-order methods.
 
-    Learning rate, schedule, weight decay, batches, evaluation, logging and checkpoints are those of ``TrainingArguments``.
+    Weight decay, batches, evaluation, logging and checkpoints are those of ``TrainingArguments``.
 
     Attributes:
+        learning_rate: 1e-6, and lr_scheduler_type: "constant", as the papers have them for large models.
         method: "lozo", "lozo-m", "mezo", "mezo-m" or "subzero".
         rank, interval, scaling: of low-rank methods; None for the default of :func:`lozo_kernels.patch`.
         eps: perturbation scale.
@@ -83,6 +108,8 @@ class ZOArguments(TrainingArguments):  # type: ignore[misc, valid-type]
     backend: str | None = dataclasses.field(default=None, metadata={"help": "kernels; None for the best of the device"})
     zo_seed: int = dataclasses.field(default=0, metadata={"help": "seed of the directions"})
     max_nonfinite: int = dataclasses.field(default=10, metadata={"help": "steps in a row without a finite loss before an error"})
+    learning_rate: float = dataclasses.field(default=1e-6, metadata={"help": "1e-6 to 1e-7 in the papers"})
+    lr_scheduler_type: str = dataclasses.field(default="constant", metadata={"help": "constant in the papers"})
     max_grad_norm: float = dataclasses.field(default=0.0, metadata={"help": "0: there is no gradient to clip"})
 
     def __post_init__(self) -> None:
@@ -102,15 +129,9 @@ class ZOArguments(TrainingArguments):  # type: ignore[misc, valid-type]
         super().__post_init__()
 
     def _check_method(self, method: ZerothOrderMethod) -> None:
-        for name in ("rank", "interval", "scaling"):
-            if getattr(self, name) is not None and name not in method.settings:
-                raise ValueError(f"method={self.method!r} has no {name}: leave it out")
-        if self.momentum is not None and (self.momentum > 0) != (method.momentum > 0):
-            other = self.method + "-m" if self.momentum > 0 else self.method.removesuffix("-m")
-            way_out = f"use method={other!r}" if other in ZO_METHODS else "leave it out"
-            raise ValueError(f"method={self.method!r} with momentum={self.momentum:g}: {way_out}")
+        own = {name: getattr(self, name) for name in _OWN}
+        check_method_options(self.method, {name: value for name, value in own.items() if value is not None})
         check_number("eps", self.eps, low=0.0, open_low=True)
-        check_number("momentum", self.momentum or 0.0, low=0.0, high=1.0)
         check_count("directions", self.directions)
         check_count("max_nonfinite", self.max_nonfinite)
         PatchConfig(estimator=method.resolve()._estimator, **self.patch_options())

@@ -15,7 +15,7 @@ from ..drive import Drive, drive_of
 from ..engine import Handle
 from ..optim import ZerothOrderOptimizer
 from ..patching import patch
-from .arguments import ZO_METHODS, check_arguments
+from .arguments import ZO_METHODS, check_arguments, check_method_options
 
 _CALL_POINTS = ("compute_loss", "training_step", "create_optimizer", "get_decay_parameter_names")
 
@@ -143,6 +143,7 @@ def make_optimizer(trainer: Any, model: nn.Module, method: str, options: dict[st
     unknown = [name for name in options if name not in known or name in ("target", "params", "model", "estimator", "drive")]
     if unknown:
         raise TypeError(f"unknown option {unknown[0]!r}: options are those of {cls.__name__} and of lozo_kernels.patch()")
+    check_method_options(method, options)
     rest = {name: value for name, value in options.items() if name not in configurable}
     rest = {"lr": trainer.args.learning_rate, "weight_decay": trainer.args.weight_decay} | rest
     if row.momentum:

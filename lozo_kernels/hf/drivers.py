@@ -91,8 +91,12 @@ class ZerothOrder:
         return self.optimizer.step(closure)
 
     def close(self) -> None:
-        """Makes what is pending and takes the patch off."""
-        self.optimizer.handle.restore()
+        """Makes what is pending, ends the journal, and takes the patch off."""
+        try:
+            if self.optimizer.journal is not None:
+                self.optimizer.journal.finish()
+        finally:
+            self.optimizer.handle.restore()
 
 
 class LossWatch:

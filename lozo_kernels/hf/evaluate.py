@@ -121,13 +121,22 @@ def _with_checkpoint(settings: Settings, checkpoint: str | None) -> tuple[Settin
     folder = Path(checkpoint)
     summary = folder / "summary.json"
     if settings.task is None and summary.is_file():
-        settings = dataclasses.replace(settings, task=json.loads(summary.read_text(encoding="utf-8"))["task"])
+        settings = dataclasses.replace(settings, task=_read(summary).get("task"))
+    if settings.task is None and settings.train_file is None and folder.is_dir():
+        raise InputError(f"--checkpoint {checkpoint} does not say which task it is for: give --task or --train-file")
     for place in (folder, folder / "model"):
         if (place / "adapter_config.json").is_file():
-            base = json.loads((place / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+            base = _read(place / "adapter_config.json").get("base_model_name_or_path")
             if settings.model is None and not base:
                 raise InputError(f"--checkpoint {checkpoint}: an adapter that does not say of which model; give --model too")
             return dataclasses.replace(settings, model=settings.model or base), place
         if (place / "config.json").is_file():
             return dataclasses.replace(settings, model=str(place)), None
     raise InputError(f"--checkpoint {checkpoint}: no config.json or adapter_config.json there, nor in a folder model in it")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as e:
+        raise InputError(f"--checkpoint: {file} is not a JSON object: {e}") from None

@@ -12,14 +12,18 @@ from typing import Any
 import torch
 
 from ..errors import InputError, require
+from ..journal import JournalError
 from ..registry import choose_backend
+from .best import Best, Last
 from .card import write_card
 from .compare import compare
 from .data import Example, load_data
+from .journaling import new_keeper, resumed_keeper
 from .measure import peak_memory
 from .methods import build_driver
 from .models import load_model, open_checkpoint, pick_device
 from .objectives import OBJECTIVES, Encoded, Objective, choose_objective
+from .processes import counted, joined
 from .records import MetricsLog, to_json
 from .report import Run, plot, summarize
 from .scoring import score
@@ -27,13 +31,15 @@ from .settings import Settings
 from .train import BatchSampler, eval_batch_size, evaluate, train
 
 
-def finetune(settings: Settings, *, command: str = "", quiet: bool = False) -> dict[str, Any]:
+def finetune(settings: Settings, *, command: str = "", quiet: bool = False, resume: bool = False) -> dict[str, Any]:
     """Runs the settings and leaves model, metrics, plot and summary in their output folder.
 
     Args:
         settings: resolved here.
         command: how this run was asked for, for the summary.
         quiet: no progress on stderr.
+        resume: go on with the run in the output folder, whose settings these are (:func:`~.journaling.settings_of`). Its end is
+            that of a run that was never stopped, in every bit.
 
     Returns:
         The summary, see :func:`lozo_kernels.hf.report.summarize`. Its "stopped" is None if all steps were taken.
@@ -43,11 +49,14 @@ def finetune(settings: Settings, *, command: str = "", quiet: bool = False) -> d
         KeyboardInterrupt: before the first step; later ones end the training and everything is saved.
     """
     settings = settings.resolved()
-    with threads(settings.threads):
-        return _run(settings, command, quiet)
+    with joined(settings, resume) as own, threads(own.threads):
+        try:
+            return _run(own, command, quiet or counted()[0] > 0, resume)
+        except JournalError as e:
+            raise InputError(f"{e}; lozo-kernels finetune --resume {settings.output} goes on from there") from None
 
 
-def _run(settings: Settings, command: str, quiet: bool) -> dict[str, Any]:
+def _run(settings: Settings, command: str, quiet: bool, resume: bool) -> dict[str, Any]:
     device = pick_device(settings.device)
     try:
         choose_backend(device, settings.backend)
@@ -62,6 +71,11 @@ def _run(settings: Settings, command: str, quiet: bool) -> dict[str, Any]:
     train_set = objective.encode_all(data.train)
     dev_set = objective.encode_all(_shuffled(data.dev)[: settings.eval_size], evaluation=True)
     output = _make_output(settings)
+    keeper = new_keeper(settings, output, data, name, train_set)
+    if resume:
+        keeper = resumed_keeper(keeper)
+    else:
+        keeper.path.unlink(missing_ok=True)
 
     model, notes = load_model(checkpoint, name, data.task, settings, device)
     _say(quiet, f"{data.task.name}: {len(train_set)} train and {len(dev_set)} dev examples from {data.source}")
@@ -76,16 +90,24 @@ def _run(settings: Settings, command: str, quiet: bool) -> dict[str, Any]:
         comparison = compare(model, objective, first_batch, settings, device)
 
     test = None
-    log = MetricsLog(output / "metrics.jsonl")
+    log = MetricsLog(output / "metrics.jsonl", keeper.goes_on_at or 0)
     try:
         batch_size = eval_batch_size(settings)
-        log.add_evaluation(evaluate(model, objective, dev_set, 0, batch_size, device))
+        best = Best(model, output, [e for e in log.evaluations if e.step]) if settings.keep == "best" else Last()
+        if not log.evaluations:
+            log.add_evaluation(evaluate(model, objective, dev_set, 0, batch_size, device))
         outcome = train(
-            model, lambda: build_driver(model, settings), objective, sampler, dev_set, log, settings, device, quiet=quiet
+            *(model, lambda: keeper.attach(build_driver(model, settings)), objective, sampler),
+            *(dev_set, log, settings, device),
+            quiet=quiet,
+            evaluated=best.offer,
         )
         if outcome.stopped is None:
-            log.add_evaluation(evaluate(model, objective, dev_set, outcome.steps_done, batch_size, device))
-            if data.test:
+            evaluation = evaluate(model, objective, dev_set, outcome.steps_done, batch_size, device)
+            log.add_evaluation(evaluation)
+            best.offer(evaluation)
+            best.load()
+            if data.test and counted()[0] == 0:
                 _say(quiet, f"scoring {len(data.test)} test examples")
                 test = score(model, objective, data.test, batch_size, settings.max_new_tokens, device).to_dict()
     finally:
@@ -107,7 +129,9 @@ def _run(settings: Settings, command: str, quiet: bool) -> dict[str, Any]:
         command=command,
         output=output,
     )
-    summary = summarize(run, outcome, log, comparison) | {"test": test}
+    summary = summarize(run, outcome, log, comparison) | {"test": test, "kept_step": best.step}
+    if counted()[0] > 0:  # the first process saves
+        return summary
     model.save_pretrained(output / "model")
     checkpoint.tokenizer.save_pretrained(output / "model")
     write_card(output / "model", summary, data.task.metrics)

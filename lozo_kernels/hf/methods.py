@@ -23,6 +23,9 @@ EMBEDDED_LR = 3e-4
 METHOD_SETTINGS = ("eps", "directions", "placement", "backend", "momentum", "rank", "interval", "scaling")
 """Settings that not all methods have."""
 
+TRAINING_SETTINGS = frozenset({"steps", "k_shot", "lr", "lr_schedule", "weight_decay", "eval_every", "compare_steps", "parallel"})
+"""Settings that only methods have that train."""
+
 _ZEROTH_ORDER = METHOD_SETTINGS[:5]
 
 
@@ -66,6 +69,12 @@ class Method:
         """Its directions have a rank, and a factor that is kept for an interval."""
         return "rank" in self.uses
 
+    def with_momentum(self, momentum: float) -> str:
+        """Name of the method that this one is with a beta: LOZO and MeZO have another name with momentum than without."""
+        if (momentum > 0) == (self.momentum > 0):
+            return self.name
+        return self.name + "-m" if momentum > 0 else self.name.removesuffix("-m")
+
 
 def build_optimizer(model: nn.Module, settings: Settings) -> ZerothOrderOptimizer:
     """The zeroth-order optimiser that resolved settings ask for; the model is patched.
@@ -79,7 +88,7 @@ def build_optimizer(model: nn.Module, settings: Settings) -> ZerothOrderOptimize
     # Fused steps save passes over the weights, of which a probe makes none.
     placing = {"fuse_steps": True} if settings.placement == "inplace" else {"placement": settings.placement}
     try:
-        return method.optimizer(model, **placing, **{name: getattr(settings, name) for name in names})
+        return method.optimizer(model, parallel=settings.parallel, **placing, **{name: getattr(settings, name) for name in names})
     except (TypeError, ValueError, RuntimeError) as e:
         raise _untrainable(settings, e) from None
 

@@ -91,12 +91,15 @@ def open_checkpoint(settings: Settings) -> Checkpoint:
     transformers = require("transformers")
     transformers.utils.logging.set_verbosity_error()
     path = settings.model or str(MODEL)
+    where = "in that folder" if Path(path).is_dir() else "as a folder or on the Hub"
     try:
         config = transformers.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as e:
+        raise InputError(f"--model {path}: no usable model {where}: {_first_line(e)}") from None
+    try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as e:
-        where = "in that folder" if Path(path).is_dir() else "as a folder or on the Hub"
-        raise InputError(f"--model {path}: no usable model {where}: {_first_line(e)}") from None
+        raise InputError(f"--model {path}: no usable tokenizer {where}: {_first_line(e).rstrip(':')}") from None
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise InputError(f"--model {path}: its tokenizer has neither a padding nor an end token")
@@ -137,16 +140,18 @@ def load_model(
     transformers.utils.logging.disable_progress_bar()
     try:
         model, info = auto.from_pretrained(checkpoint.path, **options)
-    except (OSError, ValueError) as e:
-        raise InputError(f"--model {checkpoint.path}: {_first_line(e)}") from None
+    except (OSError, ValueError, RuntimeError, require("safetensors").SafetensorError) as e:
+        raise InputError(f"--model {checkpoint.path}: its weights cannot be read: {_first_line(e)}") from None
     if model.config.pad_token_id is None:
         model.config.pad_token_id = checkpoint.tokenizer.pad_token_id
     fresh = sorted({*info["missing_keys"], *(key[0] for key in info.get("mismatched_keys", ()))})
     masked = objective == MaskedPromptObjective.name
-    if fresh and objective != ClassificationObjective.name and not (checkpoint.masked if masked else checkpoint.causal):
+    # An encoder's weights fit a decoder of its family, which would then see what it is to predict.
+    other = bool(fresh) or (checkpoint.masked and not masked)
+    if other and objective != ClassificationObjective.name and not (checkpoint.masked if masked else checkpoint.causal):
+        lack = f" (it lacks {fresh[0]})" if fresh else ""
         kind = "masked" if masked else "causal"
-        lack = f"--model {checkpoint.path} is no {kind} language model (it lacks {fresh[0]})"
-        raise InputError(f"{lack}; use --objective classification")
+        raise InputError(f"--model {checkpoint.path} is no {kind} language model{lack}; use --objective classification")
     notes = [f"not in the checkpoint, starting from random weights: {', '.join(fresh)}"] if fresh else []
     return model.to(device).eval(), notes
 
@@ -160,8 +165,8 @@ def load_adapter(model: Any, folder: Path) -> Any:
     peft = require("peft", extra="peft")
     try:
         return peft.PeftModel.from_pretrained(model, str(folder)).eval()
-    except (OSError, ValueError, RuntimeError) as e:
-        raise InputError(f"--checkpoint {folder}: {_first_line(e)}") from None
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, require("safetensors").SafetensorError) as e:
+        raise InputError(f"--checkpoint {folder}: no usable adapter: {_first_line(e)}") from None
 
 
 def _first_line(error: Exception) -> str:

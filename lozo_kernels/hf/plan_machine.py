@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..optim import ZerothOrderOptimizer
-from ..probe.cost import Costs, measure_costs
+from ..probe.cost import Costs, fastest, measure_costs
 
 _PASSES = 2  # over the weights in a fused step in place, each reads and writes them
 _LAUNCH = 1e-5  # seconds of a small kernel's launch, where nothing is measured
-_ROUNDS = 3
 _SIDE = 4096  # of the matrices that are measured
 _TOKENS = 128
 
@@ -60,31 +58,15 @@ def measured_machine(
     """
     with torch.no_grad():
         x = torch.ones(_SIDE, _SIDE, dtype=dtype, device=device)
-        bandwidth = 2 * x.nbytes / _fastest(lambda: x.mul_(1.0), device)
+        bandwidth = 2 * x.nbytes / fastest(lambda: x.mul_(1.0), device)
         inputs = torch.ones(_TOKENS, _SIDE, dtype=dtype, device=device)
-        flops = 2 * inputs.numel() * _SIDE / _fastest(lambda: inputs @ x, device)
+        flops = 2 * inputs.numel() * _SIDE / fastest(lambda: inputs @ x, device)
         passes = 0.0
         if make_optimizer is not None:
             model = nn.Module()
             model.weight = nn.Parameter(x)
             optimizer, loss = make_optimizer(model), torch.zeros((), device=device)
-            passes = _fastest(lambda: optimizer.step(lambda: loss), device) / x.numel()
+            passes = fastest(lambda: optimizer.step(lambda: loss), device) / x.numel()
             optimizer.handle.restore()
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     return Machine(f"measured here ({where})", bandwidth, flops, passes, measure_costs(device, dtype, rank, None))
-
-
-def _fastest(call: Callable[[], Tensor | float | None], device: torch.device) -> float:
-    seconds = []
-    for _ in range(_ROUNDS + 1):
-        _wait(device)
-        start = time.perf_counter()
-        call()
-        _wait(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

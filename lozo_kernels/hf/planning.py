@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import functools
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,6 +153,7 @@ def plan(
             are taken to wait for memory alone.
 
     Raises:
+        TypeError: the model is neither a name nor a configuration.
         InputError: a value is out of range, or the model cannot be built or run without its weights.
     """
     _check(method, rank, interval, dtype, batch_size, sequence_length, placement, device_bandwidth, device_tflops)
@@ -303,9 +305,13 @@ def report(plan: Plan) -> str:
 
 
 def _open_config(model: str | Any) -> tuple[str, Any]:
-    if not isinstance(model, str):
-        return type(model).__name__, model
     transformers = require("transformers")
+    if isinstance(model, os.PathLike):
+        model = os.fspath(model)
+    if not isinstance(model, str):
+        if not isinstance(model, transformers.PretrainedConfig):
+            raise TypeError(f"plan() takes a name on the Hub, a folder or a configuration of transformers, not {model!r}")
+        return type(model).__name__, model
     transformers.utils.logging.set_verbosity_error()
     try:
         return model, transformers.AutoConfig.from_pretrained(model)

@@ -26,10 +26,16 @@ def _open(text: str) -> str:
     return text[:-1].rstrip() if text.endswith(tuple(PUNCTUATION)) else text
 
 
+def _before(text: str) -> str:
+    """Up to the blank (_), without the space in front of it, which belongs to what follows."""
+    return text.partition("_")[0].rstrip(" ")
+
+
 FORMS = {
     "question": _question,
     "clause": _clause,
     "open": _open,
+    "before": _before,
     "lower": str.lower,
     "small": lambda text: text[:1].lower() + text[1:],
     "strip": str.strip,

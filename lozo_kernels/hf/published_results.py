@@ -91,6 +91,9 @@ _DECODER_RUN = {"eps": 1e-3, "batch_size": 16, "steps": 20_000, "eval_every": 4_
 _DECODER_DATA = {"num_train": 1000, "num_dev": 500, "num_eval": 1000, "max_length": 2048}
 _MASKED_RUN = {"eps": 1e-3, "batch_size": 64, "steps": 100_000, "eval_every": 10_000}
 _LRS = {"lr": (1e-6, 1e-7)}
+# The learning rates are those of LOZO's code, which leaves 1/r out.
+_LOZO_RUN = {**_DECODER_RUN, "rank": 2, "interval": 50, "scaling": "published"}
+_MASKED_LOZO_RUN = {**_MASKED_RUN, "lr": 1e-6, "rank": 4, "interval": 50, "scaling": "published"}
 _SLIDES = "LOZO (ICLR 2025), slides"
 
 TABLES = {
@@ -106,7 +109,7 @@ TABLES = {
                 "zero-shot": Recipe(),
                 "icl": Recipe({"num_shots": 32}),
                 "mezo": Recipe(_DECODER_RUN, _LRS),
-                "lozo": Recipe({**_DECODER_RUN, "rank": 2, "interval": 50}, {**_LRS, "rank": (2, 1), "interval": (50, 100)}),
+                "lozo": Recipe(_LOZO_RUN, {**_LRS, "rank": (2, 1), "interval": (50, 100)}),
             },
             OPT_ACCURACY,
             _DECODER_DATA,
@@ -119,8 +122,8 @@ TABLES = {
             ("sst2", "sst5", "snli", "mnli", "rte", "trec"),
             {
                 "mezo": Recipe({**_MASKED_RUN, "lr": 1e-6}),
-                "lozo": Recipe({**_MASKED_RUN, "lr": 1e-6, "rank": 4, "interval": 50}),
-                "lozo-m": Recipe({**_MASKED_RUN, "lr": 1e-6, "rank": 4, "interval": 50, "momentum": 0.9}, {"momentum": (0.9, 0.7)}),
+                "lozo": Recipe(_MASKED_LOZO_RUN),
+                "lozo-m": Recipe({**_MASKED_LOZO_RUN, "momentum": 0.9}, {"momentum": (0.9, 0.7)}),
             },
             {},
             {"k_shot": 16, "num_eval": 1000},
@@ -133,7 +136,7 @@ TABLES = {
             OPT_TASKS,
             {
                 "mezo": Recipe(_DECODER_RUN, _LRS),
-                "lozo": Recipe({**_DECODER_RUN, "rank": 2, "interval": 50}, _LRS),
+                "lozo": Recipe(_LOZO_RUN, _LRS),
                 "subzero": Recipe(
                     {**_DECODER_RUN, "rank": 8, "interval": 1000},
                     {"lr": (1e-7, 1e-6, 1e-5, 1e-4, 1e-3), "interval": (1000, 2000)},

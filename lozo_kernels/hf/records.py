@@ -43,13 +43,24 @@ class MetricsLog:
 
     Args:
         path: the file; an older one is replaced.
+        upto: keep what an older one has of so many steps, without the evaluation after them.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, upto: int = 0) -> None:
         self.steps: list[StepRecord] = []
         self.evaluations: list[EvalRecord] = []
         self.skipped = 0
-        self._file = path.open("w", encoding="utf-8", buffering=1)
+        kept = [(line, record) for line, record in read_metrics(path) if record.step < upto] if upto else []
+        for _, record in kept:
+            if isinstance(record, StepRecord):
+                self.steps.append(record)
+                self.skipped += record.skipped
+            else:
+                self.evaluations.append(record)
+        half = path.with_name(f".{path.name}")
+        half.write_text("".join(line + "\n" for line, _ in kept), encoding="utf-8")
+        half.replace(path)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def add_step(self, record: StepRecord) -> None:
         """One line of kind "step"."""
@@ -68,6 +79,19 @@ class MetricsLog:
 
     def _write(self, values: dict[str, Any]) -> None:
         self._file.write(to_json(values) + "\n")
+
+
+def read_metrics(path: Path) -> list[tuple[str, StepRecord | EvalRecord]]:
+    """The lines of a metrics file with what they say, up to one that a killed process left unfinished; none without a file."""
+    found: list[tuple[str, StepRecord | EvalRecord]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            values = json.loads(line)
+            kind = StepRecord if values["kind"] == "step" else EvalRecord
+            found.append((line, kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)})))
+        except (ValueError, KeyError, TypeError):
+            break
+    return found
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -104,6 +104,10 @@ class Request:
         for option, value, known in named:
             if value is not None and value not in known:
                 raise InputError(f"{option} {value!r} is not known; there are {', '.join(known)}")
+        if self.table == "memory" and (self.tasks or self.data_dir or self.grid or self.steps is not None):
+            raise InputError("--table memory measures steps on random tokens: leave out --tasks, --data-dir, --grid and --steps")
+        if self.methods == () or self.tasks == ():
+            raise InputError(f"--{'methods' if self.methods == () else 'tasks'} names none: leave it out for the table's")
         if self.scale == PAPER and not self.model:
             raise InputError("--scale paper needs --model, such as facebook/opt-13b: the papers' models are not in this package")
         if self.steps is not None and self.steps < 1:

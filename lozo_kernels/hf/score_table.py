@@ -14,9 +14,9 @@ from ..errors import InputError
 from .demo import language
 from .evaluate import evaluate
 from .finetune import finetune
-from .methods import METHODS
+from .methods import METHODS, TRAINING_SETTINGS
 from .plots import compare_runs
-from .published_results import Recipe
+from .published_results import TABLES, PaperTable, Recipe
 from .scales import PAPER, Request
 from .settings import Settings
 
@@ -59,8 +59,7 @@ def measure_scores(request: Request, device: torch.device, output: Path, command
 
 def _cell(request: Request, method: str, task: str | None, device: torch.device, output: Path, command: str) -> Row:
     """One cell: one run, or all of a grid and the best of them."""
-    recipes = request.paper.recipes
-    recipe = recipes.get(method, Recipe({k: v for k, v in recipes["mezo"].settings.items() if k != "lr"}))
+    recipe = find_recipe(request.paper, method)
     found: list[tuple[Row, Path]] = []
     for point in _points(recipe, request.grid):
         values = [f"{name}{value:g}" for name, value in point.items()]
@@ -74,7 +73,25 @@ def _cell(request: Request, method: str, task: str | None, device: torch.device,
         if found[-1][0]["stopped"] == "interrupted":
             raise KeyboardInterrupt
     result, folder = max(found, key=lambda pair: _dev_score(pair[0]))
-    return _trained_row(result, len(found)) | {"folder": folder.name}
+    of = "test" if request.size.name == PAPER and result["test"] is not None else "dev"
+    return _trained_row(result, len(found)) | {"scored": of, "folder": folder.name}
+
+
+def find_recipe(table: PaperTable, method: str) -> Recipe:
+    """The recipe of a method in a table; for one without a row that of the closest method that has one.
+
+    LOZO-M takes LOZO's. SubZero takes the rank, interval and learning rates of its own paper, and the others their own learning
+    rate, both with the table's examples and steps.
+    """
+    if method in table.recipes:
+        return table.recipes[method]
+    if "scaling" in METHODS[method].uses:
+        return table.recipes["lozo"]
+    run = {name: value for name, value in table.recipes["mezo"].settings.items() if name != "lr"}
+    if METHODS[method].low_rank:
+        own = TABLES["subzero"].recipes[method]
+        return Recipe({**own.settings, **run}, own.grid)
+    return Recipe(run)
 
 
 def make_settings(
@@ -89,21 +106,21 @@ def make_settings(
     scale, uses = request.size, METHODS[method].uses
     values = {**{name: grid[0] for name, grid in recipe.grid.items()}, **recipe.settings, **point}
     if scale.name == PAPER:
-        values |= request.paper.data
+        values |= {**request.paper.data, "keep": "best"}
     if request.model is None and "lr" not in point:  # the papers' rates are for models ten thousand times larger
-        values.pop("lr", None)
+        values = {name: value for name, value in values.items() if name not in ("lr", "scaling")}
     if scale.name != PAPER:
         values |= {"steps": scale.steps, "batch_size": scale.batch_size, "eval_size": scale.eval_size, "eval_every": None}
-        if not METHODS[method].trains:  # the others are scored on dev examples
-            values["num_eval"] = scale.eval_size
+        values["num_eval"] = scale.eval_size  # without num_dev: dev examples, the same ones for every method
         if "interval" in values and scale.interval is not None:
             values["interval"] = min(values["interval"], scale.interval)
     if request.steps is not None:
         values |= {"steps": request.steps, "eval_every": max(1, request.steps // 5)}
     fields = {f.name for f in dataclasses.fields(Settings)}
-    own = {"eps", "rank", "interval", "momentum"}
+    foreign = {"eps", "rank", "interval", "momentum", "scaling"} - set(uses)
+    foreign |= set() if METHODS[method].trains else TRAINING_SETTINGS
     return Settings(
-        **{name: value for name, value in values.items() if name in fields and (name not in own or name in uses)},
+        **{name: value for name, value in values.items() if name in fields - foreign},
         method=method,
         model=request.model,
         task=task or language.TASK_NAME,
@@ -141,6 +158,8 @@ def _notes(request: Request) -> list[str]:
         notes.append("examples are the splits of the data as they are, scored on dev, not the paper's draws")
     if not request.grid:
         notes.append("one run for each cell, with the first values of the paper's grid: --grid searches it")
+    elif request.size.name != PAPER:
+        notes.append("the best of a grid was chosen on dev examples too, so its score is a little high")
     return notes
 
 
@@ -152,15 +171,14 @@ def _dev_score(summary: Row) -> float:
 
 
 def _trained_row(summary: Row, runs: int) -> Row:
-    """A cell of a method that trains: the task's main metric on the test examples, or accuracy on dev where there are none."""
+    """A cell of a method that trains: the task's main metric at the end, or accuracy on dev of a run that stopped early."""
     scores = summary["test"]
     if scores is None:
         accuracy = summary["accuracy_after"]
         metrics = {} if accuracy is None else {"accuracy": accuracy}
         scores = {"metrics": metrics, "loss": summary["loss_after"], "examples": summary["data"]["dev_examples"]}
     copied = ("steps_done", "step_ms", "training_peak_bytes", "training_peak_over_inference", "parameters", "stopped")
-    of = "dev" if summary["test"] is None else "test"
-    return _row(summary, scores) | {"scored": of, "grid_points": runs, **{name: summary[name] for name in copied}}
+    return _row(summary, scores) | {"grid_points": runs, **{name: summary[name] for name in copied}}
 
 
 def _row(result: Row, scores: Row) -> Row:

@@ -15,6 +15,9 @@ from .metrics import METRICS
 from .objectives import Objective, PromptedObjective
 from .train import evaluate
 
+_GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0}
+"""What is left out would be taken from the checkpoint, and many a chat model's has a penalty."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
@@ -81,7 +84,7 @@ def generate_answers(
     tokenizer = objective.tokenizer
     ends = [t for t in (tokenizer.eos_token_id, _line_end(tokenizer)) if t is not None]
     config = require("transformers").GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id
+        max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id, **_GREEDY
     )
     answers = []
     for batch in _chunks(examples, batch_size):

@@ -11,12 +11,14 @@ from typing import Any
 from ..config import PLACEMENTS, SCALINGS
 from ..errors import InputError
 from ..noise import MAX_RANK
-from .methods import METHOD_SETTINGS, METHODS, Method
+from .methods import METHOD_SETTINGS, METHODS, TRAINING_SETTINGS, Method
 from .tasks import TASKS
 
 OBJECTIVES = ("auto", "classification", "prompt", "masked", "choice", "answer", "lm")
+PARALLEL = ("examples", "directions")
 SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("float32", "bfloat16", "float16")
+KEEPS = ("last", "best")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +42,10 @@ class Settings:
         rank, interval, eps, lr, momentum, weight_decay, scaling, directions, seed, backend: see :class:`lozo_kernels.LOZO`
             and :class:`lozo_kernels.PatchConfig`.
         placement: "inplace", "probe" or "auto": whether weights are moved, see :class:`lozo_kernels.PatchConfig`.
+        parallel: what processes that torchrun started share: "examples" of each batch, or "directions".
         lr_schedule: "constant", "linear" or "cosine", the latter two to zero; None: the method's.
         eval_every: steps between evaluations; None: a tenth of the run.
+        keep: the weights of the "last" step, or those with the "best" dev loss, as the papers' code keeps them.
         eval_size: dev examples to evaluate on at most.
         threads: CPU threads; None: one for the embedded model, which is too small to share, otherwise torch's default.
         compare_steps: steps of the published implementation to time beside this library's, on copies of the model.
@@ -72,10 +76,12 @@ class Settings:
     scaling: str = "paper"
     directions: int = 1
     placement: str = "inplace"
+    parallel: str | None = None
     steps: int | None = None
     batch_size: int = 16
     max_length: int = 256
     eval_every: int | None = None
+    keep: str = "last"
     eval_size: int = 500
     compare_steps: int | None = None
     dtype: str = "float32"
@@ -125,10 +131,8 @@ class Settings:
     def _resolved_momentum(self, method: Method) -> float:
         if self.momentum is None or "momentum" not in method.uses:
             return method.momentum
-        if method.kind == "first-order":
-            return self.momentum
-        if (self.momentum > 0) != (method.momentum > 0):
-            other = method.name + "-m" if self.momentum > 0 else method.name.removesuffix("-m")
+        other = method.with_momentum(self.momentum)
+        if method.kind == "zeroth-order" and other != method.name:
             raise InputError(f"--method {method.name} with --momentum {self.momentum:g} is --method {other}: ask for that")
         return self.momentum
 
@@ -140,15 +144,19 @@ class Settings:
             ("--lr-schedule", self.lr_schedule, SCHEDULES),
             ("--scaling", self.scaling, SCALINGS),
             ("--placement", self.placement, PLACEMENTS),
+            ("--keep", self.keep, KEEPS),
+            ("--parallel", self.parallel, PARALLEL),
             ("--dtype", self.dtype, DTYPES),
         ):
             if value is not None and value not in known:
                 raise InputError(f"{option} {value!r} is not known; there are {', '.join(known)}")
 
     def _check_method(self, method: Method) -> None:
-        ignored = () if method.kind == "zeroth-order" else METHOD_SETTINGS
+        foreign = {name for name in METHOD_SETTINGS if name not in method.uses}
+        foreign |= set() if method.trains else TRAINING_SETTINGS
+        foreign |= set() if method.name == "icl" else {"num_shots"}
         for f in dataclasses.fields(self):
-            if f.name in (*ignored, "momentum") and f.name not in method.uses and getattr(self, f.name) not in (f.default, 0.0):
+            if f.name in foreign and getattr(self, f.name) not in (f.default, 0):
                 raise InputError(f"{_option(f.name)} means nothing to --method {method.name}: leave it out")
         if method.kind == "first-order" and self.dtype == "float16":
             raise InputError(f"--method {method.name} needs --dtype float32 or bfloat16: gradients underflow in float16")

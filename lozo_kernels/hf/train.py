@@ -14,10 +14,12 @@ import torch
 
 from ..errors import require
 from ..optim import NonFiniteLossError
+from ..parallel import DivergenceError, PeerLostError
 from ..steps import StepInfo
 from .drivers import Driver, StepResult
 from .measure import Clock, StepTimer, peak_memory
 from .objectives import Encoded, Objective
+from .processes import part
 from .records import EvalRecord, MetricsLog, StepRecord
 from .settings import Settings
 
@@ -101,8 +103,11 @@ def train(
     device: torch.device,
     *,
     quiet: bool = False,
+    evaluated: Callable[[EvalRecord], None] = lambda evaluation: None,
 ) -> Outcome:
     """Runs the steps of the settings and leaves a plain model.
+
+    ``evaluated`` is given every evaluation while the model has the weights that were evaluated.
 
     After the first step, Ctrl-C and a loss that stays NaN end it early, with the weights of the last whole step.
     """
@@ -122,14 +127,20 @@ def train(
     )
     reader = _StepReader(log, bar, device)
 
+    def loss_of(batch: Any) -> Any:
+        if settings.parallel is None:
+            return objective.loss(model, batch)
+        totals = objective.totals(model, batch)  # of this process's part
+        return totals.loss, totals.count
+
     def one_step() -> None:
-        batch = objective.collate(sampler.next(), device)
+        batch = objective.collate(part(sampler.next(), settings.parallel), device)
         lr = float(driver.optimizer.param_groups[0]["lr"])
         before = driver.info
         timer = StepTimer(reader.clock)
         try:
             with timer:
-                driver.step(timer.forward(lambda: objective.loss(model, batch)))
+                driver.step(timer.forward(lambda: loss_of(batch)))
         finally:  # a step that was taken is logged, also when it is the one that ends the run
             if driver.info is not None and driver.info is not before:
                 reader.add(driver.info, lr, timer)
@@ -144,15 +155,24 @@ def train(
         with peak_memory(device) as memory:
             driver = make_driver()
             schedule = make_schedule(driver.optimizer, settings.lr_schedule, steps)
-            one_step()
+            start_step = driver.steps_done  # of a run that goes on, which then sees the data and the rates that it would have seen
+            for _ in range(start_step):
+                sampler.next()
+                if schedule is not None:
+                    schedule.step()
+            bar.update(start_step)
+            if start_step == 0:
+                one_step()
         outcome.peak_bytes = memory.bytes
         outcome.backends = driver.backends
         try:
             while driver.steps_done < steps:
                 if driver.steps_done % eval_every == 0:
                     reader.flush()
-                    log.add_evaluation(evaluate(model, objective, dev, driver.steps_done, eval_batch_size(settings), device))
-                if driver.steps_done > 1:
+                    evaluation = evaluate(model, objective, dev, driver.steps_done, eval_batch_size(settings), device)
+                    log.add_evaluation(evaluation)
+                    evaluated(evaluation)
+                if driver.steps_done > start_step + 1:
                     one_step()
                     continue
                 with peak_memory(device) as second:
@@ -160,7 +180,7 @@ def train(
                 outcome.peak_bytes = memory.then(second).bytes
         except KeyboardInterrupt:
             outcome.stopped = "interrupted"
-        except NonFiniteLossError as e:
+        except (NonFiniteLossError, PeerLostError, DivergenceError) as e:
             outcome.stopped = str(e)
     driver.close()
     reader.flush()

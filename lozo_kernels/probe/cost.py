@@ -56,7 +56,7 @@ def measure_costs(device: torch.device, dtype: torch.dtype, rank: int, backend_n
         v = torch.zeros(rank, features, dtype=torch.float16, device=device)
         b = torch.zeros(features, rank, device=device)
         draws, scales = torch.zeros(1, 2, dtype=torch.int64, device=device), torch.ones(1, device=device)
-        return _fastest(
+        return fastest(
             lambda: skinny.lowrank_linear_(y, x, v, b, seed=0, tensor_id=0, draws=draws, scales=scales, backend=backend), device
         )
 
@@ -66,7 +66,7 @@ def measure_costs(device: torch.device, dtype: torch.dtype, rank: int, backend_n
         n = torch.zeros(1, features, rank, device=device)
         out = TensorTable([torch.empty_like(weights[0])], [0])
         tables = itertools.cycle([TensorTable([w], [0], v=[v], n=[n]) for w in weights])
-        return _fastest(
+        return fastest(
             lambda: ops.lowrank_merge_(next(tables), seed=0, draws=[Draw(0)], scales=1.0, out=out, backend=backend), device
         )
 
@@ -87,7 +87,8 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _fastest(call: Callable[[], None], device: torch.device) -> float:
+def fastest(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest of a few calls, after one to warm up."""
     seconds = []
     for _ in range(_ROUNDS + 1):
         _wait(device)

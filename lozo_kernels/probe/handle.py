@@ -15,7 +15,7 @@ from ..config import PatchConfig
 from ..engine import Handle, check_scale
 from ..offloaded import find_homes, home_of
 from ..parameters import Slot, canonical
-from ..passes import Group, Scalar, Term, run_pass
+from ..passes import Group, Scalar, StepUpdate, Term, run_pass, run_update
 from ..registry import Choice, Draw, Rounding, Step, choose_backend
 from ..report import ParameterReport
 from ..sharding import reshard, running_device
@@ -28,7 +28,7 @@ from .members import Holder, Member
 from .offload import execution_device, load_weight, offloaded_weight
 from .runtime import REST, Point, Runtime
 from .scopes import Arena
-from .state import FactorUpdate, StateGroup, make_groups, update_factors
+from .state import StateGroup, make_groups, update_factors
 from .weights import PerturbedWeights
 
 
@@ -189,17 +189,17 @@ class ProbeHandle(Handle):
         self._check_prepared()
         self._watch.check_weights()
         self._start(step)
-        cs = list(c) if isinstance(c, Sequence) else [c]
+        update = StepUpdate(step, list(c) if isinstance(c, Sequence) else [c], lr, weight_decay, beta)
         for group in self._states:
-            update_factors(group, FactorUpdate(step, cs, lr, weight_decay, beta), self.config)
+            update_factors(group, update, self.config)
         if self._resting:
-            self._update_groups(self._resting, step, cs, lr, weight_decay, beta, 0.0, None)
+            run_update(self._resting, self.config, update)
         for member in self._members:
             if member.b is None and member.slot.out_of_reach is not None:
                 with offloaded_weight(member, member.device) as x:
-                    self._update_groups([self._group_away(member, x)], step, cs, lr, weight_decay, beta, 0.0, None)
+                    run_update([self._group_away(member, x)], self.config, update)
         if self._groups:
-            self._update_groups(self._groups, step, cs, lr, weight_decay, beta, standing, None)
+            run_update(self._groups, self.config, update, standing)
         self._last_step = self._last_step + 1 if isinstance(step, Tensor) else step
         self._learned = self._learned or bool(self._states)
         self._standing = None

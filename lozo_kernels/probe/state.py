@@ -11,10 +11,9 @@ from torch import Tensor
 
 from .. import ops
 from ..config import PatchConfig
-from ..engine import decay_of, share
 from ..estimators import Estimator
-from ..passes import Group, Scalar, Term
-from ..registry import Choice, Draw, Rounding, Step
+from ..passes import Group, Scalar, StepUpdate, Term, decay_of, share
+from ..registry import Choice, Draw, Rounding
 from ..sharding import Shard
 from ..table import TensorTable
 from .members import Member, gains_of, table_of
@@ -79,18 +78,7 @@ def _make_group(
     return StateGroup(kind, members, learned, carried, windows, gains, choice)
 
 
-@dataclasses.dataclass(frozen=True)
-class FactorUpdate:
-    """An update as :meth:`Handle.update_` takes it: c per direction, lr, weight decay and beta."""
-
-    step: Step
-    c: Sequence[Scalar]
-    lr: Scalar
-    weight_decay: Scalar
-    beta: float | Tensor | None
-
-
-def update_factors(group: StateGroup, update: FactorUpdate, config: PatchConfig) -> None:
+def update_factors(group: StateGroup, update: StepUpdate, config: PatchConfig) -> None:
     """B <- (1 - lr * weight_decay) B - lr * mean of c U / r; with momentum N <- beta N + (1 - beta) mean of c U, N in its place.
 
     X_t = gain * W + B V^T then follows Algorithm 1 (or 2) of the paper exactly, and gain takes its decay too.

@@ -51,7 +51,7 @@ def _cloze(passage: str, query: str, entities: Iterable[str], answers: Iterable[
 
 
 def _winogrande(row: Row) -> Iterable[Row]:
-    """The sentence with either option in its blank.
+    """The sentence up to its blank goes on with either option and the rest of the sentence.
 
     The Hub has sentence, option1, option2 and answer "1" or "2"; a file may also have the question in one ``text`` ("... given
     sentence: S", a blank line, "Option1: A Option2: B Answer format: ...") and the answer "option1" or "option2".
@@ -61,7 +61,11 @@ def _winogrande(row: Row) -> Iterable[Row]:
         if found is None:
             raise ValueError("its text is not a sentence and two options")
         row = {**row, **found.groupdict()}
-    options = [row["sentence"].replace("_", row[name]) for name in ("option1", "option2")]
+    before, blank, after = row["sentence"].partition("_")
+    if not blank:
+        raise ValueError("its sentence has no blank (_)")
+    space = " " if before.endswith(" ") else ""
+    options = [space + row[name] + after for name in ("option1", "option2")]
     answer = str(row["answer"]).removeprefix("option")
     yield {"sentence": row["sentence"], "options": options, "right": [("1", "2").index(answer)] if answer else []}
 
@@ -98,10 +102,10 @@ ROWS = (
         "winogrande",
         "choice",
         (("sentence",),),
-        prompt="",
+        prompt="{0:before}",
         unpack=_winogrande,
         objective="choice",
-        source="the code of MeZO, with which SubZero and others report it: the whole sentence with either option is scored",
-        hub=Hub("allenai/winogrande", "winogrande_debiased", revision=PARQUET),
+        source="the code of SubZero (Yu et al. 2024): what follows the blank's left side is scored with either option",
+        hub=Hub("allenai/winogrande", "winogrande_m", revision=PARQUET),
     ),
 )

@@ -1,0 +1,73 @@
+"""The numbers of a step on their way from its device: nobody waits for them, and no later step overwrites them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..optim import ZerothOrderOptimizer
+from ..steps import StepInfo
+from .format import StepTaken
+
+
+@dataclasses.dataclass
+class Arrival:
+    """A step that is not on the host yet.
+
+    Attributes:
+        values: c, whether the step was skipped, and those settings of groups that are tensors.
+        arrived: says when they are there; None: they are.
+        lr, weight_decay: of each group, None for a tensor.
+    """
+
+    values: Tensor
+    arrived: Any
+    directions: int
+    lr: Sequence[float | None]
+    weight_decay: Sequence[float | None]
+    at_rest: bool
+    returned: bool
+
+    def ready(self) -> bool:
+        """Whether reading waits for nothing."""
+        return self.arrived is None or self.arrived.query()
+
+    def wait(self) -> None:
+        """Until it does."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+
+    def step(self) -> StepTaken:
+        """The record."""
+        values = self.values.tolist()
+        c, skipped, rest = values[: self.directions], bool(values[self.directions]), iter(values[self.directions + 1 :])
+        lr, decay = (tuple(next(rest) if v is None else v for v in some) for some in (self.lr, self.weight_decay))
+        return StepTaken(tuple(c), lr, decay, skipped, self.at_rest, self.returned)
+
+
+def send(optimizer: ZerothOrderOptimizer, info: StepInfo, *, at_rest: bool, returned: bool) -> Arrival:
+    """Sets the numbers of a step on their way; on the CPU they are there at once."""
+    groups = optimizer.param_groups
+    lr, decay = [g["lr"] for g in groups], [g["weight_decay"] for g in groups]
+    tensors = [v.detach().to(info.c.device, torch.float64, non_blocking=True) for v in (*lr, *decay) if isinstance(v, Tensor)]
+    values, arrived = to_host(torch.cat([info.c, *(v.to(torch.float64).reshape(1) for v in (info.skipped, *tensors))]))
+    return Arrival(values, arrived, optimizer.directions, _plain(lr), _plain(decay), at_rest, returned)
+
+
+def to_host(values: Tensor) -> tuple[Tensor, Any]:
+    """A copy on the host, and what says that it is there; None on the CPU."""
+    if values.device.type != "cuda":
+        return values.cpu(), None
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copy.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(values.device))
+    return copy, arrived
+
+
+def _plain(values: Sequence[Any]) -> list[float | None]:
+    return [None if isinstance(v, Tensor) else float(v) for v in values]

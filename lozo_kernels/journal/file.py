@@ -1,0 +1,143 @@
+"""A journal's file while it is written: it grows by whole records, and shrinks to where it was if one cannot be written."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from pathlib import Path
+
+from ..numbers import check_count
+from .format import CRC, JournalError, Record, Sides, StepTaken, encode_record, frame
+
+
+@dataclasses.dataclass(frozen=True)
+class Tail:
+    """Where a file is: its length, the checksum up to there, the last step, and whether it has the sides of a probe."""
+
+    length: int
+    crc: int
+    last: StepTaken | None = None
+    sides: bool = False
+
+
+class JournalFile:
+    """An open journal, which no other process writes.
+
+    Args:
+        tail: of what is there already; what lies behind is cut off.
+        fsync: force every so many records onto the disk; None: never.
+    """
+
+    def __init__(self, path: Path, descriptor: int, tail: Tail, fsync: int | None) -> None:
+        self.path = path
+        self.tail = tail
+        self._descriptor: int | None = descriptor
+        self._fsync = fsync
+        self._unsynced = 0
+        os.ftruncate(descriptor, tail.length)
+
+    @classmethod
+    def create(cls, path: Path, header: bytes, fsync: int | None) -> JournalFile:
+        """A new file, with the whole header or not at all: one with half of it never has the journal's name.
+
+        Raises:
+            JournalError: it cannot be written.
+        """
+        half = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            half.write_bytes(header)
+            descriptor = open_alone(half)
+            os.fsync(descriptor)
+            os.replace(half, path)
+        except OSError as e:
+            with contextlib.suppress(OSError):
+                half.unlink()
+            raise JournalError(f"cannot write the journal {path}: {e.strerror}") from None
+        tail = Tail(len(header), CRC.unpack_from(header, len(header) - CRC.size)[0])
+        return cls(path, descriptor, tail, fsync)
+
+    @property
+    def closed(self) -> bool:
+        """Nothing can be written any more."""
+        return self._descriptor is None
+
+    def append(self, record: Record) -> None:
+        """Hands a record to the operating system.
+
+        Raises:
+            JournalError: that failed; the file is as before.
+        """
+        before = self.tail
+        data, crc = frame(encode_record(record, before.last), before.crc)
+        try:
+            self._write(data)
+            self._sync()
+        except OSError as e:
+            self.cut(before)
+            raise JournalError(
+                f"cannot write the journal {self.path}: {e.strerror}; it ends with the step before, and this one was not taken"
+            ) from None
+        self.tail = Tail(
+            before.length + len(data),
+            crc,
+            record if isinstance(record, StepTaken) else before.last,
+            before.sides or isinstance(record, Sides),
+        )
+
+    def cut(self, tail: Tail) -> None:
+        """Back to where it was."""
+        self.tail = tail
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, tail.length)
+
+    def close(self) -> None:
+        """Forces it onto the disk and closes it. A second call does nothing."""
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.fsync(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _write(self, data: bytes) -> None:
+        if self._descriptor is None:
+            raise JournalError(f"the journal {self.path} is closed")
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._descriptor, data[done:], self.tail.length + done)
+
+    def _sync(self) -> None:
+        self._unsynced += 1
+        if self._fsync is not None and self._unsynced >= self._fsync:
+            assert self._descriptor is not None
+            os.fsync(self._descriptor)
+            self._unsynced = 0
+
+
+def check_fsync(fsync: int | None) -> None:
+    """Raises TypeError or ValueError unless it is None or a count."""
+    if fsync is not None:
+        check_count("fsync", fsync)
+
+
+def open_alone(path: Path) -> int:
+    """A file to go on writing, which no other process has.
+
+    Raises:
+        JournalError: it cannot be opened, or another process writes it.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+    except OSError as e:
+        raise JournalError(f"cannot open the journal {path}: {e.strerror}") from None
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        return descriptor
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise JournalError(f"the journal {path} is in use by another process") from None
+    return descriptor

@@ -1,0 +1,73 @@
+"""Fingerprints of weights: BLAKE2b of every parameter's bytes, on all threads, without a copy where they are in memory."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine import Handle
+from ..parameters import Slot
+from ..probe import ProbeHandle
+from ..probe.offload import load_weight
+from .format import DIGEST_BYTES, JournalError
+
+_CHUNK = 1 << 26  # bytes of a device's weight that are brought here at once
+_SIZE = 16
+
+
+def weight_fingerprints(handle: Handle) -> list[str]:
+    """A fingerprint of each trained weight as it is now, in the order of ``Handle.names``: 32 hexadecimal digits.
+
+    Raises:
+        JournalError: a weight is sharded.
+    """
+    slots = handle._slots
+    for slot in slots:
+        if slot.out_of_reach == "sharded":
+            raise JournalError(f"{slot.name!r} is sharded: a journal needs whole weights")
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        return list(pool.map(lambda slot: _of_slot(handle, slot), slots))
+
+
+def fingerprint(handle: Handle) -> str:
+    """One fingerprint of all trained weights, and of what quantised layers learned: 64 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for name, own in zip(handle.names, weight_fingerprints(handle), strict=True):
+        digest.update(f"{name}\0{own}\0".encode())
+    past = handle.past if isinstance(handle, ProbeHandle) else {}
+    for name in sorted(past):
+        digest.update(name.encode())
+        for key in ("b", "v"):
+            _update(digest, past[name][key])
+    return digest.hexdigest()
+
+
+def _of_slot(handle: Handle, slot: Slot) -> str:
+    digest = hashlib.blake2b(digest_size=_SIZE)
+    if slot.out_of_reach == "offloaded":
+        assert isinstance(handle, ProbeHandle)
+        member = handle._member_of(slot)
+        _update(digest, load_weight(member, member.device))
+    else:
+        _update(digest, slot.parameter.detach())
+    return digest.hexdigest()
+
+
+def _update(digest: Any, tensor: Tensor) -> None:
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is not None and type(tensor) is not Tensor:  # a quantised weight is several tensors
+        for name in flatten()[0]:
+            _update(digest, getattr(tensor, name))
+        return
+    flat = tensor.detach().reshape(-1)
+    step = max(1, _CHUNK // max(1, flat.element_size()))
+    for part in flat.split(step) if flat.device.type != "cpu" else (flat,):
+        here = part.cpu().contiguous()
+        nbytes = here.numel() * here.element_size()
+        if nbytes:
+            digest.update((ctypes.c_char * nbytes).from_address(here.data_ptr()))

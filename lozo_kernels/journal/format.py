@@ -1,0 +1,233 @@
+"""The bytes of a journal: a header that describes the run, then one checksummed record for each step and each odd pass.
+
+All numbers are little endian. See ``docs/journal.md`` for the layout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import struct
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ..config import PatchConfig
+
+MAGIC = b"LOZOJRNL"
+VERSION = 1
+PREFIX = struct.Struct("<8sII")
+"""Magic, format version, bytes of the header's JSON."""
+CRC = struct.Struct("<I")
+HEAD = struct.Struct("<BII")
+"""Of a record with JSON: kind, bytes, and a checksum of these, so that a damaged length is not taken for one."""
+MOVES = struct.Struct("<BI")
+DIGEST_BYTES = 32
+
+SETTLED, FLUSHED, DETOUR, SIDES, END = range(1, 6)
+STEP = 0x80
+"""The first byte of a step has this bit and those of its flags."""
+LR, LR_EACH, DECAY, DECAY_EACH, SKIPPED, RETURNED, AT_REST = (1 << bit for bit in range(7))
+
+_MOST_DIRECTIONS = 1 << 20
+
+
+class JournalError(RuntimeError):
+    """A journal cannot be read, written, or used with this model; the message says why, and no weight was touched."""
+
+
+class StepTaken(NamedTuple):
+    """A step.
+
+    Attributes:
+        c: projected gradients, one for each direction; zeros if it was skipped.
+        lr, weight_decay: of each parameter group.
+        skipped: a loss was not finite and the update was by zero.
+        at_rest: the update was made from unperturbed weights (``drive="backward"``); ``returned``: after they had gone through all
+            points of the step and back. Otherwise it was made from the last point.
+    """
+
+    c: tuple[float, ...]
+    lr: tuple[float, ...]
+    weight_decay: tuple[float, ...]
+    skipped: bool = False
+    at_rest: bool = False
+    returned: bool = False
+
+
+class Settled(NamedTuple):
+    """A probe merged what it had learned, before V changed: ``state_dict()``, ``settle()``."""
+
+
+class Flushed(NamedTuple):
+    """A pending update (``fuse_steps``) was made in a pass of its own: an evaluation, ``flush()``."""
+
+
+class Detour(NamedTuple):
+    """Weights went through the first ``moves`` points of the next step and back, and no step came of it."""
+
+    moves: int
+
+
+class Sides(NamedTuple):
+    """How a probe treats each parameter, as :func:`lozo_kernels.probe.sides.describe_sides` says it."""
+
+    described: dict[str, Any]
+
+
+class End(NamedTuple):
+    """The run ended; ``fingerprint`` is that of the weights, hexadecimal."""
+
+    fingerprint: str
+
+
+Record = StepTaken | Settled | Flushed | Detour | Sides | End
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A trained parameter: its name and id in the noise, kind "lowrank" or "dense", and a fingerprint of where it started."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: str
+    tensor_id: int
+    fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a run started from.
+
+    Attributes:
+        config, settings: of the handle and of the optimiser (``state_dict()["settings"]``).
+        parameters: in canonical order, which is that of ``Handle.names``.
+        groups: positions of the parameters of each group.
+        first_step: index of the first step.
+        made_with: versions and backends, by which a replay says what is promised.
+        about: whatever the program that trains wants to keep, plain JSON.
+    """
+
+    config: PatchConfig
+    settings: dict[str, Any]
+    parameters: tuple[Parameter, ...]
+    groups: tuple[tuple[int, ...], ...]
+    noise_version: int
+    first_step: int
+    made_with: dict[str, Any]
+    about: dict[str, Any]
+
+    def to_json(self) -> str:
+        """One JSON object."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        rows = [dataclasses.astuple(p) for p in self.parameters]
+        return json.dumps(values | {"config": self.config.to_dict(), "parameters": rows}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Header:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            JournalError: it is not what :meth:`to_json` writes.
+        """
+        try:
+            values = json.loads(text)
+            return _checked_header(**values)
+        except (TypeError, ValueError, KeyError, RecursionError, OverflowError) as e:
+            raise JournalError(f"the header is not that of a journal: {str(e)[:200]}") from None
+
+
+def encode_header(header: Header) -> bytes:
+    """The bytes before the first record."""
+    text = header.to_json().encode()
+    data = PREFIX.pack(MAGIC, VERSION, len(text)) + text
+    return data + CRC.pack(zlib.crc32(data))
+
+
+def encode_record(record: Record, before: StepTaken | None) -> bytes:
+    """A record without its checksum. ``before``: the last step, whose lr and weight decay are not repeated."""
+    match record:
+        case StepTaken():
+            return _encode_step(record, before)
+        case Settled():
+            return bytes([SETTLED])
+        case Flushed():
+            return bytes([FLUSHED])
+        case Detour():
+            return MOVES.pack(DETOUR, record.moves)
+        case Sides():
+            return bytes([SIDES]) + json.dumps(record.described, separators=(",", ":")).encode()
+        case End():
+            return bytes([END]) + bytes.fromhex(record.fingerprint)
+
+
+def frame(body: bytes, crc: int) -> tuple[bytes, int]:
+    """A record as it is written, and its checksum, which goes over all records before it too: none can be moved or left out."""
+    if body[0] == SIDES:
+        length = CRC.pack(len(body) - 1)
+        crc = zlib.crc32(body[:1] + length, crc)
+        body = body[:1] + length + CRC.pack(crc) + body[1:]
+        crc = zlib.crc32(body[HEAD.size :], crc)
+    else:
+        crc = zlib.crc32(body, crc)
+    return body + CRC.pack(crc), crc
+
+
+def _encode_step(step: StepTaken, before: StepTaken | None) -> bytes:
+    flags = STEP | SKIPPED * step.skipped | AT_REST * step.at_rest | RETURNED * step.returned
+    numbers: list[float] = []
+    for given, each, name in ((LR, LR_EACH, "lr"), (DECAY, DECAY_EACH, "weight_decay")):
+        values: Sequence[float] = getattr(step, name)
+        if before is None or values != getattr(before, name):
+            same = all(v == values[0] for v in values)
+            flags |= given if same else given | each
+            numbers += values[:1] if same else values
+    if not step.skipped:
+        numbers += step.c
+    return struct.pack(f"<B{len(numbers)}d", flags, *numbers)
+
+
+def _checked_header(
+    config: Any, settings: Any, parameters: Any, groups: Any, noise_version: Any, first_step: Any, made_with: Any, about: Any
+) -> Header:
+    for name, value, kind in (
+        *(("config", config, dict), ("settings", settings, dict), ("parameters", parameters, list), ("groups", groups, list)),
+        *(("noise_version", noise_version, int), ("first_step", first_step, int)),
+        *(("made_with", made_with, dict), ("about", about, dict)),
+    ):
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"{name} is {type(value).__name__}")
+    found = tuple(_checked_parameter(*row) for row in parameters)
+    members = tuple(tuple(group) for group in groups)
+    if sorted(i for group in members for i in group) != list(range(len(found))) or not all(members) or not members:
+        raise ValueError("the groups are not those of the parameters")
+    if first_step < 0:
+        raise ValueError(f"first_step is {first_step}")
+    return Header(PatchConfig(**config), _checked_settings(**settings), found, members, noise_version, first_step, made_with, about)
+
+
+def _checked_parameter(name: Any, shape: Any, dtype: Any, kind: Any, tensor_id: Any, fingerprint: Any) -> Parameter:
+    if not all(isinstance(v, str) for v in (name, dtype, kind, fingerprint)) or kind not in ("lowrank", "dense"):
+        raise TypeError("a parameter is not described as one")
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in (*shape, tensor_id)):
+        raise TypeError(f"the shape of {name[:80]!r} is no shape")
+    return Parameter(name, tuple(shape), dtype, kind, tensor_id, fingerprint)
+
+
+def _checked_settings(eps: Any, momentum: Any, directions: Any, two_sided: Any, fuse_steps: Any, evaluation: Any) -> dict[str, Any]:
+    if type(eps) not in (int, float) or not 0 < eps < math.inf or type(momentum) not in (int, float) or not 0 <= momentum <= 1:
+        raise ValueError("eps or momentum is out of range")
+    if type(directions) is not int or not 1 <= directions <= _MOST_DIRECTIONS:
+        raise ValueError("directions is out of range")
+    if type(two_sided) is not bool or type(fuse_steps) is not bool or evaluation not in ("sequential", "batched"):
+        raise ValueError("two_sided, fuse_steps or evaluation is not known")
+    return {
+        "eps": eps,
+        "momentum": momentum,
+        "directions": directions,
+        "two_sided": two_sided,
+        "fuse_steps": fuse_steps,
+        "evaluation": evaluation,
+    }

@@ -1,0 +1,264 @@
+"""Reading a journal: everything is checked, nothing is trusted, and only what a killed process leaves unfinished is cut off."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+from .format import (
+    AT_REST,
+    CRC,
+    DECAY,
+    DECAY_EACH,
+    DETOUR,
+    DIGEST_BYTES,
+    END,
+    FLUSHED,
+    HEAD,
+    LR,
+    LR_EACH,
+    MAGIC,
+    MOVES,
+    PREFIX,
+    RETURNED,
+    SETTLED,
+    SIDES,
+    SKIPPED,
+    STEP,
+    VERSION,
+    Detour,
+    End,
+    Flushed,
+    Header,
+    JournalError,
+    Record,
+    Settled,
+    Sides,
+    StepTaken,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordedRun:
+    """A journal as it was read.
+
+    Attributes:
+        records: in order.
+        ends: of each record, the byte after it and the checksum up to there.
+        start: the same of the header.
+        torn: bytes of an unfinished record at the end, left by a process that was killed in the middle of writing it.
+        source: where it was read, for messages.
+    """
+
+    header: Header
+    records: list[Record]
+    ends: list[tuple[int, int]]
+    start: tuple[int, int]
+    torn: int
+    source: str
+
+    @property
+    def steps(self) -> int:
+        """Steps recorded."""
+        return sum(isinstance(r, StepTaken) for r in self.records)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the weights at the end, if the run came to one."""
+        return next((r.fingerprint for r in reversed(self.records) if isinstance(r, End)), None)
+
+    def until(self, steps: int | None) -> list[Record]:
+        """The records of so many steps, and of what came before the last of them; None: all but the end of the run.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        if steps is None:
+            return [r for r in self.records if not isinstance(r, End)]
+        if not 0 <= steps <= self.steps:
+            raise ValueError(f"{self.source} has {self.steps} steps, not {steps}")
+        taken = 0
+        for i, record in enumerate(self.records):
+            if taken == steps:
+                return self.records[:i]
+            taken += isinstance(record, StepTaken)
+        return self.until(None) if steps else []
+
+
+def read_journal(source: str | os.PathLike[str] | bytes) -> RecordedRun:
+    """Reads a journal, from a file or from bytes.
+
+    An unfinished record at the end is left out (:attr:`RecordedRun.torn`).
+
+    Raises:
+        JournalError: it cannot be read, or is damaged; the message names the record.
+    """
+    if isinstance(source, bytes):
+        return _read(source, "the journal")
+    try:
+        return _read(Path(source).read_bytes(), str(source))
+    except OSError as e:
+        raise JournalError(f"cannot read the journal {source}: {e.strerror}") from None
+
+
+def _read(data: bytes, source: str) -> RecordedRun:
+    header, start = _read_header(data, source)
+    parser = _Parser(data, header, *start)
+    torn = parser.run(source)
+    return RecordedRun(header, parser.records, parser.ends, start, torn, source)
+
+
+def _read_header(data: bytes, source: str) -> tuple[Header, tuple[int, int]]:
+    if data[:8] != MAGIC:
+        raise JournalError(f"{source} is not a journal of lozo_kernels")
+    if len(data) < PREFIX.size:
+        raise JournalError(f"{source}: the header is cut off")
+    _, version, length = PREFIX.unpack_from(data)
+    if version != VERSION:
+        raise JournalError(f"{source} has format {version}; this version of lozo_kernels reads {VERSION}")
+    end = PREFIX.size + length
+    if len(data) < end + CRC.size:
+        raise JournalError(f"{source}: the header is cut off")
+    if CRC.unpack_from(data, end)[0] != zlib.crc32(memoryview(data)[:end]):
+        raise JournalError(f"{source}: the header is damaged: its checksum is wrong")
+    try:
+        header = Header.from_json(data[PREFIX.size : end].decode())
+    except (JournalError, UnicodeDecodeError) as e:
+        raise JournalError(f"{source}: {e}") from None
+    return header, (end + CRC.size, CRC.unpack_from(data, end)[0])
+
+
+class _Torn(Exception):
+    """The data ends within a record."""
+
+
+class _Parser:
+    def __init__(self, data: bytes, header: Header, position: int, crc: int) -> None:
+        self.data, self.view, self.header = data, memoryview(data), header
+        self.position, self.crc = position, crc
+        self.records: list[Record] = []
+        self.ends: list[tuple[int, int]] = []
+        self._groups, self._directions = len(header.groups), header.settings["directions"]
+        self._zeros = (0.0,) * self._directions
+        self._last: StepTaken | None = None
+        self._steps = 0
+
+    def run(self, source: str) -> int:
+        """Reads all records. Returns the bytes of an unfinished one."""
+        while self.position < len(self.data):
+            try:
+                if self.records and isinstance(self.records[-1], End):
+                    raise JournalError("it comes after the end of the run")
+                self._next()
+            except _Torn:
+                return len(self.data) - self.position
+            except JournalError as e:
+                step = self.header.first_step + self._steps
+                where = f"record {len(self.records)} (at byte {self.position}, before or of step {step})"
+                raise JournalError(f"{source}: {where} is damaged: {e}") from None
+        return 0
+
+    def _next(self) -> None:
+        kind = self.data[self.position]
+        if kind & STEP:
+            record: Record = self._step(kind)
+            self._steps += 1
+            self._last = record  # type: ignore[assignment]
+        elif kind == SETTLED:
+            self._take(1)
+            record = Settled()
+        elif kind == FLUSHED:
+            self._take(1)
+            record = Flushed()
+        elif kind == DETOUR:
+            record = Detour(MOVES.unpack_from(self._take(MOVES.size))[1])
+            if not 1 <= record.moves <= 2 * self._directions:
+                raise JournalError(f"a detour of {record.moves} moves")
+        elif kind == SIDES:
+            record = self._sides()
+        elif kind == END:
+            record = End(bytes(self._take(1 + DIGEST_BYTES)[1:]).hex())
+        else:
+            raise JournalError(f"kind {kind} is not known")
+        self.records.append(record)
+        self.ends.append((self.position, self.crc))
+
+    def _take(self, size: int) -> memoryview:
+        """The next bytes, whose checksum follows them."""
+        end = self.position + size
+        if end + CRC.size > len(self.data):
+            raise _Torn
+        body = self.view[self.position : end]
+        crc = zlib.crc32(body, self.crc)
+        if CRC.unpack_from(self.data, end)[0] != crc:
+            raise JournalError("its checksum is wrong")
+        self.position, self.crc = end + CRC.size, crc
+        return body
+
+    def _step(self, kind: int) -> StepTaken:
+        skipped = bool(kind & SKIPPED)
+        sizes = []
+        for given, each in ((LR, LR_EACH), (DECAY, DECAY_EACH)):
+            if kind & each and (not kind & given or self._groups == 1):
+                raise JournalError("its flags contradict each other")
+            sizes.append(0 if not kind & given else self._groups if kind & each else 1)
+        if kind & RETURNED and not kind & AT_REST:
+            raise JournalError("its flags contradict each other")
+        count = sum(sizes) + (0 if skipped else self._directions)
+        numbers = struct.unpack_from(f"<{count}d", self._take(1 + 8 * count), 1)
+        if not all(map(math.isfinite, numbers)):
+            raise JournalError("it has a number that is not finite")
+        last = self._last
+        lr, decay = numbers[: sizes[0]], numbers[sizes[0] : sum(sizes)]
+        if last is None and not all(sizes):
+            raise JournalError("the first step has no learning rate")
+        return StepTaken(
+            self._zeros if skipped else numbers[sum(sizes) :],
+            self._each(lr) if lr or last is None else last.lr,
+            self._each(decay) if decay or last is None else last.weight_decay,
+            skipped,
+            bool(kind & AT_REST),
+            bool(kind & RETURNED),
+        )
+
+    def _each(self, values: tuple[float, ...]) -> tuple[float, ...]:
+        return values * self._groups if len(values) == 1 else values
+
+    def _sides(self) -> Sides:
+        if self.position + HEAD.size > len(self.data):
+            raise _Torn
+        _, length, check = HEAD.unpack_from(self.data, self.position)
+        body = self.position + HEAD.size
+        crc = zlib.crc32(self.view[self.position : body - CRC.size], self.crc)
+        if crc != check:
+            raise JournalError("the checksum of its length is wrong")
+        if body + length + CRC.size > len(self.data):
+            raise _Torn
+        crc = zlib.crc32(self.view[body : body + length], crc)
+        if CRC.unpack_from(self.data, body + length)[0] != crc:
+            raise JournalError("its checksum is wrong")
+        try:
+            described = json.loads(self.data[body : body + length].decode())
+        except (ValueError, RecursionError) as e:
+            raise JournalError(f"it is no JSON: {str(e)[:200]}") from None
+        _check_sides(described, len(self.header.parameters))
+        self.position, self.crc = body + length + CRC.size, crc
+        return Sides(described)
+
+
+def _check_sides(described: Any, parameters: int) -> None:
+    rows = described.get("sides") if isinstance(described, dict) else None
+    if not isinstance(rows, list) or len(rows) != parameters or not isinstance(described.get("precision"), str):
+        raise JournalError("the sides are not those of the parameters")
+    for row in rows:
+        good = isinstance(row, list) and len(row) == 3 and isinstance(row[0], str)
+        scopes, layer = (row[1], row[2]) if good else (None, None)
+        good = good and (scopes is None or (isinstance(scopes, list) and all(isinstance(s, str) for s in scopes)))
+        if not good or not (layer is None or (type(layer) is int and 0 <= layer < parameters)):
+            raise JournalError("the sides are not described as such")

@@ -1,0 +1,332 @@
+"""Making a run's passes over the weights again, from its journal, without a forward pass."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine import Handle
+from ..estimators import ESTIMATORS
+from ..noise import NOISE_VERSION
+from ..optim import LOZO, MeZO, SubZero, ZerothOrderOptimizer
+from ..probe import ProbeHandle
+from ..probe.sides import adopt_sides
+from .describe import describe_groups, describe_parameters, made_with
+from .fingerprint import fingerprint
+from .format import Detour, Flushed, Header, JournalError, Record, Settled, Sides, StepTaken
+from .reader import RecordedRun, read_journal
+
+_OPTIMIZERS: dict[str, type[ZerothOrderOptimizer]] = {kind._estimator: kind for kind in (LOZO, MeZO, SubZero)}
+assert set(_OPTIMIZERS) == set(ESTIMATORS)
+
+_EXACT_RANK = 8
+"""Up to here a momentum product over the weights has the same bits on every backend."""
+
+Source = str | os.PathLike[str] | RecordedRun
+
+
+@dataclasses.dataclass(frozen=True)
+class Replayed:
+    """What a replay did.
+
+    Attributes:
+        steps: taken; the model has the weights after these.
+        skipped: how many of them made no update.
+        fingerprint: of the weights now.
+        agrees: whether that is the fingerprint with which the run ended; None if it was not replayed to its end, or had none.
+    """
+
+    steps: int
+    skipped: int
+    fingerprint: str
+    agrees: bool | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What a verification found.
+
+    Attributes:
+        replayed: of the journal on a copy of the base model.
+        compared: parameters of the tuned model that were compared with the replayed ones.
+        differing: names of those that are not equal in every bit.
+    """
+
+    replayed: Replayed
+    compared: int
+    differing: tuple[str, ...]
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing differs, and something was there to compare with."""
+        return not self.differing and self.replayed.agrees is not False and (self.compared > 0 or self.replayed.agrees is True)
+
+
+def replay(model: nn.Module, journal: Source, upto: int | None = None, backend: str | None = None) -> Replayed:
+    """Gives the model on which a run started the weights that the run had, in every bit.
+
+    The passes over the weights are those of training; no closure, no data and no forward pass is needed.
+
+    Args:
+        model: the base model, as it was when the journal was begun, and not patched.
+        journal: its file, or what :func:`read_journal` returned.
+        upto: steps to take; None: all.
+        backend: name of a backend; None: the best of the device. Any gives the same bits, except where this says otherwise.
+
+    Raises:
+        JournalError: the journal cannot be read, is of another model, other weights or another noise version, or its bits are not
+            promised on this backend; the weights are untouched.
+        ValueError: the journal has fewer steps than ``upto``; likewise.
+    """
+    run = _read(journal)
+    records = run.until(upto)
+    optimizer = _optimizer_of(model, run.header, backend)
+    handle = optimizer.handle
+    try:
+        _check_mergeable(handle)
+        check_fits(run, optimizer)
+        retake(optimizer, records)
+    finally:
+        optimizer.flush()
+        handle.restore()
+    skipped = sum(r.skipped for r in records if isinstance(r, StepTaken))
+    steps = sum(isinstance(r, StepTaken) for r in records)
+    found = fingerprint(handle)
+    complete = run.fingerprint is not None and steps == run.steps
+    return Replayed(steps, skipped, found, found == run.fingerprint if complete else None)
+
+
+def verify(
+    model: nn.Module, journal: Source, tuned: nn.Module | None = None, *, upto: int | None = None, copied: bool = True
+) -> Verification:
+    """Checks that a run is what its journal says: replays it and compares with what it left.
+
+    Args:
+        model: the base model.
+        tuned: the model that the run left; None: only the fingerprint that the journal ends with is compared.
+        upto: the tuned model is that after so many steps; None: all.
+        copied: replay on a copy of the model. Otherwise the model is changed.
+
+    Raises:
+        JournalError, ValueError: as :func:`replay`.
+    """
+    base = copy.deepcopy(model) if copied else model
+    run = _read(journal)
+    replayed = replay(base, run, upto)
+    if tuned is None:
+        return Verification(replayed, 0, ())
+    mine, theirs = dict(base.named_parameters()), dict(tuned.named_parameters())
+    names = [p.name for p in run.header.parameters]
+    differing = tuple(name for name in names if name not in theirs or not _same(mine[name], theirs[name]))
+    return Verification(replayed, len(names), differing)
+
+
+def revert(model: nn.Module, journal: Source, step: int, backend: str | None = None) -> Replayed:
+    """Gives a model the weights that a run had after ``step`` steps.
+
+    They are built anew from the base model. An update, once rounded into a weight, cannot be subtracted again.
+
+    Args:
+        model: the base model.
+
+    Raises:
+        JournalError: as :func:`replay`; a model that was trained already is refused.
+        ValueError: the journal has fewer steps.
+    """
+    return replay(model, journal, upto=step, backend=backend)
+
+
+@torch.no_grad()
+def retake(optimizer: ZerothOrderOptimizer, records: Iterable[Record]) -> None:
+    """Takes recorded steps with an optimiser on weights from which they were taken. Settings of its groups stay as they are."""
+    kept = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    try:
+        for record in records:
+            match record:
+                case StepTaken():
+                    _take_step(optimizer, record)
+                case Settled():
+                    optimizer.handle.settle()
+                case Flushed():
+                    optimizer.flush()
+                case Detour():
+                    _make_detour(optimizer, record.moves)
+                case Sides():
+                    assert isinstance(optimizer.handle, ProbeHandle)
+                    adopt_sides(optimizer.handle, record.described, install=False)
+                case _:
+                    raise AssertionError(f"{record} is not replayed")
+    finally:
+        for group, (lr, decay) in zip(optimizer.param_groups, kept, strict=True):
+            group["lr"], group["weight_decay"] = lr, decay
+
+
+def check_fits(run: RecordedRun, optimizer: ZerothOrderOptimizer, *, weights: bool = True) -> None:
+    """Checks that a journal is of this optimiser's model, settings and weights.
+
+    Args:
+        weights: compare the fingerprints of the weights too.
+
+    Raises:
+        JournalError: it is not.
+    """
+    header, handle = run.header, optimizer.handle
+    if header.noise_version != NOISE_VERSION:
+        raise JournalError(
+            f"{run.source} is of noise version {header.noise_version}, and this version of lozo_kernels makes {NOISE_VERSION}: "
+            "use the version that it was written with"
+        )
+    _check_settings(run, optimizer)
+    mine = describe_parameters(handle, fingerprints=weights)
+    theirs = header.parameters if weights else [dataclasses.replace(p, fingerprint="") for p in header.parameters]
+    if len(mine) != len(theirs):
+        names = {p.name for p in mine} ^ {p.name for p in theirs}
+        raise JournalError(
+            f"{run.source} is of another model: it trains {len(theirs)} parameters, this one {len(mine)}; e.g. {min(names)!r}"
+        )
+    for p, q in zip(mine, theirs, strict=True):
+        for field in dataclasses.fields(p):
+            x, y = getattr(p, field.name), getattr(q, field.name)
+            if x != y and field.name == "fingerprint":
+                raise JournalError(
+                    f"{run.source} starts from other weights: {p.name!r} differs. Give the model that the run started from, "
+                    "not one that was trained"
+                )
+            if x != y:
+                raise JournalError(f"{run.source} is of another model: {field.name} of {p.name!r} is {y} there and {x} here")
+    _check_promise(run, optimizer)
+
+
+def _check_settings(run: RecordedRun, optimizer: ZerothOrderOptimizer) -> None:
+    header, handle = run.header, optimizer.handle
+    mine, theirs = handle.config.to_dict(), header.config.to_dict()
+    differing = [name for name in mine if name not in ("backend", "side", "allow_drift") and mine[name] != theirs[name]]
+    own = optimizer._settings()
+    differing += [name for name in own if own[name] != header.settings[name]]
+    if differing:
+        name = differing[0]
+        x, y = (mine[name], theirs[name]) if name in mine else (own[name], header.settings[name])
+        raise JournalError(f"{run.source} was written with other settings: {name} is {y!r} there and {x!r} here")
+    if describe_groups(optimizer) != header.groups:
+        raise JournalError(f"{run.source} was written with other parameter groups")
+    if optimizer.steps_done != header.first_step or optimizer.journal is not None:
+        raise JournalError(
+            f"{run.source} starts at step {header.first_step}, and this optimiser has taken {optimizer.steps_done} steps"
+            + (" and has a journal" if optimizer.journal is not None else "")
+            + ": give a new one, on the base model"
+        )
+
+
+def _check_promise(run: RecordedRun, optimizer: ZerothOrderOptimizer) -> None:
+    """Refuses, or says, what is not promised in bits here: see ``docs/journal.md``."""
+    header, handle = run.header, optimizer.handle
+    then, now = header.made_with, made_with(handle)
+    other = sorted(set(then.get("backends", ())) ^ set(now["backends"]))
+    config, low_rank = header.config, any(p.kind == "lowrank" for p in header.parameters)
+    if other and header.settings["momentum"] and low_rank:
+        windows = {(header.first_step + i) // config.interval for i in (0, max(0, run.steps - 1))}
+        in_place = config.placement == "inplace"
+        if len(windows) > 1 or (in_place and config.rank > _EXACT_RANK):
+            what = "carried from one V to the next" if len(windows) > 1 else f"of rank {config.rank}"
+            raise JournalError(
+                f"{run.source} was made on {', '.join(then.get('backends', ()))}, and momentum {what} has the same bits on that "
+                f"backend only, not on {', '.join(now['backends'])}"
+            )
+    if config.estimator == "subspace" and (other or then.get("torch") != now["torch"]):
+        warnings.warn(
+            f"{run.source} was made with torch {then.get('torch')} on {', '.join(then.get('backends', ()))}: SubZero's bases come "
+            "from its QR decomposition, so that equal bits are likely here but not promised",
+            stacklevel=4,
+        )
+
+
+def _check_mergeable(handle: Handle) -> None:
+    name = next((slot.name for slot in handle._slots if slot.out_of_reach == "quantised"), None)
+    if name is not None:
+        raise JournalError(
+            f"{name!r} is quantised: no weight can hold what it learned. Use Journal.resume() on an optimiser of the base "
+            "model, and lozo_kernels.export_lora()"
+        )
+
+
+def _optimizer_of(model: nn.Module, header: Header, backend: str | None) -> ZerothOrderOptimizer:
+    """The optimiser that a header describes, on a model that is not patched."""
+    options = header.config.to_dict() | {"backend": backend}
+    kind = _OPTIMIZERS[options.pop("estimator")]
+    names: dict[str, Any] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(name, p)
+    known = [p.name for p in header.parameters]
+    lost = next((name for name in known if name not in names), None)
+    if lost is not None:
+        raise JournalError(f"the journal is of another model: this one has no parameter {lost!r}")
+    groups = [{"params": [names[known[i]] for i in group]} for group in header.groups]
+    try:
+        return kind(model, groups, lr=0.0, **header.settings, **options)
+    except (TypeError, ValueError) as e:
+        raise JournalError(f"the journal is of another model: {e}") from None
+
+
+def _take_step(optimizer: ZerothOrderOptimizer, record: StepTaken) -> None:
+    for group, lr, decay in zip(optimizer.param_groups, record.lr, record.weight_decay, strict=True):
+        group["lr"], group["weight_decay"] = lr, decay
+    points = _points(optimizer)
+    if record.returned:
+        _make_detour(optimizer, len(points))
+    if record.at_rest:
+        optimizer._standing = (optimizer.directions - 1, 0.0)
+    elif optimizer.evaluation == "sequential":
+        _visit(optimizer, points)
+    device = optimizer.handle.devices[0]
+    c = torch.tensor(record.c, dtype=torch.float64, device=device)
+    if record.skipped:
+        c.fill_(float("nan"))
+    unknown = torch.full_like(c, float("nan"))
+    optimizer._commit(*optimizer._conclude(c, unknown, unknown))
+
+
+def _points(optimizer: ZerothOrderOptimizer) -> list[tuple[int, float]]:
+    """The (direction, scale) that the weights go through in a step."""
+    sides = (optimizer.eps, -optimizer.eps) if optimizer.two_sided else (optimizer.eps,)
+    return [(d, side) for d in range(optimizer.directions) for side in sides]
+
+
+def _visit(optimizer: ZerothOrderOptimizer, points: Sequence[tuple[int, float]]) -> None:
+    if not optimizer.two_sided:
+        optimizer.flush()
+    if moves_weights(optimizer.handle):
+        for point in points:
+            optimizer._move(point)
+    else:
+        optimizer._standing = points[-1]
+
+
+def _make_detour(optimizer: ZerothOrderOptimizer, moves: int) -> None:
+    _visit(optimizer, _points(optimizer)[:moves])
+    if moves_weights(optimizer.handle):
+        optimizer._move(None)
+    else:
+        optimizer._standing = None
+
+
+def moves_weights(handle: Handle) -> bool:
+    """Whether evaluations move weights, which rounds: all in place, under a probe those that fell back to it."""
+    return not isinstance(handle, ProbeHandle) or bool(handle.groups)
+
+
+def _read(journal: Source) -> RecordedRun:
+    return journal if isinstance(journal, RecordedRun) else read_journal(journal)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.detach().reshape(-1).view(width), b.detach().to(a.device).reshape(-1).view(width))

@@ -1,0 +1,297 @@
+"""Writing a journal while a run goes on, and going on with a run from its journal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections import deque
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ..noise import NOISE_VERSION
+from ..optim import ZerothOrderOptimizer
+from ..probe import ProbeHandle
+from ..probe.sides import adopt_sides, describe_sides
+from ..steps import StepInfo
+from .arrivals import Arrival, send
+from .describe import describe_groups, describe_parameters, made_with
+from .file import JournalFile, Tail, check_fsync, open_alone
+from .fingerprint import fingerprint
+from .format import Detour, End, Flushed, Header, JournalError, Record, Settled, Sides, StepTaken, encode_header
+from .reader import read_journal
+from .replaying import check_fits, moves_weights, retake
+
+LATE = 16
+"""Records that may wait for a GPU before one is waited for."""
+
+
+@dataclasses.dataclass
+class _Waiting:
+    """A record that is to be written; a step may still be on its way."""
+
+    number: int
+    record: Record | Arrival
+
+
+class Journal:
+    """The journal of a run that goes on. Made by :meth:`create`, or taken up again by :meth:`resume`.
+
+    Every step is with the operating system before the weights move, so that a killed process loses none; on a GPU, where nobody
+    waits for numbers, at most :data:`LATE` are on their way. Weights that are changed by other means than the optimiser are
+    not in a journal, and a replay then ends in other weights, which :func:`verify` finds.
+
+    Example::
+
+        optimizer = LOZO(model, lr=1e-6, placement="probe")
+        with Journal.create("run.journal", optimizer):
+            for batch in loader:
+                optimizer.step(lambda: model(**batch).loss)
+    """
+
+    def __init__(self, file: JournalFile, optimizer: ZerothOrderOptimizer, header: Header) -> None:
+        self.header = header
+        self._file = file
+        self._optimizer = optimizer
+        self._queue: deque[_Waiting] = deque()
+        self._number = 0
+        self._detours: list[int] = []
+        self._mark: tuple[int, list[int]] = (0, [])  # of the last step: the number of its first record, and its detours
+        self._before_mark: Tail | None = None
+        optimizer.journal = self
+        if isinstance(optimizer.handle, ProbeHandle):
+            optimizer.handle.on_settle = self._add_settle
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._file.path
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        optimizer: ZerothOrderOptimizer,
+        *,
+        about: dict[str, Any] | None = None,
+        overwrite: bool = False,
+        fsync: int | None = None,
+    ) -> Journal:
+        """Begins a journal of an optimiser that has taken no step, and attaches it (``optimizer.journal``).
+
+        Args:
+            path: the file.
+            about: notes to keep in it, plain JSON.
+            overwrite: replace a file that is there.
+            fsync: force every so many records onto the disk, against a machine that loses power; None: the operating system's way,
+                which is enough for a process that is killed.
+
+        Raises:
+            JournalError: the file is there already or cannot be written, or the run cannot be rebuilt from a journal (weights
+                are sharded, or momentum is there already).
+        """
+        path, handle = Path(path), optimizer.handle
+        check_fsync(fsync)
+        if optimizer.journal is not None:
+            raise JournalError("the optimiser has a journal already")
+        if path.exists() and not overwrite:
+            raise JournalError(f"{path} is there already: resume it, give overwrite=True, or another name")
+        if optimizer.steps_done and optimizer.momentum:
+            raise JournalError(f"momentum of {optimizer.steps_done} steps is in no journal: begin it before the first step")
+        optimizer.flush()
+        handle.settle()
+        header = Header(
+            handle.config,
+            optimizer._settings(),
+            describe_parameters(handle),
+            describe_groups(optimizer),
+            NOISE_VERSION,
+            optimizer.steps_done,
+            made_with(handle),
+            json.loads(json.dumps(about or {})),
+        )
+        return cls(JournalFile.create(path, encode_header(header), fsync), optimizer, header)
+
+    @classmethod
+    def resume(
+        cls,
+        path: str | os.PathLike[str],
+        optimizer: ZerothOrderOptimizer,
+        *,
+        upto: int | None = None,
+        check_weights: bool = True,
+        fsync: int | None = None,
+    ) -> int:
+        """Brings an optimiser on the base model to where a run was when it ended or was killed, and goes on writing.
+
+        Weights, momentum, what a probe learned, and how it treats each parameter are those of the run, in every bit. Settings
+        of the optimiser's groups stay as they are: let a schedule take as many steps.
+
+        Args:
+            path: the journal.
+            optimizer: with the run's settings, on the model that the run started from.
+            upto: go on after so many steps, and cut off the rest; None: all. Steps count from the beginning of the journal.
+            check_weights: compare the weights' fingerprints.
+            fsync: as in :meth:`create`.
+
+        Returns:
+            The step to go on with, ``optimizer.steps_done``.
+
+        Raises:
+            JournalError: the journal is damaged, of something else, or in use; weights and file are untouched.
+            ValueError: it has fewer steps than ``upto``.
+        """
+        path = Path(path)
+        check_fsync(fsync)
+        descriptor = open_alone(path)
+        try:
+            run = read_journal(path)
+            records = run.until(upto)
+            check_fits(run, optimizer, weights=check_weights)
+            retake(optimizer, records)
+            sides = next((r for r in records if isinstance(r, Sides)), None)
+            if sides is not None:
+                assert isinstance(optimizer.handle, ProbeHandle)
+                adopt_sides(optimizer.handle, sides.described, install=True)
+            length, crc = run.ends[len(records) - 1] if records else run.start
+            last = next((r for r in reversed(records) if isinstance(r, StepTaken)), None)
+            file = JournalFile(path, descriptor, Tail(length, crc, last, sides is not None), fsync)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        cls(file, optimizer, run.header)
+        return optimizer.steps_done
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.close()
+
+    def add_step(self, optimizer: ZerothOrderOptimizer, info: StepInfo) -> None:
+        """Called by the optimiser: a step is about to be taken.
+
+        Raises:
+            JournalError: it cannot be written, or the optimiser's settings are not those of the journal any more.
+        """
+        if optimizer._settings() != self.header.settings or len(optimizer.param_groups) != len(self.header.groups):
+            raise JournalError("a setting of the optimiser changed that a journal has once: put it back, or begin another journal")
+        self._mark, self._before_mark = (self._number, list(self._detours)), None
+        try:
+            handle = optimizer.handle
+            if isinstance(handle, ProbeHandle) and handle.prepared and not self._has_sides():
+                self._put(Sides(describe_sides(handle)))
+            at_rest, returned = self._put_detours(optimizer)
+            self._put(send(optimizer, info, at_rest=at_rest, returned=returned))
+            self._drain()
+        except BaseException:
+            self.take_back()
+            raise
+
+    def take_back(self) -> None:
+        """Called by the optimiser: the last step was not taken."""
+        number, self._detours = self._mark
+        while self._queue and self._queue[-1].number >= number:
+            self._queue.pop()
+        if self._before_mark is not None:
+            self._file.cut(self._before_mark)
+            self._before_mark = None
+
+    def add_flush(self) -> None:
+        """Called by the optimiser."""
+        self._tell(Flushed())
+
+    def add_detour(self, moves: int) -> None:
+        """Called by the optimiser. Written with the next step: a run that is killed before goes on without."""
+        if moves_weights(self._optimizer.handle):
+            self._detours.append(moves)
+
+    def finish(self) -> None:
+        """Ends the run: brings the weights up to date, writes their fingerprint, and closes the file. A second call does nothing.
+
+        A run that is resumed later goes on as if this had not happened.
+
+        Raises:
+            JournalError: the file cannot be written.
+        """
+        if self._file.closed:
+            return
+        self._detach()
+        try:
+            self._write_detours()
+            self._optimizer.flush()
+            self._optimizer.handle.settle()
+            self._put(End(fingerprint(self._optimizer.handle)))
+            self._drain(wait=True)
+        finally:
+            self._file.close()
+
+    def close(self) -> None:
+        """Writes what is waiting and closes the file, without an end. A second call does nothing."""
+        if self._file.closed:
+            return
+        self._detach()
+        try:
+            self._write_detours()
+            self._drain(wait=True)
+        finally:
+            self._file.close()
+
+    def _detach(self) -> None:
+        self._optimizer.journal = None
+        if isinstance(self._optimizer.handle, ProbeHandle):
+            self._optimizer.handle.on_settle = None
+
+    def _add_settle(self) -> None:
+        self._tell(Settled())
+
+    def _tell(self, record: Record) -> None:
+        """Puts and writes what is about to be done; if this fails, it is not done."""
+        self._put(record)
+        try:
+            self._drain()
+        except BaseException:
+            if self._queue and self._queue[-1].record is record:
+                self._queue.pop()
+            raise
+
+    def _has_sides(self) -> bool:
+        return self._file.tail.sides or any(isinstance(waiting.record, Sides) for waiting in self._queue)
+
+    def _put_detours(self, optimizer: ZerothOrderOptimizer) -> tuple[bool, bool]:
+        """Puts what was noted since the last step; returns how the step's own update is made: at rest, after one round and back."""
+        at_rest = optimizer._drive is not None and moves_weights(optimizer.handle)
+        whole = optimizer.directions * (2 if optimizer.two_sided else 1)
+        returned = at_rest and self._detours[-1:] == [whole]
+        if returned:
+            self._detours.pop()
+        self._write_detours()
+        return at_rest, returned
+
+    def _write_detours(self) -> None:
+        for moves in self._detours:
+            self._put(Detour(moves))
+        self._detours = []
+
+    def _put(self, record: Record | Arrival) -> None:
+        self._queue.append(_Waiting(self._number, record))
+        self._number += 1
+
+    def _drain(self, *, wait: bool = False) -> None:
+        """Writes what is waiting, in order, as far as its numbers have arrived."""
+        while self._queue:
+            record = self._queue[0].record
+            if isinstance(record, Arrival):
+                if wait or len(self._queue) > LATE:
+                    record.wait()
+                elif not record.ready():
+                    return
+                record = record.step()
+            if self._queue[0].number == self._mark[0]:
+                self._before_mark = self._file.tail
+            self._file.append(record)
+            self._queue.popleft()

@@ -95,7 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--steps", type=int, help="(default: 1000; 1500 without arguments)")
     run.add_argument("--batch-size", type=int, default=d.batch_size, help="(default: %(default)s)")
     run.add_argument("--eval-every", type=int, help="steps between evaluations (default: a tenth of the run)")
-    run.add_argument("--keep", default=d.keep, help="weights of the last step, or best: of the lowest dev loss (default: %(default)s)")
+    run.add_argument(
+        "--keep", default=d.keep, help="weights of the last step, or best: of the lowest dev loss (default: %(default)s)"
+    )
     run.add_argument("--eval-size", type=int, default=d.eval_size, help="dev examples at most (default: %(default)s)")
     run.add_argument(
         "--compare-steps", type=int, help="time so many steps of the published way too (default: 0; 24 without arguments)"

@@ -24,6 +24,7 @@ from .closures import (
 )
 from .drive import Drive, drive_of
 from .engine import Handle
+from .grouping import groups_of
 from .interrupts import deferred_interrupt
 from .numbers import check_count, check_number
 from .parallel import Parallel, as_parallel
@@ -120,7 +121,7 @@ class ZerothOrderOptimizer(ResumableOptimizer):
                 raise ValueError("with drive='backward' DistributedDataParallel averages over processes: leave parallel out")
             self.handle = handle
             self._drive: Drive | None = None
-            super().__init__(_groups(handle, params), {"lr": lr, "weight_decay": weight_decay})
+            super().__init__(groups_of(handle, params), {"lr": lr, "weight_decay": weight_decay})
             self._check_cover()
         except BaseException:
             if handle is not target:
@@ -259,30 +260,6 @@ class ZerothOrderOptimizer(ResumableOptimizer):
                 self._update(pending, perturb_next=None)
                 self._pending, self._standing = None, None
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch, for parameters that the handle trains."""
-        param_group = dict(param_group)
-        known = {id(p): name for name, p in zip(self.handle.names, self.handle.parameters, strict=True)}
-        params = param_group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
-        params = [p[1] if isinstance(p, tuple) else p for p in params]
-        if not params:
-            raise ValueError("a parameter group is empty; leave it out")
-        for p in params:
-            if id(p) not in known:
-                raise ValueError(
-                    f"a parameter of shape {tuple(p.shape)} in the groups is not trained by the handle "
-                    "(requires_grad=False, excluded, or of another model)"
-                )
-        for name in ("lr", "weight_decay"):
-            if name in param_group:
-                check_number(name, param_group[name], low=0.0)
-        settings = [param_group.get(name, self.defaults[name]) for name in ("lr", "weight_decay")]
-        if not any(isinstance(value, Tensor) for value in settings) and settings[0] * settings[1] > 1.0:
-            raise ValueError(f"lr * weight_decay is {settings[0] * settings[1]:g}: above 1 every step turns the weights' sign")
-        param_group["params"] = [(known[id(p)], p) for p in params]
-        super().add_param_group(param_group)
-
     @staticmethod
     def _check_placement(handle: Handle, fuse_steps: bool, evaluation: str) -> None:
         probing = isinstance(handle, ProbeHandle)
@@ -295,21 +272,6 @@ class ZerothOrderOptimizer(ResumableOptimizer):
             raise ValueError("fuse_steps makes updates during forward passes, when weights are not in shards: leave it out")
         if evaluation == "batched" and not probing:
             raise ValueError("evaluation='batched' needs placement='probe': weights that are moved can be at one point only")
-
-    def _check_cover(self) -> None:
-        grouped = {name for group in self.param_groups for name in group["param_names"]}
-        missing = [name for name in self.handle.names if name not in grouped]
-        if missing:
-            raise ValueError(
-                f"the handle trains {len(missing)} parameters that are in no group, e.g. {missing[0]!r}; "
-                "exclude them in patch() or add them to a group"
-            )
-        if isinstance(self.handle, ProbeHandle):
-            undecaying = set(self.handle.undecaying)
-            for group in self.param_groups:
-                stuck = next((name for name in group["param_names"] if name in undecaying), None)
-                if stuck is not None and (isinstance(group["weight_decay"], Tensor) or group["weight_decay"]):
-                    raise ValueError(f"{stuck!r} cannot decay: it is quantised, or keep_factors was asked for; use weight_decay=0")
 
     def _evaluate(self, closures: Sequence[Closure], randomness: Randomness | None) -> tuple[list[Tensor], list[Tensor]]:
         """F(+) and F(-) (or F(0)) of each direction; leaves the weights at the last point that was evaluated."""
@@ -488,26 +450,6 @@ class ZerothOrderOptimizer(ResumableOptimizer):
         """The step as the passes over the weights get it."""
         return self._step if self._inputs is None else self._inputs.step
 
-    @property
-    def _decays(self) -> bool:
-        return any(isinstance(g["weight_decay"], Tensor) or g["weight_decay"] != 0.0 for g in self.param_groups)
-
-    def _per_parameter(self, key: str, device: torch.device) -> Tensor:
-        """A setting of the groups in fp64: 0-dim if there is one group, else (parameters,) in the order of the handle's names."""
-        if self._inputs is not None:
-            return self._inputs.settings[key]
-        groups = [g[key] for g in self.param_groups]
-        if len(groups) == 1 and not isinstance(groups[0], Tensor):
-            return torch.full((), groups[0], dtype=torch.float64, device=device)
-        owner = {name: i for i, group in enumerate(self.param_groups) for name in group["param_names"]}
-        index = [owner[name] for name in self.handle.names]
-        if any(isinstance(value, Tensor) for value in groups):
-            values = [torch.as_tensor(v, dtype=torch.float64).to(device, non_blocking=True) for v in groups]
-            return torch.stack([values[i] for i in index])
-        return torch.tensor([groups[i] for i in index], dtype=torch.float64, pin_memory=device.type == "cuda").to(
-            device, non_blocking=True
-        )
-
 
 class LOZO(ZerothOrderOptimizer):
     """Low-rank zeroth-order SGD (Chen et al., ICLR 2025, Algorithm 1); with ``momentum`` LOZO-M (Algorithm 2).
@@ -554,12 +496,3 @@ class SubZero(ZerothOrderOptimizer):
 def _same_point(a: tuple[int, float] | None, b: tuple[int, float] | None) -> bool:
     """Whether two perturbations are one. 0.0 and -0.0 are not: a warm-up with eps = 0 makes every pass that a step makes."""
     return a == b and (a is None or b is None or math.copysign(1.0, a[1]) == math.copysign(1.0, b[1]))
-
-
-def _groups(handle: Handle, params: Iterable[Any] | None) -> list[Any]:
-    if params is None:
-        return [{"params": handle.parameters}]
-    groups = list(params)
-    if not groups:
-        raise ValueError("params is empty; leave it out to train everything that the handle trains")
-    return groups if isinstance(groups[0], dict) else [{"params": groups}]

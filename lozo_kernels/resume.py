@@ -7,16 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .engine import Handle
+from .grouping import GroupedOptimizer
 from .noise import NOISE_VERSION
 from .probe import ProbeHandle
 from .steps import StepLog
 
 
-class ResumableOptimizer(torch.optim.Optimizer):
+class ResumableOptimizer(GroupedOptimizer):
     """``state_dict()`` and ``load_state_dict()`` of :class:`~lozo_kernels.optim.ZerothOrderOptimizer`."""
 
-    handle: Handle
     eps: float
     momentum: float
     directions: int

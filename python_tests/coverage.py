@@ -32,7 +32,7 @@ class Coverage:
 
 
 def check(name: str, side: str, *, seed: int = 0, backend: str | None = None, estimator: str = "lowrank") -> Coverage:
-    """Builds an architecture, takes two steps of an estimator's optimiser under a probe, and compares the third's probe with materialised weights."""
+    """Builds an architecture, updates it twice under a probe, and compares the third step's probe with materialised weights."""
     model, inputs = build(name, seed=seed)
     run(model, inputs)  # some models change their own weights at the first call (RWKV)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}

@@ -119,6 +119,21 @@ def test_every_method_learns_nothing_wrong_in_a_few_steps(tmp_path, method):
     assert summary["published"]["published_step_ms"] > 0
 
 
+def test_the_best_evaluation_can_be_kept(tmp_path):
+    """A rate that spoils the model, so that an early evaluation is the best: what is saved scores as it did."""
+    given = {"task": "go-again", "steps": 6, "eval_every": 2, "eval_size": 40, "lr": 0.3, "keep": "best"}
+    summary = finetune(Settings(**given, output=str(tmp_path / "out")), quiet=True)
+    losses = {e["step"]: e["loss"] for e in summary["evaluations"] if e["step"] > 0}
+    best = min(losses, key=losses.get)
+    assert summary["kept_step"] == best < 6
+    again = finetune(
+        Settings(model=str(tmp_path / "out" / "model"), task="go-again", steps=1, lr=0.0, eval_size=40, output=str(tmp_path / "a")),
+        quiet=True,
+    )
+    assert again["loss_before"] == pytest.approx(losses[best], rel=1e-5)
+    assert not (tmp_path / "out" / "best.safetensors").exists()
+
+
 def test_several_directions_are_several_pairs_of_forwards(tmp_path):
     summary = finetune(
         Settings(task="go-again", steps=3, eval_size=4, directions=2, scaling="card", eps=2e-3, output=str(tmp_path)), quiet=True

@@ -13,15 +13,17 @@ from torch import distributed, nn
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from trainer_helpers import OPTIONS, VOCABULARY, Recorder, apart, arguments, token_rows, trained, zo_arguments  # noqa: E402
-from transformers import Trainer  # noqa: E402
-from transformers.loss.loss_utils import ForCausalLMLoss  # noqa: E402
+from trainer_helpers import OPTIONS, VOCABULARY, Recorder, apart, arguments, token_rows, trained, zo_arguments
+from transformers import Trainer
+from transformers.loss.loss_utils import ForCausalLMLoss
 
-from lozo_kernels import LOZO  # noqa: E402
-from lozo_kernels.hf import ZOTrainer, attach  # noqa: E402
+from lozo_kernels import LOZO
+from lozo_kernels.hf import ZOTrainer, attach
 
-RANKS, STEPS, LR = 2, 500, 1e-3
+RANKS, STEPS, LR = 2, 500, 1e-4
 DATA = token_rows(96)
+for row in DATA:
+    row["labels"][0] = -100  # nothing comes before it; the Trainer counts it for models that are not transformers' own
 
 
 class Bigrams(nn.Module):
@@ -101,7 +103,7 @@ def main(folder):
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
     model, batches = train("stock", tmp_path_factory.mktemp("stock"))
-    assert len(batches) >= STEPS and apart(model, fresh()) > 1e-3
+    assert len(batches) >= STEPS and apart(model, fresh()) > 5e-4
     return model, batches
 
 

@@ -115,7 +115,9 @@ class Subspaces:
         rows, cols = x.shape
         u, v = (self._basis(n, tensor_id, window, stream, x.device, backend) for n, stream in ((rows, "U"), (cols, "V")))
         spread = 1.0 / math.sqrt(min(rows, self.rank) * min(cols, self.rank))
-        return Subspace(u.float(), v.t().contiguous().unsqueeze(0), torch.zeros(1, rows, self.rank, device=x.device), spread, window)
+        return Subspace(
+            u.float(), v.t().contiguous().unsqueeze(0), torch.zeros(1, rows, self.rank, device=x.device), spread, window
+        )
 
     def _basis(self, rows: int, tensor_id: int, window: int, stream: str, device: torch.device, backend: Backend) -> Tensor:
         """(rows, rank) fp16."""
@@ -127,8 +129,8 @@ class SubZeroAdapter(TrainerAdapter):
     """``zo_subspace_perturb_parameters`` and ``zo_subspace_update``, for ``torch.optim.SGD`` without momentum.
 
     U and V come from the adapter's seed and the window ``global_step // update_interval`` (the trainer draws them from the global
-    generator, which no log of seeds can repeat), S and the noise of other tensors from ``zo_random_seed``. ``p_state`` shows what is
-    in use: sqrt(rows) U, (rows, rank) fp32, and sqrt(cols) V transposed, (rank, cols) fp16.
+    generator, which no log of seeds can repeat), S and the noise of other tensors from ``zo_random_seed``. ``p_state`` shows what
+    is in use: sqrt(rows) U, (rows, rank) fp32, and sqrt(cols) V transposed, (rank, cols) fp16.
     """
 
     family = "SubZero"

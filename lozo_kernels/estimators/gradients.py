@@ -1,6 +1,6 @@
 """Gradient estimators as functions of a plain loss: for tests, teaching and comparison, not for large models.
 
-``loss`` takes the parameters as tensors by name and returns a 0-dim tensor or a number. Every estimate has the parameters' names and
+``loss`` takes the parameters as tensors by name and returns a 0-dim tensor or a number. Every estimate has their names and
 shapes. The optimisers compute the same estimates with kernels, without ever holding one: LGE is :class:`~lozo_kernels.LOZO` with
 ``interval=1``, RGE is :class:`~lozo_kernels.MeZO`, and the lazy LGE of LOZO keeps V for ``interval`` steps.
 """
@@ -75,6 +75,6 @@ def cge(loss: Loss, at: Parameters, eps: float) -> dict[str, Tensor]:
 
 
 def forward_gradient(loss: Loss, at: Parameters, z: Parameters) -> dict[str, Tensor]:
-    """(grad F . Z) Z by forward-mode differentiation: RGE without a finite difference, at the memory of a tangent (Baydin, 2022)."""
+    """(grad F . Z) Z by forward-mode differentiation: RGE without a finite difference (Baydin et al., 2022)."""
     c = jvp(loss, (dict(at),), (dict(z),))[1]
     return {name: c * z[name] for name in at}

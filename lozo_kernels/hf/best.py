@@ -27,6 +27,9 @@ class Last:
     def load(self) -> None:
         """The model has them."""
 
+    def discard(self) -> None:
+        """There is no file."""
+
 
 class Best:
     """Keeps the weights of the lowest dev loss, as the papers' code does (``load_best_model_at_end``).
@@ -39,8 +42,10 @@ class Best:
 
     def __init__(self, model: torch.nn.Module, folder: Path, earlier: Sequence[EvalRecord]) -> None:
         self._model, self._path = model, folder / FILE
-        self._lowest = min((e.loss for e in earlier), default=float("inf"))
-        self.step = min(earlier, key=lambda e: e.loss).step if earlier else None
+        trained = [e for e in earlier if e.step > 0]
+        best = min(trained, key=lambda e: e.loss) if trained else None
+        self._lowest = float("inf") if best is None else best.loss
+        self.step: int | None = None if best is None else best.step
 
     def offer(self, evaluation: EvalRecord) -> None:
         """Keeps the weights as they are now if no evaluation was better. Every process calls this; the first one writes."""
@@ -56,7 +61,10 @@ class Best:
         os.replace(unfinished, self._path)
 
     def load(self) -> None:
-        """Puts the kept weights into the model, and removes the file."""
+        """Puts the kept weights into the model."""
         if self._path.exists() and counted()[0] == 0:
             self._model.load_state_dict(require("safetensors.torch").load_file(str(self._path)))
-            self._path.unlink()
+
+    def discard(self) -> None:
+        """Removes the file, once the model is saved."""
+        self._path.unlink(missing_ok=True)

@@ -134,6 +134,7 @@ def _run(settings: Settings, command: str, quiet: bool, resume: bool) -> dict[st
         return summary
     model.save_pretrained(output / "model")
     checkpoint.tokenizer.save_pretrained(output / "model")
+    best.discard()
     write_card(output / "model", summary, data.task.metrics)
     (output / "summary.json").write_text(to_json(summary, indent=2) + "\n", encoding="utf-8")
     plot(output / "loss.png", log, f"{data.task.name}, {settings.method}")

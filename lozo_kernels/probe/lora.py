@@ -81,9 +81,7 @@ def export_lora(handle: Handle, folder: str | Path | None = None, *, rank: int |
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank is an integer of at least 1, not {rank!r}")
     if not isinstance(handle, ProbeHandle) or handle.config.estimator == "dense":
-        raise ValueError(
-            "an adapter is made of factors that LOZO or SubZero learns with placement='probe' and keep_factors=True"
-        )
+        raise ValueError("an adapter is made of factors that LOZO or SubZero learns with placement='probe' and keep_factors=True")
     handle.check_decay()
     adapter = _Export(handle, rank).run()
     if folder is not None:

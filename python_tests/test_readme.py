@@ -7,9 +7,12 @@ import pytest
 import torch
 from hf_helpers import REPO, write_jsonl
 from hf_tiny import tiny_llama, tiny_roberta
+from miniatures import MezoLarge, TinyLM
 from task_rows import HUB_ROWS
+from torch import distributed
 
-from lozo_kernels import cli
+import lozo_kernels
+from lozo_kernels import cli, doctor
 
 transformers = pytest.importorskip("transformers")
 
@@ -17,7 +20,7 @@ README = (REPO / "README.md").read_text(encoding="utf-8")
 INDENTED = re.findall(r"^    (\S.*?)(?:  +#.*)?$", re.sub(r"```.*?```", "", README, flags=re.DOTALL), re.MULTILINE)
 COMMANDS = [line for line in INDENTED if line.startswith("lozo-kernels ")]
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-SHORT = "--steps 2 --eval-size 4 --threads 1 --quiet --output {out}"
+SHORT = "--compare-steps 0 --steps 2 --eval-size 4 --threads 1 --quiet --output {out}"
 
 # What follows the command of the README, whose settings stay unless they are replaced here; {llama} and so on are folders.
 SMALL = {
@@ -33,7 +36,7 @@ SMALL = {
         "--model {llama} --scale tiny --tasks sst2 --methods zero-shot,lozo --data-dir {data} --threads 1 --quiet --output {out}"
     ),
     "lozo-kernels plan": "--model {llama} --batch-size 2 --sequence-length 8 --device-bandwidth 100",
-    "lozo-kernels bench perturb": "--shapes 64x64 --rank 2 --dtype float32 --repeats 1 --peer-repeats 1 --threads 1 --compile-rank 3",
+    "lozo-kernels bench perturb": "--shapes 64x64 --rank 2 --dtype float32 --repeats 1 --peer-repeats 1 --threads 1",
     "lozo-kernels tune": "",
     "lozo-kernels doctor": "",
 }
@@ -49,7 +52,8 @@ def entry(command):
 def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     (folder / "data").mkdir()
-    for task, rows in HUB_ROWS.items():
+    for task in ("sst2", "snli", "squad"):
+        rows = [row for row in HUB_ROWS[task] if row.get("label") != -1]
         for split in ("train", "dev"):
             write_jsonl(folder / "data" / f"{task}.{split}.jsonl", rows * 4)
     (folder / "notes.txt").write_text("".join(f"line {i} of some notes\n" for i in range(20)), encoding="utf-8")
@@ -72,6 +76,7 @@ def test_the_table_has_every_command_and_no_other():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(command, places, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(doctor, "self_test", lambda: [])  # of half a minute, which the tests of the command line run
     start = entry(command)
     words = shlex.split(command)[1:]
     if start.endswith("compare"):
@@ -86,3 +91,80 @@ def test_commands(command, places, tmp_path, monkeypatch, capsys):
         assert code == 0 and printed.out.strip()
     if "{out}" in SMALL[start]:
         assert any((tmp_path / "out").iterdir())
+
+
+def loop(monkeypatch, model, tokenizer):
+    for cls, made in ((transformers.AutoModelForCausalLM, model), (transformers.AutoTokenizer, tokenizer)):
+        monkeypatch.setattr(cls, "from_pretrained", lambda name, made=made, **options: made)
+    return {"batches": [["a line", "a longer line of text"], ["another one"]]}
+
+
+def probe(monkeypatch, model, tokenizer):
+    return {"LOZO": lozo_kernels.LOZO, "model": model}
+
+
+def trainer(monkeypatch, model, tokenizer):
+    pytest.importorskip("accelerate")
+    full = transformers.TrainingArguments
+
+    def few_steps(folder, max_steps):
+        return full(folder, max_steps=2, use_cpu=True, report_to=[], disable_tqdm=True, per_device_train_batch_size=2)
+
+    monkeypatch.setattr(transformers, "TrainingArguments", few_steps)
+    ids = torch.arange(3, 9)
+    return {"model": model, "data": [{"input_ids": ids + i, "labels": ids + i} for i in range(8)]}
+
+
+def adapter(monkeypatch, model, tokenizer):
+    return {"trainer": MezoLarge(TinyLM(), [0.0] * 9)}
+
+
+def handle(monkeypatch, model, tokenizer):
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[5, 6, 7]])}
+    return {"model": model, "step": 0, "eps": 1e-3, "lr": 1e-6, "loss": torch.no_grad()(lambda: model(**batch).loss)}
+
+
+def alone(monkeypatch, model, tokenizer):
+    """One process, with the group that torchrun's environment would give it."""
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        pytest.skip("torch.distributed or its gloo backend is missing")
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    return {"LOZO": lozo_kernels.LOZO, "model": model}
+
+
+STAND_INS = {
+    "AutoModelForCausalLM": loop,
+    'placement="probe"': probe,
+    "TrainingArguments": trainer,
+    'parallel="examples"': alone,
+    "accelerate_trainer": adapter,
+    "lozo_kernels.patch(": handle,
+    "capture_step": None,  # needs a GPU: it is only compiled
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("\n")[0])
+def test_blocks(block, places, tmp_path, monkeypatch, capsys):
+    """What the text takes for granted is stood in for by small things."""
+    (found,) = [word for word in STAND_INS if word in block]
+    code, stand_in = compile(block, "README.md", "exec"), STAND_INS[found]
+    if stand_in is None:
+        return
+    monkeypatch.chdir(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(places["llama"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(places["llama"])
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    names = stand_in(monkeypatch, model, tokenizer)
+    try:
+        exec(code, names)
+    finally:
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
+    moved = not torch.equal(before, torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert moved == (stand_in in (loop, trainer, handle))
+    assert stand_in is not loop or (tmp_path / "tuned" / "config.json").is_file()
+
+
+def test_every_block_has_a_stand_in():
+    assert all(sum(word in block for word in STAND_INS) == 1 for block in BLOCKS)
+    assert all(any(word in block for block in BLOCKS) for word in STAND_INS)

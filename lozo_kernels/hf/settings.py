@@ -92,7 +92,7 @@ class Settings:
     output: str | None = None
 
     def resolved(self) -> Settings:
-        """These settings, checked, with every None that has a fixed default replaced.
+        """These settings, checked, with every None replaced that has a fixed default and that the method uses.
 
         Raises:
             InputError: a setting is unknown, out of range, or names a file that is not there.
@@ -105,18 +105,23 @@ class Settings:
         demo = self.model is None and self.task is None and self.train_file is None
         comparable = demo and self.directions == 1 and method.published
         task = self.task or (None if self.train_file else next(iter(TASKS)))
-        steps = self.steps if self.steps is not None else 1500 if demo else 1000
-        return dataclasses.replace(
+        common = dataclasses.replace(
             self,
             task=task,
+            momentum=self._resolved_momentum(method),
+            threads=1 if self.threads is None and self.model is None else self.threads,
+            output=self.output or f"runs/{task or Path(str(self.train_file)).stem}-{self.method}",
+        )
+        if not method.trains:
+            return common
+        steps = self.steps if self.steps is not None else 1500 if demo else 1000
+        return dataclasses.replace(
+            common,
             lr=self.lr if self.lr is not None else method.embedded_lr if self.model is None else method.lr,
             lr_schedule=self.lr_schedule or method.lr_schedule,
-            momentum=self._resolved_momentum(method),
             steps=steps,
             eval_every=self.eval_every if self.eval_every is not None else max(1, steps // 10),
             compare_steps=self.compare_steps if self.compare_steps is not None else 24 if comparable else 0,
-            threads=1 if self.threads is None and self.model is None else self.threads,
-            output=self.output or f"runs/{task or Path(str(self.train_file)).stem}-{self.method}",
         )
 
     @property

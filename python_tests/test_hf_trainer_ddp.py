@@ -1,12 +1,11 @@
 """Two processes give the run of one, in a plain loop and in the Trainer. This file is also what the processes run."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_ranks
 from torch import distributed, nn
 
 transformers = pytest.importorskip("transformers")
@@ -76,9 +75,8 @@ def run(case, folder, rank=0, ranks=1):
     return trained(model), {"c": info.c, "loss": info.loss, "step": info.step}
 
 
-def main(folder):
+def main(rank, folder):
     torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
     store = distributed.FileStore(str(folder / "store"), RANKS)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     found = {case: run(case, folder, rank, RANKS) for case in CASES}
@@ -90,21 +88,7 @@ def main(folder):
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ddp")
-    logs, started = [folder / f"{rank}.log" for rank in range(RANKS)], []
-    try:
-        for rank, log in enumerate(logs):  # with the variables of torchrun, whose own process would only cost time
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
-            with log.open("w") as file:
-                command = [sys.executable, __file__, str(folder)]
-                started.append(subprocess.Popen(command, stdout=file, stderr=file, env=environment))
-        codes = [process.wait(timeout=240) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert codes == [0] * RANKS, "\n".join(log.read_text()[-4000:] for log in logs)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return run_ranks(__file__, RANKS, tmp_path_factory.mktemp("ddp"), torchrun=True)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -128,4 +112,4 @@ def test_resumed_by_two_processes(processes):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(int(sys.argv[1]), Path(sys.argv[3]))

@@ -1,13 +1,12 @@
 """Probes of models that FSDP shards: two processes on the CPU. This file is also what they run."""
 
 import copy
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_ranks
 from torch import distributed, nn
 
 from lozo_kernels import LOZO, MeZO, patch
@@ -168,21 +167,7 @@ def written(mesh):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fsdp")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).resolve())]
-    logs = [folder / f"{rank}.log" for rank in range(RANKS)]
-    processes = []
-    try:
-        for rank, log in enumerate(logs):
-            with log.open("w") as file:
-                processes.append(subprocess.Popen([*command, str(rank), str(folder)], stdout=file, stderr=file, env=environment))
-        codes = [process.wait(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0] * RANKS, "\n".join(log.read_text()[-4000:] for log in logs)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return run_ranks(__file__, RANKS, tmp_path_factory.mktemp("fsdp"))
 
 
 def equal(a, b):
@@ -237,4 +222,4 @@ def test_a_perturbed_weight_can_be_had(results):
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[1]), Path(sys.argv[2]))
+    work(int(sys.argv[1]), Path(sys.argv[3]))

@@ -1,14 +1,13 @@
 """Weights in shards, moved in place: two, three and five processes on the CPU. This file is also what they run."""
 
 import copy
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from models import weights
+from processes import run_ranks
 from torch import distributed, nn
 
 from lozo_kernels import LOZO, MeZO, SubZero, patch
@@ -121,22 +120,7 @@ def refusals(mesh):
 
 @pytest.fixture(scope="module", params=[2, 3, 5])
 def results(request, tmp_path_factory):
-    ranks, folder = request.param, tmp_path_factory.mktemp("sharded")
-    command = [sys.executable, str(Path(__file__).resolve())]
-    logs = [folder / f"{rank}.log" for rank in range(ranks)]
-    processes = []
-    try:
-        for rank, log in enumerate(logs):
-            with log.open("w") as file:
-                arguments = [*command, str(rank), str(ranks), str(folder)]
-                environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-                processes.append(subprocess.Popen(arguments, stdout=file, stderr=file, env=environment))
-        codes = [process.wait(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0] * ranks, "\n".join(log.read_text()[-4000:] for log in logs)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+    return run_ranks(__file__, request.param, tmp_path_factory.mktemp("sharded"))
 
 
 def equal(a, b):

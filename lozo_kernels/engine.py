@@ -342,8 +342,6 @@ class Handle:
             self._resample(window, reproject=bool(self._momentum) and self._window is not None)
 
     def _start(self, step: Step) -> None:
-        if self._sharded:
-            reshard(self.model)  # what FSDP keeps whole after a forward would stay as it was
         if not isinstance(step, Tensor):
             self.enter_window(step)
             return
@@ -364,7 +362,7 @@ class Handle:
     def _resample_shards(self, group: Group, window: int, reproject: bool) -> None:
         """As the op, where this process may have some matrices or columns only: the momentum is carried by all columns of V."""
         table = group.table
-        for i, t in zip(group.index.tolist(), range(len(table)), strict=True):
+        for t, i in enumerate(group.index.tolist()):
             slot, piece = self._slots[i], self._slots[i].piece()
             place = Place(slot.tensor_id, slot.extent, group.choice.backend, table.device)
             mine = slice(piece.first_matrix, piece.first_matrix + len(piece.x))
@@ -404,9 +402,11 @@ class Handle:
         self._seen_at = step
 
     def _shards(self) -> list[Tensor]:
-        """Storage of the shards that passes change here."""
+        """Storage of the shards that passes change here; what FSDP keeps whole after a forward, which would stay as it was, is
+        given up."""
         if not self._sharded:
             return []
+        reshard(self.model)
         return [slot.piece().x for slot in self._slots if slot.out_of_reach == "sharded"]
 
     def _check_shapes(self) -> None:

@@ -46,6 +46,8 @@ class Parallel(nn.Module):
 
 def run(optimizer, model, loss):
     losses = [float(optimizer.step(loss)) for _ in range(STEPS)]
+    loss()  # after which FSDP keeps the root's weights whole
+    assert len(optimizer.handle.report().parameters) == len(optimizer.handle.names)
     state = optimizer.state_dict()
     optimizer.handle.restore()
     return {"losses": losses, "weights": {name: full(p) for name, p in model.state_dict().items()}, "steps": state["step"]}

@@ -86,8 +86,9 @@ class Subspace(Estimator):
     ) -> None:
         """One pass, by the op that merges a factor."""
         step = _like(table)
-        self._sum(table, step, draws, scales)
-        self._merge(step, decay, rounding, step, backend)
+        assert step.n is not None
+        self._add(table, step.n, draws, scales)
+        self._merge(step, decay, rounding, None, backend)
 
     def lowrank_momentum_(
         self,
@@ -105,16 +106,15 @@ class Subspace(Estimator):
         """As :meth:`lowrank_update_`, with N in the factor."""
         assert table.n is not None
         count = len(table)
-        each = zip(table.n, _each(beta, count), strict=True)
-        for n, b in each:
+        for n, b in zip(table.n, _each(beta, count), strict=True):
             n.mul_(b)
         self._add(table, table.n, draws, coefficients)
         step = _like(table)
-        self._sum(table, step, draws, scales)
         assert step.n is not None
+        self._add(table, step.n, draws, scales)
         for p, n, a in zip(step.n, table.n, _each(alpha, count), strict=True):
             p.add_(n * a)
-        self._merge(step, decay, rounding, step, backend)
+        self._merge(step, decay, rounding, None, backend)
 
     def factor_update_(
         self, table: TensorTable, *, draws: Sequence[Draw], scales: Scalars, decay: Scalars | None = None, backend: Backend
@@ -152,12 +152,6 @@ class Subspace(Estimator):
         self, table: TensorTable, decay: Scalars | None, rounding: Rounding | None, out: TensorTable | None, backend: Backend
     ) -> None:
         ops.lowrank_merge_(table, seed=self.config.seed, decay=decay, rounding=rounding, out=out, backend=backend)
-
-    def _sum(self, table: TensorTable, step: TensorTable, draws: Sequence[Draw], scales: Scalars) -> None:
-        assert step.n is not None
-        for p in step.n:
-            p.zero_()
-        self._add(table, step.n, draws, scales)
 
     def _add(self, table: TensorTable, factors: Sequence[Tensor], draws: Sequence[Draw], scales: Scalars) -> None:
         """F <- F + sum of scale * L, a rounded multiply and a rounded add each."""
@@ -234,9 +228,9 @@ def _product(u: Tensor, s: Tensor, rank: int) -> Tensor:
 
 
 def _like(table: TensorTable) -> TensorTable:
-    """The weights of a table with a factor of their own."""
+    """The weights of a table with a factor of their own, zero."""
     assert table.v is not None
-    n = [torch.empty(x.shape[0], x.shape[1], table.rank, device=x.device) for x in table.x]
+    n = [torch.zeros(x.shape[0], x.shape[1], table.rank, device=x.device) for x in table.x]
     return TensorTable(table.x, table.tensor_ids, v=table.v, n=n, checked=True)
 
 

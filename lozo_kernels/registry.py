@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -146,6 +147,22 @@ _BACKENDS: dict[str, Backend] = {}
 def register_backend(backend: Backend) -> None:
     """Adds a backend; those registered later are preferred."""
     _BACKENDS[backend.name] = backend
+
+
+@contextlib.contextmanager
+def registered(backend: Backend) -> Iterator[None]:
+    """A backend is there, under a new name, for as long as the body runs.
+
+    Raises:
+        ValueError: there is a backend of that name.
+    """
+    if backend.name in _BACKENDS:
+        raise ValueError(f"there is a backend {backend.name!r} already")
+    register_backend(backend)
+    try:
+        yield
+    finally:
+        del _BACKENDS[backend.name]
 
 
 def backend_names() -> list[str]:

@@ -33,6 +33,14 @@ def pytest_report_header(config):
     return f"lozo_kernels {lozo_kernels.__version__}: cpu served by {choice.backend.name}; not used: {choice.rejected or 'none'}"
 
 
+@pytest.fixture(autouse=True)
+def no_backend_is_left_behind():
+    """A later test goes through all that are registered."""
+    before = backend_names()
+    yield
+    assert backend_names() == before
+
+
 @pytest.fixture
 def rng(request):
     """Fresh randomness; the seed is in the report of a failing test."""

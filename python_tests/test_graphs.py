@@ -93,17 +93,17 @@ def test_the_warm_up_makes_every_pass(rng, monkeypatch, method, options):
     model, loss = make_model("cpu"), make_loss("cpu")
     rounding = {"rounding": options["rounding"]} if "rounding" in options else {}
     estimator = "dense" if method is MeZO else "lowrank"
-    handle, _ = host.stubbed_handle(model, estimator=estimator, interval=100, **rounding)
-    optimizer = method(handle, lr=1e-2, **{k: v for k, v in options.items() if k not in rounding})
-    step = capture_step(optimizer, lambda: loss(model))
+    with host.stubbed_handle(model, estimator=estimator, interval=100, **rounding) as (handle, _):
+        optimizer = method(handle, lr=1e-2, **{k: v for k, v in options.items() if k not in rounding})
+        step = capture_step(optimizer, lambda: loss(model))
 
-    def prepared():
-        return [set(device_table(group.table).headers._kept) | set(group.table.cache) for group in handle.groups]
+        def prepared():
+            return [set(device_table(group.table).headers._kept) | set(group.table.cache) for group in handle.groups]
 
-    before = prepared()
-    for _ in range(3):
-        step()
-    assert prepared() == before
+        before = prepared()
+        for _ in range(3):
+            step()
+        assert prepared() == before
 
 
 def test_the_reader_of_values_is_caught():

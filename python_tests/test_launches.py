@@ -31,41 +31,35 @@ def count(handle, launcher, make):
 
 def test_a_pass_over_opt_1_3b_is_two_launches(opt):
     """Matrices, and the 1-D tensors; an update with momentum has one more, for N."""
-    handle, launcher = host.stubbed_handle(opt, rank=4)
-    try:
+    with host.stubbed_handle(opt, rank=4) as (handle, launcher):
         assert len(handle.names) == 388
         for make in host.passes(handle).values():
             assert count(handle, launcher, make) == 2
         handle.enable_momentum()
         assert count(handle, launcher, lambda step: handle.update_(step, 0.5, 1e-6, beta=0.9, standing=1e-3)) == 3
-    finally:
-        handle.restore()
 
 
 def test_a_model_of_two_dtypes_is_three_launches(opt):
     for name, p in opt.named_parameters():
         if "fc1" in name:
             p.data = torch.empty(p.shape, dtype=torch.float32)
-    handle, launcher = host.stubbed_handle(opt, rank=4)
-    try:
+    with host.stubbed_handle(opt, rank=4) as (handle, launcher):
         assert count(handle, launcher, lambda step: handle.perturb_(step, 1e-3)) == 3
-    finally:
-        handle.restore()
-        opt.to(torch.bfloat16)
+    opt.to(torch.bfloat16)
 
 
 def test_mezo_is_one_launch_and_one_for_odd_tensors():
     model = nn.Sequential(nn.Linear(2048, 2048), nn.Linear(2048, 3))
-    handle, launcher = host.stubbed_handle(model, estimator="dense")
-    assert count(handle, launcher, lambda step: handle.perturb_(step, 1e-3)) == 2
+    with host.stubbed_handle(model, estimator="dense") as (handle, launcher):
+        assert count(handle, launcher, lambda step: handle.perturb_(step, 1e-3)) == 2
 
 
 def test_a_small_model_of_every_kind_is_two_launches():
     """Tensors too small for a launch of their own share one, whatever their dtype and shape."""
     model = Zoo()
     model.up.half()
-    handle, launcher = host.stubbed_handle(model, rank=2)
-    assert count(handle, launcher, lambda step: handle.perturb_(step, 1e-3)) == 2
+    with host.stubbed_handle(model, rank=2) as (handle, launcher):
+        assert count(handle, launcher, lambda step: handle.perturb_(step, 1e-3)) == 2
 
 
 def test_tables_are_built_once_and_again_when_storage_moves(monkeypatch):
@@ -73,31 +67,31 @@ def test_tables_are_built_once_and_again_when_storage_moves(monkeypatch):
     make = DeviceTable.__init__
     monkeypatch.setattr(DeviceTable, "__init__", lambda self, table: (built.append(len(table)), make(self, table))[1])
     model = nn.Linear(8, 8)
-    handle, _ = host.stubbed_handle(model)
-    for step in range(3):
-        handle.perturb_(step, 1e-3)
-    assert len(built) == 2  # matrices, vectors
-    model.weight.data = model.weight.data.clone()
-    handle.perturb_(3, 1e-3)
-    assert len(built) == 4
-    assert device_table(handle.groups[0].table).tensors[0, 0] == model.weight.data_ptr()
+    with host.stubbed_handle(model) as (handle, _):
+        for step in range(3):
+            handle.perturb_(step, 1e-3)
+        assert len(built) == 2  # matrices, vectors
+        model.weight.data = model.weight.data.clone()
+        handle.perturb_(3, 1e-3)
+        assert len(built) == 4
+        assert device_table(handle.groups[0].table).tensors[0, 0] == model.weight.data_ptr()
 
 
 def test_what_lies_at_the_same_address_is_looked_at_once_a_step():
     """A view of another dtype or shape at the same address is seen at the next step."""
     model = nn.Linear(8, 8, bias=False)
-    handle, _ = host.stubbed_handle(model)
-    handle.perturb_(0, 1e-3)
-    before = handle.groups
-    model.weight.data = model.weight.data.t()
-    with pytest.raises((TypeError, ValueError), match="columns must be contiguous"):
+    with host.stubbed_handle(model) as (handle, _):
+        handle.perturb_(0, 1e-3)
+        before = handle.groups
+        model.weight.data = model.weight.data.t()
+        with pytest.raises((TypeError, ValueError), match="columns must be contiguous"):
+            handle.perturb_(1, 1e-3)
+        model.weight.data = model.weight.data.t()
         handle.perturb_(1, 1e-3)
-    model.weight.data = model.weight.data.t()
-    handle.perturb_(1, 1e-3)
-    assert handle.groups is before or len(handle.groups) == 1
-    model.weight.data = model.weight.data[:5]
-    with pytest.raises(ValueError, match=r"was \(8, 8\), now is \(5, 8\)"):
-        handle.perturb_(2, 1e-3)
+        assert handle.groups is before or len(handle.groups) == 1
+        model.weight.data = model.weight.data[:5]
+        with pytest.raises(ValueError, match=r"was \(8, 8\), now is \(5, 8\)"):
+            handle.perturb_(2, 1e-3)
 
 
 @pytest.mark.parametrize("low_rank", [True, False])

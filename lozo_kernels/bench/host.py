@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..backends.triton.launcher import Launcher
 from ..engine import Handle
 from ..environment import OtherLoad, environment
 from ..patching import patch
-from ..registry import register_backend
+from ..registry import registered
 from .arguments import add_common, check_output, model_name, positive
 from .document import format_table, publish
 from .models import build_model
@@ -32,13 +33,18 @@ class NoLaunch(Launcher):
         """Nothing."""
 
 
-def stubbed_handle(model: nn.Module, **options: Any) -> tuple[Handle, NoLaunch]:
+@contextlib.contextmanager
+def stubbed_handle(model: nn.Module, **options: Any) -> Iterator[tuple[Handle, NoLaunch]]:
     """A handle whose Triton backend prepares launches on the CPU and makes none. The weights are never touched."""
     launcher = NoLaunch()
     backend = TritonBackend(launcher)
     backend.name = "no launch"
-    register_backend(backend)  # only by this name: it withholds itself from the CPU
-    return patch(model, backend=backend.name, **options), launcher
+    with registered(backend):
+        handle = patch(model, backend=backend.name, **options)
+        try:
+            yield handle, launcher
+        finally:
+            handle.restore()
 
 
 def empty_model(name: str, dtype: torch.dtype) -> nn.Module:
@@ -75,18 +81,18 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     check_output(options.output)
     document = environment(torch.device("cpu"), argv)
     others = OtherLoad()
-    handle, launcher = stubbed_handle(empty_model(options.model, torch.bfloat16), rank=4, interval=1 << 20)
     rows = []
-    for name, make in passes(handle).items():
-        make(0)
-        launcher.launches, seconds = 0, []
-        for step in range(1, options.repeats + 1):
-            start = time.perf_counter()
-            make(step)
-            seconds.append(time.perf_counter() - start)
-        microseconds = {q: round(1e6 * quantile(seconds, p), 1) for q, p in (("q25", 0.25), ("median", 0.5), ("q75", 0.75))}
-        rows.append({"model": options.model, "pass": name, "tensors": len(handle.names)} | microseconds)
-        rows[-1]["launches"] = launcher.launches // options.repeats
+    with stubbed_handle(empty_model(options.model, torch.bfloat16), rank=4, interval=1 << 20) as (handle, launcher):
+        for name, make in passes(handle).items():
+            make(0)
+            launcher.launches, seconds = 0, []
+            for step in range(1, options.repeats + 1):
+                start = time.perf_counter()
+                make(step)
+                seconds.append(time.perf_counter() - start)
+            microseconds = {q: round(1e6 * quantile(seconds, p), 1) for q, p in (("q25", 0.25), ("median", 0.5), ("q75", 0.75))}
+            rows.append({"model": options.model, "pass": name, "tensors": len(handle.names)} | microseconds)
+            rows[-1]["launches"] = launcher.launches // options.repeats
     document["cpus_used_by_others"] = others.mean()
     publish(document | {"target": TARGET, "rows": rows}, render, as_json=options.json, output=options.output)
     return 0

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from . import noise, reference
 from .closures import Closure, Randomness
 from .config import PatchConfig
 from .estimators import ESTIMATORS, Place
+from .momentum import piece_of, spread
 from .parameters import LeftAlone, Slot, find_parameters
-from .passes import Group, Scalar, StepUpdate, Term, run_pass, run_update
+from .passes import Group, Scalar, StepUpdate, Term, check_update, run_pass, run_update
 from .registry import Choice, Draw, Step, choose_backend
 from .report import ParameterReport, Report
 from .sharding import reshard
@@ -24,6 +25,7 @@ from .table import TensorTable
 
 _HANDLES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def register_handle(model: nn.Module, make: Callable[[], Handle]) -> Handle:
@@ -55,6 +57,9 @@ class Handle:
     (:mod:`lozo_kernels.optim`) or the caller keeps the sequence. A direction D is U V^T (times 1/r under
     ``scaling="card"``) for low-rank parameters and Z for dense ones.
     """
+
+    state_in_pieces = True
+    """Whether a process keeps momentum of its shards only."""
 
     def __init__(self, model: nn.Module, config: PatchConfig) -> None:
         self.model = model
@@ -104,9 +109,18 @@ class Handle:
 
     @property
     def momentum(self) -> dict[str, Tensor]:
-        """Momentum by name, fp32: (batch, rows, rank) for low-rank parameters, (batch, rows, cols) for dense ones; empty before
-        :meth:`enable_momentum`."""
+        """Momentum by name, fp32: (batch, rows, rank) for low-rank parameters, (batch, rows, cols) for dense ones, of a shard what
+        goes with it; empty before :meth:`enable_momentum`."""
         return dict(self._momentum)
+
+    @property
+    def momentum_state(self) -> dict[str, Tensor]:
+        """As :attr:`momentum`, the same for any number of processes: that of shards as DTensors of all of it."""
+        found = self.momentum
+        if self.state_in_pieces and self._sharded:
+            self._refresh_groups()
+            found = {slot.name: spread(slot, found[slot.name]) for slot in self._slots if slot.name in found}
+        return found
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -139,6 +153,8 @@ class Handle:
 
     def _state_extent(self, slot: Slot) -> tuple[int, int, int]:
         """As :meth:`_extent`, of the part whose momentum this process keeps."""
+        if not self.state_in_pieces:
+            return self._extent(slot)
         batch, rows, cols = slot.piece().x.shape
         return batch, rows, cols
 
@@ -215,8 +231,9 @@ class Handle:
         """
         if beta is not None and not self._momentum:
             raise RuntimeError("momentum was not enabled: call enable_momentum() first")
-        self._start(step)
         update = StepUpdate(step, list(c) if isinstance(c, Sequence) else [c], lr, weight_decay, beta)
+        check_update(update, len(self._slots), standing, perturb_next)
+        self._start(step)
         run_update(self._groups, self.config, update, standing, perturb_next if self._same_window(step) else None)
         if perturb_next is not None and not self._same_window(step):
             assert not isinstance(step, Tensor)
@@ -299,24 +316,26 @@ class Handle:
                 del _HANDLES[self.model]
 
     def load_momentum(self, momentum: dict[str, Tensor], window: int | None) -> None:
-        """Takes momentum saved from another handle of the same model, expressed in the V of ``window``.
+        """Takes :attr:`momentum_state` of another handle of the same model, expressed in the V of ``window``.
 
         Raises:
             ValueError: names or shapes differ; nothing was changed.
         """
         self._check_usable()
+        if not isinstance(momentum, dict) or not all(isinstance(n, Tensor) for n in momentum.values()):
+            raise TypeError(f"the saved momentum is tensors by name, not {momentum!r:.200}")
+        if window is not None:
+            noise.check_range("window", window, noise.MAX_DRAW)
         expected = {slot.name for slot in self._slots}
         if set(momentum) != expected:
             odd = sorted(expected.symmetric_difference(momentum))
             raise ValueError(f"the saved momentum is of other parameters; differing: {', '.join(odd[:5])}")
         self.enable_momentum()
-        for name, value in momentum.items():
-            if value.shape != self._momentum[name].shape:
-                raise ValueError(
-                    f"saved momentum of {name!r} is {tuple(value.shape)}, needed is {tuple(self._momentum[name].shape)}"
-                )
-        for name, value in momentum.items():
-            self._momentum[name].copy_(value)
+        self._refresh_groups()
+        own, pieces = self._momentum, self.state_in_pieces
+        loaded = {s.name: piece_of(s, momentum[s.name], own[s.name], pieces) for s in self._slots}
+        for name, value in loaded.items():
+            own[name].copy_(value)
         self._resample(window, reproject=False)
 
     def _check_usable(self) -> None:
@@ -324,7 +343,7 @@ class Handle:
             raise RuntimeError("this handle was restored; patch the model again")
 
     def _find(self, name: str) -> Slot:
-        if name not in self._aliases:
+        if not isinstance(name, str) or name not in self._aliases:
             raise KeyError(f"no trained parameter is named {name!r}; there are {', '.join(map(repr, self.names[:5]))}, ...")
         return self._aliases[name]
 
@@ -334,8 +353,7 @@ class Handle:
         Passes that are given a number for the step do this themselves.
         """
         self._check_usable()
-        if not 0 <= step < noise.MAX_DRAW - 1:
-            raise ValueError(f"step is 0 to {noise.MAX_DRAW - 2}, not {step}")
+        noise.check_range("step", step, noise.MAX_DRAW - 1)
         self._refresh_groups(step)
         window = step // self.config.interval
         if window != self._window:
@@ -462,6 +480,8 @@ class Handle:
 
 
 def check_scale(scale: float) -> None:
-    """Raises ValueError for a scale that is no finite number."""
-    if not math.isfinite(scale):
-        raise ValueError(f"scale is a finite number, not {scale}")
+    """Raises TypeError or ValueError for a scale that is no number that fp32 holds."""
+    if not isinstance(scale, Real) and not (isinstance(scale, Tensor) and scale.numel() == 1 and not scale.is_complex()):
+        raise TypeError(f"scale is a number, not {scale!r}")
+    if not abs(scale) <= _LARGEST:
+        raise ValueError(f"scale is a finite number, not {scale}, in fp32")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,25 +22,26 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch, for parameters that the handle trains."""
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise TypeError(f"a parameter group is a dict with 'params', not {param_group!r:.200}")
         param_group = dict(param_group)
         known = {id(p): name for name, p in zip(self.handle.names, self.handle.parameters, strict=True)}
         params = param_group["params"]
+        if not isinstance(params, Iterable):
+            raise TypeError(f"params are parameters, not {params!r:.200}")
         params = [params] if isinstance(params, Tensor) else list(params)
-        params = [p[1] if isinstance(p, tuple) else p for p in params]
+        params = [p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in params]
         if not params:
             raise ValueError("a parameter group is empty; leave it out")
         for p in params:
+            if not isinstance(p, Tensor):
+                raise TypeError(f"a parameter group has parameters, not {p!r:.200}")
             if id(p) not in known:
                 raise ValueError(
                     f"a parameter of shape {tuple(p.shape)} in the groups is not trained by the handle "
                     "(requires_grad=False, excluded, or of another model)"
                 )
-        for name in ("lr", "weight_decay"):
-            if name in param_group:
-                check_number(name, param_group[name], low=0.0)
-        settings = [param_group.get(name, self.defaults[name]) for name in ("lr", "weight_decay")]
-        if not any(isinstance(value, Tensor) for value in settings) and settings[0] * settings[1] > 1.0:
-            raise ValueError(f"lr * weight_decay is {settings[0] * settings[1]:g}: above 1 every step turns the weights' sign")
+        check_settings(param_group, self.defaults)
         param_group["params"] = [(known[id(p)], p) for p in params]
         super().add_param_group(param_group)
 
@@ -80,11 +81,22 @@ class GroupedOptimizer(torch.optim.Optimizer):
         )
 
 
+def check_settings(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raises TypeError or ValueError for an ``lr`` or ``weight_decay`` that is out of range, or two that do not fit each other."""
+    settings = [group.get(name, defaults[name]) for name in ("lr", "weight_decay")]
+    for name, value in zip(("lr", "weight_decay"), settings, strict=True):
+        check_number(name, value, low=0.0)
+    if not any(isinstance(value, Tensor) for value in settings) and settings[0] * settings[1] > 1.0:
+        raise ValueError(f"lr * weight_decay is {settings[0] * settings[1]:g}: above 1 every step turns the weights' sign")
+
+
 def groups_of(handle: Handle, params: Iterable[Any] | None) -> list[Any]:
     """Groups as torch takes them: one of all parameters where none were given."""
     if params is None:
         return [{"params": handle.parameters}]
-    groups = list(params)
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params are parameters or groups of them, not {params!r:.200}")
+    groups = [params] if isinstance(params, Tensor) else list(params)
     if not groups:
         raise ValueError("params is empty; leave it out to train everything that the handle trains")
     return groups if isinstance(groups[0], dict) else [{"params": groups}]

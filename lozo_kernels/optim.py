@@ -24,15 +24,14 @@ from .closures import (
 )
 from .drive import Drive, drive_of
 from .engine import Handle
+from .estimating import EstimatingOptimizer
 from .grouping import groups_of
-from .interrupts import deferred_interrupt
-from .numbers import check_count, check_number
+from .interrupts import as_interruptible, deferred_interrupt
+from .numbers import check_count, check_flag, check_number
 from .parallel import Parallel, as_parallel
 from .patching import patch
 from .probe import ProbeHandle, check_batches
 from .readback import Readback
-from .registry import Step
-from .resume import ResumableOptimizer
 from .steps import Pending, StepInfo, StepInputs, StepLog
 
 EVALUATIONS = ("sequential", "batched")
@@ -42,7 +41,7 @@ class NonFiniteLossError(RuntimeError):
     """The loss was NaN or infinite too many steps in a row. The weights are those of the last good step."""
 
 
-class ZerothOrderOptimizer(ResumableOptimizer):
+class ZerothOrderOptimizer(EstimatingOptimizer):
     """Two-point (or one-sided) estimates along directions that are regenerated, never stored. Use a subclass.
 
     ``step(closure)`` evaluates the closure without a graph at perturbed weights and updates them in place; a step costs two
@@ -70,7 +69,7 @@ class ZerothOrderOptimizer(ResumableOptimizer):
         max_nonfinite: raise :class:`NonFiniteLossError` after this many steps in a row with a loss that is not finite.
         parallel: several processes take each step together: "examples", each evaluates its own, "directions", each evaluates some
             of them, or a :class:`~lozo_kernels.parallel.Parallel`, whose page says what is exchanged and compared. None: this
-            process is alone, or others see to it.
+            process is alone, or others see to it; with sharded weights "examples".
         patch_options: see :func:`patch`; only with a model as target. ``drive="backward"`` is for loops that call
             ``loss.backward()`` and ``step()``.
 
@@ -104,6 +103,8 @@ class ZerothOrderOptimizer(ResumableOptimizer):
         check_number("weight_decay", weight_decay, low=0.0)
         check_count("directions", directions)
         check_count("max_nonfinite", max_nonfinite)
+        for name, flag in (("two_sided", two_sided), ("fuse_steps", fuse_steps), ("common_random_numbers", common_random_numbers)):
+            check_flag(name, flag)
         self.parallel = as_parallel(parallel)
         if evaluation not in EVALUATIONS:
             raise ValueError(f"evaluation is one of {', '.join(map(repr, EVALUATIONS))}, not {evaluation!r}")
@@ -117,6 +118,8 @@ class ZerothOrderOptimizer(ResumableOptimizer):
                     f"and this one has {handle.config.estimator!r}"
                 )
             self._check_placement(handle, fuse_steps, evaluation)
+            if self.parallel is None and handle.sharded:
+                self.parallel = Parallel("examples")  # shards of one weight have to move by one c
             if self.parallel is not None and drive_of(handle) is not None:
                 raise ValueError("with drive='backward' DistributedDataParallel averages over processes: leave parallel out")
             self.handle = handle
@@ -203,21 +206,24 @@ class ZerothOrderOptimizer(ResumableOptimizer):
         closures, batches = pair_closures(closure, inputs)
         if self.evaluation == "batched" and batches is None:
             raise TypeError("evaluation='batched' needs step(closure, inputs), with a closure that takes the inputs")
+        closures = [as_interruptible(one) for one in closures]
         one_by_one = closures if batches is None else bind_inputs(closures, batches)
-        try:
-            randomness = Randomness(self.handle.devices) if self.common_random_numbers else None
-            self.handle.prepare(one_by_one, randomness, step=self._step)
-            if self.evaluation == "batched":
-                assert batches is not None
-                pending, info = self._estimate(*self._evaluate_together(closures, batches, randomness))
-            else:
-                pending, info = self._estimate(*self._evaluate(one_by_one, randomness))
-            self._commit(pending, info)
-        except BaseException:
-            self._go_back()
-            raise
-        if self.parallel is not None:
-            self.parallel.committed(info, [float(group[key]) for group in self.param_groups for key in ("lr", "weight_decay")])
+        with deferred_interrupt():
+            try:
+                randomness = Randomness(self.handle.devices) if self.common_random_numbers else None
+                self.handle.prepare(one_by_one, randomness, step=self._step)
+                if self.evaluation == "batched":
+                    assert batches is not None
+                    pending, info = self._estimate(*self._evaluate_together(closures, batches, randomness))
+                else:
+                    pending, info = self._estimate(*self._evaluate(one_by_one, randomness))
+                self._commit(pending, info)
+            except BaseException:
+                self._go_back()
+                raise
+            if self.parallel is not None:
+                settings = [float(group[key]) for group in self.param_groups for key in ("lr", "weight_decay")]
+                self.parallel.committed(info, settings)
         self._watch_losses(info.loss)
         return info.loss
 
@@ -239,19 +245,22 @@ class ZerothOrderOptimizer(ResumableOptimizer):
         Returns:
             (3, directions) fp64: projected gradients, F(+) and F(-); and the loss of the step, 0-dim fp64.
         """
-        try:
-            randomness = Randomness(self.handle.devices) if self.common_random_numbers else None
-            self.handle.prepare([closure], randomness, step=self._step)
-            plus, minus = self._losses(*self._evaluate([closure], randomness))
-        finally:
-            self._go_back()
+        closures = [as_interruptible(closure)]
+        with deferred_interrupt():
+            try:
+                randomness = Randomness(self.handle.devices) if self.common_random_numbers else None
+                self.handle.prepare(closures, randomness, step=self._step)
+                plus, minus = self._losses(*self._evaluate(closures, randomness))
+            finally:
+                self._go_back()
         return torch.stack((self._differences(plus, minus), plus, minus)), self._mean(plus, minus)
 
     def flush(self) -> None:
         """Makes an update that ``fuse_steps`` left pending; otherwise does nothing."""
-        if self._pending is not None and self.journal is not None:
-            self.journal.add_flush()
-        self._make_pending()
+        with deferred_interrupt():
+            if self._pending is not None and self.journal is not None:
+                self.journal.add_flush()
+            self._make_pending()
 
     def _make_pending(self) -> None:
         pending = self._pending
@@ -320,17 +329,6 @@ class ZerothOrderOptimizer(ResumableOptimizer):
             return list(losses[0::2]), list(losses[1::2])
         return list(losses[:-1]), [losses[-1]] * len(mine)
 
-    def _estimate(self, plus: list[Tensor], minus: list[Tensor]) -> tuple[Pending, StepInfo]:
-        """The update that the evaluations ask for. Reads no value: a skipped update is an update by zero, so nothing waits."""
-        f_plus, f_minus = self._losses(plus, minus)
-        return self._conclude(self._differences(f_plus, f_minus), f_plus, f_minus)
-
-    def _losses(self, plus: list[Tensor], minus: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """F(+) and F(-) of all directions, of which other processes may have evaluated parts: (directions,) each."""
-        if self.parallel is None:
-            return torch.stack(plus), torch.stack(minus)
-        return self.parallel.combine(self._step, plus, minus, self.directions)
-
     def _facts(self) -> dict[str, Any]:
         """What processes have to agree on besides the weights."""
         groups = [[len(g["params"]), *(float(g[key]) for key in ("lr", "weight_decay"))] for g in self.param_groups]
@@ -343,30 +341,6 @@ class ZerothOrderOptimizer(ResumableOptimizer):
             "parameter groups (parameters, lr, weight_decay)": groups,
             "groups of parameters": self._trained_names(),
         }
-
-    def _differences(self, plus: Tensor, minus: Tensor) -> Tensor:
-        # By a tensor: a GPU divides by a number as a multiplication by its reciprocal, which rounds differently.
-        distance = torch.full((), 2 * self.eps if self.two_sided else self.eps, dtype=torch.float64, device=plus.device)
-        return (plus - minus) / distance
-
-    def _mean(self, plus: Tensor, minus: Tensor) -> Tensor:
-        return (plus + minus).mean() / 2 if self.two_sided else minus[0]
-
-    def _conclude(self, c: Tensor, f_plus: Tensor, f_minus: Tensor) -> tuple[Pending, StepInfo]:
-        good = torch.isfinite(c).all()
-        c = torch.where(good, c, 0.0)
-        lr = self._per_parameter("lr", c.device)
-        pending = Pending(
-            self._noise_step,
-            list(c),
-            lr=torch.where(good, lr, 0.0),
-            weight_decay=self._per_parameter("weight_decay", c.device) if self._decays else 0.0,
-            beta=torch.where(good, self.momentum, 1.0).to(torch.float64) if self.momentum else None,
-        )
-        loss = self._mean(f_plus, f_minus)
-        total = self._skipped_total.to(c.device, non_blocking=True) + ~good
-        in_a_row = (self._skipped_in_a_row.to(c.device, non_blocking=True) + 1) * ~good
-        return pending, StepInfo(self._step, loss, f_plus, f_minus, c, ~good, total, in_a_row)
 
     def _commit(self, pending: Pending, info: StepInfo) -> None:
         """Takes the step: makes the update or leaves it pending. A journal has it before the weights do."""
@@ -444,11 +418,6 @@ class ZerothOrderOptimizer(ResumableOptimizer):
             standing=0.0 if self._standing is None else self._standing[1],
             perturb_next=perturb_next,
         )
-
-    @property
-    def _noise_step(self) -> Step:
-        """The step as the passes over the weights get it."""
-        return self._step if self._inputs is None else self._inputs.step
 
 
 class LOZO(ZerothOrderOptimizer):

@@ -16,7 +16,7 @@ from .config import PatchConfig
 from .noise import tensor_ids
 from .offloaded import find_homes, identities
 from .sharding import block_of, check_block, check_shards, is_sharded, reshard
-from .table import DTYPES, stride_problem
+from .table import DTYPES, check_apart, storage_problem, stride_problem
 
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
@@ -193,7 +193,8 @@ def find_parameters(model: nn.Module, config: PatchConfig) -> tuple[list[Slot], 
 
     Raises:
         TypeError: a parameter to train is sparse, complex, on the meta device or of an unsupported dtype.
-        ValueError: nothing is trainable, a pattern matches nothing, two names share an id, or strides do not fit.
+        ValueError: nothing is trainable, a pattern matches nothing, two names share an id, two parameters that are not tied share
+            storage, or strides do not fit.
     """
     reshard(model)
     owners: dict[Hashable, tuple[nn.Module, str, Tensor]] = {}
@@ -243,6 +244,7 @@ def find_parameters(model: nn.Module, config: PatchConfig) -> tuple[list[Slot], 
             check_block(slot.name, p, 2 if p.dim() == 2 else 1)
             slot.piece()
         slots.append(slot)
+    check_apart([(f"parameter {slot.name!r}", slot.view()) for slot in slots if slot.out_of_reach is None])
     return slots, left
 
 
@@ -278,7 +280,7 @@ def _why_not(p: Tensor, names: Sequence[str], config: PatchConfig, anyway: bool)
 
 
 def check_trainable(name: str, p: Tensor) -> None:
-    """Raises TypeError, with the way out, for storage that the ops cannot change."""
+    """Raises TypeError or ValueError, with the way out, for storage that the ops cannot change."""
     way_out = "exclude it or set requires_grad=False"
     if p.layout != torch.strided:
         raise TypeError(f"parameter {name!r} is {p.layout}; only dense storage can be trained: {way_out}")
@@ -288,6 +290,9 @@ def check_trainable(name: str, p: Tensor) -> None:
         raise TypeError(
             f"parameter {name!r} is {p.dtype}; supported are {', '.join(str(d) for d in DTYPES)}: convert it, or {way_out}"
         )
+    problem = None if is_sharded(p) else storage_problem(p)
+    if problem is not None:
+        raise ValueError(f"parameter {name!r}: {problem}; put that right, or {way_out}")
 
 
 def _check_sharded(model: nn.Module, name: str, p: Tensor, config: PatchConfig) -> None:
@@ -296,6 +301,8 @@ def _check_sharded(model: nn.Module, name: str, p: Tensor, config: PatchConfig) 
             f"parameter {name!r} is sharded: shards have no probe with MeZO, and nothing with SubZero; use LOZO, MeZO with "
             "placement='inplace', or exclude it"
         )
+    if p.dim() > 1 and _matches((name,), config.square_patterns):
+        raise TypeError(f"parameter {name!r} is sharded, and cannot be seen as a square matrix: leave it out of square")
     if config.placement != "inplace":
         check_shards(model, name, p)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from .grouping import GroupedOptimizer
 from .noise import NOISE_VERSION
 from .probe import ProbeHandle
+from .saved_state import check_learned, check_state
 from .steps import StepLog
 
 
@@ -34,7 +35,8 @@ class ResumableOptimizer(GroupedOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """Everything that a run needs besides the weights to go on bit for bit, keyed by parameter name.
 
-        A pending update is made first. V is not stored: it follows from seed and step.
+        A pending update is made first. V is not stored: it follows from seed and step. Momentum of shards is in DTensors, which
+        ``torch.distributed.checkpoint`` saves, and loads into any other sharding.
         """
         self.flush()
         self.handle.settle()
@@ -49,7 +51,7 @@ class ResumableOptimizer(GroupedOptimizer):
             "step": self._step,
             "window": self.handle.window,
             "skipped": [int(self._skipped_total), int(self._skipped_in_a_row)],
-            "state": {name: {"momentum": value} for name, value in self.handle.momentum.items()},
+            "state": {name: {"momentum": value} for name, value in self.handle.momentum_state.items()},
             "past": self.handle.past if isinstance(self.handle, ProbeHandle) else {},
             "history": [(w, dict(bs)) for w, bs in self.handle.history] if isinstance(self.handle, ProbeHandle) else [],
             "param_groups": groups,
@@ -63,9 +65,9 @@ class ResumableOptimizer(GroupedOptimizer):
             ValueError: it is not a whole state, or was saved under other settings, noise or parameters; nothing was changed.
             RuntimeError: the optimiser has a journal; nothing was changed.
         """
-        if self.journal is not None and state_dict.get("step") != self._step:
+        check_state(state_dict, self.handle, self.defaults, type(self).__name__)
+        if self.journal is not None and state_dict["step"] != self._step:
             raise RuntimeError("the optimiser has a journal, which cannot say how it came to another state: close() it first")
-        self._check_whole(state_dict)
         mine = {"noise_version": NOISE_VERSION, "patch": self.handle.config.to_dict(), "settings": self._settings()}
         for key, value in mine.items():
             saved = state_dict.get(key)
@@ -77,9 +79,7 @@ class ResumableOptimizer(GroupedOptimizer):
         saved_groups = state_dict["param_groups"]
         if self._trained_names() != [list(g["params"]) for g in saved_groups]:
             raise ValueError("the state was saved with other parameter groups")
-        missing = [name for name in self.handle.momentum if "momentum" not in state_dict["state"].get(name, {})]
-        if missing:
-            raise ValueError(f"the state has no momentum of {missing[0]!r}: it is not all of what state_dict() returned")
+        check_learned(state_dict, self.handle)
         self.flush()
         if isinstance(self.handle, ProbeHandle):
             self.handle.load_past(state_dict["past"])
@@ -91,15 +91,6 @@ class ResumableOptimizer(GroupedOptimizer):
         self._step = state_dict["step"]
         total, in_a_row = state_dict["skipped"]
         self._skipped_total, self._skipped_in_a_row = torch.tensor(total), torch.tensor(in_a_row)
-
-    def _check_whole(self, state: dict[str, Any]) -> None:
-        needed = ["noise_version", "patch", "settings", "step", "window", "skipped", "state", "param_groups"]
-        needed += ["past", "history"] if isinstance(self.handle, ProbeHandle) else []
-        missing = [key for key in needed if key not in state]
-        groups = state.get("param_groups", [])
-        missing += [f"{key} in its param_groups" for key in ("params", *self.defaults) if any(key not in g for g in groups)]
-        if missing:
-            raise ValueError(f"this is not all of what state_dict() of a {type(self).__name__} returned: it has no {missing[0]}")
 
     def _trained_names(self) -> list[list[str]]:
         """Of each group, without the parameter that a driven model hangs its loss on: how a run is driven is not its state."""

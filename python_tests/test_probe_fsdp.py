@@ -1,4 +1,4 @@
-"""Probes of models that FSDP shards: two processes on the CPU. This file is also what they run."""
+"""Probes of models that FSDP shards, by two, three, four and five processes on the CPU. This file is also what they run."""
 
 import copy
 import sys
@@ -9,33 +9,35 @@ import torch
 from processes import run_ranks
 from torch import distributed, nn
 
-from lozo_kernels import LOZO, MeZO, patch
+from lozo_kernels import LOZO, MeZO, Parallel, patch
 
 if not distributed.is_available() or not distributed.is_gloo_available():
     pytest.skip("torch.distributed or its gloo backend is missing", allow_module_level=True)
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-RANKS, STEPS = 2, 7
+RANKS, STEPS = 5, 5
+MESHES = {"2": [0, 1], "3": [2, 3, 4], "2 x 2": [[0, 1], [2, 3]], "5": [0, 1, 2, 3, 4]}
 CASES = {
     "activation": {"side": "activation"},
     "scratch": {"side": "scratch"},
     "activation, whole between forwards": {"side": "activation", "reshard": False},
     "scratch, whole between forwards": {"side": "scratch", "reshard": False},
     "eager": {"side": "auto", "backend": "eager"},
-    "stochastic rounding": {"side": "scratch", "dtype": torch.bfloat16, "rounding": "stochastic", "lr": 0.1},
-    "momentum": {"side": "activation", "momentum": 0.9},
-    "weight decay": {"side": "scratch", "weight_decay": 0.1},
-    "split": {"side": "activation", "split": True},
-    "replicas": {"side": "scratch", "shape": (RANKS, 1)},
     "mixed precision": {"side": "scratch", "mixed": True},
     "mixed precision, activation": {"side": "activation", "mixed": True},
+    "activation of 3": {"side": "activation", "mesh": "3"},
+    "momentum, weight decay": {"side": "scratch", "momentum": 0.9, "weight_decay": 0.1, "mesh": "3"},
+    "split": {"side": "activation", "split": True, "mesh": "3"},
+    "replicas": {"side": "activation", "momentum": 0.9, "mesh": "2 x 2"},
+    "momentum": {"side": "activation", "momentum": 0.9, "mesh": "5"},
+    "stochastic rounding": {"side": "scratch", "dtype": torch.bfloat16, "rounding": "stochastic", "lr": 0.1, "mesh": "5"},
 }
 
 
 class Block(nn.Module):
-    """Sizes that two processes cannot halve."""
+    """Sizes that no number of processes divides."""
 
     def __init__(self):
         super().__init__()
@@ -63,17 +65,13 @@ class Model(nn.Module):
         return self.head(x) + torch.einsum("btd,edf->btf", x, self.experts)
 
 
-def closure(model, part=None, average=False):
-    tokens = torch.randint(0, 5, (4, 9), generator=torch.Generator().manual_seed(1))
-    tokens = tokens if part is None else tokens.chunk(RANKS)[part]
+def closure(model, part=0, parts=1):
+    """The loss of some of the examples."""
+    tokens = torch.randint(0, 5, (6, 9), generator=torch.Generator().manual_seed(1)).chunk(parts)[part]
 
     def loss():
         logits = model(tokens[:, :-1]).float()
-        value = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        if average:  # every rank has to be given the same loss
-            distributed.all_reduce(value)
-            value /= RANKS
-        return value
+        return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
     return loss
 
@@ -110,32 +108,40 @@ def shard(model, mesh, reshard=True, mixed=False):
 
 
 def work(rank, folder):
-    """What one process does."""
+    """What one process does: all cases whose mesh it is in."""
     torch.set_num_threads(1)
     store = distributed.FileStore(str(folder / "store"), RANKS)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
-    mesh, results = init_device_mesh("cpu", (RANKS,)), {}
+    meshes = {name: torch.tensor(ranks) for name, ranks in MESHES.items()}
+    groups = {name: distributed.new_group(ranks.flatten().tolist()) for name, ranks in meshes.items()}
+    meshes = {name: DeviceMesh("cpu", ranks, mesh_dim_names=("r", "s")[-ranks.dim() :]) for name, ranks in meshes.items()}
+    results = {}
     for name, case in CASES.items():
         options = dict(case)
+        at = options.pop("mesh", "2")
+        if meshes[at].get_coordinate() is None:
+            continue
         dtype, split = options.pop("dtype", torch.float32), options.pop("split", False)
         how = {key: options.pop(key) for key in ("reshard", "mixed") if key in options}
         torch.manual_seed(3)
         plain = Model().to(dtype)
-        shape = options.pop("shape", (RANKS,))
-        sharded = shard(copy.deepcopy(plain), init_device_mesh("cpu", shape, mesh_dim_names=("r", "s")[-len(shape) :]), **how)
+        sharded = shard(copy.deepcopy(plain), meshes[at], **how)
         local = {n: tuple(p.to_local().shape) for n, p in sharded.named_parameters()}
-        got = run(sharded, closure(sharded, rank if split else None, average=True), options)
-        results[name] = {"plain": run(plain, closure(plain), options), "sharded": got, "local": local}
-    results["refused"] = refusals(mesh)
-    results["written"] = written(mesh)
+        part = (distributed.get_rank(groups[at]), groups[at].size()) if split else ()
+        got = run(sharded, closure(sharded, *part), options | {"parallel": Parallel("examples", group=groups[at])})
+        first = distributed.get_rank(groups[at]) == 0
+        results[name] = {"plain": run(plain, closure(plain), options) if first else None, "sharded": got, "local": local}
+    if meshes["2"].get_coordinate() is not None:
+        results["refused"] = refusals(meshes["2"])
+    results["written"] = written(meshes["5"])
     torch.save(results, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
 
 def refusals(mesh):
     found = []
-    split = nn.Linear(4, 4)
-    split.weight = nn.Parameter(distribute_tensor(split.weight.detach(), mesh, [Shard(0)]))
+    split = nn.Module()
+    split.w = nn.Parameter(distribute_tensor(torch.randn(2, 3, 4), mesh, [Shard(1)], src_data_rank=None))
     columns = fully_shard(nn.Linear(4, 4, bias=False), mesh=mesh, shard_placement_fn=lambda p: Shard(1))
     sharded = shard(Model(), mesh)
     for make in (
@@ -174,12 +180,20 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def results_of(name, results):
+    """Of the processes that took part in a case."""
+    found = [result[name] for result in results if name in result]
+    assert len(found) == torch.tensor(MESHES[CASES[name].get("mesh", "2")]).numel()
+    return found
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_sharded_run_is_the_run_of_one_process(name, results):
-    one, two = (result[name] for result in results)
-    plain, sharded = one["plain"], one["sharded"]
-    assert sharded["losses"] == two["sharded"]["losses"] and equal(sharded["b"], two["sharded"]["b"])
-    assert equal(sharded["weights"], two["sharded"]["weights"])
+    found = results_of(name, results)
+    plain, sharded = found[0]["plain"], found[0]["sharded"]
+    for other in found[1:]:
+        assert sharded["losses"] == other["sharded"]["losses"] and sharded["sides"] == other["sharded"]["sides"]
+        assert equal(sharded["b"], other["sharded"]["b"]) and equal(sharded["weights"], other["sharded"]["weights"])
     if "mixed" in CASES[name]:
         assert sharded["losses"] == pytest.approx(plain["losses"], rel=2e-2)
         assert {p.dtype for p in sharded["weights"].values()} == {torch.float32}
@@ -198,10 +212,13 @@ def test_a_sharded_run_is_the_run_of_one_process(name, results):
 
 
 def test_the_cases_are_uneven(results):
-    one, two = (result["scratch"]["local"] for result in results)
+    one, two = (found["local"] for found in results_of("scratch", results))
     assert one["blocks.0.gate.weight"] == (1, 3) and two["blocks.0.gate.weight"] == (0, 3)
     assert one["blocks.0.norm.weight"] == (2,) and two["blocks.0.norm.weight"] == (1,)
     assert one["experts"] == (2, 3, 5) and two["experts"] == (1, 3, 5)
+    rows = [found["local"]["blocks.0.up.weight"][0] for found in results_of("momentum", results)]
+    assert rows == [2, 2, 2, 1, 0]
+    assert [found["local"]["conv.weight"][0] for found in results_of("replicas", results)] == [2, 1, 2, 1]
     torch.manual_seed(3)
     before = dict(Model().named_parameters())
     after = results[0]["scratch"]["sharded"]["weights"]
@@ -209,10 +226,10 @@ def test_the_cases_are_uneven(results):
 
 
 def test_what_cannot_be_done_is_refused(results):
-    for result in results:
+    for result in results[:2]:
         dense, split, columns = result["refused"]
         assert "shards have no probe with MeZO" in dense
-        assert "fully_shard() did not make" in split and "Shard(dim=1)" in columns
+        assert "contiguous shards of dimension 0" in split and "Shard(dim=1)" in columns
 
 
 def test_a_perturbed_weight_can_be_had(results):

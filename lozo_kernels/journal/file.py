@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import weakref
 from pathlib import Path
 
 from ..numbers import check_count
@@ -33,9 +34,11 @@ class JournalFile:
         self.path = path
         self.tail = tail
         self._descriptor: int | None = descriptor
+        self._left = False
         self._fsync = fsync
         self._unsynced = 0
         os.ftruncate(descriptor, tail.length)
+        _OPEN.add(self)
 
     @classmethod
     def create(cls, path: Path, header: bytes, fsync: int | None) -> JournalFile:
@@ -100,9 +103,16 @@ class JournalFile:
             os.close(self._descriptor)
             self._descriptor = None
 
+    def leave(self) -> None:
+        """Leaves the file, and the lock on it, to the process that this one was forked from."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor, self._left = None, True
+
     def _write(self, data: bytes) -> None:
         if self._descriptor is None:
-            raise JournalError(f"the journal {self.path} is closed")
+            forked = "written by the process that this one was forked from: close() it here, and it stays as it is"
+            raise JournalError(f"the journal {self.path} is {forked if self._left else 'closed'}")
         done = 0
         while done < len(data):
             done += os.pwrite(self._descriptor, data[done:], self.tail.length + done)
@@ -113,6 +123,18 @@ class JournalFile:
             assert self._descriptor is not None
             os.fsync(self._descriptor)
             self._unsynced = 0
+
+
+_OPEN: weakref.WeakSet[JournalFile] = weakref.WeakSet()
+
+
+def _leave_all() -> None:
+    for file in list(_OPEN):
+        file.leave()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_all)
 
 
 def check_fsync(fsync: int | None) -> None:

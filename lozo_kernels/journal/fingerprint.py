@@ -14,7 +14,8 @@ from ..engine import Handle
 from ..parameters import Slot
 from ..probe import ProbeHandle
 from ..probe.offload import load_weight
-from .format import DIGEST_BYTES, JournalError
+from ..sharding import gather
+from .format import DIGEST_BYTES
 
 _CHUNK = 1 << 26  # bytes of a device's weight that are brought here at once
 _SIZE = 16
@@ -23,15 +24,12 @@ _SIZE = 16
 def weight_fingerprints(handle: Handle) -> list[str]:
     """A fingerprint of each trained weight as it is now, in the order of ``Handle.names``: 32 hexadecimal digits.
 
-    Raises:
-        JournalError: a weight is sharded.
+    A sharded weight is gathered, one after the other: every process has to call this.
     """
     slots = handle._slots
-    for slot in slots:
-        if slot.out_of_reach == "sharded":
-            raise JournalError(f"{slot.name!r} is sharded: a journal needs whole weights")
+    found = {slot.name: _of_slot(handle, slot) for slot in slots if slot.out_of_reach == "sharded"}
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-        return list(pool.map(lambda slot: _of_slot(handle, slot), slots))
+        return list(pool.map(lambda slot: found.get(slot.name) or _of_slot(handle, slot), slots))
 
 
 def fingerprint(handle: Handle) -> str:
@@ -54,7 +52,7 @@ def _of_slot(handle: Handle, slot: Slot) -> str:
         member = handle._member_of(slot)
         _update(digest, load_weight(member, member.device))
     else:
-        _update(digest, slot.parameter.detach())
+        _update(digest, gather(slot.parameter.detach()))
     return digest.hexdigest()
 
 

@@ -81,6 +81,8 @@ class RecordedRun:
         """
         if steps is None:
             return [r for r in self.records if not isinstance(r, End)]
+        if not isinstance(steps, int):
+            raise TypeError(f"upto is a number of steps or None, not {steps!r}")
         if not 0 <= steps <= self.steps:
             raise ValueError(f"{self.source} has {self.steps} steps, not {steps}")
         taken = 0
@@ -101,6 +103,8 @@ def read_journal(source: str | os.PathLike[str] | bytes) -> RecordedRun:
     """
     if isinstance(source, bytes):
         return _read(source, "the journal")
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"a journal is read from a path or from bytes, not {source!r:.200}")
     try:
         return _read(Path(source).read_bytes(), str(source))
     except OSError as e:

@@ -87,6 +87,8 @@ def replay(model: nn.Module, journal: Source, upto: int | None = None, backend: 
     """
     run = _read(journal)
     records = run.until(upto)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"replay() takes a torch.nn.Module, not {model!r:.200}")
     optimizer = _optimizer_of(model, run.header, backend)
     handle = optimizer.handle
     try:
@@ -117,6 +119,8 @@ def verify(
     Raises:
         JournalError, ValueError: as :func:`replay`.
     """
+    if tuned is not None and not isinstance(tuned, nn.Module):
+        raise TypeError(f"tuned is a torch.nn.Module, not {tuned!r:.200}")
     base = copy.deepcopy(model) if copied else model
     run = _read(journal)
     replayed = replay(base, run, upto)

@@ -80,16 +80,18 @@ class Journal:
     ) -> Journal:
         """Begins a journal of an optimiser that has taken no step, and attaches it (``optimizer.journal``).
 
+        Sharded weights are gathered for their fingerprints, here and in :meth:`finish`: every process has to have a journal.
+
         Args:
-            path: the file.
+            path: the file, of this process alone.
             about: notes to keep in it, plain JSON.
             overwrite: replace a file that is there.
             fsync: force every so many records onto the disk, against a machine that loses power; None: the operating system's way,
                 which is enough for a process that is killed.
 
         Raises:
-            JournalError: the file is there already or cannot be written, or the run cannot be rebuilt from a journal (weights
-                are sharded, or momentum is there already).
+            JournalError: the file is there already or cannot be written, or the run cannot be rebuilt from a journal (momentum is
+                there already).
         """
         path, handle = Path(path), optimizer.handle
         check_fsync(fsync)
@@ -99,6 +101,7 @@ class Journal:
             raise JournalError(f"{path} is there already: resume it, give overwrite=True, or another name")
         if optimizer.steps_done and optimizer.momentum:
             raise JournalError(f"momentum of {optimizer.steps_done} steps is in no journal: begin it before the first step")
+        notes = _plain(about)
         optimizer.flush()
         handle.settle()
         header = Header(
@@ -109,7 +112,7 @@ class Journal:
             NOISE_VERSION,
             optimizer.steps_done,
             made_with(handle),
-            json.loads(json.dumps(about or {})),
+            notes,
         )
         return cls(JournalFile.create(path, encode_header(header), fsync), optimizer, header)
 
@@ -231,10 +234,13 @@ class Journal:
             self._file.close()
 
     def close(self) -> None:
-        """Writes what is waiting and closes the file, without an end. A second call does nothing."""
+        """Writes what is waiting and closes the file, without an end. A second call does nothing.
+
+        In a forked process it leaves the file to the one that it was forked from.
+        """
+        self._detach()
         if self._file.closed:
             return
-        self._detach()
         try:
             self._write_detours()
             self._drain(wait=True)
@@ -242,6 +248,8 @@ class Journal:
             self._file.close()
 
     def _detach(self) -> None:
+        if self._optimizer.journal is not self:
+            return
         self._optimizer.journal = None
         if isinstance(self._optimizer.handle, ProbeHandle):
             self._optimizer.handle.on_settle = None
@@ -295,3 +303,13 @@ class Journal:
                 self._before_mark = self._file.tail
             self._file.append(record)
             self._queue.popleft()
+
+
+def _plain(about: dict[str, Any] | None) -> dict[str, Any]:
+    """Notes as they will be read."""
+    if about is not None and not isinstance(about, dict):
+        raise TypeError(f"about is a dict of notes, not {about!r:.200}")
+    try:
+        return json.loads(json.dumps(about or {}, allow_nan=False))  # type: ignore[no-any-return]
+    except (TypeError, ValueError, RecursionError) as e:
+        raise TypeError(f"about is plain JSON, and this is not: {e}") from None

@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, distributed
 
+from ..interrupts import interruptible
+
 _GOOD, _LOST = 0, 1
 _GRACE = 10.0  # seconds for the news of a lost rank to be taken
 _TAG = 0x1020
@@ -72,7 +74,8 @@ class Channel:
         """
         if self.size == 1:
             return reduce(words[None])
-        return self._lead(words, answer, reduce) if self.rank == 0 else self._follow(words, answer)
+        with interruptible():
+            return self._lead(words, answer, reduce) if self.rank == 0 else self._follow(words, answer)
 
     def _lead(self, words: Tensor, answer: int, reduce: Reduce) -> Tensor:
         rows = torch.empty(self.size, len(words), dtype=torch.int64)

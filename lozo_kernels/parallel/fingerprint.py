@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..engine import Handle
 from ..probe import ProbeHandle
-from ..sharding import is_sharded
+from ..sharding import block_of, is_sharded, reshard
 
 _CHUNK = 1 << 20  # words that are multiplied at once
 _MULTIPLIER = 0x5851F42D4C957F2D
@@ -42,13 +42,36 @@ def trained_state(handle: Handle) -> dict[str, Tensor]:
     """Everything that steps change and that all ranks have whole, by what it is called in messages.
 
     Weights as they lie in memory, under a probe without the factors that wait to be merged, which have entries of their own.
-    Weights that FSDP shards or hooks keep elsewhere are left out.
+    Weights that hooks keep elsewhere are left out.
     """
     state: dict[str, Tensor] = {slot.name: slot.parameter for slot in handle._slots if slot.out_of_reach is None}
-    state |= {f"the momentum of {name}": value for name, value in handle.momentum.items()}
+    cut = _cut(handle) if handle.state_in_pieces else []
+    state |= {f"the momentum of {name}": value for name, value in handle.momentum.items() if name not in cut}
     if isinstance(handle, ProbeHandle):
         state |= {f"the factor of {member.name}": member.b for member in handle.members if member.b is not None}
     return state
+
+
+def trained_shards(handle: Handle) -> dict[str, Tensor]:
+    """The rest of it: what this rank has of sharded weights, and the momentum that goes with it."""
+    cut = _cut(handle)
+    if not cut:
+        return {}
+    reshard(handle.model)
+    state = {f"the shard of {slot.name}": block_of(slot.name, slot.parameter).local for slot in handle._slots if slot.name in cut}
+    if handle.state_in_pieces:
+        state |= {f"the momentum of {name}": value for name, value in handle.momentum.items() if name in cut}
+    return state
+
+
+def place_of_shards(handle: Handle) -> int:
+    """A number that ranks share that have the same shards; 0 where nothing is sharded."""
+    cut = _cut(handle)
+    if not cut:
+        return 0
+    reshard(handle.model)
+    blocks = [block_of(slot.name, slot.parameter) for slot in handle._slots if slot.name in cut]
+    return combine([number for block in blocks for number in (*block.offsets, *block.local.shape)]) or 1
 
 
 def starting_weights(handle: Handle) -> dict[str, Tensor]:
@@ -60,11 +83,15 @@ def starting_weights(handle: Handle) -> dict[str, Tensor]:
     }
 
 
-def sample(handle: Handle) -> int:
+def sample(state: Mapping[str, Tensor]) -> int:
     """Of a few hundred elements from all over a few tensors: what one step changes, it changes there too."""
-    state = list(trained_state(handle).values())
-    chosen = state[:: -(-len(state) // _SAMPLED_TENSORS)]
-    return combine(fingerprints([x.detach().reshape(-1)[:: -(-x.numel() // _SAMPLED_ELEMENTS) or 1] for x in chosen]))
+    tensors = [x for x in state.values() if x.numel()]
+    chosen = tensors[:: -(-len(tensors) // _SAMPLED_TENSORS) or 1]
+    return combine(fingerprints([x.detach().reshape(-1)[:: -(-x.numel() // _SAMPLED_ELEMENTS)] for x in chosen]))
+
+
+def _cut(handle: Handle) -> list[str]:
+    return [slot.name for slot in handle._slots if slot.out_of_reach == "sharded"]
 
 
 def _fingerprint(x: Tensor) -> Tensor:

@@ -16,14 +16,14 @@ from ..probe import ProbeHandle
 from ..steps import StepInfo
 from .agreement import check_agreement
 from .channel import Channel, PeerLostError
-from .fingerprint import combine, fingerprints, sample, starting_weights, trained_state
+from .fingerprint import combine, fingerprints, place_of_shards, sample, starting_weights, trained_shards, trained_state
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 MODES = ("examples", "directions")
-_HEADER = 3  # words: step, digest of the scalars so far, digest of a sample of the weights
-_COLUMNS = ("step", "scalars", "weights")
+_COLUMNS = ("step", "scalars", "weights", "shards")
+"""What the first words of a message say: the step, digests of the scalars so far, of a sample of the weights, and of shards."""
 
 
 class DivergenceError(RuntimeError):
@@ -51,6 +51,7 @@ class Parallel:
         mode: "examples": each rank's closure is for its own examples, and losses are averaged. Ranks count alike if closures
             return a loss; if they return (sum, weight), or are given ``inputs``, every example does. "directions": all closures are
             for the same batch, and each rank evaluates some of the ``directions``, at least one.
+            Shards are compared between ranks that have the same ones.
         group: a process group with gloo; None: all ranks, in a group of its own.
         check_every: steps between two comparisons of all weights. Losses, scalars, learning rates and a sample of the weights
             are compared in each step.
@@ -77,6 +78,7 @@ class Parallel:
         self._first: int | None = None
         self._agreed: int | None = None
         self._before = (0, 0)
+        self._places: list[int] | None = None
 
     @property
     def rank(self) -> int:
@@ -128,6 +130,32 @@ class Parallel:
                 "use parallel='examples'"
             )
         self._channel, self._handle = channel, handle
+        self._compare_shards()
+
+    def _compare_shards(self) -> None:
+        """Finds out which ranks have the same shards, and whether they are equal."""
+        channel = self._connected
+        places = channel.exchange(torch.tensor([place_of_shards(self._handle)]), channel.size, Tensor.flatten).tolist()
+        if not any(places):
+            return
+        self._places = places
+        shards = trained_shards(self._handle)
+        found = channel.exchange(torch.tensor(fingerprints([*shards.values()])), 2, lambda rows: self._odd_shard(rows))
+        column, rank = found.tolist()
+        if column:
+            self._channel = None
+            name = list(shards)[column - 1]
+            raise ValueError(f"{name} on rank {rank} differs from that of other ranks with the same shard: load the same weights")
+
+    def _odd_shard(self, rows: Tensor) -> Tensor:
+        """(1 + column, rank) of the first difference between ranks that have the same shards, [0, 0] if there is none."""
+        assert self._places is not None
+        for place in dict.fromkeys(self._places):
+            ranks = [rank for rank, other in enumerate(self._places) if other == place]
+            column, odd = _odd_one(rows[ranks])
+            if column:
+                return torch.tensor([column, ranks[odd]])
+        return torch.tensor([0, 0])
 
     def evaluates(self, direction: int, directions: int) -> bool:
         """Whether this rank evaluates a direction."""
@@ -157,16 +185,22 @@ class Parallel:
             payload = share.flatten()
         if self._first is None:
             self._digest = combine("\n".join(trained_state(self._handle)).encode())
-        header = torch.tensor([step, self._digest, sample(self._handle)])
+        header = [step, self._digest, sample(trained_state(self._handle))]
+        moving = self._places is not None and self._handle.state_in_pieces  # a probe's move when they are merged
+        if moving:
+            header.append(sample(trained_shards(self._handle)))
 
         def reduce(rows: Tensor) -> Tensor:
-            odd = _odd_one(rows[:, :_HEADER])
-            values = rows[:, _HEADER:].contiguous().view(torch.float64)
+            odd = torch.tensor(_odd_one(rows[:, :3]))
+            if moving and not odd[0]:
+                odd = self._odd_shard(rows[:, 3:4])
+                odd[0] += 3 if odd[0] else 0
+            values = rows[:, len(header) :].contiguous().view(torch.float64)
             joined = self._join(values.view(channel.size, 2, -1), directions)
-            return torch.cat((torch.tensor(odd), joined.flatten().view(torch.int64)))
+            return torch.cat((odd, joined.flatten().view(torch.int64)))
 
         try:
-            answer = channel.exchange(torch.cat((header, payload.view(torch.int64))), 2 + 2 * directions, reduce)
+            answer = channel.exchange(torch.cat((torch.tensor(header), payload.view(torch.int64))), 2 + 2 * directions, reduce)
         except PeerLostError as error:
             raise PeerLostError(f"{error}. {self._how_to_go_on(step)}") from None
         column, rank = answer[:2].tolist()
@@ -200,13 +234,16 @@ class Parallel:
             PeerLostError: a rank is gone.
         """
         channel = self._connected
-        state = trained_state(self._handle)
+        state, shards = trained_state(self._handle), trained_shards(self._handle)
         words = fingerprints([*state.values()])
         try:
             both = torch.tensor([len(words), combine(words)])
             answer = channel.exchange(both, 2, lambda rows: torch.tensor(_odd_one(rows)))
             if answer[0] == 2:  # as many tensors everywhere, so that they can be told one by one
                 answer = 2 + channel.exchange(torch.tensor(words), 2, lambda rows: torch.tensor(_odd_one(rows)))
+            elif self._places is not None and not answer[0]:
+                found = channel.exchange(torch.tensor(fingerprints([*shards.values()])), 2, self._odd_shard)
+                state, answer = shards, found + 2 if found[0] else found
         except PeerLostError as error:
             raise PeerLostError(f"{error}. {self._how_to_go_on(None if step is None else step + 1)}") from None
         column, rank = answer.tolist()
@@ -248,7 +285,8 @@ class Parallel:
     def _describe(self, step: int, what: str, rank: int) -> str:
         if what == "step":
             return f"rank {rank} is not at step {step}, or this one is not at that of the others: load the same state on all ranks"
-        start = f"the {what} of rank {rank} differ from the other ranks'"
+        whose = "those of others with the same shards" if what == "shards" else "the other ranks'"
+        start = f"the {what} of rank {rank} differ from {whose}"
         if self._first is None and what == "scalars":
             return f"rank {rank} keeps other factors than the other ranks do: give side= and placement= other values than 'auto'"
         if self._first is None:

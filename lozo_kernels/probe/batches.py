@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..closures import BatchClosure, Randomness, batch_losses, count_examples
+from ..sharding import Peers, reshard
 from .handle import ProbeHandle
 from .runtime import BatchSplitError
 from .verify import Losses, typical_scale
@@ -43,7 +44,9 @@ def check_batches(
             ) from error
     finally:
         handle.rest_()
-    if not all(Losses(rest, a, b).agree(handle.precision) for a, b in zip(together, alone, strict=True)):
+    reshard(handle.model)
+    agree = all(Losses(rest, a, b).agree(handle.precision) for a, b in zip(together, alone, strict=True))
+    if Peers(handle.parameters).any(not agree):
         raise BatchSplitError(
             f"two evaluations in one forward pass gave the losses {together}, one after the other {alone}: something in the model "
             "or the closure mixes the examples of a batch; use evaluation='sequential'"

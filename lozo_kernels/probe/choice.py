@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from ..config import PatchConfig
+from ..sharding import ALONE, Peers
 from .activation import layer_kind
 from .cost import Costs, free_bytes
 from .members import Member
@@ -21,7 +22,12 @@ _COPY_BYTES = 1 << 16
 
 
 def choose_sides(
-    members: Sequence[Member], uses: Mapping[Member, Uses], costs: Mapping[Member, Costs], config: PatchConfig, compiled: bool
+    members: Sequence[Member],
+    uses: Mapping[Member, Uses],
+    costs: Mapping[Member, Costs],
+    config: PatchConfig,
+    compiled: bool,
+    peers: Peers = ALONE,
 ) -> None:
     """Sets ``side``, ``reason`` and ``scopes`` of every member.
 
@@ -29,6 +35,7 @@ def choose_sides(
         uses: where an evaluation used each.
         costs: of each low-rank member's device and dtype.
         compiled: the model is compiled, so that scratch memory cannot be used.
+        peers: who has to choose alike; the other arguments are the same for all.
     """
     for member in members:
         used = uses[member]
@@ -42,18 +49,21 @@ def choose_sides(
             _settle(member, "copy", "small" if _bytes(member) <= _COPY_BYTES else "dense")
             if config.estimator == "dense" and _bytes(member) > _COPY_BYTES and not compiled:
                 _settle(member, "scratch", "dense noise has no factors")
-            if member.slot.out_of_reach is not None:
+            if not member.within_reach:
                 _settle(member, "scratch", f"{member.slot.out_of_reach}: only its module has it")
     if config.placement == "auto":
-        _fall_back(members, uses, costs, config)
+        _fall_back(members, uses, costs, config, peers)
     for member in members:
         _make_shift(member, members, uses)
 
 
-def _fall_back(members: Sequence[Member], uses: Mapping[Member, Uses], costs: Mapping[Member, Costs], config: PatchConfig) -> None:
+def _fall_back(
+    members: Sequence[Member], uses: Mapping[Member, Uses], costs: Mapping[Member, Costs], config: PatchConfig, peers: Peers
+) -> None:
     """To moving weights in place: where scratch does not fit, or everywhere if that is faster and drift is allowed."""
     for member in members:
-        if member.side == "scratch" and member.slot.out_of_reach is None and _bytes(member) > free_bytes(member.device):
+        scratch = member.side == "scratch" and member.slot.out_of_reach is None
+        if scratch and _bytes(member) > peers.least(free_bytes(member.device)):
             _settle(member, "inplace", "no memory for its scratch")
     known = [m for m in members if m in costs and m.slot.out_of_reach is None]
     probe = 2 * sum(_cost(m, uses[m], costs[m]) for m in known)
@@ -105,11 +115,11 @@ def _choose_matrix(member: Member, used: Uses, costs: Costs, config: PatchConfig
             _settle(member, "scratch", _compare(scratch, skinny, used.tokens))
     elif asked in ("scratch", "copy"):
         _settle(member, asked, "asked for")
-    elif compiled or (_bytes(member) <= _COPY_BYTES and member.slot.out_of_reach is None):
+    elif compiled or (_bytes(member) <= _COPY_BYTES and member.within_reach):
         _settle(member, "copy", f"{obstacle}; " + ("the model is compiled" if compiled else "small"))
     else:
         _settle(member, "scratch", str(obstacle))
-    if member.slot.out_of_reach is not None and member.side == "copy":
+    if not member.within_reach and member.side == "copy":
         _settle(member, "scratch", f"{member.slot.out_of_reach}: only its module has it")
 
 
@@ -126,7 +136,7 @@ def why_not_activation(member: Member, used: Uses, estimator: str) -> str | None
     for module in used.modules:
         if module is not None and module not in inside:
             return f"also used inside {type(module).__name__}"
-    return None
+    return used.obstacle
 
 
 def _make_shift(member: Member, members: Sequence[Member], uses: Mapping[Member, Uses]) -> None:

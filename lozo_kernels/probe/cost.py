@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -46,9 +47,20 @@ class Costs:
         return self.fill + elements * self.element
 
 
-@functools.lru_cache(maxsize=64)
+_MEASURING = threading.Lock()
+
+
 def measure_costs(device: torch.device, dtype: torch.dtype, rank: int, backend_name: str | None) -> Costs:
-    """The fastest of a few calls on small and on larger tensors, once in a process: other load only ever adds."""
+    """The fastest of a few calls on small and on larger tensors, once in a process: other load only ever adds.
+
+    One thread measures, and others that ask at the same time get what it found: two runs of a process choose the same sides.
+    """
+    with _MEASURING:
+        return _measured(device, dtype, rank, backend_name)
+
+
+@functools.lru_cache(maxsize=64)
+def _measured(device: torch.device, dtype: torch.dtype, rank: int, backend_name: str | None) -> Costs:
     backend = choose_backend(device, backend_name).backend
 
     def activation(tokens: int, features: int) -> float:

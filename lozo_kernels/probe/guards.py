@@ -31,12 +31,12 @@ class Guards:
 
     def look(self) -> None:
         """Remembers the weights as they are."""
-        self._versions = [m.slot.parameter._version for m in self._read_only()]
+        self._versions = [_version(m) for m in self._read_only()]
 
     def check_weights(self) -> None:
         """Raises RuntimeError if a weight changed since :meth:`look`."""
         for member, version in zip(self._read_only(), self._versions, strict=False):
-            if member.slot.parameter._version != version:
+            if _version(member) != version:
                 raise RuntimeError(
                     f"{member.name!r} was changed during the evaluations of a step: a probe only reads weights, and so must "
                     "the closure"
@@ -64,4 +64,10 @@ class Guards:
                 )
 
     def _read_only(self) -> list[Member]:
-        return [m for m in self._members if m.side not in (None, "inplace") and m.slot.out_of_reach is None]
+        return [m for m in self._members if m.side not in (None, "inplace") and m.within_reach]
+
+
+def _version(member: Member) -> int:
+    """Another number whenever the weight was changed: of a DTensor in blocks as such, or through what this process has of it."""
+    own = member.slot.parameter._version
+    return own + member.present[0]._version if member.in_blocks else own

@@ -13,18 +13,20 @@ from torch import Tensor, nn
 from ..closures import Closure, Randomness
 from ..config import PatchConfig
 from ..engine import Handle, check_scale
+from ..interrupts import deferred_interrupt
+from ..noise import MAX_DRAW, check_range
 from ..offloaded import find_homes, home_of
 from ..parameters import Slot, canonical
-from ..passes import Group, Scalar, StepUpdate, Term, run_pass, run_update
+from ..passes import Group, Scalar, StepUpdate, Term, check_update, run_pass, run_update
 from ..registry import Choice, Draw, Rounding, Step, choose_backend
 from ..report import ParameterReport
-from ..sharding import reshard, running_device
+from ..sharding import reshard, running_device, stays_in_blocks
 from ..table import TensorTable
 from . import preparation
 from .guards import Guards
 from .install import Installation
 from .ledger import Ledger
-from .members import Holder, Member
+from .members import Holder, Member, part_of
 from .offload import execution_device, load_weight, offloaded_weight
 from .runtime import REST, Point, Runtime
 from .scopes import Arena
@@ -40,6 +42,8 @@ class ProbeHandle(Handle):
     ``state_dict()`` and ``load_state_dict()``, and in :meth:`restore`. Methods are those of :class:`Handle`; :meth:`prepare`
     comes first.
     """
+
+    state_in_pieces = False
 
     def __init__(self, model: nn.Module, config: PatchConfig) -> None:
         self._members: list[Member] = []
@@ -188,8 +192,9 @@ class ProbeHandle(Handle):
             raise RuntimeError("momentum was not enabled: call enable_momentum() first")
         self._check_prepared()
         self._watch.check_weights()
-        self._start(step)
         update = StepUpdate(step, list(c) if isinstance(c, Sequence) else [c], lr, weight_decay, beta)
+        check_update(update, len(self._slots), standing)
+        self._start(step)
         for group in self._states:
             update_factors(group, update, self.config)
         if self._resting:
@@ -219,19 +224,20 @@ class ProbeHandle(Handle):
             return
         if any(member.swapped for member in self._members):
             raise RuntimeError("the weights cannot be brought up to date while a forward pass of the model runs")
-        if self._standing is not None:
-            self.rest_()
-        self.check_decay()
-        if any(slot.out_of_reach == "sharded" for slot in self._slots):
-            reshard(self.model)
-        assert self._window is not None
-        if before is not None:
-            before()
-        rounding = Rounding(self._last_step) if self.config.rounding == "stochastic" else None
-        for group in self._states:
-            self._ledger.merge(group, self._window, rounding)
-        self._learned = False
-        self._write([REST])
+        with deferred_interrupt():
+            if self._standing is not None:
+                self.rest_()
+            self.check_decay()
+            if any(slot.out_of_reach == "sharded" for slot in self._slots):
+                reshard(self.model)
+            assert self._window is not None
+            if before is not None:
+                before()
+            rounding = Rounding(self._last_step) if self.config.rounding == "stochastic" else None
+            for group in self._states:
+                self._ledger.merge(group, self._window, rounding)
+            self._learned = False
+            self._write([REST])
 
     @property
     def undecaying(self) -> list[str]:
@@ -290,12 +296,13 @@ class ProbeHandle(Handle):
         member = self._member_of(slot)
         if slot.out_of_reach == "sharded":
             reshard(self.model)
-        base = None if slot.out_of_reach is None else load_weight(member, member.device)
+        base = None if slot.out_of_reach is None else load_weight(member, member.device)  # in blocks: gathered as well
         self._weights.fill(member, out, 0, self._choices[member.device].backend, base)
 
     def enter_window(self, step: int) -> None:
         """Makes V that of a step. What was learned under another V is merged first."""
         self._check_usable()
+        check_range("step", step, MAX_DRAW - 1)
         if self._window is not None and step // self.config.interval != self._window:
             self._settle()
         super().enter_window(step)
@@ -364,11 +371,11 @@ class ProbeHandle(Handle):
         if self._prepared:
             self._watch.check_modules()
 
-    def _state_extent(self, slot: Slot) -> tuple[int, int, int]:
-        return self._extent(slot)  # factors are whole in every process
-
     def _shards(self) -> list[Tensor]:
-        return []  # they are looked for when there is something to merge
+        """Blocks of tensor-parallel weights. FSDP's are looked for when there is something to merge."""
+        if not self._members:
+            self._members = self._find_members()
+        return [member.present[0] for member in self._members if member.in_blocks]
 
     def _device(self, slot: Slot) -> torch.device:
         p = slot.parameter
@@ -385,6 +392,9 @@ class ProbeHandle(Handle):
             super()._resample(window, reproject=reproject)
         finally:
             self._groups = in_place
+        for member in self._members:
+            if member.part is not None:
+                member.part.follow(member.v)
 
     def _rebuild_groups(self) -> None:
         self._check_shapes()
@@ -423,9 +433,12 @@ class ProbeHandle(Handle):
 
     def _find_members(self) -> list[Member]:
         self._holders = self._find_holders()
-        return [
-            Member(slot, i, self._extent(slot), self._device(slot), self._holders[slot.name]) for i, slot in enumerate(self._slots)
-        ]
+        members = []
+        for i, slot in enumerate(self._slots):
+            member = Member(slot, i, self._extent(slot), self._device(slot), self._holders[slot.name])
+            member.in_blocks = slot.out_of_reach == "sharded" and stays_in_blocks(self.model, slot.parameter)
+            members.append(member)
+        return members
 
     def _follow(self, member: Member) -> None:
         """State where the parameter is now, made at the first call."""
@@ -443,8 +456,12 @@ class ProbeHandle(Handle):
                 member.b = torch.zeros(batch, rows, self.config.rank if member.v is not None else cols, device=device)
             member.b = member.b.to(device)
         member.point = self._runtime.on(device)
+        if member.in_blocks:
+            member.part = part_of(member, member.slot.piece())
         if member.v is not None and member.b is not None and batch == 1:
-            member.factors = member.v[0], member.b[0]
+            v, b = (member.v, member.b) if member.part is None else (member.part.v, member.part.b)
+            assert v is not None
+            member.factors = v[0], b[0]
         if member.past is not None:
             member.past.to(device)
         if member.name in self._momentum:

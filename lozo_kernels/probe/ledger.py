@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config import PatchConfig
 from ..registry import Rounding
-from ..sharding import shard_of
+from ..sharding import block_of
 from .members import Member, Past
 from .offload import offloaded_weight
 from .state import StateGroup, merge_shard, merge_weights
@@ -29,24 +29,25 @@ class Ledger:
 
     def merge(self, group: StateGroup, window: int, rounding: Rounding | None) -> None:
         """X <- gain * X + B V^T for all of a group, and B <- 0."""
-        near = [m for m in group.members if m.slot.out_of_reach is None]
+        near = [m for m in group.members if m.within_reach]
         if near:
-            merge_weights(group, [m.slot.view() for m in near], near, self._config.seed, rounding)
+            xs, parts = [m.slot.piece().x for m in near], [m.part for m in near]
+            merge_weights(group, xs, near, parts, self._config.seed, rounding)
             self._begin_anew(near, window)
         for member in group.members:  # a disk may be full: each is done with before the next is begun
-            if member.slot.out_of_reach is not None:
+            if not member.within_reach:
                 self._merge_away(group, member, window, rounding)
                 self._begin_anew([member], window)
 
     def _merge_away(self, group: StateGroup, member: Member, window: int, rounding: Rounding | None) -> None:
         """A weight that is out of reach: this process's rows, or brought here and back, or its factors are kept."""
         if member.slot.out_of_reach == "sharded":
-            shard = shard_of(member.name, member.slot.parameter)
-            merge_shard(group, shard, member, self._config.seed, rounding)
+            block_of(member.name, member.slot.parameter)  # raises while it is whole, which would be lost
+            merge_shard(group, member, self._config.seed, rounding)
             return
         if member.slot.out_of_reach == "offloaded":
             with offloaded_weight(member, member.device) as x:
-                merge_weights(group, [x], [member], self._config.seed, rounding)
+                merge_weights(group, [x], [member], [None], self._config.seed, rounding)
             return
         assert member.b is not None and member.v is not None
         b, v = member.b[0].clone(), member.v[0].float()

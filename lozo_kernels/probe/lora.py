@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterable
@@ -82,6 +83,8 @@ def export_lora(handle: Handle, folder: str | Path | None = None, *, rank: int |
         raise ValueError(f"rank is an integer of at least 1, not {rank!r}")
     if not isinstance(handle, ProbeHandle) or handle.config.estimator == "dense":
         raise ValueError("an adapter is made of factors that LOZO or SubZero learns with placement='probe' and keep_factors=True")
+    if folder is not None and not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"folder is a path, not {folder!r}")
     handle.check_decay()
     adapter = _Export(handle, rank).run()
     if folder is not None:

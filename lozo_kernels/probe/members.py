@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..offloaded import Home
-from ..parameters import Slot
-from ..sharding import is_sharded
+from ..parameters import Piece, Slot
+from ..sharding import is_sharded, local_of
 from ..table import TensorTable
 from .runtime import DevicePoint
 
@@ -50,6 +50,26 @@ class Past:
         self.b, self.v = self.b.to(device), self.v.to(device)
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What goes with a block of a weight, of what every process has whole.
+
+    Attributes:
+        v: the block's columns of V, contiguous, a copy where those are not all; None for a dense parameter.
+        b: the block's rows of B, a view.
+        piece: the block.
+    """
+
+    v: Tensor | None
+    b: Tensor
+    piece: Piece
+
+    def follow(self, v: Tensor | None) -> None:
+        """Takes over its columns of a new V, (batch, rank, cols) fp16."""
+        if v is not None and self.v is not None:
+            self.v.copy_(_columns(v, self.piece))
+
+
 @dataclasses.dataclass(eq=False)
 class Member:
     """One trained parameter under a probe.
@@ -74,7 +94,10 @@ class Member:
         past: of a weight that cannot be merged.
         layer_weight: of a bias on the activation side, the weight of its layer.
         point: the points on its device.
-        factors: V and B of a single matrix as (rank, cols) and (rows, rank), which layers ask for all the time.
+        factors: V and B of a single matrix as (rank, cols) and (rows, rank), which layers ask for all the time; of what this
+            process has of it.
+        in_blocks: this process has a block of it all the time (tensor parallel).
+        part: what goes with that block.
     """
 
     slot: Slot
@@ -96,6 +119,8 @@ class Member:
     layer_weight: Member | None = None
     point: DevicePoint | None = None
     factors: tuple[Tensor, Tensor] | None = None
+    in_blocks: bool = False
+    part: Part | None = None
 
     @property
     def name(self) -> str:
@@ -103,14 +128,22 @@ class Member:
         return self.slot.name
 
     @property
-    def present(self) -> list[nn.Parameter]:
-        """The parameter where it has storage now: an offloaded or sharded one only while its module runs, tied ones in each place.
+    def within_reach(self) -> bool:
+        """Whether this process can read and write what it has of the weight at any time."""
+        return self.slot.out_of_reach is None or self.in_blocks
+
+    @property
+    def present(self) -> Sequence[Tensor]:
+        """The parameter where it has storage now, or this process's block of it, tied ones in each place: one that is offloaded or
+        sharded by FSDP only while its module runs.
 
         Raises:
-            RuntimeError: it is offloaded or sharded, and no module that holds it runs.
+            RuntimeError: no module that holds it runs.
         """
         if self.slot.out_of_reach is None:
             return [self.slot.parameter]
+        if self.in_blocks:
+            return [local_of(self.slot.parameter)]
         held = [holder.module._parameters.get(holder.attribute) for holder in self.holders]
         found = {id(p): p for p in held if p is not None and p.device.type != "meta" and not is_sharded(p)}
         if not found:
@@ -124,11 +157,38 @@ class Member:
         return batch * rows * cols
 
 
-def table_of(members: Sequence[Member], xs: Sequence[Tensor]) -> TensorTable:
-    """Weights of members of one kind, as (batch, rows, cols) on their device, with V and what was learned."""
-    vs = [m.v for m in members if m.v is not None]
-    learned = [m.b.view(x.shape) if m.v is None else m.b for m, x in zip(members, xs, strict=True) if m.b is not None]
-    return TensorTable(xs, [m.slot.tensor_id for m in members], v=vs or None, n=learned or None)
+def part_of(member: Member, piece: Piece) -> Part:
+    """What goes with a block of a member's weight, on the member's device."""
+    assert member.b is not None
+    batch, rows, cols = piece.x.shape
+    if member.v is None:
+        return Part(None, member.b[..., piece.col_offset : piece.col_offset + cols], piece)
+    matrices = slice(piece.first_matrix, piece.first_matrix + batch)
+    first = piece.row_offset - piece.first_matrix * member.extent[1]
+    return Part(_columns(member.v, piece).contiguous(), member.b[matrices, first : first + rows], piece)
+
+
+def _columns(v: Tensor, piece: Piece) -> Tensor:
+    batch, _, cols = piece.x.shape
+    return v[piece.first_matrix : piece.first_matrix + batch, :, piece.col_offset : piece.col_offset + cols]
+
+
+def table_of(members: Sequence[Member], xs: Sequence[Tensor], parts: Sequence[Part | None]) -> TensorTable:
+    """Weights of members of one kind, as (batch, rows, cols) on their device, with V and what was learned.
+
+    Args:
+        xs: whole weights, or blocks of them; ``parts``: what goes with each block, None for a whole weight.
+    """
+    vs, learned, rows, columns, widths = [], [], [], [], []
+    for member, x, part in zip(members, xs, parts, strict=True):
+        v, b = (member.v, member.b) if part is None else (part.v, part.b)
+        vs += [] if v is None else [v]
+        learned += [] if b is None else [b.view(x.shape) if v is None else b]
+        rows.append(0 if part is None else part.piece.row_offset)
+        columns.append(0 if part is None else part.piece.col_offset)
+        widths.append(x.shape[-1] if part is None else part.piece.global_cols)
+    ids = [m.slot.tensor_id for m in members]
+    return TensorTable(xs, ids, v=vs or None, n=learned or None, row_offsets=rows, col_offsets=columns, global_cols=widths)
 
 
 def gains_of(members: Sequence[Member]) -> Tensor | None:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from ..interrupts import deferred_interrupt, interruptible
 from .members import Member
 from .runtime import Runtime
 
@@ -77,30 +78,32 @@ class _Scope:
     def run(self, old: Forward, args: Any, kwargs: Any) -> Any:
         """The module at one point."""
         group = self.runtime.selected or 0
-        swapped: list[tuple[Member, nn.Parameter, Tensor]] = []
+        swapped: list[tuple[Member, Tensor, Tensor]] = []
         starts: list[tuple[Arena, int]] = []
-        try:
-            for member in self.members:
-                if member.enabled and not member.swapped:
-                    places = member.present
-                    if member.side == "copy":
-                        perturbed = member.buffers[group]
-                    else:
-                        arena = self.arenas[places[0].device]
-                        perturbed, start = arena.take(places[0])
-                        starts.append((arena, start))
-                        self.fill(member, perturbed, group)
-                    for p in places:
-                        swapped.append((member, p, p.data))
-                        p.data = perturbed
-                    member.swapped = True
-            return old(*args, **kwargs)
-        finally:
-            for member, p, rest in swapped:
-                p.data = rest
-                member.swapped = False
-            for arena, start in reversed(starts):
-                arena.give_back(start)
+        with deferred_interrupt():
+            try:
+                for member in self.members:
+                    if member.enabled and not member.swapped:
+                        places = member.present
+                        if member.side == "copy":
+                            perturbed = member.buffers[group]
+                        else:
+                            arena = self.arenas[places[0].device]
+                            perturbed, start = arena.take(places[0])
+                            starts.append((arena, start))
+                            self.fill(member, perturbed, group)
+                        for p in places:
+                            swapped.append((member, p, p.data))
+                            p.data = perturbed
+                        member.swapped = True
+                with interruptible():
+                    return old(*args, **kwargs)
+            finally:
+                for member, p, rest in swapped:
+                    p.data = rest
+                    member.swapped = False
+                for arena, start in reversed(starts):
+                    arena.give_back(start)
 
     def run_groups(self, old: Forward, args: Any, kwargs: Any) -> Any:
         """The module at every point, each with its part of the batch."""

@@ -14,9 +14,8 @@ from ..config import PatchConfig
 from ..estimators import Estimator
 from ..passes import Group, Scalar, StepUpdate, Term, decay_of, share
 from ..registry import Choice, Draw, Rounding
-from ..sharding import Shard
 from ..table import TensorTable
-from .members import Member, gains_of, table_of
+from .members import Member, Part, gains_of, part_of, table_of
 
 
 @dataclasses.dataclass(eq=False)
@@ -145,37 +144,31 @@ def _each(value: Scalar, count: int) -> list[Scalar]:
     return list(value.expand(count).unbind()) if isinstance(value, Tensor) else [value] * count
 
 
-def merge_weights(group: StateGroup, xs: Sequence[Tensor], members: Sequence[Member], seed: int, rounding: Rounding | None) -> None:
+def merge_weights(
+    group: StateGroup,
+    xs: Sequence[Tensor],
+    members: Sequence[Member],
+    parts: Sequence[Part | None],
+    seed: int,
+    rounding: Rounding | None,
+) -> None:
     """X <- gain * X + B V^T (or + what was added), rounded once into the weights' dtype.
 
     Args:
-        xs: the weights of ``members`` as (batch, rows, cols), on the group's device.
+        xs: the weights of ``members`` as (batch, rows, cols), on the group's device, or blocks of them with their ``parts``: a
+            block has the bits of the whole weight.
     """
-    _merge(group, table_of(members, xs), seed, gains_of(members), rounding)
-
-
-def merge_shard(group: StateGroup, shard: Shard, member: Member, seed: int, rounding: Rounding | None) -> None:
-    """As :func:`merge_weights`, of the rows of one weight that this process has, which may be none: with the same bits."""
-    if not shard.local.numel():
-        return
-    weight, first = shard.local.to(member.device), shard.offset
-    x = member.slot.matrices(weight)
-    batch, rows, cols = x.shape
-    assert member.b is not None
-    ids, v = [member.slot.tensor_id], member.v
-    if v is None:  # elements of a vector
-        b = member.b.view(-1)[first : first + cols].view(x.shape)
-        table = TensorTable([x], ids, n=[b], col_offsets=[first], global_cols=[member.numel])
-    elif member.slot.layout == "experts":
-        part = slice(first, first + batch)
-        table = TensorTable([x], ids, v=[v[part]], n=[member.b[part]], row_offsets=[first * rows])
-    else:
-        table = TensorTable([x], ids, v=[v], n=[member.b[:, first : first + rows]], row_offsets=[first])
-    _merge(group, table, seed, member.gain, rounding)
-    if weight.data_ptr() != shard.local.data_ptr():
-        shard.local.copy_(weight)
-
-
-def _merge(group: StateGroup, table: TensorTable, seed: int, decay: Tensor | None, rounding: Rounding | None) -> None:
     merge = ops.dense_merge_ if group.kind == "dense" else ops.lowrank_merge_
-    merge(table, seed=seed, decay=decay, rounding=rounding, backend=group.choice.backend)
+    table = table_of(members, xs, parts)
+    merge(table, seed=seed, decay=gains_of(members), rounding=rounding, backend=group.choice.backend)
+
+
+def merge_shard(group: StateGroup, member: Member, seed: int, rounding: Rounding | None) -> None:
+    """As :func:`merge_weights`, of what this process has of a weight that FSDP shards, on the CPU perhaps, which may be nothing."""
+    piece = member.slot.piece()
+    if not piece.x.numel():
+        return
+    weight = piece.x.to(member.device)
+    merge_weights(group, [weight], [member], [part_of(member, piece)], seed, rounding)
+    if weight.data_ptr() != piece.x.data_ptr():
+        piece.x.copy_(weight)

@@ -13,7 +13,9 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .members import Member
+from ..sharding import is_sharded, local_of, why_not_local
+from .activation import layer_kind, summed_dimension
+from .members import Holder, Member
 
 
 @dataclasses.dataclass(eq=False)
@@ -23,10 +25,12 @@ class Uses:
     Attributes:
         modules: the innermost modules that were running when an operator took its storage, None for outside of all.
         tokens: rows of the largest input of those modules.
+        obstacle: of a weight in blocks, why its layers do not compute with this process's block alone.
     """
 
     modules: dict[nn.Module | None, None] = dataclasses.field(default_factory=dict)
     tokens: int = 0
+    obstacle: str | None = None
 
 
 class Watch(TorchDispatchMode):
@@ -44,11 +48,14 @@ class Watch(TorchDispatchMode):
         self.running: list[tuple[nn.Module, int]] = []
         self._by_storage: dict[int, Member] = {}
         self._away: list[tuple[nn.Module, str, Member]] = []  # where weights are brought in while their module runs
+        self._layers: dict[nn.Module, list[tuple[Member, Holder]]] = {}
         for member in self.uses:
-            if member.slot.out_of_reach is None:
-                self._by_storage[_storage(member.slot.parameter)] = member
+            if member.within_reach:
+                self._by_storage[_storage(member.present[0])] = member
             else:
                 self._away += [(holder.module, holder.attribute, member) for holder in member.holders]
+            for holder in member.holders if member.in_blocks else ():
+                self._layers.setdefault(holder.module, []).append((member, holder))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -69,9 +76,18 @@ class Watch(TorchDispatchMode):
             return self._by_storage[storage]
         for module, attribute, member in self._away:
             p = module._parameters.get(attribute)
-            if p is not None and p.device.type != "meta" and _storage(p) == storage != -1:
+            if p is not None and p.device.type != "meta" and not is_sharded(p) and _storage(p) == storage != -1:
                 return member
         return None
+
+    def look_at_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A module ran: whether it computed with blocks of its weights."""
+        for member, holder in self._layers.get(module, ()):
+            kind = layer_kind(holder)
+            if kind is not None:
+                summed, lookup = summed_dimension(kind), kind == "embedding"
+                found = why_not_local(member.slot.parameter, args[0] if args else None, output, summed, lookup)
+                self.uses[member].obstacle = found or self.uses[member].obstacle
 
     def _note(self, member: Member) -> None:
         uses = self.uses[member]
@@ -93,6 +109,7 @@ def watch_uses(model: nn.Module, members: Iterable[Member]) -> Iterator[Watch]:
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         if module in inside:
             watch.running.pop()
+            watch.look_at_layer(module, args, output)
 
     hooks = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True))
     try:
@@ -105,7 +122,7 @@ def watch_uses(model: nn.Module, members: Iterable[Member]) -> Iterator[Watch]:
 
 def _storage(tensor: Tensor) -> int:
     try:
-        return tensor.untyped_storage()._cdata
+        return (local_of(tensor) if is_sharded(tensor) else tensor).untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # tensor subclasses have none of their own
         return -1
 

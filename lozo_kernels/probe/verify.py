@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..sharding import mean_square
 from .members import Member
 
 Unit = list[Member]
@@ -40,15 +41,19 @@ def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 
 def typical_scale(members: Sequence[Member], rank: int) -> float:
-    """A perturbation of a fourth of the size of the weights, so that rounding cannot hide what it does."""
-    sizes = [
-        float(m.slot.parameter.detach().flatten()[:1024].float().square().mean().sqrt())
-        for m in members
-        if m.slot.kind == "lowrank" and m.slot.out_of_reach is None and m.numel
-    ]
+    """A perturbation of a fourth of the size of the weights, so that rounding cannot hide what it does.
+
+    The same for every process; with weights in blocks a collective.
+    """
+    sizes = [_size(m) for m in members if m.slot.kind == "lowrank" and m.within_reach and m.numel]
     known = sorted(size for size in sizes if size > 0)
     size = known[len(known) // 2] if known else 1e-2
     return 0.25 * size / rank**0.5
+
+
+def _size(member: Member) -> float:
+    p = member.slot.parameter
+    return mean_square(p) ** 0.5 if member.in_blocks else float(p.detach().flatten()[:1024].float().square().mean().sqrt())
 
 
 def units_of(members: Sequence[Member]) -> list[Unit]:
@@ -99,7 +104,7 @@ def materialised(units: Sequence[Unit], write: Callable[[Member, Tensor], None])
     try:
         for unit in units:
             for member in unit:
-                p = member.slot.parameter.data
+                p = member.present[0].data
                 rest.append((p, p.clone()))
                 write(member, p)
         yield

@@ -67,14 +67,20 @@ class PerturbedWeights:
                 _add_decayed_biases(batch.members)
 
     def fill(self, member: Member, out: Tensor, group: int, backend: Backend, base: Tensor | None = None) -> None:
-        """The perturbed weight of a member at a point, into a tensor of its shape. ``base``: its weight; None: where it is now."""
+        """The perturbed weight of a member at a point, into a tensor of its shape.
+
+        Args:
+            base: the whole weight; None: what this process has of it, where it is now.
+        """
+        part = member.part if base is None else None
         if base is None:
             base = member.present[0].detach()
         key = (base.data_ptr(), out.data_ptr())
         known = self._fills.get(member)
         if known is None or known[0] != key:
-            known = (key, table_of([member], [member.slot.matrices(base)]), TensorTable([member.slot.matrices(out)], [0]))
-            if member.slot.out_of_reach is None:  # a table keeps its tensors alive, and an offloaded weight is to go
+            table = table_of([member], [member.slot.matrices(base)], [part])
+            known = (key, table, TensorTable([member.slot.matrices(out)], [0]))
+            if member.within_reach and base.numel():  # a table keeps its tensors alive, and an offloaded weight is to go
                 self._fills[member] = known
         self._merge(known[1], known[2], group, member.v is not None, member.gain, backend)
 
@@ -90,22 +96,25 @@ class PerturbedWeights:
 
     def _copies(self, members: Sequence[Member], groups: int) -> tuple[TensorTable, list[TensorTable]]:
         for member in members:
-            p = member.slot.parameter
+            p = member.present[0]
             if len(member.buffers) != groups or member.buffers[0].device != p.device or member.buffers[0].dtype != p.dtype:
                 member.buffers = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for _ in range(groups)]
         outs = [TensorTable([m.slot.matrices(m.buffers[g]) for m in members], [0] * len(members)) for g in range(groups)]
-        return table_of(members, [m.slot.view() for m in members]), outs
+        return table_of(members, [m.slot.piece().x for m in members], [m.part for m in members]), outs
 
     def _shifts(self, members: Sequence[Member], groups: int) -> tuple[TensorTable, list[TensorTable]]:
-        for member in members:
+        learned = [m.b if m.part is None else m.part.b for m in members]
+        for member, b in zip(members, learned, strict=True):
+            assert b is not None
             if member.shift is None or len(member.shift) != groups or member.shift.device != member.device:
-                member.shift = torch.empty(groups, member.numel, device=member.device)
+                member.shift = torch.empty(groups, b.numel(), device=member.device)
         outs = []
         for g in range(groups):
             rows = [m.shift[g].view(1, 1, -1) for m in members if m.shift is not None]
             outs.append(TensorTable(rows, [0] * len(rows)))
-        learned = [m.b for m in members if m.b is not None]
-        return TensorTable(learned, [m.slot.tensor_id for m in members]), outs
+        first = [0 if m.part is None else m.part.piece.col_offset for m in members]
+        ids, widths = [m.slot.tensor_id for m in members], [m.numel for m in members]
+        return TensorTable([b for b in learned if b is not None], ids, col_offsets=first, global_cols=widths), outs
 
 
 def _add_decayed_biases(members: Sequence[Member]) -> None:
@@ -114,8 +123,8 @@ def _add_decayed_biases(members: Sequence[Member]) -> None:
         weight = member.layer_weight
         if weight is None or (weight.gain is None and member.gain is None):
             continue
-        if member.shift is None or member.slot.out_of_reach is not None:
+        if member.shift is None or not member.within_reach:
             continue
         one = torch.ones(1, device=member.device)
         difference = (one if member.gain is None else member.gain) - (one if weight.gain is None else weight.gain)
-        member.shift += difference * member.slot.parameter.detach().float().flatten()
+        member.shift += difference * member.present[0].detach().float().flatten()

@@ -1,0 +1,106 @@
+"""Whether something is a whole ``state_dict()`` of an optimiser, found out before anything is taken from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .engine import Handle
+from .grouping import check_settings
+from .noise import MAX_DRAW
+from .probe import ProbeHandle
+
+_NEEDED = ("noise_version", "patch", "settings", "step", "window", "skipped", "state", "param_groups")
+
+
+def check_state(state: Any, handle: Handle, defaults: Iterable[str], kind: str) -> None:
+    """Raises ValueError, naming what is missing or no such thing, unless a state has all that an optimiser takes from it,
+    and numbers where it has numbers.
+
+    Args:
+        defaults: the settings that every parameter group has.
+        kind: of the optimiser, for messages.
+    """
+    if not isinstance(state, dict):
+        raise ValueError(f"a state of a {kind} is a dict, not {state!r:.200}")
+    probing = isinstance(handle, ProbeHandle)
+    missing = [key for key in (*_NEEDED, *(("past", "history") if probing else ())) if key not in state]
+    if not missing:
+        groups = state["param_groups"]
+        if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+            raise _not("param_groups", "a list of dicts", groups)
+        missing = [f"{key} in its param_groups" for key in ("params", *defaults) if any(key not in g for g in groups)]
+    if missing:
+        raise ValueError(f"this is not all of what state_dict() of a {kind} returned: it has no {missing[0]}")
+    _check_numbers(state)
+    for group in groups:
+        if not isinstance(group["params"], (list, tuple)):
+            raise _not("params", "a list of names", group["params"])
+        try:
+            check_settings(group, group)
+        except (TypeError, ValueError) as e:
+            raise ValueError(f"the state has a parameter group that cannot be: {e}") from None
+
+
+def check_learned(state: dict[str, Any], handle: Handle) -> None:
+    """Raises ValueError unless the momentum and the factors of a state fit a handle with the settings of the state."""
+    _check_momentum(state["state"], handle)
+    if isinstance(handle, ProbeHandle):
+        _check_factors(state, handle)
+
+
+def _not(what: str, wanted: str, found: Any) -> ValueError:
+    return ValueError(f"the state's {what} is {wanted}, not {found!r:.200}")
+
+
+def _is_count(value: Any, bound: int = 1 << 63) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < bound
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type != "meta" and value.layout == torch.strided and not value.is_complex()
+
+
+def _check_numbers(state: dict[str, Any]) -> None:
+    if not _is_count(state["step"], MAX_DRAW):
+        raise _not("step", "an integer of at least 0", state["step"])
+    if state["window"] is not None and not _is_count(state["window"], MAX_DRAW):
+        raise _not("window", "an integer of at least 0, or None", state["window"])
+    skipped = state["skipped"]
+    if not isinstance(skipped, (list, tuple)) or len(skipped) != 2 or not all(map(_is_count, skipped)):
+        raise _not("skipped", "two integers of at least 0", skipped)
+
+
+def _check_momentum(saved: Any, handle: Handle) -> None:
+    if not isinstance(saved, Mapping) or not all(isinstance(s, Mapping) for s in saved.values()):
+        raise _not("state", "a dict for each name", saved)
+    for name, own in handle.momentum.items():
+        if "momentum" not in saved.get(name, {}):
+            raise ValueError(f"the state has no momentum of {name!r}: it is not all of what state_dict() returned")
+        n = saved[name]["momentum"]
+        if not _is_tensor(n):
+            raise _not(f"momentum of {name!r}", "a tensor", n)
+        if not handle.sharded and n.numel() != own.numel():
+            raise ValueError(f"saved momentum of {name!r} is {tuple(n.shape)}, needed is {tuple(own.shape)}")
+    other = sorted(set(saved).difference(handle.momentum)) if handle.momentum else []
+    if other:
+        raise ValueError(f"the saved momentum is of other parameters; differing: {', '.join(map(repr, other[:5]))}")
+
+
+def _check_factors(state: dict[str, Any], handle: ProbeHandle) -> None:
+    past, history = state["past"], state["history"]
+    rows = past.values() if isinstance(past, dict) else [None]
+    if not all(
+        isinstance(s, dict) and s.keys() >= {"b", "v", "window"} and all(_is_tensor(s[k]) and s[k].dim() == 2 for k in "bv")
+        and _is_count(s["window"]) for s in rows
+    ):  # fmt: skip
+        raise _not("past", "factors b and v and a window for each name", past)
+    good = isinstance(history, (list, tuple)) and all(isinstance(row, (list, tuple)) and len(row) == 2 for row in history)
+    good = good and all(_is_count(window) and isinstance(kept, dict) for window, kept in history)
+    if not good or not all(
+        name in handle.names and _is_tensor(b) and b.dim() == 3 for _, kept in history for name, b in kept.items()
+    ):
+        raise _not("history", "windows, each with factors by name", history)

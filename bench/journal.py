@@ -1,7 +1,8 @@
 """The journal: what it costs, how fast a run is replayed, and whether kills, damage and other backends leave its promise whole.
 
 ``python bench/journal.py`` writes ``bench/results/journal_cpu.json`` in less than four minutes of one thread. ``--fuzz 1000000``
-and ``--kills 50`` run the long forms of two tests, and add what they found to the same file.
+and ``--kills 50`` run the long forms of two tests, ``--atheris 1000000`` reads inputs that follow the parser's branches; each adds
+what it found to the same file.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import nn
 
+from bench import journal_atheris
 from bench.journal_fuzz import fuzz
 from bench.journal_kills import KINDS, kill_runs
 from lozo_kernels import LOZO, StepInfo
@@ -158,8 +160,9 @@ def main() -> int:
     """Runs what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fuzz", type=int, default=0, help="read so many mutated journals, and nothing else")
+    parser.add_argument("--atheris", type=int, default=0, help="read so many that atheris makes up, and nothing else")
     parser.add_argument("--kills", type=int, default=0, help="kill runs so many times, and nothing else")
-    parser.add_argument("--seed", type=int, default=None, help="of these two (default: a new one)")
+    parser.add_argument("--seed", type=int, default=None, help="of these (default: a new one)")
     parser.add_argument("--model", default="opt-125m", help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="to train and replay (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "journal_cpu.json")
@@ -174,6 +177,9 @@ def main() -> int:
         if args.fuzz:
             print(f"seed {seed}")
             found["fuzz"] = fuzz(args.fuzz, seed) | {"seed": seed}
+        if args.atheris:
+            print(f"seed {seed}")
+            found["atheris"] = journal_atheris.run(args.atheris, seed)
         if args.kills:
             print(f"seed {seed}")
             found["kills"] = _kills(args.kills, folder, random.Random(seed)) | {"seed": seed}

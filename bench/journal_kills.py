@@ -24,7 +24,12 @@ KINDS: dict[str, dict[str, Any]] = {
 STEPS = 400
 
 
-def train(kind: str, journal: Path, result: Path, steps: int = STEPS) -> None:
+def small() -> nn.Module:
+    """17 symbols to as many logits."""
+    return nn.Sequential(nn.Embedding(17, 12), nn.Linear(12, 20), nn.Tanh(), nn.LayerNorm(20), nn.Linear(20, 17))
+
+
+def train(kind: str, journal: Path, result: Path, steps: int = STEPS, build: Callable[[], nn.Module] = small) -> None:
     """A run of a small model, from its beginning or from where its journal ends; writes its weights.
 
     Its learning rate changes at every step, and now and then it looks at ``state_dict()``, which merges or flushes.
@@ -32,9 +37,7 @@ def train(kind: str, journal: Path, result: Path, steps: int = STEPS) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     options = dict(KINDS[kind])
-    model = nn.Sequential(nn.Embedding(17, 12), nn.Linear(12, 20), nn.Tanh(), nn.LayerNorm(20), nn.Linear(20, 17)).to(
-        options.pop("dtype")
-    )
+    model = build().to(options.pop("dtype"))
     optimizer = LOZO(model, lr=1e-2, eps=1e-2, interval=13, **options)
     first = 0
     if journal.exists():
@@ -47,13 +50,19 @@ def train(kind: str, journal: Path, result: Path, steps: int = STEPS) -> None:
         generator = torch.Generator().manual_seed(step)
         tokens = torch.randint(0, 17, (4, 7), generator=generator)
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
-        optimizer.step(lambda x=tokens: nn.functional.cross_entropy(model(x[:, :-1]).float().flatten(0, 1), x[:, 1:].flatten()))
+        optimizer.step(lambda x=tokens: _loss(model, x))
     assert optimizer.journal is not None
     optimizer.journal.finish()
     optimizer.handle.restore()
     half = result.with_suffix(".half")
     torch.save(model.state_dict(), half)
     half.replace(result)
+
+
+def _loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    output = model(tokens[:, :-1])
+    logits = getattr(output, "logits", output)
+    return nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def forked(function: Callable[[], None], enough: Callable[[], bool] | None = None, limit: float = 120.0) -> bool:
@@ -109,8 +118,13 @@ def instant(rng: random.Random, journal: Path, size: int) -> Callable[[], bool]:
     return enough
 
 
-def kill_runs(kind: str, kills: int, folder: Path, rng: random.Random, steps: int = STEPS) -> dict[str, Any]:
+def kill_runs(
+    kind: str, kills: int, folder: Path, rng: random.Random, steps: int = STEPS, build: Callable[[], nn.Module] = small
+) -> dict[str, Any]:
     """Kills runs of one kind at random instants, so many times in all.
+
+    Args:
+        build: makes the model, of at least 17 tokens and the same at each call with the same seed.
 
     Returns:
         How many kills and whole runs there were, and at how many steps the kills came.
@@ -119,12 +133,12 @@ def kill_runs(kind: str, kills: int, folder: Path, rng: random.Random, steps: in
         AssertionError: a run did not end as the undisturbed one; JournalError: a kill left a journal that cannot be read.
     """
     calm, calm_result = folder / "calm.journal", folder / "calm.pt"
-    train(kind, calm, calm_result, steps)  # here, so that what it imports is there in every fork
+    train(kind, calm, calm_result, steps, build)  # here, so that what it imports is there in every fork
     expected = torch.load(calm_result)
     done, runs, instants = 0, 0, []
     while done < kills:
         journal, result = folder / f"killed{runs}.journal", folder / f"killed{runs}.pt"
-        again = functools.partial(train, kind, journal, result, steps)
+        again = functools.partial(train, kind, journal, result, steps, build)
         while done < kills and not forked(again, instant(rng, journal, calm.stat().st_size)):
             done += 1
             instants.append(read_journal(journal).steps if journal.exists() else 0)

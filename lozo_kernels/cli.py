@@ -156,9 +156,10 @@ def _finetune(args: argparse.Namespace, command: str) -> int:
         print(to_json(summary, indent=2) if args.json else table(summary))
     if summary["stopped"] is None:
         return 0
+    saved = f"what there is was saved in {summary['output']}" if counted()[0] == 0 else "the first process saves what there is"
     print(
         f"lozo-kernels finetune: stopped after {summary['steps_done']} of {summary['settings']['steps']} steps: "
-        f"{summary['stopped']}; what there is was saved in {summary['output']}",
+        f"{summary['stopped']}; {saved}",
         file=sys.stderr,
     )
     return EXIT_INTERRUPTED if summary["stopped"] == "interrupted" else EXIT_FAILED

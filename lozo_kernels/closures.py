@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -152,7 +152,7 @@ def pair_closures(closure: Any, inputs: Any) -> tuple[list[Any], list[Any] | Non
         ValueError: another number of inputs.
     """
     single = callable(closure)
-    closures = [closure] if single else list(closure or ())
+    closures = [closure] if single else list(closure) if isinstance(closure, Iterable) else []
     if not closures or not all(map(callable, closures)):
         raise TypeError("step() needs a closure that returns the loss (or a sequence of them): optimizer.step(lambda: loss_fn())")
     if inputs is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .noise import MAX_RANK
@@ -90,7 +90,7 @@ class PatchConfig:
             if isinstance(value, str):
                 value = (value,)
             if value is not None:
-                if not all(isinstance(v, str) for v in value):
+                if not isinstance(value, Iterable) or not all(isinstance(v, str) for v in value):
                     raise TypeError(f"{name} is a glob pattern or a sequence of them, not {value!r}")
                 object.__setattr__(self, name, tuple(value))
         if self.estimator == "subspace" and self.scaling != "paper":
@@ -133,15 +133,24 @@ class PatchConfig:
 
     @classmethod
     def from_json(cls, text: str) -> PatchConfig:
-        """The inverse of :meth:`to_json`; an unknown field raises TypeError."""
-        return cls(**json.loads(text))
+        """The inverse of :meth:`to_json`; raises TypeError or ValueError for anything else."""
+        try:
+            fields = json.loads(text)
+        except ValueError as e:
+            raise ValueError(f"this is no JSON: {e}") from None
+        if not isinstance(fields, dict):
+            raise TypeError(f"a config is an object, not {text:.200}")
+        other = sorted(set(fields).difference(field.name for field in dataclasses.fields(cls)))
+        if other:
+            raise TypeError(f"a config has no field {other[0]!r} (an unexpected keyword argument)")
+        return cls(**fields)
 
 
 def _sides(value: Any) -> str | tuple[tuple[str, str], ...]:
     if isinstance(value, str):
         words: list[Any] = [value]
     else:
-        pairs = list(value.items() if isinstance(value, Mapping) else value)
+        pairs = list(value.items() if isinstance(value, Mapping) else value) if isinstance(value, Iterable) else [value]
         if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
             raise TypeError(f"side is a word or pairs of a glob pattern and a word, not {value!r}")
         words = [word for _, word in pairs]

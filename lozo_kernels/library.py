@@ -11,6 +11,7 @@ empty, on the device of the weights or on the CPU; ``backend`` is a name, "" for
 from __future__ import annotations
 
 import collections
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,19 +50,24 @@ _SCHEMAS = (
 _packed: collections.OrderedDict[object, dict[object, object]] = collections.OrderedDict()
 """Packed forms of recent tables by what they were made from: addresses and shapes, so no weight is kept alive."""
 _MOST_PACKED = 32
+_PACKING = threading.Lock()
 
 
 def _table(x: Sequence[Tensor], v: Sequence[Tensor] | None, n: Sequence[Tensor] | None, place: Sequence[int]) -> TensorTable:
     tensors = [*x, *(v or ()), *(n or ())]
     key = (tuple((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors), tuple(place), v is None, n is None)
-    known = _packed.pop(key, None)
-    cache = _packed[key] = {} if known is None else known
-    while len(_packed) > _MOST_PACKED:
-        _packed.popitem(last=False)
+    known = _packed.get(key)
+    cache = {} if known is None else known
     ids, rows, cols, widths = (list(place[i::_PLACE]) for i in range(_PLACE))
-    return TensorTable(
+    table = TensorTable(
         x, ids, v=v, n=n, row_offsets=rows, col_offsets=cols, global_cols=widths, cache=cache, checked=known is not None
     )
+    with _PACKING:  # only now: tensors that do not fit are not known the next time either
+        _packed[key] = cache
+        _packed.move_to_end(key)
+        while len(_packed) > _MOST_PACKED:
+            _packed.popitem(last=False)
+    return table
 
 
 def _noise(

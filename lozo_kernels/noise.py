@@ -42,6 +42,8 @@ _CHUNK = 1 << 20  # counters expanded at once: bounds the int64 temporaries of t
 
 def tensor_id(name: str) -> int:
     """The 32-bit id of a parameter: BLAKE2s of its canonical name, so it survives reordering, subsetting and sharding."""
+    if not isinstance(name, str):
+        raise TypeError(f"a parameter's name is a string, not {name!r}")
     return int.from_bytes(hashlib.blake2s(name.encode(), digest_size=4).digest(), "little")
 
 
@@ -132,7 +134,7 @@ def factor(
         (rows, rank) fp32 of multiples of 2**-8.
 
     Raises:
-        ValueError: an argument is out of range.
+        TypeError, ValueError: an argument is not what it should be, or out of range.
     """
     check_factor(seed, rows, rank, tensor_id, draw, stream=stream, row_offset=row_offset, direction=direction)
     groups = (rank + 3) // 4
@@ -166,9 +168,13 @@ def cores(
         (matrices, rank, rank) fp32: of matrix b the rows ``b * rank`` to ``(b + 1) * rank - 1`` of ``factor(stream="S")``.
 
     Raises:
-        ValueError: an argument is out of range.
+        TypeError, ValueError: an argument is not what it should be, or out of range.
     """
+    check_factor(seed, 0, rank, 0, draw, stream="S", row_offset=0, direction=direction)
+    if not isinstance(owners, Sequence) or not all(isinstance(o, Sequence) and len(o) == 2 for o in owners):
+        raise TypeError(f"owners is a sequence of pairs, a tensor id and the index of a matrix, not {owners!r}")
     for tensor, batch in owners:
+        check_integer("the index of a matrix", batch)
         check_factor(seed, rank, rank, tensor, draw, stream="S", row_offset=batch * rank, direction=direction)
     groups = (rank + 3) // 4
     places = torch.tensor(owners, dtype=torch.int64).reshape(-1, 2).to(device)
@@ -198,7 +204,7 @@ def dense(
         (numel,) fp32.
 
     Raises:
-        ValueError: an argument is out of range.
+        TypeError, ValueError: an argument is not what it should be, or out of range.
     """
     _check(seed, numel, tensor_id, draw, offset, direction, limit=1 << 42)
     out = torch.empty(numel, dtype=torch.float32, device=device)
@@ -227,7 +233,7 @@ def rounding_bits(
         (numel,) int32 in [0, 2**16).
 
     Raises:
-        ValueError: an argument is out of range.
+        TypeError, ValueError: an argument is not what it should be, or out of range.
     """
     _check(seed, numel, tensor_id, draw, offset, direction, limit=1 << 42)
     out = torch.empty(numel, dtype=torch.int32, device=device)
@@ -261,27 +267,48 @@ def _flat_words(
 def check_factor(
     seed: int, rows: int, rank: int, tensor_id: int, draw: int | Tensor, *, stream: str, row_offset: int, direction: int
 ) -> None:
-    """Raises ValueError for coordinates of a factor that are out of range."""
+    """Raises TypeError or ValueError for coordinates of a factor that are out of range."""
     if stream not in ("U", "V", "S"):
         raise ValueError(f"stream is 'U', 'V' or 'S', not {stream!r}")
+    check_integer("rank", rank)
     if not 1 <= rank <= MAX_RANK:
         raise ValueError(f"rank is 1 to {MAX_RANK}, not {rank}")
     _check(seed, rows, tensor_id, draw, row_offset, direction, limit=1 << 32)
 
 
+def check_integer(name: str, value: int) -> None:
+    """Raises TypeError unless it is one."""
+    if not isinstance(value, int):
+        raise TypeError(f"{name} is an integer, not {value!r}")
+
+
 def check_range(name: str, value: int, bound: int) -> None:
-    """Raises ValueError unless 0 <= value < bound."""
+    """Raises TypeError or ValueError unless it is an integer and 0 <= value < bound."""
+    check_integer(name, value)
     if not 0 <= value < bound:
         raise ValueError(f"{name} is 0 to {bound - 1}, not {value}")
+
+
+def check_draw(name: str, draw: int | Tensor) -> None:
+    """Raises TypeError or ValueError unless it is a step or window: a number, or a 0-dim int64 tensor, which is not read."""
+    if isinstance(draw, Tensor):
+        if draw.dim() or draw.dtype != torch.int64 or draw.device.type == "meta" or draw.layout != torch.strided:
+            raise ValueError(
+                f"{name} is a number or a 0-dim int64 tensor, not {tuple(draw.shape)} {draw.dtype} {draw.layout} on {draw.device}"
+            )
+    else:
+        check_range(name, draw, MAX_DRAW)
 
 
 def _check(seed: int, count: int, tensor_id: int, draw: int | Tensor, offset: int, direction: int, limit: int) -> None:
     for name, value, bound in (
         ("seed", seed, 1 << 64),
         ("tensor_id", tensor_id, 1 << 32),
-        ("draw", 0 if isinstance(draw, Tensor) else draw, MAX_DRAW),
         ("direction", direction, MAX_DIRECTION),
     ):
         check_range(name, value, bound)
+    check_draw("draw", draw)
+    check_integer("the number of values", count)
+    check_integer("the offset", offset)
     if count < 0 or offset < 0 or offset + count > limit:
         raise ValueError(f"positions {offset} to {offset + count} are outside 0 to {limit}")

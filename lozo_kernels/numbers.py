@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
 def check_number(name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> None:
-    """Raises TypeError or ValueError unless it is a finite number in [low, high), or a tensor of one element."""
+    """Raises TypeError or ValueError unless it is a finite number in [low, high), or a tensor of one, read on the CPU only."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} is one number, not a tensor of shape {tuple(value.shape)}")
-        return
+        if value.is_complex() or value.layout != torch.strided or value.device.type == "meta":
+            raise TypeError(f"{name} is a real number, not {value.dtype} {value.layout} on {value.device}")
+        if value.device.type != "cpu":  # nobody waits for a device
+            return
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is a number, not {value!r}")
     if not math.isfinite(value) or value < low or (open_low and value == low) or value >= high:
@@ -21,6 +26,12 @@ def check_number(name: str, value: Any, *, low: float = -math.inf, high: float =
         raise ValueError(
             f"{name} is a finite number {bound}" + (f" and below {high:g}" if high < math.inf else "") + f", not {value}"
         )
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises TypeError unless it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is True or False, not {value!r:.200}")
 
 
 def check_count(name: str, value: Any) -> None:

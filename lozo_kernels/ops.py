@@ -8,20 +8,22 @@ are bounded, not promised.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .noise import MAX_DIRECTION, MAX_DRAW, MAX_RANK, STREAMS, check_factor, check_range
-from .registry import Backend, Draw, Momentum, Rounding, Step, Update, choose_backend, name_of, signed_seed
+from .noise import MAX_DIRECTION, MAX_DRAW, MAX_RANK, STREAMS, check_draw, check_factor, check_range
+from .registry import Backend, Draw, Momentum, Rounding, Update, choose_backend, name_of, signed_seed
 from .table import TensorTable, check_alike
 
 Scalars = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
 """A number, one per tensor, or one per draw and tensor: anything that broadcasts to that shape."""
 
 MAX_DRAWS = 2
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def lowrank_update_(
@@ -153,6 +155,7 @@ def resample_(table: TensorTable, *, seed: int, window: int, reproject: bool = F
     _check_kind(table, low_rank=True, momentum=reproject)
     check_range("seed", seed, 1 << 64)
     check_range("window", window, MAX_DRAW)
+    table.check_positions(factors=True, flat=False)
     if torch.compiler.is_compiling():
         n = table.n if reproject else []
         torch.ops.lozo_kernels.resample_(table.x, table.v, n, _place(table), signed_seed(seed), window, name_of(backend))
@@ -184,8 +187,9 @@ def factor_update_(
     for f in table.x:
         if f.dtype != torch.float32:
             raise TypeError(f"factors are fp32, not {f.dtype}")
-        check_range("rank", f.shape[2] - 1, MAX_RANK)
-    update = _update(table, seed, draws, scales, decay, None)
+        if not 1 <= f.shape[2] <= MAX_RANK:
+            raise ValueError(f"rank is 1 to {MAX_RANK}, not {f.shape[2]}")
+    update = _update(table, seed, draws, scales, decay, None, factors=True)
     if torch.compiler.is_compiling():
         torch.ops.lozo_kernels.factor_update_(table.x, _place(table), *_flat(table, update, backend))
     else:
@@ -244,9 +248,7 @@ def _merge(
     out: TensorTable | None,
     backend: Backend | None,
 ) -> None:
-    if len(draws) > 1:
-        raise ValueError(f"a merge takes one draw at most, not {len(draws)}")
-    update = _update(table, seed, draws, scales, decay, rounding, least=0)
+    update = _update(table, seed, draws, scales, decay, rounding, least=0, most=1)
     if out is not None:
         check_alike(table, out)
     if torch.compiler.is_compiling():
@@ -286,12 +288,25 @@ def factor(
     if torch.compiler.is_compiling():
         where = (signed_seed(seed), rows, rank, tensor_id, draw.step, draw.direction, STREAMS[stream], row_offset)
         return torch.ops.lozo_kernels.factor(*where, device, name_of(backend))
-    backend = backend if backend is not None else choose_backend(device).backend
+    if backend is None:
+        backend = choose_backend(device).backend
+    _check_backend(backend)
+    reason = backend.unavailable(device)
+    if reason is not None:
+        raise ValueError(f"backend {backend.name!r} cannot serve {device}: {reason}")
     return backend.factor(seed, rows, rank, tensor_id, draw, stream=stream, row_offset=row_offset, device=device)
 
 
 def _pick(table: TensorTable, backend: Backend | None) -> Backend:
-    return backend if backend is not None else choose_backend(table.device).backend
+    if backend is None:
+        return choose_backend(table.device).backend
+    _check_backend(backend)
+    return backend
+
+
+def _check_backend(backend: Backend) -> None:
+    if not hasattr(backend, "lowrank_update_"):
+        raise TypeError(f"backend is an object as choose_backend(device, name).backend is, not {backend!r}")
 
 
 def _place(table: TensorTable) -> list[int]:
@@ -322,6 +337,8 @@ def _steps(table: TensorTable, update: Update) -> Tensor:
 
 
 def _check_kind(table: TensorTable, *, low_rank: bool, momentum: bool) -> None:
+    if not isinstance(table, TensorTable):
+        raise TypeError(f"an op works on a TensorTable, not {table!r}")
     if low_rank and table.v is None:
         raise ValueError("this op needs a table with V; dense tensors have ops of their own")
     if not low_rank and table.v is not None:
@@ -337,17 +354,27 @@ def _update(
     scales: Scalars,
     decay: Scalars | None,
     rounding: Rounding | None,
+    *,
+    factors: bool = False,
     least: int = 1,
+    most: int = MAX_DRAWS,
 ) -> Update:
     check_range("seed", seed, 1 << 64)
-    if not least <= len(draws) <= MAX_DRAWS:
-        raise ValueError(f"an op takes 1 to {MAX_DRAWS} draws, not {len(draws)}")
+    if not isinstance(draws, Sequence) or not all(isinstance(draw, Draw) for draw in draws):
+        raise TypeError(f"draws is a sequence of Draw, not {draws!r}")
+    if not least <= len(draws) <= most:
+        takes = "a merge takes one draw at most" if most == 1 else f"an op takes {least} to {most} draws"
+        raise ValueError(f"{takes}, not {len(draws)}")
     for draw in draws:
-        _check_step("draw step", draw.step)
+        check_draw("draw step", draw.step)
         check_range("direction", draw.direction, MAX_DIRECTION)
     if rounding is not None:
-        _check_step("rounding step", rounding.step)
+        if not isinstance(rounding, Rounding):
+            raise TypeError(f"rounding is a Rounding or None, not {rounding!r}")
+        check_draw("rounding step", rounding.step)
         check_range("rounding index", rounding.index, MAX_DIRECTION)
+    low_rank = factors or table.v is not None
+    table.check_positions(factors=low_rank, flat=not low_rank or rounding is not None)
     return Update(
         seed,
         draws,
@@ -365,21 +392,20 @@ def _momentum(table: TensorTable, draws: Sequence[Draw], coefficients: Scalars, 
     )
 
 
-def _check_step(name: str, step: Step) -> None:
-    """A number is checked; a tensor is not read, only its kind."""
-    if not isinstance(step, Tensor):
-        check_range(name, step, MAX_DRAW)
-    elif step.dim() or step.dtype != torch.int64:
-        raise ValueError(f"{name} is a number or a 0-dim int64 tensor, not {tuple(step.shape)} {step.dtype}")
-
-
 def _broadcast(value: Scalars, shape: tuple[int, ...], device: torch.device, name: str) -> Tensor:
     """Contiguous fp32 of a shape on a device, without waiting for the device."""
     if isinstance(value, (int, float)):
+        if _LARGEST < abs(value) < math.inf:
+            raise ValueError(f"{name} is {value}, which is beyond fp32")
         return torch.full(shape, value, dtype=torch.float32, device=device)
     if not isinstance(value, Tensor):
-        value = torch.tensor(value, dtype=torch.float32, pin_memory=device.type == "cuda")
-    t = value.to(device, torch.float32, non_blocking=True)
+        try:
+            value = torch.tensor(value, dtype=torch.float32, pin_memory=device.type == "cuda")
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{name} is a number, a tensor or a nest of numbers that has a shape, not {value!r}") from None
+    if value.is_complex() or value.layout != torch.strided or value.device.type == "meta":
+        raise TypeError(f"{name} is {value.dtype} {value.layout} on {value.device}; it is made of real numbers in storage")
+    t = value.detach().to(device, torch.float32, non_blocking=True)
     if t.shape == shape:
         return t.contiguous()
     try:

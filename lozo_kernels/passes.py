@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +17,8 @@ from .config import PatchConfig
 from .estimators import Estimator
 from .registry import Choice, Draw, Rounding, Step
 from .table import TensorTable
+
+_LARGEST = torch.finfo(torch.float32).max
 
 Scalar = float | Tensor
 """A number or a tensor: 0-dim, or one value per trained parameter in the order of ``Handle.names``."""
@@ -162,6 +167,27 @@ def run_update(
             rounding=Rounding(update.step, i) if config.rounding == "stochastic" else None,
             decayed_by=1.0 if decay is None else decay,
         )
+
+
+def check_update(update: StepUpdate, parameters: int, standing: float = 0.0, perturb_next: float | None = None) -> None:
+    """Raises TypeError or ValueError for an update that is not made of numbers and tensors of the right shapes; reads no tensor."""
+    if not update.c:
+        raise ValueError("an update needs the projected gradient of one direction at least")
+    rows: list[tuple[str, Any, tuple[int, ...]]] = [("c", c, (0,)) for c in update.c]
+    rows += [("lr", update.lr, (0, 1)), ("weight_decay", update.weight_decay, (0, 1)), ("standing", standing, (0,))]
+    rows += [("beta", update.beta, (0, 1))] if update.beta is not None else []
+    rows += [("perturb_next", perturb_next, (0,))] if perturb_next is not None else []
+    for name, value, dims in rows:
+        if not isinstance(value, Tensor):
+            if not isinstance(value, Real):
+                raise TypeError(f"{name} is a number or a tensor, not {value!r:.200}")
+            if _LARGEST < abs(value) < math.inf:  # type: ignore[operator]
+                raise ValueError(f"{name} is {value}, which is beyond fp32")
+        elif value.is_complex() or value.layout != torch.strided or value.device.type == "meta":
+            raise TypeError(f"{name} is made of real numbers in storage, not {value.dtype} {value.layout} on {value.device}")
+        elif value.dim() not in dims or (value.dim() and len(value) != parameters):
+            each = f", or one for each of the {parameters} parameters" if 1 in dims else ""
+            raise ValueError(f"{name} is one number{each}, not a tensor of shape {tuple(value.shape)}")
 
 
 def share(c: Scalar, directions: int) -> Scalar:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .noise import MAX_RANK
+from .noise import MAX_DIRECTION, MAX_DRAW, MAX_RANK, check_integer, check_range
 from .registry import Backend, Skinny, choose_backend, name_of, signed_seed
-from .table import DTYPES
+from .table import DTYPES, FACTOR_LIMIT, check_apart, storage_problem
 
 
 def lowrank_linear_(
@@ -48,7 +48,8 @@ def lowrank_linear_(
     Raises:
         TypeError, ValueError: an argument is of the wrong dtype or shape.
     """
-    tokens, groups, rows, cols = _check(y, v, b, draws, scales, gain)
+    tokens, groups, rows, cols = _check(y, x, v, b, draws, scales, gain)
+    _check_place(seed, tensor_id, row_offset, rows, draws)
     inputs, outputs = (rows, cols) if transposed else (cols, rows)
     if y.shape[1] != outputs:
         raise ValueError(f"y is {tuple(y.shape)}; needed is ({tokens}, {outputs})")
@@ -57,7 +58,9 @@ def lowrank_linear_(
             f"x is {tuple(x.shape)} {x.dtype} on {x.device} with strides {x.stride()}; "
             f"needed is ({tokens}, {inputs}) on {y.device}, rows contiguous"
         )
-    if shift is not None and (shift.shape != (groups, outputs) or not _is_plain(shift, torch.float32, y.device)):
+    if shift is not None and (
+        not isinstance(shift, Tensor) or shift.shape != (groups, outputs) or not _is_plain(shift, torch.float32, y.device)
+    ):
         raise ValueError(f"shift is {_describe(shift)}; needed is contiguous fp32 ({groups}, {outputs}) on {y.device}")
     if torch.compiler.is_compiling():
         torch.ops.lozo_kernels.lowrank_linear_(
@@ -85,17 +88,22 @@ def lowrank_embedding_(
     """Y <- gain * Y + ((B + scale U) V^T)[rows]: only the rows of U that are looked up are generated.
 
     Args:
-        y: (tokens, cols); rows: (tokens,) int64 or int32, contiguous, which the embedding itself has checked.
+        y: (tokens, cols); rows: (tokens,) int64 or int32, contiguous; on a GPU the embedding itself has to have checked them.
         v, b, seed, tensor_id, draws, scales, row_offset, gain, backend: as in :func:`lowrank_linear_`.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong dtype or shape.
     """
-    tokens, _, _, cols = _check(y, v, b, draws, scales, gain)
+    tokens, _, count, cols = _check(y, rows, v, b, draws, scales, gain)
+    _check_place(seed, tensor_id, row_offset, count, draws)
     if y.shape[1] != cols:
         raise ValueError(f"y is {tuple(y.shape)}; needed is ({tokens}, {cols})")
     if rows.shape != (tokens,) or rows.dtype not in (torch.int64, torch.int32) or not _is_plain(rows, rows.dtype, y.device):
         raise ValueError(f"rows is {_describe(rows)}; needed is contiguous int64 or int32 ({tokens},) on {y.device}")
+    if tokens and rows.device.type == "cpu" and not torch.compiler.is_compiling():
+        least, most = torch.aminmax(rows)
+        if least < 0 or most >= count:
+            raise ValueError(f"rows are 0 to {count - 1}, not {int(least)} to {int(most)}")
     if torch.compiler.is_compiling():
         torch.ops.lozo_kernels.lowrank_embedding_(
             y, rows, v, b, signed_seed(seed), tensor_id, row_offset, draws, scales, gain, name_of(backend)
@@ -105,13 +113,16 @@ def lowrank_embedding_(
     backend.lowrank_embedding_(Skinny(y, rows, v, b, seed, tensor_id, row_offset, draws, scales, gain=gain))
 
 
-def _check(y: Tensor, v: Tensor, b: Tensor, draws: Tensor, scales: Tensor, gain: Tensor | None) -> tuple[int, int, int, int]:
+def _check(
+    y: Tensor, x: Tensor, v: Tensor, b: Tensor, draws: Tensor, scales: Tensor, gain: Tensor | None
+) -> tuple[int, int, int, int]:
     """Tokens, groups, rows and columns of the weight. This runs after every layer of a forward pass: few calls, no ``len``."""
+    _check_storage(y, x, v, b, draws, scales)
     device = y.device
     if y.dtype not in DTYPES:
         raise TypeError(f"y is {y.dtype}; supported are {', '.join(str(d) for d in DTYPES)}")
-    if y.dim() != 2 or (y.shape[1] > 1 and y.stride(1) != 1):
-        raise ValueError(f"y is {tuple(y.shape)} with strides {y.stride()}; needed is (tokens, outputs), rows contiguous")
+    if y.dim() != 2 or (y.shape[1] > 1 and y.stride(1) != 1) or (y.shape[0] > 1 and y.stride(0) < y.shape[1]):
+        raise ValueError(f"y is {tuple(y.shape)} with strides {y.stride()}; needed is (tokens, outputs), rows contiguous and apart")
     if v.dim() != 2 or not _is_plain(v, torch.float16, device):
         raise ValueError(f"v is {_describe(v)}; needed is contiguous fp16 (rank, cols) on {device}")
     rank, cols = v.shape
@@ -122,11 +133,50 @@ def _check(y: Tensor, v: Tensor, b: Tensor, draws: Tensor, scales: Tensor, gain:
     tokens, groups = y.shape[0], draws.shape[0]
     if scales.shape != (groups,) or not _is_plain(scales, torch.float32, device):
         raise ValueError(f"scales is {_describe(scales)}; needed is contiguous fp32 ({groups},) on {device}")
-    if gain is not None and (gain.shape != (1,) or not _is_plain(gain, torch.float32, device)):
+    if gain is not None and (not isinstance(gain, Tensor) or gain.shape != (1,) or not _is_plain(gain, torch.float32, device)):
         raise ValueError(f"gain is {_describe(gain)}; needed is fp32 (1,) on {device}")
     if groups == 0 or tokens % groups:
         raise ValueError(f"{tokens} tokens do not divide into {groups} evaluations")
     return tokens, groups, b.shape[0], cols
+
+
+def _check_storage(*tensors: Tensor) -> None:
+    """Raises TypeError or ValueError unless all are tensors with memory of their own; the first, which is written, shares none."""
+    if torch.compiler.is_compiling():
+        return
+    written = None
+    for t in tensors:
+        if not isinstance(t, Tensor) or t.layout != torch.strided or t.device.type == "meta":
+            raise TypeError(f"the arguments are dense tensors in storage, not {t!r:.200}")
+        memory = t.untyped_storage().data_ptr()
+        if not memory or t.is_neg():
+            problem = storage_problem(t)
+            if problem is not None:
+                raise ValueError(f"a tensor of shape {tuple(t.shape)}: {problem}")
+        if written is None:
+            written = memory
+        elif memory == written and memory:
+            check_apart([("y", tensors[0]), ("another argument", t)])
+
+
+def _check_place(seed: int, tensor_id: int, row_offset: int, rows: int, draws: Tensor) -> None:
+    """Raises TypeError or ValueError for a place that is not in the noise; draws on a device are not read."""
+    if type(seed) is int and type(tensor_id) is int and type(row_offset) is int:
+        good = 0 <= seed < 1 << 64 and 0 <= tensor_id < 1 << 32 and 0 <= row_offset <= FACTOR_LIMIT - rows
+    else:
+        good = False
+    if not good:
+        check_range("seed", seed, 1 << 64)
+        check_range("tensor_id", tensor_id, 1 << 32)
+        check_integer("row_offset", row_offset)
+        if not 0 <= row_offset <= FACTOR_LIMIT - rows:
+            raise ValueError(f"rows {row_offset} to {row_offset + rows} are outside 0 to {FACTOR_LIMIT}")
+    if draws.device.type == "cpu" and not torch.compiler.is_compiling():
+        for step, direction in draws.tolist():
+            if not (0 <= step < MAX_DRAW and 0 <= direction < MAX_DIRECTION):
+                raise ValueError(
+                    f"a draw is a step below {MAX_DRAW} and a direction below {MAX_DIRECTION}, not {step}, {direction}"
+                )
 
 
 def _is_plain(t: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
@@ -134,4 +184,6 @@ def _is_plain(t: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def _describe(t: Tensor) -> str:
+    if not isinstance(t, Tensor):
+        return repr(t)
     return f"{tuple(t.shape)} {t.dtype} on {t.device} (contiguous: {t.is_contiguous()})"

@@ -13,18 +13,26 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 from journal_helpers import zoo  # noqa: E402
 
-from bench.journal_kills import KINDS, kill_runs  # noqa: E402
+from bench.journal_kills import KINDS, kill_runs, small  # noqa: E402
 from lozo_kernels import LOZO  # noqa: E402
 from lozo_kernels.journal import End, Journal, JournalError, diff, read_journal  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are killed that were forked")
 
 
-@pytest.mark.parametrize("kind", list(KINDS)[:3])
-def test_killed_runs_end_in_the_bits_of_the_run_that_was_not(tmp_path, rng, kind):
-    """The short form of ``python bench/journal.py --kills 50``."""
-    found = kill_runs(kind, 2, tmp_path, rng, steps=150)
-    assert found["kills"] == 2
+def llama():
+    """A decoder of transformers, of 5,000 parameters."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=17, num_key_value_heads=1, **sizes)).eval()
+
+
+@pytest.mark.parametrize(("build", "kills", "steps"), [(small, 10, 150), (llama, 3, 60)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_runs_end_in_the_bits_of_the_run_that_was_not(tmp_path, rng, kind, build, kills, steps):
+    """52 kills in all, of a model of torch and of one of transformers; ``python bench/journal.py --kills N`` makes more."""
+    found = kill_runs(kind, kills, tmp_path, rng, steps=steps, build=build)
+    assert found["kills"] == kills
 
 
 @pytest.mark.parametrize("options", [{"fuse_steps": True, "momentum": 0.5}, {"placement": "probe", "momentum": 0.5}])

@@ -13,7 +13,7 @@ from ..table import TensorTable
 
 
 class EagerBackend:
-    """Plain PyTorch, one tensor after the other."""
+    """Plain PyTorch, one tensor after the other; in inference mode, where weights that were loaded under it can be changed too."""
 
     name = "eager"
 
@@ -23,6 +23,7 @@ class EagerBackend:
     def withheld(self, device: torch.device) -> str | None:
         return None
 
+    @torch.inference_mode()
     def lowrank_update_(self, table: TensorTable, update: Update) -> None:
         assert table.v is not None
         for t in _tensors(table):
@@ -30,12 +31,14 @@ class EagerBackend:
             y = reference.lowrank_update(table.x[t], table.v[t], us, list(update.scales[:, t]), _decay(update, t))
             _store(table, t, y, update)
 
+    @torch.inference_mode()
     def dense_update_(self, table: TensorTable, update: Update) -> None:
         for t in _tensors(table):
             zs = [dense_noise(table, t, update.seed, d) for d in update.draws]
             y = reference.dense_update(table.x[t], zs, list(update.scales[:, t]), _decay(update, t))
             _store(table, t, y, update)
 
+    @torch.inference_mode()
     def lowrank_momentum_(self, table: TensorTable, update: Update, momentum: Momentum) -> None:
         assert table.v is not None and table.n is not None
         for t in _tensors(table):
@@ -45,6 +48,7 @@ class EagerBackend:
             y = reference.apply_momentum(y, reference.momentum_product(table.n[t], table.v[t]), momentum.alpha[t])
             _store(table, t, y, update)
 
+    @torch.inference_mode()
     def dense_momentum_(self, table: TensorTable, update: Update, momentum: Momentum) -> None:
         assert table.n is not None
         for t in _tensors(table):
@@ -53,6 +57,7 @@ class EagerBackend:
             y = reference.dense_update(table.x[t], zs, list(update.scales[:, t]), _decay(update, t))
             _store(table, t, reference.apply_momentum(y, table.n[t], momentum.alpha[t]), update)
 
+    @torch.inference_mode()
     def resample_(self, table: TensorTable, seed: int, window: int, reproject: bool) -> None:
         assert table.v is not None
         for t in _tensors(table):
@@ -61,12 +66,14 @@ class EagerBackend:
                 table.n[t].copy_(reference.reproject(table.n[t], table.v[t], v))
             table.v[t].copy_(v)
 
+    @torch.inference_mode()
     def factor_update_(self, table: TensorTable, update: Update) -> None:
         for t in _tensors(table):
             f = table.x[t]
             us = [_rows_of_u(table, t, f.shape[2], update.seed, d) for d in update.draws]
             f.copy_(reference.factor_update(f, us, list(update.scales[:, t]), _decay(update, t)))
 
+    @torch.inference_mode()
     def lowrank_merge_(self, table: TensorTable, update: Update, out: TensorTable) -> None:
         assert table.v is not None and table.n is not None
         for t in _tensors(table):
@@ -74,6 +81,7 @@ class EagerBackend:
             y = reference.lowrank_merge(table.x[t], table.v[t], table.n[t], us, list(update.scales[:, t]), _decay(update, t))
             _store(table, t, y, update, out)
 
+    @torch.inference_mode()
     def dense_merge_(self, table: TensorTable, update: Update, out: TensorTable) -> None:
         for t in _tensors(table):
             zs = [dense_noise(table, t, update.seed, d) for d in update.draws]
@@ -81,6 +89,7 @@ class EagerBackend:
             y = reference.dense_merge(table.x[t], f, zs, list(update.scales[:, t]), _decay(update, t))
             _store(table, t, y, update, out)
 
+    @torch.inference_mode()
     def lowrank_linear_(self, call: Skinny) -> None:
         for tokens, f, shift in _groups(call):
             y = reference.lowrank_linear(
@@ -88,6 +97,7 @@ class EagerBackend:
             )
             call.y[tokens] = y.to(call.y.dtype)
 
+    @torch.inference_mode()
     def lowrank_embedding_(self, call: Skinny) -> None:
         for tokens, f, _ in _groups(call):
             y = reference.lowrank_embedding(call.y[tokens], call.x[tokens], call.v, f, gain=call.gain)

@@ -18,13 +18,13 @@ from .best import Best, Last
 from .card import write_card
 from .compare import compare
 from .data import Example, load_data
-from .journaling import new_keeper, resumed_keeper
+from .journaling import NAME, new_keeper, resumed_keeper
 from .measure import peak_memory
 from .methods import build_driver
 from .models import load_model, open_checkpoint, pick_device
 from .objectives import OBJECTIVES, Encoded, Objective, choose_objective
 from .processes import counted, joined
-from .records import MetricsLog, to_json
+from .records import MetricsLog, to_json, unwritable, write_whole
 from .report import Run, plot, summarize
 from .scoring import score
 from .settings import Settings
@@ -54,6 +54,13 @@ def finetune(settings: Settings, *, command: str = "", quiet: bool = False, resu
             return _run(own, command, quiet or counted()[0] > 0, resume)
         except JournalError as e:
             raise InputError(f"{e}; lozo-kernels finetune --resume {settings.output} goes on from there") from None
+        except Exception as e:
+            why = unwritable(e)
+            if why is None:
+                raise
+            raise InputError(
+                f"--output {own.output}: {why}; make room, and lozo-kernels finetune --resume {settings.output} goes on"
+            ) from e
 
 
 def _run(settings: Settings, command: str, quiet: bool, resume: bool) -> dict[str, Any]:
@@ -134,10 +141,10 @@ def _run(settings: Settings, command: str, quiet: bool, resume: bool) -> dict[st
         return summary
     model.save_pretrained(output / "model")
     checkpoint.tokenizer.save_pretrained(output / "model")
-    best.discard()
     write_card(output / "model", summary, data.task.metrics)
-    (output / "summary.json").write_text(to_json(summary, indent=2) + "\n", encoding="utf-8")
     plot(output / "loss.png", log, f"{data.task.name}, {settings.method}")
+    write_whole(output / "summary.json", to_json(summary, indent=2) + "\n")  # last: where it is, all the rest is
+    best.discard()
     return summary
 
 
@@ -172,6 +179,10 @@ def _make_output(settings: Settings) -> Path:
     output = Path(str(settings.output))
     try:
         output.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.jsonl", NAME, "summary.json", "loss.png", "model"):
+            if (output / name).exists() and (output / name).is_dir() != (name == "model"):
+                kind = "a folder" if name == "model" else "a file"
+                raise InputError(f"--output {output}: {name} is in the way, where {kind} of that name is to be written")
         (output / "metrics.jsonl").touch()
     except OSError as e:
         raise InputError(f"--output {output}: {e.strerror}") from None

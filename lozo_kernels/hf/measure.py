@@ -14,6 +14,11 @@ import torch
 T = TypeVar("T")
 
 
+def since(start: float) -> float:
+    """Seconds since a value of ``time.perf_counter()``; 0 if the clock was set back."""
+    return max(0.0, time.perf_counter() - start)
+
+
 class Clock:
     """Marks and the time between them: on CUDA events on the stream, so that marking waits for nothing."""
 
@@ -31,7 +36,7 @@ class Clock:
     def seconds(self, start: Any, end: Any) -> float:
         """Time between two marks; on CUDA it waits for the second."""
         if self.device.type != "cuda":
-            return end - start
+            return max(0.0, end - start)  # a clock may be set back
         end.synchronize()
         return start.elapsed_time(end) / 1e3
 

@@ -71,7 +71,10 @@ def compare_runs(folders: Sequence[Path], output: Path) -> tuple[str, list[Path]
     """
     runs = [read_run(folder) for folder in folders]
     pyplot = _pyplot()
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"--output {output}: {e.strerror}") from None
     files = [output / "curves.png", output / "costs.png"]
     for path, draw in zip(files, (_curves, _costs), strict=True):
         figure = draw(pyplot, runs)

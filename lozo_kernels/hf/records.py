@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,28 @@ def read_metrics(path: Path) -> list[tuple[str, StepRecord | EvalRecord]]:
         except (ValueError, KeyError, TypeError):
             break
     return found
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A file with all of the text or, if that cannot be written, as it was."""
+    half = path.with_name(f".{path.name}")
+    try:
+        half.write_text(text, encoding="utf-8")
+        half.replace(path)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def unwritable(error: BaseException) -> str | None:
+    """Why results could not be written, if that is what an error says: the disk is full, the quota used up, or read-only."""
+    if isinstance(error, OSError) and error.errno in _NO_PLACE:
+        return error.strerror
+    if type(error).__name__ == "SafetensorError":  # has no number, only the operating system's words and "(os error 28)"
+        return next((os.strerror(code) for code in _NO_PLACE if f"os error {code})" in str(error)), None)
+    return None
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

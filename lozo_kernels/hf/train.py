@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 
 from ..errors import require
+from ..interrupts import deferred_interrupt, interruptible
 from ..optim import NonFiniteLossError
 from ..parallel import DivergenceError, PeerLostError
 from ..steps import StepInfo
 from .drivers import Driver, StepResult
-from .measure import Clock, StepTimer, peak_memory
+from .measure import Clock, StepTimer, peak_memory, since
 from .objectives import Encoded, Objective
 from .processes import part
 from .records import EvalRecord, MetricsLog, StepRecord
@@ -80,7 +82,7 @@ def evaluate(
             correct += int(totals.correct)
             asked += int(totals.count if totals.examples is None else totals.examples)
     accuracy = correct / asked if has_accuracy else None
-    return EvalRecord(step, loss / count, accuracy, len(examples), time.perf_counter() - start)
+    return EvalRecord(step, loss / count, accuracy, len(examples), since(start))
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, name: str | None, steps: int) -> Any:
@@ -138,22 +140,24 @@ def train(
         lr = float(driver.optimizer.param_groups[0]["lr"])
         before = driver.info
         timer = StepTimer(reader.clock)
-        try:
-            with timer:
-                driver.step(timer.forward(lambda: loss_of(batch)))
-        finally:  # a step that was taken is logged, also when it is the one that ends the run
-            if driver.info is not None and driver.info is not before:
-                reader.add(driver.info, lr, timer)
-        if schedule is not None:
-            schedule.step()
+        with deferred_interrupt():
+            try:
+                with timer, interruptible():
+                    driver.step(timer.forward(lambda: loss_of(batch)))
+            finally:  # a step that was taken is logged, also when it is the one that ends the run
+                if driver.info is not None and driver.info is not before:
+                    reader.add(driver.info, lr, timer)
+            if schedule is not None:
+                schedule.step()
 
-    with bar, warnings.catch_warnings():
+    with bar, warnings.catch_warnings(), contextlib.ExitStack() as failing:
         # Skipped updates are in the log and on the bar, and torch cannot know that step() is called inside one_step().
         warnings.filterwarnings("ignore", message=".*update skipped|.*lr_scheduler.step", category=UserWarning)
         # The first step is measured together with the making of the driver, whose V and momentum are part of the peak, and the
         # second because some optimisers make their state at the end of the first.
         with peak_memory(device) as memory:
             driver = make_driver()
+            failing.callback(_give_up, driver)
             schedule = make_schedule(driver.optimizer, settings.lr_schedule, steps)
             start_step = driver.steps_done  # of a run that goes on, which then sees the data and the rates that it would have seen
             for _ in range(start_step):
@@ -182,11 +186,18 @@ def train(
             outcome.stopped = "interrupted"
         except (NonFiniteLossError, PeerLostError, DivergenceError) as e:
             outcome.stopped = str(e)
+        failing.pop_all()
     driver.close()
     reader.flush()
     outcome.steps_done = driver.steps_done
-    outcome.seconds = time.perf_counter() - start
+    outcome.seconds = since(start)
     return outcome
+
+
+def _give_up(driver: Driver) -> None:
+    """After an error that ends the run: nobody else could give the journal's file and the patched model free."""
+    with contextlib.suppress(Exception):
+        driver.close()
 
 
 def eval_batch_size(settings: Settings) -> int:

@@ -232,7 +232,12 @@ class Handle:
         if beta is not None and not self._momentum:
             raise RuntimeError("momentum was not enabled: call enable_momentum() first")
         update = StepUpdate(step, list(c) if isinstance(c, Sequence) else [c], lr, weight_decay, beta)
-        check_update(update, len(self._slots), standing, perturb_next)
+        check_update(update, len(self._slots))
+        check_scale(standing)
+        if perturb_next is not None:
+            check_scale(perturb_next)
+            if not isinstance(step, Tensor):
+                noise.check_range("step", step, noise.MAX_DRAW - 2)  # there is a next one
         self._start(step)
         run_update(self._groups, self.config, update, standing, perturb_next if self._same_window(step) else None)
         if perturb_next is not None and not self._same_window(step):
@@ -257,6 +262,7 @@ class Handle:
             KeyError: no trained parameter has this name.
         """
         slot = self._find(name)
+        noise.check_range("step", step, noise.MAX_DRAW)
         batch, rows, cols = self._extent(slot)
         seed, device = self.config.seed, self._device(slot)
         if slot.kind == "dense":
@@ -330,6 +336,7 @@ class Handle:
         if set(momentum) != expected:
             odd = sorted(expected.symmetric_difference(momentum))
             raise ValueError(f"the saved momentum is of other parameters; differing: {', '.join(odd[:5])}")
+        self.settle()  # what was learned belongs to the V that is left
         self.enable_momentum()
         self._refresh_groups()
         own, pieces = self._momentum, self.state_in_pieces

@@ -86,6 +86,7 @@ def check_settings(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> Non
     settings = [group.get(name, defaults[name]) for name in ("lr", "weight_decay")]
     for name, value in zip(("lr", "weight_decay"), settings, strict=True):
         check_number(name, value, low=0.0)
+    settings = [value.item() if isinstance(value, Tensor) and value.device.type == "cpu" else value for value in settings]
     if not any(isinstance(value, Tensor) for value in settings) and settings[0] * settings[1] > 1.0:
         raise ValueError(f"lr * weight_decay is {settings[0] * settings[1]:g}: above 1 every step turns the weights' sign")
 

@@ -169,14 +169,13 @@ def run_update(
         )
 
 
-def check_update(update: StepUpdate, parameters: int, standing: float = 0.0, perturb_next: float | None = None) -> None:
+def check_update(update: StepUpdate, parameters: int) -> None:
     """Raises TypeError or ValueError for an update that is not made of numbers and tensors of the right shapes; reads no tensor."""
     if not update.c:
         raise ValueError("an update needs the projected gradient of one direction at least")
     rows: list[tuple[str, Any, tuple[int, ...]]] = [("c", c, (0,)) for c in update.c]
-    rows += [("lr", update.lr, (0, 1)), ("weight_decay", update.weight_decay, (0, 1)), ("standing", standing, (0,))]
+    rows += [("lr", update.lr, (0, 1)), ("weight_decay", update.weight_decay, (0, 1))]
     rows += [("beta", update.beta, (0, 1))] if update.beta is not None else []
-    rows += [("perturb_next", perturb_next, (0,))] if perturb_next is not None else []
     for name, value, dims in rows:
         if not isinstance(value, Tensor):
             if not isinstance(value, Real):

@@ -29,6 +29,7 @@ def lowrank_linear_(
     gain: Tensor | None = None,
     shift: Tensor | None = None,
     backend: Backend | None = None,
+    checked: bool = False,
 ) -> None:
     """Y <- gain * Y + (X V)(B + scale U)^T + shift, for a layer that computes X W^T with W (rows, cols).
 
@@ -44,12 +45,17 @@ def lowrank_linear_(
         gain: (1,) fp32, or None for 1.
         shift: (groups, columns of y) fp32, or None for 0.
         backend: default: the best for the device.
+        checked: the caller knows that all are dense tensors whose memory y does not share, and that their place is in the noise.
+            This runs after every layer of a forward pass, and finding that out takes as long as all the rest.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong dtype or shape.
     """
-    tokens, groups, rows, cols = _check(y, x, v, b, draws, scales, gain)
-    _check_place(seed, tensor_id, row_offset, rows, draws)
+    if not checked:
+        _check_storage(y, x, v, b, draws, scales, *(t for t in (gain, shift) if t is not None))
+    tokens, groups, rows, cols = _check(y, v, b, draws, scales, gain)
+    if not checked:
+        _check_place(seed, tensor_id, row_offset, rows, draws)
     inputs, outputs = (rows, cols) if transposed else (cols, rows)
     if y.shape[1] != outputs:
         raise ValueError(f"y is {tuple(y.shape)}; needed is ({tokens}, {outputs})")
@@ -58,9 +64,7 @@ def lowrank_linear_(
             f"x is {tuple(x.shape)} {x.dtype} on {x.device} with strides {x.stride()}; "
             f"needed is ({tokens}, {inputs}) on {y.device}, rows contiguous"
         )
-    if shift is not None and (
-        not isinstance(shift, Tensor) or shift.shape != (groups, outputs) or not _is_plain(shift, torch.float32, y.device)
-    ):
+    if shift is not None and (shift.shape != (groups, outputs) or not _is_plain(shift, torch.float32, y.device)):
         raise ValueError(f"shift is {_describe(shift)}; needed is contiguous fp32 ({groups}, {outputs}) on {y.device}")
     if torch.compiler.is_compiling():
         torch.ops.lozo_kernels.lowrank_linear_(
@@ -84,23 +88,28 @@ def lowrank_embedding_(
     row_offset: int = 0,
     gain: Tensor | None = None,
     backend: Backend | None = None,
+    checked: bool = False,
 ) -> None:
     """Y <- gain * Y + ((B + scale U) V^T)[rows]: only the rows of U that are looked up are generated.
 
     Args:
         y: (tokens, cols); rows: (tokens,) int64 or int32, contiguous; on a GPU the embedding itself has to have checked them.
         v, b, seed, tensor_id, draws, scales, row_offset, gain, backend: as in :func:`lowrank_linear_`.
+        checked: as there, and that the rows are rows of B.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong dtype or shape.
     """
-    tokens, _, count, cols = _check(y, rows, v, b, draws, scales, gain)
-    _check_place(seed, tensor_id, row_offset, count, draws)
+    if not checked:
+        _check_storage(y, rows, v, b, draws, scales, *(() if gain is None else (gain,)))
+    tokens, _, count, cols = _check(y, v, b, draws, scales, gain)
+    if not checked:
+        _check_place(seed, tensor_id, row_offset, count, draws)
     if y.shape[1] != cols:
         raise ValueError(f"y is {tuple(y.shape)}; needed is ({tokens}, {cols})")
     if rows.shape != (tokens,) or rows.dtype not in (torch.int64, torch.int32) or not _is_plain(rows, rows.dtype, y.device):
         raise ValueError(f"rows is {_describe(rows)}; needed is contiguous int64 or int32 ({tokens},) on {y.device}")
-    if tokens and rows.device.type == "cpu" and not torch.compiler.is_compiling():
+    if not checked and tokens and rows.device.type == "cpu" and not torch.compiler.is_compiling():
         least, most = torch.aminmax(rows)
         if least < 0 or most >= count:
             raise ValueError(f"rows are 0 to {count - 1}, not {int(least)} to {int(most)}")
@@ -113,11 +122,8 @@ def lowrank_embedding_(
     backend.lowrank_embedding_(Skinny(y, rows, v, b, seed, tensor_id, row_offset, draws, scales, gain=gain))
 
 
-def _check(
-    y: Tensor, x: Tensor, v: Tensor, b: Tensor, draws: Tensor, scales: Tensor, gain: Tensor | None
-) -> tuple[int, int, int, int]:
+def _check(y: Tensor, v: Tensor, b: Tensor, draws: Tensor, scales: Tensor, gain: Tensor | None) -> tuple[int, int, int, int]:
     """Tokens, groups, rows and columns of the weight. This runs after every layer of a forward pass: few calls, no ``len``."""
-    _check_storage(y, x, v, b, draws, scales)
     device = y.device
     if y.dtype not in DTYPES:
         raise TypeError(f"y is {y.dtype}; supported are {', '.join(str(d) for d in DTYPES)}")
@@ -133,7 +139,7 @@ def _check(
     tokens, groups = y.shape[0], draws.shape[0]
     if scales.shape != (groups,) or not _is_plain(scales, torch.float32, device):
         raise ValueError(f"scales is {_describe(scales)}; needed is contiguous fp32 ({groups},) on {device}")
-    if gain is not None and (not isinstance(gain, Tensor) or gain.shape != (1,) or not _is_plain(gain, torch.float32, device)):
+    if gain is not None and (gain.shape != (1,) or not _is_plain(gain, torch.float32, device)):
         raise ValueError(f"gain is {_describe(gain)}; needed is fp32 (1,) on {device}")
     if groups == 0 or tokens % groups:
         raise ValueError(f"{tokens} tokens do not divide into {groups} evaluations")
@@ -184,6 +190,4 @@ def _is_plain(t: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def _describe(t: Tensor) -> str:
-    if not isinstance(t, Tensor):
-        return repr(t)
     return f"{tuple(t.shape)} {t.dtype} on {t.device} (contiguous: {t.is_contiguous()})"

@@ -98,7 +98,7 @@ class _Layer:
         draws, scales = member.point.draws, member.point.scales
         if runtime.selected is not None:
             draws, scales = runtime.select(draws), runtime.select(scales)
-        noise: dict[str, Any] = {"draws": draws, "scales": scales, "gain": member.gain, **self.noise}
+        noise: dict[str, Any] = {"draws": draws, "scales": scales, "gain": member.gain, "checked": True, **self.noise}
         flat = y.view(-1, y.shape[-1])
         if self.kind == "embedding":
             self._add_rows(flat, x.reshape(-1).contiguous(), v, b, noise)

@@ -69,7 +69,10 @@ def _measured(device: torch.device, dtype: torch.dtype, rank: int, backend_name:
         b = torch.zeros(features, rank, device=device)
         draws, scales = torch.zeros(1, 2, dtype=torch.int64, device=device), torch.ones(1, device=device)
         return fastest(
-            lambda: skinny.lowrank_linear_(y, x, v, b, seed=0, tensor_id=0, draws=draws, scales=scales, backend=backend), device
+            lambda: skinny.lowrank_linear_(
+                y, x, v, b, seed=0, tensor_id=0, draws=draws, scales=scales, backend=backend, checked=True
+            ),
+            device,
         )
 
     def scratch(features: int) -> float:

@@ -68,6 +68,12 @@ class Guards:
 
 
 def _version(member: Member) -> int:
-    """Another number whenever the weight was changed: of a DTensor in blocks as such, or through what this process has of it."""
-    own = member.slot.parameter._version
+    """Another number whenever the weight was changed: of a DTensor in blocks as such, or through what this process has of it.
+
+    Weights that were made in inference mode do not count their changes.
+    """
+    p = member.slot.parameter
+    if p.is_inference():
+        return 0
+    own = p._version
     return own + member.present[0]._version if member.in_blocks else own

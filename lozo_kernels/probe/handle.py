@@ -14,7 +14,7 @@ from ..closures import Closure, Randomness
 from ..config import PatchConfig
 from ..engine import Handle, check_scale
 from ..interrupts import deferred_interrupt
-from ..noise import MAX_DRAW, check_range
+from ..noise import MAX_DIRECTION, MAX_DRAW, check_range
 from ..offloaded import find_homes, home_of
 from ..parameters import Slot, canonical
 from ..passes import Group, Scalar, StepUpdate, Term, check_update, run_pass, run_update
@@ -121,6 +121,7 @@ class ProbeHandle(Handle):
             RuntimeError: not prepared, or a perturbation along another direction stands (use :meth:`shift_`).
         """
         check_scale(scale)
+        check_range("direction", direction, MAX_DIRECTION)
         self._check_prepared()
         self._start(step)
         standing = self._standing
@@ -135,8 +136,9 @@ class ProbeHandle(Handle):
     @torch.no_grad()
     def shift_(self, step: Step, remove: tuple[int, float], add: tuple[int, float]) -> None:
         """From a perturbation along one direction of a step to one along another. Arguments as :meth:`Handle.shift_`."""
-        check_scale(remove[1])
-        check_scale(add[1])
+        for direction, scale in (remove, add):
+            check_scale(scale)
+            check_range("direction", direction, MAX_DIRECTION)
         self._check_prepared()
         if self._groups:
             super().shift_(step, remove, add)
@@ -151,6 +153,9 @@ class ProbeHandle(Handle):
         Raises:
             RuntimeError: not prepared, or a parameter is perturbed in place.
         """
+        for direction, scale in offsets:
+            check_scale(scale)
+            check_range("direction", direction, MAX_DIRECTION)
         self._check_prepared()
         self._start(step)
         if self._groups:
@@ -193,7 +198,8 @@ class ProbeHandle(Handle):
         self._check_prepared()
         self._watch.check_weights()
         update = StepUpdate(step, list(c) if isinstance(c, Sequence) else [c], lr, weight_decay, beta)
-        check_update(update, len(self._slots), standing)
+        check_update(update, len(self._slots))
+        check_scale(standing)
         self._start(step)
         for group in self._states:
             update_factors(group, update, self.config)
@@ -207,6 +213,7 @@ class ProbeHandle(Handle):
             run_update(self._groups, self.config, update, standing)
         self._last_step = self._last_step + 1 if isinstance(step, Tensor) else step
         self._learned = self._learned or bool(self._states)
+        self._watch.look()  # weights that are updated in place changed
         self._standing = None
         self._write([REST])
 
@@ -236,6 +243,7 @@ class ProbeHandle(Handle):
             rounding = Rounding(self._last_step) if self.config.rounding == "stochastic" else None
             for group in self._states:
                 self._ledger.merge(group, self._window, rounding)
+            self._watch.look()  # these changes are our own
             self._learned = False
             self._write([REST])
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .sharding import gather
+
 Loss = Tensor | float
 Closure = Callable[[], Loss]
 BatchClosure = Callable[[Any], Any]
@@ -43,6 +45,7 @@ def as_loss(value: Any) -> Tensor:
         total, weight = map(as_loss, value)
         return total / weight.to(total.device)
     if isinstance(value, Tensor):
+        value = gather(value)
         if value.numel() != 1 or value.is_complex():
             raise TypeError(
                 f"the closure must return one real number; it returned a tensor of shape {tuple(value.shape)}, {value.dtype}"
@@ -128,7 +131,7 @@ def as_losses(value: Any, times: int, examples: int) -> Tensor:
 
 def _as_totals(value: Any, times: int, examples: int) -> tuple[Tensor, Tensor]:
     """(times,) fp64 each; a mean is its own sum, of weight 1."""
-    parts = value if isinstance(value, (tuple, list)) else (value,)
+    parts = [gather(x) if isinstance(x, Tensor) else x for x in (value if isinstance(value, (tuple, list)) else (value,))]
     if times == 1 and len(parts) == 1 and (not isinstance(value, Tensor) or value.dim() == 0):
         loss = as_loss(value).reshape(1)
         return loss, torch.ones_like(loss)

@@ -52,7 +52,7 @@ class CapturedStep:
         if isinstance(optimizer.handle, ProbeHandle):
             raise ValueError("a captured step moves weights: use placement='inplace' with it")
         if optimizer.parallel is not None:
-            raise ValueError("a captured step does not wait for other processes: leave parallel out")
+            raise ValueError("a captured step does not wait for other processes: leave parallel out; sharded models have it always")
         devices = optimizer.handle.devices
         if len(devices) != 1:
             raise ValueError(f"a step is captured on one device, and the trained parameters are on {len(devices)}")

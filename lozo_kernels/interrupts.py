@@ -53,9 +53,10 @@ def deferred_interrupt() -> Iterator[None]:
         _Gate.armed = True
         yield
     finally:
-        _Gate.armed, held = False, _Gate.held  # nothing is raised until the next line
+        _Gate.armed = False
         if signal.getsignal(signal.SIGINT) is _receive:  # else the block chose another, which stays
             signal.signal(signal.SIGINT, handler)
+        held, _Gate.held = _Gate.held, None  # only now does none come here any more
         if held is not None:
             handler(*held)
 

@@ -28,7 +28,7 @@ from .estimating import EstimatingOptimizer
 from .grouping import groups_of
 from .interrupts import as_interruptible, deferred_interrupt
 from .numbers import check_count, check_flag, check_number
-from .parallel import Parallel, as_parallel
+from .parallel import Parallel, as_parallel, shared_shards
 from .patching import patch
 from .probe import ProbeHandle, check_batches
 from .readback import Readback
@@ -69,7 +69,7 @@ class ZerothOrderOptimizer(EstimatingOptimizer):
         max_nonfinite: raise :class:`NonFiniteLossError` after this many steps in a row with a loss that is not finite.
         parallel: several processes take each step together: "examples", each evaluates its own, "directions", each evaluates some
             of them, or a :class:`~lozo_kernels.parallel.Parallel`, whose page says what is exchanged and compared. None: this
-            process is alone, or others see to it; with sharded weights "examples".
+            process is alone, or others see to it; "examples" if the model is sharded over all.
         patch_options: see :func:`patch`; only with a model as target. ``drive="backward"`` is for loops that call
             ``loss.backward()`` and ``step()``.
 
@@ -118,8 +118,8 @@ class ZerothOrderOptimizer(EstimatingOptimizer):
                     f"and this one has {handle.config.estimator!r}"
                 )
             self._check_placement(handle, fuse_steps, evaluation)
-            if self.parallel is None and handle.sharded:
-                self.parallel = Parallel("examples")  # shards of one weight have to move by one c
+            if self.parallel is None and drive_of(handle) is None:
+                self.parallel = shared_shards(handle.model)
             if self.parallel is not None and drive_of(handle) is not None:
                 raise ValueError("with drive='backward' DistributedDataParallel averages over processes: leave parallel out")
             self.handle = handle

@@ -83,7 +83,7 @@ def _check_momentum(saved: Any, handle: Handle) -> None:
         n = saved[name]["momentum"]
         if not _is_tensor(n):
             raise _not(f"momentum of {name!r}", "a tensor", n)
-        if not handle.sharded and n.numel() != own.numel():
+        if not (handle.sharded and handle.state_in_pieces) and n.numel() != own.numel():
             raise ValueError(f"saved momentum of {name!r} is {tuple(n.shape)}, needed is {tuple(own.shape)}")
     other = sorted(set(saved).difference(handle.momentum)) if handle.momentum else []
     if other:

@@ -90,6 +90,11 @@ def block_of(name: str, p: Any) -> Block:
     return Block(local, tuple(offsets))
 
 
+def ranks_of(p: Any) -> list[int]:
+    """The processes that a parameter is spread over; none if it is not sharded."""
+    return sorted(p.device_mesh.mesh.flatten().tolist()) if is_sharded(p) else []
+
+
 def running_device(p: Any) -> torch.device:
     """Where the whole weight is while its module runs: the shards may be kept on the CPU."""
     if not is_sharded(p) or p.device.type == p.device_mesh.device_type:

@@ -172,6 +172,22 @@ def press():
     signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.parametrize("when", ["getsignal", "signal"])
+def test_none_is_lost_at_the_end_of_a_block(monkeypatch, when):
+    """One that comes while the handler of before is put back."""
+    own = getattr(signal, when)
+
+    def late(*args):
+        monkeypatch.undo()
+        press()
+        return own(*args)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), deferred_interrupt():
+        monkeypatch.setattr(signal, when, late)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_where_an_interrupt_is_raised():
     """At once in interruptible parts, at the end of everything else; a second one waits until the first is dealt with."""
     seen = []

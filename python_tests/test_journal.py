@@ -75,6 +75,23 @@ def test_every_backend_replays_a_probe(tmp_path):
     assert [row["isa"] for row in rows if row["backend"] == "native"] == native.supported_isas()
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_that_begin_one_file_one_is_refused(tmp_path, monkeypatch, rng, links):
+    """Also when neither saw the other's, as processes that start together do not."""
+    optimizers = [LOZO(nn.Linear(3, 2)) for _ in range(2)]
+    first = Journal.create(tmp_path / "run", optimizers[0])
+    if links:
+        monkeypatch.setattr(Path, "exists", lambda self: False)
+    else:
+        monkeypatch.setattr(os, "link", lambda *args: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+    with pytest.raises(JournalError, match="is there already"):
+        Journal.create(tmp_path / "run", optimizers[1])
+    monkeypatch.undo()
+    optimizers[0].step(lambda: 1.0)
+    first.finish()
+    assert read_journal(tmp_path / "run").steps == 1 and [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
 def test_tritons_interpreter_replays_a_probe(tmp_path):
     pytest.importorskip("triton")
     torch.manual_seed(1)

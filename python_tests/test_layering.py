@@ -12,8 +12,8 @@ import lozo_kernels
 ROOT = Path(lozo_kernels.__file__).parent
 # Lower layers first; a module imports only from layers below its own (or its own package).
 LAYERS = [
-    {"noise", "interrupts", "errors", "published", "closures", "numbers", "readback", "offloaded", "sharding"},
-    {"config", "reference"},
+    {"noise", "interrupts", "errors", "published", "numbers", "readback", "offloaded", "sharding"},
+    {"config", "reference", "closures"},
     {"table", "report"},
     {"registry"},
     {"ops", "skinny", "steps"},

@@ -166,6 +166,41 @@ def diverging(rank, ranks, folder):
     torch.save(said, folder / f"said-{rank}.pt")
 
 
+def partly(rank, ranks, folder):
+    """Trained beside a frozen base in shards, a loss in shards, and groups that do not fit the shards."""
+    mesh, found = mesh_of(2, 2), {}
+    model = Model()
+    model.up.requires_grad_(False)
+    fully_shard(model.up, mesh=mesh)
+    optimizer = make("lozo-m", model)
+    train(optimizer, model, STEPS, [rank])
+    found["c"], found["weights"] = optimizer.info.c, {name: full(p) for name, p in model.state_dict().items()}
+    optimizer.handle.restore()
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = Linear(6, 12)
+
+        def forward(self, x):
+            return self.up(x).square().mean()
+
+    model = parallelize_module(Loss(), mesh["shard"], {"up": ColwiseParallel(use_local_output=False)})
+    optimizer = make("lozo-m", model, parallel="examples")
+    found["loss"] = float(optimizer.step(lambda: model(torch.ones(2, 6))))
+    said = found["said"] = []
+    for made, more in (
+        (fully(Model(), mesh), {"parallel": Parallel("examples", group=mesh["shard"].get_group())}),
+        (cut(Model(), mesh["shard"]), {}),
+        (fully(Model(), mesh), {"parallel": Parallel("directions")}),
+    ):
+        try:
+            make("lozo-m", made, **more)
+        except ValueError as error:
+            said.append(str(error))
+    torch.save(found, folder / f"partly-{rank}.pt")
+
+
 def same(a, b):
     weights, momentum = a["weights"], a["momentum"]
     assert weights.keys() == b["weights"].keys() and momentum.keys() == b["momentum"].keys()
@@ -204,6 +239,23 @@ def test_momentum_goes_on_in_other_shards(tmp_path, shape, others):
         optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
         train(optimizer, model, STEPS, [0])
         assert same(ended(optimizer, model), expected)
+
+
+def test_what_is_trained_beside_shards_moves_alike(tmp_path):
+    assert finish(start(4, tmp_path, partly)) == [0] * 4, logs(tmp_path)
+    model = Model()
+    model.up.requires_grad_(False)
+    optimizer = make("lozo-m", model)
+    train(optimizer, model, STEPS, range(4))
+    optimizer.handle.restore()
+    for rank in range(4):
+        found = torch.load(tmp_path / f"partly-{rank}.pt")
+        assert torch.equal(found["c"], optimizer.info.c)
+        assert all(torch.equal(p, found["weights"][name]) for name, p in model.state_dict().items())
+        assert found["loss"] > 0
+        group, some, directions = found["said"]
+        assert "is in shards on the ranks [0, 1, 2, 3]" in group and "has the ranks" in group
+        assert "say which ranks take steps together" in some and "run each forward together" in directions
 
 
 def test_replicas_that_differ_are_named(tmp_path):

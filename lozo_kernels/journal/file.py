@@ -41,7 +41,7 @@ class JournalFile:
         _OPEN.add(self)
 
     @classmethod
-    def create(cls, path: Path, header: bytes, fsync: int | None) -> JournalFile:
+    def create(cls, path: Path, header: bytes, fsync: int | None, *, overwrite: bool) -> JournalFile:
         """A new file, with the whole header or not at all: one with half of it never has the journal's name.
 
         Raises:
@@ -52,7 +52,10 @@ class JournalFile:
             half.write_bytes(header)
             descriptor = open_alone(half)
             os.fsync(descriptor)
-            os.replace(half, path)
+            _publish(half, path, overwrite)
+        except FileExistsError:
+            half.unlink()
+            raise already_there(path) from None
         except OSError as e:
             with contextlib.suppress(OSError):
                 half.unlink()
@@ -141,6 +144,27 @@ def check_fsync(fsync: int | None) -> None:
     """Raises TypeError or ValueError unless it is None or a count."""
     if fsync is not None:
         check_count("fsync", fsync)
+
+
+def already_there(path: Path) -> JournalError:
+    """What is said of a name that is taken."""
+    return JournalError(f"{path} is there already: resume it, give overwrite=True, or another name")
+
+
+def _publish(half: Path, path: Path, overwrite: bool) -> None:
+    """Gives a file its name; FileExistsError if another process was faster."""
+    if not overwrite:
+        try:
+            os.link(half, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            if path.exists():
+                raise FileExistsError(str(path)) from None
+        else:
+            half.unlink()
+            return
+    os.replace(half, path)
 
 
 def open_alone(path: Path) -> int:

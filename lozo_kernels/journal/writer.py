@@ -17,7 +17,7 @@ from ..probe.sides import adopt_sides, describe_sides
 from ..steps import StepInfo
 from .arrivals import Arrival, send
 from .describe import describe_groups, describe_parameters, made_with
-from .file import JournalFile, Tail, check_fsync, open_alone
+from .file import JournalFile, Tail, already_there, check_fsync, open_alone
 from .fingerprint import fingerprint
 from .format import Detour, End, Flushed, Header, JournalError, Record, Settled, Sides, StepTaken, encode_header
 from .reader import read_journal
@@ -98,7 +98,7 @@ class Journal:
         if optimizer.journal is not None:
             raise JournalError("the optimiser has a journal already")
         if path.exists() and not overwrite:
-            raise JournalError(f"{path} is there already: resume it, give overwrite=True, or another name")
+            raise already_there(path)
         if optimizer.steps_done and optimizer.momentum:
             raise JournalError(f"momentum of {optimizer.steps_done} steps is in no journal: begin it before the first step")
         notes = _plain(about)
@@ -114,7 +114,7 @@ class Journal:
             made_with(handle),
             notes,
         )
-        return cls(JournalFile.create(path, encode_header(header), fsync), optimizer, header)
+        return cls(JournalFile.create(path, encode_header(header), fsync, overwrite=overwrite), optimizer, header)
 
     @classmethod
     def resume(

@@ -13,8 +13,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, distributed
 
-from ..interrupts import interruptible
-
 _GOOD, _LOST = 0, 1
 _GRACE = 10.0  # seconds for the news of a lost rank to be taken
 _TAG = 0x1020
@@ -36,6 +34,7 @@ class Channel:
 
     Attributes:
         rank, size: in the group.
+        peers: the ranks of the group among all.
         sent, received: bytes of payload so far.
 
     Raises:
@@ -56,7 +55,7 @@ class Channel:
         self.size = distributed.get_world_size(self._group)
         if self.rank < 0:
             raise ValueError("this rank is not in the group that parallel= was given")
-        self._peers = distributed.get_process_group_ranks(self._group)
+        self.peers = distributed.get_process_group_ranks(self._group)
         self.sent = self.received = 0
 
     def exchange(self, words: Tensor, answer: int, reduce: Reduce) -> Tensor:
@@ -74,8 +73,7 @@ class Channel:
         """
         if self.size == 1:
             return reduce(words[None])
-        with interruptible():
-            return self._lead(words, answer, reduce) if self.rank == 0 else self._follow(words, answer)
+        return self._lead(words, answer, reduce) if self.rank == 0 else self._follow(words, answer)
 
     def _lead(self, words: Tensor, answer: int, reduce: Reduce) -> Tensor:
         rows = torch.empty(self.size, len(words), dtype=torch.int64)
@@ -85,7 +83,7 @@ class Channel:
             arriving: list[distributed.Work | None] = []
             while len(arriving) < self.size - 1:
                 rank = len(arriving) + 1
-                arriving.append(distributed.irecv(rows[rank], self._peers[rank], self._group, _TAG))
+                arriving.append(distributed.irecv(rows[rank], self.peers[rank], self._group, _TAG))
             rank = 0
             for work in arriving:
                 rank += 1
@@ -111,7 +109,7 @@ class Channel:
             if rank == skip:
                 continue
             try:
-                leaving.append((rank, distributed.isend(message, self._peers[rank], self._group, _TAG)))
+                leaving.append((rank, distributed.isend(message, self.peers[rank], self._group, _TAG)))
             except RuntimeError as error:
                 failed = failed or (rank, error)
         for rank, work in leaving:
@@ -125,8 +123,8 @@ class Channel:
         message, start = torch.empty(answer + 2, dtype=torch.int64), time.monotonic()
         try:
             # Asked for before anything is sent: news of a lost rank then arrives whatever became of this rank's words.
-            arriving = distributed.irecv(message, self._peers[0], self._group, _TAG)
-            leaving = distributed.isend(words, self._peers[0], self._group, _TAG)
+            arriving = distributed.irecv(message, self.peers[0], self._group, _TAG)
+            leaving = distributed.isend(words, self.peers[0], self._group, _TAG)
             arriving.wait(self._timeout)  # type: ignore[union-attr]
         except RuntimeError as error:
             raise _lost("rank 0, or another that it waits for,", start, error) from None

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed, nn
 
 from ..engine import Handle
 from ..noise import NOISE_VERSION
 from ..numbers import check_count, check_number
 from ..probe import ProbeHandle
+from ..sharding import ranks_of, reshard
 from ..steps import StepInfo
 from .agreement import check_agreement
 from .channel import Channel, PeerLostError
@@ -109,9 +110,16 @@ class Parallel:
         """
         if self._channel is not None:
             raise RuntimeError("this Parallel serves another optimiser already: make one for each")
-        if self.mode == "directions" and any(slot.out_of_reach == "sharded" for slot in handle._slots):
+        spread = {name: ranks for name, p in handle.model.named_parameters() if (ranks := ranks_of(p))}
+        if self.mode == "directions" and spread:
             raise ValueError("the ranks of a sharded model run each forward together: use parallel='examples'")
         channel = Channel(self._given, self.timeout)
+        for name, ranks in spread.items():
+            if not set(ranks) <= set(channel.peers):
+                raise ValueError(
+                    f"{name!r} is in shards on the ranks {ranks}, which have to take every step together, and the group of "
+                    f"parallel= has the ranks {channel.peers}"
+                )
         weights = starting_weights(handle)
         facts = facts | {
             "noise version": NOISE_VERSION,
@@ -136,7 +144,7 @@ class Parallel:
         """Finds out which ranks have the same shards, and whether they are equal."""
         channel = self._connected
         places = channel.exchange(torch.tensor([place_of_shards(self._handle)]), channel.size, Tensor.flatten).tolist()
-        if not any(places):
+        if not any(places) or len(set(places)) == len(places):
             return
         self._places = places
         shards = trained_shards(self._handle)
@@ -302,12 +310,34 @@ class Parallel:
         )
 
     def _how_to_go_on(self, step: int | None) -> str:
+        if any(map(ranks_of, self._handle.model.parameters())):
+            return "Every process has its own shards alone: go on from the last checkpoint or journal, with the ranks that are left"
         last = "" if step is None else "No step was completed; " if step == 0 else f"The last complete step is {step - 1}; "
         exact = "" if isinstance(self._handle, ProbeHandle) else ", up to one rounding of their dtype where a step was under way"
         return (
             f"{last}the weights here are those after it{exact}. Save them with optimizer.state_dict(), or take the last checkpoint "
             "or the journal, and start again with the ranks that are left: no state depends on their number"
         )
+
+
+def shared_shards(model: nn.Module) -> Parallel | None:
+    """How the ranks of a sharded model take steps if nobody says: shards of one weight, and what is computed with them, have to
+    move by one c. None where nothing is sharded.
+
+    Raises:
+        ValueError: the shards are not on all ranks, so that nobody can tell who belongs together.
+    """
+    reshard(model)
+    ranks = sorted({rank for p in model.parameters() for rank in ranks_of(p)})
+    if not ranks:
+        return None
+    size = distributed.get_world_size()
+    if len(ranks) < size:
+        raise ValueError(
+            f"the model is in shards on the ranks {ranks} of {size}: say which ranks take steps together, parallel='examples' for "
+            "all of them, or parallel=Parallel('examples', group=mesh.get_group())"
+        )
+    return Parallel("examples")
 
 
 def as_parallel(value: Parallel | str | None) -> Parallel | None:

@@ -66,7 +66,7 @@ def test_inference_and_backpropagation(rng, name, dtype):
         forward()
         with peak_memory(CPU) as memory:
             forward()
-    assert abs(planned.activation_bytes - memory.bytes) <= 0.02 * memory.bytes + 2**15  # kernels have small buffers of their own
+    assert abs(planned.activation_bytes - memory.bytes) <= 0.02 * memory.bytes + 2**16  # kernels have small buffers of their own
     close(planned.inference_bytes, weights + memory.bytes)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     with peak_memory(CPU) as memory:

@@ -254,7 +254,7 @@ def test_rows_outside_the_weight_are_refused(dtype):
         rows[37] = bad
         with pytest.raises(ValueError, match="rejected the arguments"):
             skinny.lowrank_embedding_(
-                y, rows, v, torch.zeros(5, 4), seed=1, tensor_id=1, draws=draws, scales=torch.ones(1), backend=NATIVE
+                y, rows, v, torch.zeros(5, 4), seed=1, tensor_id=1, draws=draws, scales=torch.ones(1), backend=NATIVE, checked=True
             )
         assert (y == 1).all()
 
@@ -274,7 +274,7 @@ def test_products_outside_the_noise_are_refused(change):
     y = torch.ones(2, 5)
     with pytest.raises(ValueError, match="rejected the arguments"):
         skinny.lowrank_linear_(
-            y, torch.zeros(2, 6), torch.zeros(4, 6, dtype=torch.float16), torch.zeros(5, 4), **call, backend=NATIVE
+            y, torch.zeros(2, 6), torch.zeros(4, 6, dtype=torch.float16), torch.zeros(5, 4), **call, backend=NATIVE, checked=True
         )
     assert (y == 1).all()
 

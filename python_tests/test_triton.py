@@ -326,7 +326,7 @@ def test_rows_that_an_embedding_does_not_have_are_not_read(rng, backend):
     b[10:20] = 1
     y = torch.ones(4, 16, device=DEVICE)
     where = {"draws": torch.tensor([[1, 0]], device=DEVICE), "scales": torch.zeros(1, device=DEVICE)}
-    skinny.lowrank_embedding_(y, ids, v, b[10:20], seed=1, tensor_id=2, **where, backend=backend)
+    skinny.lowrank_embedding_(y, ids, v, b[10:20], seed=1, tensor_id=2, **where, backend=backend, checked=True)
     assert (y == 1).all()
 
 

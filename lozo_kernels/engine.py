@@ -16,6 +16,7 @@ from .closures import Closure, Randomness
 from .config import PatchConfig
 from .estimators import ESTIMATORS, Place
 from .momentum import piece_of, spread
+from .numbers import LARGEST
 from .parameters import LeftAlone, Slot, find_parameters
 from .passes import Group, Scalar, StepUpdate, Term, check_update, run_pass, run_update
 from .registry import Choice, Draw, Step, choose_backend
@@ -25,7 +26,6 @@ from .table import TensorTable
 
 _HANDLES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
-_LARGEST = torch.finfo(torch.float32).max
 
 
 def register_handle(model: nn.Module, make: Callable[[], Handle]) -> Handle:
@@ -490,5 +490,5 @@ def check_scale(scale: float) -> None:
     """Raises TypeError or ValueError for a scale that is no number that fp32 holds."""
     if not isinstance(scale, Real) and not (isinstance(scale, Tensor) and scale.numel() == 1 and not scale.is_complex()):
         raise TypeError(f"scale is a number, not {scale!r}")
-    if not abs(scale) <= _LARGEST:
+    if not abs(scale) <= LARGEST:
         raise ValueError(f"scale is a finite number, not {scale}, in fp32")

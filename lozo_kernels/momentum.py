@@ -29,13 +29,10 @@ def piece_of(slot: Slot, saved: Tensor, like: Tensor, in_pieces: bool) -> Tensor
         in_pieces: that is the part of its shard.
 
     Raises:
-        ValueError: it is of another size.
+        ValueError: as :func:`check_saved`.
     """
-    cut = in_pieces and is_sharded(slot.parameter)
-    shape = _whole_shape(slot, like.shape[-1]) if cut else like.shape
-    fits = tuple(saved.shape) == tuple(shape) if slot.kind == "lowrank" else saved.numel() == math.prod(shape)
-    if not fits:
-        raise ValueError(f"saved momentum of {slot.name!r} is {tuple(saved.shape)}, needed is {tuple(shape)}")
+    shape = check_saved(slot, saved, like, in_pieces)
+    cut = in_pieces and slot.out_of_reach == "sharded"
     if cut and is_sharded(saved):
         mine = spread(slot, like)
         if (saved.device_mesh, saved.placements, saved.shape) == (mine.device_mesh, mine.placements, mine.shape):  # type: ignore[attr-defined]
@@ -47,6 +44,20 @@ def piece_of(slot: Slot, saved: Tensor, like: Tensor, in_pieces: bool) -> Tensor
             if dimension < len(block.offsets):
                 whole = whole.narrow(axis, block.offsets[dimension], block.local.shape[dimension])
     return whole.reshape(like.shape)
+
+
+def check_saved(slot: Slot, saved: Tensor, like: Tensor, in_pieces: bool) -> tuple[int, ...]:
+    """The shape of the whole momentum. Arguments as :func:`piece_of`; of a dense parameter only the size has to be right.
+
+    Raises:
+        ValueError: saved momentum is of another.
+    """
+    cut = in_pieces and slot.out_of_reach == "sharded"
+    shape = _whole_shape(slot, like.shape[-1]) if cut else tuple(like.shape)
+    fits = tuple(saved.shape) == shape if slot.kind == "lowrank" else saved.numel() == math.prod(shape)
+    if not fits:
+        raise ValueError(f"saved momentum of {slot.name!r} is {tuple(saved.shape)}, needed is {shape}")
+    return shape
 
 
 def _axes(slot: Slot) -> dict[int, int]:

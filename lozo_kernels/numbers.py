@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LARGEST = torch.finfo(torch.float32).max
+"""Of the numbers that fp32, in which all scalars reach the ops, can hold."""
+
 
 def check_number(name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> None:
     """Raises TypeError or ValueError unless it is a finite number in [low, high), or a tensor of one, read on the CPU only."""

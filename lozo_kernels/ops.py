@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .noise import MAX_DIRECTION, MAX_DRAW, MAX_RANK, STREAMS, check_draw, check_factor, check_range
+from .numbers import LARGEST
 from .registry import Backend, Draw, Momentum, Rounding, Update, choose_backend, name_of, signed_seed
 from .table import TensorTable, check_alike
 
@@ -23,7 +24,6 @@ Scalars = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
 """A number, one per tensor, or one per draw and tensor: anything that broadcasts to that shape."""
 
 MAX_DRAWS = 2
-_LARGEST = torch.finfo(torch.float32).max
 
 
 def lowrank_update_(
@@ -395,7 +395,7 @@ def _momentum(table: TensorTable, draws: Sequence[Draw], coefficients: Scalars, 
 def _broadcast(value: Scalars, shape: tuple[int, ...], device: torch.device, name: str) -> Tensor:
     """Contiguous fp32 of a shape on a device, without waiting for the device."""
     if isinstance(value, (int, float)):
-        if _LARGEST < abs(value) < math.inf:
+        if LARGEST < abs(value) < math.inf:
             raise ValueError(f"{name} is {value}, which is beyond fp32")
         return torch.full(shape, value, dtype=torch.float32, device=device)
     if not isinstance(value, Tensor):

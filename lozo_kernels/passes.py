@@ -15,10 +15,9 @@ from torch import Tensor
 from . import ops
 from .config import PatchConfig
 from .estimators import Estimator
+from .numbers import LARGEST
 from .registry import Choice, Draw, Rounding, Step
 from .table import TensorTable
-
-_LARGEST = torch.finfo(torch.float32).max
 
 Scalar = float | Tensor
 """A number or a tensor: 0-dim, or one value per trained parameter in the order of ``Handle.names``."""
@@ -180,7 +179,7 @@ def check_update(update: StepUpdate, parameters: int) -> None:
         if not isinstance(value, Tensor):
             if not isinstance(value, Real):
                 raise TypeError(f"{name} is a number or a tensor, not {value!r:.200}")
-            if _LARGEST < abs(value) < math.inf:  # type: ignore[operator]
+            if LARGEST < abs(value) < math.inf:  # type: ignore[operator]
                 raise ValueError(f"{name} is {value}, which is beyond fp32")
         elif value.is_complex() or value.layout != torch.strided or value.device.type == "meta":
             raise TypeError(f"{name} is made of real numbers in storage, not {value.dtype} {value.layout} on {value.device}")

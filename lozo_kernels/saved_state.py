@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .engine import Handle
 from .grouping import check_settings
+from .momentum import check_saved
 from .noise import MAX_DRAW
 from .probe import ProbeHandle
 
@@ -77,14 +78,14 @@ def _check_numbers(state: dict[str, Any]) -> None:
 def _check_momentum(saved: Any, handle: Handle) -> None:
     if not isinstance(saved, Mapping) or not all(isinstance(s, Mapping) for s in saved.values()):
         raise _not("state", "a dict for each name", saved)
+    slots = {slot.name: slot for slot in handle._slots}
     for name, own in handle.momentum.items():
         if "momentum" not in saved.get(name, {}):
             raise ValueError(f"the state has no momentum of {name!r}: it is not all of what state_dict() returned")
         n = saved[name]["momentum"]
         if not _is_tensor(n):
             raise _not(f"momentum of {name!r}", "a tensor", n)
-        if not (handle.sharded and handle.state_in_pieces) and n.numel() != own.numel():
-            raise ValueError(f"saved momentum of {name!r} is {tuple(n.shape)}, needed is {tuple(own.shape)}")
+        check_saved(slots[name], n, own, handle.state_in_pieces)
     other = sorted(set(saved).difference(handle.momentum)) if handle.momentum else []
     if other:
         raise ValueError(f"the saved momentum is of other parameters; differing: {', '.join(map(repr, other[:5]))}")

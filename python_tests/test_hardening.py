@@ -3,18 +3,23 @@
 import errno
 import os
 import random
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from hardening_helpers import KINDS, STEPS, begun, calm, check_replay, finished, leaves_rounding, take_steps, zoo_of
 from models import same, weights, zoo_loss
 
-from lozo_kernels import LOZO, patch
-from lozo_kernels.journal import Journal, JournalError, read_journal
-from lozo_kernels.journal import file as file_module
-from lozo_kernels.probe import cost
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+
+from bench.journal_kills import forked  # noqa: E402
+from lozo_kernels import LOZO, patch  # noqa: E402
+from lozo_kernels.journal import Journal, JournalError, read_journal  # noqa: E402
+from lozo_kernels.journal import file as file_module  # noqa: E402
+from lozo_kernels.probe import cost  # noqa: E402
 
 
 def in_threads(*works):
@@ -201,7 +206,7 @@ def test_a_file_that_may_not_grow(tmp_path):
         take_steps(model, optimizer)
         check_replay(base, path, finished(model, optimizer))
 
-    in_child(work)
+    assert forked(work, limit=60.0)
 
 
 def test_clocks_that_jump(tmp_path, rng, monkeypatch):
@@ -214,30 +219,6 @@ def test_clocks_that_jump(tmp_path, rng, monkeypatch):
         for kind in KINDS:
             assert same(calm(kind, tmp_path / "jumping"), expected[kind]), kind
     assert (tmp_path / "jumping").read_bytes() == journal
-
-
-def in_child(work, timeout=60.0):
-    """Runs a function in a forked process; fails if it does, or hangs."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    until = time.monotonic() + timeout
-    while time.monotonic() < until:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            assert status == 0
-            return
-        time.sleep(0.01)
-    os.kill(child, 9)
-    os.waitpid(child, 0)
-    raise AssertionError("the forked process hangs")
 
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -265,7 +246,7 @@ def test_a_forked_process_goes_on_by_itself(tmp_path, backend, kind, count):
             optimizer.handle.restore()
             torch.save(weights(model), tmp_path / "child")
 
-        in_child(work)
+        assert forked(work, limit=60.0)
         assert path.read_bytes() == recorded
         take_steps(model, optimizer)
         end = finished(model, optimizer)

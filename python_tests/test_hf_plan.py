@@ -57,7 +57,8 @@ def close(planned, measured, share=0.05):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_inference_and_backpropagation(rng, name, dtype):
-    config, batch, length = CONFIGS[name](), rng.randint(2, 5), rng.randint(17, 40)
+    # Below 24 tokens a buffer of bf16 kernels, some 64 KiB for a moment, is the peak of the smallest model.
+    config, batch, length = CONFIGS[name](), rng.randint(2, 5), rng.randint(24, 40)
     planned = plan(config, method="ft", dtype=dtype, batch_size=batch, sequence_length=length, device_bandwidth=100.0)
     model, forward = real(config, getattr(torch, dtype), batch, length)
     assert planned.parameters == sum(p.numel() for p in model.parameters())
@@ -66,7 +67,7 @@ def test_inference_and_backpropagation(rng, name, dtype):
         forward()
         with peak_memory(CPU) as memory:
             forward()
-    assert abs(planned.activation_bytes - memory.bytes) <= 0.02 * memory.bytes + 2**16  # kernels have small buffers of their own
+    assert abs(planned.activation_bytes - memory.bytes) <= 0.02 * memory.bytes + 2**15  # kernels have small buffers of their own
     close(planned.inference_bytes, weights + memory.bytes)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     with peak_memory(CPU) as memory:

@@ -242,7 +242,7 @@ class Parallel:
             PeerLostError: a rank is gone.
         """
         channel = self._connected
-        state, shards = trained_state(self._handle), trained_shards(self._handle)
+        state = trained_state(self._handle)
         words = fingerprints([*state.values()])
         try:
             both = torch.tensor([len(words), combine(words)])
@@ -250,8 +250,9 @@ class Parallel:
             if answer[0] == 2:  # as many tensors everywhere, so that they can be told one by one
                 answer = 2 + channel.exchange(torch.tensor(words), 2, lambda rows: torch.tensor(_odd_one(rows)))
             elif self._places is not None and not answer[0]:
-                found = channel.exchange(torch.tensor(fingerprints([*shards.values()])), 2, self._odd_shard)
-                state, answer = shards, found + 2 if found[0] else found
+                state = trained_shards(self._handle)
+                answer = channel.exchange(torch.tensor(fingerprints([*state.values()])), 2, self._odd_shard)
+                answer = answer + 2 if answer[0] else answer
         except PeerLostError as error:
             raise PeerLostError(f"{error}. {self._how_to_go_on(None if step is None else step + 1)}") from None
         column, rank = answer.tolist()

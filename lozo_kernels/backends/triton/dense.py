@@ -83,9 +83,9 @@ def dense_update(
     """
     ALIGNED: tl.constexpr = WEIGHT is not None
     t, matrix, row, block0 = tile_at(tiles, tl.program_id(0))
-    address, batch_stride, row_stride = weights_at(tensors, t)
-    _, n = factors_at(tensors, t)
-    height, width = extent_at(tensors, t)
+    address, batch_stride, row_stride = weights_at(tensors, t, ALIGNED)
+    _, n = factors_at(tensors, t, ALIGNED)
+    height, width = extent_at(tensors, t, ALIGNED)
     tensor_id, row_offset, col_offset, global_cols = place_at(tensors, t)
     k0, k1 = seed_words(header)
     direction0, c3_0 = draw_words(header, 0, STREAM_Z)

@@ -141,9 +141,9 @@ def lowrank_update(
     """
     ALIGNED: tl.constexpr = WEIGHT is not None
     t, matrix, row0, block0 = tile_at(tiles, tl.program_id(0))
-    address, batch_stride, row_stride = weights_at(tensors, t)
-    v, n = factors_at(tensors, t)
-    height, width = extent_at(tensors, t)
+    address, batch_stride, row_stride = weights_at(tensors, t, ALIGNED)
+    v, n = factors_at(tensors, t, ALIGNED)
+    height, width = extent_at(tensors, t, ALIGNED)
     tensor_id, row_offset, col_offset, global_cols = place_at(tensors, t)
     k0, k1 = seed_words(header)
     matrix = matrix.to(tl.int64)
@@ -245,7 +245,7 @@ def factor_update(
     Factors of a table may be of several ranks, up to RANK; N has RANK columns.
     """
     t, matrix, row0, _ = tile_at(tiles, tl.program_id(0))
-    height, width = extent_at(tensors, t)
+    height, width = extent_at(tensors, t, False)
     tensor_id, row_offset, _, _ = place_at(tensors, t)
     k0, k1 = seed_words(header)
     matrix = matrix.to(tl.int64)
@@ -253,11 +253,11 @@ def factor_update(
     rows = row0 + tl.arange(0, ROWS)
     ks = tl.arange(0, PADDED)
     if MOMENTUM:
-        _, n = factors_at(tensors, t)
+        _, n = factors_at(tensors, t, False)
         mask = (rows < height)[:, None] & (ks < RANK)[None, :]
         pointer = n + (matrix * height + rows)[:, None] * RANK + ks[None, :]
     else:
-        address, batch_stride, row_stride = weights_at(tensors, t)
+        address, batch_stride, row_stride = weights_at(tensors, t, False)
         mask = (rows < height)[:, None] & (ks < width)[None, :]
         begins = matrix * batch_stride + rows.to(tl.int64)[:, None] * row_stride
         pointer = address.to(tl.pointer_type(tl.float32)) + begins + ks[None, :]

@@ -78,8 +78,8 @@ def probed_factor(
 ):  # fmt: skip
     """factors <- N + scale * U, tensor t from row starts[t] on; ROWS rows per program."""
     t, matrix, row0, _ = tile_at(tiles, tl.program_id(0))
-    _, n = factors_at(tensors, t)
-    height, _ = extent_at(tensors, t)
+    _, n = factors_at(tensors, t, False)
+    height, _ = extent_at(tensors, t, False)
     tensor_id, row_offset, _, _ = place_at(tensors, t)
     k0, k1 = seed_words(header)
     direction, c3 = draw_words(header, 0, STREAM_U)
@@ -146,10 +146,10 @@ def lowrank_merge(
     """
     ALIGNED: tl.constexpr = WEIGHT is not None
     t, matrix, row0, block0 = tile_at(tiles, tl.program_id(0))
-    address, batch_stride, row_stride = weights_at(tensors, t)
-    out_address, out_batch_stride, out_row_stride = weights_at(outputs, t)
-    v, n = factors_at(tensors, t)
-    height, width = extent_at(tensors, t)
+    address, batch_stride, row_stride = weights_at(tensors, t, ALIGNED)
+    out_address, out_batch_stride, out_row_stride = weights_at(outputs, t, ALIGNED)
+    v, n = factors_at(tensors, t, ALIGNED)
+    height, width = extent_at(tensors, t, ALIGNED)
     tensor_id, row_offset, col_offset, global_cols = place_at(tensors, t)
     k0, k1 = seed_words(header)
     direction, c3 = draw_words(header, 0, STREAM_U)
@@ -274,10 +274,10 @@ def dense_merge(
     """The op dense_merge, with no draw or one; FACTOR: with N. Programs as those of dense_update, outputs as in lowrank_merge."""
     ALIGNED: tl.constexpr = WEIGHT is not None
     t, matrix, row, block0 = tile_at(tiles, tl.program_id(0))
-    address, batch_stride, row_stride = weights_at(tensors, t)
-    out_address, out_batch_stride, out_row_stride = weights_at(outputs, t)
-    _, n = factors_at(tensors, t)
-    height, width = extent_at(tensors, t)
+    address, batch_stride, row_stride = weights_at(tensors, t, ALIGNED)
+    out_address, out_batch_stride, out_row_stride = weights_at(outputs, t, ALIGNED)
+    _, n = factors_at(tensors, t, ALIGNED)
+    height, width = extent_at(tensors, t, ALIGNED)
     tensor_id, row_offset, col_offset, global_cols = place_at(tensors, t)
     k0, k1 = seed_words(header)
     direction, c3_z = draw_words(header, 0, STREAM_Z)

@@ -18,8 +18,8 @@ def resample(
     """
     program = tl.program_id(0)
     t, matrix, _, _ = tile_at(matrices, program)
-    v, _ = factors_at(tensors, t)
-    _, width = extent_at(tensors, t)
+    v, _ = factors_at(tensors, t, False)
+    _, width = extent_at(tensors, t, False)
     tensor_id, _, col_offset, global_cols = place_at(tensors, t)
     k0, k1 = seed_words(header)
     direction, c3 = draw_words(header, 0, STREAM_V)
@@ -48,8 +48,8 @@ def resample(
 def reproject(tiles, tensors, ratios, RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
     """N <- N ratios[matrix], k ascending, each a rounded multiply and a rounded add; ROWS rows per program."""
     t, matrix, row0, ordinal = tile_at(tiles, tl.program_id(0))
-    _, n = factors_at(tensors, t)
-    height, _ = extent_at(tensors, t)
+    _, n = factors_at(tensors, t, False)
+    height, _ = extent_at(tensors, t, False)
     ratio = ratios + ordinal.to(tl.int64) * (RANK * RANK)
     rows = row0 + tl.arange(0, ROWS)
     ks = tl.arange(0, PADDED)

@@ -14,17 +14,26 @@ def tile_at(tiles, index):
 
 
 @triton.jit
-def weights_at(tensors, t):
+def weights_at(tensors, t, ALIGNED: tl.constexpr):
     """Address of the weights, batch stride, row stride."""
     row = tensors + t.to(tl.int64) * FIELDS
-    return tl.load(row), tl.load(row + 7), tl.load(row + 8)
+    batch_stride = tl.load(row + 7)
+    row_stride = tl.load(row + 8)
+    if ALIGNED:  # said here: Triton 3.6 forgets what is said of what a function returned
+        batch_stride = tl.multiple_of(batch_stride, 8)
+        row_stride = tl.multiple_of(row_stride, 8)
+    return tl.load(row), batch_stride, row_stride
 
 
 @triton.jit
-def factors_at(tensors, t):
+def factors_at(tensors, t, ALIGNED: tl.constexpr):
     """V and the momentum."""
     row = tensors + t.to(tl.int64) * FIELDS
-    return tl.load(row + 1).to(tl.pointer_type(tl.float16)), tl.load(row + 2).to(tl.pointer_type(tl.float32))
+    v = tl.load(row + 1).to(tl.pointer_type(tl.float16))
+    n = tl.load(row + 2).to(tl.pointer_type(tl.float32))
+    if ALIGNED:
+        v = tl.multiple_of(v, 16)
+    return v, n
 
 
 @triton.jit
@@ -34,10 +43,13 @@ def dtype_at(tensors, t):
 
 
 @triton.jit
-def extent_at(tensors, t):
+def extent_at(tensors, t, ALIGNED: tl.constexpr):
     """Rows and columns of a matrix, int64."""
     row = tensors + t.to(tl.int64) * FIELDS
-    return tl.load(row + 5), tl.load(row + 6)
+    width = tl.load(row + 6)
+    if ALIGNED:
+        width = tl.multiple_of(width, 8)
+    return tl.load(row + 5), width
 
 
 @triton.jit

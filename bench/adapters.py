@@ -23,9 +23,9 @@ from miniatures_with_steps import Zo2Mini, ZoLlmMini  # noqa: E402
 
 from lozo_kernels.adapters import accelerate_trainer  # noqa: E402
 from lozo_kernels.bench.document import dumps, format_table, heading, progress, save_partial, where  # noqa: E402
+from lozo_kernels.bench.environment import OtherLoad  # noqa: E402
 from lozo_kernels.bench.models import build_model  # noqa: E402
 from lozo_kernels.bench.timing import Contender, interleave, median, paired_ratio, spread  # noqa: E402
-from lozo_kernels.environment import OtherLoad  # noqa: E402
 
 TRAINERS = {
     "MeZO large": (MezoLarge, {}),

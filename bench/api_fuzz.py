@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from bench import api_fuzz_journal, api_fuzz_models, api_fuzz_noise, api_fuzz_ops, api_fuzz_optim
 from bench.api_fuzz_cases import Choices
-from lozo_kernels.environment import environment
+from lozo_kernels.bench.environment import environment
 
 ENTRIES: dict[str, tuple[Callable[[Choices], str], int]] = {
     "TensorTable and the ops": (api_fuzz_ops.run_op, 38),

@@ -13,8 +13,8 @@ from torch import nn
 from bench.api_fuzz_cases import ANSWER, ODD_NUMBERS, ODD_THINGS, Choices, Memory, PlannedError, attempt, expect, reference_answer
 from bench.api_fuzz_models import loss_of, make_model, memory_of
 from lozo_kernels import LOZO, MeZO, SubZero, export_lora, patch
-from lozo_kernels.estimators import gradients
 from lozo_kernels.journal import Journal, diff, read_journal, replay, revert, verify
+from lozo_kernels.model.estimators import gradients
 
 
 def _bits(model: nn.Module) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def run_export(case: Choices) -> str:
 
 
 def run_gradients(case: Choices) -> str:
-    """The estimators of :mod:`lozo_kernels.estimators.gradients` on a quadratic, where a central difference is exact."""
+    """The estimators of :mod:`lozo_kernels.model.estimators.gradients` on a quadratic, where a central difference is exact."""
     shapes = {"w": (case.of(1, 3), case.of(2, 4)), "b": (case.of(1, 3),)}
     at: dict[str, Any] = {k: torch.randn(s, dtype=torch.float64) for k, s in shapes.items()}
     target, rank = {k: torch.randn_like(x) for k, x in at.items()}, case.of(1, 2)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bench.api_fuzz_cases import ANSWER, ODD_NUMBERS, ODD_THINGS, Choices, all_bytes, attempt, expect, reference_answer, same_bits
 from bench.api_fuzz_tables import Parts, make_parts, strided
-from lozo_kernels import Draw, Rounding, TensorTable, choose_backend, noise, ops, reference
+from lozo_kernels import Draw, Rounding, TensorTable, choose_backend
+from lozo_kernels.kernels import noise, ops, reference
 
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 EXACT_RANK = 8

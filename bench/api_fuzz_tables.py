@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from bench.api_fuzz_cases import ODD_THINGS, Choices, Memory
-from lozo_kernels import TensorTable, noise
-from lozo_kernels.table import DTYPES
+from lozo_kernels import TensorTable
+from lozo_kernels.kernels import noise
+from lozo_kernels.kernels.table import DTYPES
 
 OTHER_DTYPES = (torch.float64, torch.int32, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn)
 FACTOR_LIMIT, FLAT_LIMIT = 1 << 32, 1 << 42

@@ -21,7 +21,7 @@ from architecture_table import ARCHITECTURES  # noqa: E402
 from coverage import check  # noqa: E402
 
 from lozo_kernels.bench.document import dumps  # noqa: E402
-from lozo_kernels.environment import environment  # noqa: E402
+from lozo_kernels.bench.environment import environment  # noqa: E402
 
 Row = dict[str, Any]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lozo_kernels import LOZO
-from lozo_kernels.environment import environment
+from lozo_kernels.bench.environment import environment
 
 STEPS = (1, 10, 100)
 

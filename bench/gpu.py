@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from bench import runner, stages, summary
-from lozo_kernels.backends.triton.tilesizes import slug
+from lozo_kernels.kernels.backends.triton.tilesizes import slug
 
 ROOT = Path(__file__).resolve().parent.parent
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2

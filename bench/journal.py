@@ -30,12 +30,12 @@ from bench import journal_atheris
 from bench.journal_fuzz import fuzz
 from bench.journal_kills import KINDS, kill_runs
 from lozo_kernels import LOZO, StepInfo
-from lozo_kernels.backends import native
+from lozo_kernels.bench.environment import environment
 from lozo_kernels.bench.models import build_model
-from lozo_kernels.environment import environment
 from lozo_kernels.journal import Journal, Sides, StepTaken, read_journal, replay
 from lozo_kernels.journal.fingerprint import fingerprint
-from lozo_kernels.registry import backend_names, choose_backend
+from lozo_kernels.kernels.backends import native
+from lozo_kernels.kernels.registry import backend_names, choose_backend
 
 LONG_RUN = 20_000
 LONGER = 25

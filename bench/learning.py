@@ -31,7 +31,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from bench.plots import learning, save  # noqa: E402
 from lozo_kernels import LOZO, MeZO, SubZero  # noqa: E402
-from lozo_kernels.environment import OtherLoad, environment  # noqa: E402
+from lozo_kernels.bench.environment import OtherLoad, environment  # noqa: E402
 
 Row = dict[str, Any]
 CPU = torch.device("cpu")

@@ -32,12 +32,12 @@ import transformers  # noqa: E402
 from bench import plots  # noqa: E402
 from lozo_kernels import LOZO  # noqa: E402
 from lozo_kernels.bench.document import dumps  # noqa: E402
-from lozo_kernels.environment import OtherLoad, environment  # noqa: E402
-from lozo_kernels.hf.data import read_examples  # noqa: E402
+from lozo_kernels.bench.environment import OtherLoad, environment  # noqa: E402
+from lozo_kernels.bench.published import PublishedStep  # noqa: E402
+from lozo_kernels.hf.data.text import read_examples  # noqa: E402
+from lozo_kernels.hf.loop.train import BatchSampler, evaluate  # noqa: E402
 from lozo_kernels.hf.objectives import Encoded, LanguageModelObjective  # noqa: E402
 from lozo_kernels.hf.tasks import TASKS  # noqa: E402
-from lozo_kernels.hf.train import BatchSampler, evaluate  # noqa: E402
-from lozo_kernels.published import PublishedStep  # noqa: E402
 
 Row = dict[str, Any]
 

@@ -23,12 +23,12 @@ import torchao  # noqa: E402
 from torchao.quantization import Int8WeightOnlyConfig, quantize_  # noqa: E402
 
 from lozo_kernels import LOZO, export_lora  # noqa: E402
-from lozo_kernels.environment import OtherLoad, environment  # noqa: E402
-from lozo_kernels.hf.data import load_data  # noqa: E402
-from lozo_kernels.hf.models import load_model, open_checkpoint  # noqa: E402
+from lozo_kernels.bench.environment import OtherLoad, environment  # noqa: E402
+from lozo_kernels.hf.data.load import load_data  # noqa: E402
+from lozo_kernels.hf.loop.train import BatchSampler, eval_batch_size, evaluate  # noqa: E402
+from lozo_kernels.hf.models.load import load_model, open_checkpoint  # noqa: E402
 from lozo_kernels.hf.objectives import OBJECTIVES  # noqa: E402
 from lozo_kernels.hf.settings import Settings  # noqa: E402
-from lozo_kernels.hf.train import BatchSampler, eval_batch_size, evaluate  # noqa: E402
 
 LOZO_SETTINGS = {"lr": 1e-4, "eps": 1e-3, "rank": 2, "interval": 50, "seed": 0}
 RANKS = (None, 8, 2)

@@ -19,7 +19,7 @@ sys.path[:0] = [str(REPO), str(REPO / "python_tests")]
 import hf_helpers  # noqa: E402
 import torch  # noqa: E402
 
-from lozo_kernels.environment import environment  # noqa: E402
+from lozo_kernels.bench.environment import environment  # noqa: E402
 
 LLAMA = (
     "--model ./stories260K --task sst2 --data-dir ./data --objective lm --rank 2 --eps 1e-3 --interval 50 --batch-size 16 "

@@ -23,7 +23,7 @@ import torch  # noqa: E402
 from torch import distributed, nn  # noqa: E402
 
 from lozo_kernels import LOZO  # noqa: E402
-from lozo_kernels.environment import OtherLoad, environment  # noqa: E402
+from lozo_kernels.bench.environment import OtherLoad, environment  # noqa: E402
 from lozo_kernels.journal import Journal  # noqa: E402
 
 TOLERANCE = 0.2

@@ -8,15 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lozo_kernels.bench.document import format_table
-from lozo_kernels.bench.targets import (
-    PUBLISHED_MEMORY_GB,
-    SPEED,
-    STEP,
-    describe,
-    judge_peak_memory,
-    judge_speed,
-    judge_step,
-)
+from lozo_kernels.bench.targets import PUBLISHED_MEMORY_GB, SPEED, STEP, describe, judge_peak_memory, judge_speed, judge_step
 
 Row = dict[str, Any]
 

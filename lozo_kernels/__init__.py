@@ -1,19 +1,21 @@
 """Fine-tune large language models with forward passes only: LOZO, LOZO-M, MeZO and SubZero on fused kernels."""
 
-from . import backends as _backends  # noqa: F401  (registers the backends)
-from . import library as _library  # noqa: F401  (registers the ops with torch)
-from . import noise, ops, reference, skinny
-from .config import PatchConfig
-from .engine import Handle, handle_of
-from .graphs import CapturedStep, capture_step
-from .optim import LOZO, MeZO, NonFiniteLossError, SubZero
-from .parallel import DivergenceError, Parallel, PeerLostError
-from .patching import patch
-from .probe import BatchSplitError, LoraAdapter, ProbeHandle, export_lora
-from .registry import Draw, Rounding, choose_backend
-from .report import ParameterReport, Report
-from .steps import StepInfo
-from .table import TensorTable
+from .errors import NonFiniteLossError
+from .kernels import backends as _backends  # noqa: F401  (registers the backends)
+from .kernels import noise, ops, reference, skinny
+from .kernels import torch_ops as _library  # noqa: F401  (registers the ops with torch)
+from .kernels.calls import Draw, Rounding
+from .kernels.registry import choose_backend
+from .kernels.table import TensorTable
+from .model.config import PatchConfig
+from .model.handle import Handle, handle_of
+from .model.patching import patch
+from .model.probe import BatchSplitError, LoraAdapter, ProbeHandle, export_lora
+from .model.report import ParameterReport, Report
+from .optim.graphs import CapturedStep, capture_step
+from .optim.optimizer import LOZO, MeZO, SubZero
+from .optim.parallel import DivergenceError, Parallel, PeerLostError
+from .optim.steps import StepInfo
 
 __version__ = "0.1.0"
 

@@ -9,7 +9,7 @@ if not torch.cuda.is_available():  # before anything imports triton: its kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import lozo_kernels
-from lozo_kernels.registry import backend_names, choose_backend
+from lozo_kernels.kernels.registry import backend_names, choose_backend
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, which some of them are about.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lozo_kernels import noise
+from lozo_kernels.kernels import noise
 
 
 class TinyLM(nn.Module):

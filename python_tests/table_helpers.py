@@ -2,8 +2,9 @@
 
 import torch
 
-from lozo_kernels import TensorTable, noise, reference, skinny
-from lozo_kernels.table import DTYPES
+from lozo_kernels import TensorTable
+from lozo_kernels.kernels import noise, reference, skinny
+from lozo_kernels.kernels.table import DTYPES
 
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Half the distance from 1 to the next value: the relative error of rounding to nearest."""

@@ -9,8 +9,8 @@ import torch
 from miniatures import TinyLM, copy_of
 from torch import nn
 
-from lozo_kernels import noise
 from lozo_kernels.adapters import DirectionBackend, PerturbationBackend
+from lozo_kernels.kernels import noise
 
 
 def weights(model):

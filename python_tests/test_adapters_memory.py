@@ -7,7 +7,7 @@ from miniatures_with_steps import Zo2Mini, ZoLlmMini
 from test_adapters import LOZO, MEDIUM, SUBZERO, run
 
 from lozo_kernels.adapters import DirectionBackend, accelerate_trainer
-from lozo_kernels.registry import choose_backend
+from lozo_kernels.kernels.registry import choose_backend
 
 WIDTH, VOCABULARY = 150, 400
 LARGEST = WIDTH * VOCABULARY

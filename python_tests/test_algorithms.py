@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from lozo_kernels import LOZO, MeZO, noise
+from lozo_kernels import LOZO, MeZO
+from lozo_kernels.kernels import noise
 
 
 def simulate(weights, objective, *, steps, rank, interval, eps, lr, beta, seed):

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lozo_kernels import bench, environment, ops
-from lozo_kernels.bench import clock, memory, perturb, step, targets, timing
+from lozo_kernels import bench
+from lozo_kernels.bench import clock, environment, memory, perturb, step, targets, timing
 from lozo_kernels.bench.batches import CausalBatch, TimedClosure
 from lozo_kernels.bench.entrants import METHODS, Entrant, entrants
+from lozo_kernels.kernels import ops
 
 ROW = {"op", "dtype", "rank", "shape", "gbps", "host_us", "not_run", *(f"{column}_gbps" for column in perturb.COLUMNS)}
 STEP_ROW = {"method", "placement", "dtype", "tokens", "step_ms", "two_forwards_ms", "reference_step_ms"}

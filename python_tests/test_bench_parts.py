@@ -10,18 +10,7 @@ import pytest
 import torch
 
 from lozo_kernels import bench, choose_backend
-from lozo_kernels.bench import (
-    clock,
-    correctness,
-    document,
-    exactness,
-    memory_gpu,
-    memory_use,
-    models,
-    peers,
-    perturb,
-    timing,
-)
+from lozo_kernels.bench import clock, correctness, document, exactness, memory_gpu, memory_use, models, peers, perturb, timing
 from lozo_kernels.bench import weights as bench_weights
 from lozo_kernels.bench.cases import Case, plans
 

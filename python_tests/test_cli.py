@@ -12,7 +12,8 @@ import torch
 from hf_helpers import REPO, write_jsonl
 
 import lozo_kernels
-from lozo_kernels import cli, doctor
+from lozo_kernels.cli import command as cli
+from lozo_kernels.cli import doctor
 from lozo_kernels.hf.settings import Settings
 
 GOOD_ROWS = [{"text": f"sentence number {i}", "label": i % 2} for i in range(8)]
@@ -139,7 +140,7 @@ def test_hub_data_needs_datasets(in_tmp, capsys, monkeypatch):
 
 def test_starts_without_optional_packages():
     blocked = "import sys; sys.modules.update({m: None for m in ('transformers', 'tqdm', 'matplotlib', 'tokenizers', 'datasets')})"
-    script = f"{blocked}; from lozo_kernels.cli import main; sys.exit(main(['finetune', '--help']))"
+    script = f"{blocked}; from lozo_kernels.cli.command import main; sys.exit(main(['finetune', '--help']))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPO)
     assert done.returncode == 0, done.stderr
     assert "--train-file" in done.stdout

@@ -15,12 +15,13 @@ import torch
 from table_helpers import UNIT, Case, assert_same_bits, raw
 from test_ops import momentum_call, random_call
 
-from lozo_kernels import Draw, Rounding, TensorTable, noise, ops, skinny
-from lozo_kernels.backends import launches
-from lozo_kernels.backends.cuda import CudaBackend
-from lozo_kernels.backends.launches import device_table
-from lozo_kernels.registry import choose_backend
-from lozo_kernels.table import DTYPES
+from lozo_kernels import Draw, Rounding, TensorTable
+from lozo_kernels.kernels import noise, ops, skinny
+from lozo_kernels.kernels.backends import launches
+from lozo_kernels.kernels.backends.cuda import CudaBackend
+from lozo_kernels.kernels.backends.launches import device_table
+from lozo_kernels.kernels.registry import choose_backend
+from lozo_kernels.kernels.table import DTYPES
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))

@@ -14,7 +14,7 @@ from models import Zoo, same, weights
 from torch import nn
 
 from lozo_kernels import LOZO, MeZO, NonFiniteLossError, handle_of, patch
-from lozo_kernels.drive import SHRINK, drive_of
+from lozo_kernels.model.backward import SHRINK, drive_of
 
 
 class Scored(Zoo):

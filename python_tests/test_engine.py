@@ -10,8 +10,9 @@ from models import Zoo, same, weights
 from torch import nn
 
 import lozo_kernels
-from lozo_kernels import handle_of, noise, patch
-from lozo_kernels.config import PatchConfig
+from lozo_kernels import handle_of, patch
+from lozo_kernels.kernels import noise
+from lozo_kernels.model.config import PatchConfig
 
 
 def test_finds_every_parameter_once():

@@ -11,10 +11,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.api_fuzz import ENTRIES, fuzz
 from bench.api_fuzz_cases import Choices, Finding, Memory, attempt
-from lozo_kernels import LOZO, Draw, MeZO, PatchConfig, Rounding, TensorTable, choose_backend, noise, ops, patch, skinny
-from lozo_kernels.estimators import gradients
+from lozo_kernels import LOZO, Draw, MeZO, PatchConfig, Rounding, TensorTable, choose_backend, patch
 from lozo_kernels.journal import Journal, read_journal, replay, verify
-from lozo_kernels.numbers import check_number
+from lozo_kernels.kernels import noise, ops, skinny
+from lozo_kernels.kernels.checks import check_number
+from lozo_kernels.model.estimators import gradients
 
 
 @pytest.mark.parametrize("name", ENTRIES)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lozo_kernels import LOZO, MeZO, capture_step
-from lozo_kernels.backends.launches import device_table
+from lozo_kernels.kernels.backends.launches import device_table
 
 METHODS = [
     (LOZO, {}),

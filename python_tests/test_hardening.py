@@ -19,7 +19,7 @@ from bench.journal_kills import forked  # noqa: E402
 from lozo_kernels import LOZO, patch  # noqa: E402
 from lozo_kernels.journal import Journal, JournalError, read_journal  # noqa: E402
 from lozo_kernels.journal import file as file_module  # noqa: E402
-from lozo_kernels.probe import cost  # noqa: E402
+from lozo_kernels.model.probe.choosing import cost  # noqa: E402
 
 
 def in_threads(*works):

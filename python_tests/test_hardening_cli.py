@@ -15,8 +15,8 @@ import torch
 for package in ("transformers", "tokenizers", "tqdm", "matplotlib"):
     pytest.importorskip(package)
 
-from lozo_kernels import cli  # noqa: E402
-from lozo_kernels.hf import records  # noqa: E402
+from lozo_kernels.cli import command as cli  # noqa: E402
+from lozo_kernels.hf.loop import records  # noqa: E402
 from lozo_kernels.journal import StepTaken, read_journal  # noqa: E402
 from lozo_kernels.journal import file as file_module  # noqa: E402
 

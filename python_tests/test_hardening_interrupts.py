@@ -15,7 +15,7 @@ from models import weights, zoo_loss
 
 import lozo_kernels
 from lozo_kernels import LOZO
-from lozo_kernels.interrupts import as_interruptible, deferred_interrupt, interruptible
+from lozo_kernels.model.interrupts import as_interruptible, deferred_interrupt, interruptible
 
 LIBRARY = str(Path(lozo_kernels.__file__).parent)
 

@@ -8,14 +8,14 @@ import torch
 from models import Zoo, same, weights, zoo_loss
 
 from lozo_kernels import MeZO, handle_of
-from lozo_kernels.errors import InputError
-from lozo_kernels.hf.baselines import FirstOrder, ForwardGradient, LoRA
-from lozo_kernels.hf.drivers import MAX_NONFINITE
+from lozo_kernels.errors import InputError, NonFiniteLossError
 from lozo_kernels.hf.finetune import finetune
-from lozo_kernels.hf.measure import PeakMemory, peak_memory
-from lozo_kernels.hf.methods import METHODS, build_driver
+from lozo_kernels.hf.loop.baselines import FirstOrder, ForwardGradient, LoRA
+from lozo_kernels.hf.loop.building import build_driver
+from lozo_kernels.hf.loop.drivers import MAX_NONFINITE
+from lozo_kernels.hf.loop.measure import PeakMemory, peak_memory
+from lozo_kernels.hf.methods import METHODS
 from lozo_kernels.hf.settings import Settings
-from lozo_kernels.optim import NonFiniteLossError
 
 transformers = pytest.importorskip("transformers")
 

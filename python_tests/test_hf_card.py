@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lozo_kernels.hf.card import write_card
 from lozo_kernels.hf.finetune import finetune
+from lozo_kernels.hf.reports.card import write_card
 from lozo_kernels.hf.settings import Settings
 
 transformers = pytest.importorskip("transformers")

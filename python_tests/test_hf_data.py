@@ -8,12 +8,14 @@ import pytest
 from hf_helpers import data_folder, write_jsonl
 
 from lozo_kernels.errors import InputError
-from lozo_kernels.hf.data import Example, load_data, read_examples
+from lozo_kernels.hf.data.examples import Example
+from lozo_kernels.hf.data.load import load_data
+from lozo_kernels.hf.data.splits import draw_demonstrations, split
+from lozo_kernels.hf.data.text import read_examples
 from lozo_kernels.hf.demo import language
-from lozo_kernels.hf.prompts import render
 from lozo_kernels.hf.settings import Settings
-from lozo_kernels.hf.splits import draw_demonstrations, split
 from lozo_kernels.hf.tasks import KINDS, TASKS, TEXT
+from lozo_kernels.hf.tasks.prompts import render
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda t: t.name)

@@ -10,14 +10,15 @@ from hf_helpers import write_jsonl
 from hf_tiny import tiny_llama, tiny_roberta, tiny_tokenizer
 from task_rows import HUB_ROWS
 
-from lozo_kernels import cli
+from lozo_kernels.cli import command as cli
 from lozo_kernels.errors import InputError
-from lozo_kernels.hf.data import Example, load_data
+from lozo_kernels.hf.data.examples import Example
+from lozo_kernels.hf.data.load import load_data
 from lozo_kernels.hf.evaluate import evaluate, table
 from lozo_kernels.hf.finetune import finetune
-from lozo_kernels.hf.models import open_checkpoint
+from lozo_kernels.hf.loop.scoring import generate_answers, score
+from lozo_kernels.hf.models.load import open_checkpoint
 from lozo_kernels.hf.objectives import AnswerObjective, OptionsObjective
-from lozo_kernels.hf.scoring import generate_answers, score
 from lozo_kernels.hf.settings import Settings
 from lozo_kernels.hf.tasks import TASKS
 

@@ -7,24 +7,20 @@ import pytest
 import torch
 from hf_helpers import write_jsonl
 
-from lozo_kernels import cli, handle_of
+from lozo_kernels import handle_of
+from lozo_kernels.bench.published import PublishedStep
+from lozo_kernels.cli import command as cli
 from lozo_kernels.errors import InputError
-from lozo_kernels.hf import train as train_module
-from lozo_kernels.hf.data import Example
+from lozo_kernels.hf.data.examples import Example
 from lozo_kernels.hf.finetune import finetune
-from lozo_kernels.hf.measure import peak_memory
-from lozo_kernels.hf.models import load_model, open_checkpoint
-from lozo_kernels.hf.objectives import (
-    ClassificationObjective,
-    LanguageModelObjective,
-    PromptObjective,
-    choose_objective,
-)
-from lozo_kernels.hf.records import to_json
+from lozo_kernels.hf.loop import train as train_module
+from lozo_kernels.hf.loop.measure import peak_memory
+from lozo_kernels.hf.loop.records import to_json
+from lozo_kernels.hf.loop.train import BatchSampler, evaluate
+from lozo_kernels.hf.models.load import load_model, open_checkpoint
+from lozo_kernels.hf.objectives import ClassificationObjective, LanguageModelObjective, PromptObjective, choose_objective
 from lozo_kernels.hf.settings import Settings
 from lozo_kernels.hf.tasks import TASKS, TEXT
-from lozo_kernels.hf.train import BatchSampler, evaluate
-from lozo_kernels.published import PublishedStep
 
 transformers = pytest.importorskip("transformers")
 

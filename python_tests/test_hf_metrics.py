@@ -7,7 +7,7 @@ import string
 import pytest
 from hf_helpers import data_folder
 
-from lozo_kernels.hf.metrics import exact_match, f1, normalize
+from lozo_kernels.hf.tasks.metrics import exact_match, f1, normalize
 
 
 def oracle_words(text):

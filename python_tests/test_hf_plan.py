@@ -5,14 +5,15 @@ import json
 import pytest
 import torch
 
-from lozo_kernels import LOZO, MeZO, SubZero, cli
+from lozo_kernels import LOZO, MeZO, SubZero
 from lozo_kernels.bench.memory_cpu import measure_memory
+from lozo_kernels.cli import command as cli
 from lozo_kernels.errors import InputError
 from lozo_kernels.hf import plan
-from lozo_kernels.hf.dry_run import DryModel
-from lozo_kernels.hf.measure import peak_memory
-from lozo_kernels.hf.plan_machine import given_machine
-from lozo_kernels.hf.planning import METHODS, report
+from lozo_kernels.hf.loop.measure import peak_memory
+from lozo_kernels.hf.planning.dry_run import DryModel
+from lozo_kernels.hf.planning.machine import given_machine
+from lozo_kernels.hf.planning.planning import METHODS, report
 
 transformers = pytest.importorskip("transformers")
 

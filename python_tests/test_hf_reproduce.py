@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from lozo_kernels import cli
+from lozo_kernels.cli import command as cli
 from lozo_kernels.errors import InputError
-from lozo_kernels.hf.memory_table import INFERENCE, TokenBatch, judge, measure_inference, measure_method, open_model, with_ratios
 from lozo_kernels.hf.methods import METHODS
-from lozo_kernels.hf.plots import compare_runs, read_run
-from lozo_kernels.hf.published_results import OPT_13B_MEMORY, TABLES
-from lozo_kernels.hf.reproduce import render, reproduce
-from lozo_kernels.hf.scales import SCALES, Request
-from lozo_kernels.hf.score_table import find_recipe, make_settings, measure_scores
+from lozo_kernels.hf.papers.memory import INFERENCE, TokenBatch, judge, measure_inference, measure_method, open_model, with_ratios
+from lozo_kernels.hf.papers.reproduce import render, reproduce
+from lozo_kernels.hf.papers.results import OPT_13B_MEMORY, TABLES
+from lozo_kernels.hf.papers.scales import SCALES, Request
+from lozo_kernels.hf.papers.scores import find_recipe, make_settings, measure_scores
+from lozo_kernels.hf.reports.plots import compare_runs, read_run
 from lozo_kernels.hf.settings import Settings
 from lozo_kernels.hf.tasks import TASKS
 
@@ -181,7 +181,7 @@ def test_out_of_memory_is_a_cell_and_not_an_end(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     model = open_model("opt-tiny", torch.float32, CPU)
-    monkeypatch.setattr("lozo_kernels.hf.memory_table.build_driver", full)
+    monkeypatch.setattr("lozo_kernels.hf.papers.memory.build_driver", full)
     row = measure_method("lozo", model, TokenBatch(1, 8, CPU), {})
     assert row["out_of_memory"] and row["peak_bytes"] is None
     assert with_ratios([row])[0]["over_weights"] is None and judge(with_ratios([row])) == []
@@ -240,8 +240,8 @@ def test_the_grid_keeps_the_best_run(tmp_path, monkeypatch):
         rest = {"method": "lozo", "task": "t", "settings": {}, "data": {"dev_examples": 4}, "parameters": 10**6}
         return dict.fromkeys(keys) | rest | {"accuracy_after": score}
 
-    monkeypatch.setattr("lozo_kernels.hf.score_table.finetune", fake)
-    monkeypatch.setattr("lozo_kernels.hf.score_table.compare_runs", lambda *_: None)
+    monkeypatch.setattr("lozo_kernels.hf.papers.scores.finetune", fake)
+    monkeypatch.setattr("lozo_kernels.hf.papers.scores.compare_runs", lambda *_: None)
     request = Request("lozo-opt", scale="tiny", methods=("lozo",), grid=True, quiet=True)
     found = measure_scores(request, CPU, tmp_path, "x")
     assert len(seen) == 8 and found["rows"][0]["grid_points"] == 8

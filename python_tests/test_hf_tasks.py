@@ -13,14 +13,15 @@ from task_rows import HUB_ROWS
 
 from lozo_kernels import LOZO
 from lozo_kernels.errors import InputError
-from lozo_kernels.hf.data import load_data, read_examples
-from lozo_kernels.hf.models import load_model, open_checkpoint
+from lozo_kernels.hf.data.load import load_data
+from lozo_kernels.hf.data.text import read_examples
+from lozo_kernels.hf.loop.scoring import score
+from lozo_kernels.hf.loop.train import BatchSampler
+from lozo_kernels.hf.models.load import load_model, open_checkpoint
 from lozo_kernels.hf.objectives import OBJECTIVES, choose_objective
-from lozo_kernels.hf.prompts import FORMS, render
-from lozo_kernels.hf.scoring import score
 from lozo_kernels.hf.settings import Settings
 from lozo_kernels.hf.tasks import KINDS, TASKS
-from lozo_kernels.hf.train import BatchSampler
+from lozo_kernels.hf.tasks.prompts import FORMS, render
 
 pytest.importorskip("transformers")
 

@@ -5,16 +5,10 @@ import torch
 from hf_tiny import tiny_llama, tiny_roberta, tiny_tokenizer
 
 from lozo_kernels.errors import InputError
-from lozo_kernels.hf.data import Example
-from lozo_kernels.hf.objectives import (
-    AnswerObjective,
-    ChoiceObjective,
-    MaskedPromptObjective,
-    PromptObjective,
-    choose_objective,
-)
+from lozo_kernels.hf.data.examples import Example
+from lozo_kernels.hf.loop.train import evaluate
+from lozo_kernels.hf.objectives import AnswerObjective, ChoiceObjective, MaskedPromptObjective, PromptObjective, choose_objective
 from lozo_kernels.hf.tasks import TASKS, TEXT
-from lozo_kernels.hf.train import evaluate
 
 transformers = pytest.importorskip("transformers")
 

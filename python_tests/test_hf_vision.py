@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from lozo_kernels.errors import InputError
-from lozo_kernels.hf import vision_data
-from lozo_kernels.hf.data import load_data
+from lozo_kernels.hf.data import images as vision_data
+from lozo_kernels.hf.data.load import load_data
 from lozo_kernels.hf.finetune import finetune
-from lozo_kernels.hf.models import open_checkpoint
+from lozo_kernels.hf.models.load import open_checkpoint
 from lozo_kernels.hf.objectives import ImageObjective, choose_objective
 from lozo_kernels.hf.settings import Settings
 from lozo_kernels.hf.tasks import TASKS

@@ -15,8 +15,7 @@ from torch import nn
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 from bench.journal import elsewhere  # noqa: E402
-from lozo_kernels import LOZO, MeZO, SubZero, capture_step, noise  # noqa: E402
-from lozo_kernels.backends import native  # noqa: E402
+from lozo_kernels import LOZO, MeZO, SubZero, capture_step  # noqa: E402
 from lozo_kernels.journal import (  # noqa: E402
     Detour,
     Flushed,
@@ -32,6 +31,8 @@ from lozo_kernels.journal import (  # noqa: E402
 )
 from lozo_kernels.journal import arrivals as arrivals_module  # noqa: E402
 from lozo_kernels.journal import file as file_module  # noqa: E402
+from lozo_kernels.kernels import noise  # noqa: E402
+from lozo_kernels.kernels.backends import native  # noqa: E402
 
 RUNS = [
     (LOZO, {}),

@@ -10,7 +10,7 @@ import pytest
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 from bench.journal_kills import forked  # noqa: E402
-from lozo_kernels import cli  # noqa: E402
+from lozo_kernels.cli import command as cli  # noqa: E402
 from lozo_kernels.journal import read_journal  # noqa: E402
 
 pytest.importorskip("transformers")

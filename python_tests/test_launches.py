@@ -6,10 +6,10 @@ from models import Zoo
 from torch import nn
 
 from lozo_kernels import LOZO
-from lozo_kernels.backends import launches
-from lozo_kernels.backends.launches import ANY_DTYPE, DeviceTable, Tile, device_table, merge_table
-from lozo_kernels.registry import Draw
-from lozo_kernels.table import TensorTable
+from lozo_kernels.kernels.backends import launches
+from lozo_kernels.kernels.backends.launches import ANY_DTYPE, DeviceTable, Tile, device_table, merge_table
+from lozo_kernels.kernels.calls import Draw
+from lozo_kernels.kernels.table import TensorTable
 
 pytest.importorskip("triton")
 host = pytest.importorskip("lozo_kernels.bench.host")

@@ -4,9 +4,11 @@ import pytest
 import torch
 from table_helpers import Case, assert_same_bits, raw
 
-from lozo_kernels import LOZO, TensorTable, noise, ops, skinny
-from lozo_kernels.registry import Draw, Rounding, choose_backend
-from lozo_kernels.table import DTYPES
+from lozo_kernels import LOZO, TensorTable
+from lozo_kernels.kernels import noise, ops, skinny
+from lozo_kernels.kernels.calls import Draw, Rounding
+from lozo_kernels.kernels.registry import choose_backend
+from lozo_kernels.kernels.table import DTYPES
 
 TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 OPS = torch.ops.lozo_kernels
@@ -155,7 +157,7 @@ def test_ops_inside_a_compiled_function_see_each_other(rng):
 
 
 def test_packed_tables_are_reused(rng):
-    from lozo_kernels import library
+    from lozo_kernels.kernels import torch_ops as library
 
     x = torch.randn(1, 4, 8)
     call = (0, torch.tensor([3]), [0], torch.ones(1, 1), None, None, 0, "")

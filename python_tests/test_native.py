@@ -8,12 +8,12 @@ import pytest
 import torch
 from table_helpers import Product
 
-from lozo_kernels import noise, ops, skinny
-from lozo_kernels.backends import native
-from lozo_kernels.backends.eager import EagerBackend
-from lozo_kernels.backends.native import NativeBackend
-from lozo_kernels.registry import Draw, Rounding
-from lozo_kernels.table import DTYPES, TensorTable
+from lozo_kernels.kernels import noise, ops, skinny
+from lozo_kernels.kernels.backends import native
+from lozo_kernels.kernels.backends.eager import EagerBackend
+from lozo_kernels.kernels.backends.native import NativeBackend
+from lozo_kernels.kernels.calls import Draw, Rounding
+from lozo_kernels.kernels.table import DTYPES, TensorTable
 
 EAGER, NATIVE = EagerBackend(), NativeBackend()
 ISAS = native.supported_isas() if NATIVE.unavailable(torch.device("cpu")) is None else []

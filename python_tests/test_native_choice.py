@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from lozo_kernels.backends import native
-from lozo_kernels.backends.native import NativeBackend
+from lozo_kernels.kernels.backends import native
+from lozo_kernels.kernels.backends.native import NativeBackend
 
 NATIVE = NativeBackend()
 ISAS = native.supported_isas() if NATIVE.unavailable(torch.device("cpu")) is None else []

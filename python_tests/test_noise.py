@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lozo_kernels import Draw, TensorTable, noise, ops
-from lozo_kernels.backends import native
-from lozo_kernels.backends.eager import EagerBackend
+from lozo_kernels import Draw, TensorTable
+from lozo_kernels.kernels import noise, ops
+from lozo_kernels.kernels.backends import native
+from lozo_kernels.kernels.backends.eager import EagerBackend
 
 NATIVE = native.NativeBackend()
 VECTORS = json.loads((Path(__file__).parent / "noise_vectors.json").read_text())

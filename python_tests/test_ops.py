@@ -4,8 +4,9 @@ import pytest
 import torch
 from table_helpers import UNIT, Case, assert_same_bits
 
-from lozo_kernels import Draw, Rounding, TensorTable, ops, reference
-from lozo_kernels.backends.eager import column_factor, dense_noise, row_factor
+from lozo_kernels import Draw, Rounding, TensorTable
+from lozo_kernels.kernels import ops, reference
+from lozo_kernels.kernels.backends.eager import column_factor, dense_noise, row_factor
 
 F64 = torch.float64
 

@@ -13,9 +13,9 @@ for package in ("transformers", "tokenizers", "tqdm", "matplotlib"):
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("torch.distributed or its gloo backend is missing", allow_module_level=True)
 
-from lozo_kernels import cli  # noqa: E402
+from lozo_kernels.cli import command as cli  # noqa: E402
 from lozo_kernels.errors import InputError  # noqa: E402
-from lozo_kernels.hf.processes import joined, part  # noqa: E402
+from lozo_kernels.hf.loop.processes import joined, part  # noqa: E402
 from lozo_kernels.hf.settings import Settings  # noqa: E402
 
 STEPS = 3

@@ -9,7 +9,7 @@ from torch import nn
 
 import lozo_kernels
 from lozo_kernels import LOZO, MeZO, patch
-from lozo_kernels.registry import choose_backend
+from lozo_kernels.kernels.registry import choose_backend
 
 SIDES = ("activation", "scratch", "copy", "auto")
 
@@ -410,7 +410,7 @@ def test_the_users_word():
 def test_auto_moves_in_place_only_where_it_must_or_may(monkeypatch):
     model = zoo()
     assert "inplace" not in {m.side for m in prepared(model, zoo_loss(model), placement="auto").members}
-    from lozo_kernels.probe import choice
+    from lozo_kernels.model.probe.choosing import choice
 
     monkeypatch.setattr(choice, "free_bytes", lambda device: 100)
     model = zoo()

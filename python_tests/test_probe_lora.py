@@ -11,7 +11,7 @@ from test_probe_offload import MODELS, TOKENS, closure, offload
 from torch import nn
 
 from lozo_kernels import LOZO, MeZO, export_lora, patch
-from lozo_kernels.probe.lora import truncate
+from lozo_kernels.model.probe.lora import truncate
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")

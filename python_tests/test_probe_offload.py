@@ -11,7 +11,7 @@ from models import same
 from torch import nn
 
 from lozo_kernels import LOZO, MeZO, patch
-from lozo_kernels.offloaded import find_homes, home_of
+from lozo_kernels.model.offload import find_homes, home_of
 
 accelerate = pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")

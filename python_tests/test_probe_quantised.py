@@ -10,7 +10,7 @@ from test_probe_offload import closure, llama
 from torch import nn
 
 from lozo_kernels import LOZO, MeZO, export_lora, patch
-from lozo_kernels.parameters import is_quantised
+from lozo_kernels.model.parameters import is_quantised
 
 pytest.importorskip("transformers")
 

@@ -10,8 +10,8 @@ from processes import run_ranks
 from torch import distributed, nn
 
 from lozo_kernels import LOZO, MeZO, Parallel, patch
-from lozo_kernels.probe import preparation
-from lozo_kernels.probe.cost import Costs, measure_costs
+from lozo_kernels.model.probe.choosing import preparation
+from lozo_kernels.model.probe.choosing.cost import Costs, measure_costs
 
 if not distributed.is_available() or not distributed.is_gloo_available():
     pytest.skip("torch.distributed or its gloo backend is missing", allow_module_level=True)

@@ -12,7 +12,8 @@ from task_rows import HUB_ROWS
 from torch import distributed
 
 import lozo_kernels
-from lozo_kernels import cli, doctor
+from lozo_kernels.cli import command as cli
+from lozo_kernels.cli import doctor
 
 transformers = pytest.importorskip("transformers")
 

@@ -9,10 +9,11 @@ from test_algorithms import problem
 from torch import nn
 
 import lozo_kernels
-from lozo_kernels import PatchConfig, SubZero, noise, patch
-from lozo_kernels.estimators import ESTIMATORS
-from lozo_kernels.estimators.subspace import orthonormal
-from lozo_kernels.parameters import most_square
+from lozo_kernels import PatchConfig, SubZero, patch
+from lozo_kernels.kernels import noise
+from lozo_kernels.model.estimators import ESTIMATORS
+from lozo_kernels.model.estimators.subspace import orthonormal
+from lozo_kernels.model.parameters import most_square
 
 GRID = 2.0**-8
 
@@ -297,4 +298,4 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_config_names_the_estimators():
-    assert tuple(ESTIMATORS) == lozo_kernels.config.ESTIMATORS
+    assert tuple(ESTIMATORS) == lozo_kernels.model.config.ESTIMATORS

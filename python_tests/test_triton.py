@@ -7,13 +7,14 @@ import pytest
 import torch
 from table_helpers import UNIT, raw
 
-from lozo_kernels import ops, reference, skinny
-from lozo_kernels.backends import launches
-from lozo_kernels.backends.triton import TritonBackend, activations
-from lozo_kernels.backends.triton.tilesizes import TileSize
-from lozo_kernels.noise import dense, factor, to_grid
-from lozo_kernels.registry import Draw, Rounding, choose_backend
-from lozo_kernels.table import TensorTable
+from lozo_kernels.kernels import ops, reference, skinny
+from lozo_kernels.kernels.backends import launches
+from lozo_kernels.kernels.backends.triton import TritonBackend, activations
+from lozo_kernels.kernels.backends.triton.tilesizes import TileSize
+from lozo_kernels.kernels.calls import Draw, Rounding
+from lozo_kernels.kernels.noise import dense, factor, to_grid
+from lozo_kernels.kernels.registry import choose_backend
+from lozo_kernels.kernels.table import TensorTable
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TRITON = TritonBackend()
@@ -60,7 +61,7 @@ def backend(monkeypatch):
 
 def recorder():
     """A launcher that remembers the last plan."""
-    from lozo_kernels.backends.triton.launcher import Launcher
+    from lozo_kernels.kernels.backends.triton.launcher import Launcher
 
     class Recorder(Launcher):
         def run(self, plan, programs, arguments):
@@ -392,8 +393,8 @@ def test_a_table_of_everything(rng, backend):
 @pytest.mark.parametrize("op", ["lowrank_update_", "lowrank_momentum_"])
 def test_the_variant_for_amd(rng, backend, monkeypatch, op, case):
     """Blocks are stored in another shape there."""
-    from lozo_kernels.backends.triton import backend as module
-    from lozo_kernels.backends.triton.plans import Target
+    from lozo_kernels.kernels.backends.triton import backend as module
+    from lozo_kernels.kernels.backends.triton.plans import Target
 
     monkeypatch.setattr(module, "_target", lambda device: Target(dp4a=False, eights=True, emulate=True))
     example = Example(rng, case, rng.choice(EXACT_MOMENTUM_RANKS), "momentum" in op)

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from lozo_kernels import cli, tune
-from lozo_kernels.backends.triton import TritonBackend, tilesizes
-from lozo_kernels.backends.triton.tilesizes import KERNELS, TileSize
+from lozo_kernels.bench import tune
+from lozo_kernels.cli import command as cli
+from lozo_kernels.kernels.backends.triton import TritonBackend, tilesizes
+from lozo_kernels.kernels.backends.triton.tilesizes import KERNELS, TileSize
 
 DEFAULT = {"kernel": "lowrank_update", "weights": "aligned", "rank_up_to": 64}
 needs_interpreter = pytest.mark.skipif(

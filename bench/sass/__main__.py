@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lozo_kernels.bench.document import dumps
-from lozo_kernels.environment import commit, versions
+from lozo_kernels.bench.environment import commit, versions
 
 from . import cuda, report
 from .budgets import budget_for
@@ -26,7 +26,7 @@ from .pool import list_jobs, read_all
 from .rows import row_of
 from .targets import TARGETS
 
-CATALOGUE = "lozo_kernels.backends.triton.catalogue"
+CATALOGUE = "lozo_kernels.kernels.backends.triton.catalogue"
 NAIVE = "bench.sass.naive"
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from lozo_kernels.backends.triton.catalogue import Compilation
-from lozo_kernels.backends.triton.noise import dense_any
-from lozo_kernels.backends.triton.weights import as_fp32, read_weights, store_weights
+from lozo_kernels.kernels.backends.triton.catalogue import Compilation
+from lozo_kernels.kernels.backends.triton.noise import dense_any
+from lozo_kernels.kernels.backends.triton.weights import as_fp32, read_weights, store_weights
 
 
 @triton.jit

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..config import PatchConfig
-from ..passes import Scalar
+from ..model.config import PatchConfig
+from ..model.passes import Scalar
 from .weights import Pairs, Weights
 
 COMPAT = (None, "published")

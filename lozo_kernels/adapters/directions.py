@@ -9,11 +9,10 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..config import PatchConfig
-from ..engine import check_scale
-from ..numbers import check_number
-from ..passes import decay_of
+from ..kernels import ops
+from ..kernels.checks import check_number, check_scale
+from ..model.config import PatchConfig
+from ..model.passes import decay_of
 from .weights import Pairs, Weights
 
 _ESTIMATORS = ("lowrank", "dense")

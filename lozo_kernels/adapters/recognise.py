@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ..config import ROUNDINGS
+from ..model.config import ROUNDINGS
 from .base import COMPAT, Settings, TrainerAdapter
 from .lozo import LozoAdapter, PublishedLozoAdapter
 from .mezo import MediumMezoAdapter, MezoAdapter

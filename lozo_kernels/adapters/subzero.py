@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..estimators.subspace import orthonormal
-from ..noise import MAX_RANK, tensor_ids
-from ..parameters import canonical, check_trainable, most_square
-from ..passes import Scalar
-from ..registry import Backend, Draw, Rounding, choose_backend
-from ..table import TensorTable
+from ..kernels import ops
+from ..kernels.calls import Draw, Rounding
+from ..kernels.noise import MAX_RANK, tensor_ids
+from ..kernels.registry import Backend, choose_backend
+from ..kernels.table import TensorTable
+from ..model.estimators.subspace import orthonormal
+from ..model.parameters import canonical, check_trainable, most_square
+from ..model.passes import Scalar
 from .base import SGD, Settings, TrainerAdapter, read_sgd
 from .streams import draw_dense
 from .weights import Pairs, further_names

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..config import PatchConfig
-from ..engine import Handle
-from ..parameters import canonical
-from ..passes import Group, Scalar
-from ..registry import Draw, Rounding
+from ..kernels import ops
+from ..kernels.calls import Draw, Rounding
+from ..model.config import PatchConfig
+from ..model.handle import Handle
+from ..model.parameters import canonical
+from ..model.passes import Group, Scalar
 
 Pairs = Sequence[tuple[Any, ...]]
 """(name, parameter, ...) for each parameter, as in a trainer's ``named_parameters_to_optim``."""
@@ -36,8 +36,8 @@ class Weights:
 
     These trainers make their list anew in every step and may replace the storage of a parameter at any time. A list is known by its
     names; addresses are compared at every pass (:class:`~lozo_kernels.Handle` does it), so a list that did not change costs
-    a look-up. Tied parameters are one. Noise is that of :mod:`lozo_kernels.noise` with the caller's seed and step 0; V is that
-    of ``config.seed`` and the window of the caller's step.
+    a look-up. Tied parameters are one. Noise is that of :mod:`lozo_kernels.kernels.noise` with the caller's seed and step 0; V is
+    that of ``config.seed`` and the window of the caller's step.
 
     Args:
         config: estimator, rank, interval, seed of V, scaling, rounding and backend.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import InputError
-from ..registry import choose_backend
+from ..kernels.registry import choose_backend
 from . import correctness, exactness, fits, host, memory, perturb, step
 from .arguments import Parser
 from .gate import GateError

@@ -10,8 +10,8 @@ from typing import NoReturn
 import torch
 
 from ..errors import InputError
-from ..noise import MAX_RANK
-from ..table import DTYPES
+from ..kernels.noise import MAX_RANK
+from ..kernels.table import DTYPES
 from .models import MODELS
 
 DTYPE_NAMES = {str(d).removeprefix("torch."): d for d in DTYPES}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..optim import ZerothOrderOptimizer
+from ..optim.optimizer import ZerothOrderOptimizer
 from .clock import Clock, HostClock
 
 Forward = Callable[..., Tensor]

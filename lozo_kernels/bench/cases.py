@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import noise, ops
-from ..registry import Backend, Draw, Rounding
-from ..table import DTYPES, TensorTable
+from ..kernels import noise, ops
+from ..kernels.calls import Draw, Rounding
+from ..kernels.registry import Backend
+from ..kernels.table import DTYPES, TensorTable
 
 LOWRANK = ("lowrank_update_", "lowrank_momentum_", "resample_")
 DENSE = ("dense_update_", "dense_momentum_")

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..environment import OtherLoad
 from ..errors import InputError
-from ..registry import Backend, Draw, backend_names, choose_backend
+from ..kernels import ops
+from ..kernels.calls import Draw
+from ..kernels.registry import Backend, backend_names, choose_backend
 from .arguments import add_common, check_output, positive, several
 from .cases import Case, plans
 from .document import first_line, format_table, progress, publish, where
+from .environment import OtherLoad
 
 Row = dict[str, Any]
 

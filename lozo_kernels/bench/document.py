@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..environment import environment
+from .environment import environment
 
 _QUIET = 0.1  # CPUs that others may use without a warning
 

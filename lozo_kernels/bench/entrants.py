@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from ..optim import LOZO, MeZO, ZerothOrderOptimizer
-from ..probe import ProbeHandle
-from ..published import PublishedStep
+from ..model.probe import ProbeHandle
+from ..optim.optimizer import LOZO, MeZO, ZerothOrderOptimizer
 from .arguments import several
+from .published import PublishedStep
 
 EPS, LR, BETA, INTERVAL = 1e-3, 1e-7, 0.9, 50
 

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import noise, ops
-from ..environment import OtherLoad
-from ..noise import MAX_RANK
-from ..registry import Backend, Draw, choose_backend
-from ..table import TensorTable
+from ..kernels import noise, ops
+from ..kernels.calls import Draw
+from ..kernels.noise import MAX_RANK
+from ..kernels.registry import Backend, choose_backend
+from ..kernels.table import TensorTable
 from .arguments import add_common, check_output, positive, rank_number, several
 from .document import first_line, format_table, publish, where
+from .environment import OtherLoad
 
 Row = dict[str, Any]
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..environment import OtherLoad
 from .arguments import DTYPE_NAMES, add_common, check_output, dtype_name, method_of, model_name, positive, rank_number, several
 from .batches import CausalBatch
 from .document import first_line, format_table, progress, publish, where
 from .entrants import METHODS, make_optimizer
+from .environment import OtherLoad
 from .memory_use import out_of_memory
 from .models import MODELS, build_model
 from .step import add_length

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import noise, reference
-from ..table import TensorTable
+from ..kernels import noise, reference
+from ..kernels.table import TensorTable
 from .weights import SEED, WINDOW, OpCall, Weights, dense_calls, lowrank_calls
 
 _EXACT_MOMENTUM_RANK = 8  # above it momentum products are bounded, not promised in bits

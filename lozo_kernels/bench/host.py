@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..backends.triton import TritonBackend
-from ..backends.triton.launcher import Launcher
-from ..engine import Handle
-from ..environment import OtherLoad, environment
-from ..patching import patch
-from ..registry import registered
+from ..kernels.backends.triton import TritonBackend
+from ..kernels.backends.triton.launcher import Launcher
+from ..kernels.registry import registered
+from ..model.handle import Handle
+from ..model.patching import patch
 from .arguments import add_common, check_output, model_name, positive
 from .document import format_table, publish
+from .environment import OtherLoad, environment
 from .models import build_model
 from .timing import quantile
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..environment import OtherLoad
-from ..optim import ZerothOrderOptimizer
-from ..probe import ProbeHandle
+from ..model.probe import ProbeHandle
+from ..optim.optimizer import ZerothOrderOptimizer
 from . import memory_cpu, memory_gpu
 from .arguments import DTYPE_NAMES, add_common, add_model, check_output, positive
 from .batches import CausalBatch
 from .document import format_table, progress, publish, save_partial, where
 from .entrants import Entrant, add_placement, entrants, make_optimizer, make_published
+from .environment import OtherLoad
 from .memory_use import MemoryUse, Step, out_of_memory
 from .models import MODELS, build_model
 from .step import add_length

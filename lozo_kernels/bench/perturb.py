@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from ..environment import OtherLoad, last_level_cache
 from ..errors import InputError
-from ..registry import Backend, choose_backend
+from ..kernels.registry import Backend, choose_backend
 from . import peers
 from .arguments import DTYPE_NAMES, add_common, check_output, dtype_name, model_name, positive, rank_number, several, shape_label
 from .clock import Clock, clock_for
 from .document import first_line, format_table, progress, publish, save_partial, where
+from .environment import OtherLoad, last_level_cache
 from .gate import check, check_small
 from .models import parameter_shapes
 from .targets import goals, judge_speed

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..environment import OtherLoad
-from ..optim import ZerothOrderOptimizer
+from ..optim.optimizer import ZerothOrderOptimizer
 from .arguments import DTYPE_NAMES, add_common, add_model, check_output, positive, several
 from .batches import LENGTH, CausalBatch, TimedClosure
 from .clock import Clock, HostClock, clock_for
 from .document import format_table, progress, publish, save_partial, where
 from .entrants import INTERVAL, METHODS, Entrant, add_placement, entrants, make_optimizer, make_published, treatment
+from .environment import OtherLoad
 from .models import MODELS, build_model
 from .targets import goals, judge_ratios, judge_step
 from .timing import Contender, Seconds, interleave, median, paired_ratio, spread

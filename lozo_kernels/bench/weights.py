@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import noise, ops
 from ..errors import InputError
-from ..registry import Backend, Draw
-from ..table import TensorTable
+from ..kernels import noise, ops
+from ..kernels.calls import Draw
+from ..kernels.registry import Backend
+from ..kernels.table import TensorTable
 from .models import MODELS, parameter_shapes
 
 SEED = 0x10_20_30_40_50_60_70

@@ -7,14 +7,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .arguments import ZOArguments
-    from .attaching import attach
-    from .planning import plan
-    from .trainer import ZOTrainer
+    from .planning.planning import plan
+    from .trainer.arguments import ZOArguments
+    from .trainer.attach import attach
+    from .trainer.trainer import ZOTrainer
 
 __all__ = ["ZOArguments", "ZOTrainer", "attach", "plan"]
 
-_LAZY = {"ZOArguments": "arguments", "attach": "attaching", "ZOTrainer": "trainer", "plan": "planning"}
+_LAZY = {
+    "ZOArguments": "trainer.arguments",
+    "attach": "trainer.attach",
+    "ZOTrainer": "trainer.trainer",
+    "plan": "planning.planning",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,15 +9,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..environment import commit, versions
+from ..bench.environment import commit, versions
 from ..errors import InputError, require
-from .data import TaskData, load_data
+from .data.examples import TaskData
+from .data.load import load_data
+from .data.splits import TEST_SIZE, draw_demonstrations
 from .finetune import threads
-from .models import Checkpoint, load_adapter, load_model, open_checkpoint, pick_device
+from .loop.scoring import score
+from .models.checkpoint import Checkpoint, pick_device
+from .models.language import load_adapter
+from .models.load import load_model, open_checkpoint
 from .objectives import OBJECTIVES, Objective, PromptedObjective, choose_objective
-from .scoring import score
 from .settings import Settings
-from .splits import TEST_SIZE, draw_demonstrations
 
 METHODS = ("zero-shot", "icl")
 

@@ -13,22 +13,24 @@ import torch
 
 from ..errors import InputError, require
 from ..journal import JournalError
-from ..registry import choose_backend
-from .best import Best, Last
-from .card import write_card
-from .compare import compare
-from .data import Example, load_data
-from .journaling import NAME, new_keeper, resumed_keeper
-from .measure import peak_memory
-from .methods import build_driver
-from .models import load_model, open_checkpoint, pick_device
+from ..kernels.registry import choose_backend
+from .data.examples import Example
+from .data.load import load_data
+from .loop.best import Best, Last
+from .loop.building import build_driver
+from .loop.journaling import NAME, new_keeper, resumed_keeper
+from .loop.measure import peak_memory
+from .loop.processes import counted, joined
+from .loop.records import MetricsLog, to_json, unwritable, write_whole
+from .loop.scoring import score
+from .loop.train import BatchSampler, eval_batch_size, evaluate, train
+from .models.checkpoint import pick_device
+from .models.load import load_model, open_checkpoint
 from .objectives import OBJECTIVES, Encoded, Objective, choose_objective
-from .processes import counted, joined
-from .records import MetricsLog, to_json, unwritable, write_whole
-from .report import Run, plot, summarize
-from .scoring import score
+from .reports.beside_published import compare
+from .reports.card import write_card
+from .reports.summary import Run, plot, summarize
 from .settings import Settings
-from .train import BatchSampler, eval_batch_size, evaluate, train
 
 
 def finetune(settings: Settings, *, command: str = "", quiet: bool = False, resume: bool = False) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def finetune(settings: Settings, *, command: str = "", quiet: bool = False, resu
             that of a run that was never stopped, in every bit.
 
     Returns:
-        The summary, see :func:`lozo_kernels.hf.report.summarize`. Its "stopped" is None if all steps were taken.
+        The summary, see :func:`lozo_kernels.hf.reports.summary.summarize`. Its "stopped" is None if all steps were taken.
 
     Raises:
         InputError: something that the user can put right, before any training.

@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..config import PLACEMENTS, SCALINGS
 from ..errors import InputError
-from ..noise import MAX_RANK
+from ..kernels.noise import MAX_RANK
+from ..model.config import PLACEMENTS, SCALINGS
 from .methods import METHOD_SETTINGS, METHODS, TRAINING_SETTINGS, Method
 from .tasks import TASKS
 

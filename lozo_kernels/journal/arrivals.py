@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..optim import ZerothOrderOptimizer
-from ..steps import StepInfo
+from ..optim.optimizer import ZerothOrderOptimizer
+from ..optim.readback import to_host
+from ..optim.steps import StepInfo
 from .format import StepTaken
 
 
@@ -56,17 +57,6 @@ def send(optimizer: ZerothOrderOptimizer, info: StepInfo, *, at_rest: bool, retu
     tensors = [v.detach().to(info.c.device, torch.float64, non_blocking=True) for v in (*lr, *decay) if isinstance(v, Tensor)]
     values, arrived = to_host(torch.cat([info.c, *(v.to(torch.float64).reshape(1) for v in (info.skipped, *tensors))]))
     return Arrival(values, arrived, optimizer.directions, _plain(lr), _plain(decay), at_rest, returned)
-
-
-def to_host(values: Tensor) -> tuple[Tensor, Any]:
-    """A copy on the host, and what says that it is there; None on the CPU."""
-    if values.device.type != "cuda":
-        return values.cpu(), None
-    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    copy.copy_(values, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record(torch.cuda.current_stream(values.device))
-    return copy, arrived
 
 
 def _plain(values: Sequence[Any]) -> list[float | None]:

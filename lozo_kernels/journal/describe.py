@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ..engine import Handle
-from ..optim import ZerothOrderOptimizer
-from ..registry import choose_backend
+from ..kernels.registry import choose_backend
+from ..model.handle import Handle
+from ..optim.optimizer import ZerothOrderOptimizer
 from .fingerprint import weight_fingerprints
 from .format import Parameter
 

@@ -8,8 +8,9 @@ import os
 import weakref
 from pathlib import Path
 
-from ..numbers import check_count
-from .format import CRC, JournalError, Record, Sides, StepTaken, encode_record, frame
+from ..errors import JournalError
+from ..kernels.checks import check_count
+from .format import CRC, Record, Sides, StepTaken, encode_record, frame
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine import Handle
-from ..parameters import Slot
-from ..probe import ProbeHandle
-from ..probe.offload import load_weight
-from ..sharding import gather
+from ..model.handle import Handle
+from ..model.parameters import Slot
+from ..model.probe import ProbeHandle
+from ..model.probe.members import load_weight
+from ..model.sharding import gather
 from .format import DIGEST_BYTES
 
 _CHUNK = 1 << 26  # bytes of a device's weight that are brought here at once

@@ -13,7 +13,8 @@ import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..config import PatchConfig
+from ..errors import JournalError
+from ..model.config import PatchConfig
 
 MAGIC = b"LOZOJRNL"
 VERSION = 1
@@ -31,10 +32,6 @@ STEP = 0x80
 LR, LR_EACH, DECAY, DECAY_EACH, SKIPPED, RETURNED, AT_REST = (1 << bit for bit in range(7))
 
 _MOST_DIRECTIONS = 1 << 20
-
-
-class JournalError(RuntimeError):
-    """A journal cannot be read, written, or used with this model; the message says why, and no weight was touched."""
 
 
 class StepTaken(NamedTuple):
@@ -71,7 +68,7 @@ class Detour(NamedTuple):
 
 
 class Sides(NamedTuple):
-    """How a probe treats each parameter, as :func:`lozo_kernels.probe.sides.describe_sides` says it."""
+    """How a probe treats each parameter, as :func:`lozo_kernels.model.probe.sides.describe_sides` says it."""
 
     described: dict[str, Any]
 

@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from ..errors import JournalError
 from .format import (
     AT_REST,
     CRC,
@@ -36,7 +37,6 @@ from .format import (
     End,
     Flushed,
     Header,
-    JournalError,
     Record,
     Settled,
     Sides,

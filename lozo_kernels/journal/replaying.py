@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine import Handle
-from ..estimators import ESTIMATORS
-from ..noise import NOISE_VERSION
-from ..optim import LOZO, MeZO, SubZero, ZerothOrderOptimizer
-from ..probe import ProbeHandle
-from ..probe.sides import adopt_sides
+from ..errors import JournalError
+from ..kernels.noise import NOISE_VERSION
+from ..model.estimators import ESTIMATORS
+from ..model.handle import Handle
+from ..model.probe import ProbeHandle
+from ..model.probe.sides import adopt_sides
+from ..optim.optimizer import LOZO, MeZO, SubZero, ZerothOrderOptimizer
 from .describe import describe_groups, describe_parameters, made_with
 from .fingerprint import fingerprint
-from .format import Detour, Flushed, Header, JournalError, Record, Settled, Sides, StepTaken
+from .format import Detour, Flushed, Header, Record, Settled, Sides, StepTaken
 from .reader import RecordedRun, read_journal
 
 _OPTIMIZERS: dict[str, type[ZerothOrderOptimizer]] = {kind._estimator: kind for kind in (LOZO, MeZO, SubZero)}

@@ -10,16 +10,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..noise import NOISE_VERSION
-from ..optim import ZerothOrderOptimizer
-from ..probe import ProbeHandle
-from ..probe.sides import adopt_sides, describe_sides
-from ..steps import StepInfo
+from ..errors import JournalError
+from ..kernels.noise import NOISE_VERSION
+from ..model.probe import ProbeHandle
+from ..model.probe.sides import adopt_sides, describe_sides
+from ..optim.optimizer import ZerothOrderOptimizer
+from ..optim.steps import StepInfo
 from .arrivals import Arrival, send
 from .describe import describe_groups, describe_parameters, made_with
 from .file import JournalFile, Tail, already_there, check_fsync, open_alone
 from .fingerprint import fingerprint
-from .format import Detour, End, Flushed, Header, JournalError, Record, Settled, Sides, StepTaken, encode_header
+from .format import Detour, End, Flushed, Header, Record, Settled, Sides, StepTaken, encode_header
 from .reader import read_journal
 from .replaying import check_fits, moves_weights, retake
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import InputError
-from ..data import Example
+from ..data.examples import Example
 from ..tasks import Task
 
 IGNORED = -100

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..data import Example
+from ..data.examples import Example
 from .base import Batch, ClassObjective, Encoded, inputs, label_of
 
 

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import Example
+from ..data.examples import Example
 from .base import Batch, ClassObjective, Encoded, label_of
 
 
 class ImageObjective(ClassObjective):
     """Cross-entropy of a classification head over images, which are read when a batch needs them.
 
-    ``tokenizer`` is an :class:`lozo_kernels.hf.vision.ImageReader`.
+    ``tokenizer`` is an :class:`lozo_kernels.hf.models.images.ImageReader`.
     """
 
     name = "image"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from ..data import Example
+from ..data.examples import Example
 from .base import IGNORED, Batch, Encoded, Objective, Totals, inputs
 
 

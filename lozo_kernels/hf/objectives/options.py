@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import InputError
-from ..data import Example
+from ..data.examples import Example
 from ..tasks import Task
 from .base import Batch, Encoded, Totals, inputs, label_of, pad
 from .prompted import PromptedObjective

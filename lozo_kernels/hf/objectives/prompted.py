@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...errors import InputError
-from ..data import Example
-from ..prompts import render
+from ..data.examples import Example
 from ..tasks import Task
+from ..tasks.prompts import render
 from .base import Objective, label_of
 
 SEPARATOR = "\n\n"

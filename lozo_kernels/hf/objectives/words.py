@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ..data import Example
-from ..prompts import render
+from ..data.examples import Example
 from ..tasks import Task
+from ..tasks.prompts import render
 from .base import Batch, ClassObjective, Encoded, inputs, label_of
 from .prompted import PromptedObjective
 

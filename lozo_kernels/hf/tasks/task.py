@@ -41,13 +41,13 @@ class Task:
             (the answer is written), "causal_lm" or "image" (classes of images, which are those of the data).
         fields: the text fields in the order of the model's input; of the names of each, the first that a row has is read.
         labels: class names; a row's label is a name, an index into them, or a boolean for ("false", "true").
-        prompt: how a causal model is asked, see :mod:`lozo_kernels.hf.prompts`.
+        prompt: how a causal model is asked, see :mod:`lozo_kernels.hf.tasks.prompts`.
         words: the answer of each class; they follow the prompt directly, so they start with a space unless it ends a line.
         masked: how a masked model is asked; {mask} is where it answers.
         masked_words: its answer for each class.
         unpack: the examples in a row of a file, as rows with ``fields``; a choice has ``options`` (continuations of the prompt)
             and ``right`` (indices of the right ones), a generation ``answers`` (all that count as right; the first is trained).
-        metrics: "accuracy", or names in :mod:`lozo_kernels.hf.metrics`, the main one first.
+        metrics: "accuracy", or names in :mod:`lozo_kernels.hf.tasks.metrics`, the main one first.
         objective: what "auto" takes on a causal model.
         source, masked_source: who asked like this.
         hub: where the Hub keeps it.

@@ -1,0 +1,5 @@
+"""The command ``lozo-kernels``."""
+
+from .command import main
+
+__all__ = ["main"]

@@ -1,0 +1,38 @@
+"""examples."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ..tasks import Task
+
+DEV_NAMES = ("dev", "val", "validation", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One example.
+
+    Attributes:
+        texts: the text fields of the task, in order.
+        label: the index of its class; None where there are no classes.
+        options, right: continuations of the prompt that are this example's own, and the indices of the right ones.
+        answers: all texts that count as right where the answer is written; the first is trained.
+    """
+
+    texts: tuple[str, ...]
+    label: int | None = None
+    options: tuple[str, ...] = ()
+    right: tuple[int, ...] = ()
+    answers: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskData:
+    """A task (one made up for a file without a task included) and its examples; ``test`` is empty unless it was asked for."""
+
+    task: Task
+    train: list[Example]
+    dev: list[Example]
+    source: str
+    test: list[Example] = dataclasses.field(default_factory=list)

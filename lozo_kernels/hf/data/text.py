@@ -1,0 +1,195 @@
+"""Examples from files, from a folder, from the Hub or from a generator, all through the same checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ...errors import InputError, require
+from ..settings import Settings
+from ..tasks import TASKS, TEXT, Row, Task
+from .examples import DEV_NAMES, Example, TaskData
+
+
+def read_examples(path: Path, task: Task, labelled: bool = True) -> list[Example]:
+    """The examples of one file.
+
+    Args:
+        labelled: read the labels of a classification task; otherwise only its texts.
+    """
+    examples = _examples(_read_rows(path), task, labelled)
+    if not examples:
+        raise InputError(f"{path}: no examples")
+    return examples
+
+
+def _from_files(settings: Settings, labelled: bool) -> TaskData:
+    train_path = Path(settings.train_file or "")
+    task = TASKS[settings.task] if settings.task else _task_of(train_path)
+    train = read_examples(train_path, task, labelled)
+    if settings.dev_file is not None:
+        return TaskData(task, train, read_examples(Path(settings.dev_file), task, labelled), f"{train_path}, {settings.dev_file}")
+    # Equal texts stay on one side, or the dev loss would be that of examples seen in training.
+    texts = sorted({e.texts for e in train})
+    if len(texts) < 2:
+        raise InputError(f"{train_path}: one example is too few to hold some out; give --dev-file")
+    random.Random(settings.drawing_seed).shuffle(texts)
+    held_out = set(texts[: max(1, len(texts) // 10)])
+    return TaskData(
+        task,
+        [e for e in train if e.texts not in held_out],
+        [e for e in train if e.texts in held_out],
+        f"{train_path}, a tenth of it held out",
+    )
+
+
+def _task_of(path: Path) -> Task:
+    """The task of a file that comes without one: classification where its rows have labels, else language modelling."""
+    values = [(where, row["label"]) for where, row in _read_rows(path) if "label" in row]
+    if not values:
+        return TEXT
+    where, first = values[0]
+    if type(first) in (int, str) and all(type(v) is type(first) for _, v in values):
+        labels = tuple(sorted({str(v) for _, v in values}, key=type(first)))
+        if type(first) is str or labels == tuple(map(str, range(len(labels)))):
+            fields = _fields_of(next(row for _, row in _read_rows(path)), where)
+            return Task(path.stem, "classification", fields, labels=labels)
+    raise InputError(f"{where}: labels are either all names or the numbers 0, 1, 2, ... without a gap; give --task for others")
+
+
+def _fields_of(row: Row, where: str) -> tuple[tuple[str, ...], ...]:
+    pair, single = TASKS["rte"].fields, TEXT.fields
+    for fields in (single, pair):
+        if all(any(name in row for name in names) for names in fields):
+            return fields
+    raise InputError(f"{where}: no text field ({_spell(single)}, or for pairs {_spell(pair)})")
+
+
+def _find(folder: Path, task: Task, shown: bool) -> tuple[Path | None, Path]:
+    train_paths = [folder / f"{task.name}.train.jsonl", *sorted(folder.glob(f"{task.name}.train*.jsonl"))]
+    devs = [folder / f"{task.name}.{name}.jsonl" for name in DEV_NAMES]
+    train, dev = (next((p for p in paths if p.is_file()), None) for paths in (train_paths, devs))
+    lacks_train = train is None and shown
+    if dev is None or lacks_train:
+        missing = train_paths[0].name if lacks_train else " or ".join(p.name for p in devs)
+        raise InputError(f"--data-dir {folder}: no {missing}")
+    return train, dev
+
+
+def _from_hub(task: Task, labelled: bool, shown: bool) -> TaskData:
+    datasets = require("datasets", extra="hub")
+    hub = task.hub
+    assert hub is not None
+    parts = {}
+    for part in (hub.train, hub.dev) if shown else (hub.dev,):
+        try:
+            rows = datasets.load_dataset(hub.path, hub.config, split=part, revision=hub.revision)
+        except Exception as e:  # offline, renamed, gated: the library raises many kinds, and each is the user's to know
+            reason = " ".join(str(e).split())
+            raise InputError(f"task {task.name}: {hub.path} could not be had from the Hub ({reason}); use --data-dir") from None
+        source = dataclasses.replace(task, label_field=hub.label_field or task.label_field, labels=hub.labels or task.labels)
+        examples = _examples(_numbered(rows, f"{hub.path} {part}"), source, labelled, skip_unlabelled=True)
+        if hub.labels and labelled:
+            order = [task.labels.index(name) for name in hub.labels]
+            examples = [dataclasses.replace(e, label=order[e.label]) for e in examples if e.label is not None]
+        parts[part] = examples
+    return TaskData(task, parts.get(hub.train, []), parts[hub.dev], f"the Hub: {hub.path}")
+
+
+def _numbered(rows: Iterable[Row], name: str) -> Iterator[tuple[str, Row]]:
+    return ((f"{name}, row {i}", row) for i, row in enumerate(rows))
+
+
+def _read_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """(file and line, row) of a jsonl file; of any other file, each line that is not blank as the field ``text``."""
+    jsonl = path.suffix in (".jsonl", ".json")
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                where = f"{path}, line {number}"
+                if not line.strip():
+                    continue
+                if not jsonl:
+                    yield where, {"text": line.strip()}
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as e:
+                    raise InputError(f"{where}: not JSON ({e})") from None
+                if not isinstance(row, dict):
+                    raise InputError(f"{where}: a JSON object is needed, this is {type(row).__name__}")
+                yield where, row
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: not UTF-8 text ({e})") from None
+
+
+def _examples(rows: Iterable[tuple[str, Row]], task: Task, labelled: bool, skip_unlabelled: bool = False) -> list[Example]:
+    """Rows as examples. ``skip_unlabelled`` passes over those whose answer is not published: label -1, or no right answer."""
+    examples = []
+    for where, row in rows:
+        for part in _unpack(row, task, where):
+            texts = tuple(_text(part, names, where) for names in task.fields)
+            if not labelled or task.kind == "causal_lm":
+                examples.append(Example(texts))
+            elif skip_unlabelled and _unanswered(part, task):
+                continue
+            elif task.kind == "classification":
+                if task.label_field not in part:
+                    raise InputError(f"{where}: no field {task.label_field!r}")
+                examples.append(Example(texts, _class_index(part[task.label_field], task, where)))
+            elif task.kind == "choice":
+                if not part["right"]:
+                    raise InputError(f"{where}: none of the {len(part['options'])} options of {task.name} is the answer")
+                examples.append(Example(texts, options=tuple(part["options"]), right=tuple(part["right"])))
+            else:
+                if not part["answers"] or not all(isinstance(a, str) and a.strip() for a in part["answers"]):
+                    raise InputError(f"{where}: the answers are {part['answers']!r}, texts are needed")
+                examples.append(Example(texts, answers=tuple(part["answers"])))
+    return examples
+
+
+def _unpack(row: Row, task: Task, where: str) -> list[Row]:
+    if task.unpack is None:
+        return [row]
+    try:
+        return list(task.unpack(row))
+    except KeyError as e:
+        raise InputError(f"{where}: no field {e} as {task.name} has it") from None
+    except (TypeError, ValueError, AttributeError, IndexError) as e:
+        raise InputError(f"{where}: not a row of {task.name}: {e}") from None
+
+
+def _unanswered(row: Row, task: Task) -> bool:
+    if task.kind == "classification":
+        return bool(row.get(task.label_field) == -1)
+    return not row["right" if task.kind == "choice" else "answers"]
+
+
+def _text(row: Row, names: tuple[str, ...], where: str) -> str:
+    for name in names:
+        if name in row:
+            if not isinstance(row[name], str) or not row[name].strip():
+                raise InputError(f"{where}: {name!r} is {row[name]!r}, a text is needed")
+            return row[name]
+    raise InputError(f"{where}: no field {_spell((names,))}")
+
+
+def _class_index(value: Any, task: Task, where: str) -> int:
+    if isinstance(value, bool):
+        value = str(value).lower()
+    if isinstance(value, str) and value in task.labels:
+        return task.labels.index(value)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(task.labels):
+        return value
+    raise InputError(
+        f"{where}: label {value!r} is none of the {len(task.labels)} classes of {task.name}: "
+        + ", ".join(f"{i} {name}" if name != str(i) else name for i, name in enumerate(task.labels))
+    )
+
+
+def _spell(fields: Iterable[tuple[str, ...]]) -> str:
+    return " and ".join(" or ".join(map(repr, names)) for names in fields)

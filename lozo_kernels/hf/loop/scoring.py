@@ -1,0 +1,107 @@
+"""What a model scores on examples: loss and accuracy, or F1 and exact match of the answers that it writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from ...errors import InputError, require
+from ..data.examples import Example
+from ..objectives import Objective, PromptedObjective
+from ..tasks.metrics import METRICS
+from .train import evaluate
+
+_GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0}
+"""What is left out would be taken from the checkpoint, and many a chat model's has a penalty."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Of some examples.
+
+    Attributes:
+        metrics: by name, the task's main one first; each from 0 to 1, the mean over the examples.
+        loss: mean of the objective's loss.
+        answers: what the model wrote, in the order of the examples; empty where it chose.
+    """
+
+    metrics: dict[str, float]
+    loss: float
+    examples: int
+    answers: list[str] = dataclasses.field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, without the answers."""
+        return {"metrics": self.metrics, "loss": self.loss, "examples": self.examples}
+
+
+def score(
+    model: torch.nn.Module,
+    objective: Objective,
+    examples: Sequence[Example],
+    batch_size: int,
+    max_new_tokens: int,
+    device: torch.device,
+) -> Scores:
+    """Scores the examples by the metrics of the objective's task.
+
+    Raises:
+        InputError: an example does not fit, or none of them can be predicted.
+    """
+    encoded = objective.encode_all(examples, evaluation=True)
+    record = evaluate(model, objective, encoded, 0, batch_size, device)
+    if objective.task.kind == "generation" and isinstance(objective, PromptedObjective):
+        answers = generate_answers(model, objective, examples, batch_size, max_new_tokens, device)
+        metrics = {
+            name: statistics.fmean(METRICS[name](answer, e.answers) for answer, e in zip(answers, examples, strict=True))
+            for name in objective.task.metrics
+        }
+        return Scores(metrics, record.loss, len(examples), answers)
+    return Scores({} if record.accuracy is None else {"accuracy": record.accuracy}, record.loss, len(encoded))
+
+
+@torch.no_grad()
+def generate_answers(
+    model: torch.nn.Module,
+    objective: PromptedObjective,
+    examples: Sequence[Example],
+    batch_size: int,
+    max_new_tokens: int,
+    device: torch.device,
+) -> list[str]:
+    """What a causal model writes after the prompts, greedily, up to the end of the line (MeZO's generation).
+
+    Raises:
+        InputError: the prompt and ``max_new_tokens`` do not fit in the objective's length together.
+    """
+    room = objective.max_length - max_new_tokens
+    if room < 1:
+        raise InputError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in {objective.max_length} tokens")
+    tokenizer = objective.tokenizer
+    ends = [t for t in (tokenizer.eos_token_id, _line_end(tokenizer)) if t is not None]
+    config = require("transformers").GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id, **_GREEDY
+    )
+    answers = []
+    for batch in _chunks(examples, batch_size):
+        prompts = [objective.place(objective.prompt(e), room=room)[0] for e in batch]
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(p)) + p for p in prompts], device=device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+        written = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+        texts = tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
+        answers += [text.split("\n")[0].strip() for text in texts]
+    return answers
+
+
+def _line_end(tokenizer: Any) -> int | None:
+    ids = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    return ids[-1] if ids and tokenizer.decode(ids[-1:]) == "\n" else None
+
+
+def _chunks(items: Sequence[Example], size: int) -> Iterable[Sequence[Example]]:
+    return (items[i : i + size] for i in range(0, len(items), size))

@@ -1,0 +1,245 @@
+"""The loop: a batch, a step, now and then an evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ...errors import NonFiniteLossError, require
+from ...model.interrupts import deferred_interrupt, interruptible
+from ...optim.parallel import DivergenceError, PeerLostError
+from ...optim.steps import StepInfo
+from ..objectives import Encoded, Objective
+from ..settings import Settings
+from .drivers import Driver, StepResult
+from .measure import Clock, StepTimer, peak_memory, since
+from .processes import part
+from .records import EvalRecord, MetricsLog, StepRecord
+
+
+@dataclasses.dataclass
+class Outcome:
+    """How the loop ended.
+
+    Attributes:
+        steps_done: steps taken.
+        stopped: None if it ran to the end, else "interrupted" or the reason for which it could not go on.
+        peak_bytes: most memory alive at once in the first two steps beyond the weights: forward, V, momentum and all.
+        seconds: duration with evaluations.
+        backends: those that changed the weights.
+    """
+
+    steps_done: int = 0
+    stopped: str | None = None
+    peak_bytes: int | None = None
+    seconds: float = 0.0
+    backends: list[str] = dataclasses.field(default_factory=list)
+
+
+class BatchSampler:
+    """Batches of examples without end: each pass over the data in a new order, from a generator of its own."""
+
+    def __init__(self, examples: Sequence[Encoded], size: int, seed: int) -> None:
+        self.examples = examples
+        self.size = size
+        self._order: Iterator[int] = iter(())
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def next(self) -> list[Encoded]:
+        """The next batch."""
+        return [self.examples[self._next_index()] for _ in range(self.size)]
+
+    def _next_index(self) -> int:
+        for index in self._order:
+            return index
+        self._order = iter(torch.randperm(len(self.examples), generator=self._generator).tolist())
+        return next(self._order)
+
+
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module, objective: Objective, examples: Sequence[Encoded], step: int, batch_size: int, device: torch.device
+) -> EvalRecord:
+    """Mean loss and accuracy over examples, after so many steps."""
+    start = time.perf_counter()
+    loss, count, correct, asked = 0.0, 0, 0, 0
+    has_accuracy = False
+    for batch in objective.batches(examples, batch_size):
+        totals = objective.totals(model, objective.collate(batch, device))
+        loss += float(totals.loss)
+        count += int(totals.count)
+        if totals.correct is not None:
+            has_accuracy = True
+            correct += int(totals.correct)
+            asked += int(totals.count if totals.examples is None else totals.examples)
+    accuracy = correct / asked if has_accuracy else None
+    return EvalRecord(step, loss / count, accuracy, len(examples), since(start))
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, name: str | None, steps: int) -> Any:
+    """A learning-rate schedule over the run, or None for a constant rate."""
+    factors = {
+        "linear": lambda t: 1 - t / steps,
+        "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)),
+    }
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factors[name]) if name is not None and name in factors else None
+
+
+def train(
+    model: torch.nn.Module,
+    make_driver: Callable[[], Driver],
+    objective: Objective,
+    sampler: BatchSampler,
+    dev: Sequence[Encoded],
+    log: MetricsLog,
+    settings: Settings,
+    device: torch.device,
+    *,
+    quiet: bool = False,
+    evaluated: Callable[[EvalRecord], None] = lambda evaluation: None,
+) -> Outcome:
+    """Runs the steps of the settings and leaves a plain model.
+
+    ``evaluated`` is given every evaluation while the model has the weights that were evaluated.
+
+    After the first step, Ctrl-C and a loss that stays NaN end it early, with the weights of the last whole step.
+    """
+    steps, eval_every = settings.steps, settings.eval_every
+    assert steps is not None and eval_every is not None
+    outcome = Outcome()
+    start = time.perf_counter()
+    tty = sys.stderr.isatty()
+    bar = require("tqdm").tqdm(
+        total=steps,
+        file=sys.stderr,
+        disable=quiet,
+        unit="step",
+        mininterval=0.2 if tty else 10,
+        dynamic_ncols=tty,
+        desc=settings.method,
+    )
+    reader = _StepReader(log, bar, device)
+
+    def loss_of(batch: Any) -> Any:
+        if settings.parallel is None:
+            return objective.loss(model, batch)
+        totals = objective.totals(model, batch)  # of this process's part
+        return totals.loss, totals.count
+
+    def one_step() -> None:
+        batch = objective.collate(part(sampler.next(), settings.parallel), device)
+        lr = float(driver.optimizer.param_groups[0]["lr"])
+        before = driver.info
+        timer = StepTimer(reader.clock)
+        with deferred_interrupt():
+            try:
+                with timer, interruptible():
+                    driver.step(timer.forward(lambda: loss_of(batch)))
+            finally:  # a step that was taken is logged, also when it is the one that ends the run
+                if driver.info is not None and driver.info is not before:
+                    reader.add(driver.info, lr, timer)
+            if schedule is not None:
+                schedule.step()
+
+    with bar, warnings.catch_warnings(), contextlib.ExitStack() as failing:
+        # Skipped updates are in the log and on the bar, and torch cannot know that step() is called inside one_step().
+        warnings.filterwarnings("ignore", message=".*update skipped|.*lr_scheduler.step", category=UserWarning)
+        # The first step is measured together with the making of the driver, whose V and momentum are part of the peak, and the
+        # second because some optimisers make their state at the end of the first.
+        with peak_memory(device) as memory:
+            driver = make_driver()
+            failing.callback(_give_up, driver)
+            schedule = make_schedule(driver.optimizer, settings.lr_schedule, steps)
+            start_step = driver.steps_done  # of a run that goes on, which then sees the data and the rates that it would have seen
+            for _ in range(start_step):
+                sampler.next()
+                if schedule is not None:
+                    schedule.step()
+            bar.update(start_step)
+            if start_step == 0:
+                one_step()
+        outcome.peak_bytes = memory.bytes
+        outcome.backends = driver.backends
+        try:
+            while driver.steps_done < steps:
+                if driver.steps_done % eval_every == 0:
+                    reader.flush()
+                    evaluation = evaluate(model, objective, dev, driver.steps_done, eval_batch_size(settings), device)
+                    log.add_evaluation(evaluation)
+                    evaluated(evaluation)
+                if driver.steps_done > start_step + 1:
+                    one_step()
+                    continue
+                with peak_memory(device) as second:
+                    one_step()
+                outcome.peak_bytes = memory.then(second).bytes
+        except KeyboardInterrupt:
+            outcome.stopped = "interrupted"
+        except (NonFiniteLossError, PeerLostError, DivergenceError) as e:
+            outcome.stopped = str(e)
+        failing.pop_all()
+    driver.close()
+    reader.flush()
+    outcome.steps_done = driver.steps_done
+    outcome.seconds = since(start)
+    return outcome
+
+
+def _give_up(driver: Driver) -> None:
+    """After an error that ends the run: nobody else could give the journal's file and the patched model free."""
+    with contextlib.suppress(Exception):
+        driver.close()
+
+
+def eval_batch_size(settings: Settings) -> int:
+    """Larger than in training, as nothing is timed and no one compares the memory."""
+    return max(32, settings.batch_size)
+
+
+class _StepReader:
+    """Turns what steps left on the device into records: at once on the CPU, every few steps elsewhere, since reading waits."""
+
+    def __init__(self, log: MetricsLog, bar: Any, device: torch.device) -> None:
+        self.clock = Clock(device)
+        self._log = log
+        self._bar = bar
+        self._every = 1 if device.type == "cpu" else 10
+        self._waiting: list[tuple[StepInfo | StepResult, float, StepTimer]] = []
+
+    def add(self, info: StepInfo | StepResult, lr: float, timer: StepTimer) -> None:
+        self._waiting.append((info, lr, timer))
+        if len(self._waiting) >= self._every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is waiting; an interrupt loses no step and writes none twice."""
+        record = None
+        while self._waiting:
+            info, lr, timer = self._waiting.pop(0)
+            record = StepRecord(
+                info.step,
+                float(info.loss),
+                info.c.tolist(),
+                lr,
+                timer.step_seconds * 1e3,
+                timer.forward_seconds * 1e3,
+                bool(info.skipped),
+            )
+            self._log.add_step(record)
+            self._bar.update()
+        if record is not None:
+            values = {"loss": f"{record.loss:.4f}"}
+            if record.c:
+                values["c"] = f"{sum(record.c) / len(record.c):+.2e}"
+            values |= {"ms/step": f"{record.step_ms:.1f}", "outside forwards": f"{record.outside:.0%}"}
+            if self._log.skipped:
+                values["skipped"] = str(self._log.skipped)
+            self._bar.set_postfix(values, refresh=False)

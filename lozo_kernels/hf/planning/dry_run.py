@@ -1,0 +1,205 @@
+"""A model without weights: its forward passes run on tensors of shapes alone, and the memory that they would take is counted."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from ...errors import InputError, require
+
+_HEADS = (
+    # ending of an architecture's name, class that builds it, what its loss compares with
+    ("ForCausalLM", "AutoModelForCausalLM", "tokens"),
+    ("LMHeadModel", "AutoModelForCausalLM", "tokens"),
+    ("ForMaskedLM", "AutoModelForMaskedLM", "tokens"),
+    ("ForConditionalGeneration", "AutoModelForSeq2SeqLM", "tokens"),
+    ("ForImageClassification", "AutoModelForImageClassification", "classes"),
+)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that operators make, as long as their storage lives.
+
+    Attributes:
+        alive, peak: now, and the most at once.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._known = {t.untyped_storage()._cdata for t in known}
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self._add(leaf)
+        return output
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._known and key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.alive += self._sizes[key]
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.alive -= self._sizes.pop(key, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class DryForward:
+    """What a forward pass takes: ``bytes`` at once beyond weights and inputs, and ``flops`` of its matrix products."""
+
+    bytes: int
+    flops: int
+
+
+class DryModel:
+    """A model of transformers made from its configuration alone, in evaluation mode, and a batch for it.
+
+    Args:
+        config: of transformers.
+        dtype: of its weights.
+        batch_size: examples; ``sequence_length``: tokens of each, where it reads text.
+
+    Attributes:
+        mode: within which the model may be called.
+        loss: a forward pass with the model's own loss.
+
+    Raises:
+        InputError: transformers cannot build such a model, or it reads neither text nor images.
+    """
+
+    def __init__(self, config: Any, dtype: torch.dtype, batch_size: int, sequence_length: int) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        auto, self._target = _head(config)
+        transformers = require("transformers")
+        level = transformers.utils.logging.get_verbosity()
+        transformers.utils.logging.set_verbosity_error()
+        try:
+            with torch.device("meta"):
+                self.model: nn.Module = getattr(transformers, auto).from_config(config, dtype=dtype).eval()
+        except (ValueError, ImportError) as e:
+            raise InputError(f"no model can be built from this configuration: {str(e).strip().splitlines()[0]}") from None
+        finally:
+            transformers.utils.logging.set_verbosity(level)
+        with self.mode:
+            _realise(self.model, self.mode)
+            self.batch = self._make_batch(config, dtype, batch_size, sequence_length)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """Parameters, tied ones once, and buffers."""
+        return [*self.model.parameters(), *self.model.buffers()]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the batch, or images."""
+        return next(iter(self.batch.values())).numel() if "input_ids" in self.batch else len(self.batch["labels"])
+
+    def loss(self) -> Tensor:
+        """One forward pass."""
+        return self.model(**self.batch).loss
+
+    def forward(self) -> DryForward:
+        """A forward pass without a graph.
+
+        Raises:
+            InputError: what it computes depends on values that are not there.
+        """
+        flops = FlopCounterMode(display=False)
+        with torch.no_grad():
+            _, peak = self._counted(self.loss, flops)
+        return DryForward(peak, flops.get_total_flops())
+
+    def backpropagation(self) -> int:
+        """Bytes beyond the weights that steps of AdamW take at once: activations, gradients and its two moments.
+
+        Its moments are there during the backward pass from the second step on. The update makes two temporaries of a weight's
+        size, for one weight after the other.
+        """
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        _, peak = self._counted(lambda: self.loss().backward())
+        for p in trained:
+            p.grad = None
+        weights, largest = sum(p.nbytes for p in trained), max((p.nbytes for p in trained), default=0)
+        return 2 * weights + max(peak, weights + 2 * largest)
+
+    def _counted(self, call: Callable[[], Any], *modes: Any) -> tuple[Any, int]:
+        live = LiveBytes([*self.weights, *self.batch.values()])
+        try:
+            with contextlib.ExitStack() as stack:
+                for mode in (self.mode, live, *modes):
+                    stack.enter_context(mode)
+                result = call()
+        except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as e:
+            reason = f"a forward pass depends on values, which a model without weights does not have ({e})"
+            raise InputError(f"{type(self.model).__name__}: {reason}") from None
+        except RuntimeError as e:  # an operator that is not known to take this dtype, such as the products of experts
+            dtype = next(self.model.parameters()).dtype
+            raise InputError(f"{type(self.model).__name__}: no dry run in {dtype}: {e}; try --dtype bfloat16") from None
+        return result, live.peak
+
+    def _make_batch(self, config: Any, dtype: torch.dtype, examples: int, length: int) -> dict[str, Tensor]:
+        labels = torch.zeros(examples, dtype=torch.long)
+        if getattr(self.model, "main_input_name", "") == "pixel_values":
+            side = config.image_size if hasattr(config, "image_size") else 224
+            height, width = (side, side) if isinstance(side, int) else side
+            pixels = torch.zeros(examples, getattr(config, "num_channels", 3), height, width, dtype=dtype)
+            return {"pixel_values": pixels, "labels": labels}
+        if getattr(self.model, "main_input_name", "") != "input_ids":
+            raise InputError(f"{type(self.model).__name__} reads neither text nor images")
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            raise InputError(f"--sequence-length is at most {limit} for this model, not {length}")
+        ids = torch.zeros(examples, length, dtype=torch.long)
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "labels": torch.zeros_like(ids) if self._target == "tokens" else labels,
+        }
+
+
+def _head(config: Any) -> tuple[str, str]:
+    for architecture in config.architectures or ():
+        for ending, auto, target in _HEADS:
+            if architecture.endswith(ending):
+                return auto, target
+    if hasattr(config, "image_size") and not hasattr(config, "vocab_size"):
+        return "AutoModelForImageClassification", "classes"
+    return "AutoModelForSequenceClassification", "classes"
+
+
+def _realise(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Puts tensors that claim to be on the CPU into the places of those on the meta device; tied ones stay tied."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                if id(p) not in made:
+                    made[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+                module._parameters[name] = made[id(p)]
+        for name, b in module._buffers.items():
+            if b is not None:
+                if id(b) not in made:
+                    made[id(b)] = torch.empty(b.shape, dtype=b.dtype)
+                module._buffers[name] = made[id(b)]

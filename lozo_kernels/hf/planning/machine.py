@@ -1,0 +1,72 @@
+"""How fast a machine is: measured here, or worked out from a memory bandwidth that is given."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ...model.probe.choosing.cost import Costs, fastest, measure_costs
+from ...optim.optimizer import ZerothOrderOptimizer
+
+_PASSES = 2  # over the weights in a fused step in place, each reads and writes them
+_LAUNCH = 1e-5  # seconds of a small kernel's launch, where nothing is measured
+_SIDE = 4096  # of the matrices that are measured
+_TOKENS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Speeds for weights of one dtype.
+
+    Attributes:
+        source: where the numbers are from.
+        bandwidth: bytes per second that a pass over memory reads and writes together.
+        flops: floating-point operations per second of a large matrix product; None if unknown.
+        passes: seconds per weight of what a step in place does beyond its forward passes.
+        costs: of a probe's two sides.
+    """
+
+    source: str
+    bandwidth: float
+    flops: float | None
+    passes: float
+    costs: Costs
+
+    def forward_seconds(self, flops: int, nbytes: int) -> float:
+        """Of a forward pass that computes so much and reads so many bytes of weights: the slower of the two."""
+        return max(nbytes / self.bandwidth, flops / self.flops if self.flops else 0.0)
+
+
+def given_machine(bandwidth: float, flops: float | None, dtype: torch.dtype) -> Machine:
+    """Everything at the speed of memory. ``bandwidth`` in bytes per second, ``flops`` in operations per second."""
+    size = dtype.itemsize
+    # The activation side reads x, reads and writes y: 1.5 times each feature of a layer with as many outputs as inputs.
+    costs = Costs(call=_LAUNCH, feature=1.5 * size / bandwidth, fill=_LAUNCH, element=2 * size / bandwidth)
+    return Machine(f"a bandwidth of {bandwidth / 1e9:g} GB/s", bandwidth, flops, _PASSES * 2 * size / bandwidth, costs)
+
+
+def measured_machine(
+    device: torch.device, dtype: torch.dtype, rank: int, make_optimizer: Callable[[nn.Module], ZerothOrderOptimizer] | None
+) -> Machine:
+    """Measures for about a second; the fastest of a few calls counts, as other load only ever adds.
+
+    Args:
+        make_optimizer: of a model whose weights it moves in place; None where there is none to measure.
+    """
+    with torch.no_grad():
+        x = torch.ones(_SIDE, _SIDE, dtype=dtype, device=device)
+        bandwidth = 2 * x.nbytes / fastest(lambda: x.mul_(1.0), device)
+        inputs = torch.ones(_TOKENS, _SIDE, dtype=dtype, device=device)
+        flops = 2 * inputs.numel() * _SIDE / fastest(lambda: inputs @ x, device)
+        passes = 0.0
+        if make_optimizer is not None:
+            model = nn.Module()
+            model.weight = nn.Parameter(x)
+            optimizer, loss = make_optimizer(model), torch.zeros((), device=device)
+            passes = fastest(lambda: optimizer.step(lambda: loss), device) / x.numel()
+            optimizer.handle.restore()
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    return Machine(f"measured here ({where})", bandwidth, flops, passes, measure_costs(device, dtype, rank, None))

@@ -1,0 +1,153 @@
+"""What training keeps beside the weights, from the shapes of the parameters and the sides that a probe would choose."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ...model.config import PatchConfig
+from ...model.parameters import find_parameters
+from ...model.probe.choosing import choice, preparation
+from ...model.probe.choosing.choice import choose_sides
+from ...model.probe.choosing.cost import Costs
+from ...model.probe.choosing.trace import Uses, watch_uses
+from ...model.probe.choosing.verify import units_of
+from ...model.probe.members import Holder, Member, scopes_of
+
+if TYPE_CHECKING:
+    from .dry_run import DryModel
+
+_FLOAT = 4
+_FACTOR = 2  # V is fp16
+_ALIGNMENT = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Bytes beside the weights and a forward pass.
+
+    Attributes:
+        factors: V (fp16), and of a probe B or what vectors learned (fp32); of SubZero U (fp16) and U S (fp32) besides.
+        momentum: N or dense momentum, fp32.
+        scratch: memory that modules share for perturbed weights.
+        copies: perturbed weights and shifts with memory of their own.
+        first_step: what a probe's check adds in the first step only.
+    """
+
+    factors: int = 0
+    momentum: int = 0
+    scratch: int = 0
+    copies: int = 0
+    first_step: int = 0
+
+    @property
+    def total(self) -> int:
+        """In every step."""
+        return self.factors + self.momentum + self.scratch + self.copies
+
+
+def find_members(dry: DryModel, config: PatchConfig) -> list[Member]:
+    """The parameters that would be trained, as a probe knows them.
+
+    Raises:
+        ValueError, TypeError: as patching the model would.
+    """
+    plain = dataclasses.replace(config, placement="inplace", side="auto", keep_factors=False, allow_drift=False)
+    slots, _ = find_parameters(dry.model, plain)
+    if config.estimator == "dense":  # tensors without memory are of a type of their own, which reads as quantised
+        slots = [dataclasses.replace(slot, kind="dense", layout="flat") for slot in slots]
+    holders: dict[int, list[Holder]] = {}
+    for name, module in dry.model.named_modules():
+        for attribute, p in module._parameters.items():
+            holders.setdefault(id(p), []).append(Holder(module, name, attribute))
+    return [Member(slot, i, slot.extent, torch.device("cpu"), holders[id(slot.parameter)]) for i, slot in enumerate(slots)]
+
+
+def place_members(dry: DryModel, members: Sequence[Member], costs: Costs, config: PatchConfig) -> Mapping[Member, Uses]:
+    """Gives every member the side that a probe would, by the same trace and the same rules; returns what the trace saw."""
+    with dry.mode, torch.no_grad(), watch_uses(dry.model, members) as watch:
+        dry.loss()
+    choose_sides(members, watch.uses, {m: costs for m in members if m.slot.kind == "lowrank"}, config, compiled=False)
+    return watch.uses
+
+
+def side_seconds(member: Member, used: Uses, costs: Costs) -> float:
+    """Of what one evaluation computes for a member beside the forward pass."""
+    if member.side in ("activation", "scratch"):
+        return choice._cost(member, used, costs)
+    return member.numel * costs.element if member.side == "copy" else 0.0
+
+
+def state_in_place(members: Sequence[Member], config: PatchConfig, *, momentum: bool) -> State:
+    """Of a method that moves weights."""
+    return State(_factors(members, config), _left_factors(members, config.rank) if momentum else 0)
+
+
+def state_of_probe(model: nn.Module, members: Sequence[Member], config: PatchConfig, *, momentum: bool) -> State:
+    """Of a probe whose members have sides."""
+    factors = _factors(members, config)
+    if config.estimator != "dense":
+        factors += _left_factors([m for m in members if m.side != "inplace"], config.rank)  # B
+    if config.estimator == "subspace":  # and once more with the perturbation in it
+        factors += sum(_FLOAT * config.rank * batch * rows for batch, rows, _ in _matrices(members))
+    copies = sum(m.numel * m.slot.parameter.element_size() for m in members if m.side == "copy")
+    return State(
+        factors,
+        _left_factors(members, config.rank) if momentum else 0,
+        _scratch(model, members),
+        copies + sum(_FLOAT * m.numel for m in members if m.side == "shift"),
+        _checked_at_once(members),
+    )
+
+
+def _factors(members: Sequence[Member], config: PatchConfig) -> int:
+    """Of V, and of what else a window or a step of SubZero keeps: U (fp16) and U S (fp32)."""
+    each = _FACTOR * config.rank
+    factors = sum(each * batch * cols for batch, _, cols in _matrices(members))
+    if config.estimator == "subspace":
+        factors += sum((each + _FLOAT * config.rank) * batch * rows for batch, rows, _ in _matrices(members))
+    return factors
+
+
+def _matrices(members: Sequence[Member]) -> list[tuple[int, int, int]]:
+    return [m.extent for m in members if m.slot.kind == "lowrank"]
+
+
+def _left_factors(members: Sequence[Member], rank: int) -> int:
+    """Of N, or of B: fp32, (rows, rank) of a matrix and every element of others."""
+    factors = sum(_FLOAT * rank * batch * rows for batch, rows, _ in _matrices(members))
+    return factors + sum(_FLOAT * m.numel for m in members if m.slot.kind == "dense")
+
+
+def _scratch(model: nn.Module, members: Sequence[Member]) -> int:
+    """The most that modules running inside each other take."""
+    scopes = {module: [m for m in some if m.side == "scratch"] for module, some in scopes_of(members).items()}
+    by_name = dict(model.named_modules())
+    most = 0
+    for name, module in by_name.items():
+        if not scopes.get(module):
+            continue
+        parts = name.split(".") if name else []
+        chain = [by_name[".".join(parts[:i])] for i in range(len(parts) + 1)]
+        standing = {m for outer in chain for m in scopes.get(outer, ())}
+        most = max(most, sum(_aligned(m.numel * m.slot.parameter.element_size()) for m in standing))
+    return most
+
+
+def _checked_at_once(members: Sequence[Member]) -> int:
+    """The most weights that a probe's first step keeps copies of, to check itself: as many units as its budget takes."""
+    units = [sum(m.numel * m.slot.parameter.element_size() for m in unit) for unit in units_of(members)]
+    budget = max(preparation._COPY_BYTES, sum(units) // preparation._CHUNKS)
+    most = chunk = 0
+    for unit in units:
+        chunk = unit if chunk + unit > budget else chunk + unit
+        most = max(most, chunk)
+    return most
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -1,0 +1,73 @@
+"""One step of this library, one of the published code and two bare forward passes, timed in turns on copies of the model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import statistics
+
+import torch
+
+from ...bench.published import PublishedStep
+from ..loop.building import build_optimizer
+from ..loop.measure import Clock, peak_memory
+from ..methods import METHODS
+from ..objectives import Encoded, Objective
+from ..settings import Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Medians over ``rounds`` interleaved rounds, and the peak memory of a published first step beyond the weights."""
+
+    rounds: int
+    two_forwards_ms: float
+    step_ms: float
+    published_step_ms: float
+    published_peak_bytes: int | None
+
+
+@torch.no_grad()
+def compare(
+    model: torch.nn.Module, objective: Objective, examples: list[Encoded], settings: Settings, device: torch.device
+) -> Comparison:
+    """Times the three. The model itself is only read."""
+    method = METHODS[settings.method]
+    ours = copy.deepcopy(model)
+    optimizer = build_optimizer(ours, settings)
+    update_factor = optimizer.handle.config.update_factor if method.low_rank else 1.0
+    batch = objective.collate(examples, device)
+    # The copy is made inside the measured block: the published step replaces its tensors, and only then is their release seen.
+    with peak_memory(device) as memory:
+        theirs = copy.deepcopy(model)
+        published = PublishedStep(
+            theirs,
+            low_rank=method.low_rank,
+            rank=settings.rank,
+            interval=settings.interval,
+            lr=(settings.lr or 0.0) * update_factor,
+            eps=settings.eps,
+            momentum=settings.momentum or 0.0,
+            weight_decay=settings.weight_decay,
+            seed=settings.seed,
+        )
+        published.step(lambda: objective.loss(theirs, batch))
+    copied = sum(p.numel() * p.element_size() for p in model.parameters())
+    peak = None if memory.bytes is None else memory.bytes - copied
+    clock = Clock(device)
+    candidates = {
+        "forwards": lambda: [objective.loss(model, batch) for _ in range(2)],
+        "ours": lambda: optimizer.step(lambda: objective.loss(ours, batch)),
+        "published": lambda: published.step(lambda: objective.loss(theirs, batch)),
+    }
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for round_index in range(settings.compare_steps or 0):
+        for name, run in candidates.items():
+            start = clock.mark()
+            run()
+            end = clock.mark()
+            if round_index >= 3:  # the first rounds warm up caches and allocators
+                times[name].append(clock.seconds(start, end) * 1e3)
+    optimizer.handle.restore()
+    medians = {name: statistics.median(values) if values else float("nan") for name, values in times.items()}
+    return Comparison(len(times["ours"]), medians["forwards"], medians["ours"], medians["published"], peak)

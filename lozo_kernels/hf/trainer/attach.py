@@ -1,0 +1,180 @@
+"""Zeroth-order training in a Trainer that exists already, whatever computes its loss."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...model.backward import Drive, drive_of
+from ...model.handle import Handle
+from ...model.patching import patch
+from ...optim.optimizer import ZerothOrderOptimizer
+from .arguments import ZO_METHODS, check_arguments, check_method_options
+
+_CALL_POINTS = ("compute_loss", "training_step", "create_optimizer", "get_decay_parameter_names")
+
+
+class ProjectedLoss:
+    """A Trainer's ``compute_loss`` that evaluates at the points of a step when a gradient is asked for."""
+
+    def __init__(self, drive: Drive, compute_loss: Callable[..., Any]) -> None:
+        self._drive = drive
+        self._compute_loss = compute_loss
+
+    def __call__(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
+        """As ``Trainer.compute_loss``; the outputs are those of the last evaluation."""
+        if not (model.training and torch.is_grad_enabled()):
+            return self._compute_loss(model, inputs, return_outputs=return_outputs, **more)
+        outputs: Any = None
+
+        def closure() -> Any:
+            nonlocal outputs
+            # A copy: computing a loss takes the labels out of the inputs.
+            result = self._compute_loss(model, copy.copy(inputs), return_outputs=return_outputs, **more)
+            loss, outputs = result if return_outputs else (result, None)
+            return loss
+
+        loss = self._drive.project(closure)
+        return (loss, outputs) if return_outputs else loss
+
+
+class Attachment:
+    """What :func:`attach` made.
+
+    Attributes:
+        trainer: whose optimiser it is.
+        optimizer: of the trainer.
+        handle: on the trainer's model.
+    """
+
+    def __init__(self, trainer: Any, optimizer: ZerothOrderOptimizer) -> None:
+        self.trainer = trainer
+        self.optimizer = optimizer
+        self.handle = optimizer.handle
+        self._before = {name: trainer.__dict__.get(name) for name in ("compute_loss", "save_model")}
+        trainer.compute_loss = ProjectedLoss(_driven(self.handle), trainer.compute_loss)
+        trainer.save_model = self._settled(trainer.save_model)
+        trainer.optimizer = optimizer
+
+    def restore(self) -> None:
+        """Gives the trainer its own loss back and the model its patch up; the trained weights stay. A second call does nothing."""
+        if isinstance(self.trainer.__dict__.get("compute_loss"), ProjectedLoss):
+            for name, before in self._before.items():
+                if before is None:
+                    del self.trainer.__dict__[name]
+                else:
+                    self.trainer.__dict__[name] = before
+            self.trainer.optimizer = None
+        self.handle.restore()
+
+    def _settled(self, save: Callable[..., Any]) -> Callable[..., Any]:
+        """Saving, before which what a probe learned is merged on every process: one alone writes, and all go on with one model."""
+
+        @functools.wraps(save)
+        def settle_and_save(*args: Any, **kwargs: Any) -> Any:
+            self.handle.settle()
+            return save(*args, **kwargs)
+
+        return settle_and_save
+
+
+def attach(trainer: Any, *, method: str = "lozo", **options: Any) -> Attachment:
+    """Has a ``transformers.Trainer``, or a subclass of it, train without gradients. Call it before ``trainer.train()``.
+
+    Its ``compute_loss`` is evaluated at the points of each step, so the loss may be computed anywhere: label smoothing,
+    ``compute_loss_func``, an overridden ``compute_loss``, TRL's trainers.
+
+    Args:
+        trainer: without an optimiser; learning rate, schedule and weight decay are those of its arguments.
+        method: "lozo", "lozo-m", "mezo", "mezo-m" or "subzero".
+        options: of the optimiser (:class:`lozo_kernels.LOZO`) and of :func:`lozo_kernels.patch`.
+
+    Returns:
+        The attachment, whose ``restore()`` undoes it.
+
+    Raises:
+        TypeError: not a trainer, or an unknown option; nothing was changed.
+        ValueError: a setting of the trainer contradicts training without gradients; nothing was changed.
+        RuntimeError: the model is patched already.
+    """
+    missing = [name for name in _CALL_POINTS if not callable(getattr(trainer, name, None))]
+    if missing or not isinstance(getattr(trainer, "model", None), nn.Module):
+        lacking = ", ".join(missing) or "a model"
+        raise TypeError(f"attach() takes a transformers.Trainer with a model; {type(trainer).__name__} lacks {lacking}")
+    if method not in ZO_METHODS:
+        raise ValueError(f"method is one of {', '.join(map(repr, ZO_METHODS))}, not {method!r}")
+    if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
+        raise ValueError("the trainer has an optimiser already; attach() gives it another: make the trainer without one")
+    if trainer.model_init is not None:
+        raise ValueError("the trainer makes its model when it trains (model_init); attach() needs a model: use ZOTrainer")
+    check_trainer(trainer)
+    optimizer = make_optimizer(trainer, trainer.model, method, options)
+    return Attachment(trainer, optimizer)
+
+
+def check_trainer(trainer: Any) -> None:
+    """Raises ValueError if a trainer's settings cannot be served."""
+    check_arguments(trainer.args)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError("accelerate is set up for FSDP or DeepSpeed, whose models this loop cannot train: set it up without")
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"the Trainer would copy the model to {trainer.args.n_gpu} GPUs for each call (DataParallel): start one process per "
+            "GPU (torchrun), or show it one (CUDA_VISIBLE_DEVICES)"
+        )
+
+
+def make_optimizer(trainer: Any, model: nn.Module, method: str, options: dict[str, Any]) -> ZerothOrderOptimizer:
+    """The optimiser of a trainer on its model, which is patched, with the parameter groups that the Trainer makes.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an option or the model does not fit; the model is untouched.
+    """
+    row = ZO_METHODS[method]
+    cls = row.resolve()
+    configurable = inspect.signature(patch).parameters
+    known = {*configurable, *inspect.signature(ZerothOrderOptimizer).parameters, *inspect.signature(cls).parameters}
+    unknown = [name for name in options if name not in known or name in ("target", "params", "model", "estimator", "drive")]
+    if unknown:
+        raise TypeError(f"unknown option {unknown[0]!r}: options are those of {cls.__name__} and of lozo_kernels.patch()")
+    check_method_options(method, options)
+    rest = {name: value for name, value in options.items() if name not in configurable}
+    rest = {"lr": trainer.args.learning_rate, "weight_decay": trainer.args.weight_decay} | rest
+    if row.momentum:
+        rest.setdefault("momentum", row.momentum)
+    chosen = {name: value for name, value in options.items() if name in configurable}
+    handle = patch(model, estimator=cls._estimator, drive="loss", **chosen)
+    try:
+        optimizer = cls(handle, _groups(trainer, handle, rest["weight_decay"]), **rest)
+        accelerator = trainer.accelerator
+        if accelerator.num_processes > 1:
+            _driven(handle).average_when(lambda: accelerator.sync_gradients)
+    except BaseException:
+        handle.restore()
+        raise
+    return optimizer
+
+
+def _groups(trainer: Any, handle: Handle, weight_decay: float) -> list[dict[str, Any]] | None:
+    """As the Trainer: biases and norms do not decay. None where nothing does."""
+    if not weight_decay:
+        return None
+    names = trainer.get_decay_parameter_names(handle.model)
+    decaying = {id(p) for name, p in handle.model.named_parameters() if name in names}
+    groups = [
+        {"params": [p for p in handle.parameters if id(p) in decaying], "weight_decay": weight_decay},
+        {"params": [p for p in handle.parameters if id(p) not in decaying], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _driven(handle: Handle) -> Drive:
+    drive = drive_of(handle)
+    assert drive is not None
+    return drive

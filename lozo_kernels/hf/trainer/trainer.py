@@ -1,0 +1,175 @@
+"""The Hugging Face Trainer for zeroth-order methods."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import require
+from ...model.backward import drive_of
+from ...optim.optimizer import ZerothOrderOptimizer
+from ..loop.measure import Clock
+from .arguments import ZOArguments
+from .attach import ProjectedLoss, check_trainer, make_optimizer
+
+Trainer = require("transformers").Trainer
+
+Objective = Callable[[nn.Module, Any], Any]
+"""(model, inputs) -> a number to minimise, or to maximise if the callable has a true attribute ``maximize``."""
+
+
+class ZOTrainer(Trainer):  # type: ignore[misc, valid-type]
+    """``transformers.Trainer`` that trains with forward passes only.
+
+    Everything around the step is the Trainer's: data, evaluation, callbacks, schedules, checkpoints, resuming, several processes.
+    Logs have ``projected_gradient``, ``loss_plus`` and ``loss_minus`` of the last step, ``skipped`` updates so far, and the mean
+    time of a step since the last log, ``step_ms``, of which ``forwards_ms`` in forward passes and ``weights_ms`` in passes over
+    the weights.
+
+    Args:
+        model, args, ...: as for the Trainer, ``args`` being :class:`ZOArguments`; no optimiser.
+        compute_objective: what training minimises in place of the loss, any function of (model, inputs), called without a graph
+            and in eval mode. With a true attribute ``maximize`` it is maximised: the F1 of generated text, say. Evaluation still
+            has the loss.
+
+    Attributes:
+        zo_optimizer: the optimiser once training has begun, however it is wrapped; None before.
+
+    Raises:
+        TypeError: ``args`` are not :class:`ZOArguments`, or the objective is not callable.
+        ValueError: an optimiser was given, or a setting contradicts training without gradients.
+    """
+
+    optimizer: Any
+    compute_loss: Any
+
+    def __init__(
+        self, model: Any = None, args: Any = None, *more: Any, compute_objective: Objective | None = None, **named: Any
+    ) -> None:
+        args = ZOArguments() if args is None else args
+        if not isinstance(args, ZOArguments):
+            raise TypeError(f"ZOTrainer takes lozo_kernels.hf.ZOArguments, not {type(args).__name__}")
+        given = inspect.signature(Trainer.__init__).bind(self, model, args, *more, **named).arguments
+        if any(given.get("optimizers") or ()) or given.get("optimizer_cls_and_kwargs"):
+            raise ValueError(f"ZOTrainer makes its optimiser from method={args.method!r}; to bring your own use the stock Trainer")
+        if compute_objective is not None:
+            if not callable(compute_objective):
+                raise TypeError(f"compute_objective is a function of (model, inputs), not {type(compute_objective).__name__}")
+            if given.get("compute_loss_func") is not None:
+                raise ValueError("compute_objective takes the place of the loss: leave compute_loss_func out")
+        super().__init__(model, args, *more, **named)
+        check_trainer(self)
+        self.compute_objective = compute_objective
+        self.zo_optimizer: ZerothOrderOptimizer | None = None
+        self._times = _Times(Clock(self.args.device))
+        self._parameters: int | None = None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Patches the model and makes the optimiser of ``args.method``."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            options = self.args.patch_options() | self.args.optimizer_options()
+            optimizer = make_optimizer(self, model, self.args.method, options)
+            optimizer.register_step_pre_hook(lambda *_: self._times.start("step"))
+            optimizer.register_step_post_hook(lambda *_: self._times.stop("step"))
+            self.optimizer = self.zo_optimizer = optimizer
+        return self.optimizer
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """All evaluations of a micro-batch; the Trainer's own step does the rest with what they give."""
+        assert self.zo_optimizer is not None
+        drive = drive_of(self.zo_optimizer.handle)
+        assert drive is not None
+        loss = self.compute_loss if self.compute_objective is None else self._objective_loss
+        if self.compute_objective is not None:
+            num_items_in_batch = None  # what an objective returns is a mean of its own
+        # An attribute of the instance goes before the method, for as long as the step takes.
+        self.compute_loss = self._times.timed("evaluations", ProjectedLoss(drive, self._times.timed("forwards", loss)))
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-any-return]
+        finally:
+            del self.compute_loss
+
+    def save_model(self, *where: Any, **named: Any) -> None:
+        """As the Trainer. What a probe learned is merged on every process, although one alone writes: all go on with one model."""
+        if self.zo_optimizer is not None:
+            self.zo_optimizer.handle.settle()
+        super().save_model(*where, **named)
+
+    def restore(self) -> None:
+        """Gives the model its patch up, after training; the trained weights stay."""
+        if self.zo_optimizer is not None:
+            self.zo_optimizer.handle.restore()
+            self.optimizer = None
+            self.zo_optimizer = None
+
+    def log(self, logs: dict[str, float], *more: Any, **named: Any) -> None:
+        """As the Trainer, with what is known of the last step."""
+        info = None if self.zo_optimizer is None else self.zo_optimizer.info
+        if "loss" in logs and info is not None:
+            logs.pop("grad_norm", None)
+            c = info.c.tolist()
+            logs |= {"projected_gradient": c[0]} if len(c) == 1 else {f"projected_gradient_{d}": value for d, value in enumerate(c)}
+            logs |= {"loss_plus": float(info.loss_plus.mean()), "loss_minus": float(info.loss_minus.mean())}
+            logs |= {"skipped": int(info.skipped_total), **self._times.drain()}
+        super().log(logs, *more, **named)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Of the forward passes that the step made; there is no backward pass."""
+        main = getattr(self.model, "main_input_name", "input_ids")
+        if self.zo_optimizer is None or main not in inputs or not hasattr(self.model, "num_parameters"):
+            return 0
+        if self._parameters is None:
+            self._parameters = self.model.num_parameters(exclude_embeddings=True)
+        directions = self.zo_optimizer.directions
+        return 2 * inputs[main].numel() * self._parameters * (2 * directions if self.zo_optimizer.two_sided else 1 + directions)
+
+    def _objective_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        objective = self.compute_objective
+        assert objective is not None
+        model.eval()
+        try:
+            value = objective(self.accelerator.unwrap_model(model), inputs)
+        finally:
+            model.train()
+        value = -value if getattr(objective, "maximize", False) else value
+        return (value, None) if return_outputs else value
+
+
+class _Times:
+    """What steps spent since the last log: marks while they run, seconds when somebody asks."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self._spans: dict[str, list[tuple[Any, Any]]] = {"evaluations": [], "forwards": [], "step": []}
+        self._started: dict[str, Any] = {}
+
+    def start(self, what: str) -> None:
+        self._started[what] = self.clock.mark()
+
+    def stop(self, what: str) -> None:
+        self._spans[what].append((self._started.pop(what), self.clock.mark()))
+
+    def timed(self, what: str, f: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, timed at each call."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.start(what)
+            result = f(*args, **kwargs)
+            self.stop(what)
+            return result
+
+        return call
+
+    def drain(self) -> dict[str, float]:
+        """Milliseconds per step."""
+        steps = max(1, len(self._spans["step"]))
+        total = {what: 1e3 * sum(self.clock.seconds(*span) for span in spans) / steps for what, spans in self._spans.items()}
+        for spans in self._spans.values():
+            spans.clear()
+        step = total["evaluations"] + total["step"]
+        return {"step_ms": step, "forwards_ms": total["forwards"], "weights_ms": step - total["forwards"]}

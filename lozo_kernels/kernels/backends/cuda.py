@@ -1,0 +1,252 @@
+"""csrc/cuda through its C ABI."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..calls import Draw, Momentum, Update
+from ..noise import STREAMS
+from ..table import TensorTable
+from .eager import EagerBackend
+from .launches import ANY_DTYPE, DeviceTable, Tile, TileOf, device_table
+from .native import Factor
+
+ABI_VERSION = 1
+
+_BAD_ARGUMENT = 1  # lozo_status
+_OPS = (
+    *("lowrank_update", "dense_update", "lowrank_momentum_factor", "lowrank_momentum", "dense_momentum"),
+    *("resample", "reproject"),
+)
+
+_ROWS = Tile(256, 0)  # of N
+_EAGER = EagerBackend()
+
+
+def _lowrank_tile(dtype: int) -> Tile:
+    """Noise of a row is made once a tile, so wide; enough rows that the start of a block does not show."""
+    return Tile(16, 512) if dtype == ANY_DTYPE else Tile(64, 2048)
+
+
+def _dense_tile(dtype: int) -> Tile:
+    """Flat tensors are one row; several rows are for those that are not."""
+    return Tile(8, 1024) if dtype == ANY_DTYPE else Tile(8, 8192)
+
+
+class _Tiles(ctypes.Structure):
+    """``lozo_gpu_tiles`` of csrc/include/lozo/abi_cuda.h."""
+
+    _fields_ = (
+        ("tiles", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("dtype", ctypes.c_int64),
+    )
+
+
+class _Call(ctypes.Structure):
+    """``lozo_gpu_call`` of csrc/include/lozo/abi_cuda.h."""
+
+    _fields_ = (
+        ("tensors", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("header", ctypes.c_void_p),
+        ("rank", ctypes.c_int64),
+        ("num_draws", ctypes.c_int64),
+        ("rounding", ctypes.c_int64),
+        ("scales", ctypes.c_void_p),
+        ("coefficients", ctypes.c_void_p),
+        ("alpha", ctypes.c_void_p),
+        ("beta", ctypes.c_void_p),
+        ("decay", ctypes.c_void_p),
+        ("ratios", ctypes.c_void_p),
+        ("device", ctypes.c_int64),
+        ("stream", ctypes.c_void_p),
+    )
+
+
+class CudaBackend:
+    """CUDA kernels compiled ahead of time, at most one launch per dtype and one for all awkward tensors.
+
+    Args:
+        library: the shared library; tests name one that emulates a GPU.
+        device_type: what that library serves.
+    """
+
+    name = "cuda"
+
+    def __init__(self, library: Path | None = None, *, device_type: str = "cuda") -> None:
+        self._path = library if library is not None else library_path()
+        self._device_type = device_type
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if device.type != self._device_type:
+            return f"it serves {self._device_type} only"
+        if device.type == "cuda" and torch.version.cuda is None:
+            return "this PyTorch is not built for CUDA"
+        try:
+            library = _load(self._path)
+        except (OSError, RuntimeError, AttributeError) as error:
+            return str(error)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            return "PyTorch finds no CUDA device"
+        status = library.lozo_cuda_probe(_index(device))
+        if status == 0:
+            return None
+        which = ""
+        if device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(device)
+            which = f"compute capability {major}.{minor}, compiled for {library.lozo_cuda_architectures().decode()}: "
+        return which + library.lozo_cuda_message(status).decode()
+
+    def withheld(self, device: torch.device) -> str | None:
+        return None
+
+    def lowrank_update_(self, table: TensorTable, update: Update) -> None:
+        with self._calling(table, update) as call:
+            call.run_all("lowrank_update", _lowrank_tile)
+        torch.autograd.graph.increment_version(table.x)
+
+    def dense_update_(self, table: TensorTable, update: Update) -> None:
+        with self._calling(table, update) as call:
+            call.run_all("dense_update", _dense_tile)
+        torch.autograd.graph.increment_version(table.x)
+
+    def lowrank_momentum_(self, table: TensorTable, update: Update, momentum: Momentum) -> None:
+        assert table.n is not None
+        with self._calling(table, update, momentum) as call:
+            # Tiles side by side share rows of N, so N is done with before they start.
+            call.run("lowrank_momentum_factor", call.tables.row_tiles(_ROWS.rows), _ROWS)
+            call.run_all("lowrank_momentum", _lowrank_tile)
+        torch.autograd.graph.increment_version((*table.x, *table.n))
+
+    def dense_momentum_(self, table: TensorTable, update: Update, momentum: Momentum) -> None:
+        assert table.n is not None
+        with self._calling(table, update, momentum) as call:
+            call.run_all("dense_momentum", _dense_tile)
+        torch.autograd.graph.increment_version((*table.x, *table.n))
+
+    def resample_(self, table: TensorTable, seed: int, window: int, reproject: bool) -> None:
+        assert table.v is not None
+        nothing = torch.empty(0, device=table.device)
+        with self._calling(table, Update(seed, [Draw(window)], nothing, None, None)) as call:
+            matrices = call.tables.matrices()
+            if reproject:
+                ratios = torch.empty(len(matrices), table.rank, table.rank, device=table.device)
+                call.arguments.ratios = ratios.data_ptr()
+            call.run("resample", matrices, Tile(0, 0))
+            if reproject:
+                call.run("reproject", call.tables.row_tiles(_ROWS.rows), _ROWS)
+        torch.autograd.graph.increment_version((*table.v, *(table.n or ())) if reproject else table.v)
+
+    def factor(
+        self, seed: int, rows: int, rank: int, tensor_id: int, draw: Draw, *, stream: str, row_offset: int, device: torch.device
+    ) -> Tensor:
+        library = _load(self._path)
+        with _current(device):
+            out = torch.empty(rows, rank, device=device)
+            what = Factor(seed, STREAMS[stream], tensor_id, int(draw.step), draw.direction, row_offset, rows, rank)
+            status = library.lozo_cuda_factor(ctypes.byref(what), out.data_ptr(), _index(out.device), _stream(out.device))
+        _check(library, "factor", status)
+        return out
+
+    # Probing has no kernels here: Triton's do it wherever these could, and PyTorch's operators do it right where Triton is missing.
+    factor_update_ = _EAGER.factor_update_
+    lowrank_merge_ = _EAGER.lowrank_merge_
+    dense_merge_ = _EAGER.dense_merge_
+    lowrank_linear_ = _EAGER.lowrank_linear_
+    lowrank_embedding_ = _EAGER.lowrank_embedding_
+
+    @contextlib.contextmanager
+    def _calling(self, table: TensorTable, update: Update, momentum: Momentum | None = None) -> Iterator[_Calling]:
+        """The arguments of a call, on the table's device; they point to memory that lives until the end."""
+        with _current(table.device):
+            tables = device_table(table)
+            header = tables.header(update)
+            call = _Call(
+                tensors=tables.tensors.data_ptr(),
+                count=len(table),
+                header=header.data_ptr(),
+                rank=table.rank,
+                num_draws=len(update.draws),
+                rounding=update.rounding is not None,
+                scales=update.scales.data_ptr(),
+                decay=None if update.decay is None else update.decay.data_ptr(),
+                device=_index(table.device),
+                stream=_stream(table.device),
+            )
+            if momentum is not None:
+                call.coefficients = momentum.coefficients.data_ptr()
+                call.alpha, call.beta = momentum.alpha.data_ptr(), momentum.beta.data_ptr()
+            yield _Calling(_load(self._path), tables, call)
+            del header  # the allocator reuses it in the order of the stream
+
+
+@dataclasses.dataclass(frozen=True)
+class _Calling:
+    """One call of an op: its launches have these arguments in common."""
+
+    library: ctypes.CDLL
+    tables: DeviceTable
+    arguments: _Call
+
+    def run(self, op: str, tiles: Tensor, tile: Tile, dtype: int = ANY_DTYPE) -> None:
+        if len(tiles):
+            what = _Tiles(tiles.data_ptr(), len(tiles), tile.rows, tile.cols, dtype)
+            status = getattr(self.library, f"lozo_cuda_{op}")(ctypes.byref(what), ctypes.byref(self.arguments))
+            _check(self.library, op, status)
+
+    def run_all(self, op: str, tile_of: TileOf) -> None:
+        for launch in self.tables.launches(("cuda", tile_of), tile_of):
+            self.run(op, launch.tiles, tile_of(launch.dtype), launch.dtype)
+
+
+def library_path() -> Path:
+    """Where the library is, or would be, had it been built."""
+    return Path(__file__).resolve().parents[2] / "lib" / "liblozo_cuda.so"
+
+
+@functools.cache
+def _load(path: Path) -> ctypes.CDLL:
+    if not path.exists():
+        raise RuntimeError("not built (reinstall lozo_kernels where nvcc is)")
+    library = ctypes.CDLL(str(path))
+    library.lozo_cuda_abi_version.restype = ctypes.c_int64
+    version = library.lozo_cuda_abi_version()
+    if version != ABI_VERSION:
+        raise RuntimeError(f"{path} has ABI version {version}, this package needs {ABI_VERSION}; rebuild it")
+    library.lozo_cuda_architectures.restype = library.lozo_cuda_message.restype = ctypes.c_char_p
+    library.lozo_cuda_probe.argtypes = (ctypes.c_int64,)
+    for op in _OPS:
+        getattr(library, f"lozo_cuda_{op}").argtypes = (ctypes.POINTER(_Tiles), ctypes.POINTER(_Call))
+    library.lozo_cuda_factor.argtypes = (ctypes.POINTER(Factor), ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+    return library
+
+
+def _check(library: ctypes.CDLL, op: str, status: int) -> None:
+    if status:
+        message = f"{op}: {library.lozo_cuda_message(status).decode()}"
+        raise ValueError(message) if status == _BAD_ARGUMENT else RuntimeError(message)
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _index(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _stream(device: torch.device) -> int | None:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None

@@ -1,0 +1,350 @@
+"""csrc/cpu through its C ABI."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..calls import Draw, Momentum, Skinny, Update
+from ..noise import STREAMS
+from ..table import DTYPES, TensorTable
+from .packing import pack
+
+ABI_VERSION = 2
+
+_MAX_DRAWS = 2
+
+
+class _Call(ctypes.Structure):
+    """``lozo_call`` of csrc/include/lozo/abi.h."""
+
+    _fields_ = (
+        ("seed", ctypes.c_uint64),
+        ("rank", ctypes.c_int64),
+        ("num_draws", ctypes.c_int64),
+        ("draw_steps", ctypes.c_int64 * _MAX_DRAWS),
+        ("directions", ctypes.c_int64 * _MAX_DRAWS),
+        ("rounding", ctypes.c_int64),
+        ("rounding_step", ctypes.c_int64),
+        ("rounding_index", ctypes.c_int64),
+        ("scales", ctypes.c_void_p),
+        ("coefficients", ctypes.c_void_p),
+        ("alpha", ctypes.c_void_p),
+        ("beta", ctypes.c_void_p),
+        ("decay", ctypes.c_void_p),
+        ("threads", ctypes.c_int64),
+    )
+
+
+class Factor(ctypes.Structure):
+    """``lozo_factor`` of csrc/include/lozo/abi.h."""
+
+    _fields_ = (
+        ("seed", ctypes.c_uint64),
+        ("stream", ctypes.c_int64),
+        ("tensor_id", ctypes.c_int64),
+        ("draw", ctypes.c_int64),
+        ("direction", ctypes.c_int64),
+        ("row_offset", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
+    )
+
+
+class _Skinny(ctypes.Structure):
+    """``lozo_skinny`` of csrc/include/lozo/abi.h."""
+
+    _fields_ = (
+        ("y", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("b", ctypes.c_void_p),
+        ("draws", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("gain", ctypes.c_void_p),
+        ("shift", ctypes.c_void_p),
+        ("seed", ctypes.c_uint64),
+        ("tensor_id", ctypes.c_int64),
+        ("row_offset", ctypes.c_int64),
+        ("y_dtype", ctypes.c_int64),
+        ("x_dtype", ctypes.c_int64),
+        ("y_stride", ctypes.c_int64),
+        ("x_stride", ctypes.c_int64),
+        ("tokens", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
+        ("transposed", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+    )
+
+
+_CODES = {dtype: code for code, dtype in enumerate(DTYPES)} | {torch.int32: 4, torch.int64: 8}
+"""What ``lozo_skinny`` calls the dtypes of y and of x."""
+
+_STATUS: dict[int, Callable[[str], Exception]] = {
+    1: lambda op: ValueError(f"{op}: the native library rejected the arguments"),
+    2: lambda op: MemoryError(f"{op}: no memory for scratch; nothing was changed"),
+    3: lambda op: RuntimeError(f"{op}: no such instruction set"),
+}
+
+
+class NativeBackend:
+    """Compiled CPU kernels, one call for a whole table."""
+
+    name = "native"
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why this backend cannot serve the device, or None if it can."""
+        if device.type != "cpu":
+            return "it serves cpu only"
+        try:
+            _library()
+        except (OSError, RuntimeError, ValueError, AttributeError) as error:
+            return str(error)
+        return None
+
+    def withheld(self, device: torch.device) -> str | None:
+        return None
+
+    def lowrank_update_(self, table: TensorTable, update: Update) -> None:
+        _run("lozo_cpu_lowrank_update", table, _call(table, update))
+        torch.autograd.graph.increment_version(table.x)
+
+    def dense_update_(self, table: TensorTable, update: Update) -> None:
+        _run("lozo_cpu_dense_update", table, _call(table, update))
+        torch.autograd.graph.increment_version(table.x)
+
+    def lowrank_momentum_(self, table: TensorTable, update: Update, momentum: Momentum) -> None:
+        assert table.n is not None
+        _run("lozo_cpu_lowrank_momentum", table, _call(table, update, momentum))
+        torch.autograd.graph.increment_version((*table.x, *table.n))
+
+    def dense_momentum_(self, table: TensorTable, update: Update, momentum: Momentum) -> None:
+        assert table.n is not None
+        _run("lozo_cpu_dense_momentum", table, _call(table, update, momentum))
+        torch.autograd.graph.increment_version((*table.x, *table.n))
+
+    def resample_(self, table: TensorTable, seed: int, window: int, reproject: bool) -> None:
+        assert table.v is not None
+        call = _Call(seed=seed, rank=table.rank, num_draws=1, draw_steps=(window,), threads=torch.get_num_threads())
+        _run("lozo_cpu_resample", table, call, ctypes.c_int64(reproject))
+        torch.autograd.graph.increment_version((*table.v, *(table.n or ())) if reproject else table.v)
+
+    def factor_update_(self, table: TensorTable, update: Update) -> None:
+        _run("lozo_cpu_factor_update", table, _call(table, update), factors=True)
+        torch.autograd.graph.increment_version(table.x)
+
+    def lowrank_merge_(self, table: TensorTable, update: Update, out: TensorTable) -> None:
+        assert table.n is not None
+        _run("lozo_cpu_lowrank_merge", table, _call(table, update), _packed(out).data_ptr())
+        torch.autograd.graph.increment_version(out.x)
+
+    def dense_merge_(self, table: TensorTable, update: Update, out: TensorTable) -> None:
+        _run("lozo_cpu_dense_merge", table, _call(table, update), _packed(out).data_ptr())
+        torch.autograd.graph.increment_version(out.x)
+
+    def lowrank_linear_(self, call: Skinny) -> None:
+        _run_skinny("lozo_cpu_lowrank_linear", call, call.x.stride(0))
+
+    def lowrank_embedding_(self, call: Skinny) -> None:
+        _run_skinny("lozo_cpu_lowrank_embedding", call, 1)
+
+    def factor(
+        self, seed: int, rows: int, rank: int, tensor_id: int, draw: Draw, *, stream: str, row_offset: int, device: torch.device
+    ) -> Tensor:
+        out = torch.empty(rows, rank)
+        what = Factor(seed, STREAMS[stream], tensor_id, int(draw.step), draw.direction, row_offset, rows, rank)
+        status = _library().lozo_cpu_factor(ctypes.byref(what), out.data_ptr())
+        if status:
+            raise _STATUS[status]("lozo_cpu_factor")
+        return out
+
+
+def library_path() -> Path:
+    """Where the library is, or would be, had it been built."""
+    return Path(__file__).resolve().parents[2] / "lib" / "liblozo_cpu.so"
+
+
+def isa() -> str:
+    """The instruction set in use.
+
+    Raises:
+        OSError, RuntimeError, ValueError: the library cannot be used; the message is that of ``unavailable``.
+    """
+    return _library().lozo_isa_name().decode()
+
+
+def supported_isas() -> list[str]:
+    """The instruction sets that were compiled in and that this machine runs, best first. Raises as :func:`isa`."""
+    library = _load()
+    return [name for name in _compiled_isas(library) if library.lozo_isa_supported(name.encode())]
+
+
+def set_isa(name: str | None) -> None:
+    """Switches the process to an instruction set; None: the choice of LOZO_KERNELS_ISA, else the best.
+
+    Raises:
+        ValueError: there is no such set, or this machine does not run it.
+        OSError, RuntimeError: as :func:`isa`.
+    """
+    _choose(_load(), name or os.environ.get("LOZO_KERNELS_ISA") or None)
+
+
+def openmp_path() -> Path | None:
+    """The OpenMP runtime that torch computes with, or None if it cannot be told."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    mapped = {Path(line.split(None, 5)[5]) for line in lines if "/" in line}
+    runtimes = [path for path in mapped if path.name.startswith(("libgomp", "libiomp5", "libomp"))]
+    packages = Path(torch.__file__).resolve().parent.parent
+    # Other packages bring a runtime of their own; torch's lies in its folder, or in torch.libs beside it.
+    of_torch = [p for p in runtimes if any(p.is_relative_to(packages / name) for name in ("torch", "torch.libs"))]
+    candidates = of_torch or runtimes
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def use_threads(whose: str) -> None:
+    """Whose threads the kernels run on: "torch" (its OpenMP runtime; own ones if that cannot be found) or "own".
+
+    Torch's are the default: after an operator of torch they are awake, and threads of our own would compete with them.
+    """
+    if whose not in ("torch", "own"):
+        raise ValueError(f"threads are 'torch' or 'own', not {whose!r}")
+    _load().lozo_use_openmp(_gomp_parallel() if whose == "torch" else None)
+
+
+@functools.cache
+def _gomp_parallel() -> int | None:
+    path = openmp_path()
+    try:
+        return None if path is None else ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
+
+
+def _library() -> ctypes.CDLL:
+    """The library with an instruction set chosen."""
+    library = _load()
+    if not _isa_is_chosen:
+        _choose(library, os.environ.get("LOZO_KERNELS_ISA") or None)
+    return library
+
+
+@functools.cache
+def _load() -> ctypes.CDLL:
+    path = library_path()
+    if not path.exists():
+        raise RuntimeError("not built (reinstall lozo_kernels where a C++ compiler is)")
+    library = ctypes.CDLL(str(path))
+    library.lozo_abi_version.restype = ctypes.c_int64
+    version = library.lozo_abi_version()
+    if version != ABI_VERSION:
+        raise RuntimeError(f"{path} has ABI version {version}, this package needs {ABI_VERSION}; rebuild it")
+    library.lozo_isa_list.restype = library.lozo_isa_name.restype = ctypes.c_char_p
+    library.lozo_use_openmp.argtypes = (ctypes.c_void_p,)
+    library.lozo_use_openmp.restype = None
+    library.lozo_use_openmp(_gomp_parallel())
+    library.lozo_isa_supported.argtypes = library.lozo_set_isa.argtypes = (ctypes.c_char_p,)
+    pointers = (ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(_Call))
+    for op in ("lowrank_update", "dense_update", "lowrank_momentum", "dense_momentum"):
+        getattr(library, f"lozo_cpu_{op}").argtypes = pointers
+    library.lozo_cpu_factor_update.argtypes = pointers
+    for op in ("lowrank_merge", "dense_merge"):
+        getattr(library, f"lozo_cpu_{op}").argtypes = (*pointers, ctypes.c_void_p)
+    for op in ("lowrank_linear", "lowrank_embedding"):
+        getattr(library, f"lozo_cpu_{op}").argtypes = (ctypes.POINTER(_Skinny),)
+    library.lozo_cpu_factor.argtypes = (ctypes.POINTER(Factor), ctypes.c_void_p)
+    library.lozo_cpu_resample.argtypes = (*pointers, ctypes.c_int64)
+    return library
+
+
+def _compiled_isas(library: ctypes.CDLL) -> list[str]:
+    return library.lozo_isa_list().decode().split()
+
+
+_isa_is_chosen = False
+
+
+def _choose(library: ctypes.CDLL, name: str | None) -> None:
+    global _isa_is_chosen
+    if library.lozo_set_isa(None if name is None else name.encode()) == 0:
+        _isa_is_chosen = True
+        return
+    compiled = _compiled_isas(library)
+    supported = [other for other in compiled if library.lozo_isa_supported(other.encode())]
+    why = "this machine does not run it" if name in compiled else "there is no such set"
+    raise ValueError(f"instruction set {name!r} (LOZO_KERNELS_ISA): {why}; choose from {', '.join(supported)}")
+
+
+def _run(function: str, table: TensorTable, call: _Call, *more: object, factors: bool = False) -> None:
+    packed = _packed(table, factors)
+    status = getattr(_library(), function)(packed.data_ptr(), len(table), ctypes.byref(call), *more)
+    if status:
+        raise _STATUS[status](function)
+
+
+def _call(table: TensorTable, update: Update, momentum: Momentum | None = None) -> _Call:
+    """The arguments as C takes them; the caller keeps ``update`` and ``momentum``, whose memory they point to."""
+    call = _Call(seed=update.seed, rank=table.rank, num_draws=len(update.draws), threads=torch.get_num_threads())
+    for d, draw in enumerate(update.draws):
+        call.draw_steps[d], call.directions[d] = int(draw.step), draw.direction
+    if update.rounding is not None:
+        call.rounding, call.rounding_step, call.rounding_index = 1, int(update.rounding.step), update.rounding.index
+    call.scales = update.scales.data_ptr()
+    call.decay = None if update.decay is None else update.decay.data_ptr()
+    if momentum is not None:
+        call.coefficients, call.alpha, call.beta = (x.data_ptr() for x in (momentum.coefficients, momentum.alpha, momentum.beta))
+    return call
+
+
+def _run_skinny(function: str, call: Skinny, x_stride: int) -> None:
+    y, x, v, b, gain, shift = call.y, call.x, call.v, call.b, call.gain, call.shift
+    rows, rank = b.shape
+    arguments = _Skinny(
+        y.data_ptr(),
+        x.data_ptr(),
+        v.data_ptr(),
+        b.data_ptr(),
+        call.draws.data_ptr(),
+        call.scales.data_ptr(),
+        None if gain is None else gain.data_ptr(),
+        None if shift is None else shift.data_ptr(),
+        call.seed,
+        call.tensor_id,
+        call.row_offset,
+        _CODES[y.dtype],
+        _CODES[x.dtype],
+        y.stride(0),
+        x_stride,
+        y.shape[0],
+        call.scales.shape[0],
+        rows,
+        v.shape[1],
+        rank,
+        call.transposed,
+        torch.get_num_threads(),
+    )
+    status = getattr(_library(), function)(arguments)
+    if status:
+        raise _STATUS[status](function)
+    torch.autograd.graph.increment_version(y)
+
+
+def _packed(table: TensorTable, factors: bool = False) -> Tensor:
+    """The table as rows of ``lozo_tensor``."""
+    key = "native factors" if factors else "native"
+    packed = table.cache.get(key)
+    if not isinstance(packed, Tensor):
+        packed = pack(table, factors)
+        table.cache[key] = packed
+    return packed

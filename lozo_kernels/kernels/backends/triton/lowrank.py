@@ -1,0 +1,271 @@
+"""X <- decay * X + sum over draws of scale * U V^T, and LOZO-M's update, one tile of a matrix per program.
+
+U is regenerated per tile; the product runs on tensor cores. Factors are multiples of 2^-8 below 4.9, so fp16 holds them and the
+fp32 sums are exact in any order (DESIGN: docs/noise.md).
+"""
+
+import triton
+import triton.language as tl
+
+from .noise import STREAM_U, draw_words, factor, rounding_any, rounding_rows, rounding_words, seed_words
+from .tables import dtype_at, extent_at, factors_at, place_at, tile_at, weights_at
+from .weights import as_fp32, read_any, read_weights, store_any, store_stochastic, store_weights
+
+
+@triton.jit
+def random_bits(
+    header, element, tensor_id, k0, k1, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):  # fmt: skip
+    """(ROWS, COLS) rounding bits; ``element`` (ROWS, 1) is the flat index of the block's first column in every row."""
+    index, c3 = rounding_words(header)
+    if ALIGNED:
+        return rounding_rows(element, index, tensor_id, c3, k0, k1, ROWS, COLS)
+    else:
+        return rounding_any(element + tl.arange(0, COLS)[None, :], index, tensor_id, c3, k0, k1)
+
+
+@triton.jit
+def draw_factor(
+    header, tensor_id, first, k0, k1, DRAW: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr,
+    DP4A: tl.constexpr,
+):  # fmt: skip
+    """U of one draw for the rows of a tile, (ROWS, PADDED) fp16, exact."""
+    direction, c3 = draw_words(header, DRAW, STREAM_U)
+    return factor(first, tensor_id, direction, c3, k0, k1, ROWS, RANK, PADDED, DP4A).to(tl.float16)
+
+
+@triton.jit
+def split_rows(n):
+    """fp32 rows as high + low / 2^11 times a power of two per row: 22 bits in two fp16, whatever the magnitude."""
+    largest = tl.max(tl.abs(n), 1)
+    exponent = (largest.to(tl.uint32, bitcast=True) >> 23).to(tl.int32)
+    exponent = tl.minimum(tl.maximum(exponent, 20), 240)
+    up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)  # the largest becomes 2^14 to 2^15
+    down = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+    scaled = n * up[:, None]
+    high = scaled.to(tl.float16)
+    low = ((scaled - high.to(tl.float32)) * 2048.0).to(tl.float16)
+    return high, low, down
+
+
+@triton.jit
+def momentum_columns(n_row, row_mask, RANK: tl.constexpr):
+    """The columns of N for the rows of a tile, one tensor each, in registers for the whole tile."""
+    columns = (tl.load(n_row, mask=row_mask, other=0.0),)
+    for k in tl.static_range(1, RANK):
+        columns = columns + (tl.load(n_row + k, mask=row_mask, other=0.0),)  # noqa: RUF005
+    return columns
+
+
+@triton.jit
+def momentum_block(columns, v_matrix, cols, col_mask, width, RANK: tl.constexpr):
+    """N V^T of a block with k ascending, each a rounded multiply and a rounded add; (rows, cols) fp32."""
+    pointer = v_matrix + cols
+    acc = columns[0][:, None] * tl.load(pointer, mask=col_mask).to(tl.float32)[None, :]
+    for k in tl.static_range(1, RANK):
+        pointer += width
+        acc = acc + columns[k][:, None] * tl.load(pointer, mask=col_mask).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
+def update_block(
+    x, y, start, row_mask, end, v_matrix, width, u0, u1, high, low, unit, columns, scale0, scale1, factor_of_x, rate,
+    flat, header, tensor_id, k0, k1, address, code,
+    WEIGHT: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr,
+    MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EIGHTS: tl.constexpr,
+    EMULATE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """A block of ROWS by COLS that was read as ``y``; ``x`` are pointers of its rows, or offsets where WEIGHT is None.
+
+    MASKED: some of its rows or columns do not exist. Masks cost an instruction for every other element.
+    """
+    ks = tl.arange(0, PADDED)
+    cols = start + tl.arange(0, COLS)
+    v_block_pointer = v_matrix + ks.to(tl.int64)[:, None] * width + cols[None, :]
+    mask = None
+    col_mask = None
+    if MASKED:
+        col_mask = cols < end
+        mask = row_mask[:, None] & col_mask[None, :]
+        v_block = tl.load(v_block_pointer, mask=(ks[:, None] < RANK) & col_mask[None, :], other=0.0)
+    elif RANK < PADDED:
+        v_block = tl.load(v_block_pointer, mask=(ks[:, None] < RANK) & (cols[None, :] < end), other=0.0)
+    else:
+        v_block = tl.load(v_block_pointer)
+    if DECAY:
+        y = y * factor_of_x
+    y = y + tl.dot(u0, v_block) * scale0
+    if DRAWS == 2:
+        y = y + tl.dot(u1, v_block) * scale1
+    if MOMENTUM:
+        if RANK > 8:
+            product = tl.dot(high, v_block) + tl.dot(low, v_block) * 0.00048828125
+            product = product * unit[:, None]
+        else:
+            product = momentum_block(columns, v_matrix, cols, col_mask, width, RANK)
+        y = y + product * rate
+    bits = 0
+    if STOCHASTIC and tl.float32 != WEIGHT:
+        bits = random_bits(header, flat + start, tensor_id, k0, k1, WEIGHT is not None, ROWS, COLS)
+    if WEIGHT is None:
+        store_any(address, x + cols[None, :], y, bits, mask, code, STOCHASTIC, EMULATE)
+    elif EIGHTS:
+        # In this shape Triton does not store 16-bit results straight from a matrix layout, 64 bits at a time.
+        by_eight = start + tl.arange(0, COLS // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+        pointer = x[:, :, None] + by_eight[None, :, :]
+        mask_by_eight = None
+        if MASKED:
+            mask_by_eight = row_mask[:, None, None] & (by_eight < end)[None, :, :]
+        y = y.reshape(ROWS, COLS // 8, 8)
+        if STOCHASTIC:
+            store_stochastic(pointer, y, bits.reshape(ROWS, COLS // 8, 8), mask_by_eight)
+        else:
+            store_weights(pointer, y, mask_by_eight, EMULATE)
+    elif STOCHASTIC and tl.float32 != WEIGHT:
+        store_stochastic(x + cols[None, :], y, bits, mask)
+    else:
+        store_weights(x + cols[None, :], y, mask, EMULATE)
+
+
+@triton.jit(do_not_specialize=["count"])
+def lowrank_update(
+    tiles, tensors, header, scales, decay, alpha, count,
+    WEIGHT: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr,
+    MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCKS: tl.constexpr,
+    AHEAD: tl.constexpr, EIGHTS: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """The op lowrank_update, and with MOMENTUM the weights' part of lowrank_momentum.
+
+    A program does one tile of ROWS by BLOCKS * COLS. WEIGHT None: any dtype, read per tensor, and any alignment.
+    """
+    ALIGNED: tl.constexpr = WEIGHT is not None
+    t, matrix, row0, block0 = tile_at(tiles, tl.program_id(0))
+    address, batch_stride, row_stride = weights_at(tensors, t, ALIGNED)
+    v, n = factors_at(tensors, t, ALIGNED)
+    height, width = extent_at(tensors, t, ALIGNED)
+    tensor_id, row_offset, col_offset, global_cols = place_at(tensors, t)
+    k0, k1 = seed_words(header)
+    matrix = matrix.to(tl.int64)
+    height32 = height.to(tl.int32)
+    width32 = width.to(tl.int32)
+    if ALIGNED:
+        v = tl.multiple_of(v, 16)
+        batch_stride = tl.multiple_of(batch_stride, 8)
+        row_stride = tl.multiple_of(row_stride, 8)
+        width = tl.multiple_of(width, 8)
+        width32 = tl.multiple_of(width32, 8)
+    rows = row0 + tl.arange(0, ROWS)
+    row_mask = rows < height32
+    row_begins = matrix * batch_stride + rows.to(tl.int64)[:, None] * row_stride
+    col0 = block0 * (BLOCKS * COLS)
+    end = tl.minimum(width32, col0 + BLOCKS * COLS)
+    x = row_begins
+    code = 0
+    if ALIGNED:
+        x = tl.multiple_of(address.to(tl.pointer_type(WEIGHT)), 16) + row_begins
+    else:
+        code = dtype_at(tensors, t)
+    if AHEAD:  # on the way while U is made; then always one block before the one that is worked on
+        cols = col0 + tl.arange(0, COLS)
+        ahead = read_weights(x + cols[None, :], row_mask[:, None] & (cols < end)[None, :])
+    global_row = row_offset + matrix * height + row0
+    first = global_row.to(tl.uint32)
+    u0 = draw_factor(header, tensor_id, first, k0, k1, 0, ROWS, RANK, PADDED, DP4A)
+    u1 = u0
+    scale0 = tl.load(scales + t)
+    # What is not needed stands for something that is there.
+    scale1 = scale0
+    factor_of_x = scale0
+    rate = scale0
+    high = u0
+    low = u0
+    unit = scale0
+    columns = (scale0,)
+    if DRAWS == 2:
+        u1 = draw_factor(header, tensor_id, first, k0, k1, 1, ROWS, RANK, PADDED, DP4A)
+        scale1 = tl.load(scales + count + t)
+    if DECAY:
+        factor_of_x = tl.load(decay + t)
+    if MOMENTUM:
+        rate = tl.load(alpha + t)
+        n_row = n + (matrix * height + rows) * RANK
+        if RANK > 8:
+            ks = tl.arange(0, PADDED)
+            n_block = tl.load(n_row[:, None] + ks[None, :], mask=row_mask[:, None] & (ks[None, :] < RANK), other=0.0)
+            high, low, unit = split_rows(n_block)
+        else:
+            columns = momentum_columns(n_row, row_mask, RANK)
+    v_matrix = v + matrix * RANK * width
+    if ALIGNED:
+        v_matrix = tl.multiple_of(v_matrix, 16)
+    flat = (global_row + tl.arange(0, ROWS).to(tl.int64)[:, None]) * global_cols + col_offset
+    full = 0
+    if ALIGNED:
+        full = tl.where(row0 + ROWS <= height32, (end - col0) // COLS, 0)
+        for block in range(0, full):
+            start = col0 + block * COLS
+            cols = start + tl.arange(0, COLS)
+            if AHEAD:
+                y = as_fp32(ahead, EMULATE)
+                ahead = read_weights(x + (cols + COLS)[None, :], (cols + COLS < end)[None, :])
+            else:
+                y = as_fp32(read_weights(x + cols[None, :], None), EMULATE)
+            update_block(
+                x, y, start, row_mask, end, v_matrix, width, u0, u1, high, low, unit, columns, scale0, scale1, factor_of_x, rate,
+                flat, header, tensor_id, k0, k1, address, code,
+                WEIGHT, RANK, PADDED, DRAWS, DECAY, MOMENTUM, STOCHASTIC, ROWS, COLS, EIGHTS, EMULATE, False,
+            )  # fmt: skip
+    for block in range(full, (end - col0 + COLS - 1) // COLS):
+        start = col0 + block * COLS
+        cols = start + tl.arange(0, COLS)
+        mask = row_mask[:, None] & (cols < end)[None, :]
+        if AHEAD:
+            y = as_fp32(ahead, EMULATE)
+            ahead = read_weights(x + (cols + COLS)[None, :], row_mask[:, None] & (cols + COLS < end)[None, :])
+        elif ALIGNED:
+            y = as_fp32(read_weights(x + cols[None, :], mask), EMULATE)
+        else:
+            y = read_any(address, x + cols[None, :], mask, code, EMULATE)
+        update_block(
+            x, y, start, row_mask, end, v_matrix, width, u0, u1, high, low, unit, columns, scale0, scale1, factor_of_x, rate,
+            flat, header, tensor_id, k0, k1, address, code,
+            WEIGHT, RANK, PADDED, DRAWS, DECAY, MOMENTUM, STOCHASTIC, ROWS, COLS, EIGHTS, EMULATE, True,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["count"])
+def factor_update(
+    tiles, tensors, header, scales, decay, count,
+    MOMENTUM: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr,
+    ROWS: tl.constexpr, DP4A: tl.constexpr,
+):  # fmt: skip
+    """The op factor_update, and with MOMENTUM the same of N, before lowrank_update reads it; ROWS rows per program.
+
+    Factors of a table may be of several ranks, up to RANK; N has RANK columns.
+    """
+    t, matrix, row0, _ = tile_at(tiles, tl.program_id(0))
+    height, width = extent_at(tensors, t, False)
+    tensor_id, row_offset, _, _ = place_at(tensors, t)
+    k0, k1 = seed_words(header)
+    matrix = matrix.to(tl.int64)
+    first = (row_offset + matrix * height + row0).to(tl.uint32)
+    rows = row0 + tl.arange(0, ROWS)
+    ks = tl.arange(0, PADDED)
+    if MOMENTUM:
+        _, n = factors_at(tensors, t, False)
+        mask = (rows < height)[:, None] & (ks < RANK)[None, :]
+        pointer = n + (matrix * height + rows)[:, None] * RANK + ks[None, :]
+    else:
+        address, batch_stride, row_stride = weights_at(tensors, t, False)
+        mask = (rows < height)[:, None] & (ks < width)[None, :]
+        begins = matrix * batch_stride + rows.to(tl.int64)[:, None] * row_stride
+        pointer = address.to(tl.pointer_type(tl.float32)) + begins + ks[None, :]
+    value = tl.load(pointer, mask=mask, other=0.0)
+    if DECAY:
+        value = value * tl.load(decay + t)
+    for d in tl.static_range(DRAWS):
+        direction, c3 = draw_words(header, d, STREAM_U)
+        u = factor(first, tensor_id, direction, c3, k0, k1, ROWS, RANK, PADDED, DP4A)
+        value = value + u * tl.load(scales + d * count + t)
+    tl.store(pointer, value, mask=mask)

@@ -1,0 +1,303 @@
+"""The noise contract, version 1: a value depends on its coordinates only.
+
+Every random number of this library is a pure function of (seed, stream, tensor id, draw, direction, position): never of the
+device, the tile shape, the launch order or the sharding. This module is the plain PyTorch form of that function and the truth
+that every backend is held to, bit for bit. ``docs/noise.md`` states the statistics of the distribution.
+
+Philox4x32-10 (Salmon et al., SC'11) turns a 128-bit counter into four 32-bit words:
+
+* key ``(seed low word, seed high word)``;
+* ``c2`` = tensor id, ``c3 = stream << 28 | draw`` with ``draw < 2**28``: the step, or for V the window ``step // interval``;
+* U, V, S at ``[i, k]``: ``c0 = i``, ``c1 = (k >> 2) | direction << 8``, word ``k & 3``;
+* Z at flat element ``e``: ``c0 = low 32 bits of e >> 2``, ``c1 = e >> 34 | direction << 8``, word ``e & 3``;
+* rounding bits at flat element ``e``: ``c0 = low 32 bits of e >> 3``, ``c1 = e >> 35 | direction << 8``, half-word ``e & 7``.
+
+A word becomes a standard normal from the sum of its four bytes by an odd polynomial of degree 7, every operation rounded to
+fp32 and never contracted. U, V and S are then rounded to multiples of 2**-8, which makes ``U @ V.T`` a sum of integers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .checks import check_integer, check_range
+
+NOISE_VERSION = 1
+"""Version of the contract; stored in checkpoints, so that a run is never resumed with other noise."""
+
+STREAMS = {"U": 0, "V": 1, "Z": 2, "S": 3, "rounding": 8}
+MAX_DRAW = 1 << 28
+MAX_RANK = 64
+MAX_DIRECTION = 1 << 24
+GRID = 49152.0
+"""1.5 * 2**15: adding and subtracting it rounds an fp32 of magnitude below 2**14 to a multiple of 2**-8."""
+
+# C3, C2, C1, C0 of DESIGN.md as the doubles that equal their fp32 bit patterns (0x207c3b8f, 0xa9065b6e, 0x31b0c331, 0x3bd4a59c).
+_COEFFICIENTS = tuple(float.fromhex(h) for h in ("0x1.f8771ep-63", "-0x1.0cb6dcp-45", "0x1.618662p-28", "0x1.a94b38p-8"))
+_MASK = 0xFFFFFFFF
+_CHUNK = 1 << 20  # counters expanded at once: bounds the int64 temporaries of this slow path to some 64 MiB
+
+
+def tensor_id(name: str) -> int:
+    """The 32-bit id of a parameter: BLAKE2s of its canonical name, so it survives reordering, subsetting and sharding."""
+    if not isinstance(name, str):
+        raise TypeError(f"a parameter's name is a string, not {name!r}")
+    return int.from_bytes(hashlib.blake2s(name.encode(), digest_size=4).digest(), "little")
+
+
+def tensor_ids(names: Iterable[str]) -> dict[str, int]:
+    """Ids of several names at once.
+
+    Raises:
+        ValueError: two names share an id (their noise would be identical).
+    """
+    ids: dict[str, int] = {}
+    owners: dict[int, str] = {}
+    for name in names:
+        ids[name] = i = tensor_id(name)
+        other = owners.setdefault(i, name)
+        if other != name:
+            raise ValueError(
+                f"parameters {other!r} and {name!r} hash to the same tensor id {i:#010x} and would get identical noise; "
+                "rename one of them or exclude it"
+            )
+    return ids
+
+
+def philox(seed: int, c0: Tensor, c1: Tensor | int, c2: Tensor | int, c3: Tensor | int) -> Tensor:
+    """Philox4x32-10 of a batch of counters.
+
+    Args:
+        seed: 64-bit key.
+        c0: (n,) int64, values below 2**32.
+        c1, c2: (n,) int64 or a number; c3: a number or a 0-dim int64 tensor; all below 2**32.
+
+    Returns:
+        (n, 4) int64 words in [0, 2**32).
+    """
+    x0, x1, x2, x3 = c0, _words(c1, c0), _words(c2, c0), _words(c3, c0)
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        # int64 products wrap modulo 2**64, so their bits are those of the unsigned product.
+        a, b = x0 * 0xD2511F53, x2 * 0xCD9E8D57
+        x0, x1, x2, x3 = ((b >> 32) & _MASK) ^ x1 ^ k0, b & _MASK, ((a >> 32) & _MASK) ^ x3 ^ k1, a & _MASK
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return torch.stack((x0, x1, x2, x3), -1)
+
+
+def _words(value: Tensor | int, like: Tensor) -> Tensor:
+    return value.expand_as(like) if isinstance(value, Tensor) else torch.full_like(like, value)
+
+
+def normal(words: Tensor) -> Tensor:
+    """fp32 standard normals from 32-bit words, one each (variance 0.99998, kurtosis 3.0000, |z| < 4.9)."""
+    byte_sum = (words & 255) + ((words >> 8) & 255) + ((words >> 16) & 255) + ((words >> 24) & 255)
+    x = (byte_sum - 510).to(torch.float32)
+    q = x * x
+    p = q * _COEFFICIENTS[0]
+    for c in _COEFFICIENTS[1:-1]:
+        p = (p + c) * q
+    return x * (p + _COEFFICIENTS[-1])
+
+
+def to_grid(z: Tensor) -> Tensor:
+    """fp32 values rounded to the nearest multiple of 2**-8."""
+    return (z + GRID) - GRID
+
+
+def factor(
+    seed: int,
+    rows: int,
+    rank: int,
+    tensor_id: int,
+    draw: int | Tensor,
+    *,
+    stream: str = "U",
+    row_offset: int = 0,
+    direction: int = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """A random factor: U (one per step), V (one per window) or S (SubZero's core).
+
+    Args:
+        seed: 64-bit seed of the run.
+        rows: number of rows to make; ``row_offset`` is the global index of the first.
+        rank: columns, 1 to 64. Ranks nest: rank 2 is the first two columns of rank 4.
+        tensor_id: see :func:`tensor_id`.
+        draw: the step for U and S, the window (step // interval) for V; a 0-dim int64 tensor is taken as it is, unread.
+        stream: "U", "V" or "S".
+        direction: index among the directions of one step.
+
+    Returns:
+        (rows, rank) fp32 of multiples of 2**-8.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it should be, or out of range.
+    """
+    check_factor(seed, rows, rank, tensor_id, draw, stream=stream, row_offset=row_offset, direction=direction)
+    groups = (rank + 3) // 4
+    out = torch.empty(rows, rank, dtype=torch.float32, device=device)
+    chunk = max(1, _CHUNK // groups)
+    for start in range(0, rows, chunk):
+        size = min(chunk, rows - start)
+        i = torch.arange(row_offset + start, row_offset + start + size, device=device).repeat_interleave(groups)
+        k = torch.arange(groups, device=device).repeat(size) | direction << 8
+        words = philox(seed, i, k, tensor_id, STREAMS[stream] << 28 | draw)
+        out[start : start + size] = to_grid(normal(words)).view(size, groups * 4)[:, :rank]
+    return out
+
+
+def cores(
+    seed: int,
+    rank: int,
+    owners: Sequence[tuple[int, int]],
+    draw: int,
+    *,
+    direction: int = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The cores S of SubZero for many matrices at once.
+
+    Args:
+        seed, rank, direction: as in :func:`factor`; ``draw`` is the step.
+        owners: (tensor id, index of the matrix in the tensor's batch) of each.
+
+    Returns:
+        (matrices, rank, rank) fp32: of matrix b the rows ``b * rank`` to ``(b + 1) * rank - 1`` of ``factor(stream="S")``.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it should be, or out of range.
+    """
+    check_factor(seed, 0, rank, 0, draw, stream="S", row_offset=0, direction=direction)
+    if not isinstance(owners, Sequence) or not all(isinstance(o, Sequence) and len(o) == 2 for o in owners):
+        raise TypeError(f"owners is a sequence of pairs, a tensor id and the index of a matrix, not {owners!r}")
+    for tensor, batch in owners:
+        check_integer("the index of a matrix", batch)
+        check_factor(seed, rank, rank, tensor, draw, stream="S", row_offset=batch * rank, direction=direction)
+    groups = (rank + 3) // 4
+    places = torch.tensor(owners, dtype=torch.int64).reshape(-1, 2).to(device)
+    i = (places[:, 1:] * rank + torch.arange(rank, device=device)).flatten().repeat_interleave(groups)
+    k = torch.arange(groups, device=device).repeat(len(owners) * rank) | direction << 8
+    words = philox(seed, i, k, places[:, 0].repeat_interleave(rank * groups), STREAMS["S"] << 28 | draw)
+    return to_grid(normal(words)).view(len(owners), rank, groups * 4)[..., :rank].contiguous()
+
+
+def dense(
+    seed: int,
+    numel: int,
+    tensor_id: int,
+    draw: int | Tensor,
+    *,
+    offset: int = 0,
+    direction: int = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Dense Gaussian noise Z (MeZO, and every one-dimensional tensor).
+
+    Args:
+        seed, tensor_id, draw, direction: as in :func:`factor`; ``draw`` is the step.
+        numel: number of values; ``offset`` is the global flat index of the first.
+
+    Returns:
+        (numel,) fp32.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it should be, or out of range.
+    """
+    _check(seed, numel, tensor_id, draw, offset, direction, limit=1 << 42)
+    out = torch.empty(numel, dtype=torch.float32, device=device)
+    for piece, words in _flat_words(seed, numel, tensor_id, STREAMS["Z"] << 28 | draw, offset, direction, 4, device):
+        out[piece] = normal(words)
+    return out
+
+
+def rounding_bits(
+    seed: int,
+    numel: int,
+    tensor_id: int,
+    draw: int | Tensor,
+    *,
+    offset: int = 0,
+    direction: int = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Uniform 16-bit integers for stochastic rounding.
+
+    Args:
+        seed, tensor_id, numel, offset: as in :func:`dense`.
+        draw: the step; ``direction`` counts the stochastically rounded passes of one step.
+
+    Returns:
+        (numel,) int32 in [0, 2**16).
+
+    Raises:
+        TypeError, ValueError: an argument is not what it should be, or out of range.
+    """
+    _check(seed, numel, tensor_id, draw, offset, direction, limit=1 << 42)
+    out = torch.empty(numel, dtype=torch.int32, device=device)
+    for piece, halves in _flat_words(seed, numel, tensor_id, STREAMS["rounding"] << 28 | draw, offset, direction, 8, device):
+        out[piece] = halves
+    return out
+
+
+def _flat_words(
+    seed: int,
+    numel: int,
+    tensor_id: int,
+    c3: int | Tensor,
+    offset: int,
+    direction: int,
+    per: int,
+    device: torch.device | str | None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """The flat range in pieces: (where, int64 values), ``per`` values a counter: 4 words of 32 bits or 8 of 16."""
+    end = offset + numel
+    for start in range(offset // per, -(-end // per), _CHUNK):
+        stop = min(start + _CHUNK, -(-end // per))
+        q = torch.arange(start, stop, device=device)
+        values = philox(seed, q & _MASK, (q >> 32) | direction << 8, tensor_id, c3)
+        if per == 8:
+            values = torch.stack((values & 0xFFFF, values >> 16), -1)
+        lo, hi = max(offset, start * per), min(end, stop * per)
+        yield slice(lo - offset, hi - offset), values.view(-1)[lo - start * per : hi - start * per]
+
+
+def check_factor(
+    seed: int, rows: int, rank: int, tensor_id: int, draw: int | Tensor, *, stream: str, row_offset: int, direction: int
+) -> None:
+    """Raises TypeError or ValueError for coordinates of a factor that are out of range."""
+    if stream not in ("U", "V", "S"):
+        raise ValueError(f"stream is 'U', 'V' or 'S', not {stream!r}")
+    check_integer("rank", rank)
+    if not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"rank is 1 to {MAX_RANK}, not {rank}")
+    _check(seed, rows, tensor_id, draw, row_offset, direction, limit=1 << 32)
+
+
+def check_draw(name: str, draw: int | Tensor) -> None:
+    """Raises TypeError or ValueError unless it is a step or window: a number, or a 0-dim int64 tensor, which is not read."""
+    if isinstance(draw, Tensor):
+        if draw.dim() or draw.dtype != torch.int64 or draw.device.type == "meta" or draw.layout != torch.strided:
+            raise ValueError(
+                f"{name} is a number or a 0-dim int64 tensor, not {tuple(draw.shape)} {draw.dtype} {draw.layout} on {draw.device}"
+            )
+    else:
+        check_range(name, draw, MAX_DRAW)
+
+
+def _check(seed: int, count: int, tensor_id: int, draw: int | Tensor, offset: int, direction: int, limit: int) -> None:
+    for name, value, bound in (
+        ("seed", seed, 1 << 64),
+        ("tensor_id", tensor_id, 1 << 32),
+        ("direction", direction, MAX_DIRECTION),
+    ):
+        check_range(name, value, bound)
+    check_draw("draw", draw)
+    check_integer("the number of values", count)
+    check_integer("the offset", offset)
+    if count < 0 or offset < 0 or offset + count > limit:
+        raise ValueError(f"positions {offset} to {offset + count} are outside 0 to {limit}")

@@ -1,0 +1,415 @@
+"""The ops: argument checks, normalised scalars, and one call of the backend for a whole table of tensors.
+
+Scalars that change from step to step (scales, learning rate, projected gradient) may be numbers or tensors on the table's
+device; nothing here reads a tensor's value, so nothing synchronises. Each op changes ``table.x`` (and momentum, V) in place,
+touches no other element, and gives the bits of ``reference.py`` on every backend, except that momentum products above rank 8
+are bounded, not promised.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .calls import Draw, Momentum, Rounding, Update, signed_seed
+from .checks import LARGEST, check_range
+from .noise import MAX_DIRECTION, MAX_DRAW, MAX_RANK, STREAMS, check_draw, check_factor
+from .registry import Backend, choose_backend, name_of
+from .table import TensorTable, check_alike
+
+Scalars = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
+"""A number, one per tensor, or one per draw and tensor: anything that broadcasts to that shape."""
+
+MAX_DRAWS = 2
+
+
+def lowrank_update_(
+    table: TensorTable,
+    *,
+    seed: int,
+    draws: Sequence[Draw],
+    scales: Scalars,
+    decay: Scalars | None = None,
+    rounding: Rounding | None = None,
+    backend: Backend | None = None,
+) -> None:
+    """X <- decay * X + sum over draws of scale * U V^T, U regenerated from the seed (LOZO, Algorithm 1).
+
+    Args:
+        table: low-rank tensors (``v`` given).
+        seed: 64-bit seed of the run.
+        draws: one or two; two fuse the restore and update of one step with the perturbation of the next.
+        scales: broadcastable to (draws, tensors).
+        decay: broadcastable to (tensors,): 1 - lr * weight_decay; None for 1.
+        rounding: stochastic rounding into bf16 and fp16; None rounds to nearest even.
+        backend: default: the best for the table's device.
+
+    Raises:
+        ValueError: an argument is out of range or of the wrong shape.
+    """
+    _check_kind(table, low_rank=True, momentum=False)
+    update = _update(table, seed, draws, scales, decay, rounding)
+    if torch.compiler.is_compiling():
+        torch.ops.lozo_kernels.lowrank_update_(table.x, table.v, _place(table), *_flat(table, update, backend))
+    else:
+        _pick(table, backend).lowrank_update_(table, update)
+
+
+def dense_update_(
+    table: TensorTable,
+    *,
+    seed: int,
+    draws: Sequence[Draw],
+    scales: Scalars,
+    decay: Scalars | None = None,
+    rounding: Rounding | None = None,
+    backend: Backend | None = None,
+) -> None:
+    """X <- decay * X + sum over draws of scale * Z (MeZO). Arguments as :func:`lowrank_update_`; a table without V."""
+    _check_kind(table, low_rank=False, momentum=False)
+    update = _update(table, seed, draws, scales, decay, rounding)
+    if torch.compiler.is_compiling():
+        torch.ops.lozo_kernels.dense_update_(table.x, _place(table), *_flat(table, update, backend))
+    else:
+        _pick(table, backend).dense_update_(table, update)
+
+
+def lowrank_momentum_(
+    table: TensorTable,
+    *,
+    seed: int,
+    draws: Sequence[Draw],
+    scales: Scalars,
+    coefficients: Scalars,
+    alpha: Scalars,
+    beta: Scalars,
+    decay: Scalars | None = None,
+    rounding: Rounding | None = None,
+    backend: Backend | None = None,
+) -> None:
+    """N <- beta * N + sum of coefficient * U, then X <- decay * X + sum of scale * U V^T + alpha * N V^T (LOZO-M, Algorithm 2).
+
+    Args:
+        table: low-rank tensors with momentum (``v`` and ``n`` given).
+        draws: one or two. A draw that only perturbs has coefficient 0, one that only enters the momentum has scale 0.
+        coefficients: broadcastable to (draws, tensors): (1 - beta) * c.
+        alpha: broadcastable to (tensors,): -lr / r, signs included.
+        beta: broadcastable to (tensors,).
+        seed, scales, decay, rounding, backend: as in :func:`lowrank_update_`.
+    """
+    _check_kind(table, low_rank=True, momentum=True)
+    update = _update(table, seed, draws, scales, decay, rounding)
+    momentum = _momentum(table, draws, coefficients, alpha, beta)
+    if torch.compiler.is_compiling():
+        torch.ops.lozo_kernels.lowrank_momentum_(
+            *(table.x, table.v, table.n, _place(table), *_flat(table, update, backend)),
+            *(momentum.coefficients, momentum.alpha, momentum.beta),
+        )
+    else:
+        _pick(table, backend).lowrank_momentum_(table, update, momentum)
+
+
+def dense_momentum_(
+    table: TensorTable,
+    *,
+    seed: int,
+    draws: Sequence[Draw],
+    scales: Scalars,
+    coefficients: Scalars,
+    alpha: Scalars,
+    beta: Scalars,
+    decay: Scalars | None = None,
+    rounding: Rounding | None = None,
+    backend: Backend | None = None,
+) -> None:
+    """M <- beta * M + sum of coefficient * Z, then X <- decay * X + sum of scale * Z + alpha * M (MeZO-M).
+
+    Arguments as :func:`lowrank_momentum_`, for a table without V; M is ``table.n``.
+    """
+    _check_kind(table, low_rank=False, momentum=True)
+    update = _update(table, seed, draws, scales, decay, rounding)
+    momentum = _momentum(table, draws, coefficients, alpha, beta)
+    if torch.compiler.is_compiling():
+        torch.ops.lozo_kernels.dense_momentum_(
+            *(table.x, table.n, _place(table), *_flat(table, update, backend)),
+            *(momentum.coefficients, momentum.alpha, momentum.beta),
+        )
+    else:
+        _pick(table, backend).dense_momentum_(table, update, momentum)
+
+
+def resample_(table: TensorTable, *, seed: int, window: int, reproject: bool = False, backend: Backend | None = None) -> None:
+    """V <- the V of a window; with ``reproject`` also N <- N (V_old^T V_new) / cols (LOZO-M, Algorithm 2, line 6).
+
+    Args:
+        table: low-rank tensors. V's global row is ``col_offset + b * global_cols + j`` for matrix b of a batch.
+        window: step // interval.
+        reproject: carry ``table.n`` over; ``table.v`` must then hold the V that it was accumulated under.
+
+    Raises:
+        ValueError: an argument is out of range, or ``reproject`` without momentum.
+    """
+    _check_kind(table, low_rank=True, momentum=reproject)
+    check_range("seed", seed, 1 << 64)
+    check_range("window", window, MAX_DRAW)
+    table.check_positions(factors=True, flat=False)
+    if torch.compiler.is_compiling():
+        n = table.n if reproject else []
+        torch.ops.lozo_kernels.resample_(table.x, table.v, n, _place(table), signed_seed(seed), window, name_of(backend))
+    else:
+        _pick(table, backend).resample_(table, seed, window, reproject)
+
+
+def factor_update_(
+    table: TensorTable,
+    *,
+    seed: int,
+    draws: Sequence[Draw],
+    scales: Scalars,
+    decay: Scalars | None = None,
+    backend: Backend | None = None,
+) -> None:
+    """F <- decay * F + sum over draws of scale * U: LOZO's step on the factor B of a window, or on the momentum N.
+
+    Args:
+        table: the factors as ``x``, (batch, rows, rank) fp32, without V; U's global row is that of the weight.
+        draws: one or two.
+        seed, scales, decay, backend: as in :func:`lowrank_update_`.
+
+    Raises:
+        TypeError: a factor is not fp32.
+        ValueError: an argument is out of range or of the wrong shape.
+    """
+    _check_kind(table, low_rank=False, momentum=False)
+    for f in table.x:
+        if f.dtype != torch.float32:
+            raise TypeError(f"factors are fp32, not {f.dtype}")
+        if not 1 <= f.shape[2] <= MAX_RANK:
+            raise ValueError(f"rank is 1 to {MAX_RANK}, not {f.shape[2]}")
+    update = _update(table, seed, draws, scales, decay, None, factors=True)
+    if torch.compiler.is_compiling():
+        torch.ops.lozo_kernels.factor_update_(table.x, _place(table), *_flat(table, update, backend))
+    else:
+        _pick(table, backend).factor_update_(table, update)
+
+
+def lowrank_merge_(
+    table: TensorTable,
+    *,
+    seed: int,
+    draws: Sequence[Draw] = (),
+    scales: Scalars = 0.0,
+    decay: Scalars | None = None,
+    rounding: Rounding | None = None,
+    out: TensorTable | None = None,
+    backend: Backend | None = None,
+) -> None:
+    """OUT <- decay * X + (N + scale * U) V^T: a merge into the weights, or with a draw a probed weight in memory of its own.
+
+    The product has k ascending from 0, each a rounded multiply and a rounded add: promised in bits at any rank.
+
+    Args:
+        table: low-rank tensors with a factor (``v`` and ``n`` given), which are only read.
+        draws: none or one.
+        out: a table whose ``x`` are written instead of ``table.x``, of the same shapes and dtypes.
+        seed, scales, decay, rounding, backend: as in :func:`lowrank_update_`.
+    """
+    _check_kind(table, low_rank=True, momentum=True)
+    _merge("lowrank_merge_", table, seed, draws, scales, decay, rounding, out, backend)
+
+
+def dense_merge_(
+    table: TensorTable,
+    *,
+    seed: int,
+    draws: Sequence[Draw] = (),
+    scales: Scalars = 0.0,
+    decay: Scalars | None = None,
+    rounding: Rounding | None = None,
+    out: TensorTable | None = None,
+    backend: Backend | None = None,
+) -> None:
+    """OUT <- decay * X + (N + scale * Z). Arguments as :func:`lowrank_merge_`, for a table without V; ``n`` may be missing."""
+    _check_kind(table, low_rank=False, momentum=False)
+    _merge("dense_merge_", table, seed, draws, scales, decay, rounding, out, backend)
+
+
+def _merge(
+    op: str,
+    table: TensorTable,
+    seed: int,
+    draws: Sequence[Draw],
+    scales: Scalars,
+    decay: Scalars | None,
+    rounding: Rounding | None,
+    out: TensorTable | None,
+    backend: Backend | None,
+) -> None:
+    update = _update(table, seed, draws, scales, decay, rounding, least=0, most=1)
+    if out is not None:
+        check_alike(table, out)
+    if torch.compiler.is_compiling():
+        if out is None:
+            raise NotImplementedError("compiled code can merge into other memory only: give out")
+        v = () if table.v is None else (table.v,)
+        getattr(torch.ops.lozo_kernels, op)(
+            out.x, table.x, *v, [] if table.n is None else table.n, _place(table), *_flat(table, update, backend)
+        )
+    else:
+        getattr(_pick(table, backend), op)(table, update, table if out is None else out)
+
+
+def factor(
+    seed: int,
+    rows: int,
+    rank: int,
+    tensor_id: int,
+    draw: Draw,
+    *,
+    stream: str = "U",
+    row_offset: int = 0,
+    device: torch.device | str = "cpu",
+    backend: Backend | None = None,
+) -> Tensor:
+    """U, V or S of :func:`noise.factor`, made by a backend: (rows, rank) fp32 on ``device``, the same bits.
+
+    Args:
+        seed, rows, rank, tensor_id, stream, row_offset: as in :func:`noise.factor`.
+        draw: the step (for V the window) and the direction.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    device = torch.device(device)
+    check_factor(seed, rows, rank, tensor_id, draw.step, stream=stream, row_offset=row_offset, direction=draw.direction)
+    if torch.compiler.is_compiling():
+        where = (signed_seed(seed), rows, rank, tensor_id, draw.step, draw.direction, STREAMS[stream], row_offset)
+        return torch.ops.lozo_kernels.factor(*where, device, name_of(backend))
+    if backend is None:
+        backend = choose_backend(device).backend
+    _check_backend(backend)
+    reason = backend.unavailable(device)
+    if reason is not None:
+        raise ValueError(f"backend {backend.name!r} cannot serve {device}: {reason}")
+    return backend.factor(seed, rows, rank, tensor_id, draw, stream=stream, row_offset=row_offset, device=device)
+
+
+def _pick(table: TensorTable, backend: Backend | None) -> Backend:
+    if backend is None:
+        return choose_backend(table.device).backend
+    _check_backend(backend)
+    return backend
+
+
+def _check_backend(backend: Backend) -> None:
+    if not hasattr(backend, "lowrank_update_"):
+        raise TypeError(f"backend is an object as choose_backend(device, name).backend is, not {backend!r}")
+
+
+def _place(table: TensorTable) -> list[int]:
+    """Where the tensors are in the noise, as library.py takes it."""
+    rows = zip(table.tensor_ids, table.row_offsets, table.col_offsets, table.global_cols, strict=True)
+    return [number for row in rows for number in row]
+
+
+def _flat(table: TensorTable, update: Update, backend: Backend | None) -> tuple[Any, ...]:
+    """An update as library.py takes it."""
+    rounding = update.rounding
+    return (
+        signed_seed(update.seed),
+        _steps(table, update),
+        [draw.direction for draw in update.draws],
+        update.scales,
+        update.decay,
+        None if rounding is None else torch.as_tensor(rounding.step, device=table.device),
+        0 if rounding is None else rounding.index,
+        name_of(backend),
+    )
+
+
+def _steps(table: TensorTable, update: Update) -> Tensor:
+    if not update.draws:
+        return torch.zeros(0, dtype=torch.int64, device=table.device)
+    return torch.stack([torch.as_tensor(draw.step, device=table.device) for draw in update.draws])
+
+
+def _check_kind(table: TensorTable, *, low_rank: bool, momentum: bool) -> None:
+    if not isinstance(table, TensorTable):
+        raise TypeError(f"an op works on a TensorTable, not {table!r}")
+    if low_rank and table.v is None:
+        raise ValueError("this op needs a table with V; dense tensors have ops of their own")
+    if not low_rank and table.v is not None:
+        raise ValueError("this op is for dense tensors, and the table has V")
+    if momentum and table.n is None:
+        raise ValueError("this op needs a table with momentum (n)")
+
+
+def _update(
+    table: TensorTable,
+    seed: int,
+    draws: Sequence[Draw],
+    scales: Scalars,
+    decay: Scalars | None,
+    rounding: Rounding | None,
+    *,
+    factors: bool = False,
+    least: int = 1,
+    most: int = MAX_DRAWS,
+) -> Update:
+    check_range("seed", seed, 1 << 64)
+    if not isinstance(draws, Sequence) or not all(isinstance(draw, Draw) for draw in draws):
+        raise TypeError(f"draws is a sequence of Draw, not {draws!r}")
+    if not least <= len(draws) <= most:
+        takes = "a merge takes one draw at most" if most == 1 else f"an op takes {least} to {most} draws"
+        raise ValueError(f"{takes}, not {len(draws)}")
+    for draw in draws:
+        check_draw("draw step", draw.step)
+        check_range("direction", draw.direction, MAX_DIRECTION)
+    if rounding is not None:
+        if not isinstance(rounding, Rounding):
+            raise TypeError(f"rounding is a Rounding or None, not {rounding!r}")
+        check_draw("rounding step", rounding.step)
+        check_range("rounding index", rounding.index, MAX_DIRECTION)
+    low_rank = factors or table.v is not None
+    table.check_positions(factors=low_rank, flat=not low_rank or rounding is not None)
+    return Update(
+        seed,
+        draws,
+        _broadcast(scales, (len(draws), len(table)), table.device, "scales"),
+        None if decay is None else _broadcast(decay, (len(table),), table.device, "decay"),
+        rounding,
+    )
+
+
+def _momentum(table: TensorTable, draws: Sequence[Draw], coefficients: Scalars, alpha: Scalars, beta: Scalars) -> Momentum:
+    return Momentum(
+        _broadcast(coefficients, (len(draws), len(table)), table.device, "coefficients"),
+        _broadcast(alpha, (len(table),), table.device, "alpha"),
+        _broadcast(beta, (len(table),), table.device, "beta"),
+    )
+
+
+def _broadcast(value: Scalars, shape: tuple[int, ...], device: torch.device, name: str) -> Tensor:
+    """Contiguous fp32 of a shape on a device, without waiting for the device."""
+    if isinstance(value, (int, float)):
+        if LARGEST < abs(value) < math.inf:
+            raise ValueError(f"{name} is {value}, which is beyond fp32")
+        return torch.full(shape, value, dtype=torch.float32, device=device)
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.tensor(value, dtype=torch.float32, pin_memory=device.type == "cuda")
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{name} is a number, a tensor or a nest of numbers that has a shape, not {value!r}") from None
+    if value.is_complex() or value.layout != torch.strided or value.device.type == "meta":
+        raise TypeError(f"{name} is {value.dtype} {value.layout} on {value.device}; it is made of real numbers in storage")
+    t = value.detach().to(device, torch.float32, non_blocking=True)
+    if t.shape == shape:
+        return t.contiguous()
+    try:
+        return t.expand(shape).contiguous()
+    except RuntimeError:
+        raise ValueError(f"{name} has shape {tuple(t.shape)}, which does not broadcast to {shape}") from None

@@ -1,0 +1,174 @@
+"""What is perturbed and how: one frozen, validated, JSON-able description."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..kernels.noise import MAX_RANK
+
+ESTIMATORS = ("lowrank", "dense", "subspace")
+SCALINGS = ("paper", "card", "published")
+ROUNDINGS = ("nearest", "stochastic")
+PLACEMENTS = ("inplace", "probe", "auto")
+ADAPTER_PATTERNS = ("*lora_*", "*prompt_encoder*")
+"""How PEFT names what it adds: LoRA factors, and prompts and prefixes."""
+SIDES = ("auto", "activation", "scratch", "copy")
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchConfig:
+    """How a model's parameters are perturbed and updated.
+
+    Attributes:
+        estimator: "lowrank" (LOZO: U V^T for matrices), "subspace" (SubZero: U S V^T) or "dense" (MeZO); one-dimensional tensors
+            have dense noise with all.
+        rank: r, columns of U and V, 1 to 64.
+        interval: nu, steps between two draws of V (LOZO, Algorithm 1), or of U and V (SubZero).
+        seed: 64-bit seed of all noise.
+        scaling: where 1/r goes. With c = (F(+) - F(-)) / (2 eps):
+
+            ============== ===================== ===================
+            scaling        perturbation          update
+            ============== ===================== ===================
+            "paper"        X +- eps U V^T        X -= lr c U V^T / r
+            "card"         X +- eps U V^T / r    X -= lr c U V^T / r
+            "published"    X +- eps U V^T        X -= lr c U V^T
+            ============== ===================== ===================
+
+            The same trajectory results from lr(published) = lr(paper) / r, and from eps(card) = r eps(paper) with
+            lr(card) = r lr(paper). Dense tensors have no rank: they get eps Z and lr c Z throughout, so a conversion of lr
+            changes their step relative to the matrices'. SubZero's directions have one scale, that of "paper": c D is the update.
+        include: glob patterns of parameter names to train; None for all that require a gradient.
+        exclude: glob patterns of parameter names to leave alone.
+        rounding: of updates into bf16 and fp16: "nearest" even or "stochastic". Perturbations round to nearest.
+        backend: name of a backend; None for the best of each device.
+        placement: "inplace" moves the weights and moves them back. "probe" only reads them: between two draws of V what was
+            learned is in a factor B of fp32, and it is merged into the weights once per interval. "auto" is "probe", except where
+            memory for it is missing or, with ``allow_drift``, moving the weights measures faster.
+        side: of a probe, where a perturbation enters: "activation" (added to the outputs of linear and embedding layers),
+            "scratch" (the perturbed weight is written to shared memory just before its module runs), "copy" (to memory of its own,
+            once per evaluation), or "auto", which measures. One word for all, or (glob pattern, word) pairs or a mapping, of which
+            the first that matches counts. A weight whose module does not allow what was asked for gets what it allows.
+        keep_factors: remember the factor of every interval, for :func:`lozo_kernels.export_lora`.
+        allow_drift: let "auto" choose "inplace" for speed.
+        square: glob patterns of parameters whose elements are seen as the most nearly square matrix that holds them, as SubZero
+            does with the long and thin tensors of adapters. None: those of PEFT (LoRA, prompts, prefixes) with "subspace", none
+            with the others.
+
+    Raises:
+        TypeError, ValueError: a field is of the wrong type or out of range.
+    """
+
+    estimator: str = "lowrank"
+    rank: int = 2
+    interval: int = 50
+    seed: int = 0
+    scaling: str = "paper"
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] | None = None
+    rounding: str = "nearest"
+    backend: str | None = None
+    placement: str = "inplace"
+    side: str | Mapping[str, str] | Sequence[tuple[str, str]] = "auto"
+    keep_factors: bool = False
+    allow_drift: bool = False
+    square: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        words = (("estimator", ESTIMATORS), ("scaling", SCALINGS), ("rounding", ROUNDINGS), ("placement", PLACEMENTS))
+        for name, known in words:
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, not {getattr(self, name)!r}")
+        for name, low, high in (("rank", 1, MAX_RANK), ("interval", 1, 2**63), ("seed", 0, 2**64 - 1)):
+            object.__setattr__(self, name, _integer(name, getattr(self, name), low, high))
+        for name in ("square", "include", "exclude"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                value = (value,)
+            if value is not None:
+                if not isinstance(value, Iterable) or not all(isinstance(v, str) for v in value):
+                    raise TypeError(f"{name} is a glob pattern or a sequence of them, not {value!r}")
+                object.__setattr__(self, name, tuple(value))
+        if self.estimator == "subspace" and self.scaling != "paper":
+            raise ValueError(f"scaling={self.scaling!r} is about LOZO: SubZero's directions have one scale")
+        if self.backend is not None and not isinstance(self.backend, str):
+            raise TypeError(f"backend is a name or None, not {self.backend!r}")
+        object.__setattr__(self, "side", _sides(self.side))
+        for name in ("keep_factors", "allow_drift"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is True or False, not {getattr(self, name)!r}")
+        if self.placement == "inplace":
+            for name, default in (("side", "auto"), ("keep_factors", False), ("allow_drift", False)):
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name} is about probing: give placement='probe' or 'auto' with it")
+
+    @property
+    def perturb_factor(self) -> float:
+        """What multiplies eps for a low-rank tensor."""
+        return 1.0 / self.rank if self.scaling == "card" else 1.0
+
+    @property
+    def update_factor(self) -> float:
+        """What multiplies lr * c for a low-rank tensor."""
+        return 1.0 if self.scaling == "published" or self.estimator == "subspace" else 1.0 / self.rank
+
+    @property
+    def square_patterns(self) -> tuple[str, ...]:
+        """The patterns of ``square`` with its default."""
+        if self.square is None:
+            return ADAPTER_PATTERNS if self.estimator == "subspace" else ()
+        return self.square
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; ``patch(model, **config.to_dict())`` and :meth:`from_json` take them back."""
+        return {k: _plain(v) for k, v in dataclasses.asdict(self).items()}
+
+    def to_json(self) -> str:
+        """One JSON object."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> PatchConfig:
+        """The inverse of :meth:`to_json`; raises TypeError or ValueError for anything else."""
+        try:
+            fields = json.loads(text)
+        except ValueError as e:
+            raise ValueError(f"this is no JSON: {e}") from None
+        if not isinstance(fields, dict):
+            raise TypeError(f"a config is an object, not {text:.200}")
+        other = sorted(set(fields).difference(field.name for field in dataclasses.fields(cls)))
+        if other:
+            raise TypeError(f"a config has no field {other[0]!r} (an unexpected keyword argument)")
+        return cls(**fields)
+
+
+def _sides(value: Any) -> str | tuple[tuple[str, str], ...]:
+    if isinstance(value, str):
+        words: list[Any] = [value]
+    else:
+        pairs = list(value.items() if isinstance(value, Mapping) else value) if isinstance(value, Iterable) else [value]
+        if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+            raise TypeError(f"side is a word or pairs of a glob pattern and a word, not {value!r}")
+        words = [word for _, word in pairs]
+    for word in words:
+        if word not in SIDES:
+            raise ValueError(f"side is one of {', '.join(map(repr, SIDES))}, not {word!r}")
+    return value if isinstance(value, str) else tuple((pattern, word) for pattern, word in pairs)
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> int:
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is an integer, not {value!r}") from None
+    if not low <= value <= high:
+        raise ValueError(f"{name} is at least {low}" + (f" and at most {high}" if high < 2**63 - 1 else "") + f", not {value}")
+    return value

@@ -1,0 +1,53 @@
+"""Evaluations that share a forward pass: whether a model keeps them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ...errors import BatchSplitError
+from ..losses import BatchClosure, Randomness, batch_losses, count_examples
+from ..sharding import Peers, reshard
+from .choosing.verify import Losses, typical_scale
+from .handle import ProbeHandle
+
+
+@torch.no_grad()
+def check_batches(
+    handle: ProbeHandle, closures: Sequence[BatchClosure], batches: Sequence[Any], randomness: Randomness | None, *, step: int
+) -> None:
+    """Evaluates two distant points one after the other and together.
+
+    Raises:
+        BatchSplitError: together they fail, or their losses differ.
+    """
+    scale = typical_scale(handle.members, handle.config.rank)
+    try:
+        handle.rest_()
+        rest = float(batch_losses(closures, batches, 1, randomness))
+        alone = []
+        for side in (scale, -scale):
+            handle.perturb_(step, side)
+            alone.append(float(batch_losses(closures, batches, 1, randomness)))
+            handle.rest_()
+        handle.spread_(step, [(0, scale), (0, -scale)], count_examples(batches[0]))
+        try:
+            together = batch_losses(closures, batches, 2, randomness).tolist()
+        except (RuntimeError, IndexError, ValueError) as error:
+            if isinstance(error, BatchSplitError):
+                raise
+            raise BatchSplitError(
+                f"two evaluations in one forward pass failed, where one by one they did not ({error}): this model gives some "
+                "module inputs that are not split by example; use evaluation='sequential'"
+            ) from error
+    finally:
+        handle.rest_()
+    reshard(handle.model)
+    agree = all(Losses(rest, a, b).agree(handle.precision) for a, b in zip(together, alone, strict=True))
+    if Peers(handle.parameters).any(not agree):
+        raise BatchSplitError(
+            f"two evaluations in one forward pass gave the losses {together}, one after the other {alone}: something in the model "
+            "or the closure mixes the examples of a batch; use evaluation='sequential'"
+        )

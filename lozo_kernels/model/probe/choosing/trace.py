@@ -1,0 +1,134 @@
+"""Where a forward pass uses each parameter: seen at the dispatcher, by storage, so that no way of reaching a weight is missed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ...sharding import is_sharded, local_of, why_not_local
+from ..forward.activation import layer_kind, summed_dimension
+from ..members import Holder, Member
+
+
+@dataclasses.dataclass(eq=False)
+class Uses:
+    """How one parameter was used.
+
+    Attributes:
+        modules: the innermost modules that were running when an operator took its storage, None for outside of all.
+        tokens: rows of the largest input of those modules.
+        obstacle: of a weight in blocks, why its layers do not compute with this process's block alone.
+    """
+
+    modules: dict[nn.Module | None, None] = dataclasses.field(default_factory=dict)
+    tokens: int = 0
+    obstacle: str | None = None
+
+
+class Watch(TorchDispatchMode):
+    """What a forward pass did.
+
+    Attributes:
+        uses: of each parameter.
+        dtypes: of all floating-point tensors that operators were given, autocast's included.
+    """
+
+    def __init__(self, members: Iterable[Member]) -> None:
+        super().__init__()
+        self.uses: dict[Member, Uses] = {member: Uses() for member in members}
+        self.dtypes: set[torch.dtype] = set()
+        self.running: list[tuple[nn.Module, int]] = []
+        self._by_storage: dict[int, Member] = {}
+        self._away: list[tuple[nn.Module, str, Member]] = []  # where weights are brought in while their module runs
+        self._layers: dict[nn.Module, list[tuple[Member, Holder]]] = {}
+        for member in self.uses:
+            if member.within_reach:
+                self._by_storage[_storage(member.present[0])] = member
+            else:
+                self._away += [(holder.module, holder.attribute, member) for holder in member.holders]
+            for holder in member.holders if member.in_blocks else ():
+                self._layers.setdefault(holder.module, []).append((member, holder))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if str(kwargs.get("device")) == "meta":  # a hook takes an offloaded weight out again
+            return func(*args, **kwargs)
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                if leaf.is_floating_point():
+                    self.dtypes.add(leaf.dtype)
+                member = self._find(leaf)
+                if member is not None:
+                    self._note(member)
+        return func(*args, **kwargs)
+
+    def _find(self, tensor: Tensor) -> Member | None:
+        storage = _storage(tensor)
+        if storage in self._by_storage:
+            return self._by_storage[storage]
+        for module, attribute, member in self._away:
+            p = module._parameters.get(attribute)
+            if p is not None and p.device.type != "meta" and not is_sharded(p) and _storage(p) == storage != -1:
+                return member
+        return None
+
+    def look_at_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A module ran: whether it computed with blocks of its weights."""
+        for member, holder in self._layers.get(module, ()):
+            kind = layer_kind(holder)
+            if kind is not None:
+                summed, lookup = summed_dimension(kind), kind == "embedding"
+                found = why_not_local(member.slot.parameter, args[0] if args else None, output, summed, lookup)
+                self.uses[member].obstacle = found or self.uses[member].obstacle
+
+    def _note(self, member: Member) -> None:
+        uses = self.uses[member]
+        module, tokens = self.running[-1] if self.running else (None, 0)
+        uses.modules[module] = None
+        uses.tokens = max(uses.tokens, tokens)
+
+
+@contextlib.contextmanager
+def watch_uses(model: nn.Module, members: Iterable[Member]) -> Iterator[Watch]:
+    """Collects the uses of the members while the body runs forward passes of the model in eager mode."""
+    inside = set(model.modules())
+    watch = Watch(members)
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if module in inside:
+            watch.running.append((module, _tokens(args)))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if module in inside:
+            watch.running.pop()
+            watch.look_at_layer(module, args, output)
+
+    hooks = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True))
+    try:
+        with watch:
+            yield watch
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return (local_of(tensor) if is_sharded(tensor) else tensor).untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # tensor subclasses have none of their own
+        return -1
+
+
+def _tokens(args: tuple[Any, ...]) -> int:
+    first = next((a for a in args if isinstance(a, Tensor)), None)
+    if first is None:
+        return 0
+    return first.numel() // max(1, first.shape[-1]) if first.is_floating_point() and first.dim() else first.numel()

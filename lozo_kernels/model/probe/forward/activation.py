@@ -1,0 +1,232 @@
+"""The activation side: what (B + s U) V^T adds to the outputs of linear and embedding layers, whose weights stay as they are."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ....kernels import ops, skinny
+from ....kernels.calls import Draw
+from ....kernels.registry import Backend
+from ...parameters import Piece, is_quantised
+from ...sharding import adds_once, arrived, is_sharded, local_inputs, local_of, local_outputs, why_not_local, with_local
+from ..members import Holder, Member
+from ..runtime import Runtime
+
+Forward = Callable[..., Any]
+
+
+def layer_kind(holder: Holder) -> str | None:
+    """How a module uses a matrix that it holds: "linear", "transposed" or "embedding", or None where that is not known."""
+    module, attribute = holder.module, holder.attribute
+    if attribute != "weight":
+        return None
+    forward = type(module).forward
+    if forward is nn.Linear.forward or is_quantised(module, module._parameters["weight"]):  # type: ignore[arg-type]
+        return "linear"
+    if forward is nn.Embedding.forward:
+        return "embedding" if module.max_norm is None else None
+    if type(module).__module__ == "transformers.pytorch_utils" and type(module).__name__ == "Conv1D":
+        return "transposed"
+    return None
+
+
+def summed_dimension(kind: str) -> int:
+    """Which dimension of its weight a layer of a kind sums over, or looks up."""
+    return 1 if kind == "linear" else 0
+
+
+def probed_forward(
+    runtime: Runtime, kind: str, member: Member, bias: Member | None, holder: Holder, backend: Backend, old: Forward
+) -> Forward:
+    """A layer's forward with what its weight and bias have moved by.
+
+    Args:
+        kind: see :func:`layer_kind`.
+        member: the weight, on the activation side.
+        bias: the bias where its side is "shift", or None.
+    """
+    layer = (_LayerInBlocks if member.in_blocks else _Layer)(runtime, kind, member, bias, holder, backend)
+
+    @functools.wraps(old)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        y = old(*args, **kwargs)
+        if torch.compiler.is_compiling() or runtime.live:
+            return layer.add(y, args[0] if args else next(iter(kwargs.values())))
+        return y
+
+    return forward
+
+
+class _Layer:
+    def __init__(self, runtime: Runtime, kind: str, member: Member, bias: Member | None, holder: Holder, backend: Backend) -> None:
+        self.runtime, self.kind, self.member, self.bias, self.holder, self.backend = runtime, kind, member, bias, holder, backend
+        first_row = 0 if member.part is None else member.part.piece.row_offset
+        self.noise = {"seed": runtime.seed, "tensor_id": member.slot.tensor_id, "row_offset": first_row, "backend": backend}
+        self.adds_once = True  # what is added once to outputs that are a sum over processes
+
+    @property
+    def _in_operators(self) -> bool:
+        """Whether the ops are not for this layer."""
+        return False
+
+    @property
+    def _shift(self) -> Tensor | None:
+        bias = self.bias
+        if not self.adds_once:
+            return None
+        return None if bias is None or bias.shift is None or not bias.enabled else self.runtime.select(bias.shift)
+
+    def add(self, y: Tensor, x: Tensor) -> Tensor:
+        """The layer's outputs at the points; in place, but for autograd."""
+        member, runtime = self.member, self.runtime
+        if not member.enabled:
+            return y if self._shift is None else y + self._shift[0].to(y.dtype)
+        if runtime.groups > 1 and runtime.is_shared(self.holder.name, x.shape):
+            x, y = x.expand(runtime.whole, *x.shape[1:]), y.expand(runtime.whole, *y.shape[1:]).contiguous()
+        if self._in_operators or (torch.is_grad_enabled() and (y.requires_grad or x.requires_grad)):
+            return self._differentiable(y, x)
+        x, y = arrived(x), arrived(y)
+        if not y.is_contiguous():
+            y = y.contiguous()
+        assert member.factors is not None and member.point is not None
+        v, b = member.factors
+        draws, scales = member.point.draws, member.point.scales
+        if runtime.selected is not None:
+            draws, scales = runtime.select(draws), runtime.select(scales)
+        noise: dict[str, Any] = {"draws": draws, "scales": scales, "gain": member.gain, "checked": True, **self.noise}
+        flat = y.view(-1, y.shape[-1])
+        if self.kind == "embedding":
+            self._add_rows(flat, x.reshape(-1).contiguous(), v, b, noise)
+        else:
+            rows = x.reshape(-1, x.shape[-1])
+            skinny.lowrank_linear_(
+                flat,
+                rows if rows.stride(1) == 1 else rows.contiguous(),
+                v,
+                b,
+                transposed=self.kind == "transposed",
+                shift=self._shift,
+                **noise,
+            )
+            if member.past is not None:
+                flat += ((rows.float() @ member.past.v.T) @ member.past.b.T).to(y.dtype)
+            spared = self._spared_bias()
+            if spared is not None:
+                flat += spared.to(y.dtype)
+        return y
+
+    def _add_rows(self, flat: Tensor, rows: Tensor, v: Tensor, b: Tensor, noise: dict[str, Any]) -> None:
+        skinny.lowrank_embedding_(flat, rows, v, b, **noise)
+
+    def _spared_bias(self) -> Tensor | None:
+        """What outputs that were multiplied by the weight's gain lack of a bias that does not decay with the weight."""
+        b = self.holder.module._parameters.get("bias")
+        gain, bias = self.member.gain, self.bias
+        in_shift = bias is not None and bias.within_reach
+        if b is None or gain is None or in_shift or not self.adds_once:
+            return None
+        own = 1.0 if bias is None or bias.gain is None else bias.gain
+        return (own - gain) * (local_of(b) if is_sharded(b) else b).float()
+
+    def _differentiable(self, y: Tensor, x: Tensor) -> Tensor:
+        """As :meth:`add`, in operators that autograd knows, for a forward pass that someone wants gradients of."""
+        parts = []
+        for g, (yg, xg) in enumerate(zip(y.chunk(self.runtime.groups), x.chunk(self.runtime.groups), strict=True)):
+            delta = self._delta(g)
+            if self.member.gain is not None:
+                yg = yg * self.member.gain.to(yg.dtype)
+                spared = self._spared_bias()
+                yg = yg if spared is None else yg + spared.to(yg.dtype)
+            if self.kind == "embedding":
+                yg = yg + self._look_up(xg, delta).to(yg.dtype)
+            else:
+                yg = yg + F.linear(xg.float(), delta.T if self.kind == "transposed" else delta).to(yg.dtype)
+            if self._shift is not None:
+                yg = yg + self._shift[g].to(yg.dtype)
+            parts.append(yg)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _look_up(self, rows: Tensor, delta: Tensor) -> Tensor:
+        return F.embedding(rows, delta)
+
+    def _delta(self, group: int) -> Tensor:
+        """(B + s U) V^T of one evaluation, fp32."""
+        member, point = self.member, self.runtime.point(group)
+        assert member.b is not None and member.v is not None and member.point is not None
+        _, rows, _ = member.extent
+        u = ops.factor(
+            self.runtime.seed,
+            rows,
+            member.b.shape[-1],
+            member.slot.tensor_id,
+            Draw(point.step, point.direction),
+            device=member.device,
+            backend=self.backend,
+        )
+        delta = (member.b[0] + self.runtime.select(member.point.scales)[group] * u) @ member.v[0].float()
+        return delta if member.past is None else delta + member.past.b @ member.past.v
+
+
+class _LayerInBlocks(_Layer):
+    """A tensor-parallel layer: DTensors in and out, to whose parts each process adds the product of its own block.
+
+    With rows of the weight those are its columns of the outputs. With columns of the weight (rows of an embedding) the outputs
+    are a sum over processes, and the product of its columns of the inputs is one term of it.
+    """
+
+    def add(self, y: Tensor, x: Tensor) -> Tensor:
+        p = self.member.slot.parameter
+        problem = why_not_local(p, x, y, summed_dimension(self.kind), self.kind == "embedding")
+        if problem is not None:
+            raise RuntimeError(
+                f"layer {self.holder.name!r} computes in another way than when its side was chosen ({problem}): patch with "
+                f"side={{{self.member.name!r}: 'scratch'}}"
+            )
+        self.adds_once, outputs = adds_once(y), local_outputs(y)
+        added = super().add(outputs, local_inputs(p, x))
+        return y if added is outputs else with_local(y, added)
+
+    @property
+    def _piece(self) -> Piece:
+        assert self.member.part is not None
+        return self.member.part.piece
+
+    @property
+    def _in_operators(self) -> bool:
+        return not self._piece.x.numel()
+
+    def _delta(self, group: int) -> Tensor:
+        piece = self._piece
+        _, rows, cols = piece.x.shape
+        return super()._delta(group)[piece.row_offset : piece.row_offset + rows, piece.col_offset : piece.col_offset + cols]
+
+    def _add_rows(self, flat: Tensor, rows: Tensor, v: Tensor, b: Tensor, noise: dict[str, Any]) -> None:
+        here, mine = self._rows_here(rows)
+        if here is None:
+            super()._add_rows(flat, rows, v, b, noise)
+            return
+        added, gain = torch.zeros_like(flat), noise.pop("gain")
+        skinny.lowrank_embedding_(added, mine, v, b, **noise)
+        if gain is not None:
+            flat *= gain.to(flat.dtype)
+        flat += added * here[:, None]
+
+    def _look_up(self, rows: Tensor, delta: Tensor) -> Tensor:
+        here, mine = self._rows_here(rows)
+        if here is None:
+            return super()._look_up(rows, delta)
+        return F.embedding(mine, delta) * here[..., None] if len(delta) else torch.zeros(())
+
+    def _rows_here(self, rows: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Which of some rows of the weight the block has, None for all; and where in it, 0 for others."""
+        first, count = self._piece.row_offset, self._piece.x.shape[1]
+        if count == self.member.extent[1]:
+            return None, rows
+        here = (rows >= first) & (rows < first + count)
+        return here, torch.where(here, rows - first, 0)

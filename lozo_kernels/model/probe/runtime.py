@@ -1,0 +1,140 @@
+"""What all probed modules of a model share: the points that are evaluated, in storage that does not move."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ...errors import BatchSplitError
+from ...kernels.calls import Draw, Step
+from ..config import PatchConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One evaluation: where along which direction. ``scale`` 0 is the unperturbed model."""
+
+    step: Step
+    direction: int
+    scale: float
+
+
+REST = Point(0, 0, 0.0)
+"""No perturbation."""
+
+
+class DevicePoint:
+    """The points on one device: ``draws`` (groups, 2) int64, step and direction; ``scales`` (groups,) fp32 for low-rank weights.
+
+    Written in place as long as the number of points stays, so that compiled code and captured graphs see new values.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.draws = torch.zeros(1, 2, dtype=torch.int64, device=device)
+        self.scales = torch.zeros(1, dtype=torch.float32, device=device)
+
+    def write(self, points: Sequence[Point], factor: float) -> None:
+        """Takes over the points; ``factor`` is what multiplies eps for a low-rank weight."""
+        if len(points) != len(self.draws):
+            self.draws = torch.zeros(len(points), 2, dtype=torch.int64, device=self.device)
+            self.scales = torch.zeros(len(points), dtype=torch.float32, device=self.device)
+        for g, point in enumerate(points):
+            if isinstance(point.step, Tensor):
+                self.draws[g, 0].copy_(point.step, non_blocking=True)
+        numbers = [(0 if isinstance(p.step, Tensor) else p.step, p.direction) for p in points]
+        if any(isinstance(p.step, Tensor) for p in points):
+            self.draws[:, 1].copy_(torch.tensor([direction for _, direction in numbers]), non_blocking=True)
+        else:
+            self.draws.copy_(torch.tensor(numbers), non_blocking=True)
+        self.scales.copy_(torch.tensor([p.scale * factor for p in points], dtype=torch.float32), non_blocking=True)
+
+
+class Runtime:
+    """The points, and whether the model differs from its weights at rest.
+
+    Attributes:
+        points: one for each evaluation that shares a forward pass; one of scale 0 between steps.
+        examples: of each evaluation when several share a forward pass.
+        live: some factor or scale is not zero, so that modules have something to add.
+        selected: the one evaluation that a module is running for, where it runs once for each.
+    """
+
+    def __init__(self, config: PatchConfig) -> None:
+        self.seed = config.seed
+        self._factor = config.perturb_factor
+        self._devices: dict[torch.device, DevicePoint] = {}
+        self.points: list[Point] = [REST]
+        self.examples: int | None = None
+        self.live = False
+        self.selected: int | None = None
+
+    @property
+    def groups(self) -> int:
+        """How many evaluations share what a module is given."""
+        return len(self.points) if self.selected is None else 1
+
+    @contextlib.contextmanager
+    def only(self, group: int) -> Iterator[None]:
+        """Modules that run in the body are given one evaluation's part of the batch."""
+        self.selected = group
+        try:
+            yield
+        finally:
+            self.selected = None
+
+    def select(self, per_group: Tensor) -> Tensor:
+        """Of a tensor with a row for each evaluation, and perhaps room for more, those that a module is given now."""
+        if self.selected is not None:
+            return per_group[self.selected : self.selected + 1]
+        return per_group if per_group.shape[0] == len(self.points) else per_group[: len(self.points)]
+
+    def point(self, group: int) -> Point:
+        """The point of an evaluation among those that a module is given."""
+        return self.points[group if self.selected is None else self.selected]
+
+    def on(self, device: torch.device) -> DevicePoint:
+        """The points as tensors of a device."""
+        if device not in self._devices:
+            self._devices[device] = DevicePoint(device)
+            self._devices[device].write(self.points, self._factor)
+        return self._devices[device]
+
+    def write(self, points: Sequence[Point], examples: int | None = None) -> None:
+        """Moves to other points."""
+        self.points, self.examples = list(points), examples
+        for device in self._devices.values():
+            device.write(self.points, self._factor)
+
+    def draws(self, group: int) -> list[Draw]:
+        """The draw of one of the points as the ops take it; none where the scale is 0."""
+        point = self.points[group]
+        return [Draw(point.step, point.direction)] if point.scale else []
+
+    @property
+    def whole(self) -> int:
+        """Examples of all evaluations together."""
+        return self.groups * (self.examples or 1)
+
+    def is_batch(self, shape: torch.Size) -> bool:
+        """Whether a tensor's rows are the examples of all evaluations, or a multiple of them."""
+        return bool(shape) and shape[0] > 0 and shape[0] % self.whole == 0
+
+    def is_shared(self, name: str, shape: torch.Size) -> bool:
+        """Whether a tensor is one for all examples, and must be expanded to be one for each evaluation.
+
+        Raises:
+            BatchSplitError: it is neither that nor made of the examples.
+        """
+        if self.is_batch(shape):
+            return False
+        if shape and shape[0] == 1:
+            return True
+        raise BatchSplitError(
+            f"{name!r} gets a tensor of shape {tuple(shape)}, whose first dimension is not made of {self.groups} evaluations of "
+            f"{self.examples} examples: this model cannot evaluate them in one forward pass; use evaluation='sequential'"
+        )

@@ -86,7 +86,7 @@ def candidates(device: torch.device, truth: Backend, names: Sequence[str] | None
         except RuntimeError as e:
             not_run[name] = first_line(e)
             continue
-        reason = backend.withheld(device) if names is None else None
+        reason = backend.opt_in_reason(device) if names is None else None
         if reason is not None:
             not_run[name] = reason
         elif backend is truth and device.type == "cpu":

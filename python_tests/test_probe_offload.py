@@ -11,7 +11,7 @@ from models import same
 from torch import nn
 
 from lozo_kernels import LOZO, MeZO, patch
-from lozo_kernels.model.offload import find_homes, home_of
+from lozo_kernels.model.offload import offloaded_weights
 
 accelerate = pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
@@ -64,11 +64,11 @@ def offload(model, where, folder):
 
 def weights(model):
     """Every weight by each of its names, from wherever it is kept."""
-    homes, found = find_homes(model), {}
+    kept, found = offloaded_weights(model), {}
     for prefix, module in model.named_modules():
         for attribute, p in module._parameters.items():
             if p is not None:
-                home = home_of(homes, module, attribute) if p.device.type == "meta" else None
+                home = kept[module].parameter(attribute) if module in kept and p.device.type == "meta" else None
                 found[f"{prefix}.{attribute}"] = (p.detach() if home is None else home.load()).clone()
     return found
 

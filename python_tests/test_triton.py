@@ -11,7 +11,7 @@ from lozo_kernels.kernels import ops, reference, skinny
 from lozo_kernels.kernels.backends import launches
 from lozo_kernels.kernels.backends.triton import TritonBackend, activations
 from lozo_kernels.kernels.backends.triton.tilesizes import TileSize
-from lozo_kernels.kernels.calls import Draw, Rounding
+from lozo_kernels.kernels.calls import Draw, LayerCall, Rounding
 from lozo_kernels.kernels.noise import dense, factor, to_grid
 from lozo_kernels.kernels.registry import choose_backend
 from lozo_kernels.kernels.table import TensorTable
@@ -327,7 +327,7 @@ def test_rows_that_an_embedding_does_not_have_are_not_read(rng, backend):
     b[10:20] = 1
     y = torch.ones(4, 16, device=DEVICE)
     where = {"draws": torch.tensor([[1, 0]], device=DEVICE), "scales": torch.zeros(1, device=DEVICE)}
-    skinny.lowrank_embedding_(y, ids, v, b[10:20], seed=1, tensor_id=2, **where, backend=backend, checked=True)
+    backend.lowrank_embedding_(LayerCall(y, ids, v, b[10:20], seed=1, tensor_id=2, row_offset=0, **where))
     assert (y == 1).all()
 
 

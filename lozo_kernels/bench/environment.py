@@ -17,6 +17,7 @@ import torch
 
 from ..kernels.backends import native
 from ..kernels.registry import choose_backend
+from ..kernels.version import __version__
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "tokenizers", "safetensors", "datasets")
 
@@ -47,7 +48,7 @@ def environment(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Versions of this package and of those it can use; None for what is not installed."""
-    found: dict[str, str | None] = {"lozo_kernels": _version(), "python": platform.python_version()}
+    found: dict[str, str | None] = {"lozo_kernels": __version__, "python": platform.python__version__}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
@@ -121,9 +122,3 @@ def commit() -> str | None:
 
 def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True).stdout.strip()
-
-
-def _version() -> str:
-    from .. import __version__
-
-    return __version__

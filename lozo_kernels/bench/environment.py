@@ -48,7 +48,7 @@ def environment(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Versions of this package and of those it can use; None for what is not installed."""
-    found: dict[str, str | None] = {"lozo_kernels": __version__, "python": platform.python__version__}
+    found: dict[str, str | None] = {"lozo_kernels": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

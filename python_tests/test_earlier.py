@@ -57,5 +57,6 @@ def test_public_names_stay(module):
 
 
 def test_torch_operators_stay():
-    found = [str(getattr(torch.ops.lozo_kernels, schema.split("::")[1].split("(")[0]).default._schema) for schema in NAMES["schemas"]]
-    assert found == NAMES["schemas"]
+    for schema in NAMES["schemas"]:
+        name = schema.split("::")[1].split("(")[0]
+        assert str(getattr(torch.ops.lozo_kernels, name).default._schema) == schema

@@ -148,7 +148,7 @@ def test_starts_without_optional_packages():
 
 def test_every_setting_is_an_option():
     """Settings and command line stay in step."""
-    args = vars(cli._parser().parse_args(["finetune"]))
+    args = vars(cli.make_parser().parse_args(["finetune"]))
     assert set(Settings.__dataclass_fields__) <= args.keys()
     assert Settings(**{f: args[f] for f in Settings.__dataclass_fields__}) == Settings()
 

@@ -14,10 +14,10 @@ from lozo_kernels.cli import command as cli
 from lozo_kernels.errors import InputError
 from lozo_kernels.hf.data.examples import Example
 from lozo_kernels.hf.data.load import load_data
-from lozo_kernels.hf.evaluate import evaluate, table
+from lozo_kernels.hf.evaluate import evaluate, render_result
 from lozo_kernels.hf.finetune import finetune
 from lozo_kernels.hf.loop.scoring import generate_answers, score
-from lozo_kernels.hf.models.load import open_checkpoint
+from lozo_kernels.hf.models.checkpoint import open_checkpoint
 from lozo_kernels.hf.objectives import AnswerObjective, OptionsObjective
 from lozo_kernels.hf.settings import Settings
 from lozo_kernels.hf.tasks import TASKS
@@ -70,7 +70,7 @@ def test_the_command_line(capsys, llama, data):
 def test_in_context(llama, data):
     settings = Settings(model=str(llama), task="sst2", data_dir=str(data), method="icl", num_shots=3, num_eval=2, max_length=400)
     result = evaluate(settings, quiet=True)
-    assert result["demonstrations"] == 3 and result["examples"] == 2 and "demonstrations" in table(result)
+    assert result["demonstrations"] == 3 and result["examples"] == 2 and "demonstrations" in render_result(result)
     assert evaluate(settings, quiet=True)["loss"] == result["loss"]
     assert result["notes"] == []
     short = evaluate(dataclasses.replace(settings, max_length=70), quiet=True)

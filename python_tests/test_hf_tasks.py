@@ -17,7 +17,7 @@ from lozo_kernels.hf.data.load import load_data
 from lozo_kernels.hf.data.text import read_examples
 from lozo_kernels.hf.loop.scoring import score
 from lozo_kernels.hf.loop.train import BatchSampler
-from lozo_kernels.hf.models.load import load_model, open_checkpoint
+from lozo_kernels.hf.models.checkpoint import load_model, open_checkpoint
 from lozo_kernels.hf.objectives import OBJECTIVES, choose_objective
 from lozo_kernels.hf.settings import Settings
 from lozo_kernels.hf.tasks import KINDS, TASKS

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from ..bench.document import progress
 from ..bench.environment import commit, versions
 from ..errors import InputError, require
+from ..model.text_table import text_table
 from .data.examples import TaskData
 from .data.load import load_data
 from .data.splits import TEST_SIZE, draw_demonstrations
 from .finetune import threads
 from .loop.scoring import score
-from .models.checkpoint import Checkpoint, pick_device
-from .models.language import load_adapter
-from .models.load import load_model, open_checkpoint
+from .methods import EVALUATIONS
+from .models.checkpoint import Checkpoint, load_adapter, load_model, open_checkpoint, pick_device
 from .objectives import OBJECTIVES, Objective, PromptedObjective, choose_objective
 from .settings import Settings
-
-METHODS = ("zero-shot", "icl")
 
 
 def evaluate(settings: Settings, *, checkpoint: str | None = None, command: str = "", quiet: bool = False) -> dict[str, Any]:
@@ -43,26 +41,27 @@ def evaluate(settings: Settings, *, checkpoint: str | None = None, command: str 
     Raises:
         InputError: something that the user can put right.
     """
-    if settings.method not in METHODS:
-        raise InputError(f"evaluate knows the methods {' and '.join(METHODS)}, not {settings.method}")
+    if settings.method not in EVALUATIONS:
+        raise InputError(f"evaluate knows the methods {' and '.join(EVALUATIONS)}, not {settings.method}")
     settings, adapter = _with_checkpoint(settings, checkpoint)
     settings = dataclasses.replace(settings, num_eval=settings.num_eval or TEST_SIZE).resolved()
     with threads(settings.threads):
         return _evaluate(settings, adapter, command, quiet)
 
 
-def table(result: dict[str, Any]) -> str:
+def render_result(result: dict[str, Any]) -> str:
     """The result for a reader."""
+    rows = [[name.replace("_", " "), f"{value:.1%}"] for name, value in result["metrics"].items()]
+    rows.append([f"loss per {result['loss_unit']}", f"{result['loss']:.4f}"])
+    if result["method"] == "icl":
+        rows.append(["demonstrations", f"{result['demonstrations']:.1f}"])
     lines = [
         f"{result['task']} ({result['objective']}), {result['method']}",
         f"{result['examples']} examples from {result['data']['source']}",
         f"model {result['model']}, {result['seconds']:.0f} s",
         "",
-        *(f"{name.replace('_', ' '):24}{value:>10.1%}" for name, value in result["metrics"].items()),
-        f"{'loss per ' + result['loss_unit']:24}{result['loss']:>10.4f}",
+        text_table(rows, gap=4),
     ]
-    if result["method"] == "icl":
-        lines.append(f"{'demonstrations':24}{result['demonstrations']:>10.1f}")
     return "\n".join(lines + [f"note: {note}" for note in result["notes"]])
 
 
@@ -78,7 +77,7 @@ def _evaluate(settings: Settings, adapter: Path | None, command: str, quiet: boo
     if adapter is not None:
         model = load_adapter(model, adapter)
     if not quiet:
-        print(f"{data.task.name}: {len(data.test)} examples from {data.source}", file=sys.stderr)
+        progress(f"{data.task.name}: {len(data.test)} examples from {data.source}")
     scores = score(model, objective, data.test, settings.batch_size, settings.max_new_tokens, device)
     counts = list(objective.shown.elements()) if isinstance(objective, PromptedObjective) else []
     if counts and min(counts) < len(objective.demonstrations):

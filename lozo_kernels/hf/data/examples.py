@@ -1,4 +1,4 @@
-"""examples."""
+"""One example of a task, and the examples of a run."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,8 +26,8 @@ class FirstOrder:
     The model stays in evaluation mode as for the other methods, so there is no dropout.
 
     Args:
-        optimizer: of the parameters to train.
-        model: whose parameters they are.
+        model: what is trained.
+        optimizer: holds the parameters to train.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -40,7 +39,6 @@ class FirstOrder:
         self._watch = LossWatch()
 
     def step(self, closure: Closure) -> Tensor:
-        """A gradient step; see :class:`~lozo_kernels.hf.loop.drivers.Driver`."""
         with torch.enable_grad():
             loss = closure()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -57,7 +55,6 @@ class FirstOrder:
         return loss
 
     def close(self) -> None:
-        """Drops gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
 
@@ -66,8 +63,8 @@ class LoRA(FirstOrder):
 
     Args:
         model: of transformers. A classification head is trained in full beside the adapters, as PEFT does for such models.
-        lr, weight_decay: of AdamW.
-        seed: of the adapters' first weights.
+        lr, weight_decay: settings of AdamW.
+        seed: seed of the adapters' first weights.
 
     Raises:
         InputError: PEFT is not installed, or the model has no linear layer to adapt.
@@ -80,7 +77,6 @@ class LoRA(FirstOrder):
         super().__init__(model, torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay))
 
     def close(self) -> None:
-        """Adds the adapters' products to the weights and removes them."""
         super().close()
         self._peft.merge_and_unload()
         if hasattr(self.model, "peft_config"):
@@ -115,9 +111,9 @@ class ForwardGradient:
 
     Args:
         model: a model whose operations all have forward derivatives; attention is computed without fused kernels, which have none.
-        lr, weight_decay: constants or what a schedule makes of them.
-        seed: of the directions.
-        backend: of the kernels; None for the best of the device.
+        lr, weight_decay: their values at the first step; a schedule may change them in ``optimizer``.
+        seed: seed of the directions.
+        backend: name of the kernels' backend; None for the best of the device.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`~lozo_kernels.model.patching.patch`.
@@ -137,7 +133,6 @@ class ForwardGradient:
 
     @torch.no_grad()
     def step(self, closure: Closure) -> Tensor:
-        """One pass along Z; see :class:`~lozo_kernels.hf.loop.drivers.Driver`."""
         tangents = self._direction()
         parameters = {name: p.detach() for name, p in self._caller.named_parameters() if name in tangents}
 
@@ -159,11 +154,10 @@ class ForwardGradient:
         return loss
 
     def close(self) -> None:
-        """Takes the patch off."""
         self.handle.restore()
 
     def _direction(self) -> dict[str, Tensor]:
-        """Z of this step by name, in the dtypes of the weights."""
+        """Z of this step by the names of the parameters, in their dtypes."""
         parameters = self.handle.parameters
         seed, draws = self.handle.config.seed, [Draw(self.steps_done)]
         found = {}
@@ -171,12 +165,9 @@ class ForwardGradient:
             table = group.table
             z = TensorTable([torch.zeros_like(x) for x in table.x], table.tensor_ids)
             ops.dense_update_(z, seed=seed, draws=draws, scales=1.0, backend=group.choice.backend)
-            found.update(_named(z.x, [parameters[i] for i in group.index.tolist()], self._names))
+            for value, i in zip(z.x, group.index.tolist(), strict=True):
+                found[self._names[id(parameters[i])]] = value.reshape(parameters[i].shape)
         return found
-
-
-def _named(values: Sequence[Tensor], parameters: Sequence[nn.Parameter], names: dict[int, str]) -> dict[str, Tensor]:
-    return {names[id(p)]: z.reshape(p.shape) for z, p in zip(values, parameters, strict=True)}
 
 
 class _Caller(nn.Module):
@@ -188,5 +179,4 @@ class _Caller(nn.Module):
         self.training = model.training
 
     def forward(self, closure: Closure) -> Tensor:
-        """What the closure returns."""
         return closure()

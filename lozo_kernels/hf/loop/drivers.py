@@ -27,9 +27,9 @@ class StepResult:
 
     Attributes:
         step: index of the step, from 0.
-        loss: 0-dim.
+        loss: the loss, 0-dim.
         c: directional derivatives along the directions of the step, (directions,); empty for a method that has the gradient.
-        skipped: the loss was not finite, and the weights were left alone.
+        skipped: whether the loss was not finite, so that the weights were left alone.
     """
 
     step: int
@@ -42,18 +42,18 @@ class Driver(Protocol):
     """One way of training, as the loop sees it.
 
     Attributes:
-        backends: the kernels that change the weights; empty for torch's own.
+        backends: names of the kernels that change the weights; empty where torch does.
     """
 
     backends: list[str]
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """Whose parameter groups hold the learning rate, for a schedule to change."""
+        """The optimiser whose parameter groups hold the learning rate, for a schedule to change."""
 
     @property
     def info(self) -> StepInfo | StepResult | None:
-        """What the last step saw; None before the first."""
+        """What the last step saw; None before the first step."""
 
     @property
     def steps_done(self) -> int:
@@ -79,20 +79,16 @@ class ZerothOrder:
 
     @property
     def info(self) -> StepInfo | None:
-        """Of the optimiser."""
         return self.optimizer.info
 
     @property
     def steps_done(self) -> int:
-        """Of the optimiser."""
         return self.optimizer.steps_done
 
     def step(self, closure: Closure) -> Tensor:
-        """Of the optimiser: two forward passes for each direction, without a graph."""
         return self.optimizer.step(closure)
 
     def close(self) -> None:
-        """Makes what is pending, ends the journal, and takes the patch off."""
         try:
             if self.optimizer.journal is not None:
                 self.optimizer.journal.finish()
@@ -107,10 +103,10 @@ class LossWatch:
         self._in_a_row = 0
 
     def finite(self, loss: Tensor, step: int) -> bool:
-        """Whether a step may go on. Reads the loss, so it waits for the device.
+        """Whether the loss is finite, so that the step may go on. It reads the loss, so it waits for the device.
 
         Raises:
-            NonFiniteLossError: it was one too many.
+            NonFiniteLossError: this is loss number :data:`MAX_NONFINITE` in a row that is not finite.
         """
         if bool(torch.isfinite(loss)):
             self._in_a_row = 0

@@ -1,9 +1,11 @@
-"""Time of a step and of the forward passes in it, and peak memory of a block."""
+"""Time of steps and of the forward passes in them, and peak memory of a block."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -41,57 +43,63 @@ class Clock:
         return start.elapsed_time(end) / 1e3
 
 
-@dataclasses.dataclass
-class StepTimer:
-    """Times one step and the calls of its closure.
+class Stopwatch:
+    """Times named spans: marks while they run, seconds when somebody asks, since that may wait for the device.
 
     Example::
 
-        timer = StepTimer(clock)
-        with timer:
-            optimizer.step(timer.forward(closure))
-        timer.step_seconds, timer.forward_seconds
+        watch = Stopwatch(clock)
+        watch.start("step")
+        optimizer.step(watch.timed("forwards", closure))
+        watch.stop("step")
+        watch.seconds("step"), watch.seconds("forwards")
     """
 
-    clock: Clock
-    _start: Any = None
-    _end: Any = None
-    _forwards: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self._spans: collections.defaultdict[str, list[tuple[Any, Any]]] = collections.defaultdict(list)
+        self._started: dict[str, Any] = {}
 
-    def __enter__(self) -> StepTimer:
-        self._start = self.clock.mark()
-        return self
+    def start(self, name: str) -> None:
+        """Begins a span."""
+        self._started[name] = self.clock.mark()
 
-    def __exit__(self, *_: object) -> None:
-        self._end = self.clock.mark()
+    def stop(self, name: str) -> None:
+        """Ends the span of that name."""
+        self._spans[name].append((self._started.pop(name), self.clock.mark()))
 
-    def forward(self, closure: Callable[[], T]) -> Callable[[], T]:
-        """The closure, timed at each call."""
+    def timed(self, name: str, call: Callable[..., T]) -> Callable[..., T]:
+        """The function, with a span around each call."""
 
-        def timed() -> T:
-            start = self.clock.mark()
-            result = closure()
-            self._forwards.append((start, self.clock.mark()))
-            return result
+        def timed_call(*args: Any, **kwargs: Any) -> T:
+            self.start(name)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self.stop(name)
 
-        return timed
+        return timed_call
 
-    @property
-    def step_seconds(self) -> float:
-        """Duration of the block."""
-        return self.clock.seconds(self._start, self._end)
+    def count(self, name: str) -> int:
+        """Spans of that name since the last :meth:`clear`."""
+        return len(self._spans[name])
 
-    @property
-    def forward_seconds(self) -> float:
-        """Duration of the closure's calls together."""
-        return sum(self.clock.seconds(a, b) for a, b in self._forwards)
+    def seconds(self, name: str) -> float:
+        """Duration of all spans of that name together."""
+        return sum(itertools.starmap(self.clock.seconds, self._spans[name]))
+
+    def clear(self) -> None:
+        """Forgets all spans that have ended."""
+        self._spans.clear()
 
 
 @dataclasses.dataclass
 class PeakMemory:
-    """Most bytes of tensors alive at once in a block, beyond those alive before it. ``bytes`` is None where nothing counts them.
+    """Memory of a block.
 
-    ``kept`` is what the block left alive; None as ``bytes``.
+    Attributes:
+        bytes: most bytes of tensors alive at once in the block, beyond those alive before it; None where nothing counts them.
+        kept: bytes that the block left alive; None where ``bytes`` is.
     """
 
     device: torch.device

@@ -17,10 +17,10 @@ from ...errors import NonFiniteLossError, require
 from ...model.interrupts import deferred_interrupt, interruptible
 from ...optim.parallel import DivergenceError, PeerLostError
 from ...optim.steps import StepInfo
-from ..objectives import Encoded, Objective
+from ..objectives import Batch, Encoded, Objective
 from ..settings import Settings
 from .drivers import Driver, StepResult
-from .measure import Clock, StepTimer, peak_memory, since
+from .measure import Clock, Stopwatch, peak_memory, since
 from .processes import part
 from .records import EvalRecord, MetricsLog, StepRecord
 
@@ -104,82 +104,46 @@ def train(
     device: torch.device,
     *,
     quiet: bool = False,
-    evaluated: Callable[[EvalRecord], None] = lambda evaluation: None,
+    evaluated: Callable[[EvalRecord], None] | None = None,
 ) -> Outcome:
     """Runs the steps of the settings and leaves a plain model.
 
-    ``evaluated`` is given every evaluation while the model has the weights that were evaluated.
-
     After the first step, Ctrl-C and a loss that stays NaN end it early, with the weights of the last whole step.
+
+    Args:
+        dev: examples that are evaluated every ``settings.eval_every`` steps.
+        evaluated: is given every evaluation while the model has the weights that were evaluated.
     """
-    steps, eval_every = settings.steps, settings.eval_every
-    assert steps is not None and eval_every is not None
-    outcome = Outcome()
-    start = time.perf_counter()
-    tty = sys.stderr.isatty()
-    bar = require("tqdm").tqdm(
-        total=steps,
-        file=sys.stderr,
-        disable=quiet,
-        unit="step",
-        mininterval=0.2 if tty else 10,
-        dynamic_ncols=tty,
-        desc=settings.method,
-    )
-    reader = _StepReader(log, bar, device)
-
-    def loss_of(batch: Any) -> Any:
-        if settings.parallel is None:
-            return objective.loss(model, batch)
-        totals = objective.totals(model, batch)  # of this process's part
-        return totals.loss, totals.count
-
-    def one_step() -> None:
-        batch = objective.collate(part(sampler.next(), settings.parallel), device)
-        lr = float(driver.optimizer.param_groups[0]["lr"])
-        before = driver.info
-        timer = StepTimer(reader.clock)
-        with deferred_interrupt():
-            try:
-                with timer, interruptible():
-                    driver.step(timer.forward(lambda: loss_of(batch)))
-            finally:  # a step that was taken is logged, also when it is the one that ends the run
-                if driver.info is not None and driver.info is not before:
-                    reader.add(driver.info, lr, timer)
-            if schedule is not None:
-                schedule.step()
-
-    with bar, warnings.catch_warnings(), contextlib.ExitStack() as failing:
-        # Skipped updates are in the log and on the bar, and torch cannot know that step() is called inside one_step().
+    assert settings.steps is not None and settings.eval_every is not None
+    outcome, start = Outcome(), time.perf_counter()
+    with _progress_bar(settings, quiet) as bar, warnings.catch_warnings(), contextlib.ExitStack() as failing:
+        # Skipped updates are in the log and on the bar, and torch cannot know that step() is called inside take().
         warnings.filterwarnings("ignore", message=".*update skipped|.*lr_scheduler.step", category=UserWarning)
+        reader = _StepReader(log, bar, device)
         # The first step is measured together with the making of the driver, whose V and momentum are part of the peak, and the
         # second because some optimisers make their state at the end of the first.
         with peak_memory(device) as memory:
             driver = make_driver()
             failing.callback(_give_up, driver)
-            schedule = make_schedule(driver.optimizer, settings.lr_schedule, steps)
-            start_step = driver.steps_done  # of a run that goes on, which then sees the data and the rates that it would have seen
-            for _ in range(start_step):
-                sampler.next()
-                if schedule is not None:
-                    schedule.step()
-            bar.update(start_step)
-            if start_step == 0:
-                one_step()
-        outcome.peak_bytes = memory.bytes
-        outcome.backends = driver.backends
+            steps = _Steps(model, driver, objective, sampler, settings, reader)
+            first = driver.steps_done
+            bar.update(first)
+            if first == 0:
+                steps.take()
+        outcome.peak_bytes, outcome.backends = memory.bytes, driver.backends
         try:
-            while driver.steps_done < steps:
-                if driver.steps_done % eval_every == 0:
+            while driver.steps_done < settings.steps:
+                if driver.steps_done % settings.eval_every == 0:
                     reader.flush()
                     evaluation = evaluate(model, objective, dev, driver.steps_done, eval_batch_size(settings), device)
                     log.add_evaluation(evaluation)
-                    evaluated(evaluation)
-                if driver.steps_done > start_step + 1:
-                    one_step()
+                    if evaluated is not None:
+                        evaluated(evaluation)
+                if driver.steps_done > first + 1:
+                    steps.take()
                     continue
                 with peak_memory(device) as second:
-                    one_step()
+                    steps.take()
                 outcome.peak_bytes = memory.then(second).bytes
         except KeyboardInterrupt:
             outcome.stopped = "interrupted"
@@ -188,9 +152,68 @@ def train(
         failing.pop_all()
     driver.close()
     reader.flush()
-    outcome.steps_done = driver.steps_done
-    outcome.seconds = since(start)
+    outcome.steps_done, outcome.seconds = driver.steps_done, since(start)
     return outcome
+
+
+def _progress_bar(settings: Settings, quiet: bool) -> Any:
+    tty = sys.stderr.isatty()
+    return require("tqdm").tqdm(
+        total=settings.steps,
+        file=sys.stderr,
+        disable=quiet,
+        unit="step",
+        mininterval=0.2 if tty else 10,
+        dynamic_ncols=tty,
+        desc=settings.method,
+    )
+
+
+class _Steps:
+    """Takes the steps of a driver one after the other. A run that goes on sees the data and the rates that it would have seen."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        driver: Driver,
+        objective: Objective,
+        sampler: BatchSampler,
+        settings: Settings,
+        reader: _StepReader,
+    ) -> None:
+        self.model, self.driver, self.objective, self.sampler, self.reader = model, driver, objective, sampler, reader
+        self.parallel, self.steps = settings.parallel, settings.steps or 0
+        self.schedule = make_schedule(driver.optimizer, settings.lr_schedule, self.steps)
+        for _ in range(driver.steps_done):
+            sampler.next()
+            self._advance()
+
+    def take(self) -> None:
+        """One step and its record. An interrupt comes through only while the driver is at work."""
+        batch = self.objective.collate(part(self.sampler.next(), self.parallel), self.reader.clock.device)
+        lr = float(self.driver.optimizer.param_groups[0]["lr"])
+        before = self.driver.info
+        watch = Stopwatch(self.reader.clock)
+        with deferred_interrupt():
+            watch.start("step")
+            try:
+                with interruptible():
+                    self.driver.step(watch.timed("forwards", lambda: self._loss(batch)))
+            finally:  # a step that was taken is logged, also when it is the one that ends the run
+                watch.stop("step")
+                if self.driver.info is not None and self.driver.info is not before:
+                    self.reader.add(self.driver.info, lr, watch)
+            self._advance()
+
+    def _advance(self) -> None:
+        if self.schedule is not None:
+            self.schedule.step()
+
+    def _loss(self, batch: Batch) -> Any:
+        if self.parallel is None:
+            return self.objective.loss(self.model, batch)
+        totals = self.objective.totals(self.model, batch)  # of this process's part
+        return totals.loss, totals.count
 
 
 def _give_up(driver: Driver) -> None:
@@ -212,10 +235,10 @@ class _StepReader:
         self._log = log
         self._bar = bar
         self._every = 1 if device.type == "cpu" else 10
-        self._waiting: list[tuple[StepInfo | StepResult, float, StepTimer]] = []
+        self._waiting: list[tuple[StepInfo | StepResult, float, Stopwatch]] = []
 
-    def add(self, info: StepInfo | StepResult, lr: float, timer: StepTimer) -> None:
-        self._waiting.append((info, lr, timer))
+    def add(self, info: StepInfo | StepResult, lr: float, watch: Stopwatch) -> None:
+        self._waiting.append((info, lr, watch))
         if len(self._waiting) >= self._every:
             self.flush()
 
@@ -223,15 +246,15 @@ class _StepReader:
         """Writes what is waiting; an interrupt loses no step and writes none twice."""
         record = None
         while self._waiting:
-            info, lr, timer = self._waiting.pop(0)
+            info, lr, watch = self._waiting.pop(0)
             record = StepRecord(
-                info.step,
-                float(info.loss),
-                info.c.tolist(),
-                lr,
-                timer.step_seconds * 1e3,
-                timer.forward_seconds * 1e3,
-                bool(info.skipped),
+                step=info.step,
+                loss=float(info.loss),
+                c=info.c.tolist(),
+                lr=lr,
+                step_ms=1e3 * watch.seconds("step"),
+                forwards_ms=1e3 * watch.seconds("forwards"),
+                skipped=bool(info.skipped),
             )
             self._log.add_step(record)
             self._bar.update()

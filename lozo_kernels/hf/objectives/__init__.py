@@ -5,8 +5,7 @@ from __future__ import annotations
 from ...errors import InputError
 from ..tasks import Task
 from .base import IGNORED, Batch, ClassObjective, Encoded, Objective, Totals
-from .head import ClassificationObjective
-from .image import ImageObjective
+from .head import ClassificationObjective, ImageObjective
 from .lm import LanguageModelObjective
 from .options import AnswerObjective, ChoiceObjective, OptionsObjective
 from .prompted import PromptedObjective

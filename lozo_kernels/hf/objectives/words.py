@@ -13,7 +13,7 @@ from ..data.examples import Example
 from ..tasks import Task
 from ..tasks.prompts import render
 from .base import Batch, ClassObjective, Encoded, inputs, label_of
-from .prompted import PromptedObjective
+from .prompted import PromptedObjective, check_room
 
 
 class PromptObjective(PromptedObjective, ClassObjective):
@@ -65,6 +65,7 @@ class MaskedPromptObjective(ClassObjective):
     """
 
     name = "masked"
+    auto_model, pipeline = "AutoModelForMaskedLM", "fill-mask"
 
     def __init__(self, tokenizer: Any, task: Task, max_length: int, demonstrations: Sequence[Example] = ()) -> None:
         if not task.masked:
@@ -76,12 +77,7 @@ class MaskedPromptObjective(ClassObjective):
         super().__init__(tokenizer, task, max_length)
         words = [tokenizer(" " + word, add_special_tokens=False)["input_ids"][0] for word in task.masked_words]
         self._words = _distinct(words, self.name, task, task.masked_words, "classification")
-        empty = len(self._whole([""] * len(task.fields))["input_ids"])
-        if empty >= max_length:
-            raise InputError(
-                f"the masked prompt of the task {task.name} alone takes {empty} tokens, and {max_length} fit "
-                "(--max-length, or the context of the model)"
-            )
+        check_room(f"masked prompt of the task {task.name}", len(self._whole([""] * len(task.fields))["input_ids"]), max_length)
 
     def encode(self, example: Example) -> Encoded | None:
         """The prompt with its blank, where it is, and the class."""

@@ -135,7 +135,7 @@ def with_ratios(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def measure_memory(request: Request, device: torch.device, output: Path, command: str) -> Row:
+def measure_memory(request: Request, device: torch.device, output: Path) -> Row:
     """Measures the methods on one model for each dtype.
 
     Returns:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from ...errors import InputError
 from ..demo import language
 from ..evaluate import evaluate
 from ..finetune import finetune
-from ..methods import METHODS, TRAINING_SETTINGS
+from ..methods import METHODS
 from ..reports.plots import compare_runs
 from ..settings import Settings
 from .results import TABLES, PaperTable, Recipe
@@ -103,7 +102,7 @@ def make_settings(
         task: None for the embedded one.
         point: of the grid; empty for the first of it.
     """
-    scale, uses = request.size, METHODS[method].uses
+    scale = request.size
     values = {**{name: grid[0] for name, grid in recipe.grid.items()}, **recipe.settings, **point}
     if scale.name == PAPER:
         values |= {**request.paper.data, "keep": "best"}
@@ -116,11 +115,8 @@ def make_settings(
             values["interval"] = min(values["interval"], scale.interval)
     if request.steps is not None:
         values |= {"steps": request.steps, "eval_every": max(1, request.steps // 5)}
-    fields = {f.name for f in dataclasses.fields(Settings)}
-    foreign = {"eps", "rank", "interval", "momentum", "scaling"} - set(uses)
-    foreign |= set() if METHODS[method].trains else TRAINING_SETTINGS
     return Settings(
-        **{name: value for name, value in values.items() if name in fields - foreign},
+        **{name: value for name, value in values.items() if name not in METHODS[method].foreign},
         method=method,
         model=request.model,
         task=task or language.TASK_NAME,

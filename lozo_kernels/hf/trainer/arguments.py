@@ -9,63 +9,37 @@ from typing import Any
 from ...errors import require
 from ...kernels.checks import check_count, check_number
 from ...model.config import PatchConfig
-from ...optim import optimizer as optim
-from ...optim.optimizer import ZerothOrderOptimizer
-from ..methods import METHODS
+from ..methods import ZEROTH_ORDER
 
 require("accelerate", extra="trainer")
 TrainingArguments = require("transformers").TrainingArguments
 
 _DEFAULT_OPTIM = TrainingArguments.__dataclass_fields__["optim"].default
+_LOW_RANK = ("rank", "interval", "scaling")
 
 
-@dataclasses.dataclass(frozen=True)
-class ZerothOrderMethod:
-    """A method by name.
-
-    Attributes:
-        optimizer: its class in :mod:`lozo_kernels.optim.optimizer`.
-        settings: which of :class:`ZOArguments` only some methods have.
-        momentum: default of beta, 0 for a method without.
-    """
-
-    optimizer: str
-    settings: tuple[str, ...] = ()
-    momentum: float = 0.0
-
-    def resolve(self) -> type[ZerothOrderOptimizer]:
-        """The class."""
-        return getattr(optim, self.optimizer)  # type: ignore[no-any-return]
-
-
-ZO_METHODS = {
-    "lozo": ZerothOrderMethod("LOZO", ("rank", "interval", "scaling")),
-    "lozo-m": ZerothOrderMethod("LOZO", ("rank", "interval", "scaling"), momentum=0.9),
-    "mezo": ZerothOrderMethod("MeZO"),
-    "mezo-m": ZerothOrderMethod("MeZO", momentum=0.9),
-    "subzero": ZerothOrderMethod("SubZero", ("rank", "interval")),
-}
-
-
-_OWN = ("rank", "interval", "scaling", "momentum")
+def check_method_name(method: Any) -> None:
+    """Raises ValueError unless it is the name of a zeroth-order method."""
+    if method not in ZEROTH_ORDER:
+        raise ValueError(f"method is one of {', '.join(map(repr, ZEROTH_ORDER))}, not {method!r}")
 
 
 def check_method_options(method: str, options: Mapping[str, Any]) -> None:
-    """Raises TypeError or ValueError for options, of those that only some methods have, that are not this method's.
+    """Raises TypeError or ValueError if one of the options belongs to other methods.
 
     Args:
-        method: a name of :data:`ZO_METHODS`.
+        method: the name of a zeroth-order method.
         options: only what was given.
     """
-    for name in _OWN[:3]:
-        if name in options and name not in ZO_METHODS[method].settings:
+    for name in _LOW_RANK:
+        if name in options and name not in ZEROTH_ORDER[method].uses:
             raise ValueError(f"method={method!r} has no {name}: leave it out")
     if "momentum" in options:
         momentum = options["momentum"]
         check_number("momentum", momentum, low=0.0, high=1.0)
-        other = METHODS[method].with_momentum(float(momentum))
+        other = ZEROTH_ORDER[method].with_momentum(float(momentum))
         if other != method:
-            way_out = f"use method={other!r}" if other in ZO_METHODS else "leave it out"
+            way_out = f"use method={other!r}" if other in ZEROTH_ORDER else "leave it out"
             raise ValueError(f"method={method!r} with momentum={float(momentum):g}: {way_out}")
 
 
@@ -78,13 +52,13 @@ class ZOArguments(TrainingArguments):  # type: ignore[misc, valid-type]
     Attributes:
         learning_rate: 1e-6, and lr_scheduler_type: "constant", as the papers have them for large models.
         method: "lozo", "lozo-m", "mezo", "mezo-m" or "subzero".
-        rank, interval, scaling: of low-rank methods; None for the default of :func:`lozo_kernels.patch`.
+        rank, interval, scaling: settings of low-rank methods; None for the default of :func:`lozo_kernels.patch`.
         eps: perturbation scale.
         momentum: beta; None for the method's default, 0.9 of "lozo-m" and "mezo-m".
         directions: directions per step, whose estimates are averaged.
         two_sided: (F(+) - F(-)) / (2 eps), or (F(+) - F) / eps.
         placement, side, rounding, include, exclude, keep_factors, backend: see :class:`lozo_kernels.PatchConfig`.
-        zo_seed: seed of the directions; ``seed`` is that of data and dropout.
+        zo_seed: seed of the directions; ``seed`` is the seed of data and dropout.
         max_nonfinite: steps in a row without a finite loss after which training ends with an error.
 
     Raises:
@@ -113,12 +87,8 @@ class ZOArguments(TrainingArguments):  # type: ignore[misc, valid-type]
     max_grad_norm: float = dataclasses.field(default=0.0, metadata={"help": "0: there is no gradient to clip"})
 
     def __post_init__(self) -> None:
-        if self.method not in ZO_METHODS:
-            raise ValueError(f"method is one of {', '.join(map(repr, ZO_METHODS))}, not {self.method!r}")
-        method = ZO_METHODS[self.method]
-        if not hasattr(optim, method.optimizer):
-            raise ValueError(f"this version of lozo_kernels has no method {self.method!r}")
-        self._check_method(method)
+        check_method_name(self.method)
+        self._check_method()
         if self.max_grad_norm:
             raise ValueError(
                 f"max_grad_norm={self.max_grad_norm} would clip the projected gradient, not a gradient's norm: leave it out"
@@ -128,27 +98,24 @@ class ZOArguments(TrainingArguments):  # type: ignore[misc, valid-type]
             raise ValueError(f"optim={str(self.optim)!r} is not used: the optimiser follows from method={self.method!r}")
         super().__post_init__()
 
-    def _check_method(self, method: ZerothOrderMethod) -> None:
-        own = {name: getattr(self, name) for name in _OWN}
+    def _check_method(self) -> None:
+        own = {name: getattr(self, name) for name in (*_LOW_RANK, "momentum")}
         check_method_options(self.method, {name: value for name, value in own.items() if value is not None})
         check_number("eps", self.eps, low=0.0, open_low=True)
         check_count("directions", self.directions)
         check_count("max_nonfinite", self.max_nonfinite)
-        PatchConfig(estimator=method.resolve()._estimator, **self.patch_options())
+        PatchConfig(estimator=ZEROTH_ORDER[self.method].estimator, **self.patch_options())
 
     def patch_options(self) -> dict[str, Any]:
         """Arguments of :func:`lozo_kernels.patch`."""
         names = ("placement", "side", "rounding", "include", "exclude", "keep_factors", "backend")
         options = {name: getattr(self, name) for name in names} | {"seed": self.zo_seed}
-        for name in ZO_METHODS[self.method].settings:
-            if getattr(self, name) is not None:
-                options[name] = getattr(self, name)
-        return options
+        return options | {name: getattr(self, name) for name in _LOW_RANK if getattr(self, name) is not None}
 
     def optimizer_options(self) -> dict[str, Any]:
         """Arguments of the optimiser, without those of its groups."""
         options = {name: getattr(self, name) for name in ("eps", "directions", "two_sided", "max_nonfinite")}
-        momentum = ZO_METHODS[self.method].momentum if self.momentum is None else self.momentum
+        momentum = ZEROTH_ORDER[self.method].momentum if self.momentum is None else self.momentum
         return options | ({"momentum": momentum} if momentum else {})
 
 

@@ -15,10 +15,10 @@ from lozo_kernels.hf.data.examples import Example
 from lozo_kernels.hf.finetune import finetune
 from lozo_kernels.hf.loop import train as train_module
 from lozo_kernels.hf.loop.measure import peak_memory
-from lozo_kernels.hf.output import to_json
 from lozo_kernels.hf.loop.train import BatchSampler, evaluate
 from lozo_kernels.hf.models.checkpoint import load_model, open_checkpoint
 from lozo_kernels.hf.objectives import ClassificationObjective, LanguageModelObjective, PromptObjective, choose_objective
+from lozo_kernels.hf.output import to_json
 from lozo_kernels.hf.settings import Settings
 from lozo_kernels.hf.tasks import TASKS, TEXT
 

@@ -97,7 +97,7 @@ def _load(model: str | None, run: RecordedRun) -> tuple[Any, Any]:
 
 
 def _load_plain(model: str | None, run: RecordedRun) -> tuple[Any, Any]:
-    """Of a journal that says nothing of its model: the class that the folder names, in the dtype of the journal."""
+    """The model for a journal that does not name one: of the class that its folder names, in the dtype of the journal."""
     if model is None:
         raise InputError("--model: give the model that the run started from, which the journal does not name")
     transformers = require("transformers")

@@ -8,18 +8,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..bench.document import progress
 from ..bench.environment import commit, versions
-from ..errors import InputError, require
+from ..errors import InputError
 from ..model.text_table import text_table
-from .data.examples import TaskData
-from .data.load import load_data
-from .data.splits import TEST_SIZE, draw_demonstrations
-from .finetune import threads
+from .data.splits import TEST_SIZE
 from .loop.scoring import score
 from .methods import EVALUATIONS
-from .models.checkpoint import Checkpoint, load_adapter, load_model, open_checkpoint, pick_device
-from .objectives import OBJECTIVES, Objective, PromptedObjective, choose_objective
+from .models.checkpoint import load_adapter, load_model
+from .objectives import PromptedObjective
+from .run import open_run, threads
 from .settings import Settings
 
 
@@ -67,25 +64,20 @@ def render_result(result: dict[str, Any]) -> str:
 
 def _evaluate(settings: Settings, adapter: Path | None, command: str, quiet: bool) -> dict[str, Any]:
     start = time.perf_counter()
-    device = pick_device(settings.device)
-    data = load_data(settings)
-    for package in ("tokenizers", "transformers"):
-        require(package)
-    opened = open_checkpoint(settings)
-    objective = _objective(settings, data, opened)
-    model, notes = load_model(opened, objective.name, data.task, settings, device)
+    run = open_run(settings, quiet=quiet)
+    data, objective = run.data, run.objective
+    model, notes = load_model(run.checkpoint, objective.name, data.task, settings, run.device)
     if adapter is not None:
         model = load_adapter(model, adapter)
-    if not quiet:
-        progress(f"{data.task.name}: {len(data.test)} examples from {data.source}")
-    scores = score(model, objective, data.test, settings.batch_size, settings.max_new_tokens, device)
+    run.say(f"{data.task.name}: {len(data.test)} examples from {data.source}")
+    scores = score(model, objective, data.test, settings.batch_size, settings.max_new_tokens, run.device)
     counts = list(objective.shown.elements()) if isinstance(objective, PromptedObjective) else []
     if counts and min(counts) < len(objective.demonstrations):
         notes = [*notes, f"some prompts have room for {min(counts)} of the {len(objective.demonstrations)} demonstrations only"]
     return {
         "task": data.task.name,
         "method": settings.method,
-        "model": str(adapter or opened.path),
+        "model": str(adapter or run.checkpoint.path),
         "objective": objective.name,
         **scores.to_dict(),
         "loss_unit": objective.unit,
@@ -94,26 +86,12 @@ def _evaluate(settings: Settings, adapter: Path | None, command: str, quiet: boo
         "settings": settings.to_dict(),
         "seed": settings.seed,
         "seconds": time.perf_counter() - start,
-        "device": str(device),
+        "device": str(run.device),
         "notes": notes,
         "versions": versions(),
         "commit": commit(),
         "command": command,
     }
-
-
-def _objective(settings: Settings, data: TaskData, opened: Checkpoint) -> Objective:
-    name = choose_objective(settings.objective, data.task, opened.causal, opened.masked)
-    kind = OBJECTIVES[name]
-    length = opened.max_length(settings.max_length)
-    if settings.method != "icl":
-        return kind(opened.tokenizer, data.task, length)
-    if not issubclass(kind, PromptedObjective):
-        raise InputError(f"--method icl needs a causal model and a task with a prompt; the objective here is {name}")
-    demonstrations = draw_demonstrations(data.train, settings)
-    if not demonstrations:
-        raise InputError(f"--method icl: {data.source} has no train examples to show")
-    return kind(opened.tokenizer, data.task, length, demonstrations)
 
 
 def _with_checkpoint(settings: Settings, checkpoint: str | None) -> tuple[Settings, Path | None]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from ..errors import InputError
 from ..journal import JournalError
 from ..model.files import write_whole
 from .loop.building import build_driver
-from .loop.journaling import Keeper, new_keeper, resumed_keeper
+from .loop.journaling import JOURNAL, Keeper, new_keeper, resumed_keeper
 from .loop.kept_weights import KeptWeights
 from .loop.measure import peak_memory
 from .loop.processes import is_first, joined
@@ -21,12 +20,12 @@ from .loop.scoring import score
 from .loop.train import Outcome, eval_batch_size, evaluate, train
 from .models.checkpoint import load_model
 from .objectives import Encoded
-from .output import to_json, unwritable
+from .output import make_folder, to_json, unwritable
 from .reports.beside_published import compare
 from .reports.card import write_card
 from .reports.plots import plot_losses
 from .reports.summary import summarize
-from .run import Run, open_run
+from .run import Run, open_run, threads
 from .settings import Settings
 
 
@@ -64,13 +63,15 @@ def finetune(settings: Settings, *, command: str = "", quiet: bool = False, resu
 
 def _run(settings: Settings, command: str, quiet: bool, resume: bool) -> dict[str, Any]:
     run = open_run(settings, quiet=quiet)
-    keeper = new_keeper(run.output, settings, run.data, run.objective.name, run.train_set)
+    examples = f"{len(run.train_set)} train and {len(run.dev_set)} dev examples from {run.data.source}"
+    output = _make_output(settings)
+    keeper = new_keeper(output, settings, run.data, run.objective.name, run.train_set)
     if resume:
         keeper = resumed_keeper(keeper)
     else:
         keeper.path.unlink(missing_ok=True)
     model, notes = load_model(run.checkpoint, run.objective.name, run.data.task, settings, run.device)
-    run.say(f"{run.data.task.name}: {len(run.train_set)} train and {len(run.dev_set)} dev examples from {run.data.source}")
+    run.say(f"{run.data.task.name}: {examples}")
     for note in notes:
         run.say(note)
     first_batch = run.batches().next()
@@ -79,20 +80,20 @@ def _run(settings: Settings, command: str, quiet: bool, resume: bool) -> dict[st
     if settings.compare_steps:
         run.say(f"timing {settings.compare_steps} steps of the published way beside this library's, on copies of the model")
         comparison = compare(model, run.objective, first_batch, settings, run.device)
-    log = MetricsLog(run.output / "metrics.jsonl", keeper.goes_on_at or 0)
-    kept = KeptWeights(model, run.output, best=settings.keep == "best", earlier=log.evaluations)
+    log = MetricsLog(output / "metrics.jsonl", keeper.goes_on_at or 0)
+    kept = KeptWeights(model, output, best=settings.keep == "best", earlier=log.evaluations)
     try:
         outcome, test = _train(run, model, keeper, log, kept)
     finally:
         log.close()
     summary = summarize(run, model, outcome, log, forward_bytes, comparison)
-    summary |= {"notes": notes, "command": command, "test": test, "kept_step": kept.step}
+    summary |= {"notes": notes, "command": command, "output": str(output), "test": test, "kept_step": kept.step}
     if is_first():
-        model.save_pretrained(run.output / "model")
-        run.checkpoint.tokenizer.save_pretrained(run.output / "model")
-        write_card(run.output / "model", summary, run.data.task.metrics)
-        plot_losses(run.output / "loss.png", log, f"{run.data.task.name}, {settings.method}")
-        write_whole(run.output / "summary.json", to_json(summary, indent=2) + "\n")  # last: where it is, all the rest is
+        model.save_pretrained(output / "model")
+        run.checkpoint.tokenizer.save_pretrained(output / "model")
+        write_card(output / "model", summary, run.data.task.metrics)
+        plot_losses(output / "loss.png", log, f"{run.data.task.name}, {settings.method}")
+        write_whole(output / "summary.json", to_json(summary, indent=2) + "\n")  # last: where it is, all the rest is
         kept.discard()
     return summary
 
@@ -127,17 +128,6 @@ def _train(run: Run, model: Any, keeper: Keeper, log: MetricsLog, kept: KeptWeig
     return outcome, score(model, objective, run.data.test, batch_size, settings.max_new_tokens, device).to_dict()
 
 
-@contextlib.contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """Sets torch's number of CPU threads inside the block; None leaves it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @torch.no_grad()
 def _forward_bytes(run: Run, model: torch.nn.Module, examples: list[Encoded]) -> int | None:
     """Most memory alive at once in one forward pass beyond the weights."""
@@ -146,3 +136,17 @@ def _forward_bytes(run: Run, model: torch.nn.Module, examples: list[Encoded]) ->
     with peak_memory(run.device) as memory:
         run.objective.loss(model, batch)
     return memory.bytes
+
+
+def _make_output(settings: Settings) -> Path:
+    """The folder of the results, made if it is not there; nothing in it is in the way of a result."""
+    output = make_folder(Path(str(settings.output)))
+    for name in ("metrics.jsonl", JOURNAL, "summary.json", "loss.png", "model"):
+        if (output / name).exists() and (output / name).is_dir() != (name == "model"):
+            kind = "a folder" if name == "model" else "a file"
+            raise InputError(f"--output {output}: {name} is in the way, where {kind} of that name is to be written")
+    try:
+        (output / "metrics.jsonl").touch()
+    except OSError as e:
+        raise InputError(f"--output {output}: {e.strerror}") from None
+    return output

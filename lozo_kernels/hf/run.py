@@ -1,10 +1,12 @@
-"""What a run of ``finetune`` stands on: settings, data, checkpoint and objective, opened and checked before weights are read."""
+"""What a run stands on: settings, data, checkpoint and objective, opened and checked before weights are read."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import random
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 
@@ -13,11 +15,11 @@ from ..errors import InputError, require
 from ..kernels.registry import choose_backend
 from .data.examples import TaskData
 from .data.load import load_data
-from .loop.journaling import JOURNAL
+from .data.splits import draw_demonstrations
 from .loop.train import BatchSampler
+from .methods import METHODS
 from .models.checkpoint import Checkpoint, open_checkpoint, pick_device
-from .objectives import OBJECTIVES, Encoded, Objective, choose_objective
-from .output import make_folder
+from .objectives import OBJECTIVES, Encoded, Objective, PromptedObjective, choose_objective
 from .settings import Settings
 
 
@@ -27,8 +29,6 @@ class Run:
 
     Attributes:
         settings: resolved.
-        train_set, dev_set: the examples as the model takes them; of the dev examples as many as are evaluated.
-        output: folder of the results, which is there.
         quiet: show no progress.
     """
 
@@ -37,26 +37,35 @@ class Run:
     data: TaskData
     checkpoint: Checkpoint
     objective: Objective
-    train_set: list[Encoded]
-    dev_set: list[Encoded]
-    output: Path
     quiet: bool = False
+
+    @functools.cached_property
+    def train_set(self) -> list[Encoded]:
+        """The train examples as the model takes them."""
+        return self.objective.encode_all(self.data.train)
+
+    @functools.cached_property
+    def dev_set(self) -> list[Encoded]:
+        """The dev examples that are evaluated during training, as the model takes them."""
+        dev = list(self.data.dev)
+        random.Random(0).shuffle(dev)  # not by the run's seed: every run is evaluated on the same examples
+        return self.objective.encode_all(dev[: self.settings.eval_size], evaluation=True)
+
+    def batches(self) -> BatchSampler:
+        """The batches of the run from its beginning."""
+        return BatchSampler(self.train_set, self.settings.batch_size, self.settings.seed)
 
     def say(self, message: str) -> None:
         """Shows a line of progress."""
         if not self.quiet:
             progress(message)
 
-    def batches(self) -> BatchSampler:
-        """The batches of the run from its beginning."""
-        return BatchSampler(self.train_set, self.settings.batch_size, self.settings.seed)
-
 
 def open_run(settings: Settings, *, quiet: bool) -> Run:
-    """Opens everything that can be wrong before weights are read, and makes the output folder.
+    """Opens what resolved settings name, weights apart.
 
     Raises:
-        InputError: something is wrong.
+        InputError: something cannot be had, does not go together, or is not installed.
     """
     device = pick_device(settings.device)
     try:
@@ -64,27 +73,27 @@ def open_run(settings: Settings, *, quiet: bool) -> Run:
     except (ValueError, RuntimeError) as e:
         raise InputError(f"--backend: {e}") from None
     data = load_data(settings)
-    for package in ("tqdm", "matplotlib", "tokenizers", "transformers"):
+    for package in ("tokenizers", "transformers", *(("tqdm", "matplotlib") if METHODS[settings.method].trains else ())):
         require(package)
     checkpoint = open_checkpoint(settings)
-    name = choose_objective(settings.objective, data.task, checkpoint.causal, checkpoint.masked)
-    objective = OBJECTIVES[name](checkpoint.tokenizer, data.task, checkpoint.max_length(settings.max_length))
-    train_set = objective.encode_all(data.train)
-    dev = list(data.dev)
-    random.Random(0).shuffle(dev)  # not by the run's seed: every run is evaluated on the same examples
-    dev_set = objective.encode_all(dev[: settings.eval_size], evaluation=True)
-    output = _make_output(Path(str(settings.output)))
-    return Run(settings, device, data, checkpoint, objective, train_set, dev_set, output, quiet)
+    kind = OBJECTIVES[choose_objective(settings.objective, data.task, checkpoint.causal, checkpoint.masked)]
+    demonstrations = []
+    if settings.method == "icl":
+        if not issubclass(kind, PromptedObjective):
+            raise InputError(f"--method icl needs a causal model and a task with a prompt; the objective here is {kind.name}")
+        demonstrations = draw_demonstrations(data.train, settings)
+        if not demonstrations:
+            raise InputError(f"--method icl: {data.source} has no train examples to show")
+    objective = kind(checkpoint.tokenizer, data.task, checkpoint.max_length(settings.max_length), demonstrations)
+    return Run(settings, device, data, checkpoint, objective, quiet)
 
 
-def _make_output(output: Path) -> Path:
-    make_folder(output)
-    for name in ("metrics.jsonl", JOURNAL, "summary.json", "loss.png", "model"):
-        if (output / name).exists() and (output / name).is_dir() != (name == "model"):
-            kind = "a folder" if name == "model" else "a file"
-            raise InputError(f"--output {output}: {name} is in the way, where {kind} of that name is to be written")
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Sets torch's number of CPU threads inside the block; None leaves it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
     try:
-        (output / "metrics.jsonl").touch()
-    except OSError as e:
-        raise InputError(f"--output {output}: {e.strerror}") from None
-    return output
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -27,7 +27,7 @@ class Keeper:
     Attributes:
         path: the file.
         about: what it says of the run.
-        goes_on_at: steps that a run has that goes on; None for a new one.
+        goes_on_at: steps that a resumed run keeps; None for a new one.
     """
 
     path: Path
@@ -60,7 +60,7 @@ def new_keeper(output: Path, settings: Settings, data: TaskData, objective: str,
 
 
 def resumed_keeper(keeper: Keeper) -> Keeper:
-    """The keeper of a run that goes on: after the last step that both its journal and its metrics have.
+    """The keeper of a run that goes on after the last step that both its journal and its metrics have.
 
     Raises:
         InputError: the data are not those of the run, or it is done.
@@ -120,7 +120,7 @@ def recorded_settings(run: RecordedRun) -> Settings:
 
 
 def _digest(data: TaskData, encoded: list[Encoded]) -> str | None:
-    """Of the train examples as the model sees them; None for images, which are read when they are needed."""
+    """A digest of the train examples as the model sees them; None for images, which are read only when they are needed."""
     if data.task.kind == "image":
         return None
     return hashlib.blake2b(json.dumps([repr(e) for e in encoded]).encode(), digest_size=16).hexdigest()

@@ -18,7 +18,7 @@ class KeptWeights:
 
     Args:
         model: what is trained. Looking at its ``state_dict()`` makes a probe merge what it learned.
-        folder: of the run.
+        folder: the folder of the run.
         best: keep the best; otherwise nothing is written, and the model ends as its last step leaves it.
         earlier: evaluations that a run that goes on has behind it; the file of the best of them is there.
 

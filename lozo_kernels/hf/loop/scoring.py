@@ -16,15 +16,15 @@ from ..tasks.metrics import METRICS
 from .train import evaluate
 
 _GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0}
-"""What is left out would be taken from the checkpoint, and many a chat model's has a penalty."""
+"""A setting that is left out would be the checkpoint's own, and those of many chat models have a penalty."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Of some examples.
+    """What a model scored on some examples.
 
     Attributes:
-        metrics: by name, the task's main one first; each from 0 to 1, the mean over the examples.
+        metrics: means over the examples by name, from 0 to 1; the task's main metric comes first.
         loss: mean of the objective's loss.
         answers: what the model wrote, in the order of the examples; empty where it chose.
     """

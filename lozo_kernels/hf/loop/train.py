@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import sys
 import time
@@ -31,10 +32,10 @@ class Outcome:
 
     Attributes:
         steps_done: steps taken.
-        stopped: None if it ran to the end, else "interrupted" or the reason for which it could not go on.
-        peak_bytes: most memory alive at once in the first two steps beyond the weights: forward, V, momentum and all.
+        stopped: None if it ran to the end, else "interrupted" or the reason why it could not go on.
+        peak_bytes: most memory alive at once in the first two steps beyond the weights, with V, momentum and activations.
         seconds: duration with evaluations.
-        backends: those that changed the weights.
+        backends: names of the backends that changed the weights.
     """
 
     steps_done: int = 0
@@ -50,18 +51,16 @@ class BatchSampler:
     def __init__(self, examples: Sequence[Encoded], size: int, seed: int) -> None:
         self.examples = examples
         self.size = size
-        self._order: Iterator[int] = iter(())
-        self._generator = torch.Generator().manual_seed(seed)
+        self._indices = _endless(len(examples), torch.Generator().manual_seed(seed))
 
     def next(self) -> list[Encoded]:
         """The next batch."""
-        return [self.examples[self._next_index()] for _ in range(self.size)]
+        return [self.examples[i] for i in itertools.islice(self._indices, self.size)]
 
-    def _next_index(self) -> int:
-        for index in self._order:
-            return index
-        self._order = iter(torch.randperm(len(self.examples), generator=self._generator).tolist())
-        return next(self._order)
+
+def _endless(count: int, generator: torch.Generator) -> Iterator[int]:
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
 
 
 @torch.no_grad()
@@ -70,18 +69,11 @@ def evaluate(
 ) -> EvalRecord:
     """Mean loss and accuracy over examples, after so many steps."""
     start = time.perf_counter()
-    loss, count, correct, asked = 0.0, 0, 0, 0
-    has_accuracy = False
-    for batch in objective.batches(examples, batch_size):
-        totals = objective.totals(model, objective.collate(batch, device))
-        loss += float(totals.loss)
-        count += int(totals.count)
-        if totals.correct is not None:
-            has_accuracy = True
-            correct += int(totals.correct)
-            asked += int(totals.count if totals.examples is None else totals.examples)
-    accuracy = correct / asked if has_accuracy else None
-    return EvalRecord(step, loss / count, accuracy, len(examples), since(start))
+    totals = [objective.totals(model, objective.collate(b, device)) for b in objective.batches(examples, batch_size)]
+    loss = sum(float(t.loss) for t in totals) / sum(int(t.count) for t in totals)
+    correct = [int(t.correct) for t in totals if t.correct is not None]
+    asked = [int(t.count if t.examples is None else t.examples) for t in totals if t.correct is not None]
+    return EvalRecord(step, loss, sum(correct) / sum(asked) if asked else None, len(examples), since(start))
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, name: str | None, steps: int) -> Any:
@@ -169,28 +161,26 @@ def _progress_bar(settings: Settings, quiet: bool) -> Any:
     )
 
 
+@dataclasses.dataclass
 class _Steps:
     """Takes the steps of a driver one after the other. A run that goes on sees the data and the rates that it would have seen."""
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        driver: Driver,
-        objective: Objective,
-        sampler: BatchSampler,
-        settings: Settings,
-        reader: _StepReader,
-    ) -> None:
-        self.model, self.driver, self.objective, self.sampler, self.reader = model, driver, objective, sampler, reader
-        self.parallel, self.steps = settings.parallel, settings.steps or 0
-        self.schedule = make_schedule(driver.optimizer, settings.lr_schedule, self.steps)
-        for _ in range(driver.steps_done):
-            sampler.next()
+    model: torch.nn.Module
+    driver: Driver
+    objective: Objective
+    sampler: BatchSampler
+    settings: Settings
+    reader: _StepReader
+
+    def __post_init__(self) -> None:
+        self.schedule = make_schedule(self.driver.optimizer, self.settings.lr_schedule, self.settings.steps or 0)
+        for _ in range(self.driver.steps_done):
+            self.sampler.next()
             self._advance()
 
     def take(self) -> None:
-        """One step and its record. An interrupt comes through only while the driver is at work."""
-        batch = self.objective.collate(part(self.sampler.next(), self.parallel), self.reader.clock.device)
+        """Takes one step and records it. Ctrl-C comes through only while the driver is at work."""
+        batch = self.objective.collate(part(self.sampler.next(), self.settings.parallel), self.reader.clock.device)
         lr = float(self.driver.optimizer.param_groups[0]["lr"])
         before = self.driver.info
         watch = Stopwatch(self.reader.clock)
@@ -210,20 +200,20 @@ class _Steps:
             self.schedule.step()
 
     def _loss(self, batch: Batch) -> Any:
-        if self.parallel is None:
+        if self.settings.parallel is None:
             return self.objective.loss(self.model, batch)
         totals = self.objective.totals(self.model, batch)  # of this process's part
         return totals.loss, totals.count
 
 
 def _give_up(driver: Driver) -> None:
-    """After an error that ends the run: nobody else could give the journal's file and the patched model free."""
+    """Closes the driver after an error that ends the run: nobody else could release the journal's file and the patched model."""
     with contextlib.suppress(Exception):
         driver.close()
 
 
 def eval_batch_size(settings: Settings) -> int:
-    """Larger than in training, as nothing is timed and no one compares the memory."""
+    """Rows of a batch that is only evaluated: more than in training, as neither its time nor its memory is compared."""
     return max(32, settings.batch_size)
 
 

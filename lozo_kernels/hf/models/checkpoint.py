@@ -15,19 +15,8 @@ from ..settings import Settings
 from ..tasks import TASKS, Task
 from .image_reader import make_image_reader
 
-POSITIONS_AFTER_PADDING = frozenset(
-    {
-        "roberta",
-        "xlm-roberta",
-        "xlm-roberta-xl",
-        "roberta-prelayernorm",
-        "camembert",
-        "xmod",
-        "data2vec-text",
-        "mpnet",
-        "longformer",
-    }
-)
+_ROBERTAS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "xmod")
+POSITIONS_AFTER_PADDING = (*_ROBERTAS, "data2vec-text", "mpnet", "longformer")
 """Kinds of models that number the first token after the padding token, and so have that many positions fewer for tokens."""
 
 

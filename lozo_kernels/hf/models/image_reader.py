@@ -15,7 +15,7 @@ class ImageReader:
     """Images as a model takes them. It stands where other tasks have a tokenizer.
 
     Args:
-        processor: of transformers.
+        processor: an image processor of transformers.
         channels: 3 for colour, 1 for grey.
     """
 

@@ -34,7 +34,7 @@ class Totals:
         loss: 0-dim.
         count: what the loss is a sum over: examples, or target tokens; a tensor where only the device knows it.
         correct: right answers, 0-dim; None where there are none.
-        examples: what ``correct`` is of, if other than ``count``.
+        examples: how many answers ``correct`` counts, where that is not ``count``.
     """
 
     loss: Tensor
@@ -47,8 +47,8 @@ class Objective(abc.ABC):
     """Turns examples into batches and batches into losses.
 
     Args:
-        tokenizer: of the model.
-        task: what the examples are of.
+        tokenizer: the tokenizer of the model.
+        task: the task of the examples.
         max_length: tokens per example at most.
         demonstrations: solved examples to put before each one, where there is room (in-context learning); the objectives
             of causal models take them.
@@ -59,7 +59,7 @@ class Objective(abc.ABC):
 
     name: str
     unit: str
-    """What the loss is a mean over."""
+    """What the loss is a mean over: "example" or "token"."""
     auto_model = "AutoModelForCausalLM"
     """The class of transformers that loads a model for it."""
     pipeline = "text-generation"
@@ -78,7 +78,7 @@ class Objective(abc.ABC):
         """One example as token ids and labels; None if nothing of it can be predicted."""
 
     def encode_for_evaluation(self, example: Example) -> Encoded | None:
-        """As :meth:`encode`, with what is needed to tell the right answers apart."""
+        """An example as :meth:`encode` makes it, with what is needed to tell right answers from wrong ones."""
         return self.encode(example)
 
     @abc.abstractmethod
@@ -139,7 +139,7 @@ class ClassObjective(Objective):
 
 
 def inputs(batch: Batch) -> Batch:
-    """What of a batch the model takes."""
+    """The part of a batch that the model takes."""
     return {k: v for k, v in batch.items() if k not in TARGETS}
 
 

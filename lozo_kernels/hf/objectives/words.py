@@ -41,10 +41,7 @@ class PromptObjective(PromptedObjective, ClassObjective):
 
     def scores(self, model: torch.nn.Module, batch: Batch) -> Tensor:
         """Logits of the label words after the last token."""
-        last = batch["attention_mask"].sum(1) - 1
-        logits = model(**inputs(batch)).logits
-        answers: Tensor = logits[torch.arange(len(last), device=last.device), last][:, self._words.to(logits.device)]
-        return answers
+        return _word_logits(model, batch, batch["attention_mask"].sum(1) - 1, self._words)
 
     def _first_token(self, word: str) -> int:
         # In context, because some tokenizers treat the start of a text in their own way.
@@ -93,13 +90,16 @@ class MaskedPromptObjective(ClassObjective):
 
     def scores(self, model: torch.nn.Module, batch: Batch) -> Tensor:
         """Logits of the label words at the blank."""
-        logits = model(**inputs(batch)).logits
-        rows = torch.arange(len(logits), device=logits.device)
-        answers: Tensor = logits[rows, batch["position"][:, 0]][:, self._words.to(logits.device)]
-        return answers
+        return _word_logits(model, batch, batch["position"][:, 0], self._words)
 
     def _whole(self, texts: Sequence[str]) -> Encoded:
         return dict(self.tokenizer(render(self.task.masked, texts, mask=self.tokenizer.mask_token)))
+
+
+def _word_logits(model: torch.nn.Module, batch: Batch, positions: Tensor, words: Tensor) -> Tensor:
+    """(examples, words): the logits of some tokens at one position of each example."""
+    logits: Tensor = model(**inputs(batch)).logits
+    return logits[torch.arange(len(logits), device=logits.device), positions][:, words.to(logits.device)]
 
 
 def _distinct(tokens: list[int], objective: str, task: Task, words: Sequence[str], instead: str) -> Tensor:

@@ -67,7 +67,7 @@ def open_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module
 
 
 def measure_inference(model: nn.Module, batch: TokenBatch) -> Row:
-    """A forward pass without a graph: weights and the peak beyond them, in bytes."""
+    """Measures a forward pass without a graph: a row with the weights and the peak beyond them, in bytes."""
     closure = batch.closure(model)
     with torch.no_grad():
         closure()  # libraries keep workspaces after their first use
@@ -77,14 +77,14 @@ def measure_inference(model: nn.Module, batch: TokenBatch) -> Row:
 
 
 def measure_method(name: str, model: nn.Module, batch: TokenBatch, settings: dict[str, Any]) -> Row:
-    """The making of a method's driver and its first steps, from the model's bare weights, to which its updates go.
+    """Measures how a method's driver is made and takes its first steps, beyond the model's bare weights, to which its updates go.
 
     Args:
-        name: of a method that trains.
+        name: the name of a method that trains.
         settings: fields of :class:`~lozo_kernels.hf.settings.Settings` beside the method and the learning rate.
 
     Returns:
-        A row as :func:`measure_inference`; ``out_of_memory`` in place of the peak where the device has no room.
+        A row like that of :func:`measure_inference`; where the device has no room, it has ``out_of_memory`` and no peak.
     """
     closure = batch.closure(model)
     method = METHODS[name]

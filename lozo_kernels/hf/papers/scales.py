@@ -22,10 +22,10 @@ class Scale:
 
     Attributes:
         meaning: what its numbers are good for.
-        steps, batch_size: of the accuracy tables; None: the paper's.
+        steps, batch_size: those of the tables of scores; None: the paper's.
         eval_size: dev examples at most.
         interval: between draws of V at most, so that short runs have several.
-        architecture: of the memory table: a name of the benchmarks' models, with random weights.
+        architecture: the model of the memory table, with random weights: a name of the benchmarks' models.
         length: tokens of its batch of one sequence. MeZO's paper measures at 400, the mean length of MultiRC.
     """
 
@@ -47,7 +47,7 @@ SCALES = {
         Scale(PAPER, "the paper's settings"),
     )
 }
-"""By name."""
+"""The scales by name."""
 
 
 @dataclasses.dataclass(frozen=True)

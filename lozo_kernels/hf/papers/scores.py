@@ -100,7 +100,7 @@ def make_settings(
 
     Args:
         task: None for the embedded one.
-        point: of the grid; empty for the first of it.
+        point: the point of the grid; empty for its first one.
     """
     scale = request.size
     values = {**{name: grid[0] for name, grid in recipe.grid.items()}, **recipe.settings, **point}

@@ -35,10 +35,10 @@ class Option:
 
     Attributes:
         placement: "probe" or "inplace"; None for backpropagation.
-        state: what it keeps beside weights and activations; for backpropagation nothing, its ``activation_bytes`` have all.
+        state: what it keeps beside weights and activations; nothing for backpropagation, whose ``activation_bytes`` hold all.
         activation_bytes: the most alive at once beyond weights and state.
         step_seconds: duration of a step; ``forward_seconds``: of its forward (and backward) passes alone.
-        sides: of a probe, how many parameters take each side.
+        sides: how many parameters take each side of a probe.
     """
 
     placement: str | None
@@ -54,10 +54,10 @@ class Plan(Workload):
     """What training a model takes, in bytes and seconds, beside the workload that it was asked for.
 
     Attributes:
-        model: its name.
+        model: the name of the model, or of its class.
         architecture: the class that was built.
-        parameters, weight_bytes: of all parameters, tied ones once; ``buffer_bytes``: tables that come with them.
-        tokens, flops: of one forward pass.
+        parameters: their number, tied ones counted once; ``weight_bytes`` their bytes, ``buffer_bytes`` those of the buffers.
+        tokens, flops: tokens (or images) and floating-point operations of one forward pass.
         activation_bytes: the most alive at once in one forward pass beyond the weights, its logits and loss included.
         machine: the speeds that times are worked out with.
         options: the placements that the method has, the chosen one first; its reason is ``why``.
@@ -156,7 +156,7 @@ class _Planner:
     forwards: float
 
     def options(self) -> tuple[tuple[Option, ...], str]:
-        """All of them, the one to take first, and why."""
+        """All placements, the one to take first, and the reason for it."""
         probe, moving = self._probe(), self._in_place()
         if self.asked.placement != "auto":
             return (probe, moving) if self.asked.placement == "probe" else (moving, probe), "asked for"
@@ -204,7 +204,7 @@ def _machine(asked: Workload, dtype: torch.dtype, method: Method | None) -> Mach
         return given_machine(1e9 * asked.device_bandwidth, flops, dtype)
 
     def make_optimizer(model: nn.Module) -> ZerothOrderOptimizer:
-        """The one whose passes are timed: within a window, weights in place."""
+        """The optimiser whose passes are timed: it moves weights in place, and no window ends."""
         assert method is not None and method.optimizer is not None
         options: dict[str, Any] = {"momentum": method.momentum, "rank": asked.rank, "interval": 2**31}
         return method.optimizer(model, lr=0.0, fuse_steps=True, **{n: v for n, v in options.items() if n in method.uses})

@@ -17,27 +17,22 @@ PLANNED = (*ZEROTH_ORDER, "ft")
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What :func:`lozo_kernels.hf.plan` takes beside the model.
-
-    Attributes:
-        method: a zeroth-order method, or "ft": backpropagation with AdamW.
-        rank, interval, placement: as :class:`lozo_kernels.PatchConfig` takes them.
-        dtype: dtype of the weights: float32, bfloat16 or float16.
-        batch_size, sequence_length: examples of one forward pass, and tokens of each.
-        device_bandwidth: GB/s of the device that is planned for; None measures this machine.
-        device_tflops: 1e12 operations per second of its matrix products in ``dtype``; without it a given device's forward passes
-            are taken to wait for memory alone.
-    """
+    """What :func:`lozo_kernels.hf.plan` takes beside the model; ``lozo-kernels plan --help`` says what each field means."""
 
     method: str = option("lozo", choices=PLANNED)
-    rank: int = option(2, low=1, high=MAX_RANK)
-    interval: int = option(50, low=1)
+    rank: int = option(2, "columns of U and V", low=1, high=MAX_RANK)
+    interval: int = option(50, "steps between two draws of V", low=1)
     dtype: str = option("bfloat16", choices=DTYPES)
-    batch_size: int = option(16, low=1)
-    sequence_length: int = option(256, low=1)
+    batch_size: int = option(16, "examples of one forward pass", low=1)
+    sequence_length: int = option(256, "tokens of each example", low=1)
     placement: str = option("auto", "probe, inplace or auto", choices=PLACEMENTS)
     device_bandwidth: float | None = option(None, "GB/s of the device that is meant (default: measured here)", low=0.0, above=0)
-    device_tflops: float | None = option(None, "its matrix products, 1e12 operations per second, in --dtype", low=0.0, above=0)
+    device_tflops: float | None = option(
+        None,
+        "its matrix products, 1e12 operations per second, in --dtype (default: forward passes wait for memory alone)",
+        low=0.0,
+        above=0,
+    )
 
     def check(self) -> None:
         """Raises InputError if a value is unknown or out of range."""

@@ -68,7 +68,6 @@ def summarize(
         "backends": outcome.backends,
         "versions": versions(),
         "commit": commit(),
-        "output": str(run.output),
     }
 
 

@@ -1,4 +1,4 @@
-"""What a task is: a row of the table."""
+"""One row of the table of tasks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Hub:
     """Where the Hub keeps a data set.
 
     Attributes:
-        path, config: as ``datasets.load_dataset`` takes them.
-        train, dev: names of the splits.
+        path, config: its name and configuration, for ``datasets.load_dataset``.
+        train, dev: the splits' names.
         revision: "refs/convert/parquet" for a data set whose main branch is a script.
-        label_field: if other than the task's.
-        labels: what its integer labels stand for, if other than the task's order.
+        label_field: the field of its labels, where that is not the task's.
+        labels: the classes that its labels 0, 1, ... stand for, where their order is not the task's.
     """
 
     path: str
@@ -34,7 +34,7 @@ class Hub:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One task.
+    """A task: where its examples are, how a model is asked, and how its answers are scored.
 
     Attributes:
         kind: "classification" (classes that all examples share), "choice" (each example has options of its own), "generation"

@@ -47,42 +47,31 @@ def check_method_options(method: str, options: Mapping[str, Any]) -> None:
 class ZOArguments(TrainingArguments):  # type: ignore[misc, valid-type]
     """``TrainingArguments`` with the settings of zeroth-order methods.
 
-    Weight decay, batches, evaluation, logging and checkpoints are those of ``TrainingArguments``.
-
-    Attributes:
-        learning_rate: 1e-6, and lr_scheduler_type: "constant", as the papers have them for large models.
-        method: "lozo", "lozo-m", "mezo", "mezo-m" or "subzero".
-        rank, interval, scaling: settings of low-rank methods; None for the default of :func:`lozo_kernels.patch`.
-        eps: perturbation scale.
-        momentum: beta; None for the method's default, 0.9 of "lozo-m" and "mezo-m".
-        directions: directions per step, whose estimates are averaged.
-        two_sided: (F(+) - F(-)) / (2 eps), or (F(+) - F) / eps.
-        placement, side, rounding, include, exclude, keep_factors, backend: see :class:`lozo_kernels.PatchConfig`.
-        zo_seed: seed of the directions; ``seed`` is the seed of data and dropout.
-        max_nonfinite: steps in a row without a finite loss after which training ends with an error.
+    Weight decay, batches, evaluation, logging and checkpoints are those of ``TrainingArguments``. What the settings of the method
+    mean is said by :class:`lozo_kernels.LOZO`, :class:`lozo_kernels.PatchConfig` and the help of each field.
 
     Raises:
         ValueError: a setting is unknown or out of range, or contradicts training without gradients.
     """
 
-    method: str = dataclasses.field(default="lozo", metadata={"help": "lozo, lozo-m, mezo, mezo-m or subzero"})
-    rank: int | None = dataclasses.field(default=None, metadata={"help": "rank of the directions"})
-    interval: int | None = dataclasses.field(default=None, metadata={"help": "steps between two draws of V"})
+    method: str = dataclasses.field(default="lozo", metadata={"help": ", ".join(ZEROTH_ORDER)})
+    rank: int | None = dataclasses.field(default=None, metadata={"help": "columns of U and V; None: the default of patch()"})
+    interval: int | None = dataclasses.field(default=None, metadata={"help": "steps between two draws of V; None: likewise"})
     scaling: str | None = dataclasses.field(default=None, metadata={"help": "where 1/r goes: paper, card or published"})
-    eps: float = dataclasses.field(default=1e-3, metadata={"help": "perturbation scale"})
-    momentum: float | None = dataclasses.field(default=None, metadata={"help": "beta of lozo-m and mezo-m"})
-    directions: int = dataclasses.field(default=1, metadata={"help": "directions per step"})
-    two_sided: bool = dataclasses.field(default=True, metadata={"help": "two-sided differences"})
+    eps: float = dataclasses.field(default=1e-3, metadata={"help": "scale of the perturbation"})
+    momentum: float | None = dataclasses.field(default=None, metadata={"help": "beta; None: 0.9 for lozo-m and mezo-m"})
+    directions: int = dataclasses.field(default=1, metadata={"help": "directions per step, whose estimates are averaged"})
+    two_sided: bool = dataclasses.field(default=True, metadata={"help": "(F(+) - F(-)) / (2 eps), or (F(+) - F) / eps"})
     placement: str = dataclasses.field(default="inplace", metadata={"help": "inplace, probe or auto"})
     side: str = dataclasses.field(default="auto", metadata={"help": "of a probe: auto, activation, scratch or copy"})
     rounding: str = dataclasses.field(default="nearest", metadata={"help": "of updates in half precision: nearest or stochastic"})
     include: list[str] | None = dataclasses.field(default=None, metadata={"help": "patterns of parameters to train"})
     exclude: list[str] | None = dataclasses.field(default=None, metadata={"help": "patterns of parameters to leave alone"})
     keep_factors: bool = dataclasses.field(default=False, metadata={"help": "remember what a probe learned, for export_lora"})
-    backend: str | None = dataclasses.field(default=None, metadata={"help": "kernels; None for the best of the device"})
-    zo_seed: int = dataclasses.field(default=0, metadata={"help": "seed of the directions"})
+    backend: str | None = dataclasses.field(default=None, metadata={"help": "kernels; None: the best of the device"})
+    zo_seed: int = dataclasses.field(default=0, metadata={"help": "seed of the directions; seed is that of data and dropout"})
     max_nonfinite: int = dataclasses.field(default=10, metadata={"help": "steps in a row without a finite loss before an error"})
-    learning_rate: float = dataclasses.field(default=1e-6, metadata={"help": "1e-6 to 1e-7 in the papers"})
+    learning_rate: float = dataclasses.field(default=1e-6, metadata={"help": "1e-6 to 1e-7 in the papers, for large models"})
     lr_scheduler_type: str = dataclasses.field(default="constant", metadata={"help": "constant in the papers"})
     max_grad_norm: float = dataclasses.field(default=0.0, metadata={"help": "0: there is no gradient to clip"})
 

@@ -29,7 +29,7 @@ class ProjectedLoss:
         self._compute_loss = compute_loss
 
     def __call__(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
-        """As ``Trainer.compute_loss``; the outputs are those of the last evaluation."""
+        """What ``Trainer.compute_loss`` returns; the outputs are those of the last evaluation."""
         if not (model.training and torch.is_grad_enabled()):
             return self._compute_loss(model, inputs, return_outputs=return_outputs, **more)
         outputs: Any = None
@@ -92,9 +92,9 @@ def attach(trainer: Any, *, method: str = "lozo", **options: Any) -> Attachment:
     ``compute_loss_func``, an overridden ``compute_loss``, TRL's trainers.
 
     Args:
-        trainer: without an optimiser; learning rate, schedule and weight decay are those of its arguments.
+        trainer: it has no optimiser yet; learning rate, schedule and weight decay are those of its arguments.
         method: "lozo", "lozo-m", "mezo", "mezo-m" or "subzero".
-        options: of the optimiser (:class:`lozo_kernels.LOZO`) and of :func:`lozo_kernels.patch`.
+        options: settings of the optimiser (:class:`lozo_kernels.LOZO`) and of :func:`lozo_kernels.patch`.
 
     Returns:
         The attachment, whose ``restore()`` undoes it.

@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import random
-import sys
+from typing import NamedTuple
 
 import pytest
-from hf_helpers import REPO, data_folder, write_jsonl
+from hf_helpers import data_folder, write_jsonl
 
+from bench.pretrain_demo import story
 from lozo_kernels.errors import InputError
-from lozo_kernels.hf.data.examples import Example
+from lozo_kernels.hf.data.examples import Example, TaskData
 from lozo_kernels.hf.data.load import load_data
 from lozo_kernels.hf.data.splits import draw_demonstrations, split
 from lozo_kernels.hf.data.text import read_examples
@@ -17,10 +18,6 @@ from lozo_kernels.hf.demo import language
 from lozo_kernels.hf.settings import Settings
 from lozo_kernels.hf.tasks import KINDS, TASKS, TEXT
 from lozo_kernels.hf.tasks.prompts import render
-
-sys.path[:0] = [str(REPO)]
-
-from bench.pretrain import story  # noqa: E402
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda t: t.name)
@@ -153,8 +150,21 @@ def test_settings_survive_json():
     assert Settings(**json.loads(json.dumps(settings.to_dict()))) == settings
 
 
+class Parts(NamedTuple):
+    train: list[int]
+    dev: list[int]
+    test: list[int]
+    note: str
+
+
 def drawn(settings, train=range(1000), held=range(2000, 2600), task="sst2", labels=None):
-    return split(TASKS[task], list(train), list(held), labels or [i % 2 for i in train], settings)
+    """How numbers are divided that stand for examples."""
+    labels = labels or [i % 2 for i in train]
+    examples = [Example((str(i),), label) for i, label in zip(train, labels, strict=True)]
+    parts = split(TaskData(TASKS[task], examples, [Example((str(i),)) for i in held], "numbers"), settings)
+    assert parts.source.startswith("numbers")
+    numbers = ([int(e.texts[0]) for e in part] for part in (parts.train, parts.dev, parts.test))
+    return Parts(*numbers, note=parts.source.removeprefix("numbers"))
 
 
 def test_nothing_is_drawn_unless_it_was_asked_for():

@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import InputError, JournalError
+from ..hf.command_line import add_options, read_options
 from ..hf.data.splits import TEST_SIZE
 from ..hf.methods import EVALUATIONS
-from ..hf.options import add_options, read_options
 from ..hf.papers.scales import Request
 from ..hf.planning.workload import Workload
 from ..hf.settings import Settings
@@ -22,25 +22,23 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
-_EVALUATE: dict[str, dict[str, Any]] = {
-    "model": {},
+_EVALUATED = (
+    *("model", "task", "data_dir", "train_file", "dev_file", "method", "num_shots", "num_eval", "objective"),
+    *("max_length", "max_new_tokens", "batch_size", "dtype", "device", "threads", "seed"),
+)
+"""The settings of ``finetune`` that ``evaluate`` has too."""
+_EVALUATED_OTHERWISE: dict[str, dict[str, Any]] = {
     "task": {"help": "a task by name; an unknown name lists them (default: that of the run)"},
     "data_dir": {"help": "folder of TASK.dev.jsonl, for icl also TASK.train.jsonl (default: the Hub)"},
     "train_file": {"help": "jsonl to take demonstrations from, and a tenth of it to score without --dev-file"},
     "dev_file": {"help": "jsonl of the examples to score"},
     "method": {"default": "zero-shot", "help": " or ".join(EVALUATIONS)},
-    "num_shots": {"help": "demonstrations of icl"},
     "num_eval": {"default": TEST_SIZE, "help": "examples at most"},
-    "objective": {},
     "max_length": {"default": 2048, "help": "tokens of an input"},
-    "max_new_tokens": {},
     "batch_size": {"help": "inputs at once"},
-    "dtype": {},
-    "device": {},
-    "threads": {},
     "seed": {"help": "seed of the draws of examples"},
 }
-"""The settings that ``evaluate`` has too, and what differs from those of ``finetune``."""
+"""What differs in their options."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -110,7 +108,7 @@ def _add_training(add: Callable[..., argparse.ArgumentParser]) -> None:
 
     evaluate = add("evaluate", _evaluate, "score a model on a task: zero-shot, in-context, or after a run")
     evaluate.add_argument("--checkpoint", help="folder of a run, of a tuned model or of an adapter, to score instead")
-    add_options(evaluate, Settings, _EVALUATE)
+    add_options(evaluate, Settings, _EVALUATED, _EVALUATED_OTHERWISE)
     evaluate.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else, on stdout")
     evaluate.add_argument("--quiet", action="store_true", help="nothing on stderr")
 
@@ -131,21 +129,19 @@ def _add_papers(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _add_journal(add: Callable[..., argparse.ArgumentParser]) -> None:
-    what = {
-        "replay": "the model of a run, from the one that it started from and its journal, without data or forward passes",
-        "revert": "the model that a run had after some steps, and its journal up to there",
-        "verify": "whether a tuned model is what the journal of its run says, bit for bit",
-    }
-    for name, text in what.items():
-        command = add(name, _verify if name == "verify" else _replay, text)
+    replay = add(
+        "replay", _replay, "the model of a run, from the one that it started from and its journal, without data or forward passes"
+    )
+    revert = add("revert", _replay, "the model that a run had after some steps, and its journal up to there")
+    verify = add("verify", _verify, "whether a tuned model is what the journal of its run says, bit for bit")
+    for command in (replay, revert, verify):
         command.add_argument("--model", help="the model that the run started from (default: what the journal names)")
         command.add_argument("--journal", required=True, type=Path, help="the journal, or the folder of its run")
-        if name == "verify":
-            command.add_argument("--checkpoint", type=Path, help="the tuned model or its run (default: the journal's fingerprint)")
-            command.add_argument("--step", type=int, help="the tuned model is that after so many steps (default: all)")
-            continue
-        needed = name == "revert"
-        command.add_argument("--step", type=int, required=needed, help="steps to take" + ("" if needed else " (default: all)"))
+    verify.add_argument("--checkpoint", type=Path, help="the tuned model or its run (default: the journal's fingerprint)")
+    verify.add_argument("--step", type=int, help="the tuned model is that after so many steps (default: all)")
+    replay.add_argument("--step", type=int, help="steps to take (default: all)")
+    revert.add_argument("--step", type=int, required=True, help="steps to take")
+    for command in (replay, revert):
         command.add_argument("--output", required=True, type=Path, help="folder to write")
     difference = add("diff", _diff, "where the journals of two runs part: the first record and field")
     difference.add_argument("journals", nargs=2, metavar="JOURNAL", type=Path, help="a journal or the folder of its run")
@@ -241,9 +237,10 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _diff(args: argparse.Namespace) -> int:
-    from ..hf.audit import diff_runs
+    from ..hf.loop.journaling import read_run_journal
+    from ..journal import diff
 
-    found = diff_runs(*args.journals)
+    found = diff(*map(read_run_journal, args.journals))
     print("the journals are equal" if found is None else found)
     return 0 if found is None else EXIT_FAILED
 

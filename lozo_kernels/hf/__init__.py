@@ -14,12 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ZOArguments", "ZOTrainer", "attach", "plan"]
 
-_LAZY = {
-    "ZOArguments": "trainer.arguments",
-    "attach": "trainer.attach",
-    "ZOTrainer": "trainer.trainer",
-    "plan": "planning.planner",
-}
+_LAZY = {"ZOArguments": "trainer.arguments", "attach": "trainer.attach", "ZOTrainer": "trainer.trainer", "plan": "planning.planner"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The journals of runs put to use: the model of a run is made again or taken back, verified, and two runs are compared."""
+"""What the journal of a run is good for: its model is made again, taken back to an earlier step, or verified."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError, require
-from ..journal import Difference, RecordedRun, Verification, diff, replay, revert, verify
+from ..journal import RecordedRun, Verification, replay, revert, verify
 from ..journal.format import Header
 from .loop.journaling import JOURNAL, find_journal, read_run_journal, recorded_settings
 from .models.checkpoint import first_line, load_model, open_checkpoint, open_config
@@ -61,15 +61,6 @@ def verify_run(model: str | None, journal: Path, tuned: Path | None, steps: int 
         except (OSError, ValueError) as e:
             raise InputError(f"--checkpoint {tuned}: {first_line(e)}") from None
     return verify(base, run, other, upto=steps, copied=False)
-
-
-def diff_runs(first: Path, second: Path) -> Difference | None:
-    """The first difference of two journals, given as files or as folders of runs.
-
-    Raises:
-        InputError: one cannot be read.
-    """
-    return diff(read_run_journal(first), read_run_journal(second))
 
 
 def _read(journal: Path, steps: int | None) -> RecordedRun:

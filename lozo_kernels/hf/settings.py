@@ -11,9 +11,9 @@ from typing import Any
 from ..errors import InputError
 from ..kernels.noise import MAX_RANK
 from ..model.config import PLACEMENTS, SCALINGS
+from .command_line import check_options, flag, option
 from .methods import METHODS, Method
 from .objectives import OBJECTIVES, ImageObjective
-from .options import check_options, flag, option
 from .tasks import TASKS
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -87,7 +87,7 @@ class Settings:
         check_options(self)
         method = METHODS[self.method]
         self._check_combinations()
-        self._check_files()
+        self._check_data()
         self._check_method(method)
         demo = self.model is None and self.task is None and self.train_file is None
         comparable = demo and self.directions == 1 and method.published
@@ -143,7 +143,7 @@ class Settings:
         if self.compare_steps and not method.published:
             raise InputError(f"--compare-steps: the published code has no {method.name}")
 
-    def _check_files(self) -> None:
+    def _check_data(self) -> None:
         for name in ("train_file", "dev_file"):
             value = getattr(self, name)
             if value is not None and not Path(value).is_file():

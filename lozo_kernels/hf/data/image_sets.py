@@ -12,7 +12,7 @@ from typing import Any
 from ...errors import InputError, require
 from ..settings import Settings
 from ..tasks import TASKS, Hub, Task
-from .examples import DEV_NAMES, Example, TaskData
+from .examples import DEV_NAMES, Example, TaskData, relabelled
 from .hub import load_from_hub
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -78,8 +78,7 @@ def _from_folder(task: Task, folder: Path, seed: int) -> TaskData:
     if not set(others) <= set(labels):
         odd = min(set(others) - set(labels))
         raise InputError(f"{dev}: the class {odd!r} is not in {train}")
-    order = [labels.index(name) for name in others]
-    held = [dataclasses.replace(e, label=order[e.label]) for e in held if e.label is not None]
+    held = relabelled(held, others, labels)
     return TaskData(dataclasses.replace(task, labels=labels), examples, held, f"{train}, {dev}")
 
 

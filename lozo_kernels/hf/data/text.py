@@ -13,7 +13,7 @@ from ...errors import InputError
 from ..methods import METHODS
 from ..settings import Settings
 from ..tasks import TASKS, TEXT, Hub, Row, Task
-from .examples import DEV_NAMES, Example, TaskData
+from .examples import DEV_NAMES, Example, TaskData, relabelled
 from .hub import load_from_hub
 
 
@@ -114,8 +114,7 @@ def _from_hub(task: Task, hub: Hub, labelled: bool, needs_train: bool) -> TaskDa
         rows = load_from_hub(task, hub, split=part)
         examples = _examples(_numbered(rows, f"{hub.path} {part}"), source, labelled, skip_unlabelled=True)
         if hub.labels and labelled:
-            order = [task.labels.index(name) for name in hub.labels]
-            examples = [dataclasses.replace(e, label=order[e.label]) for e in examples if e.label is not None]
+            examples = relabelled(examples, hub.labels, task.labels)
         parts[part] = examples
     return TaskData(task, parts.get(hub.train, []), parts[hub.dev], f"the Hub: {hub.path}")
 

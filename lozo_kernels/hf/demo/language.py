@@ -1,8 +1,8 @@
 """A small templated English and the task that is put to it.
 
-The embedded model was trained on stories of visits in this language (``bench/pretrain.py`` in the repository): what was good or bad
-there, and how the visitor reacted. It therefore knows what praise and blame sound like. No story asks the question of the task,
-"Go again?", so the model answers it by chance until it is fine-tuned.
+The embedded model was trained on stories of visits in this language: what was good or bad there, and how the visitor reacted
+(see ``bench/pretrain_demo.py`` in the repository). It knows what praise and blame sound like. No story asks the question of the
+task, "Go again?", so the model answers it by chance until it is fine-tuned.
 """
 
 from __future__ import annotations

@@ -21,52 +21,31 @@ def since(start: float) -> float:
     return max(0.0, time.perf_counter() - start)
 
 
-class Clock:
-    """Marks and the time between them: on CUDA events on the stream, so that marking waits for nothing."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def mark(self) -> Any:
-        """The present moment."""
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
-
-    def seconds(self, start: Any, end: Any) -> float:
-        """Time between two marks; on CUDA it waits for the second."""
-        if self.device.type != "cuda":
-            return max(0.0, end - start)  # a clock may be set back
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-
 class Stopwatch:
-    """Times named spans: marks while they run, seconds when somebody asks, since that may wait for the device.
+    """Times named spans: marks while they run, seconds when somebody asks. On CUDA marks are events on the stream, which wait for
+    nothing, and only reading the seconds waits for the device.
 
     Example::
 
-        watch = Stopwatch(clock)
+        watch = Stopwatch(device)
         watch.start("step")
         optimizer.step(watch.timed("forwards", closure))
         watch.stop("step")
         watch.seconds("step"), watch.seconds("forwards")
     """
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._spans: collections.defaultdict[str, list[tuple[Any, Any]]] = collections.defaultdict(list)
         self._started: dict[str, Any] = {}
 
     def start(self, name: str) -> None:
         """Begins a span."""
-        self._started[name] = self.clock.mark()
+        self._started[name] = self._mark()
 
     def stop(self, name: str) -> None:
         """Ends the span of that name."""
-        self._spans[name].append((self._started.pop(name), self.clock.mark()))
+        self._spans[name].append((self._started.pop(name), self._mark()))
 
     def timed(self, name: str, call: Callable[..., T]) -> Callable[..., T]:
         """The function, with a span around each call."""
@@ -86,11 +65,24 @@ class Stopwatch:
 
     def seconds(self, name: str) -> float:
         """Duration of all spans of that name together."""
-        return sum(itertools.starmap(self.clock.seconds, self._spans[name]))
+        return sum(itertools.starmap(self._between, self._spans[name]))
 
     def clear(self) -> None:
         """Forgets all spans that have ended."""
         self._spans.clear()
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def _between(self, start: Any, end: Any) -> float:
+        if self.device.type != "cuda":
+            return max(0.0, end - start)  # a clock may be set back
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
 
 
 @dataclasses.dataclass

@@ -13,7 +13,7 @@ from ..output import to_json
 
 @dataclasses.dataclass(frozen=True)
 class StepRecord:
-    """One step. ``outside`` is the share of the step spent outside its forward passes; ``c`` has one value per direction."""
+    """One step; ``c`` has one value per direction."""
 
     step: int
     loss: float

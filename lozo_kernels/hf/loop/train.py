@@ -21,7 +21,7 @@ from ...optim.steps import StepInfo
 from ..objectives import Batch, Encoded, Objective
 from ..settings import Settings
 from .drivers import Driver, StepResult
-from .measure import Clock, Stopwatch, peak_memory, since
+from .measure import Stopwatch, peak_memory, since
 from .processes import part
 from .records import EvalRecord, MetricsLog, StepRecord
 
@@ -78,10 +78,7 @@ def evaluate(
 
 def make_schedule(optimizer: torch.optim.Optimizer, name: str | None, steps: int) -> Any:
     """A learning-rate schedule over the run, or None for a constant rate."""
-    factors = {
-        "linear": lambda t: 1 - t / steps,
-        "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)),
-    }
+    factors = {"linear": lambda t: 1 - t / steps, "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t / steps))}
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factors[name]) if name is not None and name in factors else None
 
 
@@ -180,10 +177,10 @@ class _Steps:
 
     def take(self) -> None:
         """Takes one step and records it. Ctrl-C comes through only while the driver is at work."""
-        batch = self.objective.collate(part(self.sampler.next(), self.settings.parallel), self.reader.clock.device)
+        batch = self.objective.collate(part(self.sampler.next(), self.settings.parallel), self.reader.device)
         lr = float(self.driver.optimizer.param_groups[0]["lr"])
         before = self.driver.info
-        watch = Stopwatch(self.reader.clock)
+        watch = Stopwatch(self.reader.device)
         with deferred_interrupt():
             watch.start("step")
             try:
@@ -221,7 +218,7 @@ class _StepReader:
     """Turns what steps left on the device into records: at once on the CPU, every few steps elsewhere, since reading waits."""
 
     def __init__(self, log: MetricsLog, bar: Any, device: torch.device) -> None:
-        self.clock = Clock(device)
+        self.device = device
         self._log = log
         self._bar = bar
         self._every = 1 if device.type == "cpu" else 10

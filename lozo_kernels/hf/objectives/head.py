@@ -27,7 +27,6 @@ class ClassificationObjective(ClassObjective):
         return {**encoded, "labels": [label_of(example)]}
 
     def scores(self, model: torch.nn.Module, batch: Batch) -> Tensor:
-        """The head's logits."""
         logits: Tensor = model(**inputs(batch)).logits
         return logits
 
@@ -53,6 +52,5 @@ class ImageObjective(ClassObjective):
         return {"pixel_values": pixels.to(device, non_blocking=True), "labels": labels.to(device, non_blocking=True)}
 
     def scores(self, model: Any, batch: Batch) -> Tensor:
-        """The head's logits."""
         logits: Tensor = model(pixel_values=batch["pixel_values"].to(model.dtype)).logits
         return logits

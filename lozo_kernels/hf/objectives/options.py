@@ -35,11 +35,9 @@ class OptionsObjective(PromptedObjective):
         super().__init__(tokenizer, task, max_length, demonstrations)
 
     def encode_for_evaluation(self, example: Example) -> Encoded | None:
-        """All options of the example, and which of them are right."""
         return self._encoded(self.prompt(example), self.continuations(example), right_options(example))
 
     def collate(self, encoded: Sequence[Encoded], device: torch.device) -> Batch:
-        """A batch, see the class."""
         options = [option for e in encoded for option in e["options"]]
         lengths = [len(option["input_ids"]) for option in options]
         where = [
@@ -99,7 +97,6 @@ class ChoiceObjective(OptionsObjective):
         super().__init__(tokenizer, task, max_length, demonstrations)
 
     def encode(self, example: Example) -> Encoded | None:
-        """All options of the example, and which of them are right."""
         return self.encode_for_evaluation(example)
 
     def totals(self, model: torch.nn.Module, batch: Batch) -> Totals:

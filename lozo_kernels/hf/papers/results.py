@@ -138,8 +138,7 @@ TABLES = {
                 "mezo": Recipe(_DECODER_RUN, _LRS),
                 "lozo": Recipe(_LOZO_RUN, _LRS),
                 "subzero": Recipe(
-                    {**_DECODER_RUN, "rank": 8, "interval": 1000},
-                    {"lr": (1e-7, 1e-6, 1e-5, 1e-4, 1e-3), "interval": (1000, 2000)},
+                    {**_DECODER_RUN, "rank": 8, "interval": 1000}, {"lr": (1e-7, 1e-6, 1e-5, 1e-4, 1e-3), "interval": (1000, 2000)}
                 ),
             },
             {},

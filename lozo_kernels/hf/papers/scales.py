@@ -8,8 +8,8 @@ import torch
 
 from ...bench.document import progress
 from ...errors import InputError
+from ..command_line import check_options, option
 from ..methods import METHODS
-from ..options import check_options, option
 from ..settings import DTYPES
 from .results import TABLES, PaperTable
 
@@ -65,9 +65,7 @@ class Request:
     grid: bool = option(False, "search the paper's grid by the score on dev examples")
     steps: int | None = option(None, "of every run (default: the scale's)", low=1)
     dtype: str | None = option(
-        None,
-        f"{', '.join(DTYPES)} (default: float32; without backward float16 on a GPU at scale {PAPER})",
-        choices=DTYPES,
+        None, f"{', '.join(DTYPES)} (default: float32; without backward float16 on a GPU at scale {PAPER})", choices=DTYPES
     )
     device: str = option("auto", "cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     threads: int | None = option(None, "on the CPU (default: torch's)", low=1)
@@ -94,10 +92,6 @@ class Request:
             raise InputError(f"--{'methods' if self.methods == () else 'tasks'} names none: leave it out for the table's")
         if self.scale == PAPER and not self.model:
             raise InputError("--scale paper needs --model, such as facebook/opt-13b: the papers' models are not in this package")
-
-    def chosen_methods(self) -> list[str]:
-        """The methods to measure, in order."""
-        return list(self.methods or self.paper.recipes)
 
     def chosen_dtype(self, method: str, device: torch.device) -> str:
         """The dtype of the weights for a method. At the paper's scale on a GPU, methods without backward have float16, as there."""

@@ -33,14 +33,15 @@ def measure_scores(request: Request, device: torch.device, output: Path, command
         InputError: there is no cell at all.
         KeyboardInterrupt: a run was interrupted.
     """
-    rows: list[Row] = []
-    for method in request.chosen_methods():
-        for task in _tasks(request):
-            try:
-                rows.append(_cell(request, method, task, device, output, command))
-            except InputError as e:
-                rows.append({"method": method, "task": task or language.TASK_NAME, "score": None, "error": str(e)})
-                request.say(f"{method} on {task or 'the embedded task'}: {e}")
+
+    def cell(method: str, task: str | None) -> Row:
+        try:
+            return _cell(request, method, task, device, output, command)
+        except InputError as e:
+            request.say(f"{method} on {task or 'the embedded task'}: {e}")
+            return {"method": method, "task": task or language.TASK_NAME, "score": None, "error": str(e)}
+
+    rows = [cell(method, task) for method in request.methods or request.paper.recipes for task in _tasks(request)]
     if all("error" in row for row in rows):
         raise InputError(rows[0]["error"])
     folders = [output / row["folder"] for row in rows if "folder" in row]
@@ -48,12 +49,7 @@ def measure_scores(request: Request, device: torch.device, output: Path, command
         compare_runs(folders, output)
     model = request.model or "the embedded model"
     sizes = {f", {row['parameters'] / 1e6:.2f}M parameters" for row in rows if "parameters" in row}
-    return {
-        "model": model,
-        "model_label": model + "".join(sizes),
-        "notes": _notes(request),
-        "rows": rows,
-    }
+    return {"model": model, "model_label": model + "".join(sizes), "notes": _notes(request), "rows": rows}
 
 
 def _cell(request: Request, method: str, task: str | None, device: torch.device, output: Path, command: str) -> Row:

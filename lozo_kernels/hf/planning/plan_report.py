@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from ...model.text_table import mebibytes, number, text_table
-from .planner import Option, Plan
+from .planner import Alternative, Plan
 
 
 def render_plan(plan: Plan) -> str:
     """Memory and time of inference, of the placements of the method and of fine-tuning, side by side."""
-    options: list[Option | None] = [None, *plan.options]  # None: inference
+    options: list[Alternative | None] = [None, *plan.options]  # None: inference
     heads = ["inference", *(o.placement or "ft" for o in plan.options)]
     if plan.method != "ft":
         options.append(plan.finetuning)
@@ -42,7 +42,7 @@ def render_plan(plan: Plan) -> str:
     return "\n".join([*lines, f"speeds: {machine.source}: {machine.bandwidth / 1e9:.1f} GB/s, {speed}"])
 
 
-def _memory_rows(plan: Plan, options: list[Option | None]) -> list[list[str]]:
+def _memory_rows(plan: Plan, options: list[Alternative | None]) -> list[list[str]]:
     totals = [plan.inference_bytes if o is None else plan.total_bytes(o) for o in options]
     rows = [
         ("weights and buffers", [plan.weight_bytes + plan.buffer_bytes] * len(options)),

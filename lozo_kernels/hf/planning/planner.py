@@ -30,7 +30,7 @@ _ADAMW_TRAFFIC = 7  # reads weight, gradient and two moments, writes weight and 
 
 
 @dataclasses.dataclass(frozen=True)
-class Option:
+class Alternative:
     """One way to train.
 
     Attributes:
@@ -73,16 +73,16 @@ class Plan(Workload):
     flops: int
     activation_bytes: int
     machine: Machine
-    options: tuple[Option, ...]
+    options: tuple[Alternative, ...]
     why: str
-    finetuning: Option
+    finetuning: Alternative
 
     @property
     def inference_bytes(self) -> int:
         """Weights, buffers and a forward pass."""
         return self.weight_bytes + self.buffer_bytes + self.activation_bytes
 
-    def total_bytes(self, option: Option) -> int:
+    def total_bytes(self, option: Alternative) -> int:
         """Peak of a step."""
         return self.weight_bytes + self.buffer_bytes + option.activation_bytes + option.state.total
 
@@ -122,8 +122,8 @@ def plan(model: str | Any, **workload: Any) -> Plan:
     forward_seconds = machine.forward_seconds(forward.flops, weight_bytes)
     passes = _FT_FORWARDS * forward_seconds
     update = _ADAMW_TRAFFIC * weight_bytes / machine.bandwidth
-    finetuning = Option(None, State(), dry.backpropagation(), passes + update, passes, {})
-    options: tuple[Option, ...] = (finetuning,)
+    finetuning = Alternative(None, State(), dry.backpropagation(), passes + update, passes, {})
+    options: tuple[Alternative, ...] = (finetuning,)
     why = "backpropagation moves weights by their gradients"
     if method is not None:
         options, why = _Planner(dry, method, asked, machine, forward.bytes, 2 * forward_seconds).options()
@@ -155,7 +155,7 @@ class _Planner:
     activation_bytes: int
     forwards: float
 
-    def options(self) -> tuple[tuple[Option, ...], str]:
+    def options(self) -> tuple[tuple[Alternative, ...], str]:
         """All placements, the one to take first, and the reason for it."""
         probe, moving = self._probe(), self._in_place()
         if self.asked.placement != "auto":
@@ -178,13 +178,13 @@ class _Planner:
         except (TypeError, ValueError) as e:
             raise InputError(f"this model cannot be trained so: {e}") from None
 
-    def _in_place(self) -> Option:
+    def _in_place(self) -> Alternative:
         members = self._members()
         state = state_in_place(members, self._config(), momentum=bool(self.method.momentum))
         passes = self.machine.passes * sum(m.numel for m in members)
-        return Option("inplace", state, self.activation_bytes, self.forwards + passes, self.forwards, {})
+        return Alternative("inplace", state, self.activation_bytes, self.forwards + passes, self.forwards, {})
 
-    def _probe(self) -> Option:
+    def _probe(self) -> Alternative:
         members, costs, dense = self._members(), self.machine.costs, self.method.estimator == "dense"
         if dense:  # noise of every element is what costs: a fused step in place draws it three times
             costs = dataclasses.replace(costs, element=max(costs.element, self.machine.passes / _DRAWS))
@@ -195,7 +195,7 @@ class _Planner:
         merging = sum(m.numel for m in members) * costs.element
         step = self.forwards + 2 * evaluation + (merging if dense else merging / self.asked.interval)
         sides = dict(collections.Counter(str(m.side) for m in members))
-        return Option("probe", state, self.activation_bytes, step, self.forwards, sides)
+        return Alternative("probe", state, self.activation_bytes, step, self.forwards, sides)
 
 
 def _machine(asked: Workload, dtype: torch.dtype, method: Method | None) -> Machine:

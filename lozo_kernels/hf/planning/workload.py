@@ -7,8 +7,8 @@ import dataclasses
 from ...errors import InputError
 from ...kernels.noise import MAX_RANK
 from ...model.config import PLACEMENTS
+from ..command_line import check_options, option
 from ..methods import ZEROTH_ORDER
-from ..options import check_options, option
 from ..settings import DTYPES
 
 PLANNED = (*ZEROTH_ORDER, "ft")

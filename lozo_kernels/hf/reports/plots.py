@@ -17,8 +17,6 @@ from ..output import make_folder
 
 Row = dict[str, Any]
 
-FILES = ("metrics.jsonl", "summary.json")
-
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
@@ -47,7 +45,7 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         InputError: there is no whole run.
     """
-    for name in FILES:
+    for name in ("metrics.jsonl", "summary.json"):
         if not (folder / name).is_file():
             raise InputError(f"{folder} holds no finished run: there is no {name}")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 from typing import Any
 
@@ -15,16 +16,16 @@ from ..loop.records import MetricsLog
 from ..loop.train import Outcome
 from ..methods import METHODS
 from ..run import Run
-from .beside_published import Comparison
 
 
 def summarize(
-    run: Run, model: nn.Module, outcome: Outcome, log: MetricsLog, forward_bytes: int | None, comparison: Comparison | None
+    run: Run, model: nn.Module, outcome: Outcome, log: MetricsLog, forward_bytes: int | None, comparison: dict[str, Any] | None
 ) -> dict[str, Any]:
     """The machine-readable summary. A number that could not be had is None.
 
     Args:
         forward_bytes: most memory alive at once in one forward pass beyond the weights.
+        comparison: what :func:`~.beside_published.compare` returned.
     """
     steady = log.steps[min(5, len(log.steps) // 2) :]  # without the first, profiled and cold ones
     settings, method = run.settings, METHODS[run.settings.method]
@@ -62,19 +63,13 @@ def summarize(
         "inference_peak_bytes": inference,
         "training_peak_bytes": peak,
         "training_peak_over_inference": None if peak is None or not inference else peak / inference,
-        "published": None if comparison is None else _published(comparison, weight_bytes),
+        "published": comparison,
         "device": f"{run.device} ({torch.cuda.get_device_name(run.device) if run.device.type == 'cuda' else cpu_name()})",
         "threads": torch.get_num_threads(),
         "backends": outcome.backends,
         "versions": versions(),
         "commit": commit(),
     }
-
-
-def _published(comparison: Comparison, weight_bytes: int) -> dict[str, Any]:
-    values = dataclasses.asdict(comparison)
-    peak = values.pop("published_peak_bytes")
-    return values | {"published_training_peak_bytes": None if peak is None else weight_bytes + peak}
 
 
 def render_summary(summary: dict[str, Any]) -> str:
@@ -134,4 +129,4 @@ def _costs(summary: dict[str, Any], forwards: int) -> list[list[str]]:
         times = [number(ms, ".2f"), number(forwards_ms, ".2f"), number(beyond, ".0%")]
         return [name, *times, mebibytes(peak, ".2f"), mebibytes(inference, ".2f"), number(over, "+.1%")]
 
-    return [list(row) for row in zip(heads, *(cells(*column) for column in columns), strict=True)]
+    return [list(row) for row in zip(heads, *itertools.starmap(cells, columns), strict=True)]

@@ -11,7 +11,7 @@ from torch import nn
 
 from ...errors import require
 from ...optim.optimizer import ZerothOrderOptimizer
-from ..loop.measure import Clock, Stopwatch
+from ..loop.measure import Stopwatch
 from .arguments import ZOArguments
 from .attach import ProjectedLoss, check_trainer, drive_on, make_optimizer
 
@@ -64,7 +64,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc, valid-type]
         check_trainer(self)
         self.compute_objective = compute_objective
         self.zo_optimizer: ZerothOrderOptimizer | None = None
-        self._watch = Stopwatch(Clock(self.args.device))
+        self._watch = Stopwatch(self.args.device)
         self._parameters: int | None = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

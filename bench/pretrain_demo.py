@@ -1,4 +1,4 @@
-"""Makes the embedded model: ``python -m bench.pretrain OUTPUT`` (some five minutes).
+"""Makes the embedded model: ``python -m bench.pretrain_demo OUTPUT`` (some five minutes).
 
 Ordinary backpropagation with AdamW on stories of visits: what was good or bad there, and how the visitor reacted. They also hold
 questions about the weather, answered at random by yes or no, but never the question of the task; its reviews are not among them.

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from ..errors import InputError
@@ -49,13 +49,16 @@ def flag(name: str) -> str:
 
 
 def add_options(
-    parser: argparse.ArgumentParser, settings: type, changes: Mapping[str, Mapping[str, Any]] | None = None
+    parser: argparse.ArgumentParser,
+    settings: type,
+    names: Iterable[str] | None = None,
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Adds an option for each field of a dataclass of settings, under the heading of its group.
 
     Args:
-        changes: only these fields, in this order and without headings, each with the arguments of ``add_argument`` that this
-            command has in place of those that follow from the field. None: all fields as they are.
+        names: only these fields, in this order and without headings; None for all.
+        changes: arguments of ``add_argument`` by field, in place of those that follow from the field.
 
     Returns:
         The groups that were made, by their headings.
@@ -63,16 +66,15 @@ def add_options(
     hints = typing.get_type_hints(settings)
     fields = {f.name: f for f in dataclasses.fields(settings)}
     groups: dict[str, Any] = {"": parser}
-    for name, change in ({name: {} for name in fields} if changes is None else changes).items():
+    for name in fields if names is None else names:
         about: Option = fields[name].metadata["option"]
         if about.group not in groups:
-            groups[about.group] = parser if changes is not None else parser.add_argument_group(about.group)
-        arguments = (
-            {"help": about.help or ", ".join(about.choices)} | _how_to_parse(hints[name], fields[name].default) | dict(change)
-        )
+            groups[about.group] = parser if names is not None else parser.add_argument_group(about.group)
+        parsed = _how_to_parse(hints[name], fields[name].default)
+        arguments = {"help": about.help or ", ".join(about.choices), **parsed, **(changes or {}).get(name, {})}
         if arguments.get("default") is not None and "(default: " not in arguments["help"]:
             arguments["help"] = f"{arguments['help']} (default: %(default)s)".strip()
-        if about.hidden and changes is None:
+        if about.hidden and names is None:
             arguments["help"] = argparse.SUPPRESS
         groups[about.group].add_argument(flag(name), **arguments)
     return groups
@@ -92,10 +94,13 @@ def check_options(settings: Any) -> None:
     """
     for field in dataclasses.fields(settings):
         value, about = getattr(settings, field.name), field.metadata["option"]
-        for word in () if value is None or not about.choices else value if isinstance(value, tuple) else (value,):
-            if word not in about.choices:
-                raise InputError(f"{flag(field.name)} {word!r} is not known; there are {', '.join(about.choices)}")
-        bound = None if value is None else _missed_bound(value, about)
+        if value is None:
+            continue
+        words = value if isinstance(value, tuple) else (value,)
+        unknown = [word for word in words if about.choices and word not in about.choices]
+        if unknown:
+            raise InputError(f"{flag(field.name)} {unknown[0]!r} is not known; there are {', '.join(about.choices)}")
+        bound = _missed_bound(value, about)
         if bound is not None:
             raise InputError(f"{flag(field.name)} is {bound}, not {value}")
 

@@ -112,7 +112,7 @@ def test_hub_rows_are_mapped_to_the_tasks_labels(monkeypatch):
     rows = [{"text": "What is it ?", "coarse_label": i} for i in (0, 1, 2, 3, -1)]
     calls = []
 
-    def load_dataset(path, config, *, split, revision):
+    def load_dataset(path, _config, *, split, revision):
         calls.append((path, split, revision))
         return rows
 
@@ -126,7 +126,7 @@ def test_a_hub_failure_is_one_line(monkeypatch):
     import sys
     import types
 
-    def load_dataset(*args, **kwargs):
+    def load_dataset(*_, **__):
         raise ConnectionError("offline\nsecond line")
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
@@ -250,7 +250,7 @@ def test_rows_of_the_hub_without_an_answer_are_passed_over(monkeypatch):
     }
     asked = []
 
-    def load_dataset(path, config, *, split, revision):
+    def load_dataset(path, _config, *, split, **_):
         asked.append(split)
         return rows[path]
 

@@ -79,7 +79,7 @@ def test_in_context(llama, data):
     assert zero["demonstrations"] == 0 and zero["loss"] != result["loss"]
 
 
-def test_zero_shot_needs_only_the_examples_to_score(tmp_path, llama, data):
+def test_zero_shot_needs_only_the_examples_to_score(tmp_path, llama):
     path = write_jsonl(tmp_path / "rte.dev.jsonl", HUB_ROWS["rte"])
     folder = evaluate(Settings(model=str(llama), task="rte", data_dir=str(tmp_path), method="zero-shot"), quiet=True)
     file = evaluate(Settings(model=str(llama), task="rte", dev_file=str(path), method="zero-shot"), quiet=True)
@@ -122,10 +122,10 @@ class Parrot(torch.nn.Module):
         super().__init__()
         self.ids, self.size = tokenizer(text, add_special_tokens=False)["input_ids"], len(tokenizer)
 
-    def forward(self, input_ids, attention_mask):
+    def forward(self, input_ids, **_):
         return transformers.modeling_outputs.CausalLMOutput(logits=torch.zeros(*input_ids.shape, self.size))
 
-    def generate(self, input_ids, attention_mask, generation_config):
+    def generate(self, input_ids, generation_config, **_):
         assert not generation_config.do_sample
         assert bool((input_ids[:, -1] != 0).all())  # padded on the left
         return torch.cat([input_ids, torch.tensor([self.ids] * len(input_ids))], 1)

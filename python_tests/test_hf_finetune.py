@@ -236,7 +236,7 @@ def _frozen(loaded):
 
 
 def test_a_loss_that_stays_nan_ends_the_run_with_everything_saved(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(PromptObjective, "loss", lambda self, model, batch: torch.tensor(float("nan")))
+    monkeypatch.setattr(PromptObjective, "loss", lambda *_: torch.tensor(float("nan")))
     code = cli.main(
         ["finetune", "--steps", "50", "--eval-size", "4", "--compare-steps", "0", "--output", str(tmp_path), "--quiet", "--json"]
     )
@@ -336,7 +336,7 @@ def test_accuracy_counts_right_answers(embedded):
     checkpoint, _ = embedded
 
     class Fixed(torch.nn.Module):
-        def forward(self, input_ids, attention_mask):
+        def forward(self, input_ids, **_):
             return transformers.modeling_outputs.SequenceClassifierOutput(
                 logits=torch.tensor([[0.0, 3.0]]).repeat(len(input_ids), 1)
             )

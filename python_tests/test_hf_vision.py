@@ -155,7 +155,7 @@ def test_the_hub(monkeypatch, task, label):
     column = {"img": images, label: [1, 0, 1]}
     loaded = []
 
-    def load(path, config, revision):
+    def load(path, *_, **__):
         loaded.append(path)
         return {"train": hub_set(column, ["apple", "pear"], label), "test": hub_set(column, ["apple", "pear"], label)}
 

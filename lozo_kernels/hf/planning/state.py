@@ -139,7 +139,7 @@ def _scratch(model: nn.Module, members: Sequence[Member]) -> int:
 
 
 def _checked_at_once(members: Sequence[Member]) -> int:
-    """The most bytes of weights that a probe's first step copies at once to check itself: as many units as its budget takes."""
+    """The most weights that a probe's first step keeps copies of, to check itself: as many units as its budget takes."""
     units = [sum(m.numel * m.slot.parameter.element_size() for m in unit) for unit in units_of(members)]
     budget = max(preparation._COPY_BYTES, sum(units) // preparation._CHUNKS)
     most = chunk = 0

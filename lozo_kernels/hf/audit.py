@@ -11,6 +11,7 @@ import torch
 from ..errors import InputError, require
 from ..journal import RecordedRun, Verification, replay, revert, verify
 from ..journal.format import Header
+from ..model.files import replacing
 from .loop.journaling import JOURNAL, find_journal, read_run_journal, recorded_settings
 from .models.checkpoint import first_line, load_model, open_checkpoint, open_config
 from .objectives import OBJECTIVES
@@ -41,7 +42,8 @@ def replay_run(model: str | None, journal: Path, output: Path, steps: int | None
     if reverting:
         kept = len(run.until(done.steps))
         end = run.ends[kept - 1][0] if kept else run.start[0]
-        (output / JOURNAL).write_bytes(find_journal(journal).read_bytes()[:end])
+        with replacing(output / JOURNAL) as part:
+            part.write_bytes(find_journal(journal).read_bytes()[:end])
     return dataclasses.asdict(done) | {"output": str(output)}
 
 

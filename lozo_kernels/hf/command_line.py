@@ -93,8 +93,8 @@ def check_options(settings: Any) -> None:
         InputError: one is none of its choices, or out of bounds.
     """
     for field in dataclasses.fields(settings):
-        value, about = getattr(settings, field.name), field.metadata["option"]
-        if value is None:
+        value, about = getattr(settings, field.name), field.metadata.get("option")
+        if value is None or about is None:
             continue
         words = value if isinstance(value, tuple) else (value,)
         unknown = [word for word in words if about.choices and word not in about.choices]

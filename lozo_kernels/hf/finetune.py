@@ -5,21 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import InputError
 from ..journal import JournalError
 from ..model.files import write_whole
 from .loop.building import build_driver
 from .loop.journaling import JOURNAL, Keeper, new_keeper, resumed_keeper
 from .loop.kept_weights import KeptWeights
-from .loop.measure import peak_memory
+from .loop.measure import forward_peak
 from .loop.processes import is_first, joined
 from .loop.records import MetricsLog
 from .loop.scoring import score
 from .loop.train import Outcome, eval_batch_size, evaluate, train
 from .models.checkpoint import load_model
-from .objectives import Encoded
 from .output import make_folder, to_json, unwritable
 from .reports.beside_published import compare
 from .reports.card import write_card
@@ -75,7 +72,8 @@ def _run(settings: Settings, command: str, quiet: bool, resume: bool) -> dict[st
     for note in notes:
         run.say(note)
     first_batch = run.batches().next()
-    forward_bytes = _forward_bytes(run, model, first_batch)
+    batch = run.objective.collate(first_batch, run.device)
+    forward_bytes = forward_peak(lambda: run.objective.loss(model, batch), run.device)
     comparison = None
     if settings.compare_steps:
         run.say(f"timing {settings.compare_steps} steps of the published way beside this library's, on copies of the model")
@@ -126,16 +124,6 @@ def _train(run: Run, model: Any, keeper: Keeper, log: MetricsLog, kept: KeptWeig
         return outcome, None
     run.say(f"scoring {len(run.data.test)} test examples")
     return outcome, score(model, objective, run.data.test, batch_size, settings.max_new_tokens, device).to_dict()
-
-
-@torch.no_grad()
-def _forward_bytes(run: Run, model: torch.nn.Module, examples: list[Encoded]) -> int | None:
-    """Most memory alive at once in one forward pass beyond the weights."""
-    batch = run.objective.collate(examples, run.device)
-    run.objective.loss(model, batch)
-    with peak_memory(run.device) as memory:
-        run.objective.loss(model, batch)
-    return memory.bytes
 
 
 def _make_output(settings: Settings) -> Path:

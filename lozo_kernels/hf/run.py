@@ -56,7 +56,6 @@ class Run:
         return BatchSampler(self.train_set, self.settings.batch_size, self.settings.seed)
 
     def say(self, message: str) -> None:
-        """Shows a line of progress."""
         if not self.quiet:
             progress(message)
 

@@ -13,7 +13,6 @@ from ...errors import InputError, require
 from ..settings import Settings
 from ..tasks import TASKS, Hub, Task
 from .examples import DEV_NAMES, Example, TaskData, relabelled
-from .hub import load_from_hub
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -98,7 +97,7 @@ def _read_folder(folder: Path) -> tuple[tuple[str, ...], list[Example]]:
 
 def _from_hub(task: Task, hub: Hub) -> TaskData:
     parts, labels = {}, task.labels
-    whole = load_from_hub(task, hub)
+    whole = hub.load(task.name)
     held = next((name for name in (hub.dev, *DEV_NAMES) if name in whole), None)
     if hub.train not in whole or held is None:
         raise InputError(f"{hub.path}: a set with {hub.train!r} and one of {', '.join(DEV_NAMES)} is needed, not {list(whole)}")

@@ -14,7 +14,6 @@ from ..methods import METHODS
 from ..settings import Settings
 from ..tasks import TASKS, TEXT, Hub, Row, Task
 from .examples import DEV_NAMES, Example, TaskData, relabelled
-from .hub import load_from_hub
 
 
 def read_examples(path: Path, task: Task, labelled: bool = True) -> list[Example]:
@@ -111,7 +110,7 @@ def _from_hub(task: Task, hub: Hub, labelled: bool, needs_train: bool) -> TaskDa
     source = dataclasses.replace(task, label_field=hub.label_field or task.label_field, labels=hub.labels or task.labels)
     parts = {}
     for part in (hub.train, hub.dev) if needs_train else (hub.dev,):
-        rows = load_from_hub(task, hub, split=part)
+        rows = hub.load(task.name, split=part)
         examples = _examples(_numbered(rows, f"{hub.path} {part}"), source, labelled, skip_unlabelled=True)
         if hub.labels and labelled:
             examples = relabelled(examples, hub.labels, task.labels)

@@ -126,6 +126,15 @@ def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
         yield result
 
 
+@torch.no_grad()
+def forward_peak(closure: Callable[[], object], device: torch.device) -> int | None:
+    """The peak memory of a forward pass without a graph, see :class:`PeakMemory`; the closure is called twice."""
+    closure()  # libraries keep workspaces after their first use
+    with peak_memory(device) as memory:
+        closure()
+    return memory.bytes
+
+
 def _peak_of_events(profile: torch.profiler.profile) -> tuple[int, int]:
     events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
     changes = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if e.name() == "[memory]")

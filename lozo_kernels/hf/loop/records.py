@@ -68,7 +68,6 @@ class MetricsLog:
         self._write({"kind": "eval", **dataclasses.asdict(record)})
 
     def close(self) -> None:
-        """Closes the file."""
         self._file.close()
 
     def _write(self, values: dict[str, Any]) -> None:

@@ -54,7 +54,6 @@ class BatchSampler:
         self._indices = _endless(len(examples), torch.Generator().manual_seed(seed))
 
     def next(self) -> list[Encoded]:
-        """The next batch."""
         return [self.examples[i] for i in itertools.islice(self._indices, self.size)]
 
 

@@ -42,7 +42,6 @@ class ImageObjective(ClassObjective):
     fresh_head = True
 
     def encode(self, example: Example) -> Encoded | None:
-        """The image, still where it is, and the class."""
         return {"image": example, "labels": [label_of(example)]}
 
     def collate(self, encoded: Sequence[Encoded], device: torch.device) -> Batch:

@@ -15,7 +15,7 @@ from ...bench.models import MODELS, build_model
 from ...errors import InputError, require
 from ..loop.building import build_driver
 from ..loop.drivers import Closure
-from ..loop.measure import peak_memory
+from ..loop.measure import forward_peak, peak_memory
 from ..methods import METHODS
 from ..reports.plots import plot_memory
 from ..settings import Settings
@@ -55,11 +55,7 @@ def open_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module
 
 def measure_inference(model: nn.Module, closure: Closure) -> Row:
     """Measures a forward pass without a graph: a row with the weights and the peak beyond them, in bytes."""
-    with torch.no_grad():
-        closure()  # libraries keep workspaces after their first use
-        with peak_memory(_device(model)) as memory:
-            closure()
-    return _row(INFERENCE, model, memory.bytes)
+    return _row(INFERENCE, model, forward_peak(closure, _device(model)))
 
 
 def measure_method(name: str, model: nn.Module, closure: Closure, settings: dict[str, Any]) -> Row:

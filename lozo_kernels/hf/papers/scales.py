@@ -101,6 +101,5 @@ class Request:
         return "float16" if half else "float32"
 
     def say(self, message: str) -> None:
-        """Shows a line of progress."""
         if not self.quiet:
             progress(message)

@@ -108,7 +108,6 @@ def plan(model: str | Any, **workload: Any) -> Plan:
         InputError: a value is out of range, or the model cannot be built or run without its weights.
     """
     asked = Workload(**workload)
-    asked.check()
     from .dry_run import DryModel
 
     dtype = getattr(torch, asked.dtype)

@@ -17,7 +17,11 @@ PLANNED = (*ZEROTH_ORDER, "ft")
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What :func:`lozo_kernels.hf.plan` takes beside the model; ``lozo-kernels plan --help`` says what each field means."""
+    """What :func:`lozo_kernels.hf.plan` takes beside the model; ``lozo-kernels plan --help`` says what each field means.
+
+    Raises:
+        InputError: a value is unknown or out of range.
+    """
 
     method: str = option("lozo", choices=PLANNED)
     rank: int = option(2, "columns of U and V", low=1, high=MAX_RANK)
@@ -34,8 +38,7 @@ class Workload:
         above=0,
     )
 
-    def check(self) -> None:
-        """Raises InputError if a value is unknown or out of range."""
+    def __post_init__(self) -> None:
         check_options(self)
         if self.device_tflops is not None and self.device_bandwidth is None:
             raise InputError("--device-tflops goes with --device-bandwidth")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...model.files import write_whole
 from ...model.text_table import markdown_table, mebibytes, number
 from ..methods import METHODS
 from ..objectives import OBJECTIVES, ImageObjective, Objective
@@ -33,7 +34,7 @@ def write_card(folder: Path, summary: dict[str, Any], metrics: Sequence[str] = (
         The file. Its header is what the Hub reads: library, base model, tags, data sets and metrics.
     """
     path = folder / "README.md"
-    path.write_text(f"---\n{_header(_metadata(summary, metrics))}\n---\n\n{_body(summary)}", encoding="utf-8")
+    write_whole(path, f"---\n{_header(_metadata(summary, metrics))}\n---\n\n{_body(summary)}")
     return path
 
 

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from ...errors import InputError, require
+
 Row = dict[str, Any]
 
 KINDS = ("classification", "choice", "generation", "causal_lm", "image")
@@ -30,6 +32,19 @@ class Hub:
     revision: str | None = None
     label_field: str | None = None
     labels: tuple[str, ...] = ()
+
+    def load(self, task: str, **options: Any) -> Any:
+        """What ``datasets.load_dataset`` returns for the data set of a task, with these options.
+
+        Raises:
+            InputError: the library is not installed, or the data set cannot be had.
+        """
+        datasets = require("datasets", extra="hub")
+        try:
+            return datasets.load_dataset(self.path, self.config, revision=self.revision, **options)
+        except Exception as e:  # offline, renamed, gated: the library raises many kinds, and each is the user's to know
+            reason = " ".join(str(e).split())
+            raise InputError(f"task {task}: {self.path} could not be had from the Hub ({reason}); use --data-dir") from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,9 +19,7 @@ from ..loop.measure import forward_peak, peak_memory
 from ..methods import METHODS
 from ..reports.plots import plot_memory
 from ..settings import Settings
-from .scales import Request
-
-Row = dict[str, Any]
+from .scales import Request, Row
 
 INFERENCE = "inference"
 STEPS = 2

@@ -18,10 +18,8 @@ from ..models.checkpoint import pick_device
 from ..output import finite, make_folder
 from .memory import INFERENCE, measure_memory
 from .results import TABLES
-from .scales import Request
+from .scales import Request, Row
 from .scores import measure_scores
-
-Row = dict[str, Any]
 
 
 def reproduce(request: Request, command: str = "") -> tuple[Row, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -14,6 +15,8 @@ from ..settings import DTYPES
 from .results import TABLES, PaperTable
 
 PAPER = "paper"
+Row = dict[str, Any]
+"""One measurement, as results.json holds it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,9 +16,7 @@ from ..methods import METHODS
 from ..reports.plots import compare_runs
 from ..settings import Settings
 from .results import TABLES, PaperTable, Recipe
-from .scales import PAPER, Request
-
-Row = dict[str, Any]
+from .scales import PAPER, Request, Row
 
 
 def measure_scores(request: Request, device: torch.device, output: Path, command: str) -> Row:

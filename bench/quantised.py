@@ -26,7 +26,7 @@ from lozo_kernels import LOZO, export_lora  # noqa: E402
 from lozo_kernels.bench.environment import OtherLoad, environment  # noqa: E402
 from lozo_kernels.hf.data.load import load_data  # noqa: E402
 from lozo_kernels.hf.loop.train import BatchSampler, eval_batch_size, evaluate  # noqa: E402
-from lozo_kernels.hf.models.load import load_model, open_checkpoint  # noqa: E402
+from lozo_kernels.hf.models.checkpoint import load_model, open_checkpoint  # noqa: E402
 from lozo_kernels.hf.objectives import OBJECTIVES  # noqa: E402
 from lozo_kernels.hf.settings import Settings  # noqa: E402
 

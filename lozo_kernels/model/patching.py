@@ -1,4 +1,4 @@
-"""patch(): the handle that a model's placement asks for."""
+"""patch(), which makes the handle for the placement that is asked for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class DriveOptions(PatchOptions, total=False):
-    """What :func:`patch` takes as keywords."""
+    """The keywords of :func:`patch`."""
 
     drive: str
 

@@ -92,11 +92,7 @@ class DirectionBackend:
         return self._weights.listed(self._pairs).handle.names
 
     def enter_window(self, window: int) -> None:
-        """Sets the window, step // interval in LOZO, whose V the following calls use. Only with ``v_seed``.
-
-        Raises:
-            RuntimeError: there is no ``v_seed``.
-        """
+        """Sets the window, step // interval in LOZO, whose V the following calls use. Raises RuntimeError without a ``v_seed``."""
         if not self._shared:
             raise RuntimeError("every direction has a V of its own: give DirectionBackend a v_seed for one that lasts a window")
         self._window = operator.index(window)

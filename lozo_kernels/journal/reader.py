@@ -74,11 +74,8 @@ class RecordedRun:
         return next((r.fingerprint for r in reversed(self.records) if isinstance(r, End)), None)
 
     def until(self, steps: int | None) -> list[Record]:
-        """Returns the records up to the step with which so many are taken. None: all records, except for the end of the run.
-
-        Raises:
-            ValueError: there are not so many.
-        """
+        """Returns the records up to the step with which so many are taken; ValueError if there are not so many. None: all
+        records, except for the end of the run."""
         if steps is None:
             return [r for r in self.records if not isinstance(r, End)]
         if not isinstance(steps, int):

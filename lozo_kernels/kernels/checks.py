@@ -15,11 +15,8 @@ LARGEST = torch.finfo(torch.float32).max
 
 
 def as_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """Returns a setting that is an integer of any type (numpy's too) as an ``int``. True and False are refused.
-
-    Raises:
-        TypeError, ValueError: it is not an integer, or not in [low, high].
-    """
+    """Returns a setting that is an integer of any type (numpy's too) as an ``int``. Raises TypeError or ValueError if it is not an
+    integer (True and False are none), or not in [low, high]."""
     if type(value) is not int:
         try:
             if isinstance(value, bool):

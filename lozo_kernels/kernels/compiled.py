@@ -11,11 +11,8 @@ from .table import TensorTable
 
 
 def call_operator(op: Op, table: TensorTable, call: TableCall, backend: Backend | None) -> None:
-    """Calls the torch operator of an op over a table.
-
-    Raises:
-        NotImplementedError: a merge into the table's own weights, because the schema says that a merge only reads them.
-    """
+    """Calls the torch operator of an op over a table. Raises NotImplementedError for a merge into the table's own weights,
+    because the schema says that a merge only reads them."""
     if op.out and call.out is None:
         raise NotImplementedError("compiled code can merge into other memory only: give out")
     device, rounding = table.device, call.rounding

@@ -160,7 +160,7 @@ def cores(
     direction: int = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Makes the cores S of SubZero for many matrices at once.
+    """Makes the cores S of SubZero for many matrices at once. Raises as :func:`factor`.
 
     Args:
         seed, rank, direction: as in :func:`factor`; ``draw`` is the step.
@@ -168,9 +168,6 @@ def cores(
 
     Returns:
         (matrices, rank, rank) fp32. The core of matrix b is rows ``b * rank`` to ``(b + 1) * rank - 1`` of ``factor(stream="S")``.
-
-    Raises:
-        TypeError, ValueError: an argument has a wrong type or is out of range.
     """
     check_factor(seed, 0, rank, 0, draw, stream="S", row_offset=0, direction=direction)
     if not isinstance(owners, Sequence) or not all(isinstance(o, Sequence) and len(o) == 2 for o in owners):
@@ -196,7 +193,7 @@ def dense(
     direction: int = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Makes dense Gaussian noise Z (MeZO, and every one-dimensional tensor).
+    """Makes dense Gaussian noise Z (MeZO, and every one-dimensional tensor). Raises as :func:`factor`.
 
     Args:
         seed, tensor_id, draw, direction: as in :func:`factor`; ``draw`` is the step.
@@ -204,9 +201,6 @@ def dense(
 
     Returns:
         (numel,) fp32.
-
-    Raises:
-        TypeError, ValueError: an argument has a wrong type or is out of range.
     """
     _check(seed, numel, tensor_id, draw, offset, direction, limit=1 << 42)
     out = torch.empty(numel, dtype=torch.float32, device=device)
@@ -225,7 +219,7 @@ def rounding_bits(
     direction: int = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Makes uniform 16-bit integers for stochastic rounding.
+    """Makes uniform 16-bit integers for stochastic rounding. Raises as :func:`factor`.
 
     Args:
         seed, tensor_id, numel, offset: as in :func:`dense`.
@@ -233,9 +227,6 @@ def rounding_bits(
 
     Returns:
         (numel,) int32 in [0, 2**16).
-
-    Raises:
-        TypeError, ValueError: an argument has a wrong type or is out of range.
     """
     _check(seed, numel, tensor_id, draw, offset, direction, limit=1 << 42)
     out = torch.empty(numel, dtype=torch.int32, device=device)

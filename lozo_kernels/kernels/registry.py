@@ -58,11 +58,7 @@ def register_backend(backend: Backend) -> None:
 
 @contextlib.contextmanager
 def registered(backend: Backend) -> Iterator[None]:
-    """Registers a backend under a new name while the body runs.
-
-    Raises:
-        ValueError: there is a backend of that name.
-    """
+    """Registers a backend under a new name while the body runs. Raises ValueError if there is a backend of that name."""
     if backend.name in _BACKENDS:
         raise ValueError(f"there is a backend {backend.name!r} already")
     register_backend(backend)

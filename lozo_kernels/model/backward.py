@@ -183,11 +183,7 @@ class Backward:
         return None if grad is None else grad / SHRINK
 
     def take(self) -> Tensor:
-        """Returns the gradient and clears it, so that the next step starts anew.
-
-        Raises:
-            RuntimeError: there is none.
-        """
+        """Returns the gradient and clears it, so that the next step starts anew. Raises RuntimeError if there is none."""
         gradient = self.gradient
         if gradient is None:
             raise RuntimeError(
@@ -258,11 +254,7 @@ class _Hang(torch.autograd.Function):
 
 
 def _loss_of(output: Any) -> Tensor:
-    """Returns the loss in a model's output.
-
-    Raises:
-        TypeError: there is none.
-    """
+    """Returns the loss in a model's output. Raises TypeError if there is none."""
     loss = output
     if isinstance(output, Mapping):
         loss = output.get("loss")

@@ -37,11 +37,7 @@ Perturbation = tuple[int, float]
 
 
 def register_handle(model: nn.Module, make: Callable[[], Handle]) -> Handle:
-    """Makes a model's handle and registers it, so that :func:`handle_of` finds it.
-
-    Raises:
-        RuntimeError: the model has one already.
-    """
+    """Makes a model's handle and registers it for :func:`handle_of`. Raises RuntimeError if the model has one already."""
     with _LOCK:
         if handle_of(model) is not None:
             raise RuntimeError(
@@ -435,11 +431,7 @@ class Handle:
         self._resample(window, reproject=False)
 
     def find(self, name: str) -> Parameter:
-        """Returns the trained parameter with a name or alias.
-
-        Raises:
-            KeyError: there is none.
-        """
+        """Returns the trained parameter with a name or alias. Raises KeyError if there is none."""
         if not isinstance(name, str) or name not in self._aliases:
             raise KeyError(f"no trained parameter is named {name!r}; there are {', '.join(map(repr, self.names[:5]))}, ...")
         return self._aliases[name]

@@ -54,11 +54,8 @@ class Layout:
         return (1, shape[0], shape[1]) if len(shape) == 2 else (shape[0], shape[1], shape[2])
 
     def matrices(self, p: Tensor) -> Tensor:
-        """Returns a view of a tensor of the parameter's shape as (batch, rows, cols).
-
-        Raises:
-            ValueError: its strides do not allow it.
-        """
+        """Returns a view of a tensor of the parameter's shape as (batch, rows, cols). Raises ValueError if its strides do not
+        allow it."""
         if self.form == "flat":
             if p.is_contiguous():
                 return p.view(1, 1, -1)
@@ -78,11 +75,8 @@ class Layout:
         raise self._bad_strides(p, "it must be contiguous")
 
     def whole(self, p: Tensor) -> Shard:
-        """Returns the shard that is all of a tensor of the parameter's shape.
-
-        Raises:
-            ValueError: its strides do not allow changing it in place.
-        """
+        """Returns the shard that is all of a tensor of the parameter's shape. Raises ValueError if its strides do not allow
+        changing it in place."""
         x = self.matrices(p)
         problem = stride_problem(x)
         if problem is not None:
@@ -90,11 +84,8 @@ class Layout:
         return Shard(x, 0, 0, x.shape[2])
 
     def cut(self, local: Tensor, offsets: Sequence[int], shape: Sequence[int]) -> Shard:
-        """Returns the shard for a block of a parameter, which begins at ``offsets`` in the parameter's ``shape``.
-
-        Raises:
-            ValueError: the block's strides do not allow changing it in place.
-        """
+        """Returns the shard for a block of a parameter, which begins at ``offsets`` in the parameter's ``shape``. Raises
+        ValueError if its strides do not allow changing it in place."""
         first_matrix = 0
         if self.form == "experts":
             x, row, col, width, first_matrix = local, offsets[0] * shape[1], 0, shape[2], offsets[0]

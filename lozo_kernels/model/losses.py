@@ -79,11 +79,8 @@ def _totals(value: Any, weight: int) -> Tensor:
 
 
 def count_examples(inputs: Any) -> int:
-    """Returns the size of the first dimension, which all tensors of a batch share.
-
-    Raises:
-        ValueError: their sizes differ, or there are no tensors.
-    """
+    """Returns the size of the first dimension, which all tensors of a batch share. Raises ValueError if they do not, or there
+    are none."""
     sizes = {x.shape[0] if x.dim() else None for x in tree_leaves(inputs) if isinstance(x, Tensor)}
     if len(sizes) != 1 or None in sizes or 0 in sizes:
         raise ValueError(f"the tensors of inputs have examples in their first dimension; here their sizes are {sizes or 'none'}")
@@ -148,11 +145,7 @@ def _as_totals(value: Any, times: int, examples: int) -> tuple[Tensor, Tensor]:
 
 def pair_closures(closure: Any, inputs: Any) -> tuple[list[Any], list[Any] | None]:
     """Returns the closures as a list and, if there are inputs, a batch for each.
-
-    Raises:
-        TypeError: there is no closure.
-        ValueError: there is another number of inputs.
-    """
+    Raises TypeError if there is no closure, ValueError if there is another number of inputs."""
     single = callable(closure)
     closures = [closure] if single else list(closure) if isinstance(closure, Iterable) else []
     if not closures or not all(map(callable, closures)):

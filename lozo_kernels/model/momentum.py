@@ -47,11 +47,8 @@ def piece_of(p: Parameter, saved: Tensor, like: Tensor, in_pieces: bool) -> Tens
 
 
 def check_saved(p: Parameter, saved: Tensor, like: Tensor, in_pieces: bool) -> tuple[int, ...]:
-    """Returns the shape of the whole momentum. Arguments are those of :func:`piece_of`.
-
-    Raises:
-        ValueError: saved momentum has another shape, or for a dense parameter another number of elements.
-    """
+    """Returns the shape of the whole momentum. Arguments are those of :func:`piece_of`. Raises ValueError if saved momentum has
+    another shape, or for a dense parameter another number of elements."""
     cut = in_pieces and p.storage.sharded
     shape = _whole_shape(p, like.shape[-1]) if cut else tuple(like.shape)
     fits = tuple(saved.shape) == shape if p.low_rank else saved.numel() == math.prod(shape)

@@ -61,10 +61,8 @@ def check_block(name: str, p: Any, dimensions: int) -> None:
 def block_of(name: str, p: Any) -> tuple[Tensor, tuple[int, ...]]:
     """Returns this process's block of a weight that passed :func:`check_block`, and where it begins in each dimension.
 
-    The block is a view, so that writing it changes the weight. It may be empty.
-
-    Raises:
-        RuntimeError: the weight is whole now, or the block has another shape than its placements say.
+    The block is a view, so that writing it changes the weight. It may be empty. Raises RuntimeError if the weight is whole now, or
+    the block has another shape than its placements say.
     """
     if not is_sharded(p):
         raise RuntimeError(f"parameter {name!r} is not in shards now: its module is running, or it is not sharded any more")

@@ -35,11 +35,7 @@ class Owner:
 
     @property
     def module(self) -> nn.Module:
-        """The module.
-
-        Raises:
-            RuntimeError: it no longer exists.
-        """
+        """The module. Raises RuntimeError if it no longer exists."""
         module = self.reference()
         if module is None:
             raise RuntimeError(f"module {self.path!r} no longer exists: restore() and patch the model again")
@@ -82,11 +78,7 @@ class Storage:
 
     @property
     def tensor(self) -> nn.Parameter:
-        """The parameter as the model has it now.
-
-        Raises:
-            RuntimeError: it no longer exists.
-        """
+        """The parameter as the model has it now. Raises RuntimeError if it no longer exists."""
         p = self.owners[0].tensor
         if p is None:
             raise RuntimeError(f"parameter {self.layout.name!r} no longer exists: restore() and patch the model again")
@@ -130,10 +122,7 @@ class Storage:
 
     def present(self) -> Sequence[Tensor]:
         """The parameter, or this process's block of it, where it has storage now. Tied and offloaded, it may be in several places.
-
-        Raises:
-            RuntimeError: it has no storage, because no module that owns it is running.
-        """
+        Raises RuntimeError if no module that owns it is running, so that it has no storage."""
         return [self.tensor]
 
     def load(self, device: torch.device) -> Tensor:

@@ -254,11 +254,8 @@ class Stepper:
             self.applied = target
 
     def watch(self, loss: Tensor) -> None:
-        """Warns or raises if losses were not finite; on a GPU some steps late, because it does not wait for the device.
-
-        Raises:
-            NonFiniteLossError: ``max_nonfinite`` in a row.
-        """
+        """Warns if losses were not finite, and raises NonFiniteLossError after ``max_nonfinite`` in a row. On a GPU this is some
+        steps late, because it does not wait for the device."""
         counts = self._watched.read(lambda: torch.stack((self.skipped_in_a_row, self.skipped_total)))
         if counts is None:
             return

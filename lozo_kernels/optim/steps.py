@@ -14,11 +14,8 @@ EVALUATIONS = ("sequential", "batched")
 
 @dataclasses.dataclass
 class StepSettings:
-    """The settings of a run's steps; :class:`~lozo_kernels.optim.ZerothOrderOptimizer` documents each.
-
-    Raises:
-        TypeError, ValueError: one is of the wrong type or out of range.
-    """
+    """The settings of a run's steps; :class:`~lozo_kernels.optim.ZerothOrderOptimizer` documents each. Raises TypeError or
+    ValueError if one is of the wrong type or out of range."""
 
     eps: float = 1e-3
     momentum: float = 0.0

@@ -49,11 +49,7 @@ class LoraAdapter:
         return self.config["r"]
 
     def save(self, folder: str | Path) -> None:
-        """Writes both files into a folder, which is created.
-
-        Raises:
-            InputError: the package safetensors is not installed.
-        """
+        """Writes both files into a folder, which is created. Raises InputError if the package safetensors is not installed."""
         save_file = require("safetensors.torch").save_file
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

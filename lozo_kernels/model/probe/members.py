@@ -111,11 +111,7 @@ class Member:
         self.owners = self.storage.owners
 
     def settle_on(self, side: str, reason: str) -> None:
-        """Sets the side, and the reason for it.
-
-        Raises:
-            RuntimeError: "inplace", for a weight that cannot be moved.
-        """
+        """Sets the side, and the reason for it. Raises RuntimeError if a weight that cannot be moved is put in place."""
         if side == "inplace" and not self.storage.resident:
             raise RuntimeError(f"{self.name!r} is {self.storage.word} and cannot be probed ({reason}): exclude it")
         self.side, self.reason = side, reason

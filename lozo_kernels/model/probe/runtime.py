@@ -125,11 +125,8 @@ class Runtime:
         return bool(shape) and shape[0] > 0 and shape[0] % self.whole == 0
 
     def is_shared(self, name: str, shape: torch.Size) -> bool:
-        """Whether a tensor is one for all examples, and must be expanded to be one for each evaluation.
-
-        Raises:
-            BatchSplitError: it is neither that nor made of the examples.
-        """
+        """Whether a tensor is one for all examples, and must be expanded to be one for each evaluation. Raises BatchSplitError
+        if it is neither that nor made of the examples."""
         if self.is_batch(shape):
             return False
         if shape and shape[0] == 1:

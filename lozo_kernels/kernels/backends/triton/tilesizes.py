@@ -96,11 +96,8 @@ def tile_sizes(device_name: str | None, vendor: str = "nvidia") -> TileSizes:
 
 
 def read(path: Path) -> TileSizes:
-    """Reads the tile sizes of a file. Kernels and ranks that it does not cover get the default sizes.
-
-    Raises:
-        ValueError: it does not hold tile sizes.
-    """
+    """Reads the tile sizes of a file; raises ValueError if it holds none. Kernels and ranks that it does not cover get the
+    defaults."""
     default = Path(__file__).parent / "tiles" / "default.json"
     try:
         entries = [_entry(e) for e in json.loads(path.read_text(encoding="utf-8"))["tiles"]]

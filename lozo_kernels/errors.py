@@ -41,7 +41,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 class PeerLostError(RuntimeError):
-    """A rank died, hangs or cannot be reached. The step that was under way was not taken, on any rank."""
+    """A rank died, hangs or cannot be reached. The step in progress was not taken on any rank."""
 
 
 class DivergenceError(RuntimeError):
@@ -49,4 +49,4 @@ class DivergenceError(RuntimeError):
 
 
 class BatchSplitError(RuntimeError):
-    """Evaluations that share a forward pass cannot be told apart in it."""
+    """A model or a closure mixes the evaluations that share a forward pass, so that their losses cannot be told apart."""

@@ -5,7 +5,7 @@ reproduces the promised bits (one rounded multiply and one rounded add per term,
 ``torch.float64`` is the truth for error bounds. Rounding into the weight's own dtype is a separate last step
 (:func:`round_nearest`, :func:`round_stochastic`).
 
-A weight is seen as a batch of matrices (batch, rows, cols): a matrix has batch 1, stacked experts one matrix each, a
+A weight is seen as a batch of matrices (batch, rows, cols): a matrix has batch 1, a stack of experts has a matrix for each, a
 convolution is (1, out, rest), a dense tensor is (1, 1, numel). V is stored transposed, (batch, rank, cols), in fp16, which
 holds its values exactly.
 """

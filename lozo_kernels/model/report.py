@@ -36,7 +36,7 @@ class Report:
     parameters: tuple[ParameterReport, ...]
     rejected_backends: dict[str, dict[str, str]]
     notes: tuple[str, ...] = ()
-    """What a probe's check found."""
+    """Remarks on how the model is treated, such as what a probe's check found."""
 
     def __str__(self) -> str:
         header = ("parameter", "shape", "dtype", "device", "treatment", "side", "backend", "note")

@@ -44,7 +44,8 @@ def capture_step(optimizer: ZerothOrderOptimizer, closure: Closure | Sequence[Cl
 
 
 class CapturedStep:
-    """Made by :func:`capture_step`; call it for a step. ``optimizer.info`` then holds tensors that the next step overwrites.
+    """A captured step, made by :func:`capture_step`; call it to take one. The next step overwrites the tensors of
+    ``optimizer.info``.
 
     Its own stepper makes the passes that the optimiser's would make, with the step's number and rates in tensors.
     """

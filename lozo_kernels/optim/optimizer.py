@@ -162,7 +162,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     @property
     def steps_done(self) -> int:
-        """Steps taken so far, which is the index of the next one."""
+        """The number of steps taken so far, which is the index of the next one."""
         return self.stepper.count
 
     @property

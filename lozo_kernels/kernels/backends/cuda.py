@@ -23,7 +23,7 @@ from .native import Factor
 
 ABI_VERSION = 1
 
-_BAD_ARGUMENT = 1  # lozo_status
+_BAD_ARGUMENT = 1  # a lozo_status
 _KERNELS = ("lowrank_update_", "dense_update_", "lowrank_momentum_", "dense_momentum_")
 """The ops over tables that have a CUDA kernel. The others run on the eager backend."""
 _FUNCTIONS = (*[OPS[name].kernel for name in _KERNELS], "lowrank_momentum_factor", "resample", "reproject")
@@ -43,7 +43,7 @@ def _dense_tile(dtype: int) -> Tile:
 
 
 class _Tiles(ctypes.Structure):
-    """``lozo_gpu_tiles`` of csrc/include/lozo/abi_cuda.h."""
+    """The struct ``lozo_gpu_tiles`` of csrc/include/lozo/abi_cuda.h."""
 
     _fields_ = (
         ("tiles", ctypes.c_void_p),
@@ -55,7 +55,7 @@ class _Tiles(ctypes.Structure):
 
 
 class _Call(ctypes.Structure):
-    """``lozo_gpu_call`` of csrc/include/lozo/abi_cuda.h."""
+    """The struct ``lozo_gpu_call`` of csrc/include/lozo/abi_cuda.h."""
 
     _fields_ = (
         ("tensors", ctypes.c_void_p),

@@ -24,7 +24,7 @@ ABI_VERSION = 2
 
 
 class _Call(ctypes.Structure):
-    """``lozo_call`` of csrc/include/lozo/abi.h."""
+    """The struct ``lozo_call`` of csrc/include/lozo/abi.h."""
 
     _fields_ = (
         ("seed", ctypes.c_uint64),
@@ -45,7 +45,7 @@ class _Call(ctypes.Structure):
 
 
 class Factor(ctypes.Structure):
-    """``lozo_factor`` of csrc/include/lozo/abi.h."""
+    """The struct ``lozo_factor`` of csrc/include/lozo/abi.h."""
 
     _fields_ = (
         ("seed", ctypes.c_uint64),
@@ -60,7 +60,7 @@ class Factor(ctypes.Structure):
 
 
 class _Layer(ctypes.Structure):
-    """``lozo_skinny`` of csrc/include/lozo/abi.h."""
+    """The struct ``lozo_skinny`` of csrc/include/lozo/abi.h."""
 
     _fields_ = (
         ("y", ctypes.c_void_p),

@@ -224,7 +224,7 @@ class Parallel:
             step: the last step that was taken, for the message.
 
         Raises:
-            DivergenceError: it differs.
+            DivergenceError: weights, momentum or factors differ.
             PeerLostError: a rank is gone.
         """
         channel = self._connected

@@ -240,7 +240,7 @@ def factor_update(
     MOMENTUM: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr,
     ROWS: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
-    """The kernel of factor_update. With MOMENTUM it updates N likewise, before lowrank_update reads N. ROWS rows per program.
+    """The kernel of factor_update; with MOMENTUM it updates N the same way, before lowrank_update reads N. ROWS rows per program.
 
     The factors of a table may have several ranks, up to RANK; N has RANK columns.
     """

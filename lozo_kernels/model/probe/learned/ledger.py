@@ -74,7 +74,7 @@ class Ledger:
         return [m.name for m in low_rank if self._config.keep_factors or not m.storage.mergeable]
 
     def check_decay(self) -> None:
-        """Raises RuntimeError if a parameter has decayed whose factors are kept, because they cannot say that."""
+        """Raises RuntimeError if a parameter has decayed whose factors are kept, because they cannot express decay."""
         names = set(self.undecaying)
         gains = {m.name: m.gain for m in self._members if m.gain is not None and m.name in names}
         decayed = next((name for name, gain in gains.items() if float(gain) != 1.0), None)

@@ -1,4 +1,4 @@
-"""What goes wrong because of the input, and how a missing optional package is reported."""
+"""The exceptions that the library raises on purpose, and :func:`require`, which imports an optional package."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from types import ModuleType
 
 
 class InputError(Exception):
-    """Something that the user can put right. The message is the whole report: one line, without a traceback."""
+    """An error that the user can put right. The commands print its message, which is one line, without a traceback."""
 
 
 def require(package: str, extra: str = "hf") -> ModuleType:
-    """Imports an optional package.
+    """Imports an optional package and returns it.
+
+    Args:
+        extra: the extra of lozo_kernels that brings the package; the message names it.
 
     Raises:
-        InputError: it is not installed.
+        InputError: the package is not installed.
     """
     try:
         return importlib.import_module(package)
@@ -38,7 +41,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 class PeerLostError(RuntimeError):
-    """A rank died, hangs or cannot be reached. The step that was under way was not taken, on any rank."""
+    """A rank died, hangs or cannot be reached. The step in progress was not taken on any rank."""
 
 
 class DivergenceError(RuntimeError):
@@ -46,4 +49,4 @@ class DivergenceError(RuntimeError):
 
 
 class BatchSplitError(RuntimeError):
-    """Evaluations that share a forward pass cannot be told apart in it."""
+    """A model or a closure mixes the evaluations that share a forward pass, so that their losses cannot be told apart."""

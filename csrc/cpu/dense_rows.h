@@ -1,4 +1,4 @@
-// A run of flat elements: decay, then the dense noise of each draw, then what was accumulated.
+// A run of flat elements: decay, then the dense noise of each draw, then N.
 #ifndef LOZO_DENSE_ROWS_H
 #define LOZO_DENSE_ROWS_H
 
@@ -12,8 +12,8 @@ namespace LOZO_ISA {
 
 constexpr int kAtOnce = W > 4 ? 2 : 1;  // blocks whose Philox rounds run side by side
 
-// What happens to N besides: nothing, for there is none; it decays, is drawn into and kept, and enters times alpha (momentum); or
-// it enters as it is, the noise added to it first, and is only read (merge).
+// How N enters. There may be none. Momentum: N decays, takes up the noise and is stored, and is added times alpha. Merge: N is only
+// read, and is added after the noise was added to it.
 enum class Kept { kNone, kMomentum, kMerged };
 
 struct DenseArguments {
@@ -21,7 +21,7 @@ struct DenseArguments {
   float alpha, beta, decay;
 };
 
-// BLOCKS times 2 W elements, whose noise starts with the counter ``quad``. Without decay the factor is 1, which changes nothing.
+// BLOCKS times 2 W elements, whose noise starts with the counter ``quad``. Without decay its factor is 1, which changes nothing.
 template <class T, int DRAWS, Kept KEPT, int BLOCKS>
 LOZO_INLINE void update_blocks(T *out, const T *x, float *n, const Counters *counters, uint32_t quad, const DenseArguments &a) {
   constexpr bool interleaved = Io<T>::interleaved, momentum = KEPT == Kept::kMomentum, merged = KEPT == Kept::kMerged;
@@ -55,7 +55,7 @@ LOZO_INLINE void update_blocks(T *out, const T *x, float *n, const Counters *cou
   }
 }
 
-// The ``count`` elements from x, which are the flat elements from ``element``; n is what is kept of them. They are written to out,
+// ``count`` elements from x on, which are the flat elements from ``element`` on; n points to their N. They are written to out,
 // which may be x.
 template <class T, int DRAWS, Kept KEPT>
 static inline void update_run(T *out, const T *x, float *n, int64_t element, int64_t count, const lozo_call &call,
@@ -63,7 +63,7 @@ static inline void update_run(T *out, const T *x, float *n, int64_t element, int
   constexpr bool kept = KEPT != Kept::kNone;
   Counters counters[LOZO_MAX_DRAWS];
   int64_t high_bits = -1;
-  // Whole blocks of the global numbering, so that a block's counters share their high bits.
+  // Whole blocks in the global numbering, so that the counters of a block share their high bits.
   for (int64_t j = -(element & (kBlock - 1)); j < count;) {
     const int64_t quad = (element + j) >> 2;
     if (quad >> 32 != high_bits) {

@@ -1,4 +1,4 @@
-// U, V or S themselves, fp32 (rows, rank): what the other ops regenerate inside.
+// U, V or S by itself, fp32 (rows, rank). The other ops regenerate it inside.
 #include "noise_vec.h"
 #include "ops.h"
 

@@ -1,4 +1,4 @@
-// Rows of a factor, of a momentum N: decay, then U of each draw.
+// Rows of a factor, or of a momentum N: decay, then U of each draw.
 #ifndef LOZO_FACTOR_ROWS_H
 #define LOZO_FACTOR_ROWS_H
 
@@ -13,7 +13,8 @@ struct FactorScratch {
   float u[LOZO_MAX_DRAWS][LOZO_MAX_RANK * kMaxTileRows];
 };
 
-// ``scales`` are those of the tile's tensor, ``scales_apart`` from draw to draw; all are multiplied by ``decay`` first.
+// ``scales`` are those of the tile's tensor, ``scales_apart`` numbers from draw to draw. The factor is multiplied by ``decay``
+// first.
 struct FactorArguments {
   const float *scales;
   int64_t scales_apart;
@@ -35,7 +36,7 @@ LOZO_INLINE void add_draws(float *out, const float *f, const float *const *u, in
   }
 }
 
-// A tile's rows of f, ``f_stride`` apart, into those of out, which may be f.
+// Updates a tile's rows of f, ``f_stride`` apart, and writes them to out, which may be f.
 template <int DRAWS>
 static inline void update_factor(float *out, int64_t out_stride, const float *f, int64_t f_stride, int rank, const Tile &tile,
                                  const lozo_call &call, const FactorArguments &a, FactorScratch *scratch) {

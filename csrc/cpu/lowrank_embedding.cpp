@@ -7,7 +7,7 @@ namespace lozo {
 namespace LOZO_ISA {
 namespace {
 
-constexpr int64_t kTokens = 64;  // whose rows of U are in scratch at once
+constexpr int64_t kTokens = 64;  // tokens whose rows of B + scale * U are in scratch at once
 
 struct Scratch {
   uint32_t rows[kTokens];
@@ -28,7 +28,7 @@ struct LookupPlan {
   const lozo_skinny *call;
   const PanelPlan *panel;
   float *p;           // (tokens, rank): B + scale * U of the rows that are looked up
-  int64_t per_group;  // pieces of kTokens
+  int64_t per_group;  // pieces of kTokens tokens in a group
 };
 
 void look_up(const LookupPlan &plan, int64_t number, Scratch *scratch) {

@@ -7,9 +7,9 @@ namespace lozo {
 namespace LOZO_ISA {
 namespace {
 
-constexpr int kRanksAtOnce = W == 16 ? 4 : 2;  // whose sums stay in registers
+constexpr int kRanksAtOnce = W == 16 ? 4 : 2;  // ranks whose sums stay in registers
 
-// RANKS of the sums of some tokens.
+// RANKS sums over the columns for each of some tokens.
 template <class T, int RANKS, int TOKENS>
 LOZO_INLINE void multiply_ranks(float *p, int rank, const T *x, int64_t stride, int64_t cols, const float *panel) {
   F sum[TOKENS][RANKS];
@@ -70,7 +70,7 @@ void multiply_chunk(const InnerPlan &plan, int64_t number) {
   for (; t < count; ++t) multiply_tokens<T, 1>(p + t * rank, rank, x + t * s.x_stride, s.x_stride, cols, panel);
 }
 
-// The panel of the outer product first, whose items are the longer ones.
+// The panel of the outer product comes first, because its items take longer.
 void inner_item(int64_t number, char *, const void *context) {
   const InnerPlan &plan = *(const InnerPlan *)context;
   if (number < plan.outer->items()) return build_panel_item(*plan.outer, *plan.call, number);

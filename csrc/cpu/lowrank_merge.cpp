@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kAtOnce = W == 16 ? 4 : 2;  // rows that share a panel's registers
 constexpr int64_t kPanelBytes = 1 << 16;
-constexpr int64_t kRoundCols = 2048;  // in fp32 scratch at once, for stochastic rounding
+constexpr int64_t kRoundCols = 2048;  // columns in fp32 scratch at once, for stochastic rounding
 constexpr int64_t kPanelFloats = kPanelBytes / 4 > LOZO_MAX_RANK *kBlock ? kPanelBytes / 4 : LOZO_MAX_RANK * kBlock;
 
 struct Scratch {
@@ -21,7 +21,7 @@ struct Scratch {
   float rounding[kAtOnce * kRoundCols];
 };
 
-// Where rows are read and written; those that share a panel's registers lie ``apart`` rows from each other, as in RowFactors.
+// Where rows are read and written. Rows that share a panel's registers lie ``apart`` rows from each other, as in RowFactors.
 template <class T>
 struct Rows {
   const T *x;
@@ -48,10 +48,10 @@ LOZO_INLINE void add_product(Pair<F> *y, const float *panel, int rank, LoadC loa
   for (int r = 0; r < ROWS; ++r) y[r] = {add(y[r].a, sum[r].a), add(y[r].b, sum[r].b)};
 }
 
-// RANK = 0 takes any.
+// RANK = 0 serves any rank.
 template <class T, int RANK, bool DECAY, int ROWS>
 LOZO_INLINE void merge_rows(const Rows<T> &rows, int64_t cols, const float *panel, int any_rank) {
-  // Where the registers suffice, C stays in them over all columns.
+  // If the registers suffice, C stays in them over all columns.
   constexpr bool hoist = RANK > 0 && RANK * ROWS <= (W == 16 ? 16 : 8);
   const int rank = RANK ? RANK : any_rank;
   F held[hoist ? RANK * ROWS : 1];

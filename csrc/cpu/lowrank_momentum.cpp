@@ -10,8 +10,8 @@ namespace LOZO_ISA {
 namespace {
 
 constexpr int kAtOnce = W == 16 ? 4 : 2;  // rows that share a panel's registers
-constexpr int64_t kPanelBytes = 1 << 16;  // of both panels together
-constexpr int64_t kRoundCols = 2048;      // in fp32 scratch at once, for stochastic rounding
+constexpr int64_t kPanelBytes = 1 << 16;  // both panels together
+constexpr int64_t kRoundCols = 2048;      // columns in fp32 scratch at once, for stochastic rounding
 
 constexpr int64_t panel_ints(int64_t rank_bound) {
   return kPanelBytes / 4 > rank_bound * kBlock ? kPanelBytes / 4 : rank_bound * kBlock;
@@ -154,7 +154,7 @@ void update_weights(const Tile &tile, char *scratch, const void *context) {
 
 }  // namespace
 
-// N first, as its own pass over little data: a row of N serves tiles on several threads.
+// N comes first, in a pass of its own over little data, because a row of N serves tiles on several threads.
 int lowrank_momentum(const lozo_tensor *tensors, int64_t count, const lozo_call *call) {
   const OpCall op = {call, count};
   const int status = for_each_tile({tensors, count, call->threads, kRowGrain, false, sizeof(FactorScratch), update_momentum, &op});

@@ -8,20 +8,20 @@
 namespace lozo {
 namespace LOZO_ISA {
 
-// U of the rows at hand, and what the product is multiplied by. Rows that share a panel's registers lie ``apart`` rows from each
-// other: a fourth of the tile, so that every stream of X runs on from row to row and hardware prefetchers follow it. Of
-// neighbouring rows, each stream would jump at the end of its row.
+// U of some rows, and the factor of the product. Rows that share a panel's registers lie ``apart`` rows from each other, which is a
+// fourth of the tile: then every stream of X continues from row to row, and hardware prefetchers follow it. Streams of neighbouring
+// rows would jump at the end of each row.
 struct RowFactors {
   const int32_t *u;  // int16 pairs: u[draw * draw_stride + pair * pair_stride + row * apart]
   int64_t apart;
   int64_t draw_stride, pair_stride;
   int pairs;
-  float unit;  // 2^-16, or 1 when the scales have it folded in
+  float unit;  // 2^-16, or 1 if it is folded into the scales
   float scales[LOZO_MAX_DRAWS];
   float decay;
 };
 
-// The products count steps of 2^-16. Folding that into the scale is exact unless the scale is next to the denormals.
+// Products count steps of 2^-16. Folding that into the scale is exact unless the scale is close to the denormals.
 LOZO_INLINE bool fold_unit(RowFactors &f, int draws) {
   bool exact = true;
   for (int d = 0; d < draws; ++d) {
@@ -35,7 +35,7 @@ LOZO_INLINE bool fold_unit(RowFactors &f, int draws) {
   return exact;
 }
 
-// y += scale * U V^T for one block of columns; PAIRS = 0 takes any rank and any scale.
+// y += scale * U V^T for one block of columns; PAIRS = 0 serves any rank and any scale.
 template <int PAIRS, int DRAWS, int ROWS, class LoadU>
 LOZO_INLINE void add_products(Pair<F> *y, const int32_t *panel, const RowFactors &f, LoadU load_u) {
   Pair<I> sum[DRAWS][ROWS];

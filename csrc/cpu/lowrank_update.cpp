@@ -8,13 +8,13 @@ namespace lozo {
 namespace LOZO_ISA {
 namespace {
 
-constexpr int64_t kPanelBytes = 1 << 17;  // second-level cache: long runs of X's columns matter more than first-level hits
+constexpr int64_t kPanelBytes = 1 << 17;  // of second-level cache: long runs of X's columns matter more than first-level hits
 constexpr int kRoundRows = 4;             // rows in fp32 scratch at once, for stochastic rounding
 constexpr int64_t kRoundCols = 2048;
 
 template <class T, int PAIRS, int DRAWS, bool DECAY, int ROWS>
 LOZO_INLINE void update_rows(T *x, int64_t stride, int64_t cols, const int32_t *panel, const RowFactors &f) {
-  // Where the registers suffice, U stays in them over all columns.
+  // If the registers suffice, U stays in them over all columns.
   constexpr bool hoist = PAIRS > 0 && PAIRS * DRAWS * ROWS <= (W == 16 ? 16 : 4);
   I held[hoist ? DRAWS * PAIRS * ROWS : 1];
   const auto read = [&f](int d, int p, int r) { return splat_int(f.u[d * f.draw_stride + p * f.pair_stride + r * f.apart]); };
@@ -41,7 +41,7 @@ LOZO_INLINE void update_rows(T *x, int64_t stride, int64_t cols, const int32_t *
 
 template <class T, int PAIRS, int DRAWS, bool DECAY>
 void update_panel(T *x, int64_t stride, int64_t rows, int64_t cols, const int32_t *panel, RowFactors f) {
-  // Two draws want twice the sums: with 16 registers only two rows share a panel's.
+  // Two draws need twice the sums: with 16 registers only two rows share a panel's.
   constexpr int at_once = W == 16 || DRAWS == 1 ? 4 : 2;
   f.apart = rows / at_once;
   for (int64_t i = 0; i < f.apart; ++i, x += stride, ++f.u)
@@ -72,7 +72,7 @@ UpdatePanel<T> choose(int pairs, int draws, bool decay, bool folded) {
 
 struct Scratch {
   int32_t u[LOZO_MAX_DRAWS * (LOZO_MAX_RANK / 2) * kMaxTileRows];
-  // At most kPanelBytes, or one block of columns at the highest ranks.
+  // kPanelBytes, but at least one block of columns at the highest rank.
   int32_t panel[kPanelBytes / 4 > LOZO_MAX_RANK / 2 * kBlock ? kPanelBytes / 4 : LOZO_MAX_RANK / 2 * kBlock];
   float rounding[kRoundRows * kRoundCols];
 };

@@ -7,10 +7,10 @@
 namespace lozo {
 namespace LOZO_ISA {
 
-// What all lanes share, with the products of the first two rounds that depend on nothing else worked out once.
+// What all lanes share, with those products of the first two rounds that depend on nothing else.
 struct Counters {
   uint32_t k0[10], k1[10];
-  uint32_t x2_round1;  // c3 ^ key, joins the high half of M0 * c0
+  uint32_t x2_round1;  // c3 ^ key, is combined with the high half of M0 * c0
   uint32_t x1_round2;  // low half of M1 * c2 ^ key
   uint32_t x2_round2;  // high half of M0 * x0 ^ key
   uint32_t x2_round3;  // low half of M0 * x0 ^ key
@@ -36,7 +36,7 @@ struct Words {
   L w[4];  // in the low halves of the lanes
 };
 
-// N vectors of counters side by side: a round is a chain of latencies, and several chains fill the gaps.
+// N vectors of counters side by side: a round is a chain of dependent instructions, and several chains fill the waiting time.
 template <int N>
 LOZO_INLINE void philox(Words (&x)[N], const Counters &s, const L (&c0)[N]) {
   const L m0 = splat_counter(kPhiloxM0), m1 = splat_counter(kPhiloxM1);
@@ -72,7 +72,7 @@ LOZO_INLINE Words philox(const Counters &s, L c0) {
   return x[0];
 }
 
-// Words of N blocks of 2 W consecutive elements, the first of which has the counter ``quad``.
+// The words of N blocks of 2 W consecutive elements, the first of which has the counter ``quad``.
 template <bool interleaved, int N>
 LOZO_INLINE void flat_words(Pair<I> (&words)[N], const Counters &s, uint32_t quad) {
   L c0[N];
@@ -96,7 +96,7 @@ LOZO_INLINE F normal(I words) {
   return mul(x, add(p, splat(float_from_bits(kNormalBits[3]))));
 }
 
-// normal() rounded to the grid, in steps of 2^-8.
+// normal() rounded to the grid, counted in steps of 2^-8.
 LOZO_INLINE I normal_steps(I words) { return subtract_bits(add(normal(words), splat(float_from_bits(kGridBits))), kGridBits); }
 
 // U or V of ``rows`` rows from global row ``first``, as int16 pairs of neighbouring ranks in steps of 2^-8:
@@ -121,7 +121,7 @@ static inline void factor_pairs(int32_t *out, int64_t stride, uint64_t seed, Str
 }
 
 // U in fp32: four floats out[row * stride + 4 * group] for every group of four ranks, those beyond ``rank`` included.
-// ``counters_at(i)`` are those of rows i to i + W / 2; rows up to a multiple of W are written.
+// ``counters_at(i)`` returns those of rows i to i + W / 2. Rows up to a multiple of W are written.
 template <class CountersAt>
 static inline void factor_floats(float *out, int64_t stride, uint64_t seed, int64_t draw, int64_t direction, int64_t tensor_id,
                                  int64_t rows, int rank, CountersAt counters_at) {

@@ -62,7 +62,7 @@ void add_to_gram(Scratch *s, int rank, int64_t cols) {
     }
 }
 
-// n <- n * ratio, k ascending, each a rounded multiply and a rounded add.
+// n <- n * ratio with k ascending, each a rounded multiply and a rounded add.
 void reproject(Scratch *s, float *n, int64_t rows, int rank, int64_t cols) {
   for (int a = 0; a < rank; ++a)
     for (int b = 0; b < rank; ++b) s->ratio[a][b] = (float)((double)s->gram[a][b] * 0x1p-16 / (double)cols);
@@ -75,7 +75,7 @@ void reproject(Scratch *s, float *n, int64_t rows, int rank, int64_t cols) {
   }
 }
 
-// One matrix: its columns are summed in the Gram matrix, so they stay together.
+// One matrix. Its columns are not divided, because the Gram matrix sums over them.
 void resample_tile(const Tile &tile, char *scratch, const void *context) {
   const ResampleCall &op = *(const ResampleCall *)context;
   const lozo_tensor &t = *tile.tensor;

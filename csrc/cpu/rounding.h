@@ -24,7 +24,7 @@ static inline void read_row(float *y, const T *x, int64_t cols) {
 
 LOZO_INLINE uint32_t is_finite(uint32_t u) { return (u & 0x7f800000u) != 0x7f800000u; }
 
-// reference.round_stochastic up to the last conversion, which is then exact or overflows.
+// reference.round_stochastic except for the last conversion, which is exact, or overflows.
 LOZO_INLINE uint32_t add_random(bf16, uint32_t u, uint32_t bits) {
   const uint32_t quiet = (u & 0x7fffffffu) > 0x7f800000u ? u | 0x00400000u : u;
   return (is_finite(u) ? u + bits : quiet) & 0xffff0000u;
@@ -59,7 +59,7 @@ LOZO_INLINE RoundingKey rounding_key(const lozo_call &call, const lozo_tensor &t
   return {call.seed, call.rounding_step, call.rounding_index, tensor.tensor_id};
 }
 
-constexpr int kRoundingBatch = 2 * kBlock;  // elements whose bits one call of flat_words makes, 8 a counter
+constexpr int kRoundingBatch = 2 * kBlock;  // elements whose bits one call of flat_words makes, 8 from each counter
 
 // Plain loops over arrays, which compilers vectorise.
 template <class T>

@@ -1,6 +1,6 @@
-// Products of activations with the factors of a weight, in three steps that share out work by themselves: a panel of one factor;
-// P, the product of the activations with it, and beside that a panel of the other factor; then Y <- gain * Y + P panel + shift.
-// Nothing here is promised in bits, but the order of a sum depends on no number of threads.
+// Products of activations with the factors of a weight, in three steps, each shared out among the threads: a panel of one factor;
+// P, the product of the activations with it, and beside it a panel of the other factor; then Y <- gain * Y + P panel + shift.
+// The bits are not promised, but no sum depends on the number of threads.
 #ifndef LOZO_SKINNY_H
 #define LOZO_SKINNY_H
 
@@ -12,19 +12,19 @@
 namespace lozo {
 namespace LOZO_ISA {
 
-constexpr int kTokensAtOnce = W == 16 ? 4 : 2;  // that share a panel's registers
-constexpr int64_t kPanelCols = 128;             // that one item of work makes
+constexpr int kTokensAtOnce = W == 16 ? 4 : 2;  // tokens that share a panel's registers
+constexpr int64_t kPanelCols = 128;             // columns that one item of work makes
 constexpr int64_t kItemsPerThread = 4;
-constexpr int64_t kWorkPerThread = 1 << 18;  // multiply-adds, below which waking a thread costs more than it saves
+constexpr int64_t kWorkPerThread = 1 << 18;  // multiply-adds; with fewer, waking a thread costs more than it saves
 constexpr int64_t kNoiseWork = 48;           // multiply-adds in the time that a value of U takes
-constexpr int64_t kResidentBytes = 1 << 17;  // of a panel that stays in the second-level cache while tokens pass
+constexpr int64_t kResidentBytes = 1 << 17;  // bytes of a panel that stay in the second-level cache while tokens pass
 
 LOZO_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 LOZO_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
 LOZO_INLINE int64_t threads_for(const lozo_skinny &s, int64_t work) { return at_most(s.threads, 1 + work / kWorkPerThread); }
 
-// The tokens of every group in equal pieces, so many that threads end together.
+// The tokens of every group in equal pieces, as many as let all threads end together.
 struct TokenChunks {
   int64_t group, chunk, per_group;  // tokens, tokens, chunks
   TokenChunks(const lozo_skinny &s, int64_t threads) {
@@ -52,7 +52,7 @@ LOZO_INLINE void transpose(F *x) {
   }
 }
 
-// A block of columns of B^T; RANK = 0 takes any.
+// A block of columns of B^T; RANK = 0 serves any rank.
 template <int RANK>
 LOZO_INLINE void transpose_block(float *panel, bool interleaved, const float *b, int any_rank) {
   const int rank = RANK ? RANK : any_rank;
@@ -82,7 +82,7 @@ static void transpose_factor(float *panel, bool interleaved, const float *b, int
   transpose_block<RANK>(panel, interleaved, rest, rank);
 }
 
-// Counters of the rows of a block whose words zip to vectors of the panel: even and odd lanes of a, and of b.
+// Counters of the rows of a block whose words interleave to vectors of the panel: even and odd lanes of a, and of b.
 template <bool INTERLEAVED>
 LOZO_INLINE void block_counters(L (&a)[2], L (&b)[2], uint32_t row) {
   if constexpr (INTERLEAVED) {
@@ -115,7 +115,7 @@ static void add_noise(float *panel, int64_t stride, uint32_t row, int64_t rows, 
   }
 }
 
-// B + scale * U for ``rows`` rows from ``row``, of evaluations with one draw.
+// B + scale * U for ``rows`` rows from ``row`` on, for evaluations with one draw.
 static inline void build_factor_panels(float *panel, int64_t stride, bool interleaved, const lozo_skinny &s, int64_t first,
                                        int64_t evaluations, int64_t row, int64_t rows) {
   const int rank = (int)s.rank;
@@ -138,7 +138,7 @@ static inline void build_factor_panels(float *panel, int64_t stride, bool interl
   }
 }
 
-// Evaluations from ``first`` that have its draw.
+// The evaluations from ``first`` on that have the same draw as it.
 LOZO_INLINE int64_t count_of_draw(const lozo_skinny &s, int64_t first) {
   const int64_t *draws = s.draws + 2 * first;
   int64_t count = 1;
@@ -146,9 +146,9 @@ LOZO_INLINE int64_t count_of_draw(const lozo_skinny &s, int64_t first) {
   return count;
 }
 
-// A factor as the panel of one side of a product: V, the same for all evaluations, or B + scale * U.
+// A factor as the panel of one side of a product: V, which is the same for all evaluations, or B + scale * U.
 struct PanelPlan {
-  bool drawn;        // B + scale * U
+  bool drawn;        // the factor is B + scale * U
   bool interleaved;  // the order of the activations on this side
   int64_t cols;
   float *panels;
@@ -172,7 +172,7 @@ static inline PanelPlan plan_panel(const lozo_skinny &s, bool drawn, int64_t dty
   return plan;
 }
 
-// Some columns of the panels of all evaluations.
+// Makes some columns of the panels of all evaluations.
 static inline void build_panel_item(const PanelPlan &plan, const lozo_skinny &s, int64_t number) {
   const int64_t col = number * kPanelCols, cols = at_most(kPanelCols, plan.cols - col);
   float *panel = plan.panels + col * s.rank;
@@ -213,7 +213,7 @@ LOZO_INLINE Pair<F> load_shift(const float *shift, int64_t count) {
   return Io<T>::interleaved ? deinterleave(x) : x;
 }
 
-// Some tokens by some columns. RANK = 0 takes any.
+// Makes some tokens by some columns of the outputs. RANK = 0 serves any rank.
 template <class T, int RANK, bool GAIN, int TOKENS>
 LOZO_INLINE void add_tokens(T *y, int64_t stride, int64_t cols, const float *p, const float *panel, int rank, F gain,
                             const float *shift) {

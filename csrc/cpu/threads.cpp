@@ -71,14 +71,14 @@ void pause_briefly() {
 #endif
 }
 
-// Some 20 microseconds: spans the gap between two ops of one step, where a wake-up would cost more.
+// Some 20 microseconds, the time between two ops of one step; a wake-up would cost more.
 constexpr int kSpins = 400;
 
 constexpr int kMaxThreads = 256;
 
 class Team {
  public:
-  // One caller at a time has the workers.
+  // Only one caller at a time uses the workers.
   std::mutex busy;
 
   void run(int threads, size_t scratch_bytes, Body body, void *context, char *scratch) {
@@ -109,7 +109,7 @@ class Team {
 
  private:
   bool start_worker() {
-    // Signals are for the threads that Python knows.
+    // Signals go to the threads that Python knows.
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);

@@ -11,8 +11,8 @@ namespace {
 
 constexpr int64_t kMinTile = 1 << 14, kMaxTile = 1 << 20;  // elements
 constexpr int64_t kTilesPerThread = 8;                     // so that the last tiles of all threads end together
-constexpr int64_t kElementsPerThread = 1 << 16;            // below, waking a thread costs more than it saves
-constexpr int64_t kMinColumns = 1024, kColumnUnit = 64;    // of a tile that has only some of the columns
+constexpr int64_t kElementsPerThread = 1 << 16;            // elements; with fewer, waking a thread costs more than it saves
+constexpr int64_t kMinColumns = 1024, kColumnUnit = 64;    // columns of a tile that does not span all of them
 
 struct Grid {
   int64_t first;  // index of the first tile

@@ -1,4 +1,4 @@
-// How a table of tensors is cut into pieces of work; compiled once, for every machine.
+// How a table of tensors is cut into tiles. Compiled once, for all instruction sets.
 #ifndef LOZO_TILES_H
 #define LOZO_TILES_H
 
@@ -12,19 +12,19 @@ namespace lozo {
 // A rectangle of one matrix, in local rows and columns.
 struct Tile {
   const lozo_tensor *tensor;
-  const lozo_tensor *out;  // whose weights are written
-  int64_t index;           // of the tensor in the table
+  const lozo_tensor *out;  // the tensor whose weights are written
+  int64_t index;           // index of the tensor in the table
   int64_t matrix;
   int64_t row, rows;
   int64_t col, cols;
 };
 
 struct Grain {
-  int64_t min_rows, max_rows;  // of a tile, where the matrix has as many
-  bool split_columns;          // or every tile spans all columns
+  int64_t min_rows, max_rows;  // of a tile, unless the matrix has fewer
+  bool split_columns;          // otherwise every tile spans all columns
 };
 
-// A tile's rows of U and columns of V cost something once; these amortise it and bound the scratch.
+// The rows of U and columns of V of a tile cost something once. These extents amortise that, and bound the scratch memory.
 constexpr int64_t kMaxTileRows = 256;
 constexpr Grain kMatrixGrain = {64, kMaxTileRows, true};
 constexpr Grain kRowGrain = {kMaxTileRows, kMaxTileRows, false};
@@ -40,7 +40,7 @@ struct Work {
   size_t scratch_bytes;
   void (*tile)(const Tile &tile, char *scratch, const void *context);
   const void *context;
-  const lozo_tensor *out = nullptr;  // tensors whose weights are written, where they are others
+  const lozo_tensor *out = nullptr;  // the tensors whose weights are written, if they are others
 };
 
 // Runs work.tile on every tile, in any order and on any thread. Returns a lozo_status.
@@ -49,7 +49,7 @@ int for_each_tile(const Work &work);
 // Whether a call's rank, draws and dtypes are within what the kernels assume.
 bool valid_call(const lozo_tensor *tensors, int64_t count, const lozo_call *call, bool low_rank);
 
-// Whether all tensors are fp32 factors of a rank that there is.
+// Whether all tensors are fp32 factors with a supported rank.
 bool are_factors(const lozo_tensor *tensors, int64_t count);
 
 // Whether a product's rank, dtype of y, tokens and place in the noise are within what the kernels assume.
@@ -57,12 +57,12 @@ bool valid_skinny(const lozo_skinny *call);
 
 static inline bool is_dtype(int64_t code) { return code >= LOZO_FLOAT32 && code <= LOZO_FLOAT16; }
 
-// Global row of a tile's row i, and flat global element of that row's first column in the tile.
+// The global row of a tile's row i, and the global flat index of that row's first element in the tile.
 static inline int64_t global_row(const Tile &t, int64_t i) { return t.tensor->row_offset + t.matrix * t.tensor->rows + t.row + i; }
 static inline int64_t global_element(const Tile &t, int64_t i) {
   return global_row(t, i) * t.tensor->global_cols + t.tensor->col_offset + t.col;
 }
-// Position of that element in x, in the x that is written, and in a contiguous tensor of the same shape.
+// The position of that element in x, in the x that is written, and in a contiguous tensor of the same shape.
 static inline int64_t weight_offset(const Tile &t, int64_t i) {
   return t.matrix * t.tensor->batch_stride + (t.row + i) * t.tensor->row_stride + t.col;
 }

@@ -36,8 +36,8 @@ LOZO_DEVICE DenseNumbers<DRAWS> dense_numbers(const Launch &launch, const Tile &
   return a;
 }
 
-// The thread's eight elements, from those of counter ``quad``: for a half-precision type they are adjacent, for fp32 two runs of
-// four, ``apart`` from each other.
+// The thread's eight elements, starting with counter ``quad``. In a half-precision type they are adjacent; in fp32 they are two
+// runs of four, ``apart`` from each other.
 template <class T, bool MOMENTUM, int DRAWS>
 LOZO_DEVICE void update_eight(T *x, float *n, uint32_t quad, uint32_t high, int left, int apart, bool stochastic,
                               const DenseNumbers<DRAWS> &a) {
@@ -107,7 +107,7 @@ LOZO_DEVICE void update_dense_aligned(const Launch &launch) {
     T *x = (T *)tensor.x + weight_offset(tile) + row * tensor.row_stride;
     float *n = MOMENTUM ? (float *)tensor.n + contiguous_offset(tile, tensor.cols) + row * tensor.cols : nullptr;
     const uint64_t element = (uint64_t)(global_element(tile) + row * tensor.global_cols);
-    // Stretches whose counters have the same high word, which spares the first rounds of Philox; nearly always one.
+    // Stretches whose counters have the same high word, which saves work in the first rounds of Philox. There is nearly always one.
     for (int64_t begin = 0; begin < tile.cols;) {
       const uint32_t high = (uint32_t)((element + begin) >> 34);
       const int64_t until_carry = (int64_t)(((uint64_t)high + 1) << 34) - (int64_t)element;

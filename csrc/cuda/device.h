@@ -1,5 +1,5 @@
-// What the kernels need from CUDA, in a few names of their own. python_tests/cuda_host has the same names for the CPU, so that the
-// kernels can be run, and held to their bits, where there is no GPU.
+// What the kernels need from CUDA, under a few names of their own. python_tests/cuda_host has the same names for the CPU, so that
+// the kernels can be run, and their bits compared, without a GPU.
 #ifndef LOZO_CUDA_DEVICE_H
 #define LOZO_CUDA_DEVICE_H
 
@@ -18,7 +18,7 @@
 #define LOZO_METHOD __device__ __forceinline__
 #define LOZO_NO_UNROLL _Pragma("unroll 1")
 
-// Addresses come from a table, and the compiler cannot see what they are of.
+// Addresses come from a table, so the compiler cannot see which memory they are in.
 template <class V>
 LOZO_DEVICE V load_global(const V *p) {
   __builtin_assume(__isGlobal(p));
@@ -43,7 +43,7 @@ static inline int run_kernel(void (*kernel)(Argument), int64_t blocks, int threa
                           (cudaStream_t)stream);
 }
 
-// Whether a device has code of a kernel; returns a cudaError_t.
+// Whether a device has code for a kernel; returns a cudaError_t.
 template <class Argument>
 static inline int probe_kernel(void (*kernel)(Argument), int64_t device) {
   const cudaError_t error = cudaSetDevice((int)device);

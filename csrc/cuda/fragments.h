@@ -1,12 +1,12 @@
 // Low-rank products on tensor cores, without shared memory. The operands of mma.m16n8k16 may be permuted freely: a sum over k is
-// exact in any order, and columns do not mix. So the maps are chosen such that every thread makes its operands itself, and gets
-// its results where it has its weights:
+// exact in any order, and columns do not mix. The maps are chosen such that every thread makes its operands itself, and gets its
+// results for the weights that it holds:
 //
 //   k        the thread with quad q (its lane modulo 4) takes k = 4 q .. 4 q + 3 of a row of U or N: the values of one Philox
 //   counter; columns  column 2 q + i of the j-th of four results is the thread's element 2 j + i of eight that it loads 128 bits at
 //   a time.
 //
-// A warp works on groups of 16 rows and 32 columns: rows ``row`` and ``row + 8`` and eight columns are a thread's own.
+// A warp works on groups of 16 rows and 32 columns. A thread has the rows ``row`` and ``row + 8`` and eight columns.
 #ifndef LOZO_CUDA_FRAGMENTS_H
 #define LOZO_CUDA_FRAGMENTS_H
 
@@ -53,7 +53,7 @@ LOZO_DEVICE void store_eight(T *group, const Eight<T> &x, const Lane &lane, bool
   }
 }
 
-// Eight columns of one row of V, pairs of fp16, in the layout of a thread's elements of T; zero where there are none.
+// Eight columns of one row of V as pairs of fp16, in the layout of a thread's elements of T; zero outside of V.
 template <class T>
 LOZO_DEVICE void load_columns(uint32_t (&w)[4], const uint16_t *group, int quad, bool rank_is_in, int cols_left) {
   w[0] = w[1] = w[2] = w[3] = 0;
@@ -71,7 +71,7 @@ LOZO_DEVICE void load_columns(uint32_t (&w)[4], const uint16_t *group, int quad,
   }
 }
 
-// V of a group's columns: the second operands for its four results, over STEPS times 16 ranks.
+// V of a group's columns: the second operands of its four results, over STEPS times 16 ranks.
 template <int STEPS>
 struct Columns {
   uint32_t b[4][STEPS][2];
@@ -80,7 +80,7 @@ struct Columns {
 template <class T, int STEPS>
 LOZO_DEVICE void load_fragments(Columns<STEPS> &f, const uint16_t *group, int64_t stride, int rank, const Lane &lane,
                                 int cols_left) {
-  // Column n of result j is element 2 j + n % 2 of the eight of quad n / 2; this thread is to give column n = lane.row.
+  // Column n of result j is element 2 j + n % 2 of the eight of quad n / 2. This thread gives column n = lane.row.
   const uint32_t which = lane.row % 2 ? 0x7632u : 0x5410u;
   int k = 4 * lane.quad;
   const uint16_t *v = group + k * stride;
@@ -94,7 +94,7 @@ LOZO_DEVICE void load_fragments(Columns<STEPS> &f, const uint16_t *group, int64_
       f.b[j][s][0] = select_bytes(w[0][j], w[1][j], which);
       f.b[j][s][1] = select_bytes(w[2][j], w[3][j], which);
     }
-    if (STEPS == 4) loads_end_here();  // or all would be started at once, into 64 registers
+    if (STEPS == 4) loads_end_here();  // otherwise all loads would start at once, into 64 registers
     k += kGroupRanks, v += (kGroupRanks - 4) * stride;
   }
 }
@@ -112,7 +112,7 @@ LOZO_DEVICE void set_row(Rows<STEPS> &f, int step, int half, const float (&z)[4]
   f.a[step][2 + half] = pack_f16(z[2], z[3]);
 }
 
-// U of the thread's rows, the first of which has the global number ``row``. Ranks beyond the last meet a zero of V.
+// U of the thread's rows, the first of which has the global number ``row``. Ranks beyond the last multiply a zero of V.
 template <int STEPS>
 LOZO_DEVICE void make_rows(Rows<STEPS> &f, const Noise &noise, uint32_t row, int quad) {
   LOZO_UNROLL
@@ -160,7 +160,7 @@ template <class T>
 struct Weights {
   T *x;
   int64_t stride;
-  uint64_t element;  // of the noise
+  uint64_t element;  // flat element of the noise
   int rows, cols;
 };
 
@@ -171,8 +171,8 @@ LOZO_DEVICE Weights<T> weights_of(const Tile &tile, const Lane &lane) {
           (uint64_t)(global_element(tile) + lane.row * tile.tensor->global_cols), tile.rows - lane.row, tile.cols};
 }
 
-// The thread's elements of rows row, row + 8, .. of the tile and a group of columns. Addresses are made one after the other as
-// they are needed: kept for the next columns, they would fill as many registers as the weights.
+// The thread's elements of rows row, row + 8, .. of the tile and a group of columns. Addresses are computed one after the other
+// when they are needed: kept for the next columns, they would fill as many registers as the weights.
 template <class T, int GROUPS>
 LOZO_DEVICE void load_weights(Eight<T> (&x)[GROUPS][2], const Weights<T> &w, int row, int col, const Lane &lane) {
   const T *p = w.x + row * w.stride + col;
@@ -184,7 +184,7 @@ LOZO_DEVICE void load_weights(Eight<T> (&x)[GROUPS][2], const Weights<T> &w, int
   }
 }
 
-// The noise of the rounding is read when it is needed, again for the sake of registers.
+// The words of the rounding noise are read only when they are needed, which saves registers too.
 template <class T>
 LOZO_DEVICE void store_weights(T *p, const Weights<T> &w, float (&y)[2][8], int row, int col, const Lane &lane,
                                const Launch &launch, const Tile &tile) {

@@ -1,4 +1,4 @@
-// From a C call to a kernel.
+// How a C call launches a kernel.
 #ifndef LOZO_CUDA_LAUNCH_H
 #define LOZO_CUDA_LAUNCH_H
 
@@ -18,7 +18,7 @@ static inline int run_tiles(void (*kernel)(Launch), int threads, const lozo_gpu_
   return error ? LOZO_CUDA_ERROR + error : LOZO_OK;
 }
 
-// choose(T()) for the C++ type of a dtype.
+// Returns choose(T()) for the C++ type T of a dtype.
 template <class Choose>
 static auto for_dtype(int64_t dtype, Choose choose) -> decltype(choose(float())) {
   if (dtype == LOZO_FLOAT32) return choose(float());

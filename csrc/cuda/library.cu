@@ -1,9 +1,9 @@
-// What the library says of itself, and what its statuses mean.
+// What the library reports about itself, and the messages of its statuses.
 #include "launch.h"
 
 namespace lozo {
 
-// Runs nowhere; whether there is code of it for a device tells whether there is of the others.
+// A kernel that is never launched: if a device has code for it, it has code for all of them.
 static __global__ void probe(const Launch) {}
 
 }  // namespace lozo

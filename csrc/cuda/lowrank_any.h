@@ -6,11 +6,11 @@
 
 namespace lozo {
 
-constexpr int kAnyRows = 16;  // whose U is in shared memory at once
+constexpr int kAnyRows = 16;  // rows whose U is in shared memory at once
 
 LOZO_DEVICE int grid_steps_of_f16(uint16_t bits) { return (int)LOZO_MUL(f16_to_float(bits), 256.0f); }
 
-// U V^T of one element: the sum of integers, in integers, in steps of 2^-16.
+// U V^T of one element: an exact sum of integers, in steps of 2^-16.
 LOZO_DEVICE float product_any(const int16_t *u, const uint16_t *v, int64_t v_stride, int rank) {
   int sum = 0;
   for (int k = 0; k < rank; ++k) sum += u[k] * grid_steps_of_f16(load_global(v + k * v_stride));
@@ -18,12 +18,12 @@ LOZO_DEVICE float product_any(const int16_t *u, const uint16_t *v, int64_t v_str
 }
 
 LOZO_DEVICE float momentum_product_any(const float *n, const uint16_t *v, int64_t v_stride, int rank) {
-  float sum = -0.0f;  // which leaves the first term as it is
+  float sum = -0.0f;  // leaves the first term unchanged
   for (int k = 0; k < rank; ++k) sum = LOZO_ADD(sum, LOZO_MUL(load_global(n + k), f16_to_float(load_global(v + k * v_stride))));
   return sum;
 }
 
-// U of some rows of the tile into shared memory.
+// Writes U of some rows of the tile to shared memory.
 LOZO_DEVICE void share_factors(int16_t (*u)[kAnyRows][LOZO_MAX_RANK], const Launch &launch, const Tile &tile, int first, int rows) {
   const int draws = (int)launch.call.num_draws, groups = ((int)launch.call.rank + 3) / 4;
   for (int i = (int)threadIdx.x; i < draws * rows * groups; i += kThreads) {

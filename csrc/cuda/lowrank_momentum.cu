@@ -6,7 +6,7 @@
 
 namespace lozo {
 
-// Over tiles of rows: a thread makes four ranks of a row.
+// Works on tiles of rows: a thread updates four ranks of a row.
 static __global__ void __launch_bounds__(kThreads) lowrank_momentum_factor(const Launch launch) {
   const Tile tile = find_tile(launch);
   const int rank = (int)launch.call.rank, draws = (int)launch.call.num_draws, groups = (rank + 3) / 4;
@@ -31,7 +31,7 @@ static __global__ void __launch_bounds__(kThreads) lowrank_momentum_factor(const
   }
 }
 
-// PRODUCT: how N V^T is made, see momentum_product.h.
+// PRODUCT says how N V^T is computed; see momentum_product.h.
 template <class T, template <class> class PRODUCT, int DRAWS>
 static __global__ void __launch_bounds__(kThreads, PRODUCT<T>::blocks - (DRAWS - 1)) lowrank_momentum_aligned(const Launch launch) {
   using Product = PRODUCT<T>;

@@ -5,8 +5,8 @@
 
 namespace lozo {
 
-// Groups of rows of a half-precision type that share a group's columns of V, and blocks on a multiprocessor at once: as many as the
-// registers hold.
+// How many groups of rows of a half-precision type share a group's columns of V, and how many blocks run on a multiprocessor at
+// once: as many as the registers allow.
 constexpr int kRowGroups[3][LOZO_MAX_DRAWS] = {{4, 4}, {2, 2}, {2, 1}};
 constexpr int kBlocks[3][LOZO_MAX_DRAWS] = {{4, 3}, {4, 2}, {2, 2}};
 

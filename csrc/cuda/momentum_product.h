@@ -1,4 +1,5 @@
-// N V^T for a warp's rows and columns, in the layout of fragments.h: to the promised bits up to rank 8, beyond on tensor cores.
+// N V^T for a warp's rows and columns, in the layout of fragments.h. Up to rank 8 it has the promised bits; above, it is on tensor
+// cores.
 #ifndef LOZO_CUDA_MOMENTUM_PRODUCT_H
 #define LOZO_CUDA_MOMENTUM_PRODUCT_H
 
@@ -8,11 +9,11 @@ namespace lozo {
 
 constexpr int kExactRanks = 8;
 
-// k ascending, each a rounded multiply and a rounded add.
+// With k ascending, each a rounded multiply and a rounded add.
 template <class T>
 struct ExactProduct {
   static constexpr int steps = 1, groups = 2;
-  static constexpr int blocks = 4;  // on a multiprocessor at once, less one for a second draw
+  static constexpr int blocks = 4;  // blocks on a multiprocessor at once; one less with a second draw
 
   const float *n;
   int rank, rows;
@@ -25,7 +26,7 @@ struct ExactProduct {
     LOZO_UNROLL
     for (int g = 0; g < groups; ++g) {
       LOZO_UNROLL
-      for (int i = 0; i < 8; ++i) sum[g][0][i] = sum[g][1][i] = -0.0f;  // which leaves the first term as it is
+      for (int i = 0; i < 8; ++i) sum[g][0][i] = sum[g][1][i] = -0.0f;  // leaves the first term unchanged
     }
     LOZO_NO_UNROLL
     for (int k = 0; k < rank; ++k) {
@@ -53,7 +54,8 @@ struct ExactProduct {
   }
 };
 
-// A row of N, scaled by a power of two to below 4, is split into high + low * 2^-11, both fp16: 22 bits of its largest value.
+// A row of N, scaled by a power of two to below 4, is split into high + low * 2^-11, both fp16, which keeps 22 bits of its largest
+// value.
 template <class T, int STEPS, int GROUPS>
 struct SplitProduct {
   static constexpr int steps = STEPS, groups = GROUPS;
@@ -86,7 +88,7 @@ struct SplitProduct {
     }
     largest = fmaxf(largest, shuffle_xor(largest, 1));
     largest = fmaxf(largest, shuffle_xor(largest, 2));
-    // Exponents at which both the scale and its reciprocal are normal numbers.
+    // Exponents for which both the scale and its reciprocal are normal numbers.
     const uint32_t exponent = bits_from_float(largest) >> 23, bound = exponent < 1 ? 1 : exponent > 253 ? 253 : exponent;
     const float scale = float_from_bits((254 - bound) << 23);
     unit[g][half] = float_from_bits(bound << 23);

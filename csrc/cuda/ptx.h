@@ -1,4 +1,4 @@
-// The instructions that C++ has no word for.
+// Instructions that C++ cannot express.
 #ifndef LOZO_CUDA_PTX_H
 #define LOZO_CUDA_PTX_H
 
@@ -11,7 +11,7 @@ static __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Two fp32 to nearest even, the first into the low half.
+// Rounds two fp32 to nearest even; the first goes into the low half.
 static __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
@@ -30,7 +30,7 @@ static __device__ __forceinline__ float f16_to_float(uint16_t bits) {
   return value;
 }
 
-// The same value, but not one that the compiler can prepare before a loop and then keep in a register throughout.
+// Returns the same value, but hides it from the compiler, which otherwise computes it before a loop and keeps it in a register.
 static __device__ __forceinline__ uint32_t made_here(uint32_t value) {
   asm volatile("" : "+r"(value));
   return value;
@@ -45,7 +45,7 @@ static __device__ __forceinline__ T *made_here(T *p) {
   return p;
 }
 
-// Memory instructions after this stay after it.
+// Keeps memory instructions that follow after this point.
 static __device__ __forceinline__ void loads_end_here() { __syncwarp(); }
 
 static __device__ __forceinline__ uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t which) { return __byte_perm(a, b, which); }

@@ -7,7 +7,7 @@ constexpr int kResampleThreads = 256;
 constexpr int kStaged = 2048;  // values of V in shared memory at once; few enough columns that int32 sums cannot overflow
 constexpr int kMaxPairs = LOZO_MAX_RANK * LOZO_MAX_RANK;
 
-// The part of V_old^T V_new that staged columns add, in steps of 2^-16. Where there are more threads than pairs of ranks, several
+// The part of V_old^T V_new that the staged columns add, in steps of 2^-16. If there are more threads than pairs of ranks, several
 // share a pair's columns.
 LOZO_DEVICE void add_to_gram(unsigned long long *gram, const int16_t *before, const int16_t *after, int rank, int cols) {
   const int pairs = rank * rank, slices = pairs < kResampleThreads ? kResampleThreads / pairs : 1;
@@ -20,7 +20,7 @@ LOZO_DEVICE void add_to_gram(unsigned long long *gram, const int16_t *before, co
   }
 }
 
-// Over whole matrices: their columns are summed in the Gram matrix.
+// Works on whole matrices, because the Gram matrix sums over all of their columns.
 template <bool RATIOS>
 static __global__ void __launch_bounds__(kResampleThreads) resample_factor(const Launch launch) {
   __shared__ unsigned long long gram[RATIOS ? kMaxPairs : 1];
@@ -63,7 +63,7 @@ static __global__ void __launch_bounds__(kResampleThreads) resample_factor(const
     ratios[i] = (float)((double)(long long)gram[i] * 0x1p-16 / (double)tensor.cols);
 }
 
-// Over tiles of rows: N by the ratios, k ascending, each a rounded multiply and a rounded add.
+// Works on tiles of rows: multiplies N by the ratios with k ascending, each a rounded multiply and a rounded add.
 static __global__ void __launch_bounds__(kResampleThreads) resample_momentum(const Launch launch) {
   __shared__ float before[kStaged];
   const Tile tile = find_tile(launch);
@@ -76,7 +76,7 @@ static __global__ void __launch_bounds__(kResampleThreads) resample_momentum(con
     __syncthreads();
     for (int i = (int)threadIdx.x; i < values; i += kResampleThreads) {
       const int row = i / rank, b = i % rank;
-      float sum = -0.0f;  // which leaves the first term as it is
+      float sum = -0.0f;  // leaves the first term unchanged
       for (int k = 0; k < rank; ++k) sum = LOZO_ADD(sum, LOZO_MUL(before[row * rank + k], ratios[k * rank + b]));
       store_global(n + i, sum);
     }

@@ -9,7 +9,7 @@ namespace lozo {
 
 LOZO_DEVICE bool is_finite(uint32_t u) { return (u & 0x7f800000u) != 0x7f800000u; }
 
-// Up to the last conversion, which is then exact or overflows.
+// Everything except for the last conversion, which is exact, or overflows.
 LOZO_DEVICE uint32_t add_random(bf16, uint32_t u, uint32_t bits) {
   const uint32_t quiet = (u & 0x7fffffffu) > 0x7f800000u ? u | 0x00400000u : u;
   return (is_finite(u) ? u + bits : quiet) & 0xffff0000u;
@@ -30,7 +30,7 @@ LOZO_DEVICE float round_one(T, float y, uint32_t bits) {
   return float_from_bits(add_random(T(), bits_from_float(y), bits));
 }
 
-// Eight values by the bits of one counter: those of the flat elements from ``element``, a multiple of eight.
+// Rounds eight values by the bits of one counter: those of the flat elements from ``element``, a multiple of eight, on.
 template <class T>
 LOZO_DEVICE void round_eight(float (&y)[8], const Noise &noise, uint64_t element) {
   uint32_t c[4];

@@ -1,4 +1,4 @@
-// A block's part of the work, and the noise coordinates that all of a tensor shares.
+// A block's part of the work, and the noise coordinates that all elements of a tensor share.
 #ifndef LOZO_CUDA_TILE_H
 #define LOZO_CUDA_TILE_H
 
@@ -7,7 +7,7 @@
 
 namespace lozo {
 
-// What every kernel gets.
+// The arguments of every kernel.
 struct Launch {
   lozo_gpu_tiles tiles;
   lozo_gpu_call call;
@@ -16,11 +16,11 @@ struct Launch {
 // A rectangle of one matrix, in local rows and columns.
 struct Tile {
   const lozo_tensor *tensor;
-  int64_t index;  // of the tensor in the table
+  int64_t index;  // index of the tensor in the table
   int64_t matrix;
   int64_t row, col;
   int rows, cols;
-  int64_t last;  // what the list says last: a column or, of rows alone, the number of the matrix among all
+  int64_t last;  // the last number of the entry: a column or, if tiles are of rows alone, the index of the matrix among all
 };
 
 LOZO_DEVICE int extent(int64_t tile, int64_t left) { return (int)(tile && tile < left ? tile : left); }
@@ -36,26 +36,26 @@ LOZO_DEVICE Tile find_tile(const Launch &launch) {
   return t;
 }
 
-// Global row of a tile's first row, and the flat element of its first element.
+// The global row of a tile's first row, and the flat index of its first element.
 LOZO_DEVICE int64_t global_row(const Tile &t) { return t.tensor->row_offset + t.matrix * t.tensor->rows + t.row; }
 LOZO_DEVICE int64_t global_element(const Tile &t) { return global_row(t) * t.tensor->global_cols + t.tensor->col_offset + t.col; }
-// Position of the tile's first element in x, and in a contiguous tensor of ``width`` columns.
+// The position of the tile's first element in x, and in a contiguous tensor of ``width`` columns.
 LOZO_DEVICE int64_t weight_offset(const Tile &t) {
   return t.matrix * t.tensor->batch_stride + t.row * t.tensor->row_stride + t.col;
 }
 LOZO_DEVICE int64_t contiguous_offset(const Tile &t, int64_t width) { return (t.matrix * t.tensor->rows + t.row) * width + t.col; }
 
-// A number that each tensor has its own of, and each draw where there are several.
+// Reads a scalar that each tensor has one of, or one for each draw.
 LOZO_DEVICE float of_tensor(const float *values, const Launch &launch, const Tile &t, int draw = 0) {
   return values[draw * launch.call.count + t.index];
 }
-// Without decay a factor of 1, which changes nothing.
+// Without decay the factor is 1, which changes nothing.
 LOZO_DEVICE float decay_of(const Launch &launch, const Tile &t) { return launch.call.decay ? launch.call.decay[t.index] : 1.0f; }
 
-// The part of a Philox counter, and the key, that does not change from value to value.
+// The key, and the part of a Philox counter that is the same for all values of a draw.
 struct Noise {
   uint64_t seed;
-  uint32_t direction;  // << 8
+  uint32_t direction;  // shifted by 8 bits
   uint32_t tensor_id;
   uint32_t draw;  // draw_word
 };
@@ -72,14 +72,14 @@ LOZO_DEVICE Noise rounding_noise(const Launch &launch, const Tile &t) {
   return make_noise(launch, t, kStreamRounding, LOZO_ROUNDING_INDEX, LOZO_ROUNDING_STEP);
 }
 
-// The words of a counter: of a flat stream its low 32 bits and those above, of a factor its row and the group of four ranks. Next
-// to many live registers this leaves more of them, as the twenty round keys are made when they are needed.
+// The words of a counter: of a flat stream its low 32 bits and those above, of a factor its row and the group of four ranks. It
+// makes the twenty round keys when they are needed, which leaves registers to kernels that need many.
 LOZO_DEVICE void noise_words(uint32_t (&c)[4], const Noise &noise, uint32_t low, uint32_t high) {
   c[0] = low, c[1] = high | noise.direction, c[2] = noise.tensor_id, c[3] = noise.draw;
   philox(c, (uint64_t)made_here((uint32_t)(noise.seed >> 32)) << 32 | made_here((uint32_t)noise.seed));
 }
 
-// For many counters one after the other: the round keys, made once and kept.
+// For many counters one after the other: the round keys are made once and kept.
 struct RoundKeys {
   uint32_t k0[kPhiloxRounds], k1[kPhiloxRounds];
 };

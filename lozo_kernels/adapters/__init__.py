@@ -1,4 +1,4 @@
-"""This library's kernels inside other projects' zeroth-order trainers, and a backend for trainers that are written now."""
+"""The kernels of this library inside other projects' zeroth-order trainers, and a backend for new trainers."""
 
 from .base import TrainerAdapter
 from .directions import DirectionBackend, PerturbationBackend

@@ -1,4 +1,4 @@
-"""What the adapters of all trainers share: methods that are replaced and given back, settings, what an SGD optimiser asks for."""
+"""What the adapters of all trainers share: replacing methods and giving them back, settings, and the settings of SGD optimisers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Method = Callable[..., Any]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a user of :func:`accelerate_trainer` chose; its arguments say what the fields mean."""
+    """The choices of a user of :func:`accelerate_trainer`, whose arguments have the same names."""
 
     compat: str | None
     seed: int
@@ -30,14 +30,14 @@ class Settings:
 
 
 class TrainerAdapter:
-    """A trainer whose methods that touch weights are served by this library, until :meth:`restore`.
+    """Serves the methods of a trainer that touch weights by this library, until :meth:`restore`.
 
     Used as a context manager it restores at the end.
 
     Attributes:
         family: name of the trainer's family.
         trainer: the object that was given.
-        served: the methods that were replaced.
+        served: names of the methods that are replaced now.
         notes: what a user should know of how the trainer is served.
     """
 
@@ -52,7 +52,6 @@ class TrainerAdapter:
 
     @property
     def served(self) -> tuple[str, ...]:
-        """Names of the methods that are replaced now."""
         return tuple(dict.fromkeys(name for _, name, _, _ in self._replaced))
 
     def serve(self) -> None:
@@ -60,10 +59,10 @@ class TrainerAdapter:
         raise NotImplementedError
 
     def release(self) -> None:
-        """Leaves in the trainer what its own methods need to go on."""
+        """Leaves in the trainer what its own methods need to go on. By default that is nothing."""
 
     def restore(self) -> None:
-        """Gives every method back. The weights stay as they are; a second call does nothing."""
+        """Gives every method back. The weights stay as they are. A second call does nothing."""
         if self._restored:
             return
         self._restored = True
@@ -83,7 +82,7 @@ class TrainerAdapter:
         self.restore()
 
     def _replace(self, name: str, method: Method, target: Any = None) -> None:
-        """Puts a method in the place of the trainer's, on the instance, whatever gradient or inference mode it is called in."""
+        """Replaces a method on the trainer's instance. The new one works in any gradient or inference mode that it is called in."""
         target = self.trainer if target is None else target
         original = getattr(target, name)
 
@@ -97,7 +96,7 @@ class TrainerAdapter:
         setattr(target, name, served)
 
     def _weights(self, estimator: str = "dense", rank: int = 1, interval: int = 50) -> Weights:
-        """Weights of the trainer's lists. Published code has no 1/r anywhere: its learning rate absorbs it."""
+        """Makes the weights for the trainer's lists. Published code has no 1/r anywhere: its learning rate absorbs it."""
         s = self.settings
         config = PatchConfig(
             estimator, rank=rank, interval=interval, seed=s.seed, scaling="published", rounding=s.rounding, backend=s.backend
@@ -110,13 +109,13 @@ class TrainerAdapter:
 
 
 def learning_rate(trainer: Any) -> float:
-    """The present learning rate of a trainer of transformers, which has it under a private name only."""
+    """The current learning rate of a trainer of transformers, which has it under a private name only."""
     return trainer._get_learning_rate()  # type: ignore[no-any-return]  # noqa: SLF001
 
 
 @dataclasses.dataclass(frozen=True)
 class SGD:
-    """What ``torch.optim.SGD`` would do with a gradient: settings of a list of parameters, one value each or one for all."""
+    """The settings of ``torch.optim.SGD`` for a list of parameters: one value each, or one for all."""
 
     lr: Scalar
     momentum: float
@@ -124,13 +123,13 @@ class SGD:
 
     @property
     def decay(self) -> Scalar | None:
-        """1 - lr * weight_decay, None for 1."""
+        """1 - lr * weight_decay, or None without weight decay."""
         plain = not isinstance(self.weight_decay, torch.Tensor) and self.weight_decay == 0.0
         return None if plain else 1.0 - self.lr * self.weight_decay
 
 
 def read_sgd(optimizer: Any, pairs: Pairs) -> SGD:
-    """The settings that an optimiser has now for the parameters of a list.
+    """Returns the settings that an optimiser has now for the parameters of a list.
 
     Args:
         optimizer: a ``torch.optim.SGD``, also wrapped by accelerate, or a dict with one for each parameter.

@@ -1,4 +1,4 @@
-"""What a zeroth-order trainer asks of its weights, as a protocol for new trainers, and its implementation on a model."""
+"""The interface of a zeroth-order trainer to its weights, as a protocol for new trainers, and its implementation on a model."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ class PerturbationBackend(Protocol):
     """
 
     def perturb(self, seed: int, scale: float) -> None:
-        """X += scale * D(seed). The perturbation along the same seed with the opposite scale takes it back."""
+        """X += scale * D(seed). A second call with the same seed and the opposite scale undoes it."""
 
     def update(self, seeds: Sequence[int], coefficients: Sequence[Coefficient], lr: float, weight_decay: float = 0.0) -> None:
-        """X <- (1 - lr * weight_decay) X - lr * sum of coefficient * D(seed), factors of the estimator included.
+        """X <- (1 - lr * weight_decay) X - lr * sum of coefficient * D(seed), with the factor that the estimator puts into updates.
 
         A trainer with one direction gives [seed] and [c]; a federated server all clients' seeds with c / clients; an evolution
         strategy, which climbs, its members' seeds with -reward / members.
         """
 
     def revert(self, seeds: Sequence[int], coefficients: Sequence[Coefficient], lr: float, weight_decay: float = 0.0) -> None:
-        """Undoes an :meth:`update` that had the same arguments, to rounding."""
+        """Undoes an :meth:`update` that had the same arguments, up to rounding."""
 
 
 class DirectionBackend:
-    """:class:`PerturbationBackend` over the parameters of a model, each call one op call per kind, device and seed.
+    """A :class:`PerturbationBackend` over the parameters of a model. Each call is one call of an op per kind, device and seed.
 
     Args:
         parameters: a module, whose parameters that require a gradient move, tied ones once; or (name, tensor) pairs.
         estimator: "lowrank" (U V^T for matrices, dense noise for one-dimensional tensors) or "dense".
         rank: columns of U and V.
         v_seed: V is drawn from this seed and the window (:meth:`enter_window`), the same for all directions (LOZO); None draws V,
-            like U, from the seed of each direction, so that a log of seeds and scalars needs nothing besides.
+            like U, from the seed of each direction, so that a log of seeds and scalars is enough to repeat a run.
         scaling: where 1/r goes, see :class:`~lozo_kernels.PatchConfig`: the default puts it into updates.
-        rounding: of updates into bf16 and fp16, "nearest" or "stochastic".
+        rounding: how updates are rounded into bf16 and fp16, "nearest" or "stochastic".
         backend: name of a backend; None for the best of each device.
 
     Raises:
@@ -88,31 +88,23 @@ class DirectionBackend:
 
     @property
     def names(self) -> list[str]:
-        """The parameters that move."""
+        """The names of the parameters that move."""
         return self._weights.listed(self._pairs).handle.names
 
     def enter_window(self, window: int) -> None:
-        """Says which V the following calls mean, step // interval in LOZO; only with ``v_seed``.
-
-        Raises:
-            RuntimeError: there is no ``v_seed``.
-        """
+        """Sets the window, step // interval in LOZO, whose V the following calls use. Raises RuntimeError without a ``v_seed``."""
         if not self._shared:
             raise RuntimeError("every direction has a V of its own: give DirectionBackend a v_seed for one that lasts a window")
         self._window = operator.index(window)
 
     def perturb(self, seed: int, scale: float) -> None:
-        """X += scale * D(seed); see :class:`PerturbationBackend`.
-
-        Raises:
-            ValueError: seed or scale is out of range; nothing was changed.
-        """
+        """X += scale * D(seed), as in :class:`PerturbationBackend`. Raises ValueError if seed or scale is out of range."""
         check_scale(scale)
         with torch.inference_mode(False), torch.no_grad():
             self._weights.perturb(self._enter(seed), seed, scale)
 
     def update(self, seeds: Sequence[int], coefficients: Sequence[Coefficient], lr: float, weight_decay: float = 0.0) -> None:
-        """X <- (1 - lr * weight_decay) X - lr * sum of coefficient * D(seed); see :class:`PerturbationBackend`.
+        """X <- (1 - lr * weight_decay) X - lr * sum of coefficient * D(seed), as in :class:`PerturbationBackend`.
 
         Raises:
             ValueError: seeds and coefficients do not match or are none, or a number is out of range; nothing was changed.
@@ -123,7 +115,7 @@ class DirectionBackend:
             self._move(seed, -lr * c, decay if i == 0 else None, i)
 
     def revert(self, seeds: Sequence[int], coefficients: Sequence[Coefficient], lr: float, weight_decay: float = 0.0) -> None:
-        """Undoes :meth:`update`: the directions in reverse order, then the decay.
+        """Undoes :meth:`update`: first the directions in reverse order, then the decay.
 
         Raises:
             ValueError: as :meth:`update`, or the update multiplied the weights by 0.
@@ -152,7 +144,7 @@ class DirectionBackend:
         return list(zip(map(operator.index, seeds), coefficients, strict=True))
 
     def _enter(self, seed: int) -> Pairs | None:
-        """Draws V, unless the one that is wanted is in memory; returns what moves."""
+        """Draws V unless it is in memory. Returns the list of parameters that move."""
         _check_seed(seed)
         where = (self._weights.config.seed, self._window) if self._shared else (operator.index(seed), 0)
         if self._drawn != where:

@@ -15,12 +15,12 @@ from .weights import decay_of_names
 
 
 class LozoAdapter(TrainerAdapter):
-    """``lowrank_zo_perturb_parameters``, ``lowrank_zo_update`` and, where there is one, ``lowrank_zo_update_momentum``.
+    """Serves ``lowrank_zo_perturb_parameters``, ``lowrank_zo_update`` and, if there is one, ``lowrank_zo_update_momentum``.
 
-    U and the noise of one-dimensional tensors come from the step's ``zo_random_seed``, V from the adapter's seed and the window
-    ``step // step_interval``: the update follows the direction that was probed also where V is new, and a run goes on from a
-    checkpoint with the V that it had. ``trainer.v`` and ``trainer.exp_avg_m`` show the factors that are in use; N is carried into a
-    new V through an r x r product.
+    U and the noise of one-dimensional tensors depend on the step's ``zo_random_seed``, V on the adapter's seed and the window
+    ``step // step_interval``: the update follows the direction that was evaluated also where V is new, and a run goes on from a
+    checkpoint with the V that it had. ``trainer.v`` and ``trainer.exp_avg_m`` show the factors in use; N is re-projected to a new V
+    through an r x r product.
     """
 
     family = "LOZO"
@@ -33,7 +33,6 @@ class LozoAdapter(TrainerAdapter):
         self._interval: int = args.step_interval
 
     def serve(self) -> None:
-        """Replaces the methods."""
         self._moved = self._weights("lowrank", self._rank, self._interval)
         self._replace("lowrank_zo_perturb_parameters", self._perturb)
         self._replace("lowrank_zo_update", self._update)
@@ -51,7 +50,7 @@ class LozoAdapter(TrainerAdapter):
         t = self.trainer
         pairs, seed = t.named_parameters_to_optim, t.zo_random_seed if random_seed is None else random_seed
         self._moved.perturb(pairs, seed, scaling_factor * t.args.zo_eps, step=t.step)
-        if not t.v:  # from here on the same memory
+        if not t.v:  # these views stay valid
             t.v.update(self._moved.factors(pairs, t.step))
 
     def _update(self) -> None:
@@ -63,7 +62,7 @@ class LozoAdapter(TrainerAdapter):
     def _update_momentum(self) -> None:
         t = self.trainer
         pairs, lr, beta = t.named_parameters_to_optim, learning_rate(t), t.args.beta1
-        first = not self._moved.listed(pairs, t.step).handle.momentum  # their N starts as c U, not (1 - beta) c U
+        first = not self._moved.listed(pairs, t.step).handle.momentum  # the published N starts as c U, not (1 - beta) c U
         coefficient = t.projected_grad * (1.0 if first else 1.0 - beta)
         decays = self._decay(lr)
         self._moved.update_momentum(pairs, t.zo_random_seed, coefficient, beta=beta, lr=lr, decay=decays, step=t.step)
@@ -80,17 +79,17 @@ class LozoAdapter(TrainerAdapter):
 
 
 class PublishedLozoAdapter(TrainerAdapter):
-    """The same methods with the published stream and its defect, but without temporaries of the size of a matrix.
+    """Serves the same methods with the published stream and its defect, but without temporaries of the size of a matrix.
 
     Every ``step_interval`` steps the perturbation draws V before U, and the update, from the same seed, only U: it moves along
-    noise that was not probed, one-dimensional tensors after the first matrix included. With an interval of 1, N never accumulates.
+    other noise than was evaluated, one-dimensional tensors after the first matrix included. With an interval of 1, N never
+    accumulates.
     """
 
     family = "LOZO"
     notes = ("where V is drawn anew, the update moves along noise that was not probed, as published",)
 
     def serve(self) -> None:
-        """Replaces the methods."""
         rank = getattr(self.trainer.args, "rank_r", None)
         self._rank: int = self.trainer.args.rank if rank is None else rank
         self._replace("lowrank_zo_perturb_parameters", self._perturb)
@@ -99,7 +98,7 @@ class PublishedLozoAdapter(TrainerAdapter):
             self._replace("lowrank_zo_update_momentum", self._update_momentum)
 
     def _draws(self, seed: int, *, renew: bool) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Name, storage and U, or Z, of each parameter in their order; V is drawn between them if it is due."""
+        """Yields name, storage and U (or Z) of each parameter in their order. With ``renew``, V is drawn before each U."""
         t = self.trainer
         self._check()
         torch.manual_seed(seed)
@@ -143,7 +142,7 @@ class PublishedLozoAdapter(TrainerAdapter):
         t.lr_scheduler.step()
 
     def _average(self, name: str, u: Tensor, *, matrix: bool) -> None:
-        """N, case by case as published, but carried into a new V through an r x r product."""
+        """Updates N, case by case as published, but re-projects it to a new V through an r x r product."""
         t, beta, interval = self.trainer, self.trainer.args.beta1, self.trainer.args.step_interval
         fresh = t.step == 0
         if matrix:

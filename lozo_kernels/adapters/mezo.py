@@ -15,12 +15,11 @@ WITHOUT_DECAY = ("bias", "layer_norm", "layernorm")
 
 
 class MezoAdapter(TrainerAdapter):
-    """``zo_perturb_parameters`` and ``zo_update`` of MeZO's large_models trainer."""
+    """Serves ``zo_perturb_parameters`` and ``zo_update`` of MeZO's large_models trainer."""
 
     family = "MeZO (large_models)"
 
     def serve(self) -> None:
-        """Replaces both methods."""
         self._moved = self._weights()
         self._replace("zo_perturb_parameters", self._perturb)
         self._replace("zo_update", self._update)
@@ -47,10 +46,10 @@ class MezoAdapter(TrainerAdapter):
 
 
 class MediumMezoAdapter(TrainerAdapter):
-    """``efficient_perturb_parameters`` of MeZO's medium_models trainer, and the update that its ``train`` makes inline.
+    """Serves ``efficient_perturb_parameters`` of MeZO's medium_models trainer, and the update that its ``train`` makes inline.
 
     The third perturbation of a step restores the weights, and both losses are known by then: it restores and updates in one
-    pass. The list of parameters, which ``train`` makes anew in every step, is emptied so that the inline update finds nothing left
+    pass. The list of parameters, which ``train`` makes anew in every step, is then emptied, so that the inline update finds nothing
     to do. With ``compat="published"`` perturbations are served and the inline update is the trainer's.
     """
 
@@ -69,7 +68,6 @@ class MediumMezoAdapter(TrainerAdapter):
             raise self._refuse("without efficient_zero_order it keeps Z in memory; turn it on")
 
     def serve(self) -> None:
-        """Replaces the perturbation; without ``compat`` also listens to ``zo_forward``."""
         self._moved = self._weights()
         self._losses: list[Tensor] = []
         self._standing: tuple[int | None, float] = (None, 0.0)

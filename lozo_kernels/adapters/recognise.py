@@ -1,4 +1,4 @@
-"""Which trainer an object is, by its call points, and the adapter that serves it."""
+"""Recognises which trainer an object is by its methods, and chooses the adapter that serves it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .zo_llm import ZoLlmAdapter
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A trainer by what is called on it.
+    """A kind of trainer, recognised by its methods.
 
     Attributes:
         name: of its repository.
-        methods: all of them are methods of the object.
-        adapter: serves it; ``published`` with compat="published".
+        methods: the object has all of these methods.
+        adapter: serves it; ``published`` serves it with compat="published".
     """
 
     name: str
@@ -45,7 +45,7 @@ FAMILIES = (
         "princeton-nlp/MeZO, medium_models", ("efficient_perturb_parameters", "zo_forward"), MediumMezoAdapter, MediumMezoAdapter
     ),
 )
-"""The first whose methods are all there counts: some trainers have another's methods too."""
+"""The first family whose methods are all there is taken, because some trainers have another's methods too."""
 
 
 def accelerate_trainer(
@@ -62,19 +62,19 @@ def accelerate_trainer(
     call moves all parameters of a device, and nothing as large as a weight is made.
 
     Args:
-        trainer: an object with the call points of one of :data:`FAMILIES`.
+        trainer: an object with the methods of one of :data:`FAMILIES`.
         compat: "published" for the trainer's own stream of noise (torch's global generator, in its order) and its defects, so that
             a published run is followed to rounding. LOZO and SubZero are still applied without a temporary of the size of a
-            weight; for the dense noise of MeZO one, drawn for each parameter in turn, cannot be avoided.
+            weight; the dense noise of MeZO needs one, which is drawn for each parameter in turn.
         seed: of V (LOZO) and of U and V (SubZero), which outlive a step; default: ``trainer.args.seed``, or 0.
         backend: name of a backend; None for the best of each device.
-        rounding: of updates into bf16 and fp16: "nearest" or "stochastic".
+        rounding: how updates are rounded into bf16 and fp16: "nearest" or "stochastic".
 
     Returns:
         The adapter. ``adapter.restore()`` gives every method back; ``with accelerate_trainer(trainer):`` does so at the end.
 
     Raises:
-        TypeError: the object has the call points of no known trainer.
+        TypeError: the object has the methods of no known trainer.
         ValueError: an argument or a setting of the trainer is not served; nothing was changed.
         RuntimeError: the trainer is served already.
     """
@@ -94,11 +94,7 @@ def accelerate_trainer(
 
 
 def recognise(trainer: Any) -> Family:
-    """The family of a trainer.
-
-    Raises:
-        TypeError: it is none of :data:`FAMILIES`.
-    """
+    """Returns the family of a trainer. Raises TypeError if it is none of :data:`FAMILIES`."""
     for family in FAMILIES:
         if all(callable(getattr(trainer, name, None)) for name in family.methods):
             return family

@@ -1,7 +1,7 @@
-"""The noise of published trainers: torch's global generator, drawn in their order, applied in place.
+"""The noise of published trainers: torch's global generator, drawn in their order and applied in place.
 
-For parity with a published run. The stream depends on the kind of device, the placement and the version of PyTorch, as theirs
-does. Dense noise has to be drawn with the size of the parameter, one at a time: a generator that advances cannot be split.
+It gives parity with a published run. Like theirs, the stream depends on the kind of device, the placement and the version of
+PyTorch. Dense noise has to be drawn for one whole parameter at a time, because the generator's draws cannot be split.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from .weights import Pairs
 
 
 def draw_dense(p: Tensor) -> Tensor:
-    """Z as large as the parameter, of its dtype: the one temporary of its size that their stream needs."""
+    """Draws Z of the parameter's shape and dtype. It is the one temporary of that size which this stream needs."""
     return torch.normal(mean=0, std=1, size=p.shape, device=p.device, dtype=p.dtype)
 
 
 def dense_draws(pairs: Pairs, seed: int | None) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, storage and Z of each parameter in order.
+    """Yields name, storage and Z of each parameter in order.
 
     Args:
-        seed: None to go on from where the global generator is.
+        seed: None continues the global generator.
     """
     if seed is not None:
         torch.manual_seed(seed)
@@ -40,14 +40,14 @@ def perturb_dense(pairs: Pairs, seed: int | None, scale: float) -> None:
 def update_dense(
     pairs: Pairs, seed: int | None, gradient: float, *, lr: float, weight_decay: float, without: tuple[str, ...]
 ) -> None:
-    """X <- (1 - lr * weight_decay) X + gradient * Z; no weight decay for names that contain one of the words."""
+    """X <- (1 - lr * weight_decay) X + gradient * Z, without weight decay for names that contain a word of ``without``."""
     for name, x, z in dense_draws(pairs, seed):
         decay(x, name, lr, weight_decay, without)
         x.add_(z, alpha=gradient)
 
 
 def decay_factor(name: str, lr: float, weight_decay: float, without: tuple[str, ...]) -> float:
-    """1 - lr * weight_decay, or 1 for a name that contains one of the words."""
+    """1 - lr * weight_decay, or 1 for a name that contains a word of ``without``."""
     return 1.0 if any(word in name for word in without) else 1.0 - lr * weight_decay
 
 

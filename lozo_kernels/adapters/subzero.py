@@ -17,15 +17,15 @@ from .streams import draw_dense
 from .weights import Pairs, Weights
 
 RESHAPED = ("lora", "prefix", "prompt")
-"""Values of ``args.mode`` for which a parameter is seen as the most square matrix of its size."""
+"""Values of ``args.mode`` for which a parameter is seen as the most nearly square matrix of its size."""
 
 
 class SubZeroAdapter(TrainerAdapter):
-    """``zo_subspace_perturb_parameters`` and ``zo_subspace_update``, for ``torch.optim.SGD`` without momentum.
+    """Serves ``zo_subspace_perturb_parameters`` and ``zo_subspace_update``, for ``torch.optim.SGD`` without momentum.
 
-    U and V come from the adapter's seed and the window ``global_step // update_interval`` (the trainer draws them from the global
-    generator, which no log of seeds can repeat), S and the noise of other tensors from ``zo_random_seed``. ``p_state`` shows what
-    is in use: sqrt(rows) U, (rows, rank) fp32, and sqrt(cols) V transposed, (rank, cols) fp16.
+    U and V depend on the adapter's seed and the window ``global_step // update_interval`` (the trainer draws them from the global
+    generator, which no log of seeds can repeat), S and the noise of other tensors on ``zo_random_seed``. ``p_state`` shows the
+    factors in use: sqrt(rows) U, (rows, rank) fp32, and sqrt(cols) V transposed, (rank, cols) fp16.
     """
 
     family = "SubZero"
@@ -37,7 +37,6 @@ class SubZeroAdapter(TrainerAdapter):
             raise self._refuse(f"its gauss_rank is {self.rank}, and ranks are 1 to {MAX_RANK}")
 
     def serve(self) -> None:
-        """Replaces both methods."""
         self._dense = self._weights()
         config = dataclasses.replace(
             self._dense.config,
@@ -92,7 +91,7 @@ class SubZeroAdapter(TrainerAdapter):
         return sgd
 
     def _show(self, matrices: Pairs) -> None:
-        """What is in use, in ``p_state``; made anew when V was."""
+        """Shows the factors in use in ``p_state``, anew whenever V was drawn."""
         listed = self._moved.listed(_squeezed(matrices), self.trainer.state.global_step)
         handle = listed.handle
         estimator = handle.estimator
@@ -138,5 +137,5 @@ class SubZeroAdapter(TrainerAdapter):
 
 
 def _squeezed(pairs: Pairs) -> Pairs:
-    """Parameters that are matrices but for dimensions of 1 as views that are matrices."""
+    """Replaces parameters that are matrices except for dimensions of 1 by views that are matrices."""
     return [(name, p if p.dim() <= 2 or p.squeeze().dim() != 2 else p.detach().squeeze()) for name, p, *_ in pairs]

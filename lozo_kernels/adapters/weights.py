@@ -1,4 +1,4 @@
-"""The parameters of a trainer's list, moved by one op call a pass wherever their storage is now."""
+"""Moves the parameters of a trainer's list, with one call of an op for each pass, wherever their storage is now."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ Pairs = Sequence[tuple[Any, ...]]
 
 @dataclasses.dataclass
 class Listed:
-    """A list of parameters that was seen before: the module that stands for it, and the handle on that module."""
+    """A list of parameters that was seen before: the module that holds them for the handle, and the handle."""
 
     holder: nn.Module
     handle: Handle
     raw: dict[str, str]
-    """The trainer's name for each of the handle's."""
+    """The trainer's name for each of the handle's names."""
 
 
 class Weights:
     """Moves lists of parameters along directions that a seed names.
 
-    These trainers make their list anew in every step and may replace the storage of a parameter at any time. A list is known by its
-    names; addresses are compared at every pass (:class:`~lozo_kernels.Handle` does it), so a list that did not change costs
-    a look-up. Tied parameters are one. Noise is that of :mod:`lozo_kernels.kernels.noise` with the caller's seed and step 0; V is
-    that of ``config.seed`` and the window of the caller's step.
+    These trainers make their list anew in every step and may replace the storage of a parameter at any time. A list is recognised
+    by its names; addresses are compared at every pass (:class:`~lozo_kernels.Handle` does it), so a list that did not change
+    costs a look-up. Tied parameters are one. Noise is that of :mod:`lozo_kernels.kernels.noise` with the caller's seed and step 0;
+    V is that of ``config.seed`` and the window of the caller's step.
 
     Args:
         config: estimator, rank, interval, seed of V, scaling, rounding and backend.
-        model: where the parameters' further names are found, if they are tied; ids are then those of ``patch(model)``.
+        model: gives further names of tied parameters, so that their ids are those of ``patch(model)``.
         make_estimator: makes the estimator of each list; None: as the config says.
     """
 
@@ -61,17 +61,17 @@ class Weights:
         self._tick = 0
 
     def listed(self, pairs: Pairs | None, step: int | None = None) -> Listed:
-        """The list with the storage that its parameters have now.
+        """Returns the list with the storage that its parameters have now.
 
         Args:
             pairs: None for the parameters of the model that require a gradient.
-            step: through ``step // interval`` which V; None where the direction has none.
+            step: its window, ``step // interval``, says which V; None if the direction has none.
 
         Raises:
             TypeError, ValueError: a parameter cannot be changed in place, or there is none; nothing was changed.
         """
         found = self._find(pairs)
-        self._tick ^= 1  # a step that differs from the last: sizes and dtypes are compared too
+        self._tick ^= 1  # a step that differs from the last, so that the handle compares sizes and dtypes too
         found.handle.enter_window(self._tick if step is None else step)
         return found
 
@@ -115,8 +115,8 @@ class Weights:
 
         Args:
             gradient: -lr * c; a number, or one value per parameter of the list.
-            decay: 1 - lr * weight_decay, likewise; None for 1.
-            restore: minus the scale of a perturbation along the same direction that still stands.
+            decay: 1 - lr * weight_decay; a number, or one value per parameter; None for 1.
+            restore: minus the scale of a perturbation along the same direction that is still applied.
             index: of this pass among the stochastically rounded ones of the seed.
         """
         term, rounding = Term(Draw(0), perturb=restore, gradient=gradient), self._rounding(index)
@@ -184,7 +184,7 @@ class Weights:
             owned[name] = p
             further.append(name)
         handle = Handle(holder, self.config, None if self._make_estimator is None else self._make_estimator(self.config))
-        for name in further:  # they made the ids; kept, they would keep replaced parameters in memory
+        for name in further:  # only the ids needed them; kept, they would keep replaced parameters in memory
             del owned[name]
         return Listed(holder, handle, {canonical(name): name for name, *_ in reversed(pairs)})
 
@@ -193,14 +193,14 @@ class Weights:
 
 
 def _checked(seed: Any) -> int:
-    """A seed of any integer type as it goes into the noise."""
+    """Returns a seed of any integer type as an ``int`` for the noise."""
     number = operator.index(seed)
     check_range("seed", number, 1 << 64)
     return number
 
 
 def further_names(pairs: Pairs, model: nn.Module | None) -> list[tuple[str, nn.Parameter]]:
-    """The names that a model has for parameters of a list and that are not in the list: those of tied parameters."""
+    """The names that a model has for parameters of a list, but that are not in the list: other names of tied parameters."""
     if model is None:
         return []
     listed, names = {id(p) for _, p, *_ in pairs}, {name for name, *_ in pairs}
@@ -209,7 +209,7 @@ def further_names(pairs: Pairs, model: nn.Module | None) -> list[tuple[str, nn.P
 
 
 def trained(p: Tensor) -> nn.Parameter:
-    """The parameter itself, or for a tensor that is none, or is frozen but listed, a parameter on its storage."""
+    """Returns the parameter itself; for a plain tensor, or a frozen parameter that is listed, a parameter on its storage."""
     if isinstance(p, nn.Parameter) and p.requires_grad:
         return p
     return nn.Parameter(p.detach(), requires_grad=True)

@@ -18,11 +18,11 @@ WITHOUT_DECAY = ("bias", "layer_norm", "layernorm", "ln")
 
 
 class Zo2Adapter(TrainerAdapter):
-    """``zo_perturb_parameters(module)`` and ``zo_update(module)`` of an optimiser and of those inside its model.
+    """Serves ``zo_perturb_parameters(module)`` and ``zo_update(module)`` of an optimiser and of those inside its model.
 
-    Noise is found by the parameter's name in the whole model and the step's ``zo_random_seed``, not by the state of a generator
-    that is carried from block to block: a tied weight has one direction, and is updated once. MeZO2SGD updates a block when it
-    next passes by, so the last update of a run is owed: :meth:`flush` makes it, before an evaluation or before saving.
+    Noise depends on the parameter's name in the whole model and the step's ``zo_random_seed``, not on the state of a generator
+    that is carried from block to block: a tied weight has one direction, and is updated once. MeZO2SGD updates a block when it is
+    next used, so the last update of a run is still to be made: :meth:`flush` makes it, before an evaluation or before saving.
     """
 
     family = "zo2"
@@ -39,7 +39,7 @@ class Zo2Adapter(TrainerAdapter):
         self._places: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
 
     def serve(self) -> None:
-        """Replaces the methods, and where updates are deferred also ``zo_forward``, which makes the new seed."""
+        """Replaces the methods. If updates are deferred, also ``zo_forward``, which makes the new seed."""
         t = self.trainer
         self._moved = self._weights()
         inner = [getattr(module, "opt", None) for module in t.model.modules()]
@@ -65,7 +65,7 @@ class Zo2Adapter(TrainerAdapter):
         return zo_forward
 
     def flush(self) -> None:
-        """Makes the update that the blocks of MeZO2SGD still owe, so that the weights are those of the last step."""
+        """Makes the update that is still to be made to blocks of MeZO2SGD, so that the weights are those of the last step."""
         t = self.trainer
         if not self._deferred or self._restored or self.settings.compat == "published":
             return
@@ -78,12 +78,12 @@ class Zo2Adapter(TrainerAdapter):
         t.projected_grad = 0.0
 
     def restore(self) -> None:
-        """Gives every method back; an update that is owed is made first, for its noise is known here only."""
+        """Gives every method back, after :meth:`flush`: only this adapter knows the noise of the last update."""
         self.flush()
         super().restore()
 
     def _pairs(self, module: nn.Module) -> Pairs:
-        """The trained parameters of a part of the model under their names in the whole, each with its name in the part."""
+        """The trained parameters of a part of the model by their names in the whole model, each with its name in the part."""
         places = self._places.get(module)
         if places is None:
             names = {id(p): name for name, p in self.trainer.model.named_parameters()}
@@ -112,7 +112,7 @@ class Zo2Adapter(TrainerAdapter):
                 self._published(optimizer, pairs, weight_decay)
                 return module
             seed = self._previous if self._deferred else optimizer.zo_random_seed
-            if self._deferred:  # block by block, and a tied weight is in several
+            if self._deferred:  # block by block, and a tied weight is in several blocks
                 pairs = [pair for pair in pairs if id(pair[1]) not in self._updated]
                 self._updated.update(id(p) for _, p, _ in pairs)
             if pairs and seed is not None:
@@ -140,6 +140,6 @@ class Zo2Adapter(TrainerAdapter):
 
 
 def _generator(pairs: Pairs) -> Any:
-    """The module whose global generator makes noise for these parameters."""
+    """The module whose global generator makes the noise of these parameters."""
     first: Tensor | None = pairs[0][1] if pairs else None
     return None if first is None else (torch.cuda if first.is_cuda else torch)

@@ -19,12 +19,12 @@ _SEEDS = 1_000_000_000
 
 
 class ZoLlmAdapter(TrainerAdapter):
-    """``zo_perturb_parameters`` and the steps, for the trainer's zo_sgd and zo_sign_opt with ``torch.optim.SGD``.
+    """Serves ``zo_perturb_parameters`` and the steps of the trainer's zo_sgd and zo_sign_opt with ``torch.optim.SGD``.
 
     ``zo_step`` restores and updates in one pass. ``zo_step_v1`` and ``zo_step_v2`` take the mean over ``args.q`` directions, kept
     as seeds and scalars: v1's gradient as large as the weights is not needed, and v2's defect (only the last direction counts,
-    and the noise of the update is not the one that was probed) is not followed. With ``compat="published"`` only the
-    perturbation is served, in place, and any optimizer can be used.
+    and the update uses other noise than the evaluations) is not followed. With ``compat="published"`` only the perturbation is
+    served, in place, and any optimizer can be used.
     """
 
     family = "ZO-LLM"
@@ -37,7 +37,6 @@ class ZoLlmAdapter(TrainerAdapter):
             self.notes = ("the updates are the trainer's own",)
 
     def serve(self) -> None:
-        """Replaces the perturbation and the steps that the trainer has."""
         if self.settings.compat == "published":
             self._replace("zo_perturb_parameters", self._published)
             return
@@ -85,7 +84,7 @@ class ZoLlmAdapter(TrainerAdapter):
         return loss
 
     def _conservative_step(self, model: Any, inputs: Any) -> Tensor:
-        """A step forward, one back past the start, and the best of the three stays."""
+        """Takes a step forward, then one back past the start, and keeps the best of the three points."""
         t = self.trainer
         pairs = self._start(model)
         sgd = read_sgd(t.optimizer, pairs)
@@ -111,7 +110,7 @@ class ZoLlmAdapter(TrainerAdapter):
         return t.named_parameters_to_optim
 
     def _probe(self, model: Any, inputs: Any) -> tuple[Tensor, float]:
-        """F(+), and the scale of the perturbation that still stands; seed and projected gradient are left in the trainer."""
+        """Returns F(+) and the scale of the perturbation that is still applied; seed and c are left in the trainer."""
         t, eps = self.trainer, self.trainer.args.zo_eps
         t.zo_random_seed = require("numpy").random.randint(_SEEDS)  # the trainer's own generator
         self._perturb(scaling_factor=1)
@@ -123,7 +122,7 @@ class ZoLlmAdapter(TrainerAdapter):
         return plus, 0.0 if one_sided else -eps
 
     def _apply(self, pairs: Pairs, sgd: SGD, seeds: Sequence[int], cs: Sequence[float], *, restore: float = 0.0) -> None:
-        """What SGD does with the sum of c D(seed) as the gradient, one pass for each seed."""
+        """Does what SGD does with the sum of c D(seed) as the gradient, in one pass for each seed."""
         if self.trainer.args.trainer == "zo_sign_opt":
             cs = [math.copysign(1.0 / len(cs), c) if c else 0.0 for c in cs]
         last = len(seeds) - 1

@@ -1,4 +1,4 @@
-"""The numbers of a step on their way from its device: nobody waits for them, and no later step overwrites them."""
+"""The numbers of a step on their way from its device. Nothing waits for them, and no later step overwrites them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .format import StepTaken
 
 @dataclasses.dataclass
 class Arrival:
-    """A step that is not on the host yet.
+    """A step whose numbers may not be on the host yet.
 
     Attributes:
         values: c, whether the step was skipped, and those settings of groups that are tensors.
-        arrived: says when they are there; None: they are.
-        lr, weight_decay: of each group, None for a tensor.
+        arrived: the event that tells when they are there; None if they are.
+        lr, weight_decay: of each group; None if they are in ``values``.
     """
 
     values: Tensor
@@ -34,16 +34,16 @@ class Arrival:
     returned: bool
 
     def ready(self) -> bool:
-        """Whether reading waits for nothing."""
+        """Whether reading the numbers waits for nothing."""
         return self.arrived is None or self.arrived.query()
 
     def wait(self) -> None:
-        """Until it does."""
+        """Waits for the numbers."""
         if self.arrived is not None:
             self.arrived.synchronize()
 
     def step(self) -> StepTaken:
-        """The record."""
+        """Returns the record."""
         values = self.values.tolist()
         c, skipped, rest = values[: self.directions], bool(values[self.directions]), iter(values[self.directions + 1 :])
         lr, decay = (tuple(next(rest) if v is None else v for v in some) for some in (self.lr, self.weight_decay))
@@ -51,7 +51,7 @@ class Arrival:
 
 
 def send(optimizer: ZerothOrderOptimizer, info: StepInfo, *, at_rest: bool, returned: bool) -> Arrival:
-    """Sets the numbers of a step on their way; on the CPU they are there at once."""
+    """Sends the numbers of a step on their way. On the CPU they are there at once."""
     groups = optimizer.param_groups
     lr, decay = [g["lr"] for g in groups], [g["weight_decay"] for g in groups]
     tensors = [v.detach().to(info.c.device, torch.float64, non_blocking=True) for v in (*lr, *decay) if isinstance(v, Tensor)]

@@ -1,4 +1,4 @@
-"""Where two journals part."""
+"""Finds the first difference of two journals."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Difference:
 
     Attributes:
         record: number of the record from 0; None in the header.
-        step: steps before it; None in the header.
+        step: number of steps before the record; None in the header.
         field: what differs: a field of the header or of the record, or "record" if they are of different kinds, or one is missing.
-        first, second: the values; None where there is no such record.
+        first, second: the values; None if there is no such record.
     """
 
     record: int | None
@@ -35,7 +35,7 @@ class Difference:
 
 
 def diff(first: Source, second: Source) -> Difference | None:
-    """The first difference of two journals, or None. What does not determine a run's bits (versions, notes) is not compared.
+    """Returns the first difference of two journals, or None. Versions and notes, which do not determine the bits, are ignored.
 
     Raises:
         JournalError: one cannot be read.

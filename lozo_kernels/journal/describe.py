@@ -1,4 +1,4 @@
-"""What a journal's header says of a model and of the libraries at hand."""
+"""Describes a model and the libraries in use for the header of a journal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .format import RecordedParameter
 
 
 def describe_parameters(handle: Handle, *, fingerprints: bool = True) -> tuple[RecordedParameter, ...]:
-    """The trained parameters, with fingerprints of their weights as they are now or with none."""
+    """The trained parameters, with fingerprints of their weights as they are now, or with empty ones."""
     found = weight_fingerprints(handle) if fingerprints else [""] * len(handle.names)
     return tuple(
         RecordedParameter(p.name, tuple(p.storage.shape), p.storage.dtype, p.kind, p.tensor_id, own)
@@ -31,6 +31,6 @@ def describe_groups(optimizer: ZerothOrderOptimizer) -> tuple[tuple[int, ...], .
 
 
 def made_with(handle: Handle) -> dict[str, Any]:
-    """Versions, and the backends that serve the handle's devices."""
+    """The versions of the libraries, and the backends that serve the handle's devices."""
     backends = {choose_backend(device, handle.config.backend).backend.name for device in map(handle.device_of, handle.trained)}
     return {"torch": torch.__version__, "python": platform.python_version(), "backends": sorted(backends)}

@@ -1,4 +1,4 @@
-"""A journal's file while it is written: it grows by whole records, and shrinks to where it was if one cannot be written."""
+"""The file of a journal that is being written. It grows by whole records, and is cut back if one cannot be written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .format import CRC, Record, Sides, StepTaken, encode_record, frame
 
 @dataclasses.dataclass(frozen=True)
 class Tail:
-    """Where a file is: its length, the checksum up to there, the last step, and whether it has the sides of a probe."""
+    """The end of a file: its length, the checksum up to there, the last step, and whether the file has the sides of a probe."""
 
     length: int
     crc: int
@@ -28,8 +28,8 @@ class JournalFile:
     """An open journal, which no other process writes.
 
     Args:
-        tail: of what is there already; what lies behind is cut off.
-        fsync: force every so many records onto the disk; None: never.
+        tail: the end of what is there already; what lies behind it is cut off.
+        fsync: force the file onto the disk after every so many records; None: never.
     """
 
     def __init__(self, path: Path, descriptor: int, tail: Tail, fsync: int | None) -> None:
@@ -44,11 +44,8 @@ class JournalFile:
 
     @classmethod
     def create(cls, path: Path, header: bytes, fsync: int | None, *, overwrite: bool) -> JournalFile:
-        """A new file, with the whole header or not at all: one with half of it never has the journal's name.
-
-        Raises:
-            JournalError: it cannot be written.
-        """
+        """Makes a new file, with the whole header or not at all: a file with half of it never has the journal's name.
+        Raises JournalError if it cannot be written."""
         try:
             with replacing(path, overwrite=overwrite, suffix=str(os.getpid())) as half:
                 half.write_bytes(header)
@@ -62,15 +59,11 @@ class JournalFile:
 
     @property
     def closed(self) -> bool:
-        """Nothing can be written any more."""
+        """Whether nothing can be written any more."""
         return self._descriptor is None
 
     def append(self, record: Record) -> None:
-        """Hands a record to the operating system.
-
-        Raises:
-            JournalError: that failed; the file is as before.
-        """
+        """Hands a record to the operating system. Raises JournalError if that failed; the file is then as before."""
         before = self.tail
         data, crc = frame(encode_record(record, before.last), before.crc)
         try:
@@ -89,14 +82,14 @@ class JournalFile:
         )
 
     def cut(self, tail: Tail) -> None:
-        """Back to where it was."""
+        """Cuts the file back to an earlier end."""
         self.tail = tail
         if self._descriptor is not None:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, tail.length)
 
     def close(self) -> None:
-        """Forces it onto the disk and closes it. A second call does nothing."""
+        """Forces the file onto the disk and closes it. A second call does nothing."""
         if self._descriptor is not None:
             with contextlib.suppress(OSError):
                 os.fsync(self._descriptor)
@@ -138,22 +131,18 @@ if hasattr(os, "register_at_fork"):
 
 
 def check_fsync(fsync: int | None) -> None:
-    """Raises TypeError or ValueError unless it is None or a count."""
+    """Raises TypeError or ValueError unless ``fsync`` is None or an integer of at least 1."""
     if fsync is not None:
         as_integer("fsync", fsync, 1)
 
 
 def already_there(path: Path) -> JournalError:
-    """What is said of a name that is taken."""
+    """The error for a name that is taken."""
     return JournalError(f"{path} is there already: resume it, give overwrite=True, or another name")
 
 
 def open_alone(path: Path) -> int:
-    """A file to go on writing, which no other process has.
-
-    Raises:
-        JournalError: it cannot be opened, or another process writes it.
-    """
+    """Opens a file for writing, and locks it. Raises JournalError if it cannot be opened, or another process writes it."""
     try:
         descriptor = os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
     except OSError as e:

@@ -1,4 +1,4 @@
-"""Fingerprints of weights: BLAKE2b of every parameter's bytes, on all threads, without a copy where they are in memory."""
+"""Fingerprints of weights: BLAKE2b of every parameter's bytes, on all threads, without a copy of weights in memory."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..model.handle import Handle
 from ..model.parameters import Parameter
 from .format import DIGEST_BYTES
 
-_CHUNK = 1 << 26  # bytes of a device's weight that are brought here at once
+_CHUNK = 1 << 26  # bytes of a device's weight that are copied to the host at once
 _SIZE = 16
 
 
 def weight_fingerprints(handle: Handle) -> list[str]:
-    """A fingerprint of each trained weight as it is now, in the order of ``Handle.names``: 32 hexadecimal digits.
+    """Returns the fingerprint of each trained weight as it is now, in the order of ``Handle.names``: 32 hexadecimal digits.
 
-    A sharded weight is gathered, one after the other: every process has to call this.
+    Sharded weights are gathered, one after the other, which is a collective.
     """
     found = {p.name: _of_parameter(handle, p) for p in handle.trained if p.storage.sharded}
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
@@ -29,7 +29,7 @@ def weight_fingerprints(handle: Handle) -> list[str]:
 
 
 def fingerprint(handle: Handle) -> str:
-    """One fingerprint of all trained weights, and of what quantised layers learned: 64 hexadecimal digits."""
+    """Returns one fingerprint of all trained weights, and of what quantised layers learned: 64 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for name, own in zip(handle.names, weight_fingerprints(handle), strict=True):
         digest.update(f"{name}\0{own}\0".encode())

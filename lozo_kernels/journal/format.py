@@ -1,4 +1,4 @@
-"""The bytes of a journal: a header that describes the run, then one checksummed record for each step and each odd pass.
+"""The bytes of a journal: a header that describes the run, then a checksummed record for each step and each pass outside of one.
 
 All numbers are little endian. See ``docs/journal.md`` for the layout.
 """
@@ -19,10 +19,10 @@ from ..model.config import PatchConfig
 MAGIC = b"LOZOJRNL"
 VERSION = 1
 PREFIX = struct.Struct("<8sII")
-"""Magic, format version, bytes of the header's JSON."""
+"""Magic, format version, and the number of bytes of the header's JSON."""
 CRC = struct.Struct("<I")
 HEAD = struct.Struct("<BII")
-"""Of a record with JSON: kind, bytes, and a checksum of these, so that a damaged length is not taken for one."""
+"""The head of a record with JSON: kind, number of bytes, and a checksum of both, so that a damaged number is noticed."""
 MOVES = struct.Struct("<BI")
 DIGEST_BYTES = 32
 
@@ -41,8 +41,8 @@ class StepTaken(NamedTuple):
         c: projected gradients, one for each direction; zeros if it was skipped.
         lr, weight_decay: of each parameter group.
         skipped: a loss was not finite and the update was by zero.
-        at_rest: the update was made from unperturbed weights (``drive="backward"``); ``returned``: after they had gone through all
-            points of the step and back. Otherwise it was made from the last point.
+        at_rest: the update was made to unperturbed weights (``drive="backward"``); ``returned``: before it they went through all
+            points of the step and back. Otherwise it was made at the last point.
     """
 
     c: tuple[float, ...]
@@ -54,27 +54,27 @@ class StepTaken(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """A probe merged what it had learned, before V changed: ``state_dict()``, ``merge()``."""
+    """A probe merged what it had learned although V did not change, because of ``state_dict()`` or ``merge()``."""
 
 
 class Flushed(NamedTuple):
-    """A pending update (``fuse_steps``) was made in a pass of its own: an evaluation, ``flush()``."""
+    """A pending update (``fuse_steps``) was made in a pass of its own, because of an evaluation or ``flush()``."""
 
 
 class Detour(NamedTuple):
-    """Weights went through the first ``moves`` points of the next step and back, and no step came of it."""
+    """Weights went through the first ``moves`` points of the next step and back, and the step was not taken then."""
 
     moves: int
 
 
 class Sides(NamedTuple):
-    """How a probe treats each parameter, as :func:`lozo_kernels.model.probe.sides.describe_sides` says it."""
+    """How a probe treats each parameter, as :func:`lozo_kernels.model.probe.sides.describe_sides` returns it."""
 
     described: dict[str, Any]
 
 
 class End(NamedTuple):
-    """The run ended; ``fingerprint`` is that of the weights, hexadecimal."""
+    """The end of the run. ``fingerprint`` is that of the weights, in hexadecimal."""
 
     fingerprint: str
 
@@ -84,7 +84,7 @@ Record = StepTaken | Settled | Flushed | Detour | Sides | End
 
 @dataclasses.dataclass(frozen=True)
 class RecordedParameter:
-    """A trained parameter: its name and id in the noise, kind "lowrank" or "dense", and a fingerprint of where it started."""
+    """A trained parameter: its name, tensor id, kind ("lowrank" or "dense"), and the fingerprint of its first weight."""
 
     name: str
     shape: tuple[int, ...]
@@ -103,8 +103,8 @@ class Header:
         parameters: in canonical order, which is that of ``Handle.names``.
         groups: positions of the parameters of each group.
         first_step: index of the first step.
-        made_with: versions and backends, by which a replay says what is promised.
-        about: whatever the program that trains wants to keep, plain JSON.
+        made_with: versions and backends, from which a replay knows what is promised.
+        about: notes of the program that trains, plain JSON.
     """
 
     config: PatchConfig
@@ -117,18 +117,14 @@ class Header:
     about: dict[str, Any]
 
     def to_json(self) -> str:
-        """One JSON object."""
+        """The header as one JSON object."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         rows = [dataclasses.astuple(p) for p in self.parameters]
         return json.dumps(values | {"config": self.config.to_dict(), "parameters": rows}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Header:
-        """The inverse of :meth:`to_json`.
-
-        Raises:
-            JournalError: it is not what :meth:`to_json` writes.
-        """
+        """The inverse of :meth:`to_json`. Raises JournalError for anything that :meth:`to_json` does not write."""
         try:
             values = json.loads(text)
             return _checked_header(**values)
@@ -137,14 +133,14 @@ class Header:
 
 
 def encode_header(header: Header) -> bytes:
-    """The bytes before the first record."""
+    """Returns the bytes before the first record."""
     text = header.to_json().encode()
     data = PREFIX.pack(MAGIC, VERSION, len(text)) + text
     return data + CRC.pack(zlib.crc32(data))
 
 
 def encode_record(record: Record, before: StepTaken | None) -> bytes:
-    """A record without its checksum. ``before``: the last step, whose lr and weight decay are not repeated."""
+    """Returns a record without its checksum. ``before`` is the last step, whose lr and weight decay are not repeated."""
     match record:
         case StepTaken():
             return _encode_step(record, before)
@@ -161,7 +157,7 @@ def encode_record(record: Record, before: StepTaken | None) -> bytes:
 
 
 def frame(body: bytes, crc: int) -> tuple[bytes, int]:
-    """A record as it is written, and its checksum, which goes over all records before it too: none can be moved or left out."""
+    """Returns a record as it is written, and its checksum, which covers all earlier records too: none can be moved or left out."""
     if body[0] == SIDES:
         length = CRC.pack(len(body) - 1)
         crc = zlib.crc32(body[:1] + length, crc)

@@ -1,4 +1,4 @@
-"""Reading a journal: everything is checked, nothing is trusted, and only what a killed process leaves unfinished is cut off."""
+"""Reads a journal. Everything is checked, and only a record that a killed process left unfinished at the end is cut off."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ from .format import (
 
 @dataclasses.dataclass(frozen=True)
 class RecordedRun:
-    """A journal as it was read.
+    """A journal that was read.
 
     Attributes:
         records: in order.
-        ends: of each record, the byte after it and the checksum up to there.
-        start: the same of the header.
-        torn: bytes of an unfinished record at the end, left by a process that was killed in the middle of writing it.
+        ends: for each record, the position after it and the checksum up to there.
+        start: the same for the header.
+        torn: bytes of an unfinished record at the end, left by a process that was killed while it wrote it.
         source: where it was read, for messages.
     """
 
@@ -65,20 +65,17 @@ class RecordedRun:
 
     @property
     def steps(self) -> int:
-        """Steps recorded."""
+        """The number of recorded steps."""
         return sum(isinstance(r, StepTaken) for r in self.records)
 
     @property
     def fingerprint(self) -> str | None:
-        """Of the weights at the end, if the run came to one."""
+        """The fingerprint of the weights at the end of the run; None if the run has no end."""
         return next((r.fingerprint for r in reversed(self.records) if isinstance(r, End)), None)
 
     def until(self, steps: int | None) -> list[Record]:
-        """The records of so many steps, and of what came before the last of them; None: all but the end of the run.
-
-        Raises:
-            ValueError: there are not so many.
-        """
+        """Returns the records up to the step with which so many are taken; ValueError if there are not so many. None: all
+        records, except for the end of the run."""
         if steps is None:
             return [r for r in self.records if not isinstance(r, End)]
         if not isinstance(steps, int):
@@ -154,7 +151,7 @@ class _Parser:
         self._steps = 0
 
     def run(self, source: str) -> int:
-        """Reads all records. Returns the bytes of an unfinished one."""
+        """Reads all records. Returns the number of bytes of an unfinished one."""
         while self.position < len(self.data):
             try:
                 if self.records and isinstance(self.records[-1], End):
@@ -194,7 +191,7 @@ class _Parser:
         self.ends.append((self.position, self.crc))
 
     def _take(self, size: int) -> memoryview:
-        """The next bytes, whose checksum follows them."""
+        """Returns the next bytes, after it has compared their checksum, which follows them."""
         end = self.position + size
         if end + CRC.size > len(self.data):
             raise _Torn

@@ -1,4 +1,4 @@
-"""Making a run's passes over the weights again, from its journal, without a forward pass."""
+"""Repeats a run's passes over the weights from its journal, without a forward pass."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from .format import Detour, Flushed, Header, Record, Settled, Sides, StepTaken
 from .reader import RecordedRun, read_journal
 
 _EXACT_RANK = 8
-"""Up to here a momentum product over the weights has the same bits on every backend."""
+"""Up to this rank a momentum product over the weights has the same bits on every backend."""
 
 Source = str | os.PathLike[str] | RecordedRun
 
 
 @dataclasses.dataclass(frozen=True)
 class Replayed:
-    """What a replay did.
+    """The result of a replay.
 
     Attributes:
-        steps: taken; the model has the weights after these.
+        steps: the steps that were taken; the model has the weights after these.
         skipped: how many of them made no update.
         fingerprint: of the weights now.
         agrees: whether that is the fingerprint with which the run ended; None if it was not replayed to its end, or had none.
@@ -48,11 +48,11 @@ class Replayed:
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """What a verification found.
+    """The result of a verification.
 
     Attributes:
-        replayed: of the journal on a copy of the base model.
-        compared: parameters of the tuned model that were compared with the replayed ones.
+        replayed: the replay of the journal on a copy of the base model.
+        compared: how many parameters of the tuned model were compared with the replayed ones.
         differing: names of those that are not equal in every bit.
     """
 
@@ -62,7 +62,7 @@ class Verification:
 
     @property
     def good(self) -> bool:
-        """Whether nothing differs, and something was there to compare with."""
+        """Whether nothing differs, and there was something to compare with."""
         return not self.differing and self.replayed.agrees is not False and (self.compared > 0 or self.replayed.agrees is True)
 
 
@@ -75,12 +75,12 @@ def replay(model: nn.Module, journal: Source, upto: int | None = None, backend: 
         model: the base model, as it was when the journal was begun, and not patched.
         journal: its file, or what :func:`read_journal` returned.
         upto: steps to take; None: all.
-        backend: name of a backend; None: the best of the device. Any gives the same bits, except where this says otherwise.
+        backend: name of a backend; None: the best of the device. Any gives the same bits, unless this raises or warns.
 
     Raises:
         JournalError: the journal cannot be read, is of another model, other weights or another noise version, or its bits are not
             promised on this backend; the weights are untouched.
-        ValueError: the journal has fewer steps than ``upto``; likewise.
+        ValueError: the journal has fewer steps than ``upto``; the weights are untouched.
     """
     run = _read(journal)
     records = run.until(upto)
@@ -105,7 +105,7 @@ def replay(model: nn.Module, journal: Source, upto: int | None = None, backend: 
 def verify(
     model: nn.Module, journal: Source, tuned: nn.Module | None = None, *, upto: int | None = None, copied: bool = True
 ) -> Verification:
-    """Checks that a run is what its journal says: replays it and compares with what it left.
+    """Checks that a run is what its journal says: replays it and compares the weights with those that the run left.
 
     Args:
         model: the base model.
@@ -132,7 +132,7 @@ def verify(
 def revert(model: nn.Module, journal: Source, step: int, backend: str | None = None) -> Replayed:
     """Gives a model the weights that a run had after ``step`` steps.
 
-    They are built anew from the base model. An update, once rounded into a weight, cannot be subtracted again.
+    They are built anew from the base model, because an update that was rounded into a weight cannot be subtracted again.
 
     Args:
         model: the base model.
@@ -146,7 +146,7 @@ def revert(model: nn.Module, journal: Source, step: int, backend: str | None = N
 
 @torch.no_grad()
 def retake(optimizer: ZerothOrderOptimizer, records: Iterable[Record]) -> None:
-    """Takes recorded steps with an optimiser on weights from which they were taken. Settings of its groups stay as they are."""
+    """Takes recorded steps with an optimiser, from the weights at their start. The settings of its groups stay as they are."""
     kept = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     stepper, handle = optimizer.stepper, optimizer.handle
     try:
@@ -170,14 +170,7 @@ def retake(optimizer: ZerothOrderOptimizer, records: Iterable[Record]) -> None:
 
 
 def check_fits(run: RecordedRun, optimizer: ZerothOrderOptimizer, *, weights: bool = True) -> None:
-    """Checks that a journal is of this optimiser's model, settings and weights.
-
-    Args:
-        weights: compare the fingerprints of the weights too.
-
-    Raises:
-        JournalError: it is not.
-    """
+    """Raises JournalError unless a journal is of this optimiser's model, settings and, with ``weights``, the same weights."""
     header, handle = run.header, optimizer.handle
     if header.noise_version != NOISE_VERSION:
         raise JournalError(
@@ -226,7 +219,7 @@ def _check_settings(run: RecordedRun, optimizer: ZerothOrderOptimizer) -> None:
 
 
 def _check_promise(run: RecordedRun, optimizer: ZerothOrderOptimizer) -> None:
-    """Refuses, or says, what is not promised in bits here: see ``docs/journal.md``."""
+    """Raises or warns if equal bits are not promised here: see ``docs/journal.md``."""
     header, handle = run.header, optimizer.handle
     then, now = header.made_with, made_with(handle)
     other = sorted(set(then.get("backends", ())) ^ set(now["backends"]))
@@ -258,7 +251,7 @@ def _check_mergeable(handle: Handle) -> None:
 
 
 def _optimizer_of(model: nn.Module, header: Header, backend: str | None) -> ZerothOrderOptimizer:
-    """The optimiser that a header describes, on a model that is not patched."""
+    """Makes the optimiser that a header describes, on a model that is not patched."""
     options = header.config.to_dict() | {"backend": backend}
     kind = OPTIMIZERS[options.pop("estimator")]
     names: dict[str, Any] = {}

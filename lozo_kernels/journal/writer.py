@@ -1,4 +1,4 @@
-"""Writing a journal while a run goes on, and going on with a run from its journal."""
+"""Writes the journal of a run, and resumes a run from its journal."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from .reader import read_journal
 from .replaying import check_fits, retake
 
 LATE = 16
-"""Records that may wait for a GPU before one is waited for."""
+"""The most records that wait for a GPU's numbers before the writer waits."""
 
 
 @dataclasses.dataclass
 class _Waiting:
-    """A record that is to be written; a step may still be on its way."""
+    """A record to be written. The numbers of a step may still be on their way."""
 
     number: int
     record: Record | Arrival
 
 
 class Journal:
-    """The journal of a run that goes on. Made by :meth:`create`, or taken up again by :meth:`resume`.
+    """The journal of a run in progress. Made by :meth:`create`, or taken up again by :meth:`resume`.
 
-    Every step is with the operating system before the weights move, so that a killed process loses none; on a GPU, where nobody
-    waits for numbers, at most :data:`LATE` are on their way. Weights that are changed by other means than the optimiser are
-    not in a journal, and a replay then ends in other weights, which :func:`verify` finds.
+    The operating system has every step before the weights move, so that a killed process loses none; on a GPU, where nothing
+    waits for numbers, at most :data:`LATE` are on their way. Changes of weights by other code than the optimiser are not in a
+    journal, and a replay then ends in other weights, which :func:`verify` finds.
 
     Example::
 
@@ -56,14 +56,14 @@ class Journal:
         self._queue: deque[_Waiting] = deque()
         self._number = 0
         self._detours: list[int] = []
-        self._mark: tuple[int, list[int]] = (0, [])  # of the last step: the number of its first record, and its detours
+        self._mark: tuple[int, list[int]] = (0, [])  # of the last step: the number of its first record, and the detours before it
         self._before_mark: Tail | None = None
         optimizer.journal = self
         optimizer.handle.on_merge = self._add_merge
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """The path of the file."""
         return self._file.path
 
     @classmethod
@@ -84,8 +84,8 @@ class Journal:
             path: the file, of this process alone.
             about: notes to keep in it, plain JSON.
             overwrite: replace a file that is there.
-            fsync: force every so many records onto the disk, against a machine that loses power; None: the operating system's way,
-                which is enough for a process that is killed.
+            fsync: force the file onto the disk after every so many records, in case the machine loses power. None leaves that to
+                the operating system, which is enough if only the process is killed.
 
         Raises:
             JournalError: the file is there already or cannot be written, or the run cannot be rebuilt from a journal (momentum is
@@ -124,10 +124,10 @@ class Journal:
         check_weights: bool = True,
         fsync: int | None = None,
     ) -> int:
-        """Brings an optimiser on the base model to where a run was when it ended or was killed, and goes on writing.
+        """Brings an optimiser on the base model to where a run ended or was killed, and goes on writing its journal.
 
-        Weights, momentum, what a probe learned, and how it treats each parameter are those of the run, in every bit. Settings
-        of the optimiser's groups stay as they are: let a schedule take as many steps.
+        Weights, momentum, what a probe learned, and its sides are those of the run, in every bit. The settings of the optimiser's
+        groups stay as they are: let a schedule take as many steps.
 
         Args:
             path: the journal.
@@ -140,7 +140,7 @@ class Journal:
             The step to go on with, ``optimizer.steps_done``.
 
         Raises:
-            JournalError: the journal is damaged, of something else, or in use; weights and file are untouched.
+            JournalError: the journal is damaged, of another run, or in use; weights and file are untouched.
             ValueError: it has fewer steps than ``upto``.
         """
         path = Path(path)
@@ -173,11 +173,7 @@ class Journal:
             self.close()
 
     def add_step(self, info: StepInfo) -> None:
-        """Called by the optimiser: a step is about to be taken.
-
-        Raises:
-            JournalError: it cannot be written, or the optimiser's settings are not those of the journal any more.
-        """
+        """Raises JournalError if the record cannot be written, or a setting of the optimiser is no longer that of the journal."""
         optimizer = self._optimizer
         if optimizer.stepper.settings.of_run != self.header.settings or len(optimizer.param_groups) != len(self.header.groups):
             raise JournalError("a setting of the optimiser changed that a journal has once: put it back, or begin another journal")
@@ -195,7 +191,6 @@ class Journal:
             raise
 
     def take_back(self) -> None:
-        """Called by the optimiser: the last step was not taken."""
         number, self._detours = self._mark
         while self._queue and self._queue[-1].number >= number:
             self._queue.pop()
@@ -204,16 +199,15 @@ class Journal:
             self._before_mark = None
 
     def add_flush(self) -> None:
-        """Called by the optimiser."""
         self._tell(Flushed())
 
     def add_detour(self, moves: int) -> None:
-        """Called by the optimiser. Written with the next step: a run that is killed before goes on without."""
+        """The record is written with the next step; a run that is killed before that goes on without it."""
         if self._optimizer.handle.moves_weights:
             self._detours.append(moves)
 
     def finish(self) -> None:
-        """Ends the run: brings the weights up to date, writes their fingerprint, and closes the file. A second call does nothing.
+        """Ends the run: merges what was learned, writes the weights' fingerprint, and closes the file. A second call does nothing.
 
         A run that is resumed later goes on as if this had not happened.
 
@@ -233,9 +227,9 @@ class Journal:
             self._file.close()
 
     def close(self) -> None:
-        """Writes what is waiting and closes the file, without an end. A second call does nothing.
+        """Writes what is waiting and closes the file, without an end of the run. A second call does nothing.
 
-        In a forked process it leaves the file to the one that it was forked from.
+        A forked process leaves the file to the process that it was forked from.
         """
         self._detach()
         if self._file.closed:
@@ -256,7 +250,7 @@ class Journal:
         self._tell(Settled())
 
     def _tell(self, record: Record) -> None:
-        """Puts and writes what is about to be done; if this fails, it is not done."""
+        """Writes the record of what is about to be done. If this raises, it must not be done."""
         self._put(record)
         try:
             self._drain()
@@ -269,7 +263,7 @@ class Journal:
         return self._file.tail.sides or any(isinstance(waiting.record, Sides) for waiting in self._queue)
 
     def _put_detours(self, optimizer: ZerothOrderOptimizer) -> tuple[bool, bool]:
-        """Puts what was noted since the last step; returns how the step's own update is made: at rest, after one round and back."""
+        """Queues the detours since the last step. Returns the step's flags: made at rest, and after one round and back."""
         at_rest = optimizer.handle.backward is not None and optimizer.handle.moves_weights
         whole = optimizer.directions * (2 if optimizer.two_sided else 1)
         returned = at_rest and self._detours[-1:] == [whole]
@@ -304,7 +298,7 @@ class Journal:
 
 
 def _plain(about: dict[str, Any] | None) -> dict[str, Any]:
-    """Notes as they will be read."""
+    """Returns notes as they will be read."""
     if about is not None and not isinstance(about, dict):
         raise TypeError(f"about is a dict of notes, not {about!r:.200}")
     try:

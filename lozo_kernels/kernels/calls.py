@@ -1,4 +1,4 @@
-"""What one call of an op is told: draws, scalars, rounding, and the activations that a layer's call changes."""
+"""The arguments of one call of an op as types: draws, rounding, a call over a table, a call on the activations of a layer."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from .table import TensorTable
 
 Step = int | Tensor
-"""A step: a number, or a 0-dim int64 tensor on the table's device, which is not read on the host (a captured graph advances it)."""
+"""A step: a number, or a 0-dim int64 tensor on the table's device, which the host never reads (a captured graph advances it)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """Which noise: the step of U or Z, and the index among the directions of that step."""
+    """Which noise a call adds: the step of U or Z, and the index of the direction within that step."""
 
     step: Step
     direction: int = 0
@@ -23,7 +23,7 @@ class Draw:
 
 @dataclasses.dataclass(frozen=True)
 class Rounding:
-    """Stochastic rounding of one pass: the step, and the index of the pass among those of the step that round so."""
+    """Stochastic rounding of one pass: the step, and the index of this pass among the stochastically rounded passes of the step."""
 
     step: Step
     index: int = 0
@@ -31,16 +31,16 @@ class Rounding:
 
 @dataclasses.dataclass(slots=True)
 class TableCall:
-    """One pass over a table, as backends take it: checked, its tensors contiguous fp32 on the table's device.
+    """One call of an op over a table, as backends receive it: checked, its tensors contiguous fp32 on the table's device.
 
     Attributes:
         seed: 64-bit seed of the run.
-        draws: as many as the op's description (:mod:`.op_table`) allows.
+        draws: as many as the op's row in :data:`~.op_table.OPS` allows.
         scales: (draws, tensors).
         decay: (tensors,), or None for 1.
-        rounding: None for to nearest even.
-        coefficients: (draws, tensors), of an op that updates momentum; alpha, beta: (tensors,), likewise.
-        out: of an op that writes to another table: that table, or the table itself.
+        rounding: None rounds to nearest even.
+        coefficients, alpha, beta: (draws, tensors), (tensors,) and (tensors,) if the op updates momentum, else None.
+        out: the table that a merge writes, which can be the table itself; None for other ops.
     """
 
     seed: int
@@ -54,23 +54,23 @@ class TableCall:
     out: TensorTable | None = None
 
 
-@dataclasses.dataclass(slots=True)  # not frozen, which would double the time of making one after every layer
+@dataclasses.dataclass(slots=True)  # not frozen: that would double the time to make one, which happens after every layer
 class LayerCall:
-    """A product of activations with a weight's factors, added to the outputs of the weight at rest; see ``skinny.py``.
+    """One product of activations with a weight's factors, added to the outputs of the layer; see ``skinny.py``.
 
-    The tokens are equal blocks, one for each row of ``draws``: evaluations that share a forward pass. Tensors are on one device,
-    2-d ones have unit column stride, those of the factors are contiguous.
+    The tokens are equal blocks (groups), one for each row of ``draws``: evaluations that share a forward pass. All tensors are on
+    one device, 2-d ones have unit column stride, and those of the factors are contiguous.
 
     Attributes:
         y: (tokens, outputs), any weight dtype; changed in place.
-        x: (tokens, inputs), any weight dtype; or for an embedding (tokens,) int64 or int32 rows.
+        x: (tokens, inputs), any weight dtype; for an embedding (tokens,) int64 or int32 indices of rows.
         v: (rank, cols) fp16, V transposed.
         b: (rows, rank) fp32.
-        seed, tensor_id, row_offset: where U is in the noise.
+        seed, tensor_id, row_offset: the place of U in the noise.
         draws: (groups, 2) int64: step and direction.
-        scales: (groups,) fp32: a group's factor is B + scale * U.
-        transposed: X W instead of X W^T.
-        gain: (1,) fp32 that multiplies y first, or None.
+        scales: (groups,) fp32: the factor of a group is B + scale * U.
+        transposed: the layer computes X W instead of X W^T.
+        gain: (1,) fp32 by which y is multiplied first, or None.
         shift: (groups, outputs) fp32 that is added last, or None.
     """
 

@@ -1,4 +1,4 @@
-"""Checks of numbers that users give: one kind of number, one message."""
+"""Checks of numbers that users give. Each kind of number has one check and one message."""
 
 from __future__ import annotations
 
@@ -15,11 +15,8 @@ LARGEST = torch.finfo(torch.float32).max
 
 
 def as_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """A setting that is an integer of any type (numpy's too) as an ``int``; True and False are no integers.
-
-    Raises:
-        TypeError, ValueError: it is none, or not in [low, high].
-    """
+    """Returns a setting that is an integer of any type (numpy's too) as an ``int``. Raises TypeError or ValueError if it is not an
+    integer (True and False are none), or not in [low, high]."""
     if type(value) is not int:
         try:
             if isinstance(value, bool):
@@ -33,7 +30,7 @@ def as_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
 
 
 def check_integer(name: str, value: Any) -> None:
-    """Raises TypeError unless it is an ``int``. For coordinates of the noise, which kernels take as they are."""
+    """Raises TypeError unless the value is an ``int``. For coordinates of the noise, which kernels take without conversion."""
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, int)):
         raise TypeError(f"{name} is an integer, not {value!r}")
 
@@ -50,7 +47,7 @@ def check_range(name: str, value: Any, bound: int) -> None:
 def check_number(name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> None:
     """Raises TypeError or ValueError unless it is a finite number in [low, high), or in (low, high) with ``open_low``.
 
-    A tensor of one element is a number too. On a device it is not read, because nobody waits for a device.
+    A tensor of one element is a number too. If it is on a device, its value is not checked, because that would wait for the device.
     """
     if isinstance(value, Tensor):
         if value.numel() != 1:

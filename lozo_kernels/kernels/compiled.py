@@ -1,4 +1,4 @@
-"""Code that torch compiles calls the operators of ``torch_ops.py``, whose flat arguments are made here from those of ``ops.py``."""
+"""Calls of the operators of ``torch_ops.py`` from code that torch compiles: the arguments of ``ops.py`` are made flat here."""
 
 from __future__ import annotations
 
@@ -11,11 +11,8 @@ from .table import TensorTable
 
 
 def call_operator(op: Op, table: TensorTable, call: TableCall, backend: Backend | None) -> None:
-    """One pass over a table.
-
-    Raises:
-        NotImplementedError: a merge into the table's own weights, of which a schema cannot say that it only reads them.
-    """
+    """Calls the torch operator of an op over a table. Raises NotImplementedError for a merge into the table's own weights,
+    because the schema says that a merge only reads them."""
     if op.out and call.out is None:
         raise NotImplementedError("compiled code can merge into other memory only: give out")
     device, rounding = table.device, call.rounding
@@ -37,7 +34,7 @@ def call_operator(op: Op, table: TensorTable, call: TableCall, backend: Backend 
 
 
 def call_layer_operator(call: LayerCall, backend: Backend | None, *, lookup: bool) -> None:
-    """One product of activations, or with ``lookup`` of an embedding's rows."""
+    """Calls the torch operator lowrank_embedding_ with ``lookup``, otherwise lowrank_linear_."""
     factors = (call.v, call.b, signed_seed(call.seed), call.tensor_id, call.row_offset, call.draws, call.scales)
     if lookup:
         torch.ops.lozo_kernels.lowrank_embedding_(call.y, call.x, *factors, call.gain, name_of(backend))
@@ -46,10 +43,10 @@ def call_layer_operator(call: LayerCall, backend: Backend | None, *, lookup: boo
 
 
 def name_of(backend: Backend | None) -> str:
-    """A backend as operators take it: "" for the best."""
+    """The backend's name as the operators take it; "" chooses the best backend."""
     return "" if backend is None else backend.name
 
 
 def signed_seed(seed: int) -> int:
-    """The 64 bits of a seed as a signed number."""
+    """The 64 bits of a seed as a signed number, which is what a schema's ``int`` can hold."""
     return seed - (1 << 64) if seed >= 1 << 63 else seed

@@ -27,7 +27,7 @@ from torch import Tensor
 from .checks import check_integer, check_range
 
 NOISE_VERSION = 1
-"""Version of the contract; stored in checkpoints, so that a run is never resumed with other noise."""
+"""Version of the contract. Checkpoints store it, so that a run is never resumed with other noise."""
 
 STREAMS = {"U": 0, "V": 1, "Z": 2, "S": 3, "rounding": 8}
 MAX_DRAW = 1 << 28
@@ -36,21 +36,21 @@ MAX_DIRECTION = 1 << 24
 GRID = 49152.0
 """1.5 * 2**15: adding and subtracting it rounds an fp32 of magnitude below 2**14 to a multiple of 2**-8."""
 
-# C3, C2, C1, C0 of DESIGN.md as the doubles that equal their fp32 bit patterns (0x207c3b8f, 0xa9065b6e, 0x31b0c331, 0x3bd4a59c).
+# C3 to C0 of docs/noise.md as the doubles that equal their fp32 bit patterns (0x207c3b8f, 0xa9065b6e, 0x31b0c331, 0x3bd4a59c).
 _COEFFICIENTS = tuple(float.fromhex(h) for h in ("0x1.f8771ep-63", "-0x1.0cb6dcp-45", "0x1.618662p-28", "0x1.a94b38p-8"))
 _MASK = 0xFFFFFFFF
-_CHUNK = 1 << 20  # counters expanded at once: bounds the int64 temporaries of this slow path to some 64 MiB
+_CHUNK = 1 << 20  # counters expanded at once; bounds the int64 temporaries of this slow path to some 64 MiB
 
 
 def tensor_id(name: str) -> int:
-    """The 32-bit id of a parameter: BLAKE2s of its canonical name, so it survives reordering, subsetting and sharding."""
+    """The 32-bit id of a parameter: BLAKE2s of its canonical name, so that it survives reordering, subsetting and sharding."""
     if not isinstance(name, str):
         raise TypeError(f"a parameter's name is a string, not {name!r}")
     return int.from_bytes(hashlib.blake2s(name.encode(), digest_size=4).digest(), "little")
 
 
 def tensor_ids(names: Iterable[str]) -> dict[str, int]:
-    """Ids of several names at once.
+    """Returns the ids of several names.
 
     Raises:
         ValueError: two names share an id (their noise would be identical).
@@ -121,14 +121,14 @@ def factor(
     direction: int = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """A random factor: U (one per step), V (one per window) or S (SubZero's core).
+    """Makes a random factor: U (one per step), V (one per window) or S (SubZero's core).
 
     Args:
         seed: 64-bit seed of the run.
         rows: number of rows to make; ``row_offset`` is the global index of the first.
         rank: columns, 1 to 64. Ranks nest: rank 2 is the first two columns of rank 4.
         tensor_id: see :func:`tensor_id`.
-        draw: the step for U and S, the window (step // interval) for V; a 0-dim int64 tensor is taken as it is, unread.
+        draw: the step for U and S, the window (step // interval) for V; a 0-dim int64 tensor is used without being read.
         stream: "U", "V" or "S".
         direction: index among the directions of one step.
 
@@ -136,7 +136,7 @@ def factor(
         (rows, rank) fp32 of multiples of 2**-8.
 
     Raises:
-        TypeError, ValueError: an argument is not what it should be, or out of range.
+        TypeError, ValueError: an argument has a wrong type or is out of range.
     """
     check_factor(seed, rows, rank, tensor_id, draw, stream=stream, row_offset=row_offset, direction=direction)
     groups = (rank + 3) // 4
@@ -160,17 +160,14 @@ def cores(
     direction: int = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The cores S of SubZero for many matrices at once.
+    """Makes the cores S of SubZero for many matrices at once. Raises as :func:`factor`.
 
     Args:
         seed, rank, direction: as in :func:`factor`; ``draw`` is the step.
-        owners: (tensor id, index of the matrix in the tensor's batch) of each.
+        owners: for each matrix its tensor id and its index in the tensor's batch.
 
     Returns:
-        (matrices, rank, rank) fp32: of matrix b the rows ``b * rank`` to ``(b + 1) * rank - 1`` of ``factor(stream="S")``.
-
-    Raises:
-        TypeError, ValueError: an argument is not what it should be, or out of range.
+        (matrices, rank, rank) fp32. The core of matrix b is rows ``b * rank`` to ``(b + 1) * rank - 1`` of ``factor(stream="S")``.
     """
     check_factor(seed, 0, rank, 0, draw, stream="S", row_offset=0, direction=direction)
     if not isinstance(owners, Sequence) or not all(isinstance(o, Sequence) and len(o) == 2 for o in owners):
@@ -196,7 +193,7 @@ def dense(
     direction: int = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Dense Gaussian noise Z (MeZO, and every one-dimensional tensor).
+    """Makes dense Gaussian noise Z (MeZO, and every one-dimensional tensor). Raises as :func:`factor`.
 
     Args:
         seed, tensor_id, draw, direction: as in :func:`factor`; ``draw`` is the step.
@@ -204,9 +201,6 @@ def dense(
 
     Returns:
         (numel,) fp32.
-
-    Raises:
-        TypeError, ValueError: an argument is not what it should be, or out of range.
     """
     _check(seed, numel, tensor_id, draw, offset, direction, limit=1 << 42)
     out = torch.empty(numel, dtype=torch.float32, device=device)
@@ -225,7 +219,7 @@ def rounding_bits(
     direction: int = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Uniform 16-bit integers for stochastic rounding.
+    """Makes uniform 16-bit integers for stochastic rounding. Raises as :func:`factor`.
 
     Args:
         seed, tensor_id, numel, offset: as in :func:`dense`.
@@ -233,9 +227,6 @@ def rounding_bits(
 
     Returns:
         (numel,) int32 in [0, 2**16).
-
-    Raises:
-        TypeError, ValueError: an argument is not what it should be, or out of range.
     """
     _check(seed, numel, tensor_id, draw, offset, direction, limit=1 << 42)
     out = torch.empty(numel, dtype=torch.int32, device=device)
@@ -254,7 +245,7 @@ def _flat_words(
     per: int,
     device: torch.device | str | None,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The flat range in pieces: (where, int64 values), ``per`` values a counter: 4 words of 32 bits or 8 of 16."""
+    """Yields (slice of the range, its int64 values), with ``per`` values from each counter: 4 words of 32 bits or 8 of 16."""
     end = offset + numel
     for start in range(offset // per, -(-end // per), _CHUNK):
         stop = min(start + _CHUNK, -(-end // per))
@@ -279,7 +270,7 @@ def check_factor(
 
 
 def check_draw(name: str, draw: int | Tensor) -> None:
-    """Raises TypeError or ValueError unless it is a step or window: a number, or a 0-dim int64 tensor, which is not read."""
+    """Raises TypeError or ValueError unless it is a step or window: a number, or a 0-dim int64 tensor, whose value is not read."""
     if isinstance(draw, Tensor):
         if draw.dim() or draw.dtype != torch.int64 or draw.device.type == "meta" or draw.layout != torch.strided:
             raise ValueError(

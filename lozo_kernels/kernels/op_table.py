@@ -1,7 +1,7 @@
-"""Every op over a table of tensors, described once.
+"""The ops over a table of tensors, each described by one row of :data:`OPS`.
 
-From a row follow the checks of its arguments (``ops.py``), its torch operator with schema and fake (``torch_ops.py``), the
-reference and the loop of the eager backend, and the names under which backends find their kernels.
+From a row follow the checks of the arguments (``ops.py``), the torch operator with its schema (``torch_ops.py``), the loop of the
+eager backend, and the names under which the other backends find their kernels.
 """
 
 from __future__ import annotations
@@ -15,23 +15,22 @@ from torch import Tensor
 from .table import TensorTable
 
 MAX_DRAWS = 2
-"""Draws that one pass over the weights can add."""
+"""The most draws that one call of an op can add."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Op:
-    """What one op takes and changes.
+    """What one op takes and what it changes.
 
     Attributes:
-        name: of the function in ``ops.py``. Without the last underscore it is the name of the function in ``reference.py`` and
-            of the kernels.
-        v: the table has V, and the noise is U V^T; otherwise it has none, and the noise is Z.
-        n: what the op wants of ``table.n``: "none", "optional" or "needed".
-        momentum: it takes ``coefficients``, ``alpha`` and ``beta``, and writes ``table.n``.
-        factors: the tensors are factors themselves, fp32, whose noise is U.
-        draws: the least and the most draws that it takes.
-        rounding: it can round stochastically.
-        out: it writes the weights of another table, if one is given, and only reads its own.
+        name: the function in ``ops.py``. Without the last underscore it is the function in ``reference.py`` and the kernels' name.
+        v: the table has V, and the noise is U V^T. Otherwise it has no V, and the noise is Z (or U, see ``factors``).
+        n: whether the op reads ``table.n``: "none", "optional" or "needed".
+        momentum: the op takes ``coefficients``, ``alpha`` and ``beta``, and updates ``table.n``.
+        factors: the tensors of the table are factors themselves, in fp32, and their noise is U.
+        draws: the least and the largest number of draws.
+        rounding: the op can round stochastically.
+        out: the op can write the weights of another table; then it only reads its own.
     """
 
     name: str
@@ -45,17 +44,17 @@ class Op:
 
     @functools.cached_property
     def kernel(self) -> str:
-        """The name of its kernels."""
+        """The name of its kernels and of its function in ``reference.py``."""
         return self.name.removesuffix("_")
 
     @functools.cached_property
     def along_rows(self) -> bool:
-        """Whether the noise is U, a row of it for each row of a weight, and not Z, which has an element for each element."""
+        """Whether the noise is U, with one row for each row of a weight, and not Z, with one value for each element."""
         return self.v or self.factors
 
     @property
     def lists(self) -> dict[str, str]:
-        """The lists of tensors that its torch operator takes, in order, with their types in a schema."""
+        """The lists of tensors that its torch operator takes, in order, each with its type in the schema."""
         lists = {"out": "Tensor(a!)[]", "x": "Tensor[]"} if self.out else {"x": "Tensor(a!)[]"}
         if self.v:
             lists["v"] = "Tensor[]"
@@ -81,4 +80,4 @@ OPS = {
         Op("dense_merge_", n="optional", draws=(0, 1), out=True),
     )
 }
-"""By name. Besides, there are ``resample_`` and ``factor``, which only make noise, and the ops on activations (``skinny.py``)."""
+"""The ops by name. ``resample_`` and ``factor``, which only make noise, and the ops on activations (``skinny.py``) are not rows."""

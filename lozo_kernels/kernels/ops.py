@@ -1,9 +1,9 @@
-"""The ops: documentation, argument checks, normalised scalars, and one call of the backend for a whole table of tensors.
+"""The ops: their documentation, the checks of their arguments, and one call of a backend for a whole table of tensors.
 
 Scalars that change from step to step (scales, learning rate, projected gradient) may be numbers or tensors on the table's
 device; nothing here reads a tensor's value, so nothing synchronises. Each op changes ``table.x`` (and momentum, V) in place,
 touches no other element, and gives the bits of ``reference.py`` on every backend, except that momentum products above rank 8
-are bounded, not promised. What each op takes and changes stands in :mod:`.op_table`.
+are bounded, not promised. :mod:`.op_table` describes what each op takes and changes.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ __all__ = [
 ]
 
 Scalars = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
-"""A number, one per tensor, or one per draw and tensor: anything that broadcasts to that shape."""
+"""A number, one per tensor, or one per draw and tensor: anything that broadcasts to the shape in question."""
 
 
 Signature = ParamSpec("Signature")
 
 
 def _described(function: Callable[Signature, None]) -> Callable[Signature, None]:
-    """The op of the function's name, with the signature and the documentation that the function has."""
+    """Makes the op of the function's name, with the function's signature and docstring."""
     op = OPS[function.__name__]
 
     @functools.wraps(function)
     def call(*args: Signature.args, **kwargs: Signature.kwargs) -> None:
-        function(*args, **kwargs)  # does nothing but hold the arguments against the signature
+        function(*args, **kwargs)  # its empty body only checks the arguments against the signature
         run(op, *args, **kwargs)  # type: ignore[arg-type]
 
     return call
@@ -83,7 +83,7 @@ def lowrank_update_(
         backend: default: the best for the table's device.
 
     Raises:
-        ValueError: an argument is out of range or of the wrong shape.
+        TypeError, ValueError: an argument has a wrong type or shape, or is out of range; nothing was changed.
     """
 
 
@@ -157,16 +157,15 @@ def factor_update_(
     decay: Scalars | None = None,
     backend: Backend | None = None,
 ) -> None:
-    """F <- decay * F + sum over draws of scale * U: LOZO's step on the factor B of a window, or on the momentum N.
+    """F <- decay * F + sum over draws of scale * U: LOZO's update of the factor B of a window, or of the momentum N.
 
     Args:
-        table: the factors as ``x``, (batch, rows, rank) fp32, without V; U's global row is that of the weight.
+        table: the factors as ``x``, (batch, rows, rank) fp32, without V; their row offsets are those of the weights.
         draws: one or two.
         seed, scales, decay, backend: as in :func:`lowrank_update_`.
 
     Raises:
-        TypeError: a factor is not fp32.
-        ValueError: an argument is out of range or of the wrong shape.
+        TypeError, ValueError: as in :func:`lowrank_update_`; or a factor is not fp32.
     """
 
 
@@ -182,14 +181,14 @@ def lowrank_merge_(
     out: TensorTable | None = None,
     backend: Backend | None = None,
 ) -> None:
-    """OUT <- decay * X + (N + scale * U) V^T: a merge into the weights, or with a draw a probed weight in memory of its own.
+    """OUT <- decay * X + (N + scale * U) V^T: merges N into the weights or, with a draw, makes the weights that a probe evaluates.
 
     The product has k ascending from 0, each a rounded multiply and a rounded add: promised in bits at any rank.
 
     Args:
         table: low-rank tensors with a factor (``v`` and ``n`` given), which are only read.
         draws: none or one.
-        out: a table whose ``x`` are written instead of ``table.x``, of the same shapes and dtypes.
+        out: a table of the same shapes and dtypes whose ``x`` are written instead of ``table.x``.
         seed, scales, decay, rounding, backend: as in :func:`lowrank_update_`.
     """
 
@@ -224,10 +223,10 @@ def run(
     out: TensorTable | None = None,
     backend: Backend | None = None,
 ) -> None:
-    """Any op of :data:`OPS`: checks its arguments, and makes the call.
+    """Runs an op of :data:`OPS` after it has checked the arguments.
 
     Args:
-        op: its description; the function of the same name documents the others.
+        op: the op; the function of the same name documents the other arguments.
 
     Raises:
         TypeError, ValueError: an argument does not fit; nothing was changed.
@@ -257,7 +256,7 @@ def run(
 
 
 def dispatch(op: Op, table: TensorTable, call: TableCall, backend: Backend | None) -> None:
-    """Makes a call whose arguments are known to be right: by the backend, or in compiled code by the torch operator."""
+    """Runs an op whose arguments are known to be right, by the backend or, in compiled code, by the torch operator."""
     if torch.compiler.is_compiling():
         call_operator(op, table, call, backend)
         return
@@ -272,10 +271,10 @@ def resample_(table: TensorTable, *, seed: int, window: int, reproject: bool = F
     Args:
         table: low-rank tensors. V's global row is ``col_offset + b * global_cols + j`` for matrix b of a batch.
         window: step // interval.
-        reproject: carry ``table.n`` over; ``table.v`` must then hold the V that it was accumulated under.
+        reproject: also re-project ``table.n``; ``table.v`` must then hold the V under which it was accumulated.
 
     Raises:
-        ValueError: an argument is out of range, or ``reproject`` without momentum.
+        TypeError, ValueError: an argument does not fit or is out of range, or ``reproject`` without momentum.
     """
     _check_kind(table, v=True, n=reproject)
     check_range("seed", seed, 1 << 64)
@@ -302,14 +301,14 @@ def factor(
     device: torch.device | str = "cpu",
     backend: Backend | None = None,
 ) -> Tensor:
-    """U, V or S of :func:`noise.factor`, made by a backend: (rows, rank) fp32 on ``device``, the same bits.
+    """Makes U, V or S of :func:`noise.factor` by a backend: (rows, rank) fp32 on ``device``, with the same bits.
 
     Args:
         seed, rows, rank, tensor_id, stream, row_offset: as in :func:`noise.factor`.
         draw: the step (for V the window) and the direction.
 
     Raises:
-        ValueError: an argument is out of range.
+        TypeError, ValueError: an argument is out of range, or the backend cannot serve the device.
     """
     device = torch.device(device)
     check_factor(seed, rows, rank, tensor_id, draw.step, stream=stream, row_offset=row_offset, direction=draw.direction)
@@ -368,7 +367,7 @@ def _check_draws(op: Op, draws: Sequence[Draw], rounding: Rounding | None) -> No
 
 
 def _broadcast(value: Scalars, shape: tuple[int, ...], device: torch.device, name: str) -> Tensor:
-    """Contiguous fp32 of a shape on a device, without waiting for the device."""
+    """Returns the value as a contiguous fp32 tensor of the shape on the device, without waiting for the device."""
     if isinstance(value, (int, float)):
         if LARGEST < abs(value) < math.inf:
             raise ValueError(f"{name} is {value}, which is beyond fp32")

@@ -5,7 +5,7 @@ reproduces the promised bits (one rounded multiply and one rounded add per term,
 ``torch.float64`` is the truth for error bounds. Rounding into the weight's own dtype is a separate last step
 (:func:`round_nearest`, :func:`round_stochastic`).
 
-A weight is seen as a batch of matrices (batch, rows, cols): a matrix has batch 1, stacked experts one matrix each, a
+A weight is seen as a batch of matrices (batch, rows, cols): a matrix has batch 1, a stack of experts has a matrix for each, a
 convolution is (1, out, rest), a dense tensor is (1, 1, numel). V is stored transposed, (batch, rank, cols), in fp16, which
 holds its values exactly.
 """
@@ -25,7 +25,7 @@ def _start(x: Tensor, decay: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def low_rank_product(u: Tensor, v: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """U V^T, exact: factors on the 2**-8 grid make every partial sum an integer that fp64 holds.
+    """U V^T, computed exactly: factors are multiples of 2**-8, so fp64 holds every partial sum.
 
     Args:
         u: (batch, rows, rank); v: (batch, rank, cols).
@@ -33,7 +33,7 @@ def low_rank_product(u: Tensor, v: Tensor, dtype: torch.dtype = torch.float32) -
     Returns:
         (batch, rows, cols) of ``dtype``.
     """
-    # + 0.0: the sign of a zero sum is the BLAS's own, and an integer sum has none.
+    # A sum of zero can be -0.0, depending on the BLAS; adding 0.0 makes it +0.0, as a sum of integers is.
     return (u.double() @ v.double() + 0.0).to(dtype)
 
 
@@ -106,7 +106,7 @@ def apply_momentum(y: Tensor, product: Tensor, alpha: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class MomentumTerms:
-    """What an update does with momentum: coefficients one for each draw, alpha -lr / r or -lr, beta; 0-dim tensors."""
+    """The scalars of a momentum update, 0-dim tensors: a coefficient for each draw, alpha (-lr / r, or -lr if dense), and beta."""
 
     coefficients: Sequence[Tensor]
     alpha: Tensor
@@ -124,7 +124,7 @@ def lowrank_momentum(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """A step of LOZO-M: N by :func:`momentum`, and :func:`lowrank_update` with alpha * N V^T added last. Returns X and N."""
+    """Returns X and N after a step of LOZO-M: N by :func:`momentum`, X by :func:`lowrank_update` with alpha * N V^T added last."""
     n = momentum(n, us, terms.coefficients, terms.beta, dtype=dtype)
     y = lowrank_update(x, v, us, scales, decay, dtype=dtype)
     return apply_momentum(y, momentum_product(n, v, dtype=dtype), terms.alpha), n
@@ -140,7 +140,7 @@ def dense_momentum(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """A step of MeZO-M: M by :func:`momentum`, and :func:`dense_update` with alpha * M added last. Returns X and M."""
+    """Returns X and M after a step of MeZO-M: M by :func:`momentum`, X by :func:`dense_update` with alpha * M added last."""
     n = momentum(n, zs, terms.coefficients, terms.beta, dtype=dtype)
     return apply_momentum(dense_update(x, zs, scales, decay, dtype=dtype), n, terms.alpha), n
 
@@ -171,7 +171,7 @@ def lowrank_merge(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """decay * X + (F + scale * U) V^T, the product with k ascending: a probed weight, or without draws a merged one.
+    """decay * X + (F + scale * U) V^T, summed with k ascending: a probe's weight or, without draws, the merged weight.
 
     Args:
         x: (batch, rows, cols); v: (batch, rank, cols); f: (batch, rows, rank) fp32; us: (batch, rows, rank) each.
@@ -188,7 +188,7 @@ def dense_merge(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """decay * X + (F + scale * Z), F being what dense updates added since the last merge, fp32 of X's shape, or None for 0."""
+    """decay * X + (F + scale * Z). F, fp32 of X's shape or None for 0, is the sum of the dense updates since the last merge."""
     y = _start(x, decay, dtype)
     if f is not None:
         return y + dense_update(f, zs, scales, dtype=dtype)
@@ -206,7 +206,7 @@ def lowrank_linear(
     shift: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """gain * Y + X (F V^T)^T + shift: the outputs of a linear layer whose weight moved by F V^T, from those of the weight at rest.
+    """gain * Y + X (F V^T)^T + shift: the outputs of a linear layer with weight W + F V^T, from its outputs Y with weight W.
 
     Args:
         y: (tokens, rows), or (tokens, cols) if transposed; x: (tokens, cols), or (tokens, rows).
@@ -223,7 +223,7 @@ def lowrank_linear(
 def lowrank_embedding(
     y: Tensor, rows: Tensor, v: Tensor, f: Tensor, *, gain: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """gain * Y + (F V^T)[rows]: the outputs of an embedding whose weight moved by F V^T.
+    """gain * Y + (F V^T)[rows]: the outputs of an embedding with weight W + F V^T, from its outputs Y with weight W.
 
     Args:
         y: (tokens, cols); rows: (tokens,) integers; v: (rank, cols) fp16; f: (rows of the weight, rank) fp32, U included.
@@ -232,29 +232,29 @@ def lowrank_embedding(
 
 
 def reproject(n: Tensor, v_old: Tensor, v_new: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """N (V_old^T V_new) / cols: the momentum seen from the new V, through an r x r product (LOZO-M, Algorithm 2, line 6).
+    """N (V_old^T V_new) / cols: the momentum expressed in the new V, through an r x r product (LOZO-M, Algorithm 2, line 6).
 
     The r x r sums are integers below 2**53 (exact in fp64 in any order), divided in fp64 and rounded once; then k ascends from 0.
 
     Args:
         n: (batch, rows, rank) fp32; v_old, v_new: (batch, rank, cols).
     """
-    # By a tensor: a division by a number may become a multiplication by its reciprocal, which rounds differently.
+    # Divide by a tensor: a division by a number may become a multiplication by its reciprocal, which rounds differently.
     cols = torch.full((), max(1, v_old.shape[-1]), dtype=torch.float64, device=v_old.device)
     gram = (v_old.double() @ v_new.double().transpose(-1, -2) / cols).to(dtype)
     return momentum_product(n, gram, dtype=dtype)
 
 
 def round_nearest(y: Tensor, dtype: torch.dtype) -> Tensor:
-    """To nearest even, which is what ``Tensor.to`` does."""
+    """Rounds to nearest even, as ``Tensor.to`` does."""
     return y.to(dtype)
 
 
 def round_stochastic(y: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """fp32 to bf16 or fp16 so that the expectation over ``bits`` is ``y``: add random low bits, truncate.
+    """Rounds fp32 to bf16 or fp16 so that the mean over ``bits`` is ``y``: adds random bits below the last kept one and truncates.
 
-    Magnitudes that fp16 holds only as subnormals are rounded on their fixed grid of 2**-24. Non-finite values are converted
-    as they are; for fp32 there is nothing to round.
+    Magnitudes that fp16 holds only as subnormals are rounded on their fixed grid of 2**-24. Values that are not finite are
+    converted unchanged, and fp32 is not rounded.
 
     Args:
         y: fp32; bits: int32 of the same shape, uniform in [0, 2**16) (:func:`noise.rounding_bits`).

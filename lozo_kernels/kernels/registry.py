@@ -1,4 +1,4 @@
-"""What a backend is, which ones there are, and which one serves a device, with the reason why the others do not."""
+"""What a backend is, which backends are registered, and which of them serves a device."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from .table import TensorTable
 
 
 class Backend(abc.ABC):
-    """The ops on one kind of device; ``ops.py`` and ``skinny.py`` document each. Arguments arrive checked."""
+    """The ops on one kind of device. ``ops.py`` and ``skinny.py`` document the ops, whose arguments arrive checked."""
 
     name: str
 
     @abc.abstractmethod
     def unavailable(self, device: torch.device) -> str | None:
-        """Why this backend cannot serve the device, or None if it can."""
+        """Returns why this backend cannot serve the device, or None if it can."""
 
     def opt_in_reason(self, device: torch.device) -> str | None:  # noqa: ARG002  (some backends look at it)
-        """Why it serves the device only when asked for by name, or None. Called where it is available."""
+        """Returns why it serves the device only when it is asked for by name, or None. Called only if it is available."""
         return None
 
     @abc.abstractmethod
     def run(self, op: Op, table: TensorTable, call: TableCall) -> None:
-        """Any op of :data:`~.op_table.OPS`."""
+        """Runs an op of :data:`~.op_table.OPS`."""
 
     @abc.abstractmethod
     def resample_(self, table: TensorTable, seed: int, window: int, reproject: bool) -> None: ...
@@ -52,17 +52,13 @@ _BACKENDS: dict[str, Backend] = {}
 
 
 def register_backend(backend: Backend) -> None:
-    """Adds a backend; those registered later are preferred."""
+    """Registers a backend. Those registered later are preferred."""
     _BACKENDS[backend.name] = backend
 
 
 @contextlib.contextmanager
 def registered(backend: Backend) -> Iterator[None]:
-    """A backend is there, under a new name, for as long as the body runs.
-
-    Raises:
-        ValueError: there is a backend of that name.
-    """
+    """Registers a backend under a new name while the body runs. Raises ValueError if there is a backend of that name."""
     if backend.name in _BACKENDS:
         raise ValueError(f"there is a backend {backend.name!r} already")
     register_backend(backend)
@@ -73,28 +69,28 @@ def registered(backend: Backend) -> Iterator[None]:
 
 
 def backend_names() -> list[str]:
-    """All registered backends, the preferred one first."""
+    """The names of all registered backends, the preferred one first."""
     return list(reversed(_BACKENDS))
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The backend that serves a device and, for each other one that was considered, why it does not."""
+    """The backend that serves a device and, for each other one that was considered, the reason why it does not."""
 
     backend: Backend
     rejected: dict[str, str]
 
 
 def choose_backend(device: torch.device | str, name: str | None = None) -> Choice:
-    """The backend for a device.
+    """Chooses the backend for a device.
 
     Args:
         device: where the weights are.
-        name: use this one or fail; default: the environment variable LOZO_KERNELS_BACKEND, else the first that can.
+        name: use this backend or fail. Default: the environment variable LOZO_KERNELS_BACKEND, else the first that can serve.
 
     Raises:
         ValueError: there is no backend of that name.
-        RuntimeError: the named backend cannot serve the device.
+        RuntimeError: the named backend, or without a name every backend, cannot serve the device.
     """
     device = torch.device(device)
     name = name or os.environ.get("LOZO_KERNELS_BACKEND") or None

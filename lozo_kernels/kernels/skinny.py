@@ -1,7 +1,7 @@
 """Products of activations with the factors of a weight: what a probe adds to the outputs of a layer whose weight is only read.
 
-Between two draws of V the weight of LOZO is W + B V^T (Chen et al., ICLR 2025, Section 4.1), so a probed layer computes
-X W^T + (X V)(B + scale U)^T. Sums of activations are not promised in bits: they are bounded, as the layer's own are.
+Within a window the weight of LOZO is W + B V^T (Chen et al., ICLR 2025, Section 4.1), so a probed layer computes
+X W^T + (X V)(B + scale U)^T. Sums over activations are bounded, not promised in bits, as are the layer's own.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def lowrank_linear_(
     shift: Tensor | None = None,
     backend: Backend | None = None,
 ) -> None:
-    """Y <- gain * Y + (X V)(B + scale U)^T + shift, for a layer that computes X W^T with W (rows, cols).
+    """Y <- gain * Y + (X V)(B + scale U)^T + shift, where Y are the outputs of a layer that computes X W^T with W (rows, cols).
 
     Args:
         y: (tokens, rows), fp32, bf16 or fp16, unit column stride; changed in place.
-        x: (tokens, cols), its dtype may be another.
+        x: (tokens, cols), any of these dtypes.
         v: (rank, cols) fp16, contiguous: V transposed.
         b: (rows, rank) fp32, contiguous.
-        seed, tensor_id, row_offset: place of U in the noise.
+        seed, tensor_id, row_offset: the place of U in the noise.
         draws: (groups, 2) int64 on the device of y: step and direction. The tokens are ``groups`` equal blocks, in order.
         scales: (groups,) fp32.
         transposed: the layer computes X W: y is (tokens, cols), x (tokens, rows), and X (B + scale U) V^T is added.
@@ -49,7 +49,7 @@ def lowrank_linear_(
         backend: default: the best for the device.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong dtype or shape.
+        TypeError, ValueError: an argument has a wrong type, dtype, shape or device, or shares memory with y.
     """
     _check_storage(y, x, v, b, draws, scales, *(t for t in (gain, shift) if t is not None))
     tokens, groups, rows, cols = _check(y, v, b, draws, scales, gain)
@@ -81,14 +81,15 @@ def lowrank_embedding_(
     gain: Tensor | None = None,
     backend: Backend | None = None,
 ) -> None:
-    """Y <- gain * Y + ((B + scale U) V^T)[rows]: only the rows of U that are looked up are generated.
+    """Y <- gain * Y + ((B + scale U) V^T)[rows]. Only the rows of U that are looked up are generated.
 
     Args:
-        y: (tokens, cols); rows: (tokens,) int64 or int32, contiguous; on a GPU the embedding itself has to have checked them.
+        y: (tokens, cols).
+        rows: (tokens,) int64 or int32, contiguous. On a GPU they are not checked here: the embedding itself has to have done it.
         v, b, seed, tensor_id, draws, scales, row_offset, gain, backend: as in :func:`lowrank_linear_`.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong dtype or shape.
+        TypeError, ValueError: as in :func:`lowrank_linear_`.
     """
     _check_storage(y, rows, v, b, draws, scales, *(() if gain is None else (gain,)))
     tokens, _, count, cols = _check(y, v, b, draws, scales, gain)
@@ -105,10 +106,10 @@ def lowrank_embedding_(
 
 
 def dispatch(call: LayerCall, backend: Backend | None, *, lookup: bool) -> None:
-    """Makes a call whose arguments are known to be right: this runs after every layer of a probed model's forward pass.
+    """Makes a call whose arguments are known to be right. A probed model calls this after every layer of its forward pass.
 
     Args:
-        lookup: :func:`lowrank_embedding_`, otherwise :func:`lowrank_linear_`.
+        lookup: the op is :func:`lowrank_embedding_`, otherwise :func:`lowrank_linear_`.
     """
     if torch.compiler.is_compiling():
         call_layer_operator(call, backend, lookup=lookup)
@@ -118,7 +119,7 @@ def dispatch(call: LayerCall, backend: Backend | None, *, lookup: bool) -> None:
 
 
 def _check(y: Tensor, v: Tensor, b: Tensor, draws: Tensor, scales: Tensor, gain: Tensor | None) -> tuple[int, int, int, int]:
-    """Tokens, groups, rows and columns of the weight."""
+    """Returns tokens, groups, and the rows and columns of the weight, or raises for arguments that do not fit."""
     device = y.device
     if y.dtype not in DTYPES:
         raise TypeError(f"y is {y.dtype}; supported are {', '.join(str(d) for d in DTYPES)}")
@@ -142,7 +143,7 @@ def _check(y: Tensor, v: Tensor, b: Tensor, draws: Tensor, scales: Tensor, gain:
 
 
 def _check_storage(*tensors: Tensor) -> None:
-    """Raises TypeError or ValueError unless all are tensors with memory of their own; the first, which is written, shares none."""
+    """Raises TypeError or ValueError unless all are tensors with storage and none overlaps the first, which is written."""
     if torch.compiler.is_compiling():
         return
     written = None
@@ -161,7 +162,7 @@ def _check_storage(*tensors: Tensor) -> None:
 
 
 def _check_place(seed: int, tensor_id: int, row_offset: int, rows: int, draws: Tensor) -> None:
-    """Raises TypeError or ValueError for a place that is not in the noise; draws on a device are not read."""
+    """Raises TypeError or ValueError for coordinates that the noise does not have. Draws on a device are not read."""
     if type(seed) is int and type(tensor_id) is int and type(row_offset) is int:
         good = 0 <= seed < 1 << 64 and 0 <= tensor_id < 1 << 32 and 0 <= row_offset <= FACTOR_LIMIT - rows
     else:

@@ -1,4 +1,4 @@
-"""The list of tensors that one call of an op works on, checked once and then reused until storage moves."""
+"""The list of tensors that one call of an op works on. It is checked once and reused until storage moves."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .checks import check_integer, check_range
 from .noise import MAX_RANK
 
 FACTOR_LIMIT, FLAT_LIMIT = 1 << 32, 1 << 42
-"""Rows of a factor, and elements of a tensor, that the noise counters reach."""
+"""The most rows of a factor, and the most elements of a tensor, that the noise counters can address."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Weight dtypes that the ops take; their position is the dtype code of the C ABI."""
+"""Weight dtypes that the ops take. A dtype's position is its code in the C ABI."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,20 +25,20 @@ class TensorTable:
     """Weights on one device as batches of matrices, with their factors and their place in the noise.
 
     Shapes, per tensor: ``x`` (batch, rows, cols) with unit column stride and any other strides; ``v`` (batch, rank, cols) fp16,
-    contiguous: V transposed, whose values are multiples of 2**-8; ``n`` the momentum, fp32, contiguous: (batch, rows, rank) for
-    low-rank tensors, (batch, rows, cols) for dense ones. All of them lie apart in memory: none shares an element with another.
+    contiguous: V transposed, whose values are multiples of 2**-8; ``n`` fp32, contiguous: (batch, rows, rank) for low-rank tensors,
+    (batch, rows, cols) for dense ones. No two of all these tensors share an element.
 
     Attributes:
         x: the weights, changed in place by the ops.
         tensor_ids: one :func:`noise.tensor_id` each.
         v: V, or None for a table of dense tensors.
-        n: momentum, or None without.
+        n: the momentum, or for a merge what is merged; None without.
         row_offsets: global index of the first local row, 0 if left out; matrix b of a batch starts at ``row_offset + b * rows``.
         col_offsets, global_cols: global index of the first local column (0 if left out) and the global number of columns. A dense
             tensor's flat element is ``row * global_cols + col``, all three global.
 
     Raises:
-        TypeError: something is no tensor in storage, or a dtype is not supported.
+        TypeError: an entry is not a tensor with storage, or its dtype is not supported.
         ValueError: shapes, strides, devices or lengths do not fit, storage was freed, or tensors share some.
     """
 
@@ -50,9 +50,9 @@ class TensorTable:
     col_offsets: Sequence[int] = ()
     global_cols: Sequence[int] = ()
     cache: dict[object, object] = dataclasses.field(default_factory=dict, compare=False, repr=False)
-    """Backends keep their packed form of this table here, under their name."""
+    """Backends keep their packed forms of this table here, under keys of their own."""
     checked: bool = dataclasses.field(default=False, compare=False, repr=False)
-    """The same tensors went into a table before, so that only the lengths are checked again."""
+    """The same tensors passed the checks in an earlier table, so only the lengths are checked again."""
 
     def __post_init__(self) -> None:
         for name in ("x", "tensor_ids", "v", "n", "row_offsets", "col_offsets", "global_cols"):
@@ -84,7 +84,7 @@ class TensorTable:
 
     @property
     def device(self) -> torch.device:
-        """Where all of the table lives (cpu for an empty table)."""
+        """The device of all tensors (cpu for an empty table)."""
         return self.x[0].device if len(self.x) else torch.device("cpu")
 
     @property
@@ -94,22 +94,22 @@ class TensorTable:
 
     @property
     def positions(self) -> list[int]:
-        """Where the tensors are in the noise: of each its id, row offset, column offset and global columns, in one list."""
+        """The places of the tensors in the noise as one list: id, row offset, column offset and global columns of each."""
         rows = zip(self.tensor_ids, self.row_offsets, self.col_offsets, self.global_cols, strict=True)
         return [number for row in rows for number in row]
 
     @classmethod
     def at_positions(cls, x: Sequence[Tensor], positions: Sequence[int], **rest: Any) -> TensorTable:
-        """A table from :attr:`positions` and its other fields."""
+        """Makes a table from :attr:`positions` and its other fields."""
         ids, rows, cols, widths = (list(positions[i::4]) for i in range(4))
         return cls(x, ids, row_offsets=rows, col_offsets=cols, global_cols=widths, **rest)
 
     def check_positions(self, *, factors: bool, flat: bool) -> None:
-        """Raises TypeError or ValueError if the noise cannot address a tensor; found once, then remembered.
+        """Raises TypeError or ValueError if the noise cannot address a tensor. Once a check has passed, it is not repeated.
 
         Args:
             factors: rows and columns have factors U and V.
-            flat: elements have noise of their own: dense noise, or rounding bits.
+            flat: single elements have noise: Z, or rounding bits.
         """
         key = ("positions", factors, flat)
         if key not in self.cache:
@@ -135,7 +135,7 @@ class TensorTable:
                 raise ValueError(f"tensor {t} reaches position {end}, beyond {limit}")
 
     def named(self, kind: str) -> list[tuple[str, Tensor]]:
-        """What each of the tensors ``x``, ``v`` or ``n`` is called in messages, and the tensor."""
+        """For each of the tensors ``x``, ``v`` or ``n``: its name for messages, and the tensor."""
         prefix = "" if kind == "x" else f"{kind} of "
         return [(f"{prefix}tensor {t}", tensor) for t, tensor in enumerate(getattr(self, kind) or ())]
 
@@ -177,7 +177,7 @@ class TensorTable:
 
 
 def stride_problem(x: Tensor) -> str | None:
-    """Why a (batch, rows, cols) view cannot be changed in place by the ops, or None if it can."""
+    """Returns why the ops cannot change a (batch, rows, cols) view in place, or None if they can."""
     batch, rows, cols = x.shape
     if x.numel() == 0:
         return None
@@ -191,8 +191,8 @@ def stride_problem(x: Tensor) -> str | None:
 
 
 def storage_problem(t: Tensor) -> str | None:
-    """Why what lies in a tensor's memory is not the tensor, or None if it is."""
-    if torch.compiler.is_compiling():  # its memory is looked at when the compiled code runs
+    """Returns why a tensor's memory does not hold its values, or None if it does."""
+    if torch.compiler.is_compiling():  # the memory is checked when the compiled code runs
         return None
     if t.is_neg() or t.is_conj():
         return "it is a view that negates or conjugates what it shows: give its resolve_neg() or resolve_conj()"
@@ -207,13 +207,13 @@ def check_apart(tensors: Sequence[tuple[str, Tensor]]) -> None:
     """Raises ValueError if two tensors share an element.
 
     Args:
-        tensors: what each is called, and itself, of which runs of contiguous elements are compared.
+        tensors: for each its name for messages, and the tensor. Runs of contiguous elements are compared, not only address ranges.
     """
     if torch.compiler.is_compiling():
         return
     spans = []
     for name, t in tensors:
-        if t.numel() and not isinstance(t, FakeTensor):  # of which plans are made
+        if t.numel() and not isinstance(t, FakeTensor):  # fake tensors, which plans are made with, have no memory
             last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
             spans.append((str(t.device), t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size(), name, t))
     spans.sort(key=lambda span: span[:3])
@@ -231,7 +231,7 @@ def check_apart(tensors: Sequence[tuple[str, Tensor]]) -> None:
 
 
 def _share(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors whose spans of memory overlap have bytes in common: columns of one matrix may lie side by side."""
+    """Whether two tensors whose address ranges overlap have bytes in common. Two blocks of columns of one matrix have none."""
     (a_starts, a_size), (b_starts, b_size) = _runs(a), _runs(b)
     after = torch.searchsorted(a_starts, b_starts)  # the first run of a that begins at or after each run of b
     last = len(a_starts) - 1
@@ -241,7 +241,7 @@ def _share(a: Tensor, b: Tensor) -> bool:
 
 
 def _runs(t: Tensor) -> tuple[Tensor, int]:
-    """Where the contiguous pieces of a tensor begin, ascending, and the bytes that each has."""
+    """Returns the addresses at which the contiguous runs of a tensor begin, ascending, and the bytes of each run."""
     size = t.element_size()
     if t.is_contiguous():
         return torch.tensor([t.data_ptr()]), t.numel() * size
@@ -253,8 +253,8 @@ def _runs(t: Tensor) -> tuple[Tensor, int]:
 
 
 def check_alike(table: TensorTable, out: TensorTable) -> None:
-    """Raises ValueError unless ``out`` has weights of the same number, shapes, dtypes and device, which are those of the table
-    itself or lie apart from all that it has."""
+    """Raises TypeError or ValueError unless ``out`` has weights of the table's number, shapes, dtypes and device, each of which
+    is the table's own weight or shares no memory with anything in the table."""
     if not isinstance(out, TensorTable):
         raise TypeError(f"out is a TensorTable, not {out!r}")
     if len(out) != len(table):
@@ -268,7 +268,7 @@ def check_alike(table: TensorTable, out: TensorTable) -> None:
         own = [_same_memory(x, y) for x, y in zip(table.x, out.x, strict=True)]
         theirs = [(f"out of {name}", y) for (name, y), same in zip(out.named("x"), own, strict=True) if not same]
         check_apart([*table.named("x"), *table.named("v"), *table.named("n"), *theirs])
-        out.cache["apart from"] = table.cache  # which stands for the table, but does not keep its weights alive
+        out.cache["apart from"] = table.cache  # marks the pair as checked; a cache does not keep weights alive
 
 
 def _same_memory(x: Tensor, y: Tensor) -> bool:

@@ -1,11 +1,11 @@
-"""The ops as operators of torch (``torch.ops.lozo_kernels``): flat schemas that say what is changed, and fakes.
+"""The ops as torch operators (``torch.ops.lozo_kernels``) for compiled code and other libraries, with flat schemas and fakes.
 
-For compiled code and for other libraries. ``ops.py`` takes this way under ``torch.compile``; in eager code it calls a backend
-directly, because passing hundreds of tensors through the dispatcher takes longer than launching the kernel.
+``ops.py`` calls them under ``torch.compile``. In eager code it calls a backend directly, because passing hundreds of tensors
+through the dispatcher takes longer than launching the kernel.
 
-Arguments, where they differ from ``ops.py``: ``place`` holds tensor id, row offset, column offset and global columns of each
-tensor; ``seed`` is its 64 bits as a signed number; ``steps`` is (draws,) int64 and ``rounding`` (2,) int64, step and index or
-empty, on the device of the weights or on the CPU; ``backend`` is a name, "" for the best.
+Arguments that differ from ``ops.py``: ``place`` holds tensor id, row offset, column offset and global columns of each tensor;
+``seed`` is its 64 bits as a signed number; ``steps`` (draws,) and ``rounding_step`` (0-dim, or None to round to nearest) are int64,
+on the device of the weights or on the CPU; ``backend`` is a name, "" for the best.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MOMENTUM = ("coefficients", "alpha", "beta")
 _FACTORS = "Tensor v, Tensor b, int seed, int tensor_id, int row_offset, Tensor draws, Tensor scales"
 
 _packed: collections.OrderedDict[object, dict[object, object]] = collections.OrderedDict()
-"""Packed forms of recent tables by what they were made from: addresses and shapes, so no weight is kept alive."""
+"""The caches of recent tables, by the addresses, shapes and positions of their tensors. A cache keeps no weight alive."""
 _MOST_PACKED = 32
 _PACKING = threading.Lock()
 
@@ -48,7 +48,7 @@ def _schema(op: Op) -> str:
 
 
 def _run(op: Op, *arguments: Any) -> None:
-    """The implementation of an op's operator: its arguments as ``ops.py`` takes them."""
+    """Implements the operator of an op: turns its flat arguments into those of ``ops.run``."""
     names = list(op.lists)
     tensors = dict(zip(names, arguments, strict=False))
     place, *rest = arguments[len(names) :]
@@ -74,7 +74,7 @@ def _table(x: Sequence[Tensor], v: Sequence[Tensor] | None, n: Sequence[Tensor] 
     known = _packed.get(key)
     cache = {} if known is None else known
     table = TensorTable.at_positions(x, place, v=v, n=n, cache=cache, checked=known is not None)
-    with _PACKING:  # only now: tensors that do not fit are not known the next time either
+    with _PACKING:  # only now, so that tensors that fail the checks are checked again the next time
         _packed[key] = cache
         _packed.move_to_end(key)
         while len(_packed) > _MOST_PACKED:
@@ -83,7 +83,7 @@ def _table(x: Sequence[Tensor], v: Sequence[Tensor] | None, n: Sequence[Tensor] 
 
 
 def _step(step: Tensor) -> int | Tensor:
-    """A step on a device is not read."""
+    """The step as a number, or, if it is on a device, as the tensor, because reading it would wait."""
     return int(step) if step.device.type == "cpu" else step
 
 
@@ -109,7 +109,7 @@ def _lowrank_embedding_(y: Tensor, rows: Tensor, v: Tensor, b: Tensor, *rest: An
 
 
 def _layer_call(where: Sequence[Any], gain: Tensor | None, backend: str, device: torch.device) -> dict[str, Any]:
-    """The arguments that products of activations share, as ``skinny.py`` takes them."""
+    """The arguments that both products of activations share, as ``skinny.py`` takes them."""
     seed, tensor_id, row_offset, draws, scales = where
     return {
         "seed": seed & _SEED,
@@ -152,7 +152,7 @@ def _fake_factor(_seed: int, rows: int, rank: int, *rest: Any) -> Tensor:
 
 
 def _fake_nothing(*_: Any) -> None:
-    """The ops that change tensors return nothing."""
+    """The fake of every op that changes tensors: it returns nothing."""
 
 
 def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any] = _fake_nothing) -> None:

@@ -1,1 +1,1 @@
-"""model."""
+"""A model's parameters, and how they are perturbed and updated."""

@@ -1,9 +1,9 @@
-"""Training through ``loss.backward()``: one small parameter whose gradient is what two forward passes found out.
+"""Training through ``loss.backward()``: the loss depends on one small parameter, whose gradient holds the projected gradient.
 
 A loop that was written for back-propagation calls the model, ``loss.backward()`` and ``optimizer.step()``, and in between
-libraries average, accumulate, scale and clip gradients. A driven model makes all evaluations of a step in its one call and returns
-a loss that hangs on a single parameter. Backward gives that parameter the projected gradient, and everything that is done to
-gradients is done to it. Nothing else of the model requires a gradient, so no graph is built and no gradient allocated.
+libraries average, accumulate, scale and clip gradients. A driven model makes all evaluations of a step in one call and returns
+a loss that depends on a single parameter. Backward gives that parameter the projected gradient, so all that is done to gradients
+is done to it. Nothing else of the model requires a gradient, so no graph is built and no gradient allocated.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from .modules import children_by_name, compiled_call
 
 DRIVES = ("closure", "backward", "loss")
 NAME = "projected_gradient"
-"""Of the module that a driven model has more; its parameter is ``projected_gradient.value``."""
+"""The name of the module that is added to a driven model; its parameter is ``projected_gradient.value``."""
 
 SHRINK = 2.0**-40
-"""Gradients are stored times this, which is exact, so that no clipping norm ever acts on them: a projected gradient is not a
-gradient's norm, and clipping it would change the algorithm."""
+"""The factor by which gradients are stored, which is exact. It makes them too small for any clipping norm to act on, because
+clipping a projected gradient, which is not a gradient's norm, would change the algorithm."""
 
 
 class EstimatingOptimizer(Protocol):
-    """What a driven model asks of its optimiser."""
+    """What a driven model needs from its optimiser."""
 
     directions: int
     param_groups: list[dict[str, Any]]
 
     def estimate(self, closure: Callable[[], Any]) -> tuple[Tensor, Tensor]:
-        """Evaluates a loss at the points of the present step and leaves the weights where they were.
+        """Evaluates a loss at the points of the current step, and leaves the weights as they were.
 
         Returns:
             (3, directions) fp64: projected gradients, F(+) and F(-); and the loss of the step, 0-dim fp64.
@@ -45,10 +45,10 @@ class EstimatingOptimizer(Protocol):
 
 
 class ProjectedGradient(nn.Module):
-    """Holds the parameter; the last child of a driven model, so that ``model.dtype`` and the like look at real weights first.
+    """Holds the parameter. It is the last child of a driven model, so that ``model.dtype`` and the like look at real weights first.
 
     ``value`` is (3, directions) fp64 zeros. Its gradient is c, F(+) and F(-) times :data:`SHRINK`, so that the losses of
-    micro-batches and processes are averaged as their projected gradients are. Checkpoints do not have it.
+    micro-batches and processes are averaged as their projected gradients are. Checkpoints do not contain it.
     """
 
     def __init__(self, directions: int, device: torch.device) -> None:
@@ -56,12 +56,12 @@ class ProjectedGradient(nn.Module):
         self.value = nn.Parameter(torch.zeros(3, directions, dtype=torch.float64, device=device))
 
     def forward(self, x: Any) -> Any:
-        """The input: a driven ``nn.Sequential`` runs its children."""
+        """Returns its input, because a driven ``nn.Sequential`` runs all of its children."""
         return x
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ProjectedGradient:
         super()._apply(fn, recurse)
-        if self.value.dtype != torch.float64:  # model.half() is about the model
+        if self.value.dtype != torch.float64:  # model.half() is meant for the model's own parameters
             self.value.data, grad = self.value.data.double(), self.value.grad
             self.value.grad = None if grad is None else grad.double()
         return self
@@ -80,12 +80,12 @@ class ProjectedGradient(nn.Module):
 
 
 class Backward:
-    """Makes a patched model's losses hang on one parameter. Made by :func:`~lozo_kernels.patch`, found as ``Handle.backward``.
+    """Makes a patched model's losses depend on one parameter. Made by :func:`~lozo_kernels.patch`, found as ``Handle.backward``.
 
     Args:
-        model: it is not sharded.
-        intercept: calls of the model evaluate by themselves (``drive="backward"``). Otherwise whoever computes the loss outside
-            of the model calls :meth:`project` (``drive="loss"``).
+        model: a model that is not sharded.
+        intercept: calls of the model evaluate by themselves (``drive="backward"``). Otherwise the code that computes the loss
+            outside of the model calls :meth:`project` (``drive="loss"``).
 
     Raises:
         TypeError: the model is wrapped for several devices; wrap it after patching.
@@ -104,7 +104,7 @@ class Backward:
         self._frozen = [name for name, p in model.named_parameters() if p.requires_grad]
         for p in model.parameters():
             p.requires_grad_(False)
-        # Not the forward: a probe may replace that, and each evaluation has to run what it put there.
+        # Replace the call, not the forward: a probe may replace the forward, which each evaluation then has to run.
         self._place = "_call_impl" if compiled_call(model) is None else "_compiled_call_impl"
         self._before = model.__dict__.get(self._place)
         self._call: Callable[..., Any] = getattr(model, self._place)
@@ -112,7 +112,7 @@ class Backward:
             model.__dict__[self._place] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """A call of the model; in train mode with gradients enabled, all evaluations of it.
+        """Calls the model; in train mode with gradients enabled, makes all evaluations of a step.
 
         Returns:
             What the model returned at the last point that was evaluated, with a loss that can be backpropagated.
@@ -123,7 +123,7 @@ class Backward:
         """
         if not (self.model.training and torch.is_grad_enabled()):
             return self._call(*args, **kwargs)
-        if "torch._dynamo" in sys.modules:  # torch.compile(model) would trace what moves the weights
+        if "torch._dynamo" in sys.modules:  # torch.compile(model) would trace the code that moves the weights
             return torch.compiler.disable(self._evaluate)(*args, **kwargs)
         return self._evaluate(*args, **kwargs)
 
@@ -139,13 +139,13 @@ class Backward:
         return _with_loss(output, loss)
 
     def project(self, closure: Callable[[], Any]) -> Tensor:
-        """Evaluates a loss at the points of the present step.
+        """Evaluates a loss at the points of the current step.
 
         Args:
             closure: returns the loss, a one-element tensor or a number.
 
         Returns:
-            The loss of the step as the closure returned it (at least fp32), on whose graph is the one parameter.
+            The loss of the step in the shape that the closure returned (at least fp32). Its graph leads to the one parameter.
 
         Raises:
             RuntimeError: no optimiser was built on the handle.
@@ -173,7 +173,7 @@ class Backward:
 
     @property
     def value(self) -> nn.Parameter:
-        """The parameter."""
+        """The parameter that losses depend on."""
         return getattr(self.model, NAME).value  # type: ignore[no-any-return]
 
     @property
@@ -183,11 +183,7 @@ class Backward:
         return None if grad is None else grad / SHRINK
 
     def take(self) -> Tensor:
-        """The gradient, which is then gone, so that the next step starts anew.
-
-        Raises:
-            RuntimeError: there is none.
-        """
+        """Returns the gradient and clears it, so that the next step starts anew. Raises RuntimeError if there is none."""
         gradient = self.gradient
         if gradient is None:
             raise RuntimeError(
@@ -198,7 +194,7 @@ class Backward:
         return gradient
 
     def connect(self, optimizer: EstimatingOptimizer, device: torch.device) -> None:
-        """Gives the model its parameter and the optimiser the parameter, in its first group, where a GradScaler looks for it."""
+        """Adds the parameter to the model, and to the optimiser's first group, where a GradScaler looks for it."""
         old = getattr(self.model, NAME, None)
         if old is None or old.value.shape[1] != optimizer.directions:
             self.model.add_module(NAME, ProjectedGradient(optimizer.directions, device))
@@ -208,9 +204,9 @@ class Backward:
         self._checked = False
 
     def average_when(self, ready: Callable[[], bool]) -> None:
-        """Averages the gradient over all processes after each backward for which ``ready()``.
+        """Averages the gradient over all processes after each backward for which ``ready()`` holds.
 
-        For losses that DistributedDataParallel does not see: its hooks are silent after forward passes without a graph.
+        It is for losses that DistributedDataParallel does not see: its hooks do not run after forward passes without a graph.
         """
 
         def average(value: Tensor) -> None:
@@ -221,7 +217,7 @@ class Backward:
         self._hooks.append(self.value.register_post_accumulate_grad_hook(average))
 
     def remove(self) -> None:
-        """Gives the model its calls back, and to its parameters that they require gradients."""
+        """Gives the model its own call back, removes the parameter, and makes the model's parameters require gradients again."""
         if self.model.__dict__.get(self._place) is self:
             del self.model.__dict__[self._place]
             if self._before is not None:
@@ -243,7 +239,7 @@ class Backward:
 
 
 class _Hang(torch.autograd.Function):
-    """A loss whose derivative by one parameter is given."""
+    """A loss whose derivative with respect to one parameter is given."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:  # type: ignore[override]
@@ -258,11 +254,7 @@ class _Hang(torch.autograd.Function):
 
 
 def _loss_of(output: Any) -> Tensor:
-    """The loss in what a model returned.
-
-    Raises:
-        TypeError: there is none.
-    """
+    """Returns the loss in a model's output. Raises TypeError if there is none."""
     loss = output
     if isinstance(output, Mapping):
         loss = output.get("loss")
@@ -285,7 +277,7 @@ def _loss_of(output: Any) -> Tensor:
 
 
 def _with_loss(output: Any, loss: Tensor) -> Any:
-    """What the model returned, with another loss."""
+    """Returns a model's output with another loss in it."""
     if isinstance(output, Tensor):
         return loss
     if isinstance(output, Mapping):

@@ -1,4 +1,4 @@
-"""What is perturbed and how: one frozen, validated, JSON-able description."""
+"""What is perturbed and how, as one frozen, checked description that JSON can hold."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SCALINGS = ("paper", "card", "published")
 ROUNDINGS = ("nearest", "stochastic")
 PLACEMENTS = ("inplace", "probe", "auto")
 ADAPTER_PATTERNS = ("*lora_*", "*prompt_encoder*")
-"""How PEFT names what it adds: LoRA factors, and prompts and prefixes."""
+"""The names of what PEFT adds: LoRA factors, prompts and prefixes."""
 SIDES = ("auto", "activation", "scratch", "copy")
 
 
 class PatchOptions(TypedDict, total=False):
-    """What :func:`~lozo_kernels.patch` and the optimisers take as keywords; :class:`PatchConfig` says what each means."""
+    """The keywords of :func:`~lozo_kernels.patch` and of the optimisers. :class:`PatchConfig` documents them."""
 
     estimator: str
     rank: int
@@ -47,7 +47,7 @@ class PatchConfig:
         estimator: "lowrank" (LOZO: U V^T for matrices), "subspace" (SubZero: U S V^T) or "dense" (MeZO); one-dimensional tensors
             have dense noise with all.
         rank: r, columns of U and V, 1 to 64.
-        interval: nu, steps between two draws of V (LOZO, Algorithm 1), or of U and V (SubZero).
+        interval: nu, the steps of a window, which share V (LOZO, Algorithm 1), or U and V (SubZero).
         seed: 64-bit seed of all noise.
         scaling: where 1/r goes. With c = (F(+) - F(-)) / (2 eps):
 
@@ -64,16 +64,16 @@ class PatchConfig:
             changes their step relative to the matrices'. SubZero's directions have one scale, that of "paper": c D is the update.
         include: glob patterns of parameter names to train; None for all that require a gradient.
         exclude: glob patterns of parameter names to leave alone.
-        rounding: of updates into bf16 and fp16: "nearest" even or "stochastic". Perturbations round to nearest.
+        rounding: how updates are rounded into bf16 and fp16: "nearest" even or "stochastic". Perturbations round to nearest.
         backend: name of a backend; None for the best of each device.
-        placement: "inplace" moves the weights and moves them back. "probe" only reads them: between two draws of V what was
-            learned is in a factor B of fp32, and it is merged into the weights once per interval. "auto" is "probe", except where
-            memory for it is missing or, with ``allow_drift``, moving the weights measures faster.
-        side: of a probe, where a perturbation enters: "activation" (added to the outputs of linear and embedding layers),
-            "scratch" (the perturbed weight is written to shared memory just before its module runs), "copy" (to memory of its own,
-            once per evaluation), or "auto", which measures. One word for all, or (glob pattern, word) pairs or a mapping, of which
-            the first that matches counts. A weight whose module does not allow what was asked for gets what it allows.
-        keep_factors: remember the factor of every interval, for :func:`lozo_kernels.export_lora`.
+        placement: "inplace" moves the weights and moves them back. "probe" only reads them: updates go into a factor B of fp32,
+            which is merged into the weights once per window. "auto" is "probe", except where memory for it is missing or, with
+            ``allow_drift``, moving the weights measures faster.
+        side: where a probe's perturbation enters: "activation" (added to the outputs of linear and embedding layers), "scratch"
+            (the perturbed weight is written to shared memory just before its module runs), "copy" (to memory of its own, once per
+            evaluation), or "auto", which measures. One word for all, or (glob pattern, word) pairs or a mapping, of which the first
+            that matches counts. A weight whose module does not allow what was asked for gets what it allows.
+        keep_factors: keep the factors of every window, for :func:`lozo_kernels.export_lora`.
         allow_drift: let "auto" choose "inplace" for speed.
         square: glob patterns of parameters whose elements are seen as the most nearly square matrix that holds them, as SubZero
             does with the long and thin tensors of adapters. None: those of PEFT (LoRA, prompts, prefixes) with "subspace", none
@@ -130,17 +130,17 @@ class PatchConfig:
 
     @property
     def square_patterns(self) -> tuple[str, ...]:
-        """The patterns of ``square`` with its default."""
+        """The patterns of ``square``, or its default."""
         if self.square is None:
             return ADAPTER_PATTERNS if self.estimator == "subspace" else ()
         return self.square
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; ``patch(model, **config.to_dict())`` and :meth:`from_json` take them back."""
+        """The fields as plain values: ``patch(model, **config.to_dict())`` takes them."""
         return {k: _plain(v) for k, v in dataclasses.asdict(self).items()}
 
     def to_json(self) -> str:
-        """One JSON object."""
+        """The fields as one JSON object."""
         return json.dumps(self.to_dict())
 
     @classmethod

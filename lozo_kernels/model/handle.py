@@ -1,4 +1,4 @@
-"""A handle on a model's weights that perturbs and updates them in place, one op call a pass."""
+"""The handle of a model, which perturbs and updates its weights in place. A pass is one call of an op for each kind and device."""
 
 from __future__ import annotations
 
@@ -33,15 +33,11 @@ _LOCK = threading.Lock()
 _ONE_POINT = "weights that are moved are at one point at a time: evaluations in one forward pass need placement='probe'"
 
 Perturbation = tuple[int, float]
-"""Where weights are, in the step at hand: the direction, and the scale along it."""
+"""(direction, scale): a perturbation within the current step."""
 
 
 def register_handle(model: nn.Module, make: Callable[[], Handle]) -> Handle:
-    """Makes a model's handle, which :func:`handle_of` then finds.
-
-    Raises:
-        RuntimeError: the model has one already.
-    """
+    """Makes a model's handle and registers it for :func:`handle_of`. Raises RuntimeError if the model has one already."""
     with _LOCK:
         if handle_of(model) is not None:
             raise RuntimeError(
@@ -53,7 +49,7 @@ def register_handle(model: nn.Module, make: Callable[[], Handle]) -> Handle:
 
 
 def handle_of(model: nn.Module) -> Handle | None:
-    """The handle of a patched model, or None. A model whose handle is gone is not patched any more."""
+    """Returns the handle of a patched model, or None. A model whose handle was deleted is not patched any more."""
     handle = _HANDLES.get(model)
     return None if handle is None else handle()
 
@@ -68,14 +64,14 @@ class Handle:
     Attributes:
         model, config: what was patched, and how.
         trained: the trained parameters; per-parameter scalars follow their order.
-        backward: what makes calls of the model evaluate by themselves (``drive=``), or None.
-        on_merge: called just before a merge that no change of V implies, or None.
-        probes: weights are only read.
-        state_in_pieces: a process keeps momentum of its shards only.
+        backward: makes calls of the model evaluate by themselves (``drive=``); None without.
+        on_merge: called just before a merge that does not come with a new V, or None.
+        probes: evaluations only read the weights.
+        state_in_pieces: a process has the momentum of its shards only.
         precision: the coarsest dtype that evaluations are known to compute with.
 
     Args:
-        estimator: how directions are made; None: as the config says.
+        estimator: makes the directions; None: the one that the config names.
     """
 
     probes: ClassVar[bool] = False
@@ -112,7 +108,7 @@ class Handle:
         self._begin()
 
     def _begin(self) -> None:
-        """The end of construction, once the parameters are known."""
+        """Finishes the construction, once the parameters are known."""
         self._refresh_groups()
 
     @property
@@ -127,23 +123,23 @@ class Handle:
 
     @property
     def devices(self) -> list[torch.device]:
-        """Where the trained parameters were at the last pass, each device once."""
+        """The devices of the trained parameters at the last pass, each once."""
         return list(dict.fromkeys(group.device for group in self._groups))
 
     @property
     def groups(self) -> list[Group]:
-        """The tables that passes work on; another list once storage moved."""
+        """The groups that passes work on. The list is another one after storage moved."""
         return self._groups
 
     @property
     def momentum(self) -> dict[str, Tensor]:
-        """Momentum by name, fp32: (batch, rows, rank) for low-rank parameters, (batch, rows, cols) for dense ones, of a shard what
-        goes with it; empty before :meth:`enable_momentum`."""
+        """Momentum by name, fp32: (batch, rows, rank) for low-rank parameters, (batch, rows, cols) for dense ones, for a shard
+        its part of that; empty before :meth:`enable_momentum`."""
         return dict(self._momentum)
 
     @property
     def momentum_state(self) -> dict[str, Tensor]:
-        """As :attr:`momentum`, the same for any number of processes: that of shards as DTensors of all of it."""
+        """As :attr:`momentum`, but the same for any number of processes: that of sharded parameters is a DTensor."""
         found = self.momentum
         if self.state_in_pieces and self._sharded:
             self._refresh_groups()
@@ -152,37 +148,37 @@ class Handle:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of how the model is treated."""
+        """Remarks for the user on how the model is treated."""
         return ()
 
     @property
     def window(self) -> int | None:
-        """step // interval of the V that is in memory, None before the first use. Momentum is expressed in it."""
+        """The window (step // interval) of the V in memory, None before the first use. Momentum is expressed in this V."""
         return self._window
 
     @property
     def sharded(self) -> bool:
-        """Whether some parameter is spread over processes, which then take every step together."""
+        """Whether some parameter is spread over processes, which then have to take every step together."""
         return bool(self._sharded)
 
     @property
     def moves_weights(self) -> bool:
-        """Whether evaluations move weights, which rounds: all of them in place, under a probe those that fell back to it."""
+        """Whether evaluations move weights, which rounds them. A probe does so for parameters that fell back to it."""
         return True
 
     @property
     def factors(self) -> dict[str, Tensor]:
-        """What was learned and is not in the weights yet, by name: B of a probe."""
+        """The factors B of a probe, by name: what was learned since the last merge."""
         return {}
 
     @property
     def undecaying(self) -> list[str]:
-        """Names of parameters that cannot decay."""
+        """Names of parameters that weight decay cannot be applied to."""
         return []
 
     @property
     def past(self) -> dict[str, dict[str, Any]]:
-        """What no weight can hold, by name: of quantised layers under a probe."""
+        """What quantised layers learned in earlier windows of a probe, by name. No weight can hold it."""
         return {}
 
     @property
@@ -191,21 +187,21 @@ class Handle:
         return []
 
     def load_learned(self, past: Mapping[str, Mapping[str, Any]], history: Sequence[tuple[int, dict[str, Tensor]]]) -> None:
-        """The inverse of :attr:`past` and :attr:`history`. In place there is neither.
+        """Loads :attr:`past` and :attr:`history` of another handle. In place both are empty.
 
         Raises:
             ValueError: names or shapes differ; nothing was changed.
         """
 
     def describe_sides(self) -> dict[str, Any] | None:
-        """How a probe treats every parameter, as plain JSON for :meth:`adopt_sides`; None while it is not known, and in place."""
+        """How a probe treats every parameter, as plain JSON for :meth:`adopt_sides`; None in place, and before sides are chosen."""
         return None
 
     def adopt_sides(self, described: dict[str, Any], *, install: bool) -> None:
-        """Takes over what :meth:`describe_sides` said of another handle of the same model. In place there is nothing to do."""
+        """Takes over what :meth:`describe_sides` of another handle of the same model returned. In place this does nothing."""
 
     def enable_momentum(self) -> None:
-        """Allocates momentum, zero; a second call changes nothing."""
+        """Allocates momentum, filled with zeros. A second call changes nothing."""
         self._check_usable()
         if not self._momentum:
             for p in self.trained:
@@ -215,7 +211,7 @@ class Handle:
             self._rebuild_groups()
 
     def device_of(self, p: Parameter) -> torch.device:
-        """Where a parameter's state lies and its noise is made."""
+        """The device on which a parameter's state lies and its noise is made."""
         return p.tensor.device
 
     @torch.no_grad()
@@ -237,7 +233,7 @@ class Handle:
 
     @torch.no_grad()
     def shift_(self, step: Step, remove: Perturbation, add: Perturbation) -> None:
-        """One pass from a perturbation along one direction of a step to one along another.
+        """Replaces one perturbation of a step by another in one pass.
 
         Args:
             step: as in :meth:`perturb_`.
@@ -250,7 +246,7 @@ class Handle:
         self.move(step, remove, add)
 
     def move(self, step: Step, before: Perturbation | None, after: Perturbation | None) -> None:
-        """One pass from one perturbation of a step to another, None being the weights as they are. Arguments are not checked."""
+        """As :meth:`shift_`, without checks. None stands for no perturbation."""
         self._start(step)
         self._move_groups(step, before, after)
 
@@ -263,11 +259,11 @@ class Handle:
         run_pass(self._groups, terms)
 
     def spread_(self, step: Step, offsets: Sequence[Perturbation], examples: int) -> None:  # noqa: ARG002  (for probes)
-        """Under a probe several evaluations share the next forward passes, ``examples`` of the batch at each offset, in order."""
+        """Lets evaluations of a probe share the next forward passes, with ``examples`` of the batch at each offset, in order."""
         raise RuntimeError(_ONE_POINT)
 
     def rest_(self) -> None:
-        """Takes any perturbation of a probe out. In place whoever made one knows it, and takes it out with :meth:`perturb_`."""
+        """Takes any perturbation of a probe out. In place this raises: the caller has to undo it with :meth:`perturb_`."""
         raise RuntimeError(_ONE_POINT)
 
     def check_batches(
@@ -278,7 +274,7 @@ class Handle:
         *,
         step: int,  # noqa: ARG002
     ) -> None:
-        """Checks under a probe that evaluations which share a forward pass give what they give one by one.
+        """Checks that evaluations of a probe which share a forward pass give the losses that they give one by one.
 
         Raises:
             BatchSplitError: they do not.
@@ -297,13 +293,13 @@ class Handle:
         applied: float = 0.0,
         perturb_next: float | None = None,
     ) -> None:
-        """X <- (1 - lr * weight_decay) X - lr * mean over directions of c D / r, and what goes with it in the same pass.
+        """X <- (1 - lr * weight_decay) X - lr * mean over directions of c D / r, and changes of the perturbation in the same pass.
 
         With momentum: N <- beta N + (1 - beta) mean of c U, and N V^T in place of the mean (LOZO, Algorithm 2). Up to two draws
-        share one pass over the weights. A probe takes the update into B.
+        share one pass over the weights. A probe updates B instead of X.
 
         Args:
-            step: the step whose directions were probed; a tensor as in :meth:`perturb_`, and then ``perturb_next`` is for a step
+            step: the step whose directions were evaluated; a tensor as in :meth:`perturb_`, and then ``perturb_next`` is for a step
                 of the same window.
             c: projected gradient (F(+) - F(-)) / (2 eps), one per direction; numbers or 0-dim tensors, which are not read here.
             lr, weight_decay: numbers, 0-dim tensors, or one value per trained parameter.
@@ -324,11 +320,11 @@ class Handle:
                 raise ValueError("a probe makes no pass that a perturbation could share: leave perturb_next out")
             check_scale(perturb_next)
             if not isinstance(step, Tensor):
-                check_range("step", step, MAX_DRAW - 2)  # there is a next one
+                check_range("step", step, MAX_DRAW - 2)  # step + 1 has to be in range too
         self.take(update, applied, perturb_next)
 
     def take(self, update: Update, applied: float = 0.0, perturb_next: float | None = None) -> None:
-        """As :meth:`update_`, which checks the arguments before."""
+        """As :meth:`update_`, without checks."""
         self._start(update.step)
         fits = perturb_next is None or self._same_window(update.step)
         run_update(self._groups, update, applied, perturb_next if fits else None)
@@ -337,15 +333,15 @@ class Handle:
             self.move(update.step + 1, None, (0, perturb_next))
 
     def _same_window(self, step: Step) -> bool:
-        """Whether the next step has the V of this one. A step that is a tensor says so by being one."""
+        """Whether the next step has the same V. It has for a step that is a tensor, by the contract of :meth:`update_`."""
         return isinstance(step, Tensor) or (step + 1) // self.config.interval == step // self.config.interval
 
     @torch.no_grad()
     def materialize(self, name: str, step: int, *, direction: int = 0) -> Tensor:
-        """One parameter's direction D(step, direction): ``perturb_(step, s)`` adds s times this.
+        """Returns one parameter's direction D(step, direction): ``perturb_(step, s)`` adds s times this.
 
         Args:
-            name: any of its names.
+            name: the parameter's name, or an alias.
 
         Returns:
             fp32 of the parameter's shape, on its device.
@@ -363,7 +359,7 @@ class Handle:
         return (reference.low_rank_product(left, v) * self.config.perturb_factor).view(shape)
 
     def report(self) -> Report:
-        """Every parameter of the model and how it is treated. ``print(handle.report())`` shows a table."""
+        """Returns how every parameter of the model is treated. ``print(handle.report())`` shows a table."""
         self._refresh_groups()
         serving = {device: choose_backend(device, self.config.backend) for device in map(self.device_of, self.trained)}
         rows = [self._describe(p, serving[self.device_of(p)]) for p in self.trained]
@@ -376,12 +372,12 @@ class Handle:
         """Called before the first step with what it will evaluate. In place there is nothing to prepare."""
 
     def merge(self) -> None:
-        """Brings the weights up to date with what was learned. In place they always are."""
+        """Merges what a probe learned into the weights. In place they are always up to date."""
 
     def guard(self, flush: Callable[[], None]) -> None:
-        """Has ``flush`` called before any forward pass, ``state_dict()`` or ``load_state_dict()`` of the model or a part of it.
+        """Calls ``flush`` before any forward pass, ``state_dict()`` or ``load_state_dict()`` of the model or a part of it.
 
-        For an optimiser that leaves a perturbation in the weights between steps.
+        An optimiser that leaves a perturbation in the weights between steps needs this.
         """
         self._check_usable()
         if self._flush is not None:
@@ -395,12 +391,12 @@ class Handle:
             ]
 
     def restore(self) -> None:
-        """Undoes the patch: pending updates are applied, hooks removed; the trained weights stay. A second call does nothing."""
+        """Undoes the patch: applies pending updates and removes hooks. The trained weights stay. A second call does nothing."""
         if self._restored:
             return
         if self._flush is not None:
             self._flush()
-            self._flush = None  # with the optimiser that it belongs to, it would hold the model
+            self._flush = None  # it would keep the optimiser alive, which holds the model
         for hook in self._guards:
             hook.remove()
         self._guards.clear()
@@ -412,7 +408,7 @@ class Handle:
                 del _HANDLES[self.model]
 
     def load_momentum(self, momentum: dict[str, Tensor], window: int | None) -> None:
-        """Takes :attr:`momentum_state` of another handle of the same model, expressed in the V of ``window``.
+        """Loads :attr:`momentum_state` of another handle of the same model, which is expressed in the V of ``window``.
 
         Raises:
             ValueError: names or shapes differ; nothing was changed.
@@ -425,7 +421,7 @@ class Handle:
         odd = sorted(set(self.names).symmetric_difference(momentum))
         if odd:
             raise ValueError(f"the saved momentum is of other parameters; differing: {', '.join(odd[:5])}")
-        self.merge()  # what was learned belongs to the V that is left
+        self.merge()  # what was learned belongs to the old V
         self.enable_momentum()
         self._refresh_groups()
         own, pieces = self._momentum, self.state_in_pieces
@@ -435,19 +431,15 @@ class Handle:
         self._resample(window, reproject=False)
 
     def find(self, name: str) -> Parameter:
-        """The trained parameter of a name, any of its names.
-
-        Raises:
-            KeyError: there is none.
-        """
+        """Returns the trained parameter with a name or alias. Raises KeyError if there is none."""
         if not isinstance(name, str) or name not in self._aliases:
             raise KeyError(f"no trained parameter is named {name!r}; there are {', '.join(map(repr, self.names[:5]))}, ...")
         return self._aliases[name]
 
     def enter_window(self, step: int) -> None:
-        """Makes V that of a step; the momentum is carried over into the new V (LOZO-M, Algorithm 2, line 6).
+        """Makes V that of a step's window, and re-projects the momentum to the new V (LOZO-M, Algorithm 2, line 6).
 
-        Passes that are given a number for the step do this themselves.
+        Passes whose step is a number do this themselves.
         """
         self._check_usable()
         check_range("step", step, MAX_DRAW - 1)
@@ -479,7 +471,7 @@ class Handle:
         self._window = window
 
     def _resample_shards(self, group: Group, window: int, reproject: bool) -> None:
-        """As the op, where this process may have some matrices or columns only: the momentum is carried by all columns of V."""
+        """As the op, for shards: this process may have some matrices or columns only, but re-projection needs all columns."""
         table = group.table
         for t, i in enumerate(group.index.tolist()):
             p, shard = self.trained[i], self.trained[i].storage.shard()
@@ -494,10 +486,10 @@ class Handle:
             table.v[t].copy_(new[..., shard.col_offset : shard.col_offset + shard.x.shape[2]])
 
     def _refresh_groups(self, step: Step | None = None) -> None:
-        """Follows storage that moved since the last call (``model.to``, ``load_state_dict(assign=True)``, ``param.data = ...``).
+        """Rebuilds the groups if storage moved (``model.to``, ``load_state_dict(assign=True)``, ``param.data = ...``).
 
-        Addresses are compared at every pass, what may lie at them (``model.float().half()`` can come back to the same address)
-        at the first of a step: with hundreds of parameters both take longer than launching a kernel.
+        Addresses are compared at every pass; sizes and dtypes, which can change at one address (``model.float().half()``), only
+        at the first pass of a step. With hundreds of parameters, comparing either takes longer than launching a kernel.
         """
         again = isinstance(step, int) and step == self._seen_at
         try:
@@ -508,7 +500,7 @@ class Handle:
         except (KeyError, TypeError):
             gone = True
         if gone:
-            parameters = [*self.parameters, *self._shards()]  # raises, naming the one that is gone
+            parameters = [*self.parameters, *self._shards()]  # raises for the one that is gone
             addresses = [p.data_ptr() for p in parameters]
         same = addresses == self._addresses
         if same and again:
@@ -524,8 +516,7 @@ class Handle:
         self._seen_at = step
 
     def _shards(self) -> list[Tensor]:
-        """Storage of the shards that passes change here; what FSDP keeps whole after a forward, which would stay as it was, is
-        given up."""
+        """The storage of the shards that passes change. Whole weights that FSDP kept, which would be stale, are freed."""
         if not self._sharded:
             return []
         reshard(self.model)
@@ -543,7 +534,7 @@ class Handle:
         self._groups = self._make_groups(range(len(self.trained)))
 
     def _make_groups(self, positions: Iterable[int]) -> list[Group]:
-        """Tables over the weights of some parameters, by kind and device."""
+        """Makes groups over the weights of some parameters, by kind and device."""
         by_place: dict[tuple[str, torch.device], list[int]] = {}
         for i in positions:
             by_place.setdefault((self.trained[i].kind, self.trained[i].tensor.device), []).append(i)

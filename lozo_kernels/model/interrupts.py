@@ -1,4 +1,4 @@
-"""Ctrl-C where it can do no harm: in what the user runs, never between a change and the note of it."""
+"""Lets Ctrl-C through only where it does no harm: in what the user runs, never between a change and the record of it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ T = TypeVar("T")
 
 
 class _Gate:
-    """Whether a SIGINT may be raised now. Only the main thread receives signals, so there is one.
+    """Whether a SIGINT may be raised now. There is one gate, because only the main thread receives signals.
 
     Attributes:
-        armed: :func:`_receive` stands in the place of the handler ``before``.
-        open: it may.
-        held: one that came while it might not.
+        armed: :func:`_receive` is installed in place of the handler ``before``.
+        open: a SIGINT is raised at once.
+        held: a SIGINT that came while the gate was closed.
     """
 
     armed = False
@@ -29,10 +29,10 @@ class _Gate:
 
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[None]:
-    """Holds SIGINT back until the block ends, or to an :func:`interruptible` part of it.
+    """Holds SIGINT back until the block ends or comes to an :func:`interruptible` part.
 
-    Whatever is undone in the block when an interrupt was raised in such a part is not interrupted by another. Elsewhere than in the
-    main thread, which alone receives signals, this does nothing. A handler that Python did not install is left alone.
+    After an interrupt in such a part, the clean-up in the block is not interrupted again. Outside of the main thread, which alone
+    receives signals, this does nothing. A handler that Python did not install is left alone.
     """
     main = threading.current_thread() is threading.main_thread()
     if main and _Gate.armed:
@@ -54,16 +54,16 @@ def deferred_interrupt() -> Iterator[None]:
         yield
     finally:
         _Gate.armed = False
-        if signal.getsignal(signal.SIGINT) is _receive:  # else the block chose another, which stays
+        if signal.getsignal(signal.SIGINT) is _receive:  # otherwise the block installed another, which stays
             signal.signal(signal.SIGINT, handler)
-        held, _Gate.held = _Gate.held, None  # only now does none come here any more
+        held, _Gate.held = _Gate.held, None  # read last: no signal comes to _receive any more
         if held is not None:
             handler(*held)
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """A part of a block of :func:`deferred_interrupt` in which SIGINT is raised at once; elsewhere this does nothing."""
+    """Lets SIGINT through at once in a part of a :func:`deferred_interrupt` block. Elsewhere this does nothing."""
     if not _Gate.armed or _Gate.open or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -76,7 +76,7 @@ def interruptible() -> Iterator[None]:
 
 
 def as_interruptible(function: Callable[..., T]) -> Callable[..., T]:
-    """The function, each call of which is an :func:`interruptible` part."""
+    """Wraps a function so that each of its calls is an :func:`interruptible` part."""
 
     def call(*args: Any, **kwargs: Any) -> T:
         with interruptible():
@@ -86,7 +86,7 @@ def as_interruptible(function: Callable[..., T]) -> Callable[..., T]:
 
 
 def _receive(number: int, frame: FrameType | None) -> None:
-    """The handler inside of a block. Once it has raised, another interrupt waits until what the first one ended is undone."""
+    """The handler inside of a block. Once it has raised, other interrupts wait for the clean-up of the first one."""
     if not _Gate.open:
         _Gate.held = number, frame
         return

@@ -13,12 +13,12 @@ from ..kernels.table import stride_problem
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """What this process has of a parameter, all of it or some rows or columns, as an entry of a table.
+    """The part of a parameter that this process has (all of it, or some rows or columns), as an entry of a table.
 
     Attributes:
         x: (batch, rows, cols), a view of storage.
         row_offset, col_offset, global_cols: as in :class:`~lozo_kernels.TensorTable`.
-        first_matrix: which of the parameter's matrices is the first here.
+        first_matrix: index of the first matrix here among the parameter's matrices.
     """
 
     x: Tensor
@@ -44,7 +44,7 @@ class Layout:
     form: str
 
     def extent(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        """(batch, rows, cols) of a parameter of this shape; of a contiguous one where the form is "flat"."""
+        """(batch, rows, cols) of a parameter of this shape, which is taken to be contiguous if the form is "flat"."""
         if self.form == "flat":
             return 1, 1, math.prod(shape)
         if self.form == "rows":
@@ -54,15 +54,12 @@ class Layout:
         return (1, shape[0], shape[1]) if len(shape) == 2 else (shape[0], shape[1], shape[2])
 
     def matrices(self, p: Tensor) -> Tensor:
-        """A tensor of the parameter's shape as (batch, rows, cols), a view.
-
-        Raises:
-            ValueError: its strides do not allow it.
-        """
+        """Returns a view of a tensor of the parameter's shape as (batch, rows, cols). Raises ValueError if its strides do not
+        allow it."""
         if self.form == "flat":
             if p.is_contiguous():
                 return p.view(1, 1, -1)
-            if p.dim() == 1:  # every element a row: the flat index is the row
+            if p.dim() == 1:  # one element in each row: the flat index is the row
                 return p.view(1, -1, 1)
         if self.form == "square" and p.is_contiguous():
             return p.view(1, *most_square(p.numel()))
@@ -78,11 +75,8 @@ class Layout:
         raise self._bad_strides(p, "it must be contiguous")
 
     def whole(self, p: Tensor) -> Shard:
-        """All of a tensor of the parameter's shape, which the ops can change in place.
-
-        Raises:
-            ValueError: its strides do not allow that.
-        """
+        """Returns the shard that is all of a tensor of the parameter's shape. Raises ValueError if its strides do not allow
+        changing it in place."""
         x = self.matrices(p)
         problem = stride_problem(x)
         if problem is not None:
@@ -90,11 +84,8 @@ class Layout:
         return Shard(x, 0, 0, x.shape[2])
 
     def cut(self, local: Tensor, offsets: Sequence[int], shape: Sequence[int]) -> Shard:
-        """A block of a parameter, which begins at ``offsets`` in the parameter's ``shape``.
-
-        Raises:
-            ValueError: the block's strides do not allow changing it in place.
-        """
+        """Returns the shard for a block of a parameter, which begins at ``offsets`` in the parameter's ``shape``. Raises
+        ValueError if its strides do not allow changing it in place."""
         first_matrix = 0
         if self.form == "experts":
             x, row, col, width, first_matrix = local, offsets[0] * shape[1], 0, shape[2], offsets[0]
@@ -118,6 +109,6 @@ class Layout:
 
 
 def most_square(numel: int) -> tuple[int, int]:
-    """Rows and columns of the most nearly square matrix of so many elements, not more rows than columns."""
+    """Rows and columns of the most nearly square matrix with ``numel`` elements; it has no more rows than columns."""
     rows = next((r for r in range(math.isqrt(numel), 0, -1) if numel % r == 0), 1)
     return rows, numel // rows

@@ -1,4 +1,4 @@
-"""What a step evaluates: closures that return a loss, or one for each example, all with the same randomness."""
+"""What a step evaluates: closures that return a loss, or a loss for each example, all with the same random numbers."""
 
 from __future__ import annotations
 
@@ -14,25 +14,24 @@ from .sharding import gather
 Loss = Tensor | float
 Closure = Callable[[], Loss]
 BatchClosure = Callable[[Any], Any]
-"""Takes a batch; returns one loss per example, (examples,), or (sums, weights), whose quotient of totals is the loss."""
+"""Takes a batch and returns a loss per example, (examples,), or (sums, weights), where the loss is total sum / total weight."""
 
 
 class Randomness:
-    """The state of torch's generators when made; ``replay`` puts it back, so that evaluations draw the same numbers."""
+    """The state of torch's generators when it was made. ``replay`` restores it, so that all evaluations draw the same numbers."""
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._cpu = torch.get_rng_state()
         self._cuda = {d: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"}
 
     def replay(self) -> None:
-        """Puts the state back."""
         torch.set_rng_state(self._cpu)
         for device, state in self._cuda.items():
             torch.cuda.set_rng_state(state, device)
 
 
 def mean_loss(closures: Sequence[Closure], randomness: Randomness | None) -> Tensor:
-    """The mean of the closures, evaluated with the given randomness, as a 0-dim fp64 tensor."""
+    """Returns the mean loss of the closures, evaluated with the given randomness, as a 0-dim fp64 tensor."""
     if randomness is not None:
         randomness.replay()
     losses = [as_loss(closure()) for closure in closures]
@@ -40,7 +39,7 @@ def mean_loss(closures: Sequence[Closure], randomness: Randomness | None) -> Ten
 
 
 def as_loss(value: Any) -> Tensor:
-    """What a closure returned as a 0-dim fp64 tensor on its device; TypeError if it is not one real number, or (sum, weight)."""
+    """Returns a closure's result as a 0-dim fp64 tensor on its device; TypeError unless it is one real number, or (sum, weight)."""
     if isinstance(value, tuple) and len(value) == 2:
         total, weight = map(as_loss, value)
         return total / weight.to(total.device)
@@ -58,9 +57,9 @@ def as_loss(value: Any) -> Tensor:
 
 
 def mean_totals(closures: Sequence[Closure], randomness: Randomness | None) -> Tensor:
-    """As :func:`mean_loss`, as (sum, weight) for a mean over processes: (2,) fp64, on the device of the losses.
+    """As :func:`mean_loss`, but returns (sum, weight) for a mean over processes: (2,) fp64, on the device of the losses.
 
-    The weight of a closure that returns a mean is that of the examples that it was given, or 1.
+    A closure that returns a mean has the number of its examples as its weight, or 1 if that is not known.
     """
     if randomness is not None:
         randomness.replay()
@@ -80,11 +79,8 @@ def _totals(value: Any, weight: int) -> Tensor:
 
 
 def count_examples(inputs: Any) -> int:
-    """The first dimension that all tensors of a batch share.
-
-    Raises:
-        ValueError: they do not, or there is none.
-    """
+    """Returns the size of the first dimension, which all tensors of a batch share. Raises ValueError if they do not, or there
+    are none."""
     sizes = {x.shape[0] if x.dim() else None for x in tree_leaves(inputs) if isinstance(x, Tensor)}
     if len(sizes) != 1 or None in sizes or 0 in sizes:
         raise ValueError(f"the tensors of inputs have examples in their first dimension; here their sizes are {sizes or 'none'}")
@@ -92,18 +88,18 @@ def count_examples(inputs: Any) -> int:
 
 
 def repeat_examples(inputs: Any, times: int) -> Any:
-    """A batch several times over, for evaluations that share a forward pass."""
+    """Repeats a batch along its first dimension, for evaluations that share a forward pass."""
     return tree_map(lambda x: torch.cat([x] * times) if isinstance(x, Tensor) else x, inputs)
 
 
 def batch_losses(closures: Sequence[BatchClosure], batches: Sequence[Any], times: int, randomness: Randomness | None) -> Tensor:
-    """The loss of each of ``times`` evaluations in one call of each closure: (times,) fp64, the mean over the closures."""
+    """Makes ``times`` evaluations in one call of each closure. Returns their losses, (times,) fp64, as means over the closures."""
     losses = [sums / weights for sums, weights in _batch_totals(closures, batches, times, randomness)]
     return losses[0] if len(losses) == 1 else torch.stack(losses).mean(0)
 
 
 def batch_totals(closures: Sequence[BatchClosure], batches: Sequence[Any], times: int, randomness: Randomness | None) -> Tensor:
-    """As :func:`batch_losses`, as (sum, weight) for a mean over processes: (times, 2) fp64."""
+    """As :func:`batch_losses`, but returns (sum, weight) for a mean over processes: (times, 2) fp64."""
     found = _batch_totals(closures, batches, times, randomness)
     if len(found) == 1:
         return torch.stack(found[0], 1)
@@ -124,13 +120,13 @@ def _batch_totals(
 
 
 def as_losses(value: Any, times: int, examples: int) -> Tensor:
-    """What a closure returned for a batch as (times,) fp64; TypeError if it does not say each evaluation's loss."""
+    """Returns a closure's result for a batch as (times,) fp64; TypeError if it does not tell the evaluations apart."""
     sums, weights = _as_totals(value, times, examples)
     return sums / weights
 
 
 def _as_totals(value: Any, times: int, examples: int) -> tuple[Tensor, Tensor]:
-    """(times,) fp64 each; a mean is its own sum, of weight 1."""
+    """Returns sums and weights, (times,) fp64 each. A mean is a sum of weight 1."""
     parts = [gather(x) if isinstance(x, Tensor) else x for x in (value if isinstance(value, (tuple, list)) else (value,))]
     if times == 1 and len(parts) == 1 and (not isinstance(value, Tensor) or value.dim() == 0):
         loss = as_loss(value).reshape(1)
@@ -148,12 +144,8 @@ def _as_totals(value: Any, times: int, examples: int) -> tuple[Tensor, Tensor]:
 
 
 def pair_closures(closure: Any, inputs: Any) -> tuple[list[Any], list[Any] | None]:
-    """Closures and, if there are inputs, a batch for each.
-
-    Raises:
-        TypeError: there is no closure.
-        ValueError: another number of inputs.
-    """
+    """Returns the closures as a list and, if there are inputs, a batch for each.
+    Raises TypeError if there is no closure, ValueError if there is another number of inputs."""
     single = callable(closure)
     closures = [closure] if single else list(closure) if isinstance(closure, Iterable) else []
     if not closures or not all(map(callable, closures)):
@@ -167,22 +159,22 @@ def pair_closures(closure: Any, inputs: Any) -> tuple[list[Any], list[Any] | Non
 
 
 def bind_inputs(closures: Sequence[BatchClosure], batches: Sequence[Any]) -> list[Closure]:
-    """Closures that take nothing."""
+    """Binds each closure to its batch, which makes closures without arguments."""
     return [BoundClosure(closure, inputs) for closure, inputs in zip(closures, batches, strict=True)]
 
 
 class BoundClosure:
-    """A closure with its inputs."""
+    """A closure bound to its inputs."""
 
     def __init__(self, closure: BatchClosure, inputs: Any) -> None:
         self._closure, self._inputs = closure, inputs
 
     def __call__(self) -> Tensor:
-        """The loss, 0-dim fp64."""
+        """Returns the loss, 0-dim fp64."""
         return as_losses(self._closure(self._inputs), 1, count_examples(self._inputs))[0]
 
     def totals(self) -> Tensor:
-        """(2,) fp64: the sum of the losses and their weight."""
+        """Returns the sum of the losses and their weight, (2,) fp64."""
         value, examples = self._closure(self._inputs), count_examples(self._inputs)
         if (isinstance(value, Tensor) and value.dim() == 0) or not isinstance(value, (Tensor, tuple, list)):
             return _totals(value, examples)

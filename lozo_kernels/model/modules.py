@@ -1,4 +1,4 @@
-"""What torch keeps in modules without a public name: the one file that reads it."""
+"""Reads what torch keeps in modules and tensors without a public name. No other file does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The parameters that a module itself has, by attribute; an entry can be replaced, also by a tensor that is no parameter.
+    """The parameters that a module itself has, by attribute. An entry can be replaced, also by a tensor that is not a parameter.
 
     ``get_parameter`` and ``setattr`` go through hooks and checks of subclasses, and refuse tensors.
     """
@@ -23,12 +23,12 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
 
 
 def children_by_name(module: nn.Module) -> dict[str, nn.Module | None]:
-    """The modules that a module itself has; ``named_children`` leaves out those that it has twice."""
+    """The modules that a module itself has, by name. ``named_children`` leaves out further names of the same module."""
     return module._modules  # noqa: SLF001
 
 
 def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
-    """What ``module.compile()`` made of calls of a module, None if it was not compiled."""
+    """The compiled call that ``module.compile()`` made, or None if the module was not compiled."""
     return module._compiled_call_impl  # type: ignore[no-any-return]  # noqa: SLF001
 
 
@@ -40,12 +40,12 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def version_of(t: Tensor) -> int:
-    """A number that grows whenever a tensor is changed in place. Tensors made in inference mode do not count, and have 0."""
+    """A number that grows whenever a tensor is changed in place. For tensors made in inference mode it is always 0."""
     return 0 if t.is_inference() else t._version  # noqa: SLF001
 
 
 def storage_of(t: Tensor) -> int:
-    """A number that tensors share that lie in one storage; -1 for subclasses of tensors that have none of their own."""
+    """A number that is equal for tensors in the same storage; -1 for subclasses of tensors that have no storage of their own."""
     try:
         return t.untyped_storage()._cdata  # noqa: SLF001
     except (NotImplementedError, RuntimeError):

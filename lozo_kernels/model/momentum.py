@@ -1,4 +1,4 @@
-"""Momentum of sharded parameters, as every process sees it: in one piece, or as a tensor that is sharded like its parameter."""
+"""The momentum of sharded parameters in a form that every process sees: whole, or as a DTensor sharded like its parameter."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from .sharding import block_of, gather, is_sharded, sharded_like
 
 
 def spread(p: Parameter, piece: Tensor) -> Tensor:
-    """What this process keeps, as a DTensor of the whole momentum; where the parameter is not sharded, as it is.
+    """Returns the whole momentum as a DTensor; if the parameter is not sharded, returns ``piece``.
 
     Args:
-        piece: as :attr:`Handle.momentum` has it.
+        piece: this process's part, as in :attr:`Handle.momentum`.
     """
     t = p.tensor
     return sharded_like(piece, t, _axes(p), _whole_shape(p, piece.shape[-1])) if is_sharded(t) else piece
 
 
 def piece_of(p: Parameter, saved: Tensor, like: Tensor, in_pieces: bool) -> Tensor:
-    """The inverse, from momentum that was saved in one piece or spread over any number of processes.
+    """Returns this process's part of saved momentum, which is whole or spread over any number of processes.
 
     Args:
-        saved: a DTensor that is not sharded like the parameter is gathered, which every process has to take part in.
-        like: what this process keeps.
-        in_pieces: that is the part of its shard.
+        saved: if it is a DTensor that is not sharded like the parameter, it is gathered, which is a collective.
+        like: the momentum that this process has.
+        in_pieces: a process has the momentum of its shards only.
 
     Raises:
         ValueError: as :func:`check_saved`.
@@ -47,11 +47,8 @@ def piece_of(p: Parameter, saved: Tensor, like: Tensor, in_pieces: bool) -> Tens
 
 
 def check_saved(p: Parameter, saved: Tensor, like: Tensor, in_pieces: bool) -> tuple[int, ...]:
-    """The shape of the whole momentum. Arguments as :func:`piece_of`; of a dense parameter only the size has to be right.
-
-    Raises:
-        ValueError: saved momentum is of another.
-    """
+    """Returns the shape of the whole momentum. Arguments are those of :func:`piece_of`. Raises ValueError if saved momentum has
+    another shape, or for a dense parameter another number of elements."""
     cut = in_pieces and p.storage.sharded
     shape = _whole_shape(p, like.shape[-1]) if cut else tuple(like.shape)
     fits = tuple(saved.shape) == shape if p.low_rank else saved.numel() == math.prod(shape)
@@ -61,7 +58,7 @@ def check_saved(p: Parameter, saved: Tensor, like: Tensor, in_pieces: bool) -> t
 
 
 def _axes(p: Parameter) -> dict[int, int]:
-    """Which dimension of the momentum each dimension of the parameter cuts; others leave it whole in every process."""
+    """For dimensions of the parameter, the dimension of the momentum that is cut with it. Cuts along others leave it whole."""
     if p.low_rank:
         return {0: 0 if p.layout.form == "experts" else 1}
     dimensions = p.tensor.dim()
@@ -69,7 +66,7 @@ def _axes(p: Parameter) -> dict[int, int]:
 
 
 def _whole_shape(p: Parameter, last: int) -> tuple[int, int, int]:
-    """(batch, rows, rank), or of a dense parameter (1, rows, columns) as its shards are seen."""
+    """(batch, rows, rank), or for a dense parameter (1, rows, columns), in which its shards are seen."""
     if p.low_rank:
         batch, rows, _ = p.extent
         return batch, rows, last

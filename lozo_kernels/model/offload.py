@@ -1,7 +1,7 @@
-"""Weights that accelerate keeps on the CPU or on disk: where each is, and how one is written there.
+"""Weights that accelerate keeps on the CPU or on disk: where each is kept, and how it is written there.
 
 A hook (``AlignDevicesHook``) of a module, or of one above it, puts the weights into their places when the module's forward begins
-and takes them out when it ends. What is between forwards in those places has no storage, and tied weights are not tied there.
+and takes them out when it ends. Between forwards the parameters have no storage, and tied weights are not one tensor.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class OffloadedWeight:
     """Where one weight is kept.
 
     Attributes:
-        hook: what brings it in.
+        hook: the hook that brings it in.
         key: its name among the hook's weights.
     """
 
@@ -31,7 +31,7 @@ class OffloadedWeight:
 
     @property
     def execution_device(self) -> torch.device:
-        """Where the weight is while its module runs."""
+        """The device of the weight while its module runs."""
         device = self.hook.execution_device
         if device is None:
             return torch.device("cpu")
@@ -39,14 +39,14 @@ class OffloadedWeight:
 
     @property
     def place(self) -> Hashable:
-        """Where :meth:`store` writes."""
+        """A key of the place that :meth:`store` writes."""
         weights, key = self._place()
         kept = self._in_memory()
         return (id(weights), key) if kept is None else ("memory", kept.data_ptr() or key)
 
     @property
     def identity(self) -> Hashable:
-        """The same for weights that are read from one place."""
+        """A key that is equal for weights that are read from one place."""
         weights, key = self._place()
         entry = getattr(weights, "index", {}).get(key, {})
         if self._in_memory() is None and "safetensors_file" in entry:
@@ -54,7 +54,7 @@ class OffloadedWeight:
         return self.place
 
     def parameter(self, attribute: str) -> OffloadedWeight:
-        """Of an entry for a module, that of one of its parameters."""
+        """Returns the entry of a module's parameter from the entry of the module (:func:`offloaded_weights`)."""
         return OffloadedWeight(self.hook, self.key + attribute)
 
     def check_writable(self) -> None:
@@ -66,12 +66,12 @@ class OffloadedWeight:
             )
 
     def load(self) -> Tensor:
-        """The weight as it is kept: the tensor itself where that is in memory, otherwise a copy on the CPU."""
+        """Returns the weight as it is kept: the tensor itself if it is in memory, otherwise a copy on the CPU."""
         weights, key = self._place()
         return weights[key]
 
     def store(self, value: Tensor) -> None:
-        """Keeps another value.
+        """Replaces the value that is kept.
 
         In memory it is written in place. On disk the file ``<name>.dat`` of the offload folder is replaced in one piece: a crash
         leaves the old weight or the new one. A checkpoint in safetensors is never written: the value goes to such a file in the
@@ -92,7 +92,7 @@ class OffloadedWeight:
             with replacing(Path(weights.save_folder) / f"{key}.dat") as part:
                 raw.numpy().tofile(part)
             if entry != weights.index[key]:
-                weights.index = {**weights.index, key: entry}  # the old one may be another loader's too
+                weights.index = {**weights.index, key: entry}  # another loader may use the old one
 
     def _place(self) -> tuple[Any, str]:
         weights, key = self.hook.weights_map, self.key
@@ -106,7 +106,7 @@ class OffloadedWeight:
 
 
 def offloaded_weights(model: nn.Module) -> dict[nn.Module, OffloadedWeight]:
-    """Modules whose weights are offloaded; the key of each entry is what comes before the name of a parameter of the module."""
+    """Modules whose weights are offloaded. The key of a module's entry is what comes before the names of its parameters."""
     found: dict[nn.Module, OffloadedWeight] = {}
     for module in model.modules():
         for hook in _hooks(module):

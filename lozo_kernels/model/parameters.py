@@ -1,4 +1,4 @@
-"""Which parameters of a model are trained, under which name, how each is seen, and where it lies."""
+"""Finds the parameters of a model that are trained: their names, how each is seen as matrices, and where it lies."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ class Parameter:
 
     @property
     def tensor(self) -> nn.Parameter:
-        """The parameter as it is now."""
+        """The parameter as the model has it now."""
         return self.storage.tensor
 
     @property
     def low_rank(self) -> bool:
-        """Whether its directions have factors."""
+        """Whether its directions have factors (L V^T); otherwise they are dense."""
         return self.layout.low_rank
 
     @property
     def kind(self) -> str:
-        """ "lowrank" or "dense"."""
+        """The kind of its directions, "lowrank" or "dense", as a word."""
         return "lowrank" if self.layout.low_rank else "dense"
 
     @property
@@ -71,7 +71,7 @@ class LeftAlone:
 
 @dataclasses.dataclass
 class _Found:
-    """One parameter of a model: its names without wrappers, and the modules that have it."""
+    """One parameter of a model: its names without wrappers, and the modules that own it."""
 
     names: list[str] = dataclasses.field(default_factory=list)
     owners: list[Owner] = dataclasses.field(default_factory=list)
@@ -84,7 +84,7 @@ class _Found:
 
 
 def find_parameters(model: nn.Module, config: PatchConfig) -> tuple[list[Parameter], list[LeftAlone]]:
-    """Everything that ``config`` trains in ``model``, tied weights once, and everything that it leaves alone.
+    """Returns the parameters that ``config`` trains in ``model``, tied ones once, and those that it leaves alone.
 
     A probe also trains offloaded weights, and quantised linear layers although their weights do not require a gradient (under the
     adapters of PEFT only those that ``include`` names).
@@ -97,7 +97,7 @@ def find_parameters(model: nn.Module, config: PatchConfig) -> tuple[list[Paramet
     reshard(model)
     every = _collect(model)
     _check_patterns(config, [name for found in every for name in found.names])
-    # Quantised layers under adapters are their frozen base, unless asked for.
+    # Quantised layers under adapters are the adapters' frozen base, and trained only if asked for.
     adapted = any(hasattr(module, "merged_adapters") for module in model.modules())
     chosen, left = [], []
     for found in every:
@@ -133,10 +133,10 @@ def canonical(name: str) -> str:
 
 
 def _collect(model: nn.Module) -> list[_Found]:
-    """The parameters of a model, tied ones once.
+    """Returns the parameters of a model, tied ones once.
 
-    Ties between offloaded weights are seen where both are one tensor in memory or one entry of a checkpoint, or where the model
-    says so (``all_tied_weights_keys`` of transformers) and the two are equal.
+    Offloaded weights count as tied if they are one tensor in memory or one entry of a checkpoint, or if the model says so
+    (``all_tied_weights_keys`` of transformers) and their values are equal.
     """
     kept = offloaded_weights(model)
     owners: dict[str, Owner] = {}
@@ -168,7 +168,7 @@ def _collect(model: nn.Module) -> list[_Found]:
 
 
 def _identity(owner: Owner) -> Hashable:
-    """What tied parameters have in common."""
+    """A key that is equal for tied parameters."""
     p = owner.tensor
     return id(p) if owner.kept is None or p is None or p.device.type != "meta" else owner.kept.identity
 

@@ -1,4 +1,4 @@
-"""Passes over the weights: what is added to every parameter, as one call of an op per kind and device."""
+"""Passes over the weights. A pass adds terms to every parameter, with one call of an op for each kind and device."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Scalar = float | Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """What follows from the evaluations of a step, as :meth:`Handle.update_` takes it.
+    """The update of a step, as :meth:`Handle.update_` takes it.
 
     Attributes:
-        step: the step whose directions were probed.
+        step: the step whose directions were evaluated.
         c: projected gradients, one for each direction.
         lr, weight_decay: numbers, 0-dim tensors, or one value per trained parameter.
         beta: momentum coefficient, None for no momentum.
@@ -44,33 +44,33 @@ class Update:
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One draw's part in a pass over the weights: X += (perturb + gradient) * D, N += coefficient * D."""
+    """One draw's part in a pass over the weights: X += (perturb + gradient) * D and, with momentum, N += coefficient * D."""
 
     draw: Draw
     perturb: float = 0.0
-    """Scale of a perturbation that was made before this pass and so decays with X, or is made by it."""
+    """Scale of a perturbation that this pass makes, or takes out. With ``decays`` it is in the weights, and decays with them."""
     gradient: Scalar = 0.0
-    """-lr * c, before the division by r that ``scaling`` asks for."""
+    """-lr * c, without the factor that ``scaling`` asks for."""
     coefficient: Scalar = 0.0
     decays: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Carried:
-    """Momentum in a pass: N <- beta N + the terms' coefficients, and then X += alpha N V^T."""
+    """The momentum of a pass: N <- beta N + the terms' coefficient * D, and then X += alpha N V^T."""
 
     beta: Scalar
     alpha: Scalar
-    """-lr, before the division by r."""
+    """-lr, without the factor that ``scaling`` asks for."""
 
 
 @dataclasses.dataclass(eq=False)
 class Group:
-    """The parameters of one kind on one device: one call of an op for each pass.
+    """The parameters of one kind on one device, for which each pass is one call of an op.
 
     Attributes:
         kind: "lowrank" or "dense".
-        index: positions of its parameters among all, for picking per-parameter scalars; on the group's device.
+        index: positions of its parameters among all trained ones, which pick per-parameter scalars; on the group's device.
         table: their weights.
     """
 
@@ -103,10 +103,10 @@ class Group:
         rounding: Rounding | None = None,
         seed: int | None = None,
     ) -> None:
-        """One pass: X <- decay * X + the terms, with ``carried`` momentum too.
+        """Runs one pass: X <- decay * X + the terms; with ``carried``, momentum too.
 
         Args:
-            decayed: what X has decayed by since the perturbations were made that the terms take out, this pass included.
+            decayed: the decay of X, this pass included, since the perturbations were made that the terms take out.
             seed: of the noise; None for that of the config.
         """
         scales = self.rows([self._scale(term, decayed) for term in terms])
@@ -125,7 +125,7 @@ class Group:
         self.run(self._momentum, call)
 
     def run(self, op: Op, call: TableCall) -> None:
-        """An op on the group's table, along the directions of its kind."""
+        """Runs an op on the group's table, with the directions of its kind."""
         self._run(op, self.table, call, self.backend)
 
     def _scale(self, term: Term, decayed: Scalar | None) -> Scalar:
@@ -135,18 +135,18 @@ class Group:
         return applied + (term.gradient if self.update_factor == 1.0 else term.gradient * self.update_factor)
 
     def row(self, value: Scalar) -> Tensor:
-        """A scalar as an op takes it: (parameters of the group,) fp32 on its device."""
+        """A scalar in the form that ops take: (parameters of the group,) fp32 on its device."""
         if isinstance(value, Tensor):
             value = value.to(self.device, torch.float32, non_blocking=True)
             return value[self.index] if value.dim() else value.expand(self.count).contiguous()
         return torch.full((self.count,), value, dtype=torch.float32, device=self.device)
 
     def rows(self, values: Sequence[Scalar]) -> Tensor:
-        """Scalars of several draws: (draws, parameters of the group)."""
+        """The scalars of several draws: (draws, parameters of the group)."""
         return torch.stack([self.row(value) for value in values]) if len(values) > 1 else self.row(values[0]).unsqueeze(0)
 
     def draws(self, terms: Sequence[Term]) -> list[Draw]:
-        """The draws of the terms; steps that are tensors come to the group's device."""
+        """The draws of the terms, with steps that are tensors on the group's device."""
         found = []
         for term in terms:
             draw = term.draw
@@ -157,13 +157,13 @@ class Group:
 
 
 def run_pass(groups: Sequence[Group], terms: Sequence[Term]) -> None:
-    """Adds the terms to all weights of some groups."""
+    """Adds the terms to the weights of some groups."""
     for group in groups:
         group.apply(terms)
 
 
 def run_update(groups: Sequence[Group], update: Update, applied: float = 0.0, perturb_next: float | None = None) -> None:
-    """The passes of an update over the weights of some groups, each of up to two draws.
+    """Runs the passes of an update over the weights of some groups. Each pass has up to two draws.
 
     Args:
         applied: scale of the perturbation along the last direction that is still in the weights; it is taken out.
@@ -182,7 +182,7 @@ def run_update(groups: Sequence[Group], update: Update, applied: float = 0.0, pe
     if perturb_next is not None:
         terms.append(Term(Draw(update.step + 1), perturb=perturb_next, decays=False))
     chunks = [terms[i : i + MAX_DRAWS] for i in range(0, len(terms), MAX_DRAWS)]
-    # Decay goes first, the momentum product with the last draw of this step; other chunks only add their draws.
+    # The first chunk decays, and the one with the last draw of this step adds the momentum product; others only add their draws.
     last = (count - 1) // MAX_DRAWS
     for group in groups:
         for i, chunk in enumerate(chunks):
@@ -195,7 +195,7 @@ def run_update(groups: Sequence[Group], update: Update, applied: float = 0.0, pe
 
 
 def check_update(update: Update, parameters: int) -> None:
-    """Raises TypeError or ValueError for an update that is not made of numbers and tensors of the right shapes; reads no tensor."""
+    """Raises TypeError or ValueError unless an update is made of numbers and tensors of the right shapes. No tensor is read."""
     if not update.c:
         raise ValueError("an update needs the projected gradient of one direction at least")
     for c in update.c:
@@ -210,7 +210,7 @@ def check_update(update: Update, parameters: int) -> None:
 
 
 def _check_scalar(name: str, value: Any, parameters: int | None) -> None:
-    """Of ``parameters`` there may be one value each."""
+    """Raises TypeError or ValueError unless it is a scalar, or holds one value for each of ``parameters`` parameters."""
     if not isinstance(value, Tensor):
         if not isinstance(value, Real):
             raise TypeError(f"{name} is a number or a tensor, not {value!r:.200}")
@@ -225,13 +225,13 @@ def _check_scalar(name: str, value: Any, parameters: int | None) -> None:
 
 
 def share_of(c: Scalar, directions: int) -> Scalar:
-    """A direction's part in the mean; of a tensor by a tensor, as the division of c itself."""
+    """A direction's share in the mean. A tensor is divided by a tensor, so that the division rounds as that of c itself."""
     if directions == 1:
         return c
     return c / torch.full_like(c, directions) if isinstance(c, Tensor) else c / directions
 
 
 def decay_of(lr: Scalar, weight_decay: Scalar) -> Scalar | None:
-    """What an update multiplies weights by first: 1 - lr * weight_decay; None without weight decay."""
+    """The factor 1 - lr * weight_decay by which an update multiplies weights first, or None without weight decay."""
     decaying = isinstance(weight_decay, Tensor) or weight_decay != 0.0
     return 1.0 - lr * weight_decay if decaying else None

@@ -1,4 +1,4 @@
-"""patch(): the handle that a model's placement asks for."""
+"""patch(), which makes the handle for the placement that is asked for."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 class DriveOptions(PatchOptions, total=False):
-    """What :func:`patch` takes as keywords."""
+    """The keywords of :func:`patch`."""
 
     drive: str
 
 
 def patch(model: nn.Module, *, drive: str = "closure", **options: Unpack[PatchOptions]) -> Handle:
-    """Prepares a model for forward-only training. Nothing of the model changes until the handle is used.
+    """Prepares a model for forward-only training. The model does not change until the handle is used.
 
     Args:
         model: any module; parameters that require a gradient are trained, tied ones once.
@@ -31,12 +31,11 @@ def patch(model: nn.Module, *, drive: str = "closure", **options: Unpack[PatchOp
         drive: "closure": an optimiser's ``step(closure)`` evaluates. "backward": a call of the model in train mode makes all
             evaluations of a step, its loss can be backpropagated, and ``step()`` follows (:mod:`lozo_kernels.model.backward`).
             The model's parameters then require no gradient until the handle is restored. Build the optimiser before wrapping the
-            model for several processes. "loss": the same for a loss that is computed outside of the model, by way of
+            model for several processes. "loss": the same for a loss that is computed outside of the model, which then calls
             :meth:`lozo_kernels.model.backward.Backward.project`.
 
     Returns:
-        The handle, a :class:`~lozo_kernels.ProbeHandle` unless the placement is "inplace"; ``handle.restore()`` gives the
-        model back.
+        The handle, a :class:`~lozo_kernels.ProbeHandle` unless the placement is "inplace"; ``handle.restore()`` undoes the patch.
 
     Raises:
         TypeError, ValueError: a setting or a parameter does not fit; the model is untouched.

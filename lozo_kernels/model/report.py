@@ -1,4 +1,4 @@
-"""What Handle.report() returns."""
+"""The types that Handle.report() returns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ParameterReport:
     Attributes:
         treatment: "low-rank r", "dense" or "left alone".
         backend: name of the backend that changes it, None if none does.
-        side: of a probe, where the perturbation enters; None for in place or not chosen yet.
+        side: where a probe's perturbation enters; None if it is in place, or not chosen yet.
         note: the matrices it is seen as, or the reason why it is left alone.
     """
 
@@ -33,12 +33,12 @@ class ParameterReport:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Every parameter, and for each device the backends that were passed over with the reason."""
+    """The treatment of every parameter and, for each device, why other backends were not used."""
 
     parameters: tuple[ParameterReport, ...]
     rejected_backends: dict[str, dict[str, str]]
     notes: tuple[str, ...] = ()
-    """What a probe's check found."""
+    """Remarks on how the model is treated, such as what a probe's check found."""
 
     def __str__(self) -> str:
         rows = [("parameter", "shape", "dtype", "device", "treatment", "side", "backend", "note")]

@@ -1,8 +1,8 @@
-"""Sharded weights, DTensors of the global shape: what this process has of one, and bringing shards back.
+"""Sharded weights, which are DTensors: this process's part of one, and how to leave only shards after a forward.
 
 FSDP (``torch.distributed.fsdp.fully_shard``) leaves rows with each process between forwards, and makes the parameter an ordinary
 tensor, the whole weight, while its module runs. Tensor parallelism keeps rows or columns all the time, and its layers compute with
-DTensors. ``torch.distributed`` is not imported here: where nobody did, nothing is sharded.
+DTensors. ``torch.distributed`` is not imported here: if nothing else imported it, nothing is sharded.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .modules import own_parameters
 
 
 def is_sharded(p: Tensor) -> bool:
-    """Whether it is a DTensor."""
+    """Whether a parameter is a DTensor."""
     kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     return kind is not None and isinstance(p, kind)
 
 
 def reshard(model: nn.Module) -> None:
-    """Leaves only shards of the weights that FSDP keeps whole after a forward, as it does with those of the root."""
+    """Frees the whole weights that FSDP keeps after a forward, as it does with the root's, so that only shards are left."""
     for module in _managed(model):
         module.reshard()
 
@@ -38,9 +38,9 @@ def stays_in_blocks(model: nn.Module, p: Tensor) -> bool:
 
 
 def check_rows(name: str, p: Any) -> None:
-    """Raises TypeError, with the way out, for a DTensor that FSDP did not make of rows alone."""
+    """Raises TypeError, which says what to do, unless FSDP sharded the DTensor by its rows alone."""
     *others, last = p.placements
-    if not (last.is_shard(0) and all(other.is_replicate() for other in others)):  # tensor parallel ones come last
+    if not (last.is_shard(0) and all(other.is_replicate() for other in others)):  # a tensor-parallel placement would be the last
         raise TypeError(
             f"parameter {name!r} is sharded as {tuple(p.placements)}; what FSDP shards is probed if that is its rows alone "
             "(Shard(0), last of the mesh): exclude it"
@@ -48,9 +48,9 @@ def check_rows(name: str, p: Any) -> None:
 
 
 def check_block(name: str, p: Any, dimensions: int) -> None:
-    """Raises TypeError, with the way out, for a DTensor that is not cut along its first ``dimensions`` dimensions."""
+    """Raises TypeError, which says what to do, for a DTensor that is not cut along its first ``dimensions`` dimensions."""
     for placement in p.placements:
-        strided = "Strided" in type(placement).__name__  # FSDP over tensor parallelism: rows that do not lie together
+        strided = "Strided" in type(placement).__name__  # FSDP over tensor parallelism: rows that are not contiguous
         if not placement.is_replicate() and (strided or not placement.is_shard() or placement.dim >= dimensions):
             raise TypeError(
                 f"parameter {name!r} of shape {tuple(p.shape)} is sharded as {tuple(p.placements)}; trained can be "
@@ -59,12 +59,10 @@ def check_block(name: str, p: Any, dimensions: int) -> None:
 
 
 def block_of(name: str, p: Any) -> tuple[Tensor, tuple[int, ...]]:
-    """What this process has of a weight that :func:`check_block` let pass, and where it begins in each dimension.
+    """Returns this process's block of a weight that passed :func:`check_block`, and where it begins in each dimension.
 
-    The block is a view, so that writing it changes the weight. It may be empty.
-
-    Raises:
-        RuntimeError: it is whole now, or has another shape here than its placements say.
+    The block is a view, so that writing it changes the weight. It may be empty. Raises RuntimeError if the weight is whole now, or
+    the block has another shape than its placements say.
     """
     if not is_sharded(p):
         raise RuntimeError(f"parameter {name!r} is not in shards now: its module is running, or it is not sharded any more")
@@ -83,12 +81,12 @@ def block_of(name: str, p: Any) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def ranks_of(p: Any) -> list[int]:
-    """The processes that a parameter is spread over; none if it is not sharded."""
+    """The ranks of the processes that share a parameter; none if it is not sharded."""
     return sorted(p.device_mesh.mesh.flatten().tolist()) if is_sharded(p) else []
 
 
 def running_device(p: Any) -> torch.device:
-    """Where the whole weight is while its module runs: the shards may be kept on the CPU."""
+    """The device of the whole weight while its module runs. The shards may be kept on the CPU."""
     if not is_sharded(p) or p.device.type == p.device_mesh.device_type:
         return p.device
     kind = p.device_mesh.device_type
@@ -96,17 +94,17 @@ def running_device(p: Any) -> torch.device:
 
 
 def gather(p: Any) -> Tensor:
-    """The weight in one piece; while it is in shards a collective, which every process has to call."""
+    """Returns the whole weight. If it is in shards, this is a collective."""
     return p.full_tensor() if is_sharded(p) else p  # type: ignore[no-any-return]
 
 
 def sharded_like(local: Tensor, p: Any, axes: Mapping[int, int], shape: Sequence[int]) -> Tensor:
-    """A DTensor of what goes with each process's block of a parameter.
+    """Makes a DTensor of tensors that belong to each process's block of a parameter.
 
     Args:
-        local: what this process has of it.
-        axes: the dimension that goes with each dimension of the parameter; shards of others have it whole.
-        shape: of all.
+        local: this process's tensor.
+        axes: the dimension that is cut with each dimension of the parameter; cuts along other dimensions leave the tensor whole.
+        shape: of the whole new tensor.
     """
     tensor = sys.modules["torch.distributed.tensor"]
     placements = [
@@ -120,12 +118,12 @@ def sharded_like(local: Tensor, p: Any, axes: Mapping[int, int], shape: Sequence
 
 
 def local_of(p: Any) -> Tensor:
-    """The very tensor that holds what this process has of a DTensor, no view of it: where its storage goes, the weight goes."""
+    """This process's part of a DTensor as the very tensor, not a view: if its storage is replaced, so is the weight's."""
     return p._local_tensor  # type: ignore[no-any-return]  # noqa: SLF001  (to_local() makes a view)
 
 
 def why_not_local(p: Any, inputs: Any, outputs: Any, summed: int, lookup: bool) -> str | None:
-    """Why what a layer computes with blocks of its weight does not split into products of this process's parts, or None.
+    """Returns why a layer's outputs are not made of the products of each process's own block, or None if they are.
 
     Args:
         p: (a, b) weight.
@@ -149,15 +147,15 @@ def why_not_local(p: Any, inputs: Any, outputs: Any, summed: int, lookup: bool) 
 
 
 def arrived(x: Any) -> Tensor:
-    """A tensor, waited for if it is on its way from other processes: until then it has no storage that ops could read.
+    """Waits for a tensor that is on its way from other processes; until then it has no storage that ops could read.
 
-    Autograd does not follow.
+    Autograd does not see this.
     """
     return x if type(x) is Tensor or not hasattr(x, "wait") else x.wait()  # type: ignore[no-any-return]
 
 
 def local_inputs(p: Any, inputs: Any) -> Tensor:
-    """What this process has of a layer's inputs. Gradients of inputs that all have sum up over the blocks of the weight."""
+    """This process's part of a layer's inputs. Gradients of inputs that all processes have sum up over the weight's blocks."""
     if not torch.is_grad_enabled():
         return inputs.to_local()  # type: ignore[no-any-return]
     partial = sys.modules["torch.distributed.tensor"].Partial
@@ -167,12 +165,12 @@ def local_inputs(p: Any, inputs: Any) -> Tensor:
 
 
 def local_outputs(outputs: Any) -> Tensor:
-    """What this process has of a layer's outputs."""
+    """This process's part of a layer's outputs."""
     return outputs.to_local()  # type: ignore[no-any-return]
 
 
 def with_local(outputs: Any, local: Tensor) -> Tensor:
-    """A DTensor like another, of more or fewer examples perhaps, made of the parts that the processes have."""
+    """Makes a DTensor like ``outputs`` of each process's ``local`` part, which may have more or fewer examples."""
     shape = torch.Size((local.shape[0], *outputs.shape[1:]))
     strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     kind, mesh = type(outputs), outputs.device_mesh
@@ -180,21 +178,21 @@ def with_local(outputs: Any, local: Tensor) -> Tensor:
 
 
 def adds_once(outputs: Any) -> bool:
-    """Whether this is the process that adds what is to be added once to a DTensor that is a sum over processes."""
+    """Whether this process adds what may be added only once to outputs that are a sum over processes."""
     place = outputs.device_mesh.get_coordinate()
     return all(i == 0 for i, placement in zip(place, outputs.placements, strict=True) if placement.is_partial())
 
 
 def mean_square(p: Any) -> float:
-    """Of a DTensor's elements; a collective."""
+    """The mean square of a DTensor's elements. This is a collective."""
     return float(gather(p.detach().float().square().sum())) / p.numel()
 
 
 class Peers:
-    """The processes that have parts of the same weights, and run every forward together: they have to decide alike.
+    """The processes that have parts of the same weights. They run every forward together, so they have to decide alike.
 
     Args:
-        parameters: all of them; where none is sharded, a process decides alone. Every call is a collective.
+        parameters: all of them; if none is sharded, a process decides alone. Every method is a collective.
     """
 
     def __init__(self, parameters: Iterable[Any]) -> None:
@@ -202,7 +200,7 @@ class Peers:
         self._groups = [(mesh.device_type, mesh.get_group(axis)) for mesh in meshes for axis in range(mesh.ndim)]
 
     def most(self, values: Sequence[float]) -> list[float]:
-        """The largest that any process has, of each number."""
+        """For each number, the largest value of any process."""
         for device, group in self._groups:
             found = torch.tensor(values, dtype=torch.float64, device=device)
             distributed = sys.modules["torch.distributed"]
@@ -211,16 +209,16 @@ class Peers:
         return list(values)
 
     def least(self, value: float) -> float:
-        """The smallest that any process has."""
+        """The smallest value of any process."""
         return -self.most([-value])[0]
 
     def any(self, condition: bool) -> bool:
-        """Whether it holds for any process."""
+        """Whether the condition holds for any process."""
         return bool(self.most([float(condition)])[0])
 
 
 ALONE = Peers(())
-"""A process that shares its weights with no other."""
+"""The peers of a process that shares its weights with no other."""
 
 
 def _is_block(placement: Any, dimension: int) -> bool:

@@ -1,4 +1,4 @@
-"""Where the values of a parameter lie, and how a process reaches them: one class for each case."""
+"""Where the values of a parameter lie, and how this process reads and writes them: one class for each case."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Owner:
 
     Attributes:
         reference: to the module; path: its name in the model; attribute: the parameter's name in the module.
-        kept: where the parameter is while the module does not run, None where it stays in its place.
+        kept: where the parameter is while the module does not run; None if it is not offloaded.
     """
 
     reference: weakref.ref[nn.Module]
@@ -35,11 +35,7 @@ class Owner:
 
     @property
     def module(self) -> nn.Module:
-        """The module.
-
-        Raises:
-            RuntimeError: it is gone.
-        """
+        """The module. Raises RuntimeError if it no longer exists."""
         module = self.reference()
         if module is None:
             raise RuntimeError(f"module {self.path!r} no longer exists: restore() and patch the model again")
@@ -47,25 +43,25 @@ class Owner:
 
     @property
     def tensor(self) -> nn.Parameter | None:
-        """The parameter as the module has it now, None if it does not any more."""
+        """The parameter as the module has it now, or None if it no longer has it."""
         module = self.reference()
         return None if module is None else own_parameters(module).get(self.attribute)
 
 
 class Storage:
-    """A parameter whose values are in the parameter itself, in this process, all the time. Other cases are subclasses.
+    """A parameter whose values are in this process all the time, in the parameter itself. The other cases are subclasses.
 
-    The tensor is looked up at every use, so replaced parameters and moved storage are followed.
+    The parameter is looked up at every use, so replaced parameters and moved storage are followed.
 
     Attributes:
-        word: what messages call a parameter that is stored so.
-        always_here: this process can read and write what it has of the parameter at any time.
-        resident: it is such a parameter.
-        mergeable: it can take up what a probe learned.
+        word: what messages say of where it is.
+        always_here: this process can read and write its part of the parameter at any time.
+        resident: the parameter is whole and always here, which is the case of this class.
+        mergeable: what a probe learned can be merged into it.
         sharded: it is spread over processes; in_blocks: also while its module runs (tensor parallel).
 
     Args:
-        owners: every module that has it, the one that names it first.
+        owners: every module that has it; the first one names it.
         layout: the matrices that it is seen as.
     """
 
@@ -82,11 +78,7 @@ class Storage:
 
     @property
     def tensor(self) -> nn.Parameter:
-        """The parameter as it is now.
-
-        Raises:
-            RuntimeError: it is gone.
-        """
+        """The parameter as the model has it now. Raises RuntimeError if it no longer exists."""
         p = self.owners[0].tensor
         if p is None:
             raise RuntimeError(f"parameter {self.layout.name!r} no longer exists: restore() and patch the model again")
@@ -94,30 +86,30 @@ class Storage:
 
     @property
     def extent(self) -> tuple[int, int, int]:
-        """(batch, rows, cols) of the whole parameter, without a look at its storage."""
+        """(batch, rows, cols) of the whole parameter. Its storage is not touched."""
         return self.layout.extent(self.shape)
 
     @property
     def shape(self) -> torch.Size:
-        """Of the whole parameter."""
+        """The shape of the whole parameter."""
         return self.tensor.shape
 
     @property
     def dtype(self) -> str:
-        """Of the parameter as torch calls it, without "torch."; its :attr:`word` where it has none that counts."""
+        """The name of its dtype without "torch."; for a quantised parameter :attr:`word`."""
         return str(self.tensor.dtype).removeprefix("torch.")
 
     @property
     def device(self) -> torch.device:
-        """Where the parameter is while its module runs."""
+        """The device of the parameter while its module runs."""
         return self.tensor.device
 
     def check(self, config: PatchConfig) -> None:  # noqa: ARG002  (only what is sharded depends on it)
-        """Raises TypeError or ValueError, with the way out, if it cannot be trained as ``config`` says."""
+        """Raises TypeError or ValueError, which say what to do, if it cannot be trained as ``config`` says."""
         self.shard()
 
     def shard(self) -> Shard:
-        """What this process has of it, whose storage passes over the weights change.
+        """Returns this process's part of it, in the storage that passes over the weights change.
 
         Raises:
             TypeError: it is sparse, on the meta device or of an unsupported dtype.
@@ -129,23 +121,20 @@ class Storage:
         return self.layout.whole(p)
 
     def present(self) -> Sequence[Tensor]:
-        """The parameter, or this process's block of it, where it has storage now; a tied one that is offloaded in each place.
-
-        Raises:
-            RuntimeError: it has none: no module that has it runs.
-        """
+        """The parameter, or this process's block of it, where it has storage now. Tied and offloaded, it may be in several places.
+        Raises RuntimeError if no module that owns it is running, so that it has no storage."""
         return [self.tensor]
 
     def load(self, device: torch.device) -> Tensor:
-        """The whole parameter on a device, contiguous unless it is the parameter itself, which is not copied.
+        """Returns the whole parameter on a device, contiguous unless it is the parameter itself, which is not copied.
 
-        A sharded one is gathered, which every process has to take part in.
+        A sharded parameter is gathered, which is a collective.
         """
         return self.tensor.detach().to(device)
 
     @contextlib.contextmanager
     def borrowed(self, device: torch.device) -> Iterator[Shard]:
-        """What :meth:`shard` gives, on a device, written back at the end. If the body raises, nothing is written back."""
+        """Yields :meth:`shard` on a device and writes it back at the end. If the body raises, nothing is written back."""
         shard = self.shard()
         here = dataclasses.replace(shard, x=shard.x.to(device))
         yield here
@@ -154,7 +143,7 @@ class Storage:
 
 
 class Sharded(Storage):
-    """A DTensor. Under FSDP each process has rows of it between forwards; under tensor parallelism a block all the time."""
+    """A DTensor. Under FSDP a process has rows of it between forwards; under tensor parallelism it has a block all the time."""
 
     word = "sharded"
     resident = False
@@ -199,7 +188,7 @@ class Sharded(Storage):
 
 
 class Offloaded(Storage):
-    """Kept on the CPU or on disk by accelerate, and brought in while a module that has it runs."""
+    """A parameter that accelerate keeps on the CPU or on disk, and brings in while a module that owns it runs."""
 
     word = "offloaded"
     always_here = False
@@ -222,14 +211,14 @@ class Offloaded(Storage):
         return _brought_in(self)
 
     def load(self, device: torch.device) -> Tensor:
-        """In memory of the device it is not copied."""
+        """Does not copy a weight that is in memory of the device."""
         resident = self._resident
         weight = self._places[0].load() if resident is None else resident
         return weight.detach().to(device, self.tensor.dtype).contiguous()
 
     @contextlib.contextmanager
     def borrowed(self, device: torch.device) -> Iterator[Shard]:
-        """All of it; tied ones are written back to every place once, as :meth:`OffloadedWeight.store` says."""
+        """Yields all of the weight, and stores it in every place where it is kept (:meth:`OffloadedWeight.store`)."""
         weight = self.load(device)
         yield self.layout.whole(weight)
         resident = self._resident
@@ -240,17 +229,17 @@ class Offloaded(Storage):
 
     @property
     def _places(self) -> list[OffloadedWeight]:
-        """Where the weight is kept, each place once."""
+        """The places where the weight is kept, each once."""
         return list({owner.kept.place: owner.kept for owner in self.owners if owner.kept is not None}.values())
 
     @property
     def _resident(self) -> Tensor | None:
-        """The parameter of a module that always has it, where it is tied to one that does not."""
+        """The weight itself, if it is tied to the parameter of a module that is not offloaded; otherwise None."""
         return next((owner.tensor for owner in self.owners if owner.kept is None), None)
 
 
 class Quantised(Storage):
-    """Integers that only their linear layer can read, perhaps packed. What is learned stays beside them."""
+    """A weight of integers, perhaps packed, that only its linear layer can read. What a probe learned stays in factors."""
 
     word = "quantised"
     always_here = False
@@ -267,7 +256,7 @@ class Quantised(Storage):
         return self.word
 
     def check(self, config: PatchConfig) -> None:
-        """Any can be trained: only its layer reads it."""
+        """Does nothing: any can be trained, because only its layer reads it."""
 
     def present(self) -> Sequence[Tensor]:
         return _brought_in(self)
@@ -282,14 +271,14 @@ def _brought_in(storage: Storage) -> Sequence[Tensor]:
 
 
 def is_quantised(module: nn.Module | None, p: Tensor) -> bool:
-    """Whether a linear layer's weight is kept as integers that only the layer itself can read (bitsandbytes, torchao)."""
+    """Whether a linear layer keeps this weight as integers that only the layer itself can read (bitsandbytes, torchao)."""
     if not isinstance(module, nn.Linear) or p is not own_parameters(module).get("weight"):
         return False
     return not is_sharded(p) and not p.is_complex() and (not p.is_floating_point() or type(p.data) is not Tensor)
 
 
 def check_trainable(name: str, p: Tensor) -> None:
-    """Raises TypeError or ValueError, with the way out, for storage that the ops cannot change."""
+    """Raises TypeError or ValueError, which say what to do, for a parameter that the ops cannot change."""
     way_out = "exclude it or set requires_grad=False"
     if p.layout != torch.strided:
         raise TypeError(f"parameter {name!r} is {p.layout}; only dense storage can be trained: {way_out}")

@@ -1,4 +1,4 @@
-"""A whole optimiser step, forward passes included, as one CUDA graph: nothing is launched from Python, nothing waits."""
+"""Captures a whole optimiser step, forward passes included, as one CUDA graph: Python launches nothing and waits for nothing."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .groups import rates_of
 from .optimizer import ZerothOrderOptimizer
 from .steps import Rates, StepInfo
 
-_WARM_UPS = 2  # runs before the capture, in which kernels are compiled and constants uploaded
+_WARM_UPS = 2  # runs before the capture, which compile kernels and upload constants
 
 
 def capture_step(optimizer: ZerothOrderOptimizer, closure: Closure | Sequence[Closure]) -> CapturedStep:
-    """Captures ``optimizer.step(closure)`` for replay. Weights and optimiser are as before when it returns.
+    """Captures ``optimizer.step(closure)`` for replay. When it returns, weights and optimiser are as before.
 
     The closure must be capturable: fixed shapes, no value read on the host, its batch in tensors that the caller overwrites
     (``batch.copy_(...)``) before each replay. The learning rate may change between replays, the storage of the model may not.
@@ -44,7 +44,8 @@ def capture_step(optimizer: ZerothOrderOptimizer, closure: Closure | Sequence[Cl
 
 
 class CapturedStep:
-    """Made by :func:`capture_step`; call it for a step. ``optimizer.info`` then holds tensors that the next step overwrites.
+    """A captured step, made by :func:`capture_step`; call it to take one. The next step overwrites the tensors of
+    ``optimizer.info``.
 
     Its own stepper makes the passes that the optimiser's would make, with the step's number and rates in tensors.
     """
@@ -76,7 +77,7 @@ class CapturedStep:
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        """One step.
+        """Takes one step.
 
         Raises:
             RuntimeError: storage of the model moved, or a setting that was captured changed: capture again.
@@ -94,7 +95,7 @@ class CapturedStep:
         self._fill(step)
         with deferred_interrupt():
             pending = stepper.pending
-            if pending is not None and pending is not self._left:  # left by a step that was not captured
+            if pending is not None and pending is not self._left:  # left by a step outside of the graphs
                 self._keep(pending)
             with stepper.lent():
                 (self._from_rest if pending is None else self._from_pending)()
@@ -104,16 +105,16 @@ class CapturedStep:
         return self._info.loss
 
     def _settings(self) -> dict[str, Any]:
-        """What the graphs hold, and what no later step may have otherwise."""
+        """The settings that the graphs hold, which no later step may change."""
         decays = any(isinstance(g["weight_decay"], Tensor) or g["weight_decay"] != 0.0 for g in self._optimizer.param_groups)
         return self._stepper.settings.of_run | {"decays": decays}
 
     def _fill(self, step: int) -> None:
-        """Uploads what differs from the last step."""
+        """Uploads the values that differ from those of the last step."""
         assert isinstance(self._twin.step, Tensor)
         self._twin.step.fill_(step)
         stepper, info = self._stepper, self._info
-        if stepper.skipped_total is not info.skipped_total:  # steps were taken by other means
+        if stepper.skipped_total is not info.skipped_total:  # steps were taken outside of the graphs
             info.skipped_total.copy_(stepper.skipped_total, non_blocking=True)
             info.skipped_in_a_row.copy_(stepper.skipped_in_a_row, non_blocking=True)
         values = [(group["lr"], group["weight_decay"]) for group in self._optimizer.param_groups]
@@ -125,7 +126,7 @@ class CapturedStep:
             self._uploaded = values
 
     def _run(self, pending: Update | None) -> tuple[Update, StepInfo]:
-        """The evaluations of a step, the update pending before them, and what follows from them."""
+        """Makes a pending update and the evaluations of a step. Returns the step's update and what it saw."""
         twin = self._twin
         twin.pending, twin.applied = pending, None
         if pending is not None:
@@ -137,10 +138,7 @@ class CapturedStep:
     @torch.no_grad()
     def _warm_up(self) -> tuple[StepInfo, Update | None]:
         """Runs every pass with eps = 0, which moves no weight: c is 0 / 0, and the update is skipped as not finite.
-
-        Returns:
-            Tensors for what a step leaves behind, which the graphs write.
-        """
+        Returns the tensors that the graphs write a step's results to."""
         settings, before = self._stepper.settings, _random_state(self._device)
         self._twin.settings.eps = 0.0
         with _side_stream(self._device):
@@ -161,7 +159,7 @@ class CapturedStep:
         return static, None if pending is None else _clone(pending)
 
     def _record(self, pending: Update | None) -> Callable[[], None]:
-        """The step as a graph: with the update that the last step left pending, or from weights that are up to date."""
+        """Records the step as a graph: with an update that the last step left pending, or from weights that are up to date."""
 
         @torch.no_grad()
         def body() -> None:
@@ -182,7 +180,7 @@ class CapturedStep:
         return graph.replay
 
     def _keep(self, pending: Update) -> None:
-        """Puts an update where the next step reads it."""
+        """Copies an update to where the next step reads it."""
         assert self._pending is not None
         for static, value in zip(_update_tensors(self._pending), _update_tensors(pending), strict=True):
             static.copy_(value)
@@ -193,12 +191,12 @@ def _tensors(info: StepInfo) -> list[Tensor]:
 
 
 def _update_tensors(update: Update) -> list[Tensor]:
-    """The tensors of an update; its step is the captured one."""
+    """The tensors of an update, except for its step, which is the captured one."""
     return [x for x in (*update.c, update.lr, update.weight_decay, update.beta) if isinstance(x, Tensor)]
 
 
 def _clone(update: Update) -> Update:
-    """An update with tensors of its own."""
+    """A copy of an update, with tensors of its own."""
 
     def clone(x: Any) -> Any:
         return x.clone() if isinstance(x, Tensor) else x
@@ -213,7 +211,7 @@ def _random_state(device: torch.device) -> bytes:
 
 @contextlib.contextmanager
 def _side_stream(device: torch.device) -> Iterator[None]:
-    """A stream of its own, as capturing asks for warm-ups to have; ordered after and before the current one."""
+    """Runs the body on a stream of its own, which warm-ups for a capture need, ordered after and before the current one."""
     if device.type != "cuda":
         yield
         return

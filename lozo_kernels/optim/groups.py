@@ -1,4 +1,4 @@
-"""Parameter groups of an optimiser, and their settings as a step takes them."""
+"""The parameter groups of an optimiser, and their settings in the form that a step takes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,12 @@ from ..model.handle import Handle
 from .steps import Rates
 
 Groups = Sequence[Mapping[str, Any]]
-"""The ``param_groups`` of an optimiser, which has them by name: "params", "param_names", "lr" and "weight_decay" in each."""
+"""The ``param_groups`` of an optimiser, which have "params", "param_names", "lr" and "weight_decay" each."""
 
 
 def groups_of(handle: Handle, params: Iterable[Any] | None) -> list[Any]:
-    """Groups as torch takes them: one of all parameters where none were given.
-
-    Raises:
-        TypeError, ValueError: ``params`` are no parameters or groups of them.
-    """
+    """Returns groups as torch takes them; without ``params``, one group of all parameters.
+    Raises TypeError or ValueError if ``params`` are not parameters or groups of them."""
     if params is None:
         return [{"params": handle.parameters}]
     if not isinstance(params, Iterable):
@@ -33,11 +30,8 @@ def groups_of(handle: Handle, params: Iterable[Any] | None) -> list[Any]:
 
 
 def named_group(handle: Handle, group: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A group with the handle's names for its parameters.
-
-    Raises:
-        TypeError, ValueError: it is no group, or has parameters that the handle does not train.
-    """
+    """Returns a group with the handle's names for its parameters.
+    Raises TypeError or ValueError if it is not a group, or has parameters that the handle does not train."""
     if not isinstance(group, dict) or "params" not in group:
         raise TypeError(f"a parameter group is a dict with 'params', not {group!r:.200}")
     known = {id(p): name for name, p in zip(handle.names, handle.parameters, strict=True)}
@@ -61,7 +55,7 @@ def named_group(handle: Handle, group: Any, defaults: Mapping[str, Any]) -> dict
 
 
 def check_cover(groups: Groups, handle: Handle) -> None:
-    """Raises ValueError if groups leave a trained parameter out, or decay one that cannot."""
+    """Raises ValueError if groups leave a trained parameter out, or decay one that cannot decay."""
     grouped = {name for group in groups for name in group["param_names"]}
     missing = [name for name in handle.names if name not in grouped]
     if missing:
@@ -77,7 +71,7 @@ def check_cover(groups: Groups, handle: Handle) -> None:
 
 
 def check_settings(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Raises TypeError or ValueError for an ``lr`` or ``weight_decay`` that is out of range, or two that do not fit each other."""
+    """Raises TypeError or ValueError if ``lr`` or ``weight_decay`` is out of range, or their product is above 1."""
     settings = [group.get(name, defaults[name]) for name in ("lr", "weight_decay")]
     for name, value in zip(("lr", "weight_decay"), settings, strict=True):
         check_number(name, value, low=0.0)
@@ -87,13 +81,13 @@ def check_settings(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> Non
 
 
 def trained_names(groups: Groups, handle: Handle) -> list[list[str]]:
-    """Of each group, without the parameter that a driven model hangs its loss on: how a run is driven is not its state."""
+    """The trained parameters' names of each group. A driven model's own parameter is left out: it is no state of the run."""
     known = set(handle.names)
     return [[name for name in group["param_names"] if name in known] for group in groups]
 
 
 def rates_of(groups: Groups, handle: Handle, device: torch.device) -> Rates:
-    """The learning rates and weight decays of groups, in the order of the handle's names if there are several groups."""
+    """The learning rates and weight decays of groups, for each of the handle's names if there are several groups."""
     decaying = any(map(_decays, groups))
     lr = _per_parameter("lr", groups, handle, device)
     return Rates(lr, _per_parameter("weight_decay", groups, handle, device) if decaying else 0.0)

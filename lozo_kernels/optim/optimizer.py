@@ -30,11 +30,11 @@ _KEYWORDS = (
     *(field.name for field in dataclasses.fields(StepSettings)),
     *(name for name in OPTIONS if name != "estimator"),
 )
-"""What an optimiser takes by name."""
+"""The names of all keywords that an optimiser takes."""
 
 
 def _forwarded(holder: str, name: str) -> Any:
-    """An attribute that lies in the stepper, or in its settings."""
+    """A property that reads and writes an attribute of the stepper, or of its settings."""
 
     def read(self: ZerothOrderOptimizer) -> Any:
         return getattr(self.stepper if holder == "stepper" else self.stepper.settings, name)
@@ -46,7 +46,7 @@ def _forwarded(holder: str, name: str) -> Any:
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
-    """Two-point (or one-sided) estimates along directions that are regenerated, never stored. Use a subclass.
+    """The base of the optimisers: two-point (or one-sided) estimates along directions that are regenerated, never stored.
 
     ``step(closure)`` evaluates the closure without a graph at perturbed weights and updates them in place; a step costs two
     forward passes per direction (one more forward in all when one-sided) and three passes over the weights, or two with
@@ -72,15 +72,15 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         common_random_numbers: give every evaluation of a step the same state of torch's generators (dropout, sampling).
         max_nonfinite: raise :class:`NonFiniteLossError` after this many steps in a row with a loss that is not finite.
         parallel: several processes take each step together: "examples", each evaluates its own, "directions", each evaluates some
-            of them, or a :class:`~lozo_kernels.Parallel`, whose page says what is exchanged and compared. None: this
-            process is alone, or others see to it; "examples" if the model is sharded over all.
+            of them, or a :class:`~lozo_kernels.Parallel`, whose page says what is exchanged and compared. None: nothing is
+            exchanged here, unless the model is sharded over all processes, which means "examples".
         patch_options: see :func:`patch`; only with a model as target. ``drive="backward"`` is for loops that call
             ``loss.backward()`` and ``step()``.
 
     Attributes:
-        stepper: what takes the steps.
+        stepper: takes the steps.
         info: what the last step saw, None before the first.
-        journal: what records the run (:mod:`lozo_kernels.journal`), or None.
+        journal: records the run (:mod:`lozo_kernels.journal`), or None.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the model is untouched.
@@ -162,7 +162,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     @property
     def steps_done(self) -> int:
-        """Steps taken so far, which is the index of the next one."""
+        """The number of steps taken so far, which is the index of the next one."""
         return self.stepper.count
 
     @property
@@ -173,7 +173,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None, inputs: Any = None) -> Tensor:  # type: ignore[override]
-        """One step of the algorithm.
+        """Takes one step of the algorithm.
 
         Args:
             closure: returns the loss of a batch as a one-element tensor or a number, without calling backward; it is called
@@ -193,7 +193,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             RuntimeError: with ``drive="backward"``, nothing was backpropagated since the last step.
             BatchSplitError: the model cannot evaluate several points in one forward pass.
             NonFiniteLossError: see ``max_nonfinite``.
-            PeerLostError, DivergenceError: with ``parallel``, a process is gone, or its run is another.
+            PeerLostError, DivergenceError: with ``parallel``, a process is gone, or its run differs.
             Exception: whatever the closure raises; the weights are then back where they were (in place, up to one rounding of
                 the weight's dtype), and the step was not taken.
         """
@@ -234,23 +234,18 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def estimate(self, closure: Closure) -> tuple[Tensor, Tensor]:
-        """Evaluates a loss at the points of the next step, which it does not take; the weights are then back where they were.
-
-        Returns:
-            (3, directions) fp64: projected gradients, F(+) and F(-); and the loss of the step, 0-dim fp64.
-        """
         return self.stepper.estimate([as_interruptible(closure)])
 
     def flush(self) -> None:
-        """Makes an update that ``fuse_steps`` left pending; otherwise does nothing."""
+        """Makes an update that ``fuse_steps`` left pending. Without one this does nothing."""
         self.stepper.flush()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch, for parameters that the handle trains."""
+        """Adds a group as torch does. The handle has to train its parameters."""
         super().add_param_group(named_group(self.handle, param_group, self.defaults))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a run needs besides the weights to go on bit for bit, keyed by parameter name.
+        """Returns everything besides the weights that a run needs to go on bit for bit, keyed by parameter name.
 
         A pending update is made first. V is not stored: it follows from seed and step. Momentum of shards is in DTensors, which
         ``torch.distributed.checkpoint`` saves, and loads into any other sharding.
@@ -258,7 +253,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         return state_of(self.stepper, self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`.
+        """Loads what :meth:`state_dict` returned.
 
         Raises:
             ValueError: it is not a whole state, or was saved under other settings, noise or parameters; nothing was changed.
@@ -267,7 +262,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         load_state(state_dict, self.stepper, self.param_groups, self.defaults, kind=type(self).__name__)
 
     def _check_handle(self, handle: Handle, settings: StepSettings, parallel: Parallel | None) -> None:
-        """Raises ValueError if a handle is not for this algorithm, or not for what the settings ask for."""
+        """Raises ValueError if a handle is for another algorithm, or does not allow what the settings ask for."""
         if handle.config.estimator != self.estimator:
             found = handle.config.estimator
             raise ValueError(f"{type(self).__name__} needs a handle with estimator={self.estimator!r}, and this one has {found!r}")
@@ -285,7 +280,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             raise ValueError("evaluation='batched' needs placement='probe': weights that are moved can be at one point only")
 
     def _facts(self) -> dict[str, Any]:
-        """What processes have to agree on besides the weights."""
+        """What all processes have to agree on besides the weights."""
         groups = [[len(g["params"]), *(float(g[key]) for key in ("lr", "weight_decay"))] for g in self.param_groups]
         return {
             "method": type(self).__name__,
@@ -301,9 +296,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 class LOZO(ZerothOrderOptimizer):
     """Low-rank zeroth-order SGD (Chen et al., ICLR 2025, Algorithm 1); with ``momentum`` LOZO-M (Algorithm 2).
 
-    X is probed along +-U V^T, U new every step, V every ``interval`` steps, and moves by -lr c U V^T / r. One-dimensional tensors
-    are probed with dense Gaussian noise. A learning rate of the published code, which leaves 1/r out, is ``r`` times smaller:
-    use ``scaling="published"`` or multiply it by the rank (see :class:`~lozo_kernels.model.config.PatchConfig`).
+    The loss is evaluated at X +- eps U V^T, with U new every step and V every ``interval`` steps, and X moves by -lr c U V^T / r.
+    One-dimensional tensors have dense Gaussian directions. A learning rate of the published code, which leaves 1/r out, is ``r``
+    times smaller: use ``scaling="published"`` or multiply it by the rank (see :class:`~lozo_kernels.model.config.PatchConfig`).
 
     Example::
 
@@ -325,7 +320,7 @@ class MeZO(ZerothOrderOptimizer):
 
 
 class SubZero(ZerothOrderOptimizer):
-    """Zeroth-order SGD in random subspaces (Yu et al., 2024): X is probed along U S V^T sqrt(rows * cols) / rank.
+    """Zeroth-order SGD in random subspaces (Yu et al., 2024), along directions U S V^T sqrt(rows * cols) / rank.
 
     U and V are orthonormal and drawn every ``interval`` steps (the reference's ``update_interval``), S is new every step; X moves
     by -lr c times the direction. One-dimensional tensors have dense Gaussian directions, and the tensors of PEFT adapters are

@@ -1,4 +1,4 @@
-"""Numbers from a device that arrive when they arrive: nobody waits."""
+"""Copies numbers from a device to the host without waiting for the device."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Readback:
         self._arrived: torch.cuda.Event | None = None
 
     def read(self, make: Callable[[], Tensor]) -> list[int] | None:
-        """The values of the last request that arrived, once, or None while it is on its way.
+        """Returns the values of the last request if they have arrived, and makes the next request; otherwise returns None.
 
         Args:
-            make: what to request next. On the CPU it is read at once.
+            make: makes the tensor of the next request. On the CPU its values are returned at once.
         """
         values = None
         if self._arrived is not None:
@@ -39,7 +39,7 @@ class Readback:
 
 
 def to_host(values: Tensor) -> tuple[Tensor, Any]:
-    """A copy on the host, and what says that it is there; None on the CPU."""
+    """Returns a copy on the host and an event that tells when it has arrived, or None instead of the event if it is there."""
     if values.device.type != "cuda":
         return values.cpu(), None
     copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)

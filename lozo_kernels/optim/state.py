@@ -1,4 +1,4 @@
-"""What an optimiser saves, so that a run goes on bit for bit."""
+"""What an optimiser saves, so that a run can go on bit for bit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .stepper import Stepper
 
 
 def state_of(stepper: Stepper, groups: Groups) -> dict[str, Any]:
-    """See :meth:`ZerothOrderOptimizer.state_dict`."""
+    """Returns the state; see :meth:`ZerothOrderOptimizer.state_dict`."""
     stepper.flush()
     handle = stepper.handle
     handle.merge()
@@ -38,12 +38,8 @@ def state_of(stepper: Stepper, groups: Groups) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_state(state: dict[str, Any], stepper: Stepper, groups: Groups, defaults: Mapping[str, Any], *, kind: str) -> None:
-    """See :meth:`ZerothOrderOptimizer.load_state_dict`.
-
-    Args:
-        defaults: the settings that every parameter group has.
-        kind: of the optimiser, for messages.
-    """
+    """Loads a state; see :meth:`ZerothOrderOptimizer.load_state_dict`. Every group has the settings ``defaults``; messages name the
+    optimiser by ``kind``."""
     handle = stepper.handle
     _check_state(state, handle, defaults, kind)
     if stepper.log is not None and state["step"] != stepper.count:
@@ -74,7 +70,7 @@ def load_state(state: dict[str, Any], stepper: Stepper, groups: Groups, defaults
 
 
 def _setup(stepper: Stepper) -> dict[str, Any]:
-    """What a state and the optimiser that loads it have to have in common."""
+    """What the saved and the loading optimiser must have in common."""
     return {
         "noise_version": NOISE_VERSION,
         "patch": stepper.handle.config.to_dict(),
@@ -86,8 +82,8 @@ _NEEDED = ("noise_version", "patch", "settings", "step", "window", "skipped", "s
 
 
 def _check_state(state: Any, handle: Handle, defaults: Mapping[str, Any], kind: str) -> None:
-    """Raises ValueError, naming what is missing or no such thing, unless a state has all that an optimiser takes from it,
-    and numbers where it has numbers."""
+    """Raises ValueError, which names the problem, unless a state has all that an optimiser takes from it, and numbers where it has
+    numbers."""
     if not isinstance(state, dict):
         raise ValueError(f"a state of a {kind} is a dict, not {state!r:.200}")
     missing = [key for key in (*_NEEDED, *(("past", "history") if handle.probes else ())) if key not in state]

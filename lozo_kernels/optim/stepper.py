@@ -1,6 +1,6 @@
-"""The step machine: evaluates a loss at the points of a step, makes c of the losses, and updates the weights.
+"""The stepper: evaluates a loss at the points of a step, makes c from the losses, and updates the weights.
 
-An optimiser, a captured graph, a loop that calls ``backward()`` and the replay of a journal are its clients.
+Its clients are an optimiser, a captured graph, a loop that calls ``backward()`` and the replay of a journal.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from .steps import Rates, StepInfo, StepLog, StepSettings
 
 
 class Stepper:
-    """Takes the steps of one run on one handle, and waits for no value on a device.
+    """Takes the steps of one run on one handle, without waiting for a value on a device.
 
     A step is :meth:`evaluate`, :meth:`conclude`, :meth:`commit`; :meth:`go_back` if one of them raised.
 
     Attributes:
-        handle: what moves the weights, or the point where they are evaluated.
-        settings: of the steps.
+        handle: moves the weights, or the point where they are evaluated.
+        settings: the settings of the steps.
         step: the index of the next step; in a captured step a 0-dim int64 tensor, which is not read.
         parallel: how several processes take the steps together, or None.
-        log: who is told of steps, or None.
+        log: the journal that is told of steps, or None.
         info: what the last step saw.
-        pending: the update of the last step, where it is left for the next pass over the weights (``fuse_steps``).
-        applied: the perturbation that the weights have now, None for none. Under a pending update it is still that of its step.
+        pending: the update of the last step, if it is left for the next pass over the weights (``fuse_steps``).
+        applied: the perturbation that is in the weights now, or None. While an update is pending it is that of the update's step.
         skipped_total, skipped_in_a_row: 0-dim integers, as in :class:`StepInfo`.
     """
 
@@ -69,8 +69,8 @@ class Stepper:
         self._watched = Readback()
 
     def twin(self, step: Tensor) -> Stepper:
-        """A stepper for the same steps that has their number in a tensor, with nothing pending, nobody to tell, and settings of
-        its own: common random numbers are for its caller to see to."""
+        """Makes a stepper for the same steps whose step is a tensor, without a pending update or a journal. Its settings are a copy
+        without common random numbers, which its caller has to provide."""
         settings = dataclasses.replace(self.settings, common_random_numbers=False)
         twin = Stepper(self.handle, settings)
         twin.step = step
@@ -78,24 +78,24 @@ class Stepper:
 
     @property
     def count(self) -> int:
-        """Steps taken so far, which is the index of the next one."""
+        """The number of steps taken so far, which is the index of the next one."""
         assert not isinstance(self.step, Tensor)
         return self.step
 
     @property
     def points(self) -> list[Perturbation]:
-        """The (direction, scale) that the weights go through in a step."""
+        """The perturbations, (direction, scale), that the weights go through in a step."""
         eps = self.settings.eps
         scales = (eps, -eps) if self.settings.two_sided else (eps,)
         return [(direction, scale) for direction in range(self.settings.directions) for scale in scales]
 
     @property
     def last_point(self) -> Perturbation:
-        """Where the weights are when all evaluations are made."""
+        """The perturbation that is in the weights after all evaluations."""
         return self.settings.directions - 1, -self.settings.eps if self.settings.two_sided else self.settings.eps
 
     def evaluate(self, closures: Sequence[Any], batches: Sequence[Any] | None = None) -> tuple[Tensor, Tensor]:
-        """F(+) and F(-) (or F at the unperturbed weights) of every direction; leaves the weights at the last point.
+        """Evaluates F(+) and F(-) (or F at the unperturbed weights) of every direction, and leaves the weights at the last point.
 
         Args:
             closures: micro-batches, whose mean is the loss.
@@ -118,17 +118,17 @@ class Stepper:
         return self.parallel.combine(self.count, plus, minus, settings.directions)
 
     def differences(self, plus: Tensor, minus: Tensor) -> Tensor:
-        """c: the projected gradients, (directions,) fp64."""
-        # By a tensor: a GPU divides by a number as a multiplication by its reciprocal, which rounds differently.
+        """Returns c, the projected gradients, (directions,) fp64."""
+        # Divide by a tensor: a GPU divides by a number by multiplying with its reciprocal, which rounds differently.
         distance = 2 * self.settings.eps if self.settings.two_sided else self.settings.eps
         return (plus - minus) / torch.full((), distance, dtype=torch.float64, device=plus.device)
 
     def mean(self, plus: Tensor, minus: Tensor) -> Tensor:
-        """The loss of the step, 0-dim fp64."""
+        """Returns the loss of the step, 0-dim fp64."""
         return (plus + minus).mean() / 2 if self.settings.two_sided else minus[0]
 
     def estimate(self, closures: Sequence[Closure]) -> tuple[Tensor, Tensor]:
-        """Evaluates at the points of the next step without taking it; the weights are then back where they were.
+        """Evaluates at the points of the next step without taking it, and puts the weights back.
 
         Returns:
             (3, directions) fp64: c, F(+) and F(-); and the loss of the step.
@@ -141,7 +141,7 @@ class Stepper:
         return torch.stack((self.differences(plus, minus), plus, minus)), self.mean(plus, minus)
 
     def conclude(self, c: Tensor, plus: Tensor, minus: Tensor, rates: Rates) -> tuple[Update, StepInfo]:
-        """The update that a step's losses ask for. Reads no value: a skipped update is an update by zero, so nothing waits.
+        """Returns the update that a step's losses ask for. No value is read, since a skipped update is an update by zero.
 
         Args:
             c: as :meth:`differences` makes it; a number that is not finite skips the update.
@@ -160,7 +160,7 @@ class Stepper:
         return update, StepInfo(number, self.mean(plus, minus), plus, minus, c, ~good, total, in_a_row)
 
     def commit(self, update: Update, info: StepInfo) -> None:
-        """Takes the step: makes the update or leaves it pending. A journal has it before the weights do."""
+        """Takes the step: makes the update or leaves it pending. A journal records the step before the weights change."""
         with deferred_interrupt():
             if self.log is not None:
                 self.log.add_step(info)
@@ -176,13 +176,13 @@ class Stepper:
             self._count(info)
 
     def make(self, update: Update, perturb_next: float | None = None) -> None:
-        """Updates the weights, takes out what is applied, and perturbs for the next step in the same pass if that is asked for."""
+        """Updates the weights, takes the applied perturbation out and, if asked, makes that of the next step, in one pass."""
         self.handle.take(update, 0.0 if self.applied is None else self.applied[1], perturb_next)
         self.pending, self.applied = None, None if perturb_next is None else (0, perturb_next)
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[None]:
-        """What is pending and applied is seen to by somebody else in the body; it is back if the body raises."""
+        """While the body runs, its caller handles what is pending and applied. If the body raises, both are restored."""
         before = self.pending, self.applied
         self.pending, self.applied = None, None
         try:
@@ -192,10 +192,10 @@ class Stepper:
             raise
 
     def took(self, info: StepInfo, pending: Update | None) -> None:
-        """Notes a step that a captured graph took.
+        """Records a step that a captured graph took.
 
         Args:
-            pending: the update that it left, or None.
+            pending: the update that the graph left pending, or None.
         """
         if pending is not None:
             self.pending, self.applied = pending, self.last_point
@@ -204,7 +204,7 @@ class Stepper:
             self.log.add_step(info)
 
     def flush(self) -> None:
-        """Makes an update that is pending; otherwise does nothing."""
+        """Makes an update that is pending. Without one this does nothing."""
         if self.pending is None:
             return
         with torch.no_grad(), deferred_interrupt():
@@ -213,7 +213,7 @@ class Stepper:
             self.make(self.pending)
 
     def go_back(self) -> None:
-        """Takes the perturbations of a step that is not taken, or not yet, out of the weights."""
+        """Takes the perturbation of a step that is not taken, or not yet, out of the weights."""
         with deferred_interrupt():
             self.move(None)
             if self._moves and self.log is not None:
@@ -221,9 +221,9 @@ class Stepper:
             self._moves = 0
 
     def visit(self, points: Sequence[Perturbation]) -> None:
-        """Moves the weights through some points without an evaluation, as a replay does: moved weights round at each.
+        """Moves the weights through some points without an evaluation, as a replay has to: every move rounds the weights.
 
-        Where evaluations move no weights, only the last point is noted.
+        If evaluations move no weights, only the last point is noted.
         """
         with deferred_interrupt():
             if not self.settings.two_sided:
@@ -235,30 +235,27 @@ class Stepper:
                 self.applied = points[-1]
 
     def leave(self) -> None:
-        """The inverse of :meth:`visit`: the weights as they are without a perturbation."""
+        """Takes out of the weights the perturbation that :meth:`visit` left."""
         if self.handle.moves_weights:
             self.move(None)
         else:
             self.applied = None
 
     def move(self, target: Perturbation | None) -> None:
-        """Brings the weights from where they are to a perturbation of the present step, or to none."""
+        """Moves the weights from the applied perturbation to another one of the current step, or to none."""
         self._moves += target is not None
         if self.pending is not None:
             if target is not None:
                 assert target[0] == 0
                 self.make(self.pending, perturb_next=target[1])
-            return  # where a step is given up there is nothing of it to undo: the weights are still at the update before
+            return  # without a target there is nothing to undo: the weights are where the step before left them
         if not _same_point(target, self.applied):
             self.handle.move(self.step, self.applied, target)
             self.applied = target
 
     def watch(self, loss: Tensor) -> None:
-        """Warns or raises about losses that were not finite; on a GPU some steps late, because it does not wait for the device.
-
-        Raises:
-            NonFiniteLossError: ``max_nonfinite`` in a row.
-        """
+        """Warns if losses were not finite, and raises NonFiniteLossError after ``max_nonfinite`` in a row. On a GPU this is some
+        steps late, because it does not wait for the device."""
         counts = self._watched.read(lambda: torch.stack((self.skipped_in_a_row, self.skipped_total)))
         if counts is None:
             return
@@ -295,7 +292,7 @@ class Stepper:
                 self.make(self.pending)
             minus = [evaluate(closures, randomness)] * sum(map(self._is_mine, range(directions)))
         for d in range(directions):
-            # Also along directions that other processes evaluate: weights that are moved round, and have to round alike.
+            # Other processes' directions are moved along too: every move rounds the weights, and all processes have to round alike.
             mine = self._is_mine(d)
             self.move((d, eps))
             if mine:
@@ -309,7 +306,7 @@ class Stepper:
     def _evaluate_together(
         self, closures: Sequence[BatchClosure], batches: Sequence[Any], randomness: Randomness | None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """In one call of each closure."""
+        """Makes all evaluations in one call of each closure."""
         handle, two_sided = self.handle, self.settings.two_sided
         examples = {count_examples(inputs) for inputs in batches}
         if len(examples) > 1:
@@ -332,5 +329,5 @@ class Stepper:
 
 
 def _same_point(a: Perturbation | None, b: Perturbation | None) -> bool:
-    """Whether two perturbations are one. 0.0 and -0.0 are not: a warm-up with eps = 0 makes every pass that a step makes."""
+    """Whether two perturbations are the same. 0.0 and -0.0 differ, so that a warm-up with eps = 0 makes every pass of a step."""
     return a == b and (a is None or b is None or math.copysign(1.0, a[1]) == math.copysign(1.0, b[1]))

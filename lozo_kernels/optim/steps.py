@@ -1,4 +1,4 @@
-"""What a step is told, what it saw, and who is told of it."""
+"""The settings of steps, what a step saw, and what a journal is told of it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,8 @@ EVALUATIONS = ("sequential", "batched")
 
 @dataclasses.dataclass
 class StepSettings:
-    """The settings of a run's steps; :class:`~lozo_kernels.optim.ZerothOrderOptimizer` documents each.
-
-    Raises:
-        TypeError, ValueError: one is of the wrong type or out of range.
-    """
+    """The settings of a run's steps; :class:`~lozo_kernels.optim.ZerothOrderOptimizer` documents each. Raises TypeError or
+    ValueError if one is of the wrong type or out of range."""
 
     eps: float = 1e-3
     momentum: float = 0.0
@@ -41,7 +38,7 @@ class StepSettings:
 
     @property
     def of_run(self) -> dict[str, Any]:
-        """Those that a run has from beginning to end, because what it does follows from them."""
+        """The settings that stay the same for a whole run, because its weights follow from them."""
         names = ("eps", "momentum", "directions", "two_sided", "fuse_steps", "evaluation")
         return {name: getattr(self, name) for name in names}
 
@@ -56,7 +53,7 @@ class StepInfo:
         loss_plus, loss_minus: (directions,); when one-sided, loss_minus is F at the unperturbed weights.
         c: (directions,) projected gradients; 0 when the update was skipped.
         skipped: 0-dim bool: a loss was not finite and the update was skipped.
-        skipped_total, skipped_in_a_row: 0-dim integers: skipped updates so far, and those since the last that was not.
+        skipped_total, skipped_in_a_row: 0-dim integers: skipped updates so far, and those since the last that was made.
     """
 
     step: int
@@ -71,26 +68,26 @@ class StepInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Learning rate and weight decay of a step, fp64: 0-dim, or one value per parameter. The decay is 0.0 where nothing decays."""
+    """Learning rate and weight decay of a step, fp64: 0-dim, or one value per parameter. The decay is 0.0 if nothing decays."""
 
     lr: Tensor
     weight_decay: Tensor | float
 
 
 class StepLog(Protocol):
-    """What a stepper tells a journal (:mod:`lozo_kernels.journal`). What it is told of may still be taken back."""
+    """What a stepper tells a journal (:mod:`lozo_kernels.journal`)."""
 
     def add_step(self, info: StepInfo) -> None:
-        """A step is about to be taken; if this raises, it is not."""
+        """A step is about to be taken. If this raises, it is not taken."""
 
     def take_back(self) -> None:
-        """The step that was told last was not taken after all."""
+        """The last step that was added was not taken after all."""
 
     def add_flush(self) -> None:
         """A pending update is about to be made outside of a step, in a pass of its own."""
 
     def add_detour(self, moves: int) -> None:
-        """Weights went through the first ``moves`` points of the present step and back."""
+        """Weights went through the first ``moves`` points of the current step and back."""
 
     def finish(self) -> None:
-        """The run ends: brings the weights up to date, notes their fingerprint and closes the file."""
+        """The run ends: merges what was learned, records the weights' fingerprint and closes the file."""

@@ -1,4 +1,4 @@
-// The C interface between Python and the kernels: raw pointers and sizes, checked by ops.py before they come here.
+// The C interface between Python and the kernels: raw pointers and sizes, which ops.py has checked before.
 #ifndef LOZO_ABI_H
 #define LOZO_ABI_H
 
@@ -22,17 +22,17 @@ enum lozo_status { LOZO_OK = 0, LOZO_BAD_ARGUMENT = 1, LOZO_NO_MEMORY = 2, LOZO_
 
 enum lozo_dtype { LOZO_FLOAT32 = 0, LOZO_BFLOAT16 = 1, LOZO_FLOAT16 = 2 };
 
-// One row of the int64 table that Python packs: batch matrices of (rows, cols) and their place in the noise.
+// One row of the int64 table that Python packs: a batch of (rows, cols) matrices and their place in the noise.
 typedef struct lozo_tensor {
-  int64_t x;             // weights: address
-  int64_t v;             // V, fp16 (batch, rank, cols): address, 0 for a dense tensor
-  int64_t n;             // momentum, fp32 (batch, rows, rank) or (batch, rows, cols): address, 0 without
-  int64_t dtype;         // of x: lozo_dtype
+  int64_t x;             // address of the weights
+  int64_t v;             // address of V, fp16 (batch, rank, cols); 0 for a dense tensor
+  int64_t n;             // address of the momentum, fp32 (batch, rows, rank) or (batch, rows, cols); 0 without
+  int64_t dtype;         // lozo_dtype of x
   int64_t batch;         // number of matrices
-  int64_t rows;          // of each
-  int64_t cols;          // contiguous in x
-  int64_t batch_stride;  // of x, in elements
-  int64_t row_stride;    // of x, in elements
+  int64_t rows;          // rows of each matrix
+  int64_t cols;          // columns of each matrix, contiguous in x
+  int64_t batch_stride;  // stride of x between matrices, in elements
+  int64_t row_stride;    // stride of x between rows, in elements
   int64_t tensor_id;     // c2 of the noise counter
   int64_t row_offset;    // global index of the first row
   int64_t col_offset;    // global index of the first column
@@ -42,7 +42,7 @@ typedef struct lozo_tensor {
 typedef struct lozo_call {
   uint64_t seed;
   int64_t rank;       // 0 for dense tensors
-  int64_t num_draws;  // 1 or 2; none or 1 for a merge
+  int64_t num_draws;  // 1 or 2; 0 or 1 for a merge
   int64_t draw_steps[LOZO_MAX_DRAWS];
   int64_t directions[LOZO_MAX_DRAWS];
   int64_t rounding;  // 1: stochastic into bf16 and fp16, 0: to nearest even
@@ -58,7 +58,7 @@ typedef struct lozo_call {
   int64_t threads;
 } lozo_call;
 
-// A product of activations with a weight's factors, as calls.LayerCall describes it. Unit column strides.
+// A product of activations with a weight's factors, as LayerCall of calls.py describes it. Unit column strides.
 typedef struct lozo_skinny {
   void *y;               // (tokens, rows), or (tokens, cols) if transposed or looked up
   const void *x;         // (tokens, cols), or (tokens, rows) if transposed; for a look-up (tokens,) row indices
@@ -75,7 +75,7 @@ typedef struct lozo_skinny {
   int64_t x_dtype;   // lozo_dtype; for a look-up the bytes of an index, 4 or 8
   int64_t y_stride;  // between rows, in elements
   int64_t x_stride;
-  int64_t tokens;  // groups equal blocks
+  int64_t tokens;  // in equal blocks, one for each group
   int64_t groups;
   int64_t rows;
   int64_t cols;
@@ -106,17 +106,18 @@ LOZO_EXPORT int lozo_cpu_lowrank_embedding(const lozo_skinny *call);
 // Writes fp32 (rows, rank) to out.
 LOZO_EXPORT int lozo_cpu_factor(const lozo_factor *factor, float *out);
 
-// Runs further calls on the threads of an OpenMP runtime that is loaded already (the address of its GOMP_parallel): the caller's
-// framework keeps them awake and warm, and a second team would compete with them. NULL, or a fork: own threads.
+// Runs further calls on the threads of an OpenMP runtime that is loaded already, given the address of its GOMP_parallel. The
+// caller's framework keeps them awake, and a second team would compete with them. With NULL, and after a fork, the library has its
+// own threads.
 LOZO_EXPORT void lozo_use_openmp(void *gomp_parallel);
 
 LOZO_EXPORT int64_t lozo_abi_version(void);
 
-// Instruction sets: those compiled in, best first, separated by spaces; whether this machine runs one; the one in use.
+// Instruction sets: the names of those compiled in, best first, separated by spaces; whether this machine runs one; the one in use.
 LOZO_EXPORT const char *lozo_isa_list(void);
 LOZO_EXPORT int lozo_isa_supported(const char *name);
 LOZO_EXPORT const char *lozo_isa_name(void);
-// Switches to one, or with NULL to the best supported one.
+// Switches to an instruction set, or with NULL to the best supported one.
 LOZO_EXPORT int lozo_set_isa(const char *name);
 
 #ifdef __cplusplus

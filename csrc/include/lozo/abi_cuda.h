@@ -1,5 +1,5 @@
-// The C interface between Python and the CUDA kernels. Pointers are to memory of the device unless a comment says otherwise; what
-// they point to is what lozo_kernels/kernels/backends/launches.py builds.
+// The C interface between Python and the CUDA kernels. Pointers are to memory of the device unless a comment says otherwise;
+// lozo_kernels/kernels/backends/launches.py builds what they point to.
 #ifndef LOZO_ABI_CUDA_H
 #define LOZO_ABI_CUDA_H
 
@@ -12,10 +12,10 @@
 extern "C" {
 #endif
 
-// A status is a lozo_status, or this plus a cudaError_t.
+// A status is a lozo_status, or LOZO_CUDA_ERROR plus a cudaError_t.
 enum { LOZO_CUDA_ERROR = 1000 };
 
-// Words of a header: which noise a launch makes.
+// The words of a header, which say which noise a launch makes.
 enum lozo_header {
   LOZO_SEED_LOW,
   LOZO_SEED_HIGH,
@@ -27,18 +27,18 @@ enum lozo_header {
   LOZO_ROUNDING_STEP
 };
 
-// The tiles of one launch, one block each: (count, 4) of tensor, matrix, first row, and the index of the first column in tiles;
-// where tiles are of rows alone, the last is the index of the matrix among those of all tensors.
+// The tiles of one launch, one for each block: (count, 4) of tensor, matrix, first row, and first column divided by the columns of
+// a tile. If tiles are of rows alone, the last number is the index of the matrix among those of all tensors.
 typedef struct lozo_gpu_tiles {
   const int32_t *tiles;
   int64_t count;
-  int64_t rows, cols;  // of a tile; 0: all of the matrix
-  int64_t dtype;       // of all tensors, whose every access may then be 128 bits wide; or LOZO_ANY_DTYPE
+  int64_t rows, cols;  // extents of a tile; 0: all of the matrix
+  int64_t dtype;       // dtype of all tensors, whose accesses may then be 128 bits wide; or LOZO_ANY_DTYPE
 } lozo_gpu_tiles;
 
 typedef struct lozo_gpu_call {
   const lozo_tensor *tensors;
-  int64_t count;           // of tensors
+  int64_t count;           // number of tensors
   const uint32_t *header;  // (8,)
   int64_t rank;            // 0 for dense tensors
   int64_t num_draws;       // 1 or 2
@@ -48,19 +48,20 @@ typedef struct lozo_gpu_call {
   const float *alpha;
   const float *beta;
   const float *decay;  // or NULL for 1
-  float *ratios;       // resample: (matrices, rank, rank), or NULL without re-projection
+  float *ratios;       // for resample: (matrices, rank, rank), or NULL without re-projection
   int64_t device;
   void *stream;
 } lozo_gpu_call;
 
-// The ops of ops.py, one launch a call; each returns a status.
+// The ops of ops.py, one launch for each call. Each returns a status.
 LOZO_EXPORT int lozo_cuda_lowrank_update(const lozo_gpu_tiles *tiles, const lozo_gpu_call *call);
 LOZO_EXPORT int lozo_cuda_dense_update(const lozo_gpu_tiles *tiles, const lozo_gpu_call *call);
 LOZO_EXPORT int lozo_cuda_dense_momentum(const lozo_gpu_tiles *tiles, const lozo_gpu_call *call);
-// N first, over tiles of rows; then X, which reads it.
+// The first updates N, over tiles of rows; the second updates X, and reads N.
 LOZO_EXPORT int lozo_cuda_lowrank_momentum_factor(const lozo_gpu_tiles *tiles, const lozo_gpu_call *call);
 LOZO_EXPORT int lozo_cuda_lowrank_momentum(const lozo_gpu_tiles *tiles, const lozo_gpu_call *call);
-// V and, where call->ratios is given, (V_old^T V_new) / cols: over whole matrices. Then N by those ratios, over tiles of rows.
+// The first makes V and, if call->ratios is given, (V_old^T V_new) / cols, over whole matrices; the second applies the ratios to N,
+// over tiles of rows.
 LOZO_EXPORT int lozo_cuda_resample(const lozo_gpu_tiles *tiles, const lozo_gpu_call *call);
 LOZO_EXPORT int lozo_cuda_reproject(const lozo_gpu_tiles *tiles, const lozo_gpu_call *call);
 
@@ -68,8 +69,8 @@ LOZO_EXPORT int lozo_cuda_reproject(const lozo_gpu_tiles *tiles, const lozo_gpu_
 LOZO_EXPORT int lozo_cuda_factor(const lozo_factor *factor, float *out, int64_t device, void *stream);
 
 LOZO_EXPORT int64_t lozo_cuda_abi_version(void);
-// Compute capabilities that there is machine code for, times ten, ascending and separated by spaces; newer devices than the last
-// compile its PTX.
+// The compute capabilities that there is machine code for, times ten, ascending and separated by spaces. Devices newer than the
+// last compile its PTX.
 LOZO_EXPORT const char *lozo_cuda_architectures(void);
 // Whether the kernels can run on a device, as a status.
 LOZO_EXPORT int lozo_cuda_probe(int64_t device);

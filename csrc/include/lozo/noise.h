@@ -8,7 +8,8 @@
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define LOZO_FN static __host__ __device__ __forceinline__
 #else
-// Internal linkage: each instruction set keeps its own copy, so that none is merged into code for an older machine.
+// Internal linkage: each instruction set keeps a copy of its own, so that a linker cannot give an older machine code for a newer
+// one.
 #define LOZO_FN static inline
 #endif
 
@@ -59,7 +60,7 @@ LOZO_FN uint32_t direction_word(int64_t index, int64_t direction) { return (uint
 
 LOZO_FN uint64_t multiply_wide(uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__)
-  // From C++ the compiler makes two instructions of it, the second adding zero.
+  // Of C++ code the compiler makes two instructions, the second of which adds zero.
   uint64_t product;
   asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
   return product;
@@ -85,7 +86,7 @@ LOZO_FN void philox(uint32_t c[4], uint64_t seed) {
 // The sum of a word's bytes, minus 510.
 LOZO_FN float byte_sum(uint32_t w) {
 #if defined(__CUDA_ARCH__) || defined(LOZO_EMULATE)
-  // Into the last bits of 2^23: two instructions at full rate, exact.
+  // Adds into the last bits of 2^23: two instructions at full rate, exact.
   return LOZO_ADD(float_from_bits(__dp4a(w, 0x01010101u, 0x4b000000u)), -8389118.0f);
 #else
   return (float)((int)((w & 255) + ((w >> 8) & 255) + ((w >> 16) & 255) + (w >> 24)) - 510);
@@ -101,7 +102,7 @@ LOZO_FN float normal(uint32_t w) {
   return LOZO_MUL(x, LOZO_ADD(p, float_from_bits(c0)));
 }
 
-// The nearest multiple of 2^-8, counted in steps of 2^-8: the last bits of z + 1.5 * 2^15.
+// The nearest multiple of 2^-8, counted in steps of 2^-8, which is in the last bits of z + 1.5 * 2^15.
 LOZO_FN int grid_steps(float z) { return (int)(bits_from_float(LOZO_ADD(z, float_from_bits(kGridBits))) - kGridBits); }
 
 }  // namespace lozo

@@ -61,7 +61,7 @@ namespace LOZO_ISA {
 constexpr int kBlock = 2 * W;     // elements that the kernels handle at once
 constexpr int kCounters = W / 2;  // Philox counters in an L
 
-// Instruction sets with masked memory access have their own; elsewhere the last block of a row goes through the stack.
+// Instruction sets with masked memory access use it; on others the last block of a row goes through the stack.
 template <class T>
 LOZO_INLINE Pair<F> load_partial(const T *x, int64_t count) {
 #if defined(LOZO_MASKED_IO)
@@ -84,7 +84,7 @@ LOZO_INLINE void store_partial(T *x, Pair<F> y, int64_t count) {
 #endif
 }
 
-// A whole block where no bits are promised: denormals may become zero, which spares some machines a test.
+// A whole block whose bits are not promised: denormals may become zero, which spares some machines a test.
 template <class T>
 LOZO_INLINE void store_flushing(T *x, Pair<F> y) {
   Io<T>::store(x, y);

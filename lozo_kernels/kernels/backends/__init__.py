@@ -1,4 +1,4 @@
-"""The backends, registered in order of preference: the last that can serve a device does."""
+"""Registers the backends, in ascending order of preference."""
 
 from ..registry import register_backend
 from .cuda import CudaBackend

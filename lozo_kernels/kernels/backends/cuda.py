@@ -1,4 +1,4 @@
-"""csrc/cuda through its C ABI."""
+"""The CUDA kernels of csrc/cuda, called through their C ABI."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from .native import Factor
 
 ABI_VERSION = 1
 
-_BAD_ARGUMENT = 1  # lozo_status
+_BAD_ARGUMENT = 1  # a lozo_status
 _KERNELS = ("lowrank_update_", "dense_update_", "lowrank_momentum_", "dense_momentum_")
-"""The ops over tables that it has kernels of its own for."""
+"""The ops over tables that have a CUDA kernel. The others run on the eager backend."""
 _FUNCTIONS = (*[OPS[name].kernel for name in _KERNELS], "lowrank_momentum_factor", "resample", "reproject")
 
-_ROWS = Tile(256, 0)  # of N
+_ROWS = Tile(256, 0)  # for passes over the rows of N
 _EAGER = EagerBackend()
 
 
 def _lowrank_tile(dtype: int) -> Tile:
-    """Noise of a row is made once a tile, so wide; enough rows that the start of a block does not show."""
+    """Wide, because the noise of a row is made once a tile, with enough rows that starting a block costs little beside it."""
     return Tile(16, 512) if dtype == ANY_DTYPE else Tile(64, 2048)
 
 
 def _dense_tile(dtype: int) -> Tile:
-    """Flat tensors are one row; several rows are for those that are not."""
+    """Wide, because contiguous dense tensors are one row; the several rows are for the other tensors."""
     return Tile(8, 1024) if dtype == ANY_DTYPE else Tile(8, 8192)
 
 
 class _Tiles(ctypes.Structure):
-    """``lozo_gpu_tiles`` of csrc/include/lozo/abi_cuda.h."""
+    """The struct ``lozo_gpu_tiles`` of csrc/include/lozo/abi_cuda.h."""
 
     _fields_ = (
         ("tiles", ctypes.c_void_p),
@@ -55,7 +55,7 @@ class _Tiles(ctypes.Structure):
 
 
 class _Call(ctypes.Structure):
-    """``lozo_gpu_call`` of csrc/include/lozo/abi_cuda.h."""
+    """The struct ``lozo_gpu_call`` of csrc/include/lozo/abi_cuda.h."""
 
     _fields_ = (
         ("tensors", ctypes.c_void_p),
@@ -76,11 +76,11 @@ class _Call(ctypes.Structure):
 
 
 class CudaBackend(Backend):
-    """CUDA kernels compiled ahead of time, at most one launch per dtype and one for all awkward tensors.
+    """CUDA kernels compiled ahead of time. An op takes at most one launch per dtype and one for all unaligned tensors.
 
     Args:
-        library: the shared library; tests name one that emulates a GPU.
-        device_type: what that library serves.
+        library: the shared library; tests give one that emulates a GPU.
+        device_type: the type of device that the library serves.
     """
 
     name = "cuda"
@@ -110,11 +110,11 @@ class CudaBackend(Backend):
         return which + library.lozo_cuda_message(status).decode()
 
     def run(self, op: Op, table: TensorTable, call: TableCall) -> None:
-        if op.name not in _KERNELS:  # Triton has kernels for it wherever these run; without Triton, PyTorch's operators serve
+        if op.name not in _KERNELS:  # the Triton backend, which is preferred wherever Triton is installed, has kernels for these
             _EAGER.run(op, table, call)
             return
         with self._calling(table, call) as launches:
-            if op.name == "lowrank_momentum_":  # tiles side by side share rows of N, so N is done with before they start
+            if op.name == "lowrank_momentum_":  # tiles side by side share rows of N, so N is updated before they start
                 launches.run("lowrank_momentum_factor", launches.tables.row_tiles(_ROWS.rows), _ROWS)
             launches.run_all(op.kernel, _lowrank_tile if op.v else _dense_tile)
         torch.autograd.graph.increment_version(op.written(table, call.out))
@@ -151,7 +151,7 @@ class CudaBackend(Backend):
 
     @contextlib.contextmanager
     def _calling(self, table: TensorTable, call: TableCall) -> Iterator[_Calling]:
-        """The arguments of a call, on the table's device; they point to memory that lives until the end."""
+        """Yields the arguments of a call on the table's device. The memory that they point to lives until the body ends."""
         with _current(table.device):
             tables = device_table(table)
             header = tables.header(call)
@@ -170,12 +170,12 @@ class CudaBackend(Backend):
                 if values is not None:
                     setattr(arguments, name, values.data_ptr())
             yield _Calling(_load(self._path), tables, arguments)
-            del header  # the allocator reuses it in the order of the stream
+            del header  # the allocator reuses its memory in the order of the stream
 
 
 @dataclasses.dataclass(frozen=True)
 class _Calling:
-    """One call of an op: its launches have these arguments in common."""
+    """What all launches of one call of an op have in common."""
 
     library: ctypes.CDLL
     tables: DeviceTable
@@ -193,7 +193,7 @@ class _Calling:
 
 
 def library_path() -> Path:
-    """Where the library is, or would be, had it been built."""
+    """The path of the shared library, whether it was built or not."""
     return Path(__file__).resolve().parents[2] / "lib" / "liblozo_cuda.so"
 
 

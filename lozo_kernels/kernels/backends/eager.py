@@ -1,4 +1,4 @@
-"""reference.py as a backend: slow, correct, and on every device that PyTorch has."""
+"""The functions of ``reference.py`` as a backend: slow, correct, and on every device that PyTorch has."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..table import TensorTable
 
 
 class EagerBackend(Backend):
-    """Plain PyTorch, one tensor after the other; in inference mode, where weights that were loaded under it can be changed too."""
+    """Plain PyTorch, one tensor after the other. It runs in inference mode, so that weights loaded under it can be changed too."""
 
     name = "eager"
 
@@ -75,7 +75,7 @@ class EagerBackend(Backend):
 
 
 def _noise(op: Op, table: TensorTable, t: int, seed: int, draw: Draw) -> Tensor:
-    """What a draw adds to one tensor: U, or Z."""
+    """The noise that a draw adds to one tensor: U or Z."""
     if not op.along_rows:
         return dense_noise(table, t, seed, draw)
     return _rows_of_u(table, t, table.x[t].shape[2] if op.factors else table.rank, seed, draw)
@@ -128,7 +128,7 @@ def dense_noise(table: TensorTable, t: int, seed: int, draw: Draw) -> Tensor:
 
 
 def _flat(table: TensorTable, t: int, make: Callable[[int, int], Tensor]) -> Tensor:
-    """Values of the flat elements that a tensor covers, in its shape."""
+    """Returns ``make(count, first index)`` for the flat elements that a tensor covers, in the tensor's shape."""
     batch, rows, cols = table.x[t].shape
     width, row, col = table.global_cols[t], table.row_offsets[t], table.col_offsets[t]
     if col == 0 and width == cols:
@@ -141,7 +141,7 @@ def _tensors(table: TensorTable) -> Iterator[int]:
 
 
 def _groups(call: LayerCall) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """The tokens, the factor B + scale * U and the shift of each evaluation."""
+    """Yields the slice of tokens, the factor B + scale * U and the shift of each evaluation."""
     groups = len(call.draws)
     size = len(call.y) // groups
     for g in range(groups):

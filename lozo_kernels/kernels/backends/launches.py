@@ -1,7 +1,7 @@
-"""What GPU kernels are launched on: a table of tensors, lists of tiles, and a header that says which noise.
+"""What GPU kernels are launched on: a table of tensors, lists of tiles, and a header that says which noise to make.
 
-One launch serves all tiles of a dtype whose tensors allow 128-bit access; one more serves whatever is left, of any dtype. All of
-it lies on the device, is built once per table, and holds addresses: it is rebuilt with the table when storage moves.
+One launch serves all tiles of a dtype whose tensors allow 128-bit access; one more serves all other tensors, of any dtype. The
+data lie on the device and are made once per table. They hold addresses, so a new table is made when storage moves.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from ..table import DTYPES, TensorTable
 from .packing import FIELDS, pack, redirect
 
 ANY_DTYPE = -1
-"""In place of a dtype code: the kernel reads the code of every tensor."""
+"""Stands in place of a dtype code if the kernel reads the code of every tensor."""
 
 HEADER = ("seed_low", "seed_high", "direction_0", "direction_1", "rounding_index", "step_0", "step_1", "rounding_step")
 """The int32 words that say which noise a launch makes."""
 
 _FIRST_STEP = HEADER.index("step_0")
-_VECTOR = 8  # elements that columns, strides and offsets must be a multiple of for 128-bit access to every dtype and to V
-_UPPER_BITS = 34  # of a flat position: they go into another word of the counter, which is the same all over an aligned tensor
-_LEAST_BYTES = 4 << 20  # of a dtype's aligned tensors: fewer are not worth a launch of their own
-_MOST_OUTPUTS = 4  # tables of outputs that a table keeps the device forms of
+_VECTOR = 8  # where columns, strides and offsets are multiples of it, access to every dtype and to V may be 128 bits wide
+_UPPER_BITS = 34  # higher bits of a flat position go into another word of the counter, which is constant in an aligned tensor
+_LEAST_BYTES = 4 << 20  # a dtype whose aligned tensors have fewer bytes gets no launch of its own
+_MOST_OUTPUTS = 4  # the most tables of outputs for which a table keeps a device form
 _AT = {name: i for i, name in enumerate(FIELDS)}
 
 
@@ -41,12 +41,12 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Tiles for one launch.
+    """The tiles of one launch.
 
     Attributes:
         dtype: code of the one dtype of all its tensors, or :data:`ANY_DTYPE`.
-        aligned: every access may be 128 bits wide; always so for one dtype, never for any.
-        tiles: (count, 4) int32 on the device: tensor, matrix, first row, index of the first column in tiles.
+        aligned: every access may be 128 bits wide, which holds for one dtype and not for :data:`ANY_DTYPE`.
+        tiles: (count, 4) int32 on the device: tensor, matrix, first row, first column divided by the columns of a tile.
     """
 
     dtype: int
@@ -58,21 +58,21 @@ class Launch:
 
 
 TileOf = Callable[[int], Tile]
-"""The tile for a dtype code or :data:`ANY_DTYPE`."""
+"""Returns the tile for a dtype code or :data:`ANY_DTYPE`."""
 
 
 class Headers:
-    """Makes headers on a device, and keeps what those of captured passes are made from."""
+    """Makes headers on a device, and keeps those that captured passes copy from."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._kept: dict[tuple[int, ...], Tensor] = {}
 
     def words(self, seed: int, draws: Sequence[Draw], rounding: Rounding | None = None) -> Tensor:
-        """The words of :data:`HEADER`: (8,) int32 on the device. Waits for nothing.
+        """Returns the words of :data:`HEADER`, (8,) int32 on the device, without waiting for the device.
 
-        Steps that are tensors are copied on the device. Under stream capture only they may change, so the rest must have been
-        used before (a warm-up, which capturing needs anyway). The words are only read: calls may share them.
+        A step that is a tensor is copied on the device. Under stream capture only such steps may be new: the other words must
+        have been used before (in the warm-up that capturing needs anyway). Callers only read the result, so it can be shared.
         """
         missing = 2 - len(draws)
         constant = (
@@ -85,7 +85,7 @@ class Headers:
         tensors = {i: s for i, s in enumerate(steps) if isinstance(s, Tensor)}
         capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if not tensors and (draws or rounding is not None):
-            if capturing:  # a graph would copy the words from host memory that is long used for something else
+            if capturing:  # the graph would copy the words from host memory that is used for something else by then
                 raise RuntimeError("a captured pass needs its step as a tensor on the device: see capture_step()")
             return _recent((*constant, *steps), self._device)  # type: ignore[arg-type]
         numbers = tuple(0 if isinstance(s, Tensor) else s for s in steps)
@@ -104,17 +104,17 @@ class Headers:
 
 
 class DeviceTable:
-    """A table as GPU kernels read it.
+    """A table in the form that GPU kernels read.
 
     Attributes:
-        tensors: (tensors, 13) int64 on the device, see :data:`~.packing.FIELDS`. Contiguous dense tensors
-            are one row of all their elements, and then ``rows`` and ``row_offset`` say so.
-        outputs: the same with the addresses and strides of what is written, which is ``tensors`` itself unless ``out`` is given.
+        tensors: (tensors, 13) int64 on the device with the columns :data:`~.packing.FIELDS`. A contiguous dense tensor is one row
+            of all its elements here, and its extents and offsets say so.
+        outputs: the same for the weights that are written. It is ``tensors`` itself unless ``out`` is given.
         headers: makes the headers of its launches.
-        prepared: what a backend launches on it, by a key of its own.
+        prepared: what a backend has prepared to launch on it, under keys of the backend's own.
 
     Args:
-        out: what is written instead of the table's weights, of the same shapes.
+        out: a table of the same shapes whose weights are written.
         factors: the tensors are factors themselves.
     """
 
@@ -136,17 +136,17 @@ class DeviceTable:
         self.headers = Headers(self._device)
 
     def launches(self, key: object, tile_of: TileOf) -> list[Launch]:
-        """The launches that cover every element once.
+        """Returns launches that together cover every element once.
 
         Args:
-            key: names the tiles, for reuse.
+            key: stands for ``tile_of``: with the same key the same launches are returned.
         """
         if key not in self._launches:
             self._launches[key] = self._make_launches(tile_of)
         return self._launches[key]
 
     def row_tiles(self, rows: int) -> Tensor:
-        """Tiles over the rows only, for the factors N: (count, 4) int32: tensor, matrix, first row, index in matrices()."""
+        """Tiles over the rows of the factors N, (count, 4) int32: tensor, matrix, first row, index in :meth:`matrices`."""
         if rows not in self._row_tiles:
             filled = _filled(self._rows)
             tiles = _tiles(self._rows, filled, Tile(rows, 0))
@@ -157,13 +157,13 @@ class DeviceTable:
         return self._row_tiles[rows]
 
     def matrices(self) -> Tensor:
-        """One entry a matrix: (count, 4) int32: tensor, matrix, 0, 0."""
+        """One entry for each matrix, (count, 4) int32: tensor, matrix, 0, 0."""
         if self._matrices is None:
             self._matrices = _tiles(self._rows, _filled(self._rows), Tile(0, 0)).to(self._device)
         return self._matrices
 
     def factor_starts(self) -> tuple[Tensor, int]:
-        """Where each tensor's rows begin among those of all: (tensors,) int64 on the device, and how many there are."""
+        """Where each tensor's rows begin among the rows of all, (tensors,) int64 on the device, and how many there are."""
         if self._factor_starts is None:
             counts = self._rows[:, _AT["batch"]] * self._rows[:, _AT["rows"]]
             self._factor_starts = (counts.cumsum(0) - counts).to(self._device), int(counts.sum())
@@ -192,7 +192,7 @@ class DeviceTable:
 
 
 def device_table(table: TensorTable, factors: bool = False) -> DeviceTable:
-    """The device form of a table, or with ``factors`` of a table of factors, made at the first use."""
+    """The device form of a table (with ``factors``, of a table of factors), made at the first use and kept with the table."""
     key = "gpu factors" if factors else "gpu"
     found = table.cache.get(key)
     if not isinstance(found, DeviceTable):
@@ -201,7 +201,7 @@ def device_table(table: TensorTable, factors: bool = False) -> DeviceTable:
 
 
 def merge_table(table: TensorTable, out: TensorTable) -> DeviceTable:
-    """The table's device form for writing to other weights, kept with the table by where they lie."""
+    """The device form of a table whose results are written to the weights of ``out``, kept with the table by their addresses."""
     if out is table:
         return device_table(table)
     made = table.cache.setdefault("gpu outputs", {})
@@ -216,12 +216,12 @@ def merge_table(table: TensorTable, out: TensorTable) -> DeviceTable:
 
 
 def _filled(rows: Tensor) -> Tensor:
-    """Which tensors have elements."""
+    """Whether each tensor has elements."""
     return rows[:, [_AT["batch"], _AT["rows"], _AT["cols"]]].prod(1) > 0
 
 
 def _is_flat(rows: Tensor) -> Tensor:
-    """Which dense tensors are contiguous, here and in the noise."""
+    """Whether each dense tensor is contiguous both in memory and in the noise."""
     b, r, c, bs, rs, co, gc = (
         rows[:, _AT[name]] for name in ("batch", "rows", "cols", "batch_stride", "row_stride", "col_offset", "global_cols")
     )
@@ -229,7 +229,7 @@ def _is_flat(rows: Tensor) -> Tensor:
 
 
 def _flatten(rows: Tensor, flat: Tensor) -> Tensor:
-    """Flat tensors as one row of all their elements."""
+    """Rewrites each flat tensor as one row of all its elements."""
     rows = rows.clone()
     b, r, c, ro, gc = (rows[:, _AT[name]].clone() for name in ("batch", "rows", "cols", "row_offset", "global_cols"))
     for name, value in (("batch", 1), ("rows", 1), ("cols", b * r * c), ("row_offset", 0), ("col_offset", ro * gc)):
@@ -239,7 +239,7 @@ def _flatten(rows: Tensor, flat: Tensor) -> Tensor:
 
 
 def _vectorises(rows: Tensor) -> Tensor:
-    """Which tensors allow 128-bit access to X and V, and noise in whole counters."""
+    """Whether each tensor allows 128-bit access to X, V and N, and noise in whole counters."""
     x, v, n, batch, height, cols, bs, rs, _, row, col, width = (rows[:, i] for i in range(len(FIELDS)) if FIELDS[i] != "dtype")
 
     def multiple(value: Tensor) -> Tensor:
@@ -254,14 +254,14 @@ def _vectorises(rows: Tensor) -> Tensor:
         & multiple(cols)
         & multiple(col)
         & (multiple(rs) | single)
-        & (multiple(width) | (single & multiple(row * width)))  # flat positions of row beginnings
+        & (multiple(width) | (single & multiple(row * width)))  # rows begin at multiples in the noise too
         & (multiple(bs) | (batch <= 1))
         & (begin >> _UPPER_BITS == (stop - 1) >> _UPPER_BITS)
     )
 
 
 def _tiles(rows: Tensor, chosen: Tensor, tile: Tile) -> Tensor:
-    """(count, 4) int32 for the chosen tensors; an extent of 0 is not divided."""
+    """Returns the tiles of the chosen tensors, (count, 4) int32. An extent of 0 in ``tile`` leaves that side undivided."""
 
     def parts(size: Tensor, step: int) -> Tensor:
         return -(-size // step) if step else (size > 0).long()
@@ -281,7 +281,7 @@ _shared: dict[tuple[torch.device, int], tuple[tuple[int, ...], Tensor]] = {}
 
 
 def _recent(words: tuple[int, ...], device: torch.device) -> Tensor:
-    """Words on a device: those of the last call again if they are the same, as they are for all layers of one pass."""
+    """Words on a device: the tensor of the last call if they are the same, as they are for all layers of one pass."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     found = _shared.get((device, stream))
     if found is None or found[0] != words:
@@ -290,7 +290,7 @@ def _recent(words: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _upload(words: Sequence[int], device: torch.device) -> Tensor:
-    """Unsigned words as int32 on a device. From pinned memory, whose allocator waits for the copy before it reuses it."""
+    """Unsigned words as int32 on a device, copied from pinned memory, whose allocator waits for the copy before it reuses it."""
     signed = [w - (1 << 32) if w >= 1 << 31 else w for w in words]
     if device.type == "cpu":
         return torch.tensor(signed, dtype=torch.int32)

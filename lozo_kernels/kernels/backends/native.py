@@ -1,4 +1,4 @@
-"""csrc/cpu through its C ABI."""
+"""The CPU kernels of csrc/cpu, called through their C ABI."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ABI_VERSION = 3
 
 
 class _Call(ctypes.Structure):
-    """``lozo_call`` of csrc/include/lozo/abi.h."""
+    """The struct ``lozo_call`` of csrc/include/lozo/abi.h."""
 
     _fields_ = (
         ("seed", ctypes.c_uint64),
@@ -47,7 +47,7 @@ class _Call(ctypes.Structure):
 
 
 class Factor(ctypes.Structure):
-    """``lozo_factor`` of csrc/include/lozo/abi.h."""
+    """The struct ``lozo_factor`` of csrc/include/lozo/abi.h."""
 
     _fields_ = (
         ("seed", ctypes.c_uint64),
@@ -62,7 +62,7 @@ class Factor(ctypes.Structure):
 
 
 class _Layer(ctypes.Structure):
-    """``lozo_skinny`` of csrc/include/lozo/abi.h."""
+    """The struct ``lozo_skinny`` of csrc/include/lozo/abi.h."""
 
     _fields_ = (
         ("y", ctypes.c_void_p),
@@ -91,7 +91,7 @@ class _Layer(ctypes.Structure):
 
 
 _CODES = {dtype: code for code, dtype in enumerate(DTYPES)} | {torch.int32: 4, torch.int64: 8}
-"""What ``lozo_skinny`` calls the dtypes of y and of x."""
+"""The dtype codes that ``lozo_skinny`` has for y and x."""
 
 _STATUS: dict[int, Callable[[str], Exception]] = {
     1: lambda op: ValueError(f"{op}: the native library rejected the arguments"),
@@ -150,12 +150,12 @@ class NativeBackend(Backend):
 
 
 def library_path() -> Path:
-    """Where the library is, or would be, had it been built."""
+    """The path of the shared library, whether it was built or not."""
     return Path(__file__).resolve().parents[2] / "lib" / "liblozo_cpu.so"
 
 
 def isa() -> str:
-    """The instruction set in use.
+    """Returns the name of the instruction set in use.
 
     Raises:
         OSError, RuntimeError, ValueError: the library cannot be used; the message is that of ``unavailable``.
@@ -164,23 +164,23 @@ def isa() -> str:
 
 
 def supported_isas() -> list[str]:
-    """The instruction sets that were compiled in and that this machine runs, best first. Raises as :func:`isa`."""
+    """The instruction sets that were compiled in and that this machine can run, best first. Raises as :func:`isa`."""
     library = _load()
     return [name for name in _compiled_isas(library) if library.lozo_isa_supported(name.encode())]
 
 
 def set_isa(name: str | None) -> None:
-    """Switches the process to an instruction set; None: the choice of LOZO_KERNELS_ISA, else the best.
+    """Switches the process to an instruction set. None means that of LOZO_KERNELS_ISA, else the best.
 
     Raises:
-        ValueError: there is no such set, or this machine does not run it.
+        ValueError: there is no such set, or this machine cannot run it.
         OSError, RuntimeError: as :func:`isa`.
     """
     _choose(_load(), name or os.environ.get("LOZO_KERNELS_ISA") or None)
 
 
 def openmp_path() -> Path | None:
-    """The OpenMP runtime that torch computes with, or None if it cannot be told."""
+    """Returns the path of the OpenMP runtime that torch computes with, or None if it cannot be found."""
     try:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -188,14 +188,14 @@ def openmp_path() -> Path | None:
     mapped = {Path(line.split(None, 5)[5]) for line in lines if "/" in line}
     runtimes = [path for path in mapped if path.name.startswith(("libgomp", "libiomp5", "libomp"))]
     packages = Path(torch.__file__).resolve().parent.parent
-    # Other packages bring a runtime of their own; torch's lies in its folder, or in torch.libs beside it.
+    # Other packages bring runtimes of their own; torch's lies in its folder, or in torch.libs beside it.
     of_torch = [p for p in runtimes if any(p.is_relative_to(packages / name) for name in ("torch", "torch.libs"))]
     candidates = of_torch or runtimes
     return candidates[0] if len(candidates) == 1 else None
 
 
 def use_threads(whose: str) -> None:
-    """Whose threads the kernels run on: "torch" (its OpenMP runtime; own ones if that cannot be found) or "own".
+    """Chooses the threads that the kernels run on: "torch" (its OpenMP runtime; own threads if that is not found) or "own".
 
     Torch's are the default: after an operator of torch they are awake, and threads of our own would compete with them.
     """
@@ -214,7 +214,7 @@ def _gomp_parallel() -> int | None:
 
 
 def _library() -> ctypes.CDLL:
-    """The library with an instruction set chosen."""
+    """The loaded library, after an instruction set has been chosen."""
     library = _load()
     if not _isa_is_chosen:
         _choose(library, os.environ.get("LOZO_KERNELS_ISA") or None)
@@ -268,7 +268,7 @@ def _check(status: int, function: Any) -> None:
 
 
 def _arguments(rank: int, call: TableCall) -> _Call:
-    """A call as C takes it; the caller keeps ``call``, whose memory it points to."""
+    """The arguments of a call as the C struct. It holds addresses, so the caller has to keep ``call`` alive."""
     arguments = _Call(seed=call.seed, rank=rank, num_draws=len(call.draws), threads=torch.get_num_threads())
     for d, draw in enumerate(call.draws):
         arguments.draw_steps[d], arguments.directions[d] = int(draw.step), draw.direction

@@ -1,4 +1,4 @@
-"""A table as the rows of integers that the kernels read (``lozo_tensor`` of csrc/include/lozo/abi.h)."""
+"""A table as rows of integers, which is the form that kernels read (``lozo_tensor`` of csrc/include/lozo/abi.h)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FIELDS = (
 
 
 def pack(table: TensorTable, factors: bool = False) -> Tensor:
-    """(tensors, len(FIELDS)) int64, on the CPU.
+    """Returns the rows of a table, (tensors, len(FIELDS)) int64, on the CPU.
 
     Args:
-        factors: the tensors are factors themselves, whose noise is that of U.
+        factors: the tensors are factors themselves, and their noise is U.
 
     Raises:
         TypeError, ValueError: the noise cannot address a tensor.
@@ -30,7 +30,7 @@ def pack(table: TensorTable, factors: bool = False) -> Tensor:
 
 
 def redirect(rows: Tensor, out: TensorTable) -> Tensor:
-    """Packed rows with the addresses and strides of other weights of the same shapes."""
+    """Returns packed rows with the weight addresses and strides of another table of the same shapes."""
     rows = rows.clone()
     for t, x in enumerate(out.x):
         for name, value in (("x", x.data_ptr()), ("batch_stride", x.stride(0)), ("row_stride", x.stride(1))):

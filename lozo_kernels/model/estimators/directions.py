@@ -1,4 +1,4 @@
-"""How directions are made: what a handle asks of an estimator, and the directions of LOZO and of MeZO."""
+"""How directions are made: the interface of an estimator, and the directions of LOZO and of MeZO."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..config import PatchConfig
 
 @dataclasses.dataclass(frozen=True)
 class FactorSpec:
-    """Whose factors are made: its id in the noise, its (batch, rows, cols), and the backend and device that make them."""
+    """The parameter whose factors are made: its tensor id, its (batch, rows, cols), and the backend and device that make them."""
 
     tensor_id: int
     extent: tuple[int, int, int]
@@ -28,14 +28,14 @@ class FactorSpec:
 
 
 class Estimator(abc.ABC):
-    """How the directions of matrices are made: L V^T, with L new at every draw and V kept for a window of steps.
+    """Makes the directions of matrices, L V^T, where L is new for every draw and V is kept for a window of steps.
 
     One object serves one handle. Vectors, and matrices where :attr:`low_rank` is False, have dense Gaussian directions instead,
     which are the same for all estimators.
 
     Attributes:
         name: as in :class:`~lozo_kernels.model.config.PatchConfig`.
-        low_rank: whether matrices have such directions.
+        low_rank: matrices have directions L V^T.
     """
 
     name: ClassVar[str]
@@ -46,23 +46,23 @@ class Estimator(abc.ABC):
 
     @abc.abstractmethod
     def left(self, spec: FactorSpec, draw: Draw) -> Tensor:
-        """L of one parameter: (batch, rows, rank) fp32. The step of the draw is a number."""
+        """Returns L of one parameter, (batch, rows, rank) fp32. The step of the draw is a number."""
 
     @abc.abstractmethod
     def right(self, spec: FactorSpec, window: int) -> Tensor:
-        """V of one parameter, transposed: (batch, rank, cols) fp32."""
+        """Returns V of one parameter, transposed, (batch, rank, cols) fp32."""
 
     def resample_(self, table: TensorTable, *, window: int, reproject: bool, backend: Backend) -> None:
-        """Writes the V of a window, as :func:`lozo_kernels.ops.resample_` does, for a table of weights."""
+        """Writes the V of a window into a table of weights, as :func:`lozo_kernels.ops.resample_` does."""
         ops.resample_(table, seed=self.config.seed, window=window, reproject=reproject, backend=backend)
 
     def run(self, op: Op, table: TensorTable, call: TableCall, backend: Backend) -> None:
-        """An op on low-rank tensors or on factors (:data:`lozo_kernels.ops.OPS`), with L in place of U."""
+        """Runs an op of :data:`lozo_kernels.ops.OPS` on low-rank tensors or on factors, with L in place of U."""
         ops.dispatch(op, table, call, backend)
 
 
 class Dense(Estimator):
-    """Z of the weight's own shape; nothing has low-rank factors."""
+    """Directions Z of the weight's own shape, without factors."""
 
     name = "dense"
     low_rank = False
@@ -75,7 +75,7 @@ class Dense(Estimator):
 
 
 class LowRank(Estimator):
-    """U V^T, U new at every step, V every ``interval`` steps; with ``interval=1`` the plain LGE."""
+    """Directions U V^T with a new U at every step and a new V every ``interval`` steps; with ``interval=1`` the plain LGE."""
 
     name = "lowrank"
 

@@ -26,8 +26,7 @@ def projected_gradient(loss: Loss, at: Parameters, direction: Parameters, eps: f
     """c = (F(X + eps D) - F(X - eps D)) / (2 eps): the central difference along a direction.
 
     Raises:
-        TypeError, ValueError: an argument is not what it should be, a direction has another shape, or ``loss`` returns no number;
-            so do all estimators.
+        TypeError, ValueError: an argument has a wrong type or shape, or ``loss`` returns no number. All estimators raise these.
     """
     _check_eps(eps)
     _check_like(at, direction, "the direction")

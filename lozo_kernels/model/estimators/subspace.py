@@ -1,10 +1,10 @@
 """SubZero: directions U S V^T in a random subspace, U and V orthonormal for a window, S new at every draw (Yu et al., 2024).
 
-The direction is U S V^T sqrt(rows * cols) / rank. With U' = sqrt(rows) U and V' = sqrt(cols) V that is (U' S / rank) V'^T: the
-left factor of a low-rank direction whose right factor is kept, as LOZO's. U' and V' are rounded to the grid of 2**-8 of the noise
-contract, which keeps them orthonormal to about 1e-4, and so U' S is exact in fp64 in any order of summation, and L has the same
-bits everywhere once U' and V' have. Those come from a QR decomposition in fp64, whose last bits are a library's own: equal factors
-on all devices are very likely (rounding to the grid hides what is 1e12 times smaller) but not promised.
+The direction is U S V^T sqrt(rows * cols) / rank. With U' = sqrt(rows) U and V' = sqrt(cols) V that is (U' S / rank) V'^T, a
+direction L V^T with L = U' S / rank, whose V' is kept for a window as LOZO's V is. U' and V' are rounded to multiples of 2**-8, the
+grid of the noise contract, which keeps them orthonormal to about 1e-4. So U' S is exact in fp64 in any order of summation, and L
+has the same bits wherever U' and V' have. Those come from a QR decomposition in fp64, whose last bits depend on the library: equal
+factors on all devices are very likely (rounding to the grid hides differences that are 1e12 times smaller) but not promised.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from .directions import Estimator, FactorSpec
 
 _GRID = 256.0
 _LARGEST = 8.0 - 1.0 / _GRID
-"""Up to here fp16 holds multiples of 2**-8."""
+"""The largest multiple of 2**-8 that is used; fp16 holds all of them up to here."""
 
 
 @dataclasses.dataclass
 class _Basis:
-    """Of one tensor: U' (batch, rows, rank) fp16, what U' S is divided by, and where its S are among all."""
+    """The basis of one tensor: U' (batch, rows, rank) fp16, the divisor of U' S, and the index of its first core S among all."""
 
     u: Tensor
     divisor: float
@@ -39,7 +39,7 @@ class _Basis:
 
 
 class Subspace(Estimator):
-    """Draws the bases of a window when V is drawn, and the cores S of a step for all tensors at once.
+    """Draws the bases U' and V' of a window when V is drawn, and the cores S of a step for all tensors at once.
 
     Args:
         whole: where the rank is above a dimension of a matrix, U and V have as many columns as each can have, as in the published
@@ -52,12 +52,11 @@ class Subspace(Estimator):
         super().__init__(config)
         self._whole = whole
         self._bases: dict[int, _Basis] = {}
-        self._owners: list[tuple[int, int]] = []  # (tensor id, matrix of its batch) of every core
+        self._owners: list[tuple[int, int]] = []  # (tensor id, index of the matrix in its batch) of every core
         self._cores: tuple[tuple[int, int, int], Tensor] | None = None
         self._left: dict[int, tuple[tuple[int, int, int], Tensor]] = {}
 
     def left(self, spec: FactorSpec, draw: Draw) -> Tensor:
-        """U' S / rank."""
         step, seed = int(draw.step), self.config.seed
         u = self._draw_basis(spec, "U", step // self.config.interval)
         owners = [(spec.tensor_id, b) for b in range(spec.extent[0])]
@@ -65,15 +64,13 @@ class Subspace(Estimator):
         return _product(u, cores, self._divisor(spec))
 
     def right(self, spec: FactorSpec, window: int) -> Tensor:
-        """V'."""
         return self._draw_basis(spec, "V", window).transpose(1, 2).float()
 
     def basis(self, tensor_id: int) -> Tensor:
-        """U' of the window in memory, of a tensor that V was drawn for: (batch, rows, rank) fp16."""
+        """U' of a tensor for the window in memory, (batch, rows, rank) fp16. V must have been drawn for the tensor."""
         return self._bases[tensor_id].u
 
     def resample_(self, table: TensorTable, *, window: int, reproject: bool, backend: Backend) -> None:
-        """U' and V' of a window; with ``reproject`` the momentum is expressed in the new V', as LOZO-M's."""
         assert table.v is not None
         for t, (x, v, tensor_id) in enumerate(zip(table.x, table.v, table.tensor_ids, strict=True)):
             batch, rows, cols = x.shape
@@ -87,7 +84,7 @@ class Subspace(Estimator):
         self._left.clear()
 
     def run(self, op: Op, table: TensorTable, call: TableCall, backend: Backend) -> None:
-        """The draws go into a factor, each a rounded multiply and a rounded add in order, which the op that merges then applies."""
+        """Adds the draws to a factor, each by a rounded multiply and a rounded add in order, and merges it into the weights."""
         if op.factors:
             if call.decay is not None:
                 for f, decay in zip(table.x, call.decay.unbind(), strict=True):
@@ -115,7 +112,7 @@ class Subspace(Estimator):
         self._add(table, table.n, call.seed, call.draws, call.coefficients)
 
     def _merge(self, table: TensorTable, call: TableCall, backend: Backend) -> None:
-        """A draw goes into a copy of the factor."""
+        """Merges the factor of a table. A draw is added to a copy of it."""
         if not call.draws:
             self._apply(table, call, call.out, backend)
             return
@@ -129,7 +126,7 @@ class Subspace(Estimator):
         self._apply(at, call, table if call.out is None else call.out, backend)
 
     def _apply(self, table: TensorTable, call: TableCall, out: TensorTable | None, backend: Backend) -> None:
-        """Merges the factor of a table, with the decay and the rounding of a call."""
+        """Merges the factor of a table into ``out``, with the decay and the rounding of a call."""
         merge = TableCall(call.seed, (), call.scales[:0], call.decay, call.rounding, out=out)
         ops.dispatch(OPS["lowrank_merge_"], table, merge, backend)
 
@@ -143,7 +140,7 @@ class Subspace(Estimator):
                 f.add_(self._left_of(tensor_id, key, f.device) * scale)
 
     def _left_of(self, tensor_id: int, key: tuple[int, int, int], device: torch.device) -> Tensor:
-        """L of the window in memory; the last draw of every tensor is kept, since a step uses it three times."""
+        """L for the window in memory. The last one of every tensor is kept, since a step uses it three times."""
         kept = self._left.get(tensor_id)
         if kept is None or kept[0] != key or kept[1].device != device:
             basis = self._bases[tensor_id]
@@ -152,7 +149,7 @@ class Subspace(Estimator):
         return kept[1]
 
     def _cores_of(self, key: tuple[int, int, int], device: torch.device) -> Tensor:
-        """S of all tensors: (cores, rank, rank) fp32."""
+        """The cores S of all tensors: (cores, rank, rank) fp32."""
         if self._cores is None or self._cores[0] != key or self._cores[1].device != device:
             seed, step, direction = key
             s = noise.cores(seed, self.config.rank, self._owners, step, direction=direction, device=device)
@@ -160,7 +157,7 @@ class Subspace(Estimator):
         return self._cores[1]
 
     def _enter(self, spec: FactorSpec, window: int) -> None:
-        """U' of a window, and a place among the cores for a tensor that has none yet."""
+        """Draws U' of a window for a tensor, and gives a new tensor its place among the cores."""
         known = self._bases.get(spec.tensor_id)
         if known is None:
             first = len(self._owners)
@@ -171,17 +168,17 @@ class Subspace(Estimator):
         self._bases[spec.tensor_id] = _Basis(self._draw_basis(spec, "U", window), self._divisor(spec), first)
 
     def _columns(self, spec: FactorSpec, stream: str) -> int:
-        """How many columns of a basis are not zero."""
+        """The number of columns of a basis that are not zero."""
         _, rows, cols = spec.extent
         own = rows if stream == "U" else cols
         return min(self.config.rank, own if self._whole else min(rows, cols))
 
     def _divisor(self, spec: FactorSpec) -> float:
-        """The rank, or its mean where U and V have several."""
+        """The rank, or the geometric mean of the numbers of columns of U and V if they differ."""
         return math.sqrt(self._columns(spec, "U") * self._columns(spec, "V"))
 
     def _draw_basis(self, spec: FactorSpec, stream: str, window: int) -> Tensor:
-        """sqrt(rows) times orthonormal columns, (batch, rows or cols, rank) fp16 on the grid."""
+        """Returns sqrt(rows) times orthonormal columns, (batch, rows or cols, rank) fp16 on the grid."""
         (batch, rows, cols), rank = spec.extent, self.config.rank
         length = rows if stream == "U" else cols
         g = ops.factor(
@@ -198,7 +195,7 @@ class Subspace(Estimator):
 
 
 def orthonormal(g: Tensor, rank: int) -> Tensor:
-    """sqrt(rows) times the orthonormal factor of a QR decomposition whose R has a positive diagonal.
+    """Returns sqrt(rows) times the orthonormal factor of a QR decomposition whose R has a positive diagonal.
 
     Args:
         g: (batch, rows, columns) fp32.
@@ -210,7 +207,7 @@ def orthonormal(g: Tensor, rank: int) -> Tensor:
     out = torch.zeros(g.shape, dtype=torch.float16, device=g.device)
     if g.numel():
         q, r = torch.linalg.qr(g[..., :rank].double())
-        # A library is free to choose the sign of a column.
+        # The sign of a column depends on the library.
         q = q * torch.where(torch.diagonal(r, dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)
         scaled = torch.round(q * g.shape[1] ** 0.5 * _GRID) / _GRID
         out[..., :rank] = scaled.clamp(-_LARGEST, _LARGEST)
@@ -218,13 +215,13 @@ def orthonormal(g: Tensor, rank: int) -> Tensor:
 
 
 def _product(u: Tensor, s: Tensor, divisor: float) -> Tensor:
-    """U' S / divisor in fp32: the product exact in fp64, then one rounded division."""
+    """U' S / divisor in fp32: the product, exact in fp64, is rounded once, and so is the division."""
     product = (u.double() @ s.double() + 0.0).float()
     return product / torch.full((), divisor, dtype=torch.float32, device=u.device)
 
 
 def _with_factor(table: TensorTable) -> TensorTable:
-    """The weights of a table with a factor of their own, zero."""
+    """Returns a table of the same weights with a new factor of zeros."""
     assert table.v is not None
     n = [torch.zeros(x.shape[0], x.shape[1], table.rank, dtype=torch.float32, device=x.device) for x in table.x]
     return TensorTable(table.x, table.tensor_ids, v=table.v, n=n, checked=True)

@@ -1,8 +1,8 @@
-"""Probing: a model is evaluated at W + (B + s U) V^T while W is only read.
+"""Probing: a model is evaluated with the weights W + (B + s U) V^T, while W is only read.
 
-Between two draws of V, LOZO (Chen et al., ICLR 2025, Algorithm 1) is plain zeroth-order SGD on a small factor B. A perturbation
-enters each weight on one of two sides: on the outputs of the layer that uses it (``forward/activation.py``), or on a perturbed
-weight that is written to other memory before its module runs (``forward/swapping.py``). ``handle.py`` puts them together.
+Within a window, LOZO (Chen et al., ICLR 2025, Algorithm 1) is plain zeroth-order SGD on a small factor B. A perturbation enters
+each weight on one of two sides: on the outputs of the layer that uses it (``forward/activation.py``), or on a perturbed weight that
+is written to other memory before its module runs (``forward/swapping.py``). ``handle.py`` puts them together.
 """
 
 from ...errors import BatchSplitError

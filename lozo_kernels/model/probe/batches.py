@@ -1,4 +1,4 @@
-"""Evaluations that share a forward pass: whether a model keeps them apart."""
+"""Checks that a model keeps the evaluations that share a forward pass apart."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def check_batches(
     *,
     step: int,
 ) -> None:
-    """Evaluates two distant points one after the other and together.
+    """Evaluates two distant points one after the other and together, and compares the losses.
 
     Args:
-        handle: of a probe that was prepared; members: its own.
+        handle: a probe that was prepared; members: those of the handle.
 
     Raises:
         BatchSplitError: together they fail, or their losses differ.

@@ -1,4 +1,4 @@
-"""The handle of a probed model: it moves the point that the model is evaluated at, and what was learned, but no weight."""
+"""The handle of a probed model. Perturbations move the point of evaluation and updates go into factors, but no weight changes."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class ProbeHandle(Handle):
 
     The model behaves as if its weights were X_t = W + B V^T, plus the perturbation that is applied, wherever it is called: in a
     step, in an evaluation, in ``generate``. W itself changes only when B is merged: when V is drawn anew, in :meth:`merge`, before
-    ``state_dict()`` and ``load_state_dict()``, and in :meth:`restore`. Methods are those of :class:`Handle`; :meth:`prepare`
-    comes first.
+    ``state_dict()`` and ``load_state_dict()``, and in :meth:`restore`. Methods are those of :class:`Handle`; :meth:`prepare` comes
+    first.
 
     Attributes:
-        probed: the model, the points, and what is known of each parameter.
+        probed: the model, the points, and the state of each parameter.
         prepared: :meth:`prepare` has chosen sides.
     """
 
@@ -62,12 +62,12 @@ class ProbeHandle(Handle):
 
     @property
     def members(self) -> list[Member]:
-        """What is known of every trained parameter, in the order of :attr:`names`."""
+        """The state of every trained parameter, in the order of :attr:`names`."""
         return self.probed.members
 
     @property
     def devices(self) -> list[torch.device]:
-        """Where the trained parameters' state is, each device once."""
+        """The devices of the trained parameters' state, each once."""
         return self.probed.devices
 
     @property
@@ -91,14 +91,14 @@ class ProbeHandle(Handle):
         return p.storage.device
 
     def prepare(self, closures: Closure | Sequence[Closure], randomness: Randomness | None = None, *, step: int = 0) -> None:
-        """Looks where an evaluation uses each weight, chooses sides, and checks one loss both ways. A second call does nothing.
+        """Finds where an evaluation uses each weight, chooses sides, and checks one loss both ways. A second call does nothing.
 
-        An optimiser does this in its first step. It costs three evaluations, and some more where a weight has to be treated in
-        another way than expected; :meth:`report` says which those were.
+        An optimiser does this in its first step. It costs three evaluations, and some more if a weight has to be treated in another
+        way than expected; :meth:`report` names these weights.
 
         Args:
             closures: as :meth:`lozo_kernels.LOZO.step` takes them.
-            randomness: what every evaluation draws.
+            randomness: is replayed before every evaluation.
             step: the step that follows.
         """
         if self.prepared:
@@ -116,7 +116,7 @@ class ProbeHandle(Handle):
 
     @torch.no_grad()
     def adopt_sides(self, described: dict[str, Any], *, install: bool) -> None:
-        """Takes over what :meth:`describe_sides` said of another handle of the same model, in place of :meth:`prepare`.
+        """Takes over what :meth:`describe_sides` of another handle of the same model returned, in place of :meth:`prepare`.
 
         Args:
             install: let the model be evaluated too. Otherwise only updates can be made, and memory for perturbed weights is saved.
@@ -134,7 +134,7 @@ class ProbeHandle(Handle):
 
     @torch.no_grad()
     def perturb_(self, step: Step, scale: float, *, direction: int = 0) -> None:
-        """The model is evaluated at scale * D(step, direction) from where it is. Arguments as :meth:`Handle.perturb_`.
+        """Adds scale * D(step, direction) to the point at which the model is evaluated. Arguments as :meth:`Handle.perturb_`.
 
         Raises:
             RuntimeError: not prepared, or a perturbation along another direction is applied (use :meth:`shift_`).
@@ -158,7 +158,7 @@ class ProbeHandle(Handle):
 
     @torch.no_grad()
     def spread_(self, step: Step, offsets: Sequence[Perturbation], examples: int) -> None:
-        """Several evaluations share the next forward passes: ``examples`` of the batch at each (direction, scale), in order.
+        """Lets evaluations share the next forward passes, with ``examples`` of the batch at each (direction, scale), in order.
 
         Raises:
             RuntimeError: not prepared, or a parameter is perturbed in place.
@@ -177,7 +177,6 @@ class ProbeHandle(Handle):
 
     @torch.no_grad()
     def rest_(self) -> None:
-        """Takes any perturbation out."""
         applied = self._applied
         if applied is not None and self._groups and applied.scale:
             run_pass(self._groups, [Term(Draw(applied.step, applied.direction), perturb=-applied.scale)])
@@ -209,7 +208,7 @@ class ProbeHandle(Handle):
     def merge(self) -> None:
         """Merges what was learned into the weights: they become X_t, rounded once into their dtype.
 
-        Rounds once more than a run that merges only when V is drawn anew. What quantised layers learned stays in factors, which
+        This rounds once more than a run that merges only when V is drawn anew. What quantised layers learned stays in factors that
         their forwards add: r more ranks with every V.
         """
         self._merge(asked=True)
@@ -238,11 +237,10 @@ class ProbeHandle(Handle):
 
     @property
     def undecaying(self) -> list[str]:
-        """Names of parameters that cannot decay: quantised ones, and with ``keep_factors`` all low-rank ones."""
         return self._ledger.undecaying
 
     def check_decay(self) -> None:
-        """Raises RuntimeError if a parameter has decayed whose factors are kept, because they cannot say that."""
+        """Raises RuntimeError if a parameter has decayed whose factors are kept, because they cannot express decay."""
         self._ledger.check_decay()
 
     @property
@@ -251,7 +249,7 @@ class ProbeHandle(Handle):
 
     @property
     def past(self) -> dict[str, dict[str, Any]]:
-        """What quantised layers learned in windows that are over, by name, as no weight holds it.
+        """What quantised layers learned in earlier windows, by name. No weight can hold it.
 
         Factors ``b`` (rows, ranks) and ``v`` (ranks, cols), fp32, and the last ``window``.
         """
@@ -267,10 +265,10 @@ class ProbeHandle(Handle):
         self.probed.write()
 
     def write_perturbed(self, name: str, out: Tensor) -> None:
-        """The weight that the model behaves as having, rounded into its dtype: what the weight side computes with.
+        """Writes the weight that the model behaves as having, rounded into its dtype as the weight side computes with it.
 
         Args:
-            name: any of a parameter's names.
+            name: the parameter's name, or an alias.
             out: of its shape and dtype, contiguous.
 
         Raises:
@@ -312,7 +310,7 @@ class ProbeHandle(Handle):
         super().restore()
 
     def before_state_dict(self) -> None:
-        """Merges, and warns once if there is something that the model's ``state_dict()`` cannot have."""
+        """Merges, and warns once if the model's ``state_dict()`` lacks what quantised layers learned."""
         self.merge()
         names = self._ledger.unmergeable(self.probed.learned)
         if names and not self._warned:
@@ -324,7 +322,7 @@ class ProbeHandle(Handle):
             )
 
     def install(self) -> None:
-        """Puts the chosen sides into the model's modules, after taking out those before."""
+        """Puts the chosen sides into the model's modules, in place of earlier ones."""
         self.probed.remove()
         self._rebuild_groups()
         self.probed.install(self.before_state_dict, self.merge)
@@ -344,11 +342,11 @@ class ProbeHandle(Handle):
             self.probed.guards.check_modules()
 
     def _shards(self) -> list[Tensor]:
-        """Blocks of tensor-parallel weights. FSDP's are looked for when there is something to merge."""
+        """Blocks of tensor-parallel weights only. Shards of FSDP are looked up when there is something to merge."""
         return [p.storage.present()[0] for p in self._sharded if p.storage.in_blocks]
 
     def _resample(self, window: int | None, *, reproject: bool) -> None:
-        self._merge()  # what was learned under another V
+        self._merge()  # what was learned belongs to the old V
         if window is not None:
             for state in self._states:
                 if state.windows is not None:
@@ -378,7 +376,7 @@ class ProbeHandle(Handle):
         probed.rebuild()
 
     def _group_away(self, member: Member, x: Tensor) -> Group:
-        """A table over one offloaded weight while it is here."""
+        """A group for one offloaded weight, for as long as it is here."""
         p, backend = member.parameter, self.probed.backends[member.device]
         momentum = [self._momentum[p.name]] if self._momentum else None
         index = torch.tensor([member.index], device=member.device)

@@ -1,4 +1,4 @@
-"""What a run learned, as an adapter that PEFT loads: B V^T of every window is a low-rank matrix already."""
+"""Exports what a run learned as an adapter that PEFT loads: B V^T of every window is a low-rank matrix already."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class LoraAdapter:
     """A LoRA adapter in PEFT's format.
 
     Attributes:
-        config: what is in ``adapter_config.json``.
-        tensors: what is in ``adapter_model.safetensors``.
+        config: the content of ``adapter_config.json``.
+        tensors: the content of ``adapter_model.safetensors``.
         errors: by module, what truncation left out of its delta: the Frobenius norm of the rest over that of the whole.
     """
 
@@ -45,15 +45,11 @@ class LoraAdapter:
 
     @property
     def rank(self) -> int:
-        """Rank of every module's adapter."""
+        """The rank of every module's adapter."""
         return self.config["r"]
 
     def save(self, folder: str | Path) -> None:
-        """Writes both files into a folder, which is made.
-
-        Raises:
-            InputError: the package safetensors is not installed.
-        """
+        """Writes both files into a folder, which is created. Raises InputError if the package safetensors is not installed."""
         save_file = require("safetensors.torch").save_file
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,20 +59,20 @@ class LoraAdapter:
 
 @torch.no_grad()
 def export_lora(handle: Handle, folder: str | Path | None = None, *, rank: int | None = None) -> LoraAdapter:
-    """What a model learned since it was patched, for ``PeftModel.from_pretrained(base, folder)`` on the model as it was then.
+    """Exports what a model learned since it was patched, for ``PeftModel.from_pretrained(base, folder)`` on the model before that.
 
-    The weights of linear layers (Hugging Face's ``Conv1D`` and quantised ones too) and of embeddings become LoRA factors, of tied
-    weights one for each module. Biases of linear layers and whole other modules, such as norms, are stored as they are now (PEFT's
-    ``bias="all"`` and ``modules_to_save``). Nothing of the model changes. It can be called between steps and after ``restore()``.
-    PEFT cannot merge an adapter of tied weights rightly; a warning says so.
+    The weights of linear layers (Hugging Face's ``Conv1D`` and quantised ones too) and of embeddings become LoRA factors; a tied
+    weight becomes one pair for each of its modules. Biases of linear layers and whole other modules, such as norms, are stored as
+    they are now (PEFT's ``bias="all"`` and ``modules_to_save``). The model does not change. This can be called between steps and
+    after ``restore()``. PEFT does not merge an adapter of tied weights correctly; a warning says so.
 
     Args:
         handle: of a probe with ``keep_factors=True``, which quantised layers do not need.
-        folder: where to write the two files; None: nowhere.
-        rank: of the adapter: the best approximation of each delta. None: exact, with r ranks for every window of the run.
+        folder: where to write the two files; None writes none.
+        rank: of the adapter, which is the best approximation of each delta. None: exact, with r ranks for every window of the run.
 
     Raises:
-        ValueError: the handle keeps no factors, nothing was learned, or something was that an adapter cannot say.
+        ValueError: the handle keeps no factors, nothing was learned, or something was that an adapter cannot express.
         RuntimeError: a weight decayed since the last merge.
         InputError: the package safetensors is not installed.
     """
@@ -134,7 +130,7 @@ class _Export:
             self.errors[name] = error
 
     def _add_rest(self, members: Iterable[Member]) -> list[str]:
-        """Everything that is no low-rank delta of a layer. Returns the names of modules that are saved whole."""
+        """Stores everything that is not a low-rank delta of a layer. Returns the names of modules that are saved whole."""
         whole, refused = [], []
         for member in members:
             owner = member.owners[0]
@@ -146,7 +142,7 @@ class _Export:
                 whole.append(name)
             else:
                 refused.append(member.name)
-        # PEFT compares the ends of names, so that more modules may be saved than were meant.
+        # PEFT compares the ends of names, so it may save more modules than were meant.
         whole = [name for name in self.modules if any(name.endswith(end) for end in whole)]
         refused += [name for name in whole if name in self.targets or any(True for _ in self.modules[name].children())]
         if refused:
@@ -186,7 +182,7 @@ class _Export:
         }
 
     def _target_modules(self) -> list[str] | str:
-        """Names, or a pattern where PEFT, which compares the ends of names, would take others for them too."""
+        """Returns names, or a pattern if PEFT, which compares the ends of names, would also match other modules."""
         targets = set(self.targets)
         others = (name for name in self.modules if name not in targets)
         if any(name.endswith(f".{target}") for name in others for target in targets):
@@ -195,7 +191,7 @@ class _Export:
 
 
 def truncate(b: Tensor, v: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The best approximation of b v^T of a rank.
+    """Returns the best approximation of b v^T with a given rank.
 
     Args:
         b: (rows, ranks); v: (cols, ranks).
@@ -214,7 +210,7 @@ def truncate(b: Tensor, v: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
 
 
 def _factors(handle: ProbeHandle, member: Member) -> tuple[Tensor, Tensor]:
-    """(rows, ranks) and (cols, ranks) fp32 on the CPU: the member's delta since it was patched is their product."""
+    """Returns factors, (rows, ranks) and (cols, ranks) fp32 on the CPU, of the member's delta since it was patched."""
     config = handle.config
     cpu = torch.device("cpu")
     spec = FactorSpec(member.parameter.tensor_id, member.extent, choose_backend(cpu).backend, cpu)

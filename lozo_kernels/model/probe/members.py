@@ -1,4 +1,4 @@
-"""What a probe knows of one trained parameter."""
+"""The state of one trained parameter under a probe."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .runtime import PointTensors
 
 @dataclasses.dataclass(eq=False)
 class Past:
-    """Windows of a weight that cannot be merged: its delta is ``b @ v``.
+    """What a weight that cannot be merged learned in earlier windows: its delta is ``b @ v``.
 
     Attributes:
         b: (rows, all ranks) fp32; v: (all ranks, cols) fp32.
-        window: the last of them.
+        window: the last one in them.
     """
 
     b: Tensor
@@ -28,23 +28,22 @@ class Past:
     window: int
 
     def add(self, b: Tensor, v: Tensor, window: int) -> None:
-        """Takes in what was learned in a window: b (rows, rank), v (rank, cols) fp32. One that goes on adds no rank."""
+        """Adds what was learned in a window: b (rows, rank), v (rank, cols) fp32. More of the last window adds no rank."""
         if window == self.window:
             self.b[:, -b.shape[1] :] += b
         else:
             self.b, self.v, self.window = torch.cat((self.b, b), 1), torch.cat((self.v, v)), window
 
     def to(self, device: torch.device) -> None:
-        """Moves it."""
         self.b, self.v = self.b.to(device), self.v.to(device)
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardFactors:
-    """What goes with a shard of a weight, of factors that every process has whole.
+    """The parts of factors that belong to a shard of a weight. Every process has the factors whole.
 
     Attributes:
-        v: the shard's columns of V, contiguous, a copy where those are not all; None for a dense parameter.
+        v: the shard's columns of V, contiguous (a copy unless they are all columns); None for a dense parameter.
         b: the shard's rows of B, a view.
         shard: the shard.
     """
@@ -54,7 +53,7 @@ class ShardFactors:
     shard: Shard
 
     def follow(self, v: Tensor | None) -> None:
-        """Takes over its columns of a new V, (batch, rank, cols) fp16."""
+        """Copies the shard's columns of a new V, (batch, rank, cols) fp16."""
         if v is not None and self.v is not None:
             self.v.copy_(_columns(v, self.shard))
 
@@ -66,25 +65,25 @@ class Member:
     Attributes:
         parameter: the parameter; index: its position among all trained ones.
         extent: (batch, rows, cols).
-        device: of its state.
+        device: the device of its state.
         v: V of the window, transposed, (batch, rank, cols) fp16; None for a dense parameter.
         b: what was learned since the last merge, fp32: the factor B (batch, rows, rank), or (1, 1, elements) for a dense
-            parameter; None where updates go straight to the weights (MeZO).
-        gain: (1,) fp32, what weight decay has made of the weight since the last merge, or None without decay.
+            parameter; None if updates go straight to the weight (MeZO, and side "inplace").
+        gain: (1,) fp32, the factor by which weight decay scaled the weight since the last merge, or None without decay.
         side: "activation", "shift" (a bias of a layer on the activation side), "scratch", "copy" or "inplace"; None before
             :meth:`ProbeHandle.prepare`.
-        reason: why that side.
-        scopes: the modules during whose forward a perturbed weight is in the parameter's place.
-        enabled: a check looks at this parameter; all are, but while a difference is being traced.
-        swapped: a perturbed weight is in its place.
-        buffers: perturbed weights, one for each evaluation, of the parameter's shape ("copy").
-        shift: (groups, elements) fp32 ("shift").
-        past: of a weight that cannot be merged.
-        layer_weight: of a bias on the activation side, the weight of its layer.
+        reason: why that side was chosen.
+        scopes: the modules during whose forward a perturbed weight replaces the parameter.
+        enabled: a check perturbs this parameter. All are, except while a difference is being traced.
+        swapped: a perturbed weight replaces the parameter now.
+        buffers: perturbed weights of the parameter's shape, one for each evaluation (side "copy").
+        shift: (groups, elements) fp32 (side "shift").
+        past: earlier windows, if the weight cannot be merged.
+        layer_weight: the weight of its layer, if it is a bias on the side "shift".
         point: the points on its device.
-        factors: V and B of a single matrix as (rank, cols) and (rows, rank), which layers ask for all the time; of what this
-            process has of it.
-        local: V and B of the block that this process has all the time (tensor parallel).
+        factors: V and B of a single matrix as (rank, cols) and (rows, rank), which layers read all the time; in blocks, the parts
+            that belong to this process's block.
+        local: the parts of V and B for the block that this process has all the time (tensor parallel).
     """
 
     parameter: Parameter
@@ -112,24 +111,19 @@ class Member:
         self.owners = self.storage.owners
 
     def settle_on(self, side: str, reason: str) -> None:
-        """Chooses the side, and says why.
-
-        Raises:
-            RuntimeError: "inplace", for a weight that cannot be moved.
-        """
+        """Sets the side, and the reason for it. Raises RuntimeError if a weight that cannot be moved is put in place."""
         if side == "inplace" and not self.storage.resident:
             raise RuntimeError(f"{self.name!r} is {self.storage.word} and cannot be probed ({reason}): exclude it")
         self.side, self.reason = side, reason
 
     @property
     def numel(self) -> int:
-        """Elements."""
         batch, rows, cols = self.extent
         return batch * rows * cols
 
 
 def factors_of(member: Member, shard: Shard) -> ShardFactors:
-    """What goes with a shard of a member's weight, on the member's device."""
+    """Returns the parts of V and B that belong to a shard of a member's weight, on the member's device."""
     assert member.b is not None
     batch, rows, cols = shard.x.shape
     if member.v is None:
@@ -145,10 +139,10 @@ def _columns(v: Tensor, shard: Shard) -> Tensor:
 
 
 def table_of(members: Sequence[Member], shards: Sequence[Shard]) -> TensorTable:
-    """Weights of members of one kind, on their device, with V and what was learned.
+    """Makes a table of the weights of members of one kind, on their device, with V and what was learned.
 
     Args:
-        shards: the weights, whole or what this process has of them.
+        shards: the weights, whole or this process's part of them.
     """
     vs, learned = [], []
     for member, shard in zip(members, shards, strict=True):
@@ -171,14 +165,14 @@ def table_of(members: Sequence[Member], shards: Sequence[Shard]) -> TensorTable:
 
 
 def gains_of(members: Sequence[Member]) -> Tensor | None:
-    """(members,) fp32, what weight decay has made of the weights, or None if none decayed."""
+    """The factors by which weight decay scaled the weights since the last merge, (members,) fp32, or None if none decayed."""
     if all(m.gain is None for m in members):
         return None
     return torch.cat([torch.ones(1, dtype=torch.float32, device=m.device) if m.gain is None else m.gain for m in members])
 
 
 def scopes_of(members: Sequence[Member]) -> dict[nn.Module, list[Member]]:
-    """The members that are swapped in during each module's forward."""
+    """For each module, the members whose perturbed weights are swapped in while it runs."""
     scopes: dict[nn.Module, list[Member]] = {}
     for member in members:
         if member.side in ("scratch", "copy"):

@@ -1,4 +1,4 @@
-"""What all probed modules of a model share: the points that are evaluated, in storage that does not move."""
+"""What all probed modules of a model share: the points to evaluate at, in storage that does not move."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..config import PatchConfig
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One evaluation: where along which direction. ``scale`` 0 is the unperturbed model."""
+    """The point of one evaluation: the scale along a direction of a step. Scale 0 is the unperturbed model."""
 
     step: Step
     direction: int
@@ -24,13 +24,13 @@ class Point:
 
 
 REST = Point(0, 0, 0.0)
-"""No perturbation."""
+"""The point without a perturbation."""
 
 
 class PointTensors:
     """The points on one device: ``draws`` (groups, 2) int64, step and direction; ``scales`` (groups,) fp32 for low-rank weights.
 
-    Written in place as long as the number of points stays, so that compiled code and captured graphs see new values.
+    They are written in place while their number stays the same, so that compiled code and captured graphs see new values.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -39,7 +39,7 @@ class PointTensors:
         self.scales = torch.zeros(1, dtype=torch.float32, device=device)
 
     def write(self, points: Sequence[Point], factor: float) -> None:
-        """Takes over the points; ``factor`` is what multiplies eps for a low-rank weight."""
+        """Writes the points; ``factor`` is what multiplies eps for a low-rank weight."""
         if len(points) != len(self.draws):
             self.draws = torch.zeros(len(points), 2, dtype=torch.int64, device=self.device)
             self.scales = torch.zeros(len(points), dtype=torch.float32, device=self.device)
@@ -55,13 +55,13 @@ class PointTensors:
 
 
 class Runtime:
-    """The points, and whether the model differs from its weights at rest.
+    """The current points, and whether the model differs from its stored weights.
 
     Attributes:
         points: one for each evaluation that shares a forward pass; one of scale 0 between steps.
-        examples: of each evaluation when several share a forward pass.
+        examples: the examples of each evaluation if several share a forward pass, else None.
         live: some factor or scale is not zero, so that modules have something to add.
-        selected: the one evaluation that a module is running for, where it runs once for each.
+        selected: the evaluation that a module runs for, if it runs once for each; else None.
     """
 
     def __init__(self, config: PatchConfig) -> None:
@@ -75,12 +75,12 @@ class Runtime:
 
     @property
     def groups(self) -> int:
-        """How many evaluations share what a module is given."""
+        """The number of evaluations in the inputs of a module."""
         return len(self.points) if self.selected is None else 1
 
     @contextlib.contextmanager
     def only(self, group: int) -> Iterator[None]:
-        """Modules that run in the body are given one evaluation's part of the batch."""
+        """While the body runs, modules get the part of the batch that belongs to one evaluation."""
         self.selected = group
         try:
             yield
@@ -88,36 +88,36 @@ class Runtime:
             self.selected = None
 
     def select(self, per_group: Tensor) -> Tensor:
-        """Of a tensor with a row for each evaluation, and perhaps room for more, those that a module is given now."""
+        """The rows of a tensor, which has one row for each evaluation and perhaps more, that belong to the inputs of a module."""
         if self.selected is not None:
             return per_group[self.selected : self.selected + 1]
         return per_group if per_group.shape[0] == len(self.points) else per_group[: len(self.points)]
 
     def point(self, group: int) -> Point:
-        """The point of an evaluation among those that a module is given."""
+        """The point of one of the evaluations in the inputs of a module."""
         return self.points[group if self.selected is None else self.selected]
 
     def on(self, device: torch.device) -> PointTensors:
-        """The points as tensors of a device."""
+        """The points as tensors on a device."""
         if device not in self._devices:
             self._devices[device] = PointTensors(device)
             self._devices[device].write(self.points, self._factor)
         return self._devices[device]
 
     def write(self, points: Sequence[Point], examples: int | None = None) -> None:
-        """Moves to other points."""
+        """Moves to other points. ``examples`` is the number for each of several."""
         self.points, self.examples = list(points), examples
         for device in self._devices.values():
             device.write(self.points, self._factor)
 
     def draws(self, group: int) -> list[Draw]:
-        """The draw of one of the points as the ops take it; none where the scale is 0."""
+        """The draw of one of the points as the ops take it; an empty list if its scale is 0."""
         point = self.points[group]
         return [Draw(point.step, point.direction)] if point.scale else []
 
     @property
     def whole(self) -> int:
-        """Examples of all evaluations together."""
+        """The examples of all evaluations in the inputs of a module."""
         return self.groups * (self.examples or 1)
 
     def is_batch(self, shape: torch.Size) -> bool:
@@ -125,11 +125,8 @@ class Runtime:
         return bool(shape) and shape[0] > 0 and shape[0] % self.whole == 0
 
     def is_shared(self, name: str, shape: torch.Size) -> bool:
-        """Whether a tensor is one for all examples, and must be expanded to be one for each evaluation.
-
-        Raises:
-            BatchSplitError: it is neither that nor made of the examples.
-        """
+        """Whether a tensor is one for all examples, and must be expanded to be one for each evaluation. Raises BatchSplitError
+        if it is neither that nor made of the examples."""
         if self.is_batch(shape):
             return False
         if shape and shape[0] == 1:

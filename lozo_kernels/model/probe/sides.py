@@ -1,4 +1,4 @@
-"""The sides of a probe, written down and taken over by a run that goes on or is replayed and cannot learn them from a closure."""
+"""Describes the sides of a probe, and sets them in a run that is resumed or replayed and cannot learn them from a closure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PRECISIONS = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.floa
 
 
 def describe_sides(probed: ProbedModel, precision: torch.dtype) -> dict[str, Any]:
-    """How every parameter is treated, plain JSON.
+    """Returns how every parameter is treated, as plain JSON.
 
     Args:
         precision: the coarsest dtype that evaluations compute with.
@@ -34,7 +34,7 @@ def describe_sides(probed: ProbedModel, precision: torch.dtype) -> dict[str, Any
 
 
 def set_sides(probed: ProbedModel, described: dict[str, Any], *, evaluate: bool) -> torch.dtype:
-    """Takes over what :func:`describe_sides` wrote down, and returns the precision.
+    """Sets the sides that :func:`describe_sides` returned, and returns the precision.
 
     Args:
         evaluate: the model will be evaluated too. Otherwise only updates are made, and memory for perturbed weights is saved.

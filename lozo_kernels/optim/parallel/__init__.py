@@ -1,4 +1,4 @@
-"""Several processes take one run's steps: they exchange losses and never weights."""
+"""Several processes take the steps of one run together. They exchange losses and never weights."""
 
 from ...errors import DivergenceError, PeerLostError
 from .ranks import MODES, Parallel, as_parallel, shared_shards

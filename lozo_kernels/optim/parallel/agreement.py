@@ -1,4 +1,4 @@
-"""What all ranks of a run have to have in common before its first step."""
+"""Checks that all ranks of a run agree on its settings and weights before the first step."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ from torch import Tensor
 from .channel import Channel
 
 _REPORT_BYTES = 4096
-_NAMED = 3  # differences that a report spells out
+_NAMED = 3  # the most differences that a message names
 
 
 def check_agreement(channel: Channel, facts: dict[str, Any]) -> None:
-    """Compares facts that JSON can hold, dictionaries in dictionaries.
-
-    Raises:
-        ValueError: they differ; every rank says the same, in which facts and how.
-    """
+    """Compares facts, nested dictionaries that JSON can hold, between ranks.
+    Raises ValueError if they differ. Every rank raises the same message, which says in which facts and how."""
     text = json.dumps(facts).encode()
     longest = int(channel.exchange(torch.tensor([len(text)]), 1, lambda rows: rows.max().reshape(1)))
     words = _pack(text, -(-longest // 8) * 8)
@@ -57,7 +54,7 @@ def _show(value: Any) -> str:
 
 
 def _pack(text: bytes, size: int) -> Tensor:
-    """(size / 8,) int64; zeros after the text, which has none."""
+    """(size / 8,) int64: the text, which has no zero bytes, and zeros after it."""
     return torch.frombuffer(bytearray(text.ljust(size, b"\0")), dtype=torch.int64)
 
 

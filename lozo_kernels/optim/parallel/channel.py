@@ -1,7 +1,7 @@
-"""A few words from every rank to the first, and the first one's answer to all.
+"""Sends a few words from every rank to the first, and the first rank's answer to all.
 
-A star, not a ring: the first rank adds in the order of ranks and everybody is sent the same bits, a lost rank is known by name, and
-all others hear of it at once, whatever they are doing with what is left of them.
+It is a star, not a ring: the first rank adds in the order of ranks, so that all receive the same bits; a lost rank is known by
+name; and all others hear of it at once.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from torch import Tensor, distributed
 from ...errors import PeerLostError
 
 _GOOD, _LOST = 0, 1
-_GRACE = 10.0  # seconds for the news of a lost rank to be taken
+_GRACE = 10.0  # seconds for the other ranks to receive the news of a lost rank
 _TAG = 0x1020
 
 Reduce = Callable[[Tensor], Tensor]
-"""(ranks, n) int64 -> (m,) int64, on the first rank only."""
+"""Reduces the words of all ranks, (ranks, n) int64, to the answer, (m,) int64. Called on the first rank only."""
 
 
 class Channel:
     """Exchanges small int64 tensors on the host over ``torch.distributed``'s gloo.
 
     Args:
-        group: with gloo for the CPU; None: one of its own, of all ranks, which every rank has to ask for.
+        group: has gloo for the CPU; None makes a group of all ranks, which every rank has to do.
         timeout: seconds to wait for another rank.
 
     Attributes:
-        rank, size: in the group.
-        peers: the ranks of the group among all.
+        rank, size: this process's rank in the group, and the number of ranks.
+        peers: the global ranks of the group.
         sent, received: bytes of payload so far.
 
     Raises:
@@ -57,11 +57,12 @@ class Channel:
         self.sent = self.received = 0
 
     def exchange(self, words: Tensor, answer: int, reduce: Reduce) -> Tensor:
-        """Every rank's words to the first, whose answer all get.
+        """Sends every rank's words to the first, and returns its answer.
 
         Args:
             words: (n,) int64 on the CPU, n the same on every rank.
-            answer: m, how long the answer is.
+            answer: m, the length of the answer.
+            reduce: makes the answer on the first rank.
 
         Returns:
             (m,) int64, the same bits on every rank.
@@ -99,7 +100,7 @@ class Channel:
         return result
 
     def _tell(self, message: Tensor, skip: int, seconds: float) -> tuple[int, RuntimeError] | None:
-        """Sends the answer; returns the first rank that it could not be sent to, and why."""
+        """Sends the answer. Returns the first rank that could not be reached and the error, or None."""
         failed: tuple[int, RuntimeError] | None = None
         leaving = []
         end = time.monotonic() + seconds
@@ -120,7 +121,7 @@ class Channel:
     def _follow(self, words: Tensor, answer: int) -> Tensor:
         message, start = torch.empty(answer + 2, dtype=torch.int64), time.monotonic()
         try:
-            # Asked for before anything is sent: news of a lost rank then arrives whatever became of this rank's words.
+            # Receiving starts before anything is sent: news of a lost rank then arrives, whatever became of this rank's words.
             arriving = distributed.irecv(message, self.peers[0], self._group, _TAG)
             leaving = distributed.isend(words, self.peers[0], self._group, _TAG)
             arriving.wait(self._timeout)  # type: ignore[union-attr]

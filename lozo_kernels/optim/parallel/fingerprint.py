@@ -1,4 +1,4 @@
-"""64 bits that say whether two ranks hold the same tensors. Any one changed word changes them."""
+"""Fingerprints of 64 bits that tell whether two ranks hold the same tensors. Any one changed word changes them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SAMPLED_TENSORS, _SAMPLED_ELEMENTS = 8, 512
 
 
 def fingerprints(tensors: Sequence[Tensor]) -> list[int]:
-    """Of each tensor's elements in their logical order, any dtype and device. Reads each once; one wait for each device."""
+    """Fingerprints of the tensors' elements in logical order, any dtype and device. Reads each once, and waits once a device."""
     made = [_fingerprint(x) for x in tensors]
     found = [0] * len(made)
     for device in dict.fromkeys(x.device for x in made):
@@ -31,7 +31,7 @@ def fingerprints(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def combine(values: Iterable[int | float]) -> int:
-    """One signed 64-bit number from several, integers of 64 bits or doubles, in order."""
+    """Makes one signed 64-bit number from several integers of 64 bits or doubles, in order."""
     digest = hashlib.blake2b(digest_size=8)
     for value in values:
         digest.update(struct.pack("<d" if isinstance(value, float) else "<q", value))
@@ -39,10 +39,10 @@ def combine(values: Iterable[int | float]) -> int:
 
 
 def trained_state(handle: Handle) -> dict[str, Tensor]:
-    """Everything that steps change and that all ranks have whole, by what it is called in messages.
+    """Everything that steps change and that all ranks have whole, by its name in messages.
 
-    Weights as they lie in memory, under a probe without the factors that wait to be merged, which have entries of their own.
-    Weights that hooks keep elsewhere are left out.
+    Weights are those in memory. Factors of a probe that wait to be merged have entries of their own. Weights that hooks keep
+    elsewhere are left out.
     """
     state: dict[str, Tensor] = {p.name: p.tensor for p in handle.trained if p.storage.resident}
     cut = [p.name for p in _sharded(handle)] if handle.state_in_pieces else []
@@ -51,7 +51,7 @@ def trained_state(handle: Handle) -> dict[str, Tensor]:
 
 
 def trained_shards(handle: Handle) -> dict[str, Tensor]:
-    """The rest of it: what this rank has of sharded weights, and the momentum that goes with it."""
+    """The rest of what steps change: this rank's shards of weights, and the momentum that belongs to them."""
     sharded = _sharded(handle)
     if not sharded:
         return {}
@@ -63,7 +63,7 @@ def trained_shards(handle: Handle) -> dict[str, Tensor]:
 
 
 def place_of_shards(handle: Handle) -> int:
-    """A number that ranks share that have the same shards; 0 where nothing is sharded."""
+    """A number that is equal for ranks with the same shards; 0 if nothing is sharded."""
     sharded = _sharded(handle)
     if not sharded:
         return 0
@@ -82,7 +82,7 @@ def starting_weights(handle: Handle) -> dict[str, Tensor]:
 
 
 def sample(state: Mapping[str, Tensor]) -> int:
-    """Of a few hundred elements from all over a few tensors: what one step changes, it changes there too."""
+    """A fingerprint of a few hundred elements from all over a few tensors. A step that changes weights also changes these."""
     tensors = [x for x in state.values() if x.numel()]
     chosen = tensors[:: -(-len(tensors) // _SAMPLED_TENSORS) or 1]
     return combine(fingerprints([x.detach().reshape(-1)[:: -(-x.numel() // _SAMPLED_ELEMENTS)] for x in chosen]))
@@ -93,7 +93,7 @@ def _sharded(handle: Handle) -> list[Parameter]:
 
 
 def _fingerprint(x: Tensor) -> Tensor:
-    """0-dim int64: each word times an odd number of its position, mixed so that no two changes cancel easily, and summed."""
+    """0-dim int64: the sum of all words, each times an odd number of its position and mixed, so that changes hardly cancel."""
     x = x.detach().reshape(-1)
     data = x.contiguous().view(torch.uint8)
     whole = data.numel() // 8 * 8
@@ -112,5 +112,5 @@ def _fingerprint(x: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _factors(device: torch.device) -> Tensor:
-    """(chunk,) odd int64."""
+    """(chunk,) odd int64 multipliers."""
     return (torch.arange(_CHUNK, dtype=torch.int64, device=device) * _MULTIPLIER) | 1

@@ -1,4 +1,4 @@
-"""Which part of a step each rank evaluates, and what all of them make of it."""
+"""Which part of a step each rank evaluates, and how the results of all ranks are combined and compared."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 MODES = ("examples", "directions")
 _COLUMNS = ("step", "scalars", "weights", "shards")
-"""What the first words of a message say: the step, digests of the scalars so far, of a sample of the weights, and of shards."""
+"""The first words of a message: the step, and digests of the scalars so far, of a sample of the weights, and of shards."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Bytes of payload that this rank sent and received, in its last step and since it began."""
+    """Bytes of payload that this rank sent and received, in its last step and since it was connected."""
 
     sent: int
     received: int
@@ -42,17 +42,16 @@ class Parallel:
 
     Every rank has the whole model (or its shards of it), makes the same passes over its weights from the same seed, and evaluates
     a part of each step; per step they exchange losses, in fp64, over gloo. The first rank adds them in the order of ranks, so that
-    all have the same bits.
+    all have the same bits. Shards are compared between ranks that have the same ones.
 
     Args:
         mode: "examples": each rank's closure is for its own examples, and losses are averaged. Ranks count alike if closures
             return a loss; if they return (sum, weight), or are given ``inputs``, every example does. "directions": all closures are
             for the same batch, and each rank evaluates some of the ``directions``, at least one.
-            Shards are compared between ranks that have the same ones.
         group: a process group with gloo; None: all ranks, in a group of its own.
         check_every: steps between two comparisons of all weights. Losses, scalars, learning rates and a sample of the weights
             are compared in each step.
-        timeout: seconds to wait for a rank that is alive as far as one knows; one whose process ends is noticed at once.
+        timeout: seconds to wait for a rank that does not answer. A rank whose process ends is noticed at once.
 
     Raises:
         ValueError, TypeError: an argument is of the wrong type or out of range.
@@ -79,26 +78,23 @@ class Parallel:
 
     @property
     def rank(self) -> int:
-        """Of this process in the group."""
+        """The rank of this process in the group."""
         return self._connected.rank
 
     @property
     def size(self) -> int:
-        """Ranks in the group."""
+        """The number of ranks in the group."""
         return self._connected.size
 
     @property
     def traffic(self) -> Traffic:
-        """What was exchanged beyond the model's own communication."""
+        """The bytes exchanged in addition to the model's own communication."""
         channel = self._connected
         sent, received = self._before
         return Traffic(channel.sent - sent, channel.received - received, channel.sent, channel.received)
 
     def connect(self, handle: Handle, directions: int, facts: dict[str, Any]) -> None:
-        """Called by the optimiser: finds the other ranks and compares what they start with.
-
-        Args:
-            facts: settings of the optimiser.
+        """Finds the other ranks and compares what they start with. The optimiser calls this with its settings as ``facts``.
 
         Raises:
             RuntimeError: ``torch.distributed`` is not initialised; or this is connected already.
@@ -137,7 +133,7 @@ class Parallel:
         self._compare_shards()
 
     def _compare_shards(self) -> None:
-        """Finds out which ranks have the same shards, and whether they are equal."""
+        """Finds the ranks that have the same shards, and compares their shards."""
         channel = self._connected
         places = channel.exchange(torch.tensor([place_of_shards(self._handle)]), channel.size, Tensor.flatten).tolist()
         if not any(places) or len(set(places)) == len(places):
@@ -166,13 +162,13 @@ class Parallel:
         return self.mode == "examples" or direction in self._share(self.rank, directions)
 
     def combine(self, step: int, plus: Sequence[Tensor], minus: Sequence[Tensor], directions: int) -> tuple[Tensor, Tensor]:
-        """The losses of a step from those of all ranks.
+        """Combines the losses of all ranks to those of the step.
 
         Args:
             plus, minus: (2,) fp64 each, the sum of losses and their weight, of the directions that this rank evaluates.
 
         Returns:
-            F(+) and F(-): (directions,) fp64 each, the same bits on every rank, where this rank's losses are.
+            F(+) and F(-): (directions,) fp64 each, the same bits on every rank, on the device of this rank's losses.
 
         Raises:
             PeerLostError: a rank is gone.
@@ -190,7 +186,7 @@ class Parallel:
         if self._first is None:
             self._digest = combine("\n".join(trained_state(self._handle)).encode())
         header = [step, self._digest, sample(trained_state(self._handle))]
-        moving = self._places is not None and self._handle.state_in_pieces  # a probe's move when they are merged
+        moving = self._places is not None and self._handle.state_in_pieces  # shards under a probe change only in a merge
         if moving:
             header.append(sample(trained_shards(self._handle)))
 
@@ -215,14 +211,8 @@ class Parallel:
         return found[0], found[1]
 
     def committed(self, info: StepInfo, settings: Sequence[float]) -> None:
-        """After a step: remembers its scalars, and now and then compares all weights.
-
-        Args:
-            settings: learning rates and weight decays.
-
-        Raises:
-            DivergenceError, PeerLostError: as :meth:`check`.
-        """
+        """Notes the scalars, learning rates and weight decays of a step that was taken. Every ``check_every`` steps it calls
+        :meth:`check`, which may raise."""
         self._digest = combine((self._digest, info.step, *info.c.tolist(), *settings))
         if (info.step + 1) % self.check_every == 0:
             self.check(info.step)
@@ -234,7 +224,7 @@ class Parallel:
             step: the last step that was taken, for the message.
 
         Raises:
-            DivergenceError: it differs.
+            DivergenceError: weights, momentum or factors differ.
             PeerLostError: a rank is gone.
         """
         channel = self._connected
@@ -243,7 +233,7 @@ class Parallel:
         try:
             both = torch.tensor([len(words), combine(words)])
             answer = channel.exchange(both, 2, lambda rows: torch.tensor(_odd_one(rows)))
-            if answer[0] == 2:  # as many tensors everywhere, so that they can be told one by one
+            if answer[0] == 2:  # all ranks have as many tensors, so the one that differs can be found
                 answer = 2 + channel.exchange(torch.tensor(words), 2, lambda rows: torch.tensor(_odd_one(rows)))
             elif self._places is not None and not answer[0]:
                 state = trained_shards(self._handle)
@@ -271,13 +261,13 @@ class Parallel:
         return self._channel
 
     def _share(self, rank: int, directions: int) -> range:
-        """The directions of a rank: as many each as possible, the first ranks one more."""
+        """The directions of a rank: they are shared equally, and the first ranks get one more if it does not divide."""
         least, more = divmod(directions, self.size)
         start = rank * least + min(rank, more)
         return range(start, start + least + (rank < more))
 
     def _join(self, values: Tensor, directions: int) -> Tensor:
-        """(ranks, 2, words) fp64 as they were sent to (2, directions)."""
+        """Combines what the ranks sent, (ranks, 2, words) fp64, to losses, (2, directions)."""
         if self.mode == "directions":
             parts = [values[rank, :, : len(self._share(rank, directions))] for rank in range(self.size)]
             return torch.cat(parts, 1).contiguous()
@@ -318,12 +308,8 @@ class Parallel:
 
 
 def shared_shards(model: nn.Module) -> Parallel | None:
-    """How the ranks of a sharded model take steps if nobody says: shards of one weight, and what is computed with them, have to
-    move by one c. None where nothing is sharded.
-
-    Raises:
-        ValueError: the shards are not on all ranks, so that nobody can tell who belongs together.
-    """
+    """How the ranks of a sharded model take steps by default, or None if nothing is sharded. Ranks with shards of one weight
+    have to move them by the same c. Raises ValueError if not all ranks have shards, so that it is unclear who belongs together."""
     reshard(model)
     ranks = sorted({rank for p in model.parameters() for rank in ranks_of(p)})
     if not ranks:
@@ -338,7 +324,7 @@ def shared_shards(model: nn.Module) -> Parallel | None:
 
 
 def as_parallel(value: Parallel | str | None) -> Parallel | None:
-    """What ``parallel=`` of an optimiser was given. Raises TypeError for anything else."""
+    """Returns what ``parallel=`` of an optimiser asks for. Raises TypeError for anything else."""
     if value is None or isinstance(value, Parallel):
         return value
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Launching the products of activations with factors (skinny.py): how tokens and columns are divided, and the scratch between."""
+"""Launches of the products of activations with factors (skinny.py): how tokens and columns are divided, and the scratch memory."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from .plans import Target
 
 _PROGRAMS = 512
-"""That fill a large device a few times over. Fewer tiles than these are divided further."""
+"""Programs that fill a large device a few times over. Work with fewer tiles is divided further."""
 _PARTS = 16
-"""Of a long row at most: whoever reads them adds them one after the other."""
+"""The most parts that a long row is divided into, because the expansion adds the parts one after the other."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Activations:
-    """What one call is launched with.
+    """Launches the ops on activations.
 
     Attributes:
-        size_of: the tile size of a kernel for a rank.
+        size_of: returns the tile size of a kernel for a rank.
     """
 
     launcher: Launcher
@@ -35,7 +35,6 @@ class Activations:
     size_of: Callable[[str, int], TileSize]
 
     def linear(self, call: LayerCall) -> None:
-        """The op lowrank_linear."""
         from . import plans
 
         rank = len(call.v)
@@ -52,7 +51,6 @@ class Activations:
         self._expand(call, sums)
 
     def embedding(self, call: LayerCall) -> None:
-        """The op lowrank_embedding."""
         from . import plans
 
         rank, (tokens, groups) = len(call.v), _tokens(call)
@@ -80,7 +78,7 @@ class Activations:
 
 
 def _fitted(size: TileSize, call: LayerCall) -> TileSize:
-    """With fewer tokens a tile where an evaluation has fewer; tensor cores take no less than 16."""
+    """The tile size with as few rows as the tokens of one evaluation need, but at least 16, the least that tensor cores take."""
     tokens, _ = _tokens(call)
     return dataclasses.replace(size, rows=min(size.rows, max(16, 1 << (tokens - 1).bit_length())))
 
@@ -91,7 +89,7 @@ def _tiles(call: LayerCall, size: TileSize) -> int:
 
 
 def _share(blocks: int, most: int, others: int) -> int:
-    """How many of so many blocks one program takes, where there are ``others`` such rows of blocks: a power of two."""
+    """How many of ``blocks`` blocks one program takes: a power of two up to ``most``. There are ``others`` such rows of blocks."""
     share = 1
     while share < most and others * -(-blocks // (2 * share)) >= _PROGRAMS:
         share *= 2
@@ -99,12 +97,12 @@ def _share(blocks: int, most: int, others: int) -> int:
 
 
 def _tokens(call: LayerCall) -> tuple[int, int]:
-    """Tokens of an evaluation, and evaluations."""
+    """The tokens of one evaluation, and the number of evaluations."""
     groups = len(call.draws)
     return len(call.y) // groups, groups
 
 
 def _place(call: LayerCall) -> tuple[int, int, int, int]:
-    """Seed, tensor id and row offset as kernels take them."""
+    """Seed (two words), tensor id and row offset as signed 32-bit words, which is what kernels take."""
     words = (call.seed & 0xFFFFFFFF, call.seed >> 32, call.tensor_id, call.row_offset)
     return tuple(w - (1 << 32) if w >= 1 << 31 else w for w in words)  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""The ops as Triton kernels: a whole table per launch."""
+"""The Triton backend: each op is one launch, or a few, for a whole table."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from .launcher import Launcher
     from .plans import Plan, Target
 
-_LEAST_CAPABILITY = (8, 0)  # bf16 and the matrix instructions that the kernels are compiled to
+_LEAST_CAPABILITY = (8, 0)  # needed for bf16 and for the matrix instructions that the kernels compile to
 
 
 class TritonBackend(Backend):
     """Triton kernels on NVIDIA and AMD GPUs; on the CPU through Triton's interpreter, to check them.
 
     Args:
-        launcher: makes the launches; None for Triton's own.
-        sizes: instead of the tile sizes of the device, by kernel name (:data:`~.tilesizes.KERNELS`).
+        launcher: makes the launches; default: :class:`~.launcher.Launcher`.
+        sizes: tile sizes by kernel (:data:`~.tilesizes.KERNELS`) that replace those of the device.
     """
 
     name = "triton"
@@ -58,7 +58,7 @@ class TritonBackend(Backend):
 
     @property
     def launcher(self) -> Launcher:
-        """What makes the launches."""
+        """The object that makes the launches. It is created at the first use, because it imports Triton."""
         if self._launcher is None:
             from .launcher import Launcher
 
@@ -114,7 +114,7 @@ class TritonBackend(Backend):
         for plan, tiles in self._prepare(op, table, on_device, call):
             if "WEIGHT" in plan.constants:
                 arguments = (call.scales, _or_unused(call.decay, call), alpha)
-            else:  # N, before the weights
+            else:  # the plan that updates N, before the weights
                 arguments = (_or_unused(call.coefficients, call), _or_unused(call.beta, call))  # type: ignore[assignment]
             self.launcher.launch(plan, len(tiles), device, tiles, on_device.tensors, header, *arguments, count)
 
@@ -140,7 +140,7 @@ class TritonBackend(Backend):
         assert call.out is not None
         on_device, device, rank = merge_table(table, call.out), table.device, table.rank
         header = on_device.header(call)
-        factors, starts = call.scales, on_device.tensors  # something to point at where nothing is read
+        factors, starts = call.scales, on_device.tensors  # placeholders for pointers that the kernel does not read
         if call.draws and plans.is_wide(rank):
             starts, rows = on_device.factor_starts()
             factors = torch.empty(rows * rank, dtype=torch.float32, device=device)
@@ -161,7 +161,7 @@ class TritonBackend(Backend):
             self.launcher.launch(plan, len(tiles), table.device, tiles, *arguments)
 
     def _prepare(self, op: Op, table: TensorTable, on_device: DeviceTable, call: TableCall) -> list[tuple[Plan, Tensor]]:
-        """What an op is launched with over a table, in order; kept with the table, since a pass may not cost much Python."""
+        """Returns an op's launches in order: plans and tiles. The table keeps them, since a pass may not cost much Python."""
         key = (self, op, len(call.draws), call.decay is None, call.rounding is None)
         found = on_device.prepared.get(key)
         if found is None:
@@ -200,7 +200,7 @@ class TritonBackend(Backend):
 
 
 def _or_unused(values: Tensor | None, call: TableCall) -> Tensor:
-    """Scalars, or something to point at where nothing is read."""
+    """Returns the scalars, or a placeholder for a pointer that the kernel does not read."""
     return call.scales if values is None else values
 
 
@@ -212,5 +212,5 @@ def _target(device: torch.device) -> Target:
 
 
 def _signed(word: int) -> int:
-    """An unsigned 32-bit word as a kernel argument takes it."""
+    """An unsigned 32-bit word as the signed number that a kernel argument takes."""
     return word - (1 << 32) if word >= 1 << 31 else word

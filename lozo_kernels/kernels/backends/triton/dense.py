@@ -1,4 +1,4 @@
-"""X <- decay * X + sum over draws of scale * Z, and MeZO-M's update, a stretch of one row per program."""
+"""The kernel of dense_update and dense_momentum. A program works on a stretch of one row."""
 
 import triton
 import triton.language as tl
@@ -15,7 +15,7 @@ def update_block(
     WEIGHT: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr, MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr,
     COUNT: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """COUNT elements; with MASKED those of them that are ``left``. ``x`` is a pointer, or an offset where WEIGHT is None."""
+    """Updates COUNT elements; with MASKED, those below ``left``. ``x`` is a pointer, or an offset where WEIGHT is None."""
     ALIGNED: tl.constexpr = WEIGHT is not None
     cols = block * COUNT + tl.arange(0, COUNT)
     mask = None
@@ -68,9 +68,9 @@ def dense_update(
     WEIGHT: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr, MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr,
     COUNT: tl.constexpr, BLOCKS: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """The op dense_update, and with MOMENTUM dense_momentum.
+    """The kernel of dense_update and, with MOMENTUM, of dense_momentum.
 
-    A program does BLOCKS * COUNT elements of one row. WEIGHT None: any dtype, read per tensor, and any alignment.
+    A program updates BLOCKS * COUNT elements of one row. WEIGHT None: any dtype, read per tensor, and any alignment.
     """
     ALIGNED: tl.constexpr = WEIGHT is not None
     t, matrix, row, block0 = tile_at(tiles, tl.program_id(0))

@@ -1,4 +1,4 @@
-"""Launching Triton kernels, counted."""
+"""Launches Triton kernels, and counts the launches."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from .plans import Plan
 
 
 class Launcher:
-    """Runs one kernel per call on the current stream of the device of its arguments.
+    """Launches kernels on the current stream of a device.
 
     Attributes:
-        launches: how many were made.
+        launches: how many launches were made.
     """
 
     def __init__(self) -> None:
         self.launches = 0
 
     def launch(self, plan: Plan, programs: int, device: torch.device, *arguments: Any) -> None:
-        """``programs`` programs of a plan's kernel with its runtime arguments in order. None: nothing is launched."""
+        """Launches a plan's kernel with its runtime arguments in order, unless the number of programs is 0."""
         if programs == 0:
             return
         self.launches += 1
@@ -31,5 +31,5 @@ class Launcher:
             self.run(plan, programs, arguments)
 
     def run(self, plan: Plan, programs: int, arguments: tuple[Any, ...]) -> None:
-        """The launch itself."""
+        """Makes one launch. Tests override it."""
         plan.kernel[(programs,)](*arguments, **plan.constants, **plan.options)

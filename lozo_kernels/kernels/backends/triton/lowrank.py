@@ -1,7 +1,7 @@
-"""X <- decay * X + sum over draws of scale * U V^T, and LOZO-M's update, one tile of a matrix per program.
+"""The kernels of lowrank_update, lowrank_momentum and factor_update. A program works on one tile of a matrix.
 
 U is regenerated per tile; the product runs on tensor cores. Factors are multiples of 2^-8 below 4.9, so fp16 holds them and the
-fp32 sums are exact in any order (DESIGN: docs/noise.md).
+fp32 sums are exact in any order (docs/noise.md).
 """
 
 import triton
@@ -16,7 +16,7 @@ from .weights import as_fp32, read_any, read_weights, store_any, store_stochasti
 def random_bits(
     header, element, tensor_id, k0, k1, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
-    """(ROWS, COLS) rounding bits; ``element`` (ROWS, 1) is the flat index of the block's first column in every row."""
+    """Returns (ROWS, COLS) rounding bits; ``element`` (ROWS, 1) is the flat index of the block's first column in every row."""
     index, c3 = rounding_words(header)
     if ALIGNED:
         return rounding_rows(element, index, tensor_id, c3, k0, k1, ROWS, COLS)
@@ -29,18 +29,18 @@ def draw_factor(
     header, tensor_id, first, k0, k1, DRAW: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr,
     DP4A: tl.constexpr,
 ):  # fmt: skip
-    """U of one draw for the rows of a tile, (ROWS, PADDED) fp16, exact."""
+    """Returns U of one draw for the rows of a tile, (ROWS, PADDED) fp16, exact."""
     direction, c3 = draw_words(header, DRAW, STREAM_U)
     return factor(first, tensor_id, direction, c3, k0, k1, ROWS, RANK, PADDED, DP4A).to(tl.float16)
 
 
 @triton.jit
 def split_rows(n):
-    """fp32 rows as high + low / 2^11 times a power of two per row: 22 bits in two fp16, whatever the magnitude."""
+    """Splits fp32 rows into (high + low / 2^11) * down: two fp16 numbers with 22 bits, and a power of two per row."""
     largest = tl.max(tl.abs(n), 1)
     exponent = (largest.to(tl.uint32, bitcast=True) >> 23).to(tl.int32)
     exponent = tl.minimum(tl.maximum(exponent, 20), 240)
-    up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)  # the largest becomes 2^14 to 2^15
+    up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)  # scales the largest of a row to 2^14 to 2^15
     down = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
     scaled = n * up[:, None]
     high = scaled.to(tl.float16)
@@ -50,7 +50,7 @@ def split_rows(n):
 
 @triton.jit
 def momentum_columns(n_row, row_mask, RANK: tl.constexpr):
-    """The columns of N for the rows of a tile, one tensor each, in registers for the whole tile."""
+    """Returns the columns of N for the rows of a tile, each a tensor. They stay in registers for the whole tile."""
     columns = (tl.load(n_row, mask=row_mask, other=0.0),)
     for k in tl.static_range(1, RANK):
         columns = columns + (tl.load(n_row + k, mask=row_mask, other=0.0),)  # noqa: RUF005
@@ -59,7 +59,7 @@ def momentum_columns(n_row, row_mask, RANK: tl.constexpr):
 
 @triton.jit
 def momentum_block(columns, v_matrix, cols, col_mask, width, RANK: tl.constexpr):
-    """N V^T of a block with k ascending, each a rounded multiply and a rounded add; (rows, cols) fp32."""
+    """Returns N V^T of a block, (rows, cols) fp32, with k ascending, each a rounded multiply and a rounded add."""
     pointer = v_matrix + cols
     acc = columns[0][:, None] * tl.load(pointer, mask=col_mask).to(tl.float32)[None, :]
     for k in tl.static_range(1, RANK):
@@ -76,7 +76,7 @@ def update_block(
     MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EIGHTS: tl.constexpr,
     EMULATE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """A block of ROWS by COLS that was read as ``y``; ``x`` are pointers of its rows, or offsets where WEIGHT is None.
+    """Updates a block of ROWS by COLS that was read as ``y``; ``x`` are pointers to its rows, or offsets where WEIGHT is None.
 
     MASKED: some of its rows or columns do not exist. Masks cost an instruction for every other element.
     """
@@ -111,7 +111,7 @@ def update_block(
     if WEIGHT is None:
         store_any(address, x + cols[None, :], y, bits, mask, code, STOCHASTIC, EMULATE)
     elif EIGHTS:
-        # In this shape Triton does not store 16-bit results straight from a matrix layout, 64 bits at a time.
+        # Straight from a matrix layout, Triton would store 16-bit results 64 bits at a time; in this shape it stores 128.
         by_eight = start + tl.arange(0, COLS // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
         pointer = x[:, :, None] + by_eight[None, :, :]
         mask_by_eight = None
@@ -135,9 +135,9 @@ def lowrank_update(
     MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCKS: tl.constexpr,
     AHEAD: tl.constexpr, EIGHTS: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """The op lowrank_update, and with MOMENTUM the weights' part of lowrank_momentum.
+    """The kernel of lowrank_update and, with MOMENTUM, of the weights' part of lowrank_momentum.
 
-    A program does one tile of ROWS by BLOCKS * COLS. WEIGHT None: any dtype, read per tensor, and any alignment.
+    A program updates one tile of ROWS by BLOCKS * COLS. WEIGHT None: any dtype, read per tensor, and any alignment.
     """
     ALIGNED: tl.constexpr = WEIGHT is not None
     t, matrix, row0, block0 = tile_at(tiles, tl.program_id(0))
@@ -166,7 +166,7 @@ def lowrank_update(
         x = tl.multiple_of(address.to(tl.pointer_type(WEIGHT)), 16) + row_begins
     else:
         code = dtype_at(tensors, t)
-    if AHEAD:  # on the way while U is made; then always one block before the one that is worked on
+    if AHEAD:  # the first block is read while U is made, every other one while the block before it is worked on
         cols = col0 + tl.arange(0, COLS)
         ahead = read_weights(x + cols[None, :], row_mask[:, None] & (cols < end)[None, :])
     global_row = row_offset + matrix * height + row0
@@ -174,7 +174,7 @@ def lowrank_update(
     u0 = draw_factor(header, tensor_id, first, k0, k1, 0, ROWS, RANK, PADDED, DP4A)
     u1 = u0
     scale0 = tl.load(scales + t)
-    # What is not needed stands for something that is there.
+    # Values that a variant does not use need a placeholder.
     scale1 = scale0
     factor_of_x = scale0
     rate = scale0
@@ -240,9 +240,9 @@ def factor_update(
     MOMENTUM: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr,
     ROWS: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
-    """The op factor_update, and with MOMENTUM the same of N, before lowrank_update reads it; ROWS rows per program.
+    """The kernel of factor_update; with MOMENTUM it updates N the same way, before lowrank_update reads N. ROWS rows per program.
 
-    Factors of a table may be of several ranks, up to RANK; N has RANK columns.
+    The factors of a table may have several ranks, up to RANK; N has RANK columns.
     """
     t, matrix, row0, _ = tile_at(tiles, tl.program_id(0))
     height, width = extent_at(tensors, t, False)

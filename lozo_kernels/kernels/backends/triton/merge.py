@@ -1,6 +1,6 @@
-"""OUT <- decay * X + (N + scale * U) V^T, one tile of a matrix per program, and OUT <- decay * X + (N + scale * Z).
+"""The kernels of lowrank_merge (one tile of a matrix per program) and dense_merge (a stretch of one row per program).
 
-N holds any fp32 number, so the product is a rounded multiply and a rounded add for each k, ascending: no tensor cores.
+N holds any fp32 number, so the product is a rounded multiply and a rounded add for each k, ascending, without tensor cores.
 """
 
 import triton
@@ -23,7 +23,7 @@ from .noise import (
 from .tables import dtype_at, extent_at, factors_at, place_at, tile_at, weights_at
 from .weights import as_fp32, read_any, read_bf16_pairs, read_weights, store_any, store_stochastic, store_weights
 
-REGISTER_RANK = tl.constexpr(16)  # up to which the columns of N + scale * U stay in registers for a whole tile
+REGISTER_RANK = tl.constexpr(16)  # up to this rank the columns of N + scale * U stay in registers for a whole tile
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def merged_quad(
     n_row, row_mask, global_rows, quad, direction, tensor_id, c3, k0, k1, scale,
     COUNT: tl.constexpr, DRAWS: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
-    """COUNT columns of N + scale * U from column 4 * quad on, for the rows of a tile."""
+    """Returns COUNT columns of N + scale * U, or without draws of N, from column 4 * quad on, for the rows of a tile."""
     columns = momentum_columns(n_row + quad * 4, row_mask, COUNT)
     if DRAWS == 1:
         us = factor_quad(global_rows, global_rows * 0 + (direction + quad), tensor_id, c3, k0, k1, DP4A)
@@ -44,7 +44,7 @@ def merged_quad(
 
 @triton.jit
 def add_columns(product, columns, pointer, col_mask, width, COUNT: tl.constexpr):
-    """Goes on with the sum of :func:`momentum_block`, from the row of V that ``pointer`` is in."""
+    """Adds the next COUNT terms to a sum like that of :func:`momentum_block`; ``pointer`` is in their first row of V."""
     for k in tl.static_range(COUNT):
         v = tl.load(pointer + k * width, mask=col_mask).to(tl.float32)
         product = product + columns[k][:, None] * v[None, :]
@@ -55,11 +55,11 @@ def add_columns(product, columns, pointer, col_mask, width, COUNT: tl.constexpr)
 def wide_product(
     x, factor_row, row_mask, v_matrix, cols, col_mask, width, quads, RANK: tl.constexpr
 ):  # fmt: skip
-    """F V^T of a block, four columns of F in registers at a time.
+    """Returns F V^T of a block, with four columns of F in registers at a time.
 
-    ``quads`` is RANK // 4, which the compiler must not know: unrolled, all columns would want registers at once.
+    ``quads`` is RANK // 4, but no constant: the compiler would unroll the loop and want registers for all columns at once.
     """
-    # -0 added to a number is that number. The condition never holds: it has the sum laid out over the threads as x is.
+    # -0 added to a number is that number. The condition never holds; it makes Triton lay the sum out over the threads as x is.
     product = tl.where(quads < 0, x, -0.0)
     for quad in range(0, quads):
         columns = momentum_columns(factor_row + quad * 4, row_mask, 4)
@@ -76,7 +76,7 @@ def probed_factor(
     tiles, tensors, header, scales, factors, starts,
     RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
-    """factors <- N + scale * U, tensor t from row starts[t] on; ROWS rows per program."""
+    """factors <- N + scale * U, where tensor t has the rows from starts[t] on; ROWS rows per program."""
     t, matrix, row0, _ = tile_at(tiles, tl.program_id(0))
     _, n = factors_at(tensors, t, False)
     height, _ = extent_at(tensors, t, False)
@@ -100,7 +100,7 @@ def merge_block(
     WEIGHT: tl.constexpr, RANK: tl.constexpr, DECAY: tl.constexpr, STOCHASTIC: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, EMULATE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """A block of ROWS by COLS; ``x`` and ``out`` are pointers of its rows, or offsets where WEIGHT is None.
+    """Merges a block of ROWS by COLS; ``x`` and ``out`` are pointers to its rows, or offsets where WEIGHT is None.
 
     MASKED: some of its rows or columns do not exist.
     """
@@ -138,11 +138,10 @@ def lowrank_merge(
     WEIGHT: tl.constexpr, RANK: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr, STOCHASTIC: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, BLOCKS: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """The op lowrank_merge, with no draw or one. Of the table ``outputs``, addresses and strides are read; ``quads`` is RANK // 4.
+    """The kernel of lowrank_merge, with no draw or one. Of the table ``outputs``, only addresses and strides are read.
 
-    With more columns than fit into registers, N + scale * U is what :func:`probed_factor` left in ``factors``.
-
-    A program does one tile of ROWS by BLOCKS * COLS. WEIGHT None: any dtype, read per tensor, and any alignment.
+    Above REGISTER_RANK, N + scale * U is read from ``factors``, where :func:`probed_factor` wrote it, and ``quads`` is RANK // 4.
+    A program merges one tile of ROWS by BLOCKS * COLS. WEIGHT None: any dtype, read per tensor, and any alignment.
     """
     ALIGNED: tl.constexpr = WEIGHT is not None
     t, matrix, row0, block0 = tile_at(tiles, tl.program_id(0))
@@ -225,7 +224,7 @@ def dense_merge_block(
     WEIGHT: tl.constexpr, FACTOR: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr, STOCHASTIC: tl.constexpr,
     COUNT: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """COUNT elements; with MASKED those of them that are ``left``. ``x`` and ``out`` as in :func:`merge_block`."""
+    """Merges COUNT elements; with MASKED, those below ``left`` in the stretch. ``x`` and ``out`` are as in :func:`merge_block`."""
     ALIGNED: tl.constexpr = WEIGHT is not None
     cols = block * COUNT + tl.arange(0, COUNT)
     mask = None
@@ -271,7 +270,7 @@ def dense_merge(
     WEIGHT: tl.constexpr, FACTOR: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr, STOCHASTIC: tl.constexpr,
     COUNT: tl.constexpr, BLOCKS: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """The op dense_merge, with no draw or one; FACTOR: with N. Programs as those of dense_update, outputs as in lowrank_merge."""
+    """The kernel of dense_merge, with no draw or one, and with N if FACTOR. Its tiles are those of dense_update."""
     ALIGNED: tl.constexpr = WEIGHT is not None
     t, matrix, row, block0 = tile_at(tiles, tl.program_id(0))
     address, batch_stride, row_stride = weights_at(tensors, t, ALIGNED)

@@ -1,6 +1,6 @@
 """The noise contract (lozo_kernels/kernels/noise.py) as Triton functions.
 
-Plain integer and fp32 operations only: no ``tl.rand``, no libdevice. Kernels that use them are compiled with
+They use plain integer and fp32 operations only: no ``tl.rand``, no libdevice. Kernels that use them are compiled with
 ``enable_fp_fusion=False``, so that every operation is rounded by itself.
 """
 
@@ -25,7 +25,7 @@ STREAM_ROUNDING = tl.constexpr(8)
 
 @triton.jit
 def philox(c0, c1, c2, c3, k0, k1):
-    """Philox4x32-10: four uint32 words for every counter. All arguments are uint32 and of one shape, or scalars."""
+    """Returns Philox4x32-10, four uint32 words for every counter. All arguments are uint32 and of one shape, or scalars."""
     for _ in tl.static_range(10):
         a = c0.to(tl.uint64) * M0
         b = c2.to(tl.uint64) * M1
@@ -40,7 +40,7 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def normal(w, DP4A: tl.constexpr):
-    """fp32 standard normals from uint32 words. DP4A: sum the four bytes and set the exponent in one NVIDIA instruction."""
+    """Returns fp32 standard normals of uint32 words. DP4A: one NVIDIA instruction sums the four bytes and sets the exponent."""
     if DP4A:
         m = tl.inline_asm_elementwise(
             "dp4a.u32.u32 $0, $1, 0x01010101, 0x4B000000;", "=r,r", [w], dtype=tl.uint32, is_pure=True, pack=1
@@ -61,13 +61,13 @@ def normal(w, DP4A: tl.constexpr):
 
 @triton.jit
 def seed_words(header):
-    """The two key words of a launch's header."""
+    """Returns the two words of the key from a launch's header."""
     return tl.load(header).to(tl.uint32, bitcast=True), tl.load(header + 1).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def draw_words(header, DRAW: tl.constexpr, STREAM: tl.constexpr):
-    """The direction's part of c1, and c3, of draw 0 or 1."""
+    """Returns, for draw 0 or 1, the direction in its bits of c1, and c3."""
     direction = tl.load(header + 2 + DRAW).to(tl.uint32) << 8
     c3 = tl.load(header + 5 + DRAW).to(tl.uint32) | (STREAM << 28)
     return direction, c3
@@ -75,7 +75,7 @@ def draw_words(header, DRAW: tl.constexpr, STREAM: tl.constexpr):
 
 @triton.jit
 def factor_quad(c0, c1, tensor_id, c3, k0, k1, DP4A: tl.constexpr):
-    """The four neighbouring entries of a factor for each counter: c0 is the global row, c1 the column / 4 and the direction."""
+    """Returns four neighbouring entries of a factor for each counter: c0 is the global row, c1 is column / 4 | direction."""
     zero = c0 * 0
     w0, w1, w2, w3 = philox(c0, c1, zero + tensor_id, zero + c3, k0, k1)
     u0 = (normal(w0, DP4A) + GRID) - GRID
@@ -89,7 +89,7 @@ def factor_quad(c0, c1, tensor_id, c3, k0, k1, DP4A: tl.constexpr):
 def factor_at(
     rows, tensor_id, direction, c3, k0, k1, ROWS: tl.constexpr, RANK: tl.constexpr, COLS: tl.constexpr, DP4A: tl.constexpr
 ):  # fmt: skip
-    """(ROWS, COLS) fp32 of a factor at global rows (uint32); columns from RANK on are zero."""
+    """Returns (ROWS, COLS) fp32 of a factor at global rows (uint32); columns from RANK on are zero."""
     GROUPS: tl.constexpr = COLS // 4
     c0 = rows[:, None] + tl.zeros([1, GROUPS], dtype=tl.uint32)
     c1 = c0 * 0 + (tl.arange(0, GROUPS).to(tl.uint32)[None, :] | direction)
@@ -102,14 +102,14 @@ def factor_at(
 
 @triton.jit
 def factor(first, tensor_id, direction, c3, k0, k1, ROWS: tl.constexpr, RANK: tl.constexpr, COLS: tl.constexpr, DP4A: tl.constexpr):
-    """As :func:`factor_at`, of ROWS rows from global row ``first`` (uint32)."""
+    """Returns :func:`factor_at` of the ROWS rows from global row ``first`` (uint32) on."""
     rows = first + tl.arange(0, ROWS).to(tl.uint32)
     return factor_at(rows, tensor_id, direction, c3, k0, k1, ROWS, RANK, COLS, DP4A)
 
 
 @triton.jit
 def flat_words(counter, direction, tensor_id, c3, k0, k1):
-    """Words for flat counters (int64 tensor): the counter's upper bits go beside the direction."""
+    """Returns Philox words of flat counters (int64 tensor), whose upper bits go beside the direction."""
     c0 = counter.to(tl.uint32)
     zero = c0 * 0
     c1 = (counter >> 32).to(tl.uint32) | direction
@@ -118,9 +118,9 @@ def flat_words(counter, direction, tensor_id, c3, k0, k1):
 
 @triton.jit
 def dense_block(first, offset, direction, tensor_id, c3, k0, k1, COUNT: tl.constexpr, DP4A: tl.constexpr):
-    """(COUNT,) fp32 of Z from flat element ``first + offset``, multiples of 8; a thread owns 8 neighbours.
+    """Returns (COUNT,) fp32 of Z from flat element ``first + offset`` on, a multiple of 8. A thread makes 8 neighbours.
 
-    ``first`` is where a tensor's stretch begins: no upper bits of counters change within a tensor that takes this way.
+    The upper bits of the counters are those of ``first``: only tensors in which they do not change are launched this way.
     """
     low = ((first + offset) >> 2).to(tl.uint32)
     c0 = low + tl.arange(0, COUNT // 8).to(tl.uint32) * 2
@@ -135,7 +135,7 @@ def dense_block(first, offset, direction, tensor_id, c3, k0, k1, COUNT: tl.const
 
 @triton.jit
 def dense_any(element, direction, tensor_id, c3, k0, k1, DP4A: tl.constexpr):
-    """fp32 of Z at arbitrary flat elements (int64 tensor), a counter each."""
+    """Returns fp32 of Z at arbitrary flat elements (int64 tensor), with a counter for each."""
     w0, w1, w2, w3 = flat_words(element >> 2, direction, tensor_id, c3, k0, k1)
     k = (element & 3).to(tl.int32)
     w = tl.where(k < 2, tl.where(k == 0, w0, w1), tl.where(k == 2, w2, w3))
@@ -144,7 +144,7 @@ def dense_any(element, direction, tensor_id, c3, k0, k1, DP4A: tl.constexpr):
 
 @triton.jit
 def rounding_words(header):
-    """The direction's part of c1, and c3, of the rounding bits."""
+    """Returns, for the rounding bits, the index of the pass in its bits of c1, and c3."""
     index = tl.load(header + 4).to(tl.uint32) << 8
     # The word 8 << 28 as int32 is negative: shift in uint32.
     c3 = tl.load(header + 7).to(tl.uint32) | (tl.full([], 8, tl.uint32) << 28)
@@ -153,7 +153,7 @@ def rounding_words(header):
 
 @triton.jit
 def rounding_any(element, index, tensor_id, c3, k0, k1):
-    """uint32 below 2^16 at arbitrary flat elements (int64 tensor), a counter each."""
+    """Returns uint32 values below 2^16 at arbitrary flat elements (int64 tensor), with a counter for each."""
     w0, w1, w2, w3 = flat_words(element >> 3, index, tensor_id, c3, k0, k1)
     k = (element & 7).to(tl.int32)
     w = tl.where(k < 4, tl.where(k < 2, w0, w1), tl.where(k < 6, w2, w3))
@@ -162,7 +162,7 @@ def rounding_any(element, index, tensor_id, c3, k0, k1):
 
 @triton.jit
 def half_words(w0, w1, w2, w3):
-    """The eight half-words of four words, in order, in three new dimensions."""
+    """Returns the eight half-words of four words, in order, in three new dimensions."""
     low = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
     high = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
     return tl.join(low, high)
@@ -170,7 +170,7 @@ def half_words(w0, w1, w2, w3):
 
 @triton.jit
 def rounding_rows(first, index, tensor_id, c3, k0, k1, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """(ROWS, COLS) uint32 below 2^16; ``first`` (ROWS, 1) int64 is the flat element of each row's first column, as above."""
+    """Returns (ROWS, COLS) uint32 values below 2^16; ``first`` (ROWS, 1) int64 is the flat element of each row's first column."""
     c0 = (first >> 3).to(tl.uint32) + tl.arange(0, COLS // 8).to(tl.uint32)[None, :]
     zero = c0 * 0
     c1 = zero + ((first >> 35).to(tl.uint32) | index)
@@ -180,7 +180,7 @@ def rounding_rows(first, index, tensor_id, c3, k0, k1, ROWS: tl.constexpr, COLS:
 
 @triton.jit
 def rounding_block(first, offset, index, tensor_id, c3, k0, k1, COUNT: tl.constexpr):
-    """(COUNT,) uint32 below 2^16 from flat element ``first + offset``, as :func:`dense_block`."""
+    """Returns (COUNT,) uint32 values below 2^16 from flat element ``first + offset`` on, as :func:`dense_block` does."""
     c0 = ((first + offset) >> 3).to(tl.uint32) + tl.arange(0, COUNT // 8).to(tl.uint32)
     zero = c0 * 0
     c1 = zero + ((first >> 35).to(tl.uint32) | index)

@@ -1,4 +1,4 @@
-"""Which kernel with which constants does an op: the one place that launching and compiling ahead of time share."""
+"""Which kernel with which constants does an op. Launches and compiling ahead of time share these plans."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _WEIGHTS = dict(zip(DTYPES, (tl.float32, tl.bfloat16, tl.float16), strict=True))
 _LEAST_DOT = 16  # the least extent that tl.dot takes
 
 _ALL_REGISTERS = 255
-"""That a thread of an NVIDIA GPU can have. Left alone, ptxas spills some bytes of large kernels to keep more programs on a
-multiprocessor."""
+"""The most registers of a thread on an NVIDIA GPU. By default ptxas spills some bytes of large kernels to keep more programs on
+a multiprocessor."""
 _HALF_THE_REGISTERS = 128
 FACTOR_ROWS = 64  # rows per program where only a factor is touched
 RESAMPLE_COLS = 64  # columns at a time: few enough that the fp32 sums of their products are exact
@@ -29,13 +29,13 @@ RESAMPLE_COLS = 64  # columns at a time: few enough that the fp32 sums of their 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What the code is made for.
+    """What the code is compiled for.
 
     Attributes:
-        dp4a: NVIDIA's instruction for a sum of bytes.
+        dp4a: NVIDIA's instruction for a sum of bytes is there.
         eights: blocks of 16-bit weights are stored in a shape whose last extent is 8, which keeps AMD's stores 128 bits wide.
-        emulate: the interpreter, whose conversions to bf16 are not those of a GPU.
-        tf32: tensor cores multiply fp32 numbers of 11 bits only; AMD's take them whole.
+        emulate: the kernel runs in the interpreter, whose conversions to bf16 are not those of a GPU.
+        tf32: tensor cores keep 11 bits of an fp32 number; AMD's keep all.
     """
 
     dp4a: bool
@@ -55,14 +55,14 @@ class Plan:
 
     @property
     def options(self) -> dict[str, Any]:
-        """As Triton takes them. Fusion off: every multiply and add is rounded by itself."""
+        """The launch options for Triton. Fusion is off, so that every multiply and add is rounded by itself."""
         options: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": False}
         return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
 
 @dataclasses.dataclass(frozen=True)
 class UpdateKind:
-    """What an update does, as far as the code depends on it."""
+    """The properties of an update that its code depends on."""
 
     draws: int
     decay: bool
@@ -71,12 +71,12 @@ class UpdateKind:
 
 
 def padded(rank: int) -> int:
-    """The rank rounded up to what a dot product takes."""
+    """The rank rounded up to an extent that tl.dot takes."""
     return max(_LEAST_DOT, 1 << (rank - 1).bit_length())
 
 
 def lowrank_plan(dtype: torch.dtype | None, rank: int, kind: UpdateKind, size: TileSize, target: Target) -> Plan:
-    """The pass over low-rank tensors; ``dtype`` None: any, unaligned."""
+    """The plan of the pass over low-rank tensors; ``dtype`` None means any dtype and alignment."""
     constants = {
         "WEIGHT": None if dtype is None else _WEIGHTS[dtype],
         "RANK": rank,
@@ -94,14 +94,14 @@ def lowrank_plan(dtype: torch.dtype | None, rank: int, kind: UpdateKind, size: T
         "EMULATE": target.emulate,
     }
     large = kind.momentum and (kind.stochastic or kind.draws == 2 or rank > 8)
-    # N, two draws and the sums of each are more than four warps can hold.
+    # N, two draws and the sums of each need more registers than four warps have.
     crowded = kind.momentum and kind.draws == 2 and rank > 32 and target.dp4a and dtype is not None
     num_warps = max(8, size.num_warps) if crowded else size.num_warps
     return Plan(lowrank_update, constants, num_warps, _ALL_REGISTERS if large and target.dp4a else None)
 
 
 def factor_update_plan(rank: int, draws: int, decay: bool, momentum: bool, target: Target) -> Plan:
-    """The update of factors, or with ``momentum`` of N, before the pass over the weights."""
+    """The plan that updates factors or, with ``momentum``, N before the pass over the weights."""
     constants = {
         "MOMENTUM": momentum,
         "RANK": rank,
@@ -115,17 +115,17 @@ def factor_update_plan(rank: int, draws: int, decay: bool, momentum: bool, targe
 
 
 def is_wide(rank: int) -> bool:
-    """Whether a merge keeps no columns of its factor in registers, so that :func:`probed_factor_plan` goes before it."""
+    """Whether a merge keeps no columns of its factor in registers. Then :func:`probed_factor_plan` goes before one with a draw."""
     return rank > REGISTER_RANK.value
 
 
 def probed_factor_plan(rank: int, target: Target) -> Plan:
-    """N + scale * U in memory of its own, before a merge of a high rank."""
+    """The plan that writes N + scale * U to scratch memory before a merge of a high rank."""
     return Plan(probed_factor, {"RANK": rank, "PADDED": factor_width(rank), "ROWS": FACTOR_ROWS, "DP4A": target.dp4a})
 
 
 def lowrank_merge_plan(dtype: torch.dtype | None, rank: int, kind: UpdateKind, size: TileSize, target: Target) -> Plan:
-    """A merge of low-rank tensors; ``dtype`` None: any, unaligned."""
+    """The plan of a merge of low-rank tensors; ``dtype`` None means any dtype and alignment."""
     constants = {
         "WEIGHT": None if dtype is None else _WEIGHTS[dtype],
         "RANK": rank,
@@ -144,7 +144,7 @@ def lowrank_merge_plan(dtype: torch.dtype | None, rank: int, kind: UpdateKind, s
 
 
 def dense_merge_plan(dtype: torch.dtype | None, kind: UpdateKind, size: TileSize, target: Target) -> Plan:
-    """A merge of dense tensors, with ``kind.momentum`` from fp32 ones; ``dtype`` None: any, unaligned."""
+    """The plan of a merge of dense tensors, with N if ``kind.momentum``; ``dtype`` None means any dtype and alignment."""
     constants = {
         "WEIGHT": None if dtype is None else _WEIGHTS[dtype],
         "FACTOR": kind.momentum,
@@ -160,7 +160,7 @@ def dense_merge_plan(dtype: torch.dtype | None, kind: UpdateKind, size: TileSize
 
 
 def plan_of(kernel: str, dtype: torch.dtype | None, rank: int, kind: UpdateKind, size: TileSize, target: Target) -> Plan:
-    """The pass over the weights of an op."""
+    """The plan of an op's pass over the weights; the rank of dense tensors is 0."""
     if kernel == "lowrank_merge":
         return lowrank_merge_plan(dtype, rank, kind, size, target)
     if kernel == "dense_merge":
@@ -169,7 +169,7 @@ def plan_of(kernel: str, dtype: torch.dtype | None, rank: int, kind: UpdateKind,
 
 
 def contraction_plan(rank: int, factor: bool, size: TileSize, target: Target) -> Plan:
-    """Activations times V, or with ``factor`` times B + scale * U."""
+    """The plan of the product of activations with V or, with ``factor``, with B + scale * U."""
     constants = {
         "FACTOR": factor,
         "RANK": rank,
@@ -184,14 +184,14 @@ def contraction_plan(rank: int, factor: bool, size: TileSize, target: Target) ->
 
 
 def lookup_plan(rank: int, tokens: int, target: Target) -> Plan:
-    """Rows of B + scale * U, ``tokens`` per program."""
+    """The plan that looks up rows of B + scale * U, ``tokens`` per program."""
     return Plan(lookup, {"RANK": rank, "PADDED": padded(rank), "TOKENS": tokens, "DP4A": target.dp4a})
 
 
 def expansion_plan(
     dtype: torch.dtype, rank: int, factor: bool, parts: bool, gain: bool, shift: bool, size: TileSize, target: Target
 ) -> Plan:
-    """What a contraction or a look-up left, in ``parts`` or one, times V or with ``factor`` B + scale * U, added to outputs."""
+    """The plan that multiplies sums of a contraction or look-up (in ``parts``, or one) by V, or by B + scale * U, and adds to Y."""
     constants = {
         "FACTOR": factor,
         "PARTS": parts,
@@ -210,7 +210,7 @@ def expansion_plan(
 
 
 def dense_plan(dtype: torch.dtype | None, kind: UpdateKind, size: TileSize, target: Target) -> Plan:
-    """The pass over dense tensors; ``dtype`` None: any, unaligned."""
+    """The plan of the pass over dense tensors; ``dtype`` None means any dtype and alignment."""
     constants = {
         "WEIGHT": None if dtype is None else _WEIGHTS[dtype],
         "DRAWS": kind.draws,
@@ -226,7 +226,7 @@ def dense_plan(dtype: torch.dtype | None, kind: UpdateKind, size: TileSize, targ
 
 
 def resample_plan(rank: int, with_momentum: bool, target: Target) -> Plan:
-    """V of a window, and the ratios for :func:`reproject_plan`."""
+    """The plan that makes the V of a window and, with momentum, the ratios for :func:`reproject_plan`."""
     constants = {
         "RANK": rank,
         "PADDED": padded(rank),
@@ -234,20 +234,20 @@ def resample_plan(rank: int, with_momentum: bool, target: Target) -> Plan:
         "COLS": RESAMPLE_COLS if padded(rank) <= 32 else RESAMPLE_COLS // 2,
         "DP4A": target.dp4a,
     }
-    return Plan(resample, constants, num_warps=8 if padded(rank) > 32 else 4)  # the sums in fp64 fill the registers of four
+    return Plan(resample, constants, num_warps=8 if padded(rank) > 32 else 4)  # four warps have too few registers for the fp64 sums
 
 
 def reproject_plan(rank: int) -> Plan:
-    """The momentum carried over into the new V."""
+    """The plan that re-projects the momentum to the new V."""
     return Plan(reproject, {"RANK": rank, "PADDED": factor_width(rank), "ROWS": FACTOR_ROWS})
 
 
 def factor_plan(stream: int, rank: int, target: Target) -> Plan:
-    """A factor on its own."""
+    """The plan that makes one factor."""
     constants = {"STREAM": stream, "RANK": rank, "PADDED": factor_width(rank), "ROWS": FACTOR_ROWS, "DP4A": target.dp4a}
     return Plan(factor_rows, constants)
 
 
 def factor_width(rank: int) -> int:
-    """The rank rounded up to whole counters, as a power of two."""
+    """The rank rounded up to whole counters (four columns each), as a power of two."""
     return max(4, 1 << (rank - 1).bit_length())

@@ -1,4 +1,4 @@
-"""V of a window, and the momentum carried over into it; a factor on its own."""
+"""The kernels that make the V of a window, re-project the momentum to it, and make a factor by itself."""
 
 import triton
 import triton.language as tl
@@ -36,7 +36,7 @@ def resample(
         if REPROJECT:
             old = tl.load(pointer, mask=mask, other=0.0)
             gram += tl.dot(tl.trans(old), new).to(tl.float64)
-            tl.debug_barrier()  # the store may be laid out over the threads in another way than the load
+            tl.debug_barrier()  # an element may be stored by another thread than the one that loaded it
         tl.store(pointer, new, mask=mask)
     if REPROJECT:
         ratio = (gram / width.to(tl.float64)).to(tl.float32)
@@ -60,7 +60,7 @@ def reproject(tiles, tensors, ratios, RANK: tl.constexpr, PADDED: tl.constexpr, 
     for k in range(1, RANK):
         column = tl.load(n_rows + k, mask=row_mask, other=0.0)
         value = value + column[:, None] * tl.load(ratio + k * RANK + ks, mask=ks < RANK, other=0.0)[None, :]
-    # Every column was read by other threads than those that write it.
+    # A column may have been read by other threads than those that write it.
     tl.debug_barrier()
     tl.store(n_rows[:, None] + ks[None, :], value, mask=row_mask[:, None] & (ks < RANK)[None, :])
 
@@ -70,7 +70,7 @@ def factor_rows(
     out, header, tensor_id, row_offset, rows, STREAM: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
-    """Writes fp32 (rows, RANK) of a factor."""
+    """Writes (rows, RANK) fp32 of a factor."""
     k0, k1 = seed_words(header)
     direction, c3 = draw_words(header, 0, STREAM)
     row = tl.program_id(0).to(tl.int64) * ROWS

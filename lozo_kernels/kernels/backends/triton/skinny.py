@@ -1,10 +1,11 @@
-"""Y <- gain * Y + (X W)(W')^T + shift, W and W' being V and B + scale * U or the other way round, and rows of an embedding.
+"""The kernels of lowrank_linear, Y <- gain * Y + (X W) W'^T + shift, and of lowrank_embedding.
 
-Two kernels: the contraction P = X W into scratch, and the expansion that adds P W'^T. Nothing is summed by atomics: the parts
-of long rows lie side by side in the scratch, and the expansion adds them in order.
+W and W' are V and B + scale * U, or the other way round. The contraction writes P = X W to scratch memory (for an embedding the
+look-up writes its rows), and the expansion adds P W'^T. Nothing is summed by atomics: the parts of long rows lie side by side in
+the scratch memory, and the expansion adds them in order.
 
-Products run on tensor cores. Theirs of fp32 keep 11 bits of each factor (TF32): V, bf16 and fp16 have no more, and what has is
-taken in two parts, which leaves an error of 2^-22.
+Products run on tensor cores, which keep 11 bits of an fp32 number (TF32). V, bf16 and fp16 have no more. Other numbers are split
+in two parts, which leaves an error of 2^-22.
 """
 
 import triton
@@ -16,14 +17,14 @@ from .weights import as_fp32, read_activations, read_weights, store_weights
 
 @triton.jit
 def halves(x):
-    """x as the sum of its upper 11 bits and the rest."""
+    """Returns x as the sum of its upper 11 bits and the rest."""
     high = (x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
     return high, x - high
 
 
 @triton.jit
 def add_product(total, a, b, A_SHORT: tl.constexpr, B_SHORT: tl.constexpr, TF32: tl.constexpr):
-    """total + a b in fp32. SHORT: its values have 11 bits."""
+    """Returns total + a b in fp32. SHORT: the values have 11 bits."""
     if not TF32:
         return tl.dot(a, b, total, input_precision="ieee")
     a_high = a
@@ -40,7 +41,7 @@ def add_product(total, a, b, A_SHORT: tl.constexpr, B_SHORT: tl.constexpr, TF32:
 
 @triton.jit
 def v_block(v, cols, width, RANK: tl.constexpr, PADDED: tl.constexpr):
-    """(cols, PADDED) fp32 of V; zero where there is none."""
+    """Returns (cols, PADDED) fp32 of V; zero outside of it."""
     ks = tl.arange(0, PADDED)
     mask = (cols < width)[:, None] & (ks < RANK)[None, :]
     return tl.load(v + ks.to(tl.int64)[None, :] * width + cols[:, None], mask=mask, other=0.0).to(tl.float32)
@@ -51,7 +52,7 @@ def factor_block(
     b, rows, height, draws, scales, group, seed_low, seed_high, tensor_id, row_offset,
     ROWS: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
-    """(ROWS, PADDED) fp32 of a group's B + scale * U at some rows (int32 or int64); zero where there is none."""
+    """Returns (ROWS, PADDED) fp32 of a group's B + scale * U at some rows (int32 or int64); zero outside of it."""
     ks = tl.arange(0, PADDED)
     mask = ((rows >= 0) & (rows < height))[:, None] & (ks < RANK)[None, :]
     c3 = tl.load(draws + group * 2).to(tl.uint32) | (STREAM_U << 28)
@@ -104,7 +105,7 @@ def lookup(
     ids, b, draws, scales, sums, seed_low, seed_high, tensor_id, row_offset, size, height,
     RANK: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
-    """sums <- (B + scale * U)[ids], TOKENS per program; zero for an id that the weight has no row for."""
+    """sums <- (B + scale * U)[ids], TOKENS per program; zero for an id that is not a row of the weight."""
     program = tl.program_id(0)
     tiles = (size + TOKENS - 1) // TOKENS
     group = program // tiles
@@ -119,7 +120,7 @@ def lookup(
 
 @triton.jit
 def sum_parts(sums, tokens, mask, parts, all_tokens, PARTS: tl.constexpr, PADDED: tl.constexpr):
-    """(tokens, PADDED) of P: its parts added in order."""
+    """Returns (tokens, PADDED) of P: its parts added in order."""
     pointer = sums + tokens[:, None] * PADDED + tl.arange(0, PADDED)[None, :]
     p = tl.load(pointer, mask=mask, other=0.0)
     if PARTS:
@@ -134,7 +135,7 @@ def expand_block(
     FACTOR: tl.constexpr, GAIN: tl.constexpr, SHIFT: tl.constexpr, TOKENS: tl.constexpr, COLS: tl.constexpr,
     EIGHTS: tl.constexpr, TF32: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """gain * Y + P W^T + shift of a block of TOKENS by COLS; ``w`` is (PADDED, COLS)."""
+    """Writes gain * Y + P W^T + shift of a block of TOKENS by COLS; ``w`` is (PADDED, COLS)."""
     product = add_product(tl.zeros([TOKENS, COLS], dtype=tl.float32), p, w, False, not FACTOR, TF32)
     pointer = y_rows + cols[None, :]
     y = as_fp32(read_weights(pointer, mask), EMULATE)
@@ -157,9 +158,9 @@ def expansion(
     FACTOR: tl.constexpr, PARTS: tl.constexpr, GAIN: tl.constexpr, SHIFT: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr,
     TOKENS: tl.constexpr, COLS: tl.constexpr, DP4A: tl.constexpr, EIGHTS: tl.constexpr, TF32: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Y <- gain * Y + P V^T + shift, or with FACTOR P (B + scale * U)^T, P being the sum of ``parts`` (with PARTS) or the only one.
+    """Y <- gain * Y + P V^T + shift, or with FACTOR P (B + scale * U)^T. With PARTS, P is the sum of ``parts`` parts.
 
-    A program does COLS columns of ``blocks`` times TOKENS tokens of one group, for which it makes B + scale * U once.
+    A program updates COLS columns of ``blocks`` times TOKENS tokens of one group, for which it makes B + scale * U once.
     """
     program = tl.program_id(0)
     across = (outer + COLS - 1) // COLS

@@ -1,4 +1,4 @@
-"""Tile sizes of the kernels, from JSON: measured on a device by ``lozo-kernels tune``, or the default."""
+"""The tile sizes of the kernels, read from JSON: those that ``lozo-kernels tune`` measured on a device, or the defaults."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KERNELS = (
     *("lowrank_merge", "dense_merge", "contraction", "expansion"),
 )
 _STOCHASTIC = "_stochastic"
-"""After a kernel's name: its variant that rounds stochastically and may need more registers. Without an entry: the kernel's."""
+"""The suffix for a kernel that rounds stochastically, which may need more registers. Without an entry, the kernel's own is used."""
 ENVIRONMENT = "LOZO_KERNELS_TILES"
 
 
@@ -24,9 +24,9 @@ class TileSize:
     """How a kernel divides its work.
 
     Attributes:
-        rows, cols: of the block that a program holds in registers; powers of two. Rows of activations are tokens.
-        blocks: how many of them, side by side, a program works through; of activations the most.
-        num_warps: of a program.
+        rows, cols: extents of the block that a program holds in registers; powers of two. Rows of activations are tokens.
+        blocks: how many blocks, side by side, a program works through; for activations the most.
+        num_warps: warps of a program.
         ahead: the next block is read while one is worked on (low-rank kernels): more bytes in flight, more registers.
     """
 
@@ -68,17 +68,19 @@ def slug(device_name: str) -> str:
 
 
 def user_file(device_name: str) -> Path:
-    """Where ``lozo-kernels tune`` leaves the sizes of a device, unless told otherwise."""
+    """The file that ``lozo-kernels tune`` writes the sizes of a device to by default."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "lozo_kernels" / "tiles" / f"{slug(device_name)}.json"
 
 
 @functools.cache
 def tile_sizes(device_name: str | None, vendor: str = "nvidia") -> TileSizes:
-    """The sizes for a device: of the file that LOZO_KERNELS_TILES names, the user's own, those of the package, the default.
+    """Returns the sizes for a device, from the first file that exists: the user's, the package's for the device, the defaults.
+
+    LOZO_KERNELS_TILES names a file that is used instead.
 
     Args:
-        vendor: "nvidia" or "amd", whose defaults differ: a warp there has 64 threads.
+        vendor: "nvidia" or "amd", whose defaults differ because a warp of AMD's has 64 threads.
 
     Raises:
         ValueError: a file does not hold tile sizes.
@@ -94,11 +96,8 @@ def tile_sizes(device_name: str | None, vendor: str = "nvidia") -> TileSizes:
 
 
 def read(path: Path) -> TileSizes:
-    """Tile sizes of a file; kernels that it does not name, and ranks above those that it does, are taken from the default.
-
-    Raises:
-        ValueError: it does not hold tile sizes.
-    """
+    """Reads the tile sizes of a file; raises ValueError if it holds none. Kernels and ranks that it does not cover get the
+    defaults."""
     default = Path(__file__).parent / "tiles" / "default.json"
     try:
         entries = [_entry(e) for e in json.loads(path.read_text(encoding="utf-8"))["tiles"]]

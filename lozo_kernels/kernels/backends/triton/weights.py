@@ -1,7 +1,7 @@
-"""Reading weights, as fp32, and writing them back, rounded to nearest or stochastically.
+"""Functions that read weights as fp32 and write them back, rounded to nearest even or stochastically.
 
 All access to weights is in this file. EMULATE is for the interpreter, whose bf16 conversions truncate: there the bits are made by
-hand. Where WEIGHT is None, the dtype is that of a code, and ``x`` is an address instead of a pointer.
+hand. Where WEIGHT is None, the dtype is given by a code at run time, and an address and an offset stand in place of a pointer.
 """
 
 import triton
@@ -10,15 +10,15 @@ import triton.language as tl
 
 @triton.jit
 def read_weights(pointer, mask):
-    """Weights as they are, for :func:`as_fp32`; what the mask leaves out is undefined."""
+    """Loads weights in their own dtype, for :func:`as_fp32`. Values outside of the mask are undefined."""
     return tl.load(pointer, mask=mask)
 
 
 @triton.jit
 def read_bf16_pairs(pointer, offset, mask, COUNT: tl.constexpr):
-    """fp32 of COUNT bf16 weights from an aligned ``pointer + offset``, two to a word: an instruction for each and no more.
+    """Loads COUNT bf16 weights from the aligned ``pointer + offset`` as fp32, two to a word, which takes one instruction for each.
 
-    ``mask`` is of the (COUNT / 2,) pairs, or None.
+    ``mask`` is over the (COUNT / 2,) pairs, or None.
     """
     words = pointer.to(tl.pointer_type(tl.uint32)) + offset // 2 + tl.arange(0, COUNT // 2)
     pairs = tl.load(words, mask=mask)
@@ -27,7 +27,7 @@ def read_bf16_pairs(pointer, offset, mask, COUNT: tl.constexpr):
 
 @triton.jit
 def as_fp32(x, EMULATE: tl.constexpr):
-    """fp32 of weights that were read."""
+    """Converts loaded weights to fp32."""
     if EMULATE and x.dtype == tl.bfloat16:
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)
@@ -35,7 +35,7 @@ def as_fp32(x, EMULATE: tl.constexpr):
 
 @triton.jit
 def store_weights(pointer, y, mask, EMULATE: tl.constexpr):
-    """Rounds fp32 to nearest even into the dtype of the pointer."""
+    """Rounds fp32 to nearest even into the dtype of the pointer, and stores it."""
     if EMULATE and pointer.dtype.element_ty == tl.bfloat16:
         u = y.to(tl.uint32, bitcast=True)
         rounded = u + 0x7FFF + ((u >> 16) & 1)
@@ -48,7 +48,7 @@ def store_weights(pointer, y, mask, EMULATE: tl.constexpr):
 
 @triton.jit
 def read_any(address, offset, mask, code, EMULATE: tl.constexpr):
-    """fp32 of weights of the dtype of a code (``table.DTYPES``) at an address, ``offset`` elements further."""
+    """Loads weights, whose dtype has the code ``code`` (``table.DTYPES``), from ``offset`` elements after an address, as fp32."""
     if code == 0:
         y = tl.load(address.to(tl.pointer_type(tl.float32)) + offset, mask=mask, other=0.0)
     elif code == 1:
@@ -60,7 +60,7 @@ def read_any(address, offset, mask, code, EMULATE: tl.constexpr):
 
 @triton.jit
 def store_any(address, offset, y, bits, mask, code, STOCHASTIC: tl.constexpr, EMULATE: tl.constexpr):
-    """The inverse of :func:`read_any`; ``bits`` as for :func:`store_stochastic`."""
+    """Rounds fp32 and stores it where :func:`read_any` would load it; ``bits`` as for :func:`store_stochastic`."""
     if code == 0:
         tl.store(address.to(tl.pointer_type(tl.float32)) + offset, y, mask=mask)
     elif code == 1:
@@ -77,7 +77,7 @@ def store_any(address, offset, y, bits, mask, code, STOCHASTIC: tl.constexpr, EM
 
 @triton.jit
 def store_stochastic(pointer, y, bits, mask):
-    """reference.round_stochastic into the dtype of the pointer, bf16 or fp16; ``bits`` is uint32 below 2^16."""
+    """Rounds as reference.round_stochastic into the pointer's dtype, bf16 or fp16, and stores. ``bits``: uint32 below 2^16."""
     u = y.to(tl.uint32, bitcast=True)
     magnitude = u & 0x7FFFFFFF
     finite = magnitude < 0x7F800000
@@ -98,5 +98,5 @@ def store_stochastic(pointer, y, bits, mask):
 
 @triton.jit
 def read_activations(pointer, mask):
-    """As :func:`read_weights`, and zero where the mask leaves something out."""
+    """Loads like :func:`read_weights`, with zero outside of the mask."""
     return tl.load(pointer, mask=mask, other=0.0)

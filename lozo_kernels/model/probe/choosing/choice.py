@@ -1,4 +1,4 @@
-"""Which side each parameter of a probe takes, and why."""
+"""Chooses the side of each parameter under a probe, and says why."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..members import Member
 from .cost import Costs, free_bytes
 from .trace import Uses
 
-_GAIN = 0.8  # what scratch must save at least: it takes memory, and the choice should not hang on noise
-_PASSES = 3  # over the weights in a step that moves them
+_GAIN = 0.8  # scratch is chosen below this part of the other cost: it takes memory, and noise should not decide
+_PASSES = 3  # passes over the weights in a step that moves them
 
 _COPY_BYTES = 1 << 16
 """Weights up to this size get memory of their own: one call for all of them costs less than a call for each module."""
@@ -30,10 +30,10 @@ def choose_sides(
     """Sets ``side``, ``reason`` and ``scopes`` of every member.
 
     Args:
-        uses: where an evaluation used each.
-        costs: of each low-rank member's device and dtype.
+        uses: where an evaluation used each member.
+        costs: of each low-rank member, on its device and in its dtype.
         compiled: the model is compiled, so that scratch memory cannot be used.
-        peers: who has to choose alike; the other arguments are the same for all.
+        peers: the processes that have to choose alike; the other arguments are the same for all.
     """
     for member in members:
         used = uses[member]
@@ -58,7 +58,7 @@ def choose_sides(
 def _fall_back(
     members: Sequence[Member], uses: Mapping[Member, Uses], costs: Mapping[Member, Costs], config: PatchConfig, peers: Peers
 ) -> None:
-    """To moving weights in place: where scratch does not fit, or everywhere if that is faster and drift is allowed."""
+    """Moves weights in place where their scratch does not fit, or all of them if that is faster and drift is allowed."""
     for member in members:
         scratch = member.side == "scratch" and member.storage.resident
         if scratch and _bytes(member) > peers.least(free_bytes(member.device)):
@@ -78,7 +78,7 @@ def cost_of(member: Member, used: Uses, costs: Costs) -> float:
 
 
 def _skinny_cost(member: Member, used: Uses, costs: Costs) -> float:
-    """Of all layers that have the weight, in one evaluation; an embedding touches the rows that are looked up."""
+    """Seconds of one evaluation for all layers that have the weight. An embedding touches only the rows that are looked up."""
     _, rows, cols = member.extent
     tokens = max(1, used.tokens)
     inputs = [0 if layer_kind(owner) == "embedding" else rows for owner in member.owners]
@@ -113,7 +113,7 @@ def _choose_matrix(member: Member, used: Uses, costs: Costs, config: PatchConfig
 
 
 def why_not_activation(member: Member, used: Uses, estimator: str) -> str | None:
-    """What speaks against the activation side, or None. It needs every use of the weight to be that of a layer that is known."""
+    """Returns what rules the activation side out, or None. Every use of the weight has to be in a layer whose kind is known."""
     if member.parameter.layout.form != "matrix":
         return "not the matrix of a layer"
     if estimator == "subspace":
@@ -129,7 +129,7 @@ def why_not_activation(member: Member, used: Uses, estimator: str) -> str | None
 
 
 def _make_shift(member: Member, members: Sequence[Member], uses: Mapping[Member, Uses]) -> None:
-    """A bias whose layer is on the activation side is added there."""
+    """Puts a bias on the side "shift" if its layer is on the activation side."""
     if member.parameter.low_rank or len(member.owners) != 1 or member.owners[0].attribute != "bias":
         return
     module = member.owners[0].module

@@ -1,4 +1,4 @@
-"""What the two sides of a probe cost on a device, measured there with the ops themselves."""
+"""Measures what the two sides of a probe cost on a device, with the ops themselves."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _ROUNDS = 5
 _FEATURES = 1024
 _TOKENS = 128
 _SMALL = 64
-_WEIGHTS = 4  # read one after the other, so that none comes from a cache that held it a moment ago
+_WEIGHTS = 4  # used one after the other, so that none is in a cache from the call before
 _LARGE = 2048
 
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Seconds: ``call + tokens * (inputs + outputs) * feature`` on the activation side, ``fill + elements * element`` of a scratch.
+    """Seconds: ``call + tokens * (inputs + outputs) * feature`` on the activation side, ``fill + elements * element`` for scratch.
 
     Attributes:
         call, feature: of :func:`lozo_kernels.kernels.skinny.lowrank_linear_`.
@@ -40,11 +40,11 @@ class Costs:
     element: float
 
     def activation(self, tokens: int, inputs: int, outputs: int) -> float:
-        """Of one layer in one evaluation."""
+        """Seconds of one layer in one evaluation."""
         return self.call + tokens * (inputs + outputs) * self.feature
 
     def scratch(self, elements: int) -> float:
-        """Of one weight in one evaluation."""
+        """Seconds of one weight in one evaluation."""
         return self.fill + elements * self.element
 
 
@@ -52,9 +52,9 @@ _MEASURING = threading.Lock()
 
 
 def measure_costs(device: torch.device, dtype: torch.dtype, rank: int, backend_name: str | None) -> Costs:
-    """The fastest of a few calls on small and on larger tensors, once in a process: other load only ever adds.
+    """Measures the costs, once in a process: the fastest of a few calls on small and larger tensors, as other load only adds.
 
-    One thread measures, and others that ask at the same time get what it found: two runs of a process choose the same sides.
+    One thread measures, and others that ask at the same time get its result, so that two runs of a process choose the same sides.
     """
     with _MEASURING:
         return _measured(device, dtype, rank, backend_name)
@@ -90,7 +90,7 @@ def _measured(device: torch.device, dtype: torch.dtype, rank: int, backend_name:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """The sides are compared on one thread: several wait for each other where cores are shared, which drowns what is measured."""
+    """Runs the body on one thread: where cores are shared, several threads wait for each other, which hides what is measured."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -117,7 +117,7 @@ def _wait(device: torch.device) -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that could be taken on a device now."""
+    """Bytes that could be allocated on a device now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

@@ -1,4 +1,4 @@
-"""The first evaluation: where weights are used, which side each takes, and whether the probe is right."""
+"""Prepares a probe by the first evaluation: where weights are used, which side each takes, and whether the probe is right."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from .cost import Costs, free_bytes, measure_costs
 from .trace import watch_uses
 from .verify import Losses, Unit, coarsest, find_wrong, materialised, only_enabled, typical_scale, units_of
 
-_ROUNDS = 4  # of demoting what differs: activation side, scratch, in place, and a last look
+_ROUNDS = 4  # of checks: on the activation side, on scratch, in place, and a last one
 
-_CHUNKS = 8  # in which the weights are checked, two evaluations each, so that the check needs little memory
-_COPY_BYTES = 1 << 26  # that it may take in any case
-_STANCE = threading.RLock()  # the compiler's stance is that of the process: of two threads each would put back the other's
+_CHUNKS = 8  # parts in which the weights are checked, with two evaluations each, so that the check needs little memory
+_COPY_BYTES = 1 << 26  # bytes of copies that a check may take in any case
+_STANCE = threading.RLock()  # the compiler's stance is that of the process: of two threads, each would restore the other's
 
 
 class Preparation:
     """Chooses and installs the side of every member, and checks one loss both ways.
 
     Args:
-        install: puts the sides that were chosen into the model, after taking out those before.
-        step: whose V is in memory.
+        install: puts the chosen sides into the model, in place of earlier ones.
+        step: a step of the window whose V is in memory.
 
     Attributes:
-        precision: the coarsest dtype that evaluations compute with, once :meth:`run` found it.
+        precision: the coarsest dtype that evaluations compute with, known after :meth:`run`.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Preparation:
 
     @torch.no_grad()
     def run(self) -> list[str]:
-        """Does it. Returns notes for the report."""
+        """Chooses, installs and checks the sides. Returns notes for the report."""
         probed, compiled = self.probed, is_compiled(self.probed.model)
         cut = next((m.name for m in self.members if m.storage.in_blocks), None)
         if compiled and cut is not None:
@@ -70,7 +70,7 @@ class Preparation:
             return self._verify(rest)
 
     def loss(self) -> float:
-        """The loss where the model is now."""
+        """The loss of the model as it is now."""
         return float(mean_loss(self.closures, self.randomness))
 
     def _costs(self) -> dict[Member, Costs]:
@@ -98,7 +98,7 @@ class Preparation:
         return notes
 
     def _any_wrong(self, units: Sequence[Unit], rest: float) -> bool:
-        """Checks as many units together as the memory allows that a copy of their weights may take."""
+        """Whether the probe is wrong. Units are checked together as far as memory allows for copies of their weights."""
         weights = sum(_bytes(unit) for unit in units)
         free = self.peers.least(max(free_bytes(device) for device in self.probed.devices))
         budget = min(copies_at_once(weights), free // 2)
@@ -120,7 +120,7 @@ class Preparation:
         return self.peers.any(not self.compare(units, rest).agree(self.precision))
 
     def compare(self, units: Sequence[Unit], rest: float) -> Losses:
-        """The loss with the members of some units perturbed, by the probe and really."""
+        """Returns the loss with the members of some units perturbed, by the probe and in their weights."""
         try:
             self.probed.write([Point(self.step, 0, self.scale)])
             with only_enabled(self.members, units):
@@ -134,7 +134,7 @@ class Preparation:
 
 
 def copies_at_once(weights: int) -> int:
-    """Bytes of copies that the check takes at a time where there is memory for them, of weights of so many bytes."""
+    """Bytes of copies that a check may take at a time, if there is memory, where all weights have ``weights`` bytes."""
     return max(_COPY_BYTES, weights // _CHUNKS)
 
 
@@ -143,7 +143,7 @@ def _bytes(unit: Unit) -> int:
 
 
 def _demote(member: Member) -> str:
-    """The next safer side."""
+    """Moves a member to the next safer side. Returns a note."""
     before = member.side
     if member.storage.in_blocks and before not in ("activation", "shift"):
         raise RuntimeError(f"{member.name!r} is sharded and cannot be probed (the loss differed on every side): exclude it")

@@ -1,4 +1,4 @@
-"""Where a forward pass uses each parameter: seen at the dispatcher, by storage, so that no way of reaching a weight is missed."""
+"""Records where a forward pass uses each parameter, at the dispatcher and by storage, so that no way to a weight is missed."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from ..members import Member
 
 @dataclasses.dataclass(eq=False)
 class Uses:
-    """How one parameter was used.
+    """How a forward pass used one parameter.
 
     Attributes:
-        modules: the innermost modules that were running when an operator took its storage, None for outside of all.
+        modules: the innermost modules that were running when an operator took its storage; None stands for outside of all.
         tokens: rows of the largest input of those modules.
-        obstacle: of a weight in blocks, why its layers do not compute with this process's block alone.
+        obstacle: why the layers of a weight in blocks do not compute with this process's block alone, or None.
     """
 
     modules: dict[nn.Module | None, None] = dataclasses.field(default_factory=dict)
@@ -36,10 +36,10 @@ class Uses:
 
 
 class Watch(TorchDispatchMode):
-    """What a forward pass did.
+    """Records a forward pass.
 
     Attributes:
-        uses: of each parameter.
+        uses: by member.
         dtypes: of all floating-point tensors that operators were given, autocast's included.
     """
 
@@ -49,7 +49,7 @@ class Watch(TorchDispatchMode):
         self.dtypes: set[torch.dtype] = set()
         self.running: list[tuple[nn.Module, int]] = []
         self._by_storage: dict[int, Member] = {}
-        self._away: list[tuple[nn.Module, str, Member]] = []  # where weights are brought in while their module runs
+        self._away: list[tuple[nn.Module, str, Member]] = []  # weights that are brought in while their module runs
         self._layers: dict[nn.Module, list[tuple[Member, Owner]]] = {}
         for member in self.uses:
             if member.storage.always_here:
@@ -83,7 +83,7 @@ class Watch(TorchDispatchMode):
         return None
 
     def look_at_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """A module ran: whether it computed with blocks of its weights."""
+        """After a module ran: records whether it computed with this process's block of its weight alone."""
         for member, owner in self._layers.get(module, ()):
             kind = layer_kind(owner)
             if kind is not None:
@@ -100,7 +100,7 @@ class Watch(TorchDispatchMode):
 
 @contextlib.contextmanager
 def watch_uses(model: nn.Module, members: Iterable[Member]) -> Iterator[Watch]:
-    """Collects the uses of the members while the body runs forward passes of the model in eager mode."""
+    """Records the uses of the members while the body runs forward passes of the model in eager mode."""
     inside = set(model.modules())
     watch = Watch(members)
 

@@ -1,4 +1,4 @@
-"""One loss both ways: a probe must give what a model gives whose weights really are perturbed."""
+"""Checks one loss both ways: a probe must give the loss of a model whose weights really are perturbed."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from ...sharding import mean_square
 from ..members import Member
 
 Unit = list[Member]
-"""Parameters that are treated together: a layer's weight and bias."""
+"""Parameters that are checked together: a layer's weight and bias."""
 
 _TOLERANCES = {torch.float32: (1e-3, 1e-5), torch.float16: (0.1, 0.005), torch.bfloat16: (0.2, 0.03)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Losses:
-    """Of the model at rest, of the probed one, and of the one with perturbed weights."""
+    """The losses of the unperturbed model, of the probed one, and of the one whose weights are perturbed."""
 
     rest: float
     probed: float
     materialised: float
 
     def agree(self, dtype: torch.dtype) -> bool:
-        """Within what rounding in a dtype can do, against the shift of the loss."""
+        """Whether the last two agree, within what rounding in a dtype can do to the shift of the loss."""
         relative, absolute = _TOLERANCES[dtype]
         shift = abs(self.materialised - self.rest)
         difference = abs(self.probed - self.materialised)
@@ -36,14 +36,14 @@ class Losses:
 
 
 def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """The one with the fewest bits, of those that a model computes with."""
+    """The coarsest of the dtypes that a model computes with."""
     return max(set(dtypes) & set(_TOLERANCES), key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
 def typical_scale(members: Sequence[Member], rank: int) -> float:
-    """A perturbation of a fourth of the size of the weights, so that rounding cannot hide what it does.
+    """The scale of a perturbation a fourth as large as the weights, so that rounding cannot hide its effect.
 
-    The same for every process; with weights in blocks a collective.
+    It is the same for every process; with weights in blocks this is a collective.
     """
     sizes = [_size(m) for m in members if m.parameter.low_rank and m.storage.always_here and m.numel]
     known = sorted(size for size in sizes if size > 0)
@@ -57,7 +57,7 @@ def _size(member: Member) -> float:
 
 
 def units_of(members: Sequence[Member]) -> list[Unit]:
-    """Members grouped so that each group can be probed alone."""
+    """Groups members into units that can be probed alone."""
     units: dict[object, Unit] = {}
     for member in members:
         if member.side in ("activation", "shift"):
@@ -68,7 +68,7 @@ def units_of(members: Sequence[Member]) -> list[Unit]:
 
 
 def find_wrong(units: Sequence[Unit], wrong: Callable[[Sequence[Unit]], bool]) -> list[Unit]:
-    """The units that differ by themselves, given that all together do; empty if none does alone."""
+    """Returns the units that differ alone, given that all together do; empty if none does alone."""
     found: list[Unit] = []
     stack = [list(units)]
     while stack:
@@ -83,7 +83,7 @@ def find_wrong(units: Sequence[Unit], wrong: Callable[[Sequence[Unit]], bool]) -
 
 @contextlib.contextmanager
 def only_enabled(members: Sequence[Member], units: Sequence[Unit]) -> Iterator[None]:
-    """Perturbs the members of the units alone."""
+    """While the body runs, only the members of the units are perturbed."""
     chosen = {member for unit in units for member in unit}
     for member in members:
         member.enabled = member in chosen
@@ -96,9 +96,9 @@ def only_enabled(members: Sequence[Member], units: Sequence[Unit]) -> Iterator[N
 
 @contextlib.contextmanager
 def materialised(units: Sequence[Unit], write: Callable[[Member, Tensor], None]) -> Iterator[None]:
-    """Perturbs the weights themselves, for as long as the body runs, and puts every bit back.
+    """Perturbs the weights themselves while the body runs, and then restores every bit.
 
-    In their own storage: whoever kept an address of it must see the same.
+    They stay in their own storage, because code that kept an address of it must see the same.
     """
     rest = []
     try:

@@ -1,1 +1,1 @@
-"""How a probed model evaluates: what is put into its modules, and what they compute."""
+"""How a probed model evaluates: the forwards that replace those of its modules."""

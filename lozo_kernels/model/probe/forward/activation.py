@@ -1,4 +1,4 @@
-"""The activation side: what (B + s U) V^T adds to the outputs of linear and embedding layers, whose weights stay as they are."""
+"""The activation side: adds (B + s U) V^T to the outputs of linear and embedding layers, whose weights are only read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Forward = Callable[..., Any]
 
 
 def layer_kind(owner: Owner) -> str | None:
-    """How a module uses a matrix that it holds: "linear", "transposed" or "embedding", or None where that is not known."""
+    """Returns how a module uses its matrix: "linear", "transposed" or "embedding", or None if that is not known."""
     module, attribute = owner.module, owner.attribute
     if attribute != "weight":
         return None
@@ -39,19 +39,19 @@ def layer_kind(owner: Owner) -> str | None:
 
 
 def summed_dimension(kind: str) -> int:
-    """Which dimension of its weight a layer of a kind sums over, or looks up."""
+    """The dimension of its weight that a layer of a kind sums over, or looks up."""
     return 1 if kind == "linear" else 0
 
 
 def probed_forward(
     runtime: Runtime, kind: str, member: Member, bias: Member | None, owner: Owner, backend: Backend, old: Forward
 ) -> Forward:
-    """A layer's forward with what its weight and bias have moved by.
+    """Wraps a layer's forward, so that it adds what its weight and bias have moved by.
 
     Args:
         kind: see :func:`layer_kind`.
         member: the weight, on the activation side.
-        bias: the bias where its side is "shift", or None.
+        bias: the bias if its side is "shift", else None.
     """
     layer = (_LayerInBlocks if member.storage.in_blocks else _Layer)(runtime, kind, member, bias, owner, backend)
 
@@ -71,11 +71,11 @@ class _Layer:
         self.module, self.name = owner.module, owner.path
         self.tensor_id = member.parameter.tensor_id
         self.first_row = 0 if member.local is None else member.local.shard.row_offset
-        self.adds_once = True  # what is added once to outputs that are a sum over processes
+        self.adds_once = True  # this process adds what is added once to outputs that are a sum over processes
 
     @property
     def _in_operators(self) -> bool:
-        """Whether the ops are not for this layer."""
+        """Whether this layer uses torch's operators instead of the ops."""
         return False
 
     @property
@@ -86,7 +86,7 @@ class _Layer:
         return None if bias is None or bias.shift is None or not bias.enabled else self.runtime.select(bias.shift)
 
     def add(self, y: Tensor, x: Tensor) -> Tensor:
-        """The layer's outputs at the points; in place, but for autograd."""
+        """Returns the layer's outputs at the points. Without autograd they are changed in place."""
         member, runtime = self.member, self.runtime
         if not member.enabled:
             return y if self._shift is None else y + self._shift[0].to(y.dtype)
@@ -126,7 +126,7 @@ class _Layer:
         skinny.dispatch(call, self.backend, lookup=True)
 
     def _spared_bias(self) -> Tensor | None:
-        """What outputs that were multiplied by the weight's gain lack of a bias that does not decay with the weight."""
+        """What outputs that were multiplied by the weight's gain lack of a bias with another gain; None if nothing."""
         b = own_parameters(self.module).get("bias")
         gain, bias = self.member.gain, self.bias
         in_shift = bias is not None and bias.storage.always_here
@@ -136,7 +136,7 @@ class _Layer:
         return (own - gain) * (local_of(b) if is_sharded(b) else b).float()
 
     def _differentiable(self, y: Tensor, x: Tensor) -> Tensor:
-        """As :meth:`add`, in operators that autograd knows, for a forward pass that someone wants gradients of."""
+        """As :meth:`add`, but in operators that autograd knows, for a forward pass whose gradients are needed."""
         parts = []
         for g, (yg, xg) in enumerate(zip(y.chunk(self.runtime.groups), x.chunk(self.runtime.groups), strict=True)):
             delta = self._delta(g)
@@ -157,7 +157,7 @@ class _Layer:
         return F.embedding(rows, delta)
 
     def _delta(self, group: int) -> Tensor:
-        """(B + s U) V^T of one evaluation, fp32."""
+        """Returns (B + s U) V^T of one evaluation, fp32."""
         member, point = self.member, self.runtime.point(group)
         assert member.b is not None and member.v is not None and member.point is not None
         _, rows, _ = member.extent
@@ -175,10 +175,10 @@ class _Layer:
 
 
 class _LayerInBlocks(_Layer):
-    """A tensor-parallel layer: DTensors in and out, to whose parts each process adds the product of its own block.
+    """A tensor-parallel layer. Each process adds the product of its own block of the weight to its part of the outputs.
 
-    With rows of the weight those are its columns of the outputs. With columns of the weight (rows of an embedding) the outputs
-    are a sum over processes, and the product of its columns of the inputs is one term of it.
+    A process with rows of the weight has the same columns of the outputs. With columns of the weight (rows of an embedding) the
+    outputs are a sum over processes, and the product with the process's columns of the inputs is one term.
     """
 
     def add(self, y: Tensor, x: Tensor) -> Tensor:
@@ -226,7 +226,7 @@ class _LayerInBlocks(_Layer):
         return F.embedding(mine, delta) * here[..., None] if len(delta) else torch.zeros((), dtype=delta.dtype, device=delta.device)
 
     def _rows_here(self, rows: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Which of some rows of the weight the block has, None for all; and where in it, 0 for others."""
+        """Which of the looked-up rows of the weight are in the block (None: all), and their indices in it (0 for the others)."""
         first, count = self._shard.row_offset, self._shard.x.shape[1]
         if count == self.member.extent[1]:
             return None, rows

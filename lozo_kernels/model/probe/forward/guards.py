@@ -1,4 +1,4 @@
-"""What would make a probe silently wrong, noticed before it does."""
+"""Notices what would make a probe silently wrong."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Guards:
         self._installation: Installation | None = None
 
     def installed(self, installation: Installation) -> None:
-        """Forwards were put into modules; they have to stay there, and the weights that they read as they are."""
+        """From now on, the installed forwards have to stay, and the weights that they read must not change."""
         self._installation = installation
         read_only = [m for m in self._members if m.side not in (None, "inplace") and m.storage.always_here]
         self._read = [(own_parameters(m.owners[0].module), m.owners[0].attribute, m) for m in read_only]
         self._versions = []
 
     def look(self) -> None:
-        """Remembers the weights as they are."""
+        """Remembers the weights as they are now."""
         self._versions = self._now()
 
     def check_weights(self) -> None:
@@ -70,7 +70,7 @@ class Guards:
                 )
 
     def _now(self) -> list[int]:
-        """For each weight a number that grows when it is changed: a DTensor in blocks as such, or through this process's block."""
+        """For each weight a number that grows when it changes, also through this process's block of a DTensor."""
         versions = []
         for owned, attribute, member in self._read:
             p = owned[attribute]

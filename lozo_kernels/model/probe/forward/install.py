@@ -1,4 +1,4 @@
-"""Putting probed forwards into modules, one instance at a time, and taking them out again."""
+"""Puts probed forwards into modules, one instance at a time, and takes them out again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MISSING = object()
 
 
 class Installation:
-    """The forwards that were replaced."""
+    """The forwards that were replaced in a model."""
 
     def __init__(self) -> None:
         self._replaced: list[tuple[nn.Module, str, Any]] = []
@@ -38,8 +38,8 @@ class Installation:
         save: Callable[[], None],
         load: Callable[[], None],
     ) -> None:
-        """Replaces the forward of every module that a probe concerns, and hooks ``save`` and ``load`` (bound methods, held weakly)
-        to what their names say of the model's state."""
+        """Replaces the forward of every module that a probe concerns. Calls ``save`` and ``load``, which are bound methods and held
+        weakly, before ``state_dict()`` and ``load_state_dict()``."""
         names = {module: name for name, module in model.named_modules()}
         shifts = {m.owners[0].module: m for m in members if m.side == "shift"}
         for member in members:
@@ -74,14 +74,14 @@ class Installation:
         self._hooks.clear()
 
     def lost(self) -> str | None:
-        """The name of a module whose forward was replaced since, or None."""
+        """Returns the name of a module whose forward was replaced by others since, or None."""
         for owned, attribute, name, new in self._outermost:
             if owned.get(attribute) is not new:
                 return name
         return None
 
     def _replace(self, module: nn.Module, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        # accelerate's own forward brings offloaded weights in and calls _old_forward: inside of that they are there.
+        # accelerate's own forward brings offloaded weights in and calls _old_forward, which is where they are present.
         attribute = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
         old = module.__dict__.get(attribute, _MISSING)
         new = make(getattr(module, attribute))
@@ -92,7 +92,7 @@ class Installation:
 
 
 def _weakly(method: Callable[[], None]) -> Callable[..., None]:
-    """A hook that calls a bound method for as long as its object lives."""
+    """Makes a hook that calls a bound method for as long as its object lives."""
     reference = weakref.WeakMethod(method)
 
     def hook(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""A probed model: what is known of each parameter, the points that are evaluated, and the forwards that evaluate there."""
+"""A probed model: the state of each parameter, the points to evaluate at, and the forwards that evaluate there."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from .weights import PerturbedWeights
 
 
 class ProbedModel:
-    """Evaluates a model at other points than its weights, which are only read.
+    """Evaluates a model at points other than its weights, which are only read.
 
     Attributes:
         model: the model; config: how it was patched.
-        members: what is known of every trained parameter, in the order of ``Handle.names``.
+        members: the state of every trained parameter, in the order of ``Handle.names``.
         runtime: the points.
-        guards: what notices that the model changed.
+        guards: notices changes of the model.
         learned: some factor is not zero, so that the model differs from its weights also between steps.
-        backends: what serves each device.
+        backends: the backend of each device.
     """
 
     def __init__(self, model: nn.Module, config: PatchConfig, parameters: Sequence[Parameter], estimator: Estimator) -> None:
@@ -45,7 +45,7 @@ class ProbedModel:
 
     @property
     def devices(self) -> list[torch.device]:
-        """Where the trained parameters' state is, each device once."""
+        """The devices of the trained parameters' state, each once."""
         return list(dict.fromkeys(member.device for member in self.members))
 
     @property
@@ -54,17 +54,17 @@ class ProbedModel:
         return sum(arena.nbytes for arena in self._arenas.values())
 
     def member(self, p: Parameter) -> Member:
-        """What is known of a parameter."""
+        """The state of a parameter."""
         return next(m for m in self.members if m.parameter is p)
 
     def follow(self) -> None:
-        """Makes state where the parameters are now, or brings it there."""
+        """Makes the state of each member on the device of its parameter, or moves it there."""
         for member in self.members:
             self._follow(member)
         self.backends = {d: choose_backend(d, self.config.backend).backend for d in self.devices}
 
     def rebuild(self) -> None:
-        """Makes the memory for perturbed weights anew, as the sides ask for."""
+        """Makes the memory for perturbed weights anew, as the sides need it."""
         self._weights.rebuild(self.members, self.backends)
         self._weights.refresh()
 
@@ -83,7 +83,7 @@ class ProbedModel:
         self._installation.remove()
 
     def write(self, points: Sequence[Point] = (REST,), examples: int | None = None) -> None:
-        """Moves to other points; copies and shifts follow.
+        """Moves to other points, and rewrites copies and shifts for them.
 
         Args:
             examples: of each evaluation, when several share a forward pass.

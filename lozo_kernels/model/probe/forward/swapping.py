@@ -1,7 +1,7 @@
-"""The weight side: perturbed weights take the place of the real ones while a module runs, and no longer.
+"""The weight side: perturbed weights replace the real ones while a module runs.
 
-What is swapped is the storage behind the parameter (``param.data``), so every way of reaching it sees the same weight. Where code
-is compiled, tensors of fixed storage are put into the module instead, which compilers understand.
+The storage behind the parameter (``param.data``) is swapped, so every way of reaching it sees the same weight. In compiled code,
+tensors of fixed storage are put into the module instead, which compilers understand.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ALIGNMENT = 64  # bytes
 
 
 class Arena:
-    """Scratch memory of one device, given out and taken back in stack order: modules run inside each other."""
+    """Scratch memory of one device. It is taken and given back in stack order, because modules run inside each other."""
 
     def __init__(self, device: torch.device) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8, device=device)
@@ -32,20 +32,19 @@ class Arena:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
         return self._memory.numel()
 
     def take(self, like: Tensor) -> tuple[Tensor, int]:
-        """A contiguous tensor of a shape and dtype, and what :meth:`give_back` takes."""
+        """Returns a contiguous tensor of the shape and dtype of ``like``, and the number that :meth:`give_back` takes."""
         start, size = self._top, like.numel() * like.element_size()
         end = -(-(start + size) // _ALIGNMENT) * _ALIGNMENT
-        if end > self._memory.numel():  # whoever holds a part of the old memory keeps it alive
+        if end > self._memory.numel():  # tensors in the old memory keep it alive
             self._memory = torch.empty(end, dtype=torch.uint8, device=self._memory.device)
         self._top = end
         return self._memory[start : start + size].view(like.dtype).view(like.shape), start
 
     def give_back(self, start: int) -> None:
-        """Everything from there on is free."""
+        """Frees everything from ``start`` on."""
         self._top = start
 
 
@@ -56,7 +55,7 @@ Fill = Callable[[Member, Tensor, int], None]
 def scoped_forward(
     runtime: Runtime, members: Sequence[Member], arenas: dict[torch.device, Arena], fill: Fill, old: Forward
 ) -> Forward:
-    """A module's forward with the perturbed weights of ``members`` in their places."""
+    """Wraps a module's forward, so that it runs with the perturbed weights of ``members`` in their places."""
     scope = _Scope(runtime, members, arenas, fill)
 
     @functools.wraps(old)
@@ -75,10 +74,10 @@ def scoped_forward(
 class _Scope:
     def __init__(self, runtime: Runtime, members: Sequence[Member], arenas: dict[torch.device, Arena], fill: Fill) -> None:
         self.runtime, self.members, self.arenas, self.fill = runtime, members, arenas, fill
-        self.places = [[(owner.module, owner.attribute) for owner in member.owners] for member in members]  # for compilers
+        self.places = [[(owner.module, owner.attribute) for owner in member.owners] for member in members]  # for run_compiled
 
     def run(self, old: Forward, args: Any, kwargs: Any) -> Any:
-        """The module at one point."""
+        """Runs the module at one point."""
         group = self.runtime.selected or 0
         swapped: list[tuple[Member, Tensor, Tensor]] = []
         starts: list[tuple[Arena, int]] = []
@@ -108,14 +107,14 @@ class _Scope:
                     arena.give_back(start)
 
     def run_groups(self, old: Forward, args: Any, kwargs: Any) -> Any:
-        """The module at every point, each with its part of the batch."""
+        """Runs the module at every point, each with its part of the batch."""
         runtime = self.runtime
         groups = runtime.groups
 
         def is_batch(x: Any) -> bool:
             return isinstance(x, Tensor) and runtime.is_batch(x.shape)
 
-        if len(args) == 1 and not kwargs and is_batch(args[0]):  # most modules, norms above all, without the detours
+        if len(args) == 1 and not kwargs and is_batch(args[0]):  # the fast way for most modules, above all norms
             parts = []
             for g in range(groups):
                 with runtime.only(g):
@@ -130,7 +129,7 @@ class _Scope:
         return _join(outputs, None if split else runtime.examples)
 
     def run_compiled(self, old: Forward, args: Any, kwargs: Any) -> Any:
-        """The module with tensors of fixed storage in the parameters' places, for compilers."""
+        """Runs the module with tensors of fixed storage in the parameters' places, which compilers understand."""
         if self.runtime.groups > 1:
             raise NotImplementedError("evaluation='batched' is not for compiled models with weights on the weight side")
         rest = []
@@ -155,7 +154,7 @@ def _rows(x: Tensor, group: int, groups: int) -> Tensor:
 
 
 def _join(outputs: Sequence[Any], examples: int | None) -> Any:
-    """Outputs of the evaluations as one batch. ``examples``: they were made of what all examples share, and are repeated."""
+    """Joins the evaluations' outputs into one batch. ``examples``: inputs were shared by all examples, so outputs are repeated."""
     flat, spec = tree_flatten(outputs[0])
     leaves = [flat, *(tree_flatten(output)[0] for output in outputs[1:])]
     return tree_unflatten([_concatenate(parts, examples) for parts in zip(*leaves, strict=True)], spec)

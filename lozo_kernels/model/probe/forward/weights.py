@@ -1,4 +1,4 @@
-"""Perturbed weights in memory of their own: copies and shifts that follow the points, and scratch that is filled on demand."""
+"""Writes perturbed weights to other memory: copies and shifts that follow the points, and scratch memory on demand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..runtime import Runtime
 
 @dataclasses.dataclass
 class _Batch:
-    """Members of one kind on one device whose perturbed weights are made by one call; a table to write for every point."""
+    """Members of one kind on one device whose perturbed weights one call writes, with a table of outputs for every point."""
 
     members: list[Member]
     table: TensorTable
@@ -35,13 +35,13 @@ class PerturbedWeights:
     def __init__(self, runtime: Runtime, estimator: Estimator) -> None:
         self._runtime, self._estimator = runtime, estimator
         self._batches: list[_Batch] = []
-        self._most = 1  # points at once so far: there is memory for as many
+        self._most = 1  # the most points at once so far, for which there is memory
         self._members: list[Member] = []
         self._backends: Mapping[torch.device, Backend] = {}
         self._fills: dict[Member, tuple[tuple[int, int], TensorTable, TensorTable]] = {}
 
     def rebuild(self, members: Sequence[Member], backends: Mapping[torch.device, Backend]) -> None:
-        """Starts anew: weights or sides changed, or there are more points than ever."""
+        """Makes tables and memory anew, because weights or sides changed, or there are more points than ever."""
         self._members, self._backends = list(members), backends
         self._fills.clear()
         self._batches.clear()
@@ -58,7 +58,7 @@ class PerturbedWeights:
             self._batches.append(_Batch(some, table, outs, backends[device]))
 
     def refresh(self) -> None:
-        """Copies and shifts at the points as they are now."""
+        """Rewrites copies and shifts for the current points."""
         if self._runtime.groups > self._most:
             self.rebuild(self._members, self._backends)
         for batch in self._batches:
@@ -69,10 +69,10 @@ class PerturbedWeights:
                 _add_decayed_biases(batch.members)
 
     def fill(self, member: Member, out: Tensor, group: int, base: Tensor | None = None) -> None:
-        """The perturbed weight of a member at a point, into a tensor of its shape.
+        """Writes the perturbed weight of a member at a point into a tensor of its shape.
 
         Args:
-            base: the whole weight; None: what this process has of it, where it is now.
+            base: the whole weight; None: this process's part of it, where it is now.
         """
         local = member.local if base is None else None
         if base is None:
@@ -86,7 +86,7 @@ class PerturbedWeights:
             table = table_of([member], [shard])
             table.check_positions(factors=member.v is not None, flat=member.v is None)
             known = (key, table, TensorTable([matrices(out)], [0]))
-            if member.storage.always_here and base.numel():  # a table keeps its tensors alive, and an offloaded weight is to go
+            if member.storage.always_here and base.numel():  # a table keeps its tensors alive, and offloaded weights must go
                 self._fills[member] = known
         self._merge(known[1], known[2], group, member.gain, self._backends[member.device])
 
@@ -128,7 +128,7 @@ class PerturbedWeights:
 
 
 def _add_decayed_biases(members: Sequence[Member]) -> None:
-    """A layer's outputs hold the bias at rest, times the weight's gain: what is missing where the bias has another."""
+    """Adds what is missing of biases whose decay is not their layer's: outputs hold the stored bias times the weight's gain."""
     for member in members:
         weight = member.layer_weight
         if weight is None or (weight.gain is None and member.gain is None):

@@ -1,1 +1,1 @@
-"""What a probe learned: factors between merges, and what becomes of them."""
+"""What a probe learned: the factors since the last merge, and how they are merged or kept."""

@@ -22,10 +22,10 @@ from ..members import Member, gains_of, table_of
 
 @dataclasses.dataclass(eq=False)
 class FactorGroup(Group):
-    """Factors B of low-rank parameters, to which a pass adds U where it would add U V^T to weights.
+    """Factors B of low-rank parameters. A pass adds U to B where it would add U V^T to weights.
 
     Attributes:
-        momentum: N of the same parameters, or None.
+        momentum: a table of N of the same parameters, or None.
     """
 
     momentum: TensorTable | None = None
@@ -40,7 +40,7 @@ class FactorGroup(Group):
         rounding: Rounding | None = None,  # noqa: ARG002  (B is fp32)
         seed: int | None = None,
     ) -> None:
-        """B <- decay * B + the terms; with ``carried`` momentum N takes them up instead, and B <- B + alpha * N."""
+        """B <- decay * B + the terms. With ``carried`` momentum, N takes up the terms, and B <- decay * B + alpha * N."""
         seed, draws = self.config.seed if seed is None else seed, self.draws(terms)
         keep = None if decay is None else self.row(decay)
         if carried is None:
@@ -62,12 +62,12 @@ class FactorGroup(Group):
 
 @dataclasses.dataclass(eq=False)
 class StateGroup:
-    """Parameters of one kind on one device.
+    """The members of one kind on one device, with what they learned.
 
     Attributes:
-        learned: their factors B, or for dense parameters what was added.
-        windows: V and N as a table to draw V anew; None for dense parameters.
-        gains: (members,) fp32, what weight decay made of the weights.
+        learned: their factors B, or for dense parameters the sum of their updates.
+        windows: a table with V and N for drawing V anew; None for dense parameters.
+        gains: (members,) fp32, the factors by which weight decay scaled the weights.
     """
 
     members: list[Member]
@@ -77,13 +77,13 @@ class StateGroup:
 
     @property
     def backend(self) -> Backend:
-        """What serves the device."""
+        """The backend of the device."""
         return self.learned.backend
 
     def update(self, update: Update) -> None:
-        """B <- (1 - lr * weight_decay) B - lr * mean of c U / r; with momentum N takes the mean up, and stands in its place.
+        """B <- (1 - lr * weight_decay) B - lr * mean of c U / r; with momentum, N takes up the mean and replaces it.
 
-        X_t = gain * W + B V^T then follows Algorithm 1 (or 2) of the paper exactly, and gain takes its decay too.
+        X_t = gain * W + B V^T then follows Algorithm 1 (or 2) of the paper exactly, because the gain decays too.
         """
         run_update([self.learned], update)
         decay = decay_of(update.lr, update.weight_decay)
@@ -93,11 +93,11 @@ class StateGroup:
                 member.gain = self.gains[i : i + 1]
 
     def merge(self, members: Sequence[Member], shards: Sequence[Shard], rounding: Rounding | None) -> None:
-        """X <- gain * X + B V^T (or + what was added), rounded once into the weights' dtype.
+        """X <- gain * X + B V^T (for dense parameters + the sum of their updates), rounded once into the weights' dtype.
 
         Args:
             members: some of the group's.
-            shards: what this process has of their weights, on the group's device: a shard has the bits of the whole weight.
+            shards: this process's part of their weights, on the group's device: a shard has the bits of the whole weight.
         """
         table, dense = table_of(members, shards), self.learned.kind == "dense"
         table.check_positions(factors=not dense, flat=dense or rounding is not None)
@@ -113,7 +113,7 @@ def make_groups(
     estimator: Estimator,
     config: PatchConfig,
 ) -> list[StateGroup]:
-    """Members that learn in factors, by kind and device."""
+    """Groups the members that learn in factors by kind and device."""
     by_place: dict[tuple[str, torch.device], list[Member]] = {}
     for member in members:
         if member.b is not None:
@@ -136,7 +136,7 @@ def _make_group(
     learned: Group
     if kind == "dense":
         learned = Group(kind, index, TensorTable(bs, ids, n=ns), backend, estimator, config)
-        learned.rounds = False  # what was added is fp32
+        learned.rounds = False  # updates add to fp32, which does not round
         return StateGroup(members, learned, None, gains)
     windows = TensorTable(
         # Only shapes count: drawing V does not touch the weights, which may be elsewhere.

@@ -1,4 +1,4 @@
-"""What becomes of learned factors: merged into weights, kept where there is no weight to merge into, remembered if asked for."""
+"""Merges learned factors into weights, keeps those that no weight can hold, and remembers merged ones if asked for."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class Ledger:
         self.history: list[tuple[int, dict[str, Tensor]]] = []
 
     def merge(self, group: StateGroup, window: int, rounding: Rounding | None) -> None:
-        """X <- gain * X + B V^T for all of a group, and B <- 0."""
+        """Merges, X <- gain * X + B V^T, for all members of a group, and sets B to zero."""
         near = [m for m in group.members if m.storage.always_here]
         if near:
             group.merge(near, [m.storage.shard() for m in near], rounding)
             self._begin_anew(near, window)
-        for member in group.members:  # a disk may be full: each is done with before the next is begun
+        for member in group.members:  # a disk may be full, so each one is finished before the next begins
             if not member.storage.always_here:
                 self._merge_away(group, member, window, rounding)
                 self._begin_anew([member], window)
 
     def _merge_away(self, group: StateGroup, member: Member, window: int, rounding: Rounding | None) -> None:
-        """A weight that is not here all the time is brought here and back; where none can take up the factors, they are kept."""
+        """Merges into a weight that is brought here and written back; if the weight cannot hold the factors, they are kept."""
         if member.storage.mergeable:
             with member.storage.borrowed(member.device) as shard:
                 if shard.x.numel():
@@ -51,14 +51,14 @@ class Ledger:
             member.past.add(b, v, window)
 
     def _begin_anew(self, members: Sequence[Member], window: int) -> None:
-        """After a merge: B is zero, and what it was is remembered if that was asked for."""
+        """After a merge: remembers B, if that was asked for, and sets it to zero."""
         for member in members:
             assert member.b is not None
             if self._config.keep_factors and member.v is not None and member.past is None:
                 self._remember(member.name, member.b, window)
             member.b.zero_()
             if member.gain is not None:
-                member.gain.fill_(1.0)  # a view of the group's
+                member.gain.fill_(1.0)  # a view of the group's gains
                 member.gain = None
 
     def _remember(self, name: str, b: Tensor, window: int) -> None:
@@ -74,7 +74,7 @@ class Ledger:
         return [m.name for m in low_rank if self._config.keep_factors or not m.storage.mergeable]
 
     def check_decay(self) -> None:
-        """Raises RuntimeError if a parameter has decayed whose factors are kept, because they cannot say that."""
+        """Raises RuntimeError if a parameter has decayed whose factors are kept, because they cannot express decay."""
         names = set(self.undecaying)
         gains = {m.name: m.gain for m in self._members if m.gain is not None and m.name in names}
         decayed = next((name for name, gain in gains.items() if float(gain) != 1.0), None)
@@ -85,11 +85,10 @@ class Ledger:
 
     @property
     def past(self) -> dict[str, dict[str, Any]]:
-        """See :attr:`ProbeHandle.past`."""
         return {m.name: dataclasses.asdict(m.past) for m in self._members if m.past is not None}
 
     def check_past(self, past: Mapping[str, Mapping[str, Any]]) -> None:
-        """Raises ValueError if it is of other layers or shapes."""
+        """Raises ValueError if it does not belong to the quantised layers of this model."""
         quantised = self._unmergeable_members()
         for name, saved in past.items():
             shape = None if name not in quantised else quantised[name].extent
@@ -97,7 +96,7 @@ class Ledger:
                 raise ValueError(f"what {name!r} learned does not fit a quantised layer of this model")
 
     def load_past(self, past: Mapping[str, Mapping[str, Any]]) -> None:
-        """Takes over what was checked."""
+        """Loads what :meth:`check_past` has checked."""
         for name, member in self._unmergeable_members().items():
             member.past = None
             if name in past:

@@ -11,8 +11,8 @@ from .kernels.registry import choose_backend
 from .kernels.table import TensorTable
 from .kernels.version import __version__ as __version__
 from .model.config import PatchConfig
-from .model.handle import Handle, handle_of
-from .model.patching import patch
+from .model.handle import Handle
+from .model.patching import handle_of, patch
 from .model.probe import BatchSplitError, LoraAdapter, ProbeHandle, export_lora
 from .model.report import ParameterReport, Report
 from .optim.graphs import CapturedStep, capture_step

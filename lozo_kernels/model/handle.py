@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -14,44 +12,24 @@ from ..kernels import reference
 from ..kernels.calls import Draw, Step
 from ..kernels.checks import check_range, check_scale
 from ..kernels.noise import MAX_DIRECTION, MAX_DRAW, dense
-from ..kernels.registry import Choice, choose_backend
+from ..kernels.registry import choose_backend
 from ..kernels.table import TensorTable
 from .backward import Backward
 from .config import PatchConfig
 from .estimators import ESTIMATORS, Estimator, FactorSpec
 from .losses import BatchClosure, Closure, Randomness
-from .modules import own_parameters
 from .momentum import piece_of, spread
 from .parameters import LeftAlone, Parameter, find_parameters
 from .passes import Group, Scalar, Term, Update, check_update, run_pass, run_update
-from .report import ParameterReport, Report
+from .registered import forget_handle
+from .report import ParameterReport, Report, report_of
 from .sharding import reshard
-
-_HANDLES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
-_LOCK = threading.Lock()
+from .watching import StorageWatch
 
 _ONE_POINT = "weights that are moved are at one point at a time: evaluations in one forward pass need placement='probe'"
 
 Perturbation = tuple[int, float]
 """(direction, scale): a perturbation within the current step."""
-
-
-def register_handle(model: nn.Module, make: Callable[[], Handle]) -> Handle:
-    """Makes a model's handle and registers it for :func:`handle_of`. Raises RuntimeError if the model has one already."""
-    with _LOCK:
-        if handle_of(model) is not None:
-            raise RuntimeError(
-                "this model is patched already: use lozo_kernels.handle_of(model), or call its restore() before patching again"
-            )
-        handle = make()
-        _HANDLES[model] = weakref.ref(handle)
-    return handle
-
-
-def handle_of(model: nn.Module) -> Handle | None:
-    """Returns the handle of a patched model, or None. A model whose handle was deleted is not patched any more."""
-    handle = _HANDLES.get(model)
-    return None if handle is None else handle()
 
 
 class Handle:
@@ -88,20 +66,12 @@ class Handle:
         self.on_merge: Callable[[], None] | None = None
         self.precision = torch.float32
         self._aliases = {alias: p for p in self.trained for alias in (p.name, *p.aliases)}
-        self._gone: list[object] = []
-        first = [p.storage.owners[0] for p in self.trained]
-        self._watched = [weakref.ref(owner.module, self._gone.append) for owner in first]
-        resident = [p.storage.owners[0] for p in self.trained if p.storage.resident]
-        self._places = [(own_parameters(owner.module), owner.attribute) for owner in resident]
         self._sharded = [p for p in self.trained if p.storage.sharded]
-        self._shapes = [p.tensor.shape for p in self.trained]
+        self._watch = StorageWatch(self.trained)
         self._v: dict[str, Tensor] = {}
         self._momentum: dict[str, Tensor] = {}
         self._window: int | None = None
         self._groups: list[Group] = []
-        self._addresses: list[int] = []
-        self._seen: tuple[list[int], list[bool], list[torch.dtype]] | None = None
-        self._seen_at: Step | None = None
         self._flush: Callable[[], None] | None = None
         self._guards: list[torch.utils.hooks.RemovableHandle] = []
         self._restored = False
@@ -362,7 +332,7 @@ class Handle:
         """Returns how every parameter of the model is treated. ``print(handle.report())`` shows a table."""
         self._refresh_groups()
         serving = {device: choose_backend(device, self.config.backend) for device in map(self.device_of, self.trained)}
-        rows = [self._describe(p, serving[self.device_of(p)]) for p in self.trained]
+        rows = [self._describe(p, serving[self.device_of(p)].backend.name) for p in self.trained]
         for left in self._left:
             t = left.tensor
             rows.append(ParameterReport(left.name, (), tuple(t.shape), t.dtype, t.device, "left alone", None, left.reason))
@@ -403,9 +373,7 @@ class Handle:
         if self.backward is not None:
             self.backward.remove()
         self._restored = True
-        with _LOCK:
-            if handle_of(self.model) is self:
-                del _HANDLES[self.model]
+        forget_handle(self.model, self)
 
     def load_momentum(self, momentum: dict[str, Tensor], window: int | None) -> None:
         """Loads :attr:`momentum_state` of another handle of the same model, which is expressed in the V of ``window``.
@@ -486,34 +454,8 @@ class Handle:
             table.v[t].copy_(new[..., shard.col_offset : shard.col_offset + shard.x.shape[2]])
 
     def _refresh_groups(self, step: Step | None = None) -> None:
-        """Rebuilds the groups if storage moved (``model.to``, ``load_state_dict(assign=True)``, ``param.data = ...``).
-
-        Addresses are compared at every pass; sizes and dtypes, which can change at one address (``model.float().half()``), only
-        at the first pass of a step. With hundreds of parameters, comparing either takes longer than launching a kernel.
-        """
-        again = isinstance(step, int) and step == self._seen_at
-        try:
-            parameters: list[Any] = [owned[name] for owned, name in self._places]
-            parameters += self._shards()
-            addresses = list(map(Tensor.data_ptr, parameters))
-            gone = bool(self._gone)
-        except (KeyError, TypeError):
-            gone = True
-        if gone:
-            parameters = [*self.parameters, *self._shards()]  # raises for the one that is gone
-            addresses = [p.data_ptr() for p in parameters]
-        same = addresses == self._addresses
-        if same and again:
-            return
-        seen = (
-            list(map(Tensor.numel, parameters)),
-            list(map(Tensor.is_contiguous, parameters)),
-            [p.dtype for p in parameters],
-        )
-        if not same or seen != self._seen:
-            self._rebuild_groups()
-            self._addresses, self._seen = addresses, seen
-        self._seen_at = step
+        """Rebuilds the groups if storage moved since the last pass."""
+        self._watch.look(self._shards(), step, self._rebuild_groups)
 
     def _shards(self) -> list[Tensor]:
         """The storage of the shards that passes change. Whole weights that FSDP kept, which would be stale, are freed."""
@@ -522,15 +464,7 @@ class Handle:
         reshard(self.model)
         return [p.storage.shard().x for p in self._sharded]
 
-    def _check_shapes(self) -> None:
-        for p, shape in zip(self.trained, self._shapes, strict=True):
-            if p.tensor.shape != shape:
-                raise ValueError(
-                    f"parameter {p.name!r} was {tuple(shape)}, now is {tuple(p.tensor.shape)}: restore() and patch again"
-                )
-
     def _rebuild_groups(self) -> None:
-        self._check_shapes()
         self._groups = self._make_groups(range(len(self.trained)))
 
     def _make_groups(self, positions: Iterable[int]) -> list[Group]:
@@ -562,14 +496,5 @@ class Handle:
         backend = choose_backend(device, self.config.backend).backend
         return Group(kind, torch.tensor(index, device=device), table, backend, self.estimator, self.config)
 
-    def _describe(self, p: Parameter, choice: Choice) -> ParameterReport:
-        tensor, (batch, rows, cols) = p.tensor, p.extent
-        treatment, note = "dense", f"{tensor.numel()} elements"
-        if p.low_rank:
-            treatment = f"low-rank {self.config.rank}"
-            note = f"{rows} x {cols}" if batch == 1 else f"{batch} matrices of {rows} x {cols}"
-            if self.config.rank > min(rows, cols):
-                note += f"; rank {self.config.rank} is above min(rows, columns), which wastes noise but is exact"
-        return ParameterReport(
-            p.name, p.aliases, tuple(tensor.shape), tensor.dtype, tensor.device, treatment, choice.backend.name, note
-        )
+    def _describe(self, p: Parameter, backend: str) -> ParameterReport:
+        return report_of(p, self.config.rank, backend)

@@ -8,8 +8,9 @@ from torch import nn
 
 from .backward import DRIVES, Backward
 from .config import OPTIONS, PatchConfig, PatchOptions, check_names
-from .handle import Handle, register_handle
+from .handle import Handle
 from .probe import ProbeHandle
+from .registered import register_handle, registered
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -58,3 +59,8 @@ def patch(model: nn.Module, *, drive: str = "closure", **options: Unpack[PatchOp
             handle.restore()
             raise
     return handle
+
+
+def handle_of(model: nn.Module) -> Handle | None:
+    """Returns the handle of a patched model, or None. A model whose handle was deleted is not patched any more."""
+    return registered(model)  # type: ignore[no-any-return]

@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from .parameters import Parameter
 from .text_table import text_table
 
 
@@ -29,6 +30,19 @@ class ParameterReport:
     backend: str | None
     note: str
     side: str | None = None
+
+
+def report_of(p: Parameter, rank: int, backend: str, note: str | None = None, side: str | None = None) -> ParameterReport:
+    """How a trained parameter is treated; without a note, its matrices or elements are named."""
+    t, (batch, rows, cols) = p.tensor, p.extent
+    if note is None and not p.low_rank:
+        note = f"{t.numel()} elements"
+    elif note is None:
+        note = f"{rows} x {cols}" if batch == 1 else f"{batch} matrices of {rows} x {cols}"
+        if rank > min(rows, cols):
+            note += f"; rank {rank} is above min(rows, columns), which wastes noise but is exact"
+    treatment = f"low-rank {rank}" if p.low_rank else "dense"
+    return ParameterReport(p.name, p.aliases, tuple(t.shape), t.dtype, t.device, treatment, backend, note, side)
 
 
 @dataclasses.dataclass(frozen=True)

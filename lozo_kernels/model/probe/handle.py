@@ -12,14 +12,13 @@ from torch import Tensor
 from ...kernels.calls import Draw, Rounding, Step
 from ...kernels.checks import check_range, check_scale
 from ...kernels.noise import MAX_DIRECTION
-from ...kernels.registry import Choice
 from ...kernels.table import TensorTable
 from ..handle import Handle, Perturbation
 from ..interrupts import deferred_interrupt
 from ..losses import BatchClosure, Closure, Randomness
 from ..parameters import Parameter
 from ..passes import Group, Term, Update, run_pass, run_update
-from ..report import ParameterReport
+from ..report import ParameterReport, report_of
 from ..sharding import reshard
 from .batches import check_batches
 from .choosing.preparation import Preparation
@@ -362,7 +361,6 @@ class ProbeHandle(Handle):
                 member.local.follow(member.v)
 
     def _rebuild_groups(self) -> None:
-        self._check_shapes()
         probed = self.probed
         probed.follow()
         self._v |= {m.name: m.v for m in probed.members if m.v is not None}
@@ -382,16 +380,6 @@ class ProbeHandle(Handle):
         index = torch.tensor([member.index], device=member.device)
         return Group(p.kind, index, TensorTable([x], [p.tensor_id], n=momentum), backend, self.estimator, self.config)
 
-    def _describe(self, p: Parameter, choice: Choice) -> ParameterReport:
-        member, tensor = self.probed.member(p), p.tensor
-        return ParameterReport(
-            p.name,
-            p.aliases,
-            tuple(tensor.shape),
-            tensor.dtype,
-            tensor.device,
-            f"low-rank {self.config.rank}" if p.low_rank else "dense",
-            choice.backend.name,
-            member.reason or "prepare() will choose a side",
-            side=member.side,
-        )
+    def _describe(self, p: Parameter, backend: str) -> ParameterReport:
+        member = self.probed.member(p)
+        return report_of(p, self.config.rank, backend, member.reason or "prepare() will choose a side", member.side)

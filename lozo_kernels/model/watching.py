@@ -1,0 +1,75 @@
+"""Noticing that the storage of trained parameters moved since the last pass."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.calls import Step
+from .modules import own_parameters
+from .parameters import Parameter
+
+Seen = tuple[list[int], list[int], list[bool], list[torch.dtype]]
+"""Addresses, sizes, whether contiguous, and dtypes."""
+
+
+class StorageWatch:
+    """Compares where trained parameters lie with where they lay before (``model.to``, ``param.data = ...``, a replaced parameter).
+
+    Addresses are compared at every pass; sizes and dtypes, which can change at one address (``model.float().half()``), only at the
+    first pass of a step. With hundreds of parameters, comparing either takes longer than launching a kernel.
+    """
+
+    def __init__(self, parameters: Sequence[Parameter]) -> None:
+        self._parameters = parameters
+        self._gone: list[object] = []
+        self._modules = [weakref.ref(p.storage.owners[0].module, self._gone.append) for p in parameters]
+        resident = [p.storage.owners[0] for p in parameters if p.storage.resident]
+        self._places = [(own_parameters(owner.module), owner.attribute) for owner in resident]
+        self._shapes = [p.tensor.shape for p in parameters]
+        self._seen: Seen = ([], [], [], [])
+        self._seen_at: Step | None = None
+
+    def look(self, more: list[Tensor], step: Step | None, moved: Callable[[], None]) -> None:
+        """Calls ``moved`` if something moved since the last look that it did not raise in.
+
+        Args:
+            more: storage to compare besides, of shards.
+            step: the step of the pass that follows.
+
+        Raises:
+            RuntimeError: a parameter does not exist any more.
+            ValueError: a parameter has another shape than when the model was patched.
+        """
+        again = isinstance(step, int) and step == self._seen_at
+        try:
+            tensors: list[Any] = [owned[name] for owned, name in self._places]
+            addresses = list(map(Tensor.data_ptr, tensors))
+            gone = bool(self._gone)
+        except (KeyError, TypeError):
+            gone = True
+        if gone:
+            tensors = [p.tensor for p in self._parameters]  # raises for the one that is gone
+            addresses = [p.data_ptr() for p in tensors]
+        if more:
+            tensors, addresses = tensors + more, addresses + [t.data_ptr() for t in more]
+        if again and addresses == self._seen[0]:
+            return
+        contiguous = list(map(Tensor.is_contiguous, tensors))
+        seen = (addresses, list(map(Tensor.numel, tensors)), contiguous, [t.dtype for t in tensors])
+        if seen != self._seen:
+            self._check_shapes()
+            moved()
+            self._seen = seen
+        self._seen_at = step
+
+    def _check_shapes(self) -> None:
+        for p, shape in zip(self._parameters, self._shapes, strict=True):
+            if p.tensor.shape != shape:
+                raise ValueError(
+                    f"parameter {p.name!r} was {tuple(shape)}, now is {tuple(p.tensor.shape)}: restore() and patch again"
+                )

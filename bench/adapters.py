@@ -5,27 +5,21 @@ make the published passes one torch expression after the other, on a model of th
 out: what is timed is all that a step does to the weights, three perturbations and an update.
 """
 
-import argparse
 import copy
 import itertools
-import shlex
 import sys
-from pathlib import Path
 
 import torch
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPO), str(REPO / "python_tests")]
-
-from allocations import LargestNew  # noqa: E402
-from miniatures import LozoLarge, LozoMedium, MezoLarge, MezoMedium, SubZeroMini  # noqa: E402
-from miniatures_with_steps import Zo2Mini, ZoLlmMini  # noqa: E402
-
-from lozo_kernels.adapters import accelerate_trainer  # noqa: E402
-from lozo_kernels.bench.document import dumps, format_table, heading, progress, save_partial, where  # noqa: E402
-from lozo_kernels.bench.environment import OtherLoad  # noqa: E402
-from lozo_kernels.bench.models import build_model  # noqa: E402
-from lozo_kernels.bench.timing import Contender, interleave, median, paired_ratio, spread  # noqa: E402
+from bench.evidence import CPU, made_by, result_parser, write_result
+from lozo_kernels.adapters import accelerate_trainer
+from lozo_kernels.bench.document import format_table, heading, progress, save_partial
+from lozo_kernels.bench.environment import OtherLoad
+from lozo_kernels.bench.models import build_model
+from lozo_kernels.bench.timing import Contender, interleave, median, paired_ratio, spread
+from python_tests.allocations import LargestNew
+from python_tests.miniatures import LozoLarge, LozoMedium, MezoLarge, MezoMedium, SubZeroMini
+from python_tests.miniatures_with_steps import Zo2Mini, ZoLlmMini
 
 TRAINERS = {
     "MeZO large": (MezoLarge, {}),
@@ -95,8 +89,7 @@ def render(document):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=REPO / "bench" / "results" / "adapters_cpu.json")
+    parser = result_parser(__doc__, "adapters_cpu.json")
     parser.add_argument("--model", default="opt-125m")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
@@ -105,9 +98,9 @@ def main(argv=None):
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    others, device = OtherLoad(), torch.device("cpu")
-    document = where(device, []) | {"command": shlex.join(["python", "-m", "bench.adapters", *argv])}
-    model = build_model(options.model, getattr(torch, options.dtype), device)
+    others = OtherLoad()
+    document = made_by("bench.adapters", argv)
+    model = build_model(options.model, getattr(torch, options.dtype), CPU)
     parameters = sum(p.numel() for p in model.parameters())
     document |= {
         "model": options.model,
@@ -125,7 +118,7 @@ def main(argv=None):
         rows.append(measure(name, model, options.rounds))
         save_partial(document, str(options.output), rows=rows)
     document |= {"cpus_used_by_others": others.mean(), "rows": rows}
-    options.output.write_text(dumps(document) + "\n")
+    write_result(document, options.output)
     print(f"{heading(document)}\n\n{render(document)}")
     return 0
 

@@ -1,13 +1,12 @@
 """The journal: what it costs, how fast a run is replayed, and whether kills, damage and other backends leave its promise whole.
 
-``python bench/journal.py`` writes ``bench/results/journal_cpu.json`` in less than four minutes of one thread. ``--fuzz 1000000``
+``python -m bench.journal`` writes ``bench/results/journal_cpu.json`` in less than four minutes of one thread. ``--fuzz 1000000``
 and ``--kills 50`` run the long forms of two tests, ``--atheris 1000000`` reads inputs that follow the parser's branches; each adds
 what it found to the same file.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import json
@@ -21,26 +20,24 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import nn
 
-from bench import journal_atheris
-from bench.journal_fuzz import fuzz
-from bench.journal_kills import KINDS, kill_runs
+from bench.evidence import CPU, made_by, result_parser, write_result
 from lozo_kernels import LOZO, StepInfo
-from lozo_kernels.bench.environment import environment
 from lozo_kernels.bench.models import build_model
 from lozo_kernels.journal import Journal, Sides, StepTaken, read_journal, replay
 from lozo_kernels.journal.fingerprint import fingerprint
 from lozo_kernels.kernels.backends import native
 from lozo_kernels.kernels.registry import backend_names, choose_backend
+from python_tests.fuzz import journal_atheris
+from python_tests.fuzz.journal_kills import KINDS, kill_runs
+from python_tests.fuzz.journal_mutations import fuzz
 
 LONG_RUN = 20_000
 LONGER = 25
 """Times that the steps of a run are replayed, so that what is done once does not count."""
-CPU = torch.device("cpu")
 
 
 def seconds_of(function: Callable[[], Any]) -> float:
@@ -158,18 +155,17 @@ def elsewhere(folder: Path, steps: int, interpreted: bool = True) -> list[dict[s
 
 def main() -> int:
     """Runs what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result_parser(__doc__, "journal_cpu.json")
     parser.add_argument("--fuzz", type=int, default=0, help="read so many mutated journals, and nothing else")
     parser.add_argument("--atheris", type=int, default=0, help="read so many that atheris makes up, and nothing else")
     parser.add_argument("--kills", type=int, default=0, help="kill runs so many times, and nothing else")
     parser.add_argument("--seed", type=int, default=None, help="of these (default: a new one)")
     parser.add_argument("--model", default="opt-125m", help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="to train and replay (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "journal_cpu.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     seed = random.SystemRandom().getrandbits(32) if args.seed is None else args.seed
-    known = json.loads(args.output.read_text()) if args.output.exists() else {}
+    known = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
     found: dict[str, Any] = {}
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
@@ -190,10 +186,9 @@ def main() -> int:
             found["backends"] = elsewhere(folder, 300)
     for name, value in found.items():
         print(name, json.dumps(value, indent=2))
-    command = "python bench/journal.py " + " ".join(sys.argv[1:])
-    here = environment(CPU, []) | {"command": command.strip(), "seconds": time.perf_counter() - start}
+    here = made_by("bench.journal", sys.argv[1:]) | {"seconds": time.perf_counter() - start}
     document = known | {key: {"environment": here, "found": value} for key, value in found.items()}
-    args.output.write_text(json.dumps(document, indent=2) + "\n")
+    write_result(document, args.output)
     return 0
 
 

@@ -9,7 +9,6 @@ so its outputs are computed once. Each writes a plot beside its document. ``--st
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import json
@@ -21,20 +20,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPO), str(REPO / "python_tests")]
+import torch
+import transformers
+from torch import Tensor, nn
 
-import hf_helpers  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-from bench.plots import learning, save  # noqa: E402
-from lozo_kernels import LOZO, MeZO, SubZero  # noqa: E402
-from lozo_kernels.bench.environment import OtherLoad, environment  # noqa: E402
+from bench.evidence import made_by, result_parser, write_result
+from bench.plots import learning, save
+from lozo_kernels import LOZO, MeZO, SubZero
+from lozo_kernels.bench.environment import OtherLoad
+from python_tests import hf_helpers
 
 Row = dict[str, Any]
-CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,24 +268,24 @@ def measure(task: Llama | MiniLM, steps: int, seeds: int, save_so_far: Callable[
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result_parser(__doc__, "learning_TASK.json")
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="default: bench/results/learning_TASK.json")
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     task = TASKS[args.task]()
     steps = args.steps or task.steps
-    output = args.output or REPO / "bench" / "results" / f"learning_{args.task}.json"
-    others, where = OtherLoad(), environment(CPU, []) | {"command": f"python -m bench.learning {args.task}"}
+    output = args.output.with_name(args.output.name.replace("TASK", args.task))
+    others, where = OtherLoad(), made_by("bench.learning", argv)
     what = {"task": task.name, "unit": task.unit, "better": task.better, "steps": steps, "batch_size": task.batch}
     document = where | what | {"settings": task.settings, "examples": task.examples}
     document["grid"] = {m.name: m.grid for m in task.methods}
 
     def save_so_far(runs: list[Row]) -> None:
         done = document | {"cpus_used_by_others": others.mean(), "runs": runs}
-        output.write_text(json.dumps(done, indent=1) + "\n")
+        write_result(done, output)
         save(learning(done), done, output.with_suffix(".png"))
 
     measure(task, steps, args.seeds, save_so_far)

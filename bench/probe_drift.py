@@ -14,7 +14,6 @@ import argparse
 import collections
 import dataclasses
 import math
-import shlex
 import sys
 import tempfile
 import time
@@ -22,29 +21,25 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPO), str(REPO / "python_tests")]
+import torch
+import transformers
 
-import hf_helpers  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-
-from bench import plots  # noqa: E402
-from lozo_kernels import LOZO  # noqa: E402
-from lozo_kernels.bench.document import dumps  # noqa: E402
-from lozo_kernels.bench.environment import OtherLoad, environment  # noqa: E402
-from lozo_kernels.bench.published import PublishedStep  # noqa: E402
-from lozo_kernels.hf.data.text import read_examples  # noqa: E402
-from lozo_kernels.hf.loop.train import BatchSampler, evaluate  # noqa: E402
-from lozo_kernels.hf.objectives import Encoded, LanguageModelObjective  # noqa: E402
-from lozo_kernels.hf.tasks import TASKS  # noqa: E402
+from bench import plots
+from bench.evidence import CPU, made_by, result_parser, write_result
+from lozo_kernels import LOZO
+from lozo_kernels.bench.environment import OtherLoad
+from lozo_kernels.bench.published import PublishedStep
+from lozo_kernels.hf.data.text import read_examples
+from lozo_kernels.hf.loop.train import BatchSampler, evaluate
+from lozo_kernels.hf.objectives import Encoded, LanguageModelObjective
+from lozo_kernels.hf.tasks import TASKS
+from python_tests import hf_helpers
 
 Row = dict[str, Any]
 
 SEED, RANK, INTERVAL, EPS, LR = 0, 2, 50, 1e-3, 1e-4
 BATCH, LENGTH = 16, 48
 PROBED_BATCH = 1  # only that there is a forward pass matters where nothing is learned
-CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +219,7 @@ def measure(options: argparse.Namespace, argv: Sequence[str]) -> Row:
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     others = OtherLoad()
-    document = environment(CPU, []) | {"command": shlex.join(["python", "-m", "bench.probe_drift", *argv])}
+    document = made_by("bench.probe_drift", argv)
     document["settings"] = {
         name: getattr(options, name) for name in ("probes", "steps", "float16_steps", "eval_every", "eval_size")
     }
@@ -282,7 +277,7 @@ def render(document: Row) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result_parser(__doc__, "probe_drift.json")
     parser.add_argument("--probes", type=int, default=10_000, help="default: 10000")
     parser.add_argument("--steps", type=int, default=1000, help="of the curves (default: 1000)")
     parser.add_argument("--eps", type=float, default=EPS, help=f"scale of the perturbations (default: {EPS:g})")
@@ -290,12 +285,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--eval-every", type=int, default=50, help="steps (default: 50)")
     parser.add_argument("--eval-size", type=int, default=872, help="dev sentences (default: 872, all)")
     parser.add_argument("--only", default="", help="what has this in its name, as in 'bfloat16 probe', and the float32 run")
-    parser.add_argument("--output", type=Path, default=REPO / "bench" / "results" / "probe_drift.json")
     argv = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(argv)
     document = measure(options, argv)
     print(render(document))
-    options.output.write_text(dumps(document) + "\n")
+    write_result(document, options.output)
     plots.save(plots.probe_drift(document), document, options.output.with_suffix(".png"))
     return 0
 

@@ -1,38 +1,33 @@
 """LOZO on a base of 8-bit integers: what the factors of quantised layers learn, and that an adapter takes it with it.
 
-``python bench/quantised.py`` writes ``bench/results/quantised.json``: the 260K-parameter Llama of the data folder, its linear
+``python -m bench.quantised`` writes ``bench/results/quantised.json``: the 260K-parameter Llama of the data folder, its linear
 layers int8 (torchao, weight only), adapts to SST-2 sentences with the settings of the fp32 run in ``bench/real_input.py``, as a
 probe. What it learned is exported as a LoRA adapter, whole and truncated, and evaluated on a fresh int8 base through PEFT.
 """
 
-import argparse
-import json
 import sys
 import tempfile
 import time
 import warnings
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPO), str(REPO / "python_tests")]
+import peft
+import torch
+import torchao
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-import hf_helpers  # noqa: E402
-import peft  # noqa: E402
-import torch  # noqa: E402
-import torchao  # noqa: E402
-from torchao.quantization import Int8WeightOnlyConfig, quantize_  # noqa: E402
-
-from lozo_kernels import LOZO, export_lora  # noqa: E402
-from lozo_kernels.bench.environment import OtherLoad, environment  # noqa: E402
-from lozo_kernels.hf.data.load import load_data  # noqa: E402
-from lozo_kernels.hf.loop.train import BatchSampler, eval_batch_size, evaluate  # noqa: E402
-from lozo_kernels.hf.models.load import load_model, open_checkpoint  # noqa: E402
-from lozo_kernels.hf.objectives import OBJECTIVES  # noqa: E402
-from lozo_kernels.hf.settings import Settings  # noqa: E402
+from bench.evidence import CPU, made_by, result_parser, write_result
+from lozo_kernels import LOZO, export_lora
+from lozo_kernels.bench.environment import OtherLoad
+from lozo_kernels.hf.data.load import load_data
+from lozo_kernels.hf.loop.train import BatchSampler, eval_batch_size, evaluate
+from lozo_kernels.hf.models.load import load_model, open_checkpoint
+from lozo_kernels.hf.objectives import OBJECTIVES
+from lozo_kernels.hf.settings import Settings
+from python_tests import hf_helpers
 
 LOZO_SETTINGS = {"lr": 1e-4, "eps": 1e-3, "rank": 2, "interval": 50, "seed": 0}
 RANKS = (None, 8, 2)
-CPU = torch.device("cpu")
 
 
 def settings(folder: Path, steps: int) -> Settings:
@@ -123,20 +118,19 @@ def measure(steps: int) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result_parser(__doc__, "quantised.json")
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--output", type=Path, default=REPO / "bench" / "results" / "quantised.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     others = OtherLoad()
-    result = environment(CPU, []) | {"command": "python bench/quantised.py"}
+    result = made_by("bench.quantised", sys.argv[1:])
     result["versions"] |= {"torchao": torchao.__version__, "peft": peft.__version__}
     result |= measure(args.steps)
     result["cpus_used_by_others"] = others.mean()
     print(f"dev loss {result['loss_before']:.3f} -> {result['loss_after']:.3f} in {args.steps} steps, {result['train_seconds']} s")
     for row in result["adapters"]:
         print(f"  adapter of rank {row['rank']}: dev loss {row['dev_loss']:.3f}, {row['largest_error']:.1%} left out at most")
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(result, args.output)
     return 0
 
 

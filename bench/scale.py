@@ -1,12 +1,11 @@
 """Step time of runs on many GPUs, predicted, and the same model of a step held against runs of several processes here.
 
-``python bench/scale.py`` writes ``bench/results/scale_cpu.json``: how long the parts of a step take on this machine in 1 to 5
+``python -m bench.scale`` writes ``bench/results/scale_cpu.json``: how long the parts of a step take on this machine in 1 to 5
 processes, the step that follows from them, the step that was measured, what was exchanged, how many bytes the journal has, and
 OPT-175B and a mixture of experts with 1e12 parameters on 8 to 4,096 GPUs under the assumptions of ``docs/scale.md``. Exit status 1
 if a prediction is more than a fifth off.
 """
 
-import argparse
 import dataclasses
 import json
 import multiprocessing
@@ -16,15 +15,13 @@ import tempfile
 import time
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPO)]
+import torch
+from torch import distributed, nn
 
-import torch  # noqa: E402
-from torch import distributed, nn  # noqa: E402
-
-from lozo_kernels import LOZO  # noqa: E402
-from lozo_kernels.bench.environment import OtherLoad, environment  # noqa: E402
-from lozo_kernels.journal import Journal  # noqa: E402
+from bench.evidence import made_by, result_parser, write_result
+from lozo_kernels import LOZO
+from lozo_kernels.bench.environment import OtherLoad
+from lozo_kernels.journal import Journal
 
 TOLERANCE = 0.2
 PROCESSES = (1, 2, 3, 5)
@@ -256,8 +253,7 @@ def at_scale(model, cluster, gpus, directions=1, steps=400):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=REPO / "bench" / "results" / "scale_cpu.json")
+    parser = result_parser(__doc__, "scale_cpu.json")
     parser.add_argument("--no-runs", action="store_true", help="only what needs no measurement, printed")
     args = parser.parse_args()
     cluster = Cluster()
@@ -272,7 +268,7 @@ def main():
     if args.no_runs:
         return
     torch.set_num_threads(1)
-    document = environment(torch.device("cpu"), []) | {"command": "python bench/scale.py", "threads": 1}
+    document = made_by("bench.scale", sys.argv[1:])
     load, here = OtherLoad(), []
     with tempfile.TemporaryDirectory() as folder:
         for ranks in PROCESSES:
@@ -295,7 +291,7 @@ def main():
         "assumptions": dataclasses.asdict(cluster) | {"tokens_per_gpu": TOKENS_PER_GPU},
         "large": large,
     }
-    args.output.write_text(json.dumps(document, indent=2) + "\n")
+    write_result(document, args.output)
     print(f"journal: {per_step:.1f} bytes a step; saved {args.output}")
     if any(abs(row["error"]) > TOLERANCE for row in here):
         raise SystemExit(1)

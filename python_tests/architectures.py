@@ -5,7 +5,8 @@ import dataclasses
 from collections.abc import Iterator
 
 import torch
-from architecture_table import ARCHITECTURES
+
+from python_tests.architecture_table import ARCHITECTURES
 
 VOCABULARY, BATCH, TOKENS, LABELS, IMAGE, BANDS, FRAMES, SAMPLES = 61, 2, 12, 5, 32, 10, 48, 160
 NOISE = 0.1

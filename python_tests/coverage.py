@@ -3,10 +3,10 @@
 import dataclasses
 
 import torch
-from architecture_table import ARCHITECTURES
-from architectures import build, run
 
 from lozo_kernels import patch
+from python_tests.architecture_table import ARCHITECTURES
+from python_tests.architectures import build, run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,10 +3,10 @@
 import copy
 
 import torch
-from models import Zoo, same, weights, zoo_loss
 
 from lozo_kernels import LOZO, MeZO, SubZero
 from lozo_kernels.journal import Journal, replay
+from python_tests.models import Zoo, same, weights, zoo_loss
 
 STEPS = 6
 KINDS = {

@@ -4,10 +4,10 @@ import contextlib
 import copy
 
 import torch
-from models import Zoo, zoo_loss
 
 from lozo_kernels import LOZO
 from lozo_kernels.journal import Journal
+from python_tests.models import Zoo, zoo_loss
 
 
 def zoo(dtype=torch.bfloat16):

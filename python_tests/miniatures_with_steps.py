@@ -5,7 +5,8 @@ from collections import deque
 
 import numpy as np
 import torch
-from miniatures import Miniature, TorchNoise
+
+from python_tests.miniatures import Miniature, TorchNoise
 
 
 class ZoLlmMini(Miniature):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 def run_ranks(script, ranks, folder, *, torchrun=False, timeout=240):
     """What each of ``python script RANK RANKS FOLDER`` saved in ``FOLDER/RANK.pt``; fails with the ends of their logs.
@@ -18,6 +20,7 @@ def run_ranks(script, ranks, folder, *, torchrun=False, timeout=240):
     try:
         for rank, log in enumerate(logs):
             environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+            environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
             if torchrun:
                 environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from miniatures import TinyLM, copy_of
 from torch import nn
 
 from lozo_kernels.adapters import DirectionBackend, PerturbationBackend
 from lozo_kernels.kernels import noise
+from python_tests.miniatures import TinyLM, copy_of
 
 
 def weights(model):

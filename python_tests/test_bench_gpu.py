@@ -11,12 +11,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import lozo_kernels.bench as measurements  # noqa: E402
-from bench import gpu, runner, stages, summary  # noqa: E402
-from lozo_kernels.bench import arguments, models, targets  # noqa: E402
+import lozo_kernels.bench as measurements
+from bench import gpu, runner, stages, summary
+from bench.evidence import REPO as ROOT
+from lozo_kernels.bench import arguments, models, targets
 
 
 def stage(name, code, **settings):

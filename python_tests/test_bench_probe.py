@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "python_tests")]
-
-from bench import coverage, plots, probe_drift  # noqa: E402
-from lozo_kernels import bench  # noqa: E402
-from lozo_kernels.bench import models, targets  # noqa: E402
-from lozo_kernels.bench.batches import CausalBatch  # noqa: E402
-from lozo_kernels.bench.entrants import METHODS, PLACEMENTS, entrants  # noqa: E402
+from bench import coverage, plots, probe_drift
+from bench.evidence import RESULTS
+from lozo_kernels import bench
+from lozo_kernels.bench import models, targets
+from lozo_kernels.bench.batches import CausalBatch
+from lozo_kernels.bench.entrants import METHODS, PLACEMENTS, entrants
 
 CPU = torch.device("cpu")
 
@@ -74,7 +70,7 @@ def test_steps_of_every_placement(capsys, tmp_path):
 
 def test_older_results_can_still_be_drawn():
     for name in ("step_cpu", "memory_cpu"):
-        document = json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
+        document = json.loads((RESULTS / f"{name}.json").read_text())
         for figure in plots.figures(document).values():
             plots.plt.close(figure)
 

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from table_helpers import UNIT, Case, assert_same_bits, raw
-from test_ops import momentum_call, random_call
 
 from lozo_kernels import Draw, Rounding, TensorTable
 from lozo_kernels.kernels import noise, ops, skinny
@@ -22,6 +20,8 @@ from lozo_kernels.kernels.backends.cuda import CudaBackend
 from lozo_kernels.kernels.backends.launches import device_table
 from lozo_kernels.kernels.registry import choose_backend
 from lozo_kernels.kernels.table import DTYPES
+from python_tests.table_helpers import UNIT, Case, assert_same_bits, raw
+from python_tests.test_ops import momentum_call, random_call
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from table_helpers import raw
 from torch import nn
 
 from lozo_kernels import LOZO, MeZO, TensorTable, capture_step
 from lozo_kernels.kernels import ops
 from lozo_kernels.kernels.calls import Draw
 from lozo_kernels.kernels.registry import backend_names, choose_backend
+from python_tests.table_helpers import raw
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 

@@ -3,23 +3,19 @@
 import errno
 import os
 import random
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from hardening_helpers import KINDS, STEPS, begun, calm, check_replay, finished, leaves_rounding, take_steps, zoo_of
-from models import same, weights, zoo_loss
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
-
-from bench.journal_kills import forked  # noqa: E402
-from lozo_kernels import LOZO, patch  # noqa: E402
-from lozo_kernels.journal import Journal, JournalError, read_journal  # noqa: E402
-from lozo_kernels.journal import file as file_module  # noqa: E402
-from lozo_kernels.model.probe.choosing import cost  # noqa: E402
+from lozo_kernels import LOZO, patch
+from lozo_kernels.journal import Journal, JournalError, read_journal
+from lozo_kernels.journal import file as file_module
+from lozo_kernels.model.probe.choosing import cost
+from python_tests.fuzz.journal_kills import forked
+from python_tests.hardening_helpers import KINDS, STEPS, begun, calm, check_replay, finished, leaves_rounding, take_steps, zoo_of
+from python_tests.models import same, weights, zoo_loss
 
 
 def in_threads(*works):

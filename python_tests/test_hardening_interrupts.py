@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hardening_helpers import KINDS, begun, calm, check_replay, finished, leaves_rounding, take_steps, zoo_of
-from models import weights, zoo_loss
 
 import lozo_kernels
 from lozo_kernels import LOZO
 from lozo_kernels.model.interrupts import as_interruptible, deferred_interrupt, interruptible
+from python_tests.hardening_helpers import KINDS, begun, calm, check_replay, finished, leaves_rounding, take_steps, zoo_of
+from python_tests.models import weights, zoo_loss
 
 LIBRARY = str(Path(lozo_kernels.__file__).parent)
 

@@ -2,16 +2,12 @@
 
 import json
 import os
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
-
-from bench.journal_kills import forked  # noqa: E402
-from lozo_kernels.cli import command as cli  # noqa: E402
-from lozo_kernels.journal import read_journal  # noqa: E402
+from lozo_kernels.cli import command as cli
+from lozo_kernels.journal import read_journal
+from python_tests.fuzz.journal_kills import forked
 
 pytest.importorskip("transformers")
 

@@ -12,10 +12,9 @@ if not distributed.is_available() or not distributed.is_gloo_available():
 import os
 import signal
 
-from parallel_helpers import finish, logs, start
-from test_sharded_parallel import Model, cut, ended, examples, full, fully, make, mesh_of, same, train
-
 from lozo_kernels.journal import Journal, diff, read_journal, replay
+from python_tests.parallel_helpers import finish, logs, start
+from python_tests.test_sharded_parallel import Model, cut, ended, examples, full, fully, make, mesh_of, same, train
 
 STEPS, LAST = 7, 4  # LAST: the step during which a process is killed
 WAYS = {

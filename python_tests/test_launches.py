@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from models import Zoo
 from torch import nn
 
 from lozo_kernels import LOZO
@@ -10,6 +9,7 @@ from lozo_kernels.kernels.backends import launches
 from lozo_kernels.kernels.backends.launches import ANY_DTYPE, DeviceTable, Tile, device_table, merge_table
 from lozo_kernels.kernels.calls import Draw
 from lozo_kernels.kernels.table import TensorTable
+from python_tests.models import Zoo
 
 pytest.importorskip("triton")
 host = pytest.importorskip("lozo_kernels.bench.host")

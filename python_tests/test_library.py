@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from table_helpers import Case, assert_same_bits, raw
 
 from lozo_kernels import LOZO, TensorTable
 from lozo_kernels.kernels import noise, ops, skinny
 from lozo_kernels.kernels.calls import Draw, Rounding
 from lozo_kernels.kernels.registry import choose_backend
 from lozo_kernels.kernels.table import DTYPES
+from python_tests.table_helpers import Case, assert_same_bits, raw
 
 TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 OPS = torch.ops.lozo_kernels

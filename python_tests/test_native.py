@@ -6,7 +6,6 @@ import threading
 
 import pytest
 import torch
-from table_helpers import Product
 
 from lozo_kernels.kernels import noise, ops, skinny
 from lozo_kernels.kernels.backends import native
@@ -14,6 +13,7 @@ from lozo_kernels.kernels.backends.eager import EagerBackend
 from lozo_kernels.kernels.backends.native import NativeBackend
 from lozo_kernels.kernels.calls import Draw, Rounding
 from lozo_kernels.kernels.table import DTYPES, TensorTable
+from python_tests.table_helpers import Product
 
 EAGER, NATIVE = EagerBackend(), NativeBackend()
 ISAS = native.supported_isas() if NATIVE.unavailable(torch.device("cpu")) is None else []

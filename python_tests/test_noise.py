@@ -4,7 +4,6 @@ import json
 import math
 from pathlib import Path
 
-import noise_spec
 import numpy as np
 import pytest
 import torch
@@ -15,6 +14,7 @@ from lozo_kernels import Draw, TensorTable
 from lozo_kernels.kernels import noise, ops
 from lozo_kernels.kernels.backends import native
 from lozo_kernels.kernels.backends.eager import EagerBackend
+from python_tests import noise_spec
 
 NATIVE = native.NativeBackend()
 VECTORS = json.loads((Path(__file__).parent / "noise_vectors.json").read_text())

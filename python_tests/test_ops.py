@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from table_helpers import UNIT, Case, assert_same_bits
 
 from lozo_kernels import Draw, Rounding, TensorTable
 from lozo_kernels.kernels import ops, reference
 from lozo_kernels.kernels.backends.eager import column_factor, dense_noise, row_factor
+from python_tests.table_helpers import UNIT, Case, assert_same_bits
 
 F64 = torch.float64
 

@@ -11,7 +11,7 @@ from lozo_kernels import LOZO, DivergenceError, MeZO, Parallel, SubZero
 if not distributed.is_available() or not distributed.is_gloo_available():
     pytest.skip("torch.distributed or its gloo backend is missing", allow_module_level=True)
 
-from parallel_helpers import EXAMPLES, Batched, Model, batch, finish, logs, start
+from python_tests.parallel_helpers import EXAMPLES, Batched, Model, batch, finish, logs, start
 
 STEPS = 6
 PROBE = {"placement": "probe", "side": "scratch"}

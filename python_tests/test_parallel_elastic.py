@@ -14,7 +14,7 @@ from lozo_kernels import LOZO, Parallel, PeerLostError
 if not distributed.is_available() or not distributed.is_gloo_available():
     pytest.skip("torch.distributed or its gloo backend is missing", allow_module_level=True)
 
-from parallel_helpers import Model, batch, finish, logs, start
+from python_tests.parallel_helpers import Model, batch, finish, logs, start
 
 STEPS, LAST = 7, 4  # LAST: the step during which a rank is lost
 PLACEMENTS = {"probe": {"placement": "probe", "side": "scratch"}, "in place": {"fuse_steps": True}}

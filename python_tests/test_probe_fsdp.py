@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import run_ranks
 from torch import distributed, nn
 
 from lozo_kernels import LOZO, MeZO, Parallel, patch
+from python_tests.processes import run_ranks
 
 if not distributed.is_available() or not distributed.is_gloo_available():
     pytest.skip("torch.distributed or its gloo backend is missing", allow_module_level=True)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import same
 from torch import nn
 
 from lozo_kernels import LOZO, MeZO, patch
 from lozo_kernels.model.offload import find_homes, home_of
+from python_tests.models import same
 
 accelerate = pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")

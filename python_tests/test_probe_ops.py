@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from table_helpers import UNIT, Case, Product, assert_same_bits, random_shape, strided
 
 from lozo_kernels import Draw, Rounding, TensorTable
 from lozo_kernels.kernels import ops, skinny
 from lozo_kernels.kernels.backends.eager import EagerBackend, dense_noise, row_factor
 from lozo_kernels.kernels.reference import dense_merge, factor_update, lowrank_merge
 from lozo_kernels.kernels.table import DTYPES
+from python_tests.table_helpers import UNIT, Case, Product, assert_same_bits, random_shape, strided
 
 EAGER = EagerBackend()
 F64 = torch.float64

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import run_ranks
 from torch import distributed, nn
 
 from lozo_kernels import LOZO, MeZO, Parallel, patch
 from lozo_kernels.model.probe.choosing import preparation
 from lozo_kernels.model.probe.choosing.cost import Costs, measure_costs
+from python_tests.processes import run_ranks
 
 if not distributed.is_available() or not distributed.is_gloo_available():
     pytest.skip("torch.distributed or its gloo backend is missing", allow_module_level=True)

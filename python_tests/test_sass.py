@@ -2,12 +2,9 @@
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is not in the package
 
 from bench.sass import amd, nvidia, report
 from bench.sass.__main__ import NAIVE, main

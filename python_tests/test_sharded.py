@@ -6,19 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import weights
-from processes import run_ranks
 from torch import distributed, nn
 
 from lozo_kernels import LOZO, MeZO, SubZero, patch
+from python_tests.models import weights
+from python_tests.processes import run_ranks
 
 if not distributed.is_available() or not distributed.is_gloo_available():
     pytest.skip("torch.distributed or its gloo backend is missing", allow_module_level=True)
-from test_probe_fsdp import Model, closure, full
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from python_tests.test_probe_fsdp import Model, closure, full
 
 STEPS = 5
 CASES = {

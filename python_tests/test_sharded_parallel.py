@@ -11,11 +11,12 @@ from lozo_kernels import LOZO, DivergenceError, MeZO, Parallel
 if not distributed.is_available() or not distributed.is_gloo_available():
     pytest.skip("torch.distributed or its gloo backend is missing", allow_module_level=True)
 
-from parallel_helpers import finish, logs, start
 from torch.distributed import checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from python_tests.parallel_helpers import finish, logs, start
 
 STEPS, SAVED = 6, 3  # in two windows, and in the middle of one
 METHODS = {

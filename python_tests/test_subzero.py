@@ -4,8 +4,6 @@ import copy
 
 import pytest
 import torch
-from models import Zoo, same, weights, zoo_loss
-from test_algorithms import problem
 from torch import nn
 
 import lozo_kernels
@@ -14,6 +12,8 @@ from lozo_kernels.kernels import noise
 from lozo_kernels.model.estimators import ESTIMATORS
 from lozo_kernels.model.estimators.subspace import orthonormal
 from lozo_kernels.model.parameters import most_square
+from python_tests.models import Zoo, same, weights, zoo_loss
+from python_tests.test_algorithms import problem
 
 GRID = 2.0**-8
 

@@ -5,7 +5,6 @@ import random
 
 import pytest
 import torch
-from table_helpers import UNIT, raw
 
 from lozo_kernels.kernels import ops, reference, skinny
 from lozo_kernels.kernels.backends import launches
@@ -15,6 +14,7 @@ from lozo_kernels.kernels.calls import Draw, Rounding
 from lozo_kernels.kernels.noise import dense, factor, to_grid
 from lozo_kernels.kernels.registry import choose_backend
 from lozo_kernels.kernels.table import TensorTable
+from python_tests.table_helpers import UNIT, raw
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TRITON = TritonBackend()

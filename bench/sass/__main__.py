@@ -26,7 +26,7 @@ from .pool import list_jobs, read_all
 from .rows import row_of
 from .targets import TARGETS
 
-CATALOGUE = "lozo_kernels.kernels.backends.triton.catalogue"
+CATALOGUE = "bench.sass.catalogue"
 NAIVE = "bench.sass.naive"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from lozo_kernels.kernels.backends.triton.catalogue import Compilation
+from bench.sass.catalogue import Compilation
 from lozo_kernels.kernels.backends.triton.noise import dense_any
 from lozo_kernels.kernels.backends.triton.weights import as_fp32, read_weights, store_weights
 

@@ -75,7 +75,7 @@ class Worker:
 
 @functools.cache
 def _fingerprint(catalogue: str) -> str:
-    kernels = (ROOT / "lozo_kernels" / "backends" / "triton").rglob("*")
+    kernels = (ROOT / "lozo_kernels" / "kernels" / "backends" / "triton").rglob("*")
     files = sorted(path for path in kernels if path.suffix in (".py", ".json"))
     spec = importlib.util.find_spec(catalogue)
     if spec is not None and spec.origin is not None:

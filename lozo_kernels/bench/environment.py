@@ -23,11 +23,12 @@ PACKAGES = ("torch", "triton", "numpy", "transformers", "tokenizers", "safetenso
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def environment(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
+def environment(device: torch.device, argv: Sequence[str], *, program: Sequence[str] = ("lozo-kernels", "bench")) -> dict[str, Any]:
     """Device, CPU, threads, instruction set, backend, versions, commit, command line and date.
 
     Args:
-        argv: arguments of ``lozo-kernels bench``.
+        argv: arguments of the program that measures.
+        program: the words that start it.
     """
     backend = choose_backend(device).backend
     return {
@@ -40,7 +41,7 @@ def environment(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
         "versions": versions(),
         "system": f"{platform.system()} {platform.machine()}",
         "commit": commit(),
-        "command": shlex.join(["lozo-kernels", "bench", *argv]),
+        "command": shlex.join([*program, *argv]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.api_fuzz_cases import ANSWER, ODD_NUMBERS, ODD_THINGS, Choices, Memory, attempt, expect, reference_answer
 from lozo_kernels import Handle, PatchConfig, handle_of, patch
 from lozo_kernels.kernels import noise
 from lozo_kernels.model.config import ESTIMATORS, PLACEMENTS, ROUNDINGS, SCALINGS, SIDES
+from python_tests.fuzz.choices import ANSWER, ODD_NUMBERS, ODD_THINGS, Choices, Memory, attempt, expect, reference_answer
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}

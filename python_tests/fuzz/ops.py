@@ -9,10 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.api_fuzz_cases import ANSWER, ODD_NUMBERS, ODD_THINGS, Choices, all_bytes, attempt, expect, reference_answer, same_bits
-from bench.api_fuzz_tables import Parts, make_parts, strided
 from lozo_kernels import Draw, Rounding, TensorTable, choose_backend
 from lozo_kernels.kernels import noise, ops, reference
+from python_tests.fuzz.choices import (
+    ANSWER,
+    ODD_NUMBERS,
+    ODD_THINGS,
+    Choices,
+    all_bytes,
+    attempt,
+    expect,
+    reference_answer,
+    same_bits,
+)
+from python_tests.fuzz.tables import Parts, make_parts, strided
 
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 EXACT_RANK = 8

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.api_fuzz_cases import ANSWER, ODD_THINGS, Choices, Memory, all_bytes, attempt, expect, reference_answer, same_bits
-from bench.api_fuzz_tables import OTHER_DTYPES, strided
 from lozo_kernels import Draw, choose_backend
 from lozo_kernels.kernels import noise, ops, reference, skinny
 from lozo_kernels.kernels.table import DTYPES
+from python_tests.fuzz.choices import ANSWER, ODD_THINGS, Choices, Memory, all_bytes, attempt, expect, reference_answer, same_bits
+from python_tests.fuzz.tables import OTHER_DTYPES, strided
 
 STREAMS = {"U": 0, "V": 1, "Z": 2, "S": 3, "rounding": 8}
 COEFFICIENTS = (0x207C3B8F, 0xA9065B6E, 0x31B0C331, 0x3BD4A59C)

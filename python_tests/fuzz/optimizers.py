@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.api_fuzz_cases import (
+from lozo_kernels import LOZO, MeZO, SubZero, handle_of
+from python_tests.fuzz.choices import (
     ANSWER,
     ODD_NUMBERS,
     ODD_THINGS,
@@ -21,8 +22,7 @@ from bench.api_fuzz_cases import (
     expect,
     reference_answer,
 )
-from bench.api_fuzz_models import UNIT, contents, loss_of, make_model, make_options, memory_of
-from lozo_kernels import LOZO, MeZO, SubZero, handle_of
+from python_tests.fuzz.models import UNIT, contents, loss_of, make_model, make_options, memory_of
 
 KINDS = (LOZO, MeZO, SubZero)
 

@@ -10,11 +10,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.api_fuzz_cases import ANSWER, ODD_NUMBERS, ODD_THINGS, Choices, Memory, PlannedError, attempt, expect, reference_answer
-from bench.api_fuzz_models import loss_of, make_model, memory_of
 from lozo_kernels import LOZO, MeZO, SubZero, export_lora, patch
 from lozo_kernels.journal import Journal, diff, read_journal, replay, revert, verify
-from lozo_kernels.model.estimators import gradients
+from python_tests import gradients
+from python_tests.fuzz.choices import (
+    ANSWER,
+    ODD_NUMBERS,
+    ODD_THINGS,
+    Choices,
+    Memory,
+    PlannedError,
+    attempt,
+    expect,
+    reference_answer,
+)
+from python_tests.fuzz.models import loss_of, make_model, memory_of
 
 
 def _bits(model: nn.Module) -> dict[str, Any]:

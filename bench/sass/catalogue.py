@@ -1,4 +1,4 @@
-"""Every kernel with the constants and tile sizes that are launched by default, for compiling ahead of time (``bench/sass``)."""
+"""Every kernel with the constants and tile sizes that are launched by default, for compiling ahead of time."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from triton.runtime.jit import JITFunction
 
-from ...noise import STREAMS
-from ...table import DTYPES
-from . import plans
-from .plans import Plan, Target, UpdateKind
-from .tilesizes import TileSize, tile_sizes
+from lozo_kernels.kernels.backends.triton import plans
+from lozo_kernels.kernels.backends.triton.plans import Plan, Target, UpdateKind
+from lozo_kernels.kernels.backends.triton.tilesizes import TileSize, tile_sizes
+from lozo_kernels.kernels.noise import STREAMS
+from lozo_kernels.kernels.table import DTYPES
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 _EXACT_MOMENTUM_RANK = 8

@@ -1,7 +1,7 @@
-"""Makes the embedded model: ``python -m lozo_kernels.hf.demo.pretrain OUTPUT`` (some five minutes).
+"""Makes the embedded model: ``python -m bench.pretrain_demo OUTPUT`` (some five minutes).
 
-Ordinary backpropagation with AdamW on stories (see language.py); the reviews of the task are not among them. The committed
-``model/`` folder next to this file is its output at the default settings.
+Ordinary backpropagation with AdamW on stories (see ``lozo_kernels/hf/demo/language.py``); the reviews of the task are not among
+them. The committed ``lozo_kernels/hf/demo/model`` is its output at the default settings.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .language import LABEL_WORDS, story
+from lozo_kernels.hf.demo.language import LABEL_WORDS, story
 
 VOCABULARY = 640
 BLOCK = 64

@@ -1,11 +1,12 @@
 """Processes of one run on this machine, forked from a server that has imported torch already, and a model for them."""
 
 import multiprocessing
-import time
 import traceback
 
 import torch
 from torch import distributed, nn
+
+from python_tests.machine import wait_until
 
 EXAMPLES, TOKENS = 15, 7
 
@@ -52,12 +53,10 @@ def start(ranks, folder, work, *arguments):
     return started
 
 
-def finish(started, timeout=150):
-    """Their exit codes."""
-    end = time.monotonic() + timeout
+def finish(started, seconds=150.0):
+    """Their exit codes, None of one that did not end."""
     try:
-        for process in started:
-            process.join(max(0.1, end - time.monotonic()))
+        wait_until(lambda: all(process.exitcode is not None for process in started), seconds)
         return [process.exitcode for process in started]
     finally:
         for process in started:

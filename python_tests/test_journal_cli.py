@@ -7,7 +7,7 @@ import pytest
 
 from lozo_kernels.cli import command as cli
 from lozo_kernels.journal import read_journal
-from python_tests.fuzz.journal_kills import forked
+from python_tests.processes import forked
 
 pytest.importorskip("transformers")
 

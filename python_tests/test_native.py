@@ -13,6 +13,7 @@ from lozo_kernels.kernels.backends.eager import EagerBackend
 from lozo_kernels.kernels.backends.native import NativeBackend
 from lozo_kernels.kernels.calls import Draw, Rounding
 from lozo_kernels.kernels.table import DTYPES, TensorTable
+from python_tests.processes import forked
 from python_tests.table_helpers import Product
 
 EAGER, NATIVE = EagerBackend(), NativeBackend()
@@ -420,26 +421,13 @@ def test_fork(whose_threads, rng):
     call = arguments(rng, table, 1)
     expected = clone(table)
     ops.lowrank_update_(expected, **call, backend=NATIVE)
-    child = os.fork()
-    if child == 0:
-        try:
-            ops.lowrank_update_(table, **call, backend=NATIVE)
-            # Through bytes: the child of a process that used OpenMP must not run PyTorch's own threads.
-            assert table.x[0].numpy().tobytes() == expected.x[0].numpy().tobytes()
-        except BaseException as error:
-            os.write(2, str(error).encode())
-            os._exit(1)
-        os._exit(0)
-    for _ in range(3000):
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            break
-        threading.Event().wait(0.01)
-    else:
-        os.kill(child, 9)
-        os.waitpid(child, 0)
-        pytest.fail("the child hangs")
-    assert os.waitstatus_to_exitcode(status) == 0
+
+    def update():
+        ops.lowrank_update_(table, **call, backend=NATIVE)
+        # Through bytes: the child of a process that used OpenMP must not run PyTorch's own threads.
+        assert table.x[0].numpy().tobytes() == expected.x[0].numpy().tobytes()
+
+    assert forked(update)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -66,7 +66,7 @@ def state(model, optimizer):
 
 def run(case, mode=None, rank=0, ranks=1, directions=1):
     """(losses, weights, bytes of a step) of a run, in one process without a mode."""
-    model, optimizer, poison = build(case, mode and Parallel(mode, check_every=2, timeout=60.0), directions)
+    model, optimizer, poison = build(case, mode and Parallel(mode, check_every=2), directions)
     split = (ranks, rank) if mode == "examples" else (1, 0)
     seen = go_on(model, optimizer, poison, *split)
     traffic = optimizer.parallel.traffic if mode else None

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.goals import SPEED, STEP, describe, judge_peak_memory, judge_speed, judge_step
 from lozo_kernels.bench.document import format_table
-from lozo_kernels.bench.targets import PUBLISHED_MEMORY_GB, SPEED, STEP, describe, judge_peak_memory, judge_speed, judge_step
+from lozo_kernels.bench.memory import PUBLISHED_GB
 
 Row = dict[str, Any]
 
@@ -45,7 +46,7 @@ def judge(documents: Mapping[str, Row]) -> list[Row]:
     judged += steps or [STEP["cuda"] | {"met": None}]
     methods = {t["method"] for t in memory}
     judged += memory
-    judged += [{"method": m, "target_gb": gb, "met": None} for m, gb in PUBLISHED_MEMORY_GB.items() if m not in methods]
+    judged += [{"method": m, "target_gb": gb, "met": None} for m, gb in PUBLISHED_GB.items() if m not in methods]
     return judged
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from bench import goals
 from lozo_kernels import bench
-from lozo_kernels.bench import clock, environment, memory, perturb, step, targets, timing
+from lozo_kernels.bench import clock, environment, memory, perturb, step, timing
 from lozo_kernels.bench.batches import CausalBatch, TimedClosure
 from lozo_kernels.bench.entrants import METHODS, Entrant, entrants
 from lozo_kernels.kernels import ops
@@ -187,11 +188,11 @@ def test_targets_are_judged_by_the_worst_case():
         {"op": "lowrank_update", "dtype": "float32", "rank": rank, "ratios": {"floor": ratio}}
         for rank, ratio in ((1, 0.95), (2, 0.84), (4, 0.9), (8, 0.7))
     ]
-    first, second = targets.judge_speed(details, "cpu")
+    first, second = goals.judge_speed(details, "cpu")
     assert (first["target"], first["worst"], first["met"]) == (0.85, 0.84, False)
-    assert targets.judge_speed(details[2:], "cpu")[0]["measured_ranks"] == [4]
+    assert goals.judge_speed(details[2:], "cpu")[0]["measured_ranks"] == [4]
     assert (second["target"], second["worst"], second["met"]) == (0.7, 0.7, True)
-    assert targets.goals({"targets": [first, second]}).count("missed") == 1
+    assert [goals.describe(t).startswith("missed") for t in (first, second)] == [True, False]
 
 
 def test_speed_counts_one_read_and_one_write():

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import lozo_kernels.bench as measurements
-from bench import gpu, runner, stages, summary
+from bench import goals, gpu, runner, stages, summary
 from bench.evidence import REPO as ROOT
-from lozo_kernels.bench import arguments, models, targets
+from lozo_kernels.bench import arguments, models
 from python_tests.machine import stretched, wait_until
 
 
@@ -122,7 +122,7 @@ def test_the_commands_for_a_gpu_are_understood(tmp_path):
             options = parser.parse_args(words[4:])
             assert Path(options.output).name == s.output
     assert names.index("correctness") < min(i for i, s in enumerate(stages.gpu_stages(tmp_path)) if s.figures)
-    assert set(targets.STEP["cuda"]["model"].split()) <= set(models.MODELS) and "float16" in arguments.DTYPE_NAMES
+    assert set(goals.STEP["cuda"]["model"].split()) <= set(models.MODELS) and "float16" in arguments.DTYPE_NAMES
 
 
 def documents():

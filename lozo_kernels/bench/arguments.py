@@ -12,6 +12,7 @@ import torch
 from ..errors import InputError
 from ..kernels.noise import MAX_RANK
 from ..kernels.table import DTYPES
+from .batches import LENGTH
 from .models import MODELS
 
 DTYPE_NAMES = {str(d).removeprefix("torch."): d for d in DTYPES}
@@ -33,25 +34,32 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", help="also write the JSON document to FILE")
 
 
-def add_model(parser: argparse.ArgumentParser, methods: Collection[str], default: Sequence[str]) -> None:
-    """What measurements of whole steps take besides: ``default`` of the ``methods`` unless others are named."""
-    parser.add_argument("--model", type=model_name, default="opt-125m", help="architecture (default: opt-125m); needs transformers")
-    parser.add_argument("--dtype", type=several(dtype_name), default=["bfloat16", "float32"], help="default: bfloat16,float32")
-    parser.add_argument(
-        "--methods",
-        type=several(method_of(methods)),
-        default=list(default),
-        help=f"of {', '.join(methods)} (default: {','.join(default)})",
-    )
+def add_model(parser: argparse.ArgumentParser, methods: Collection[str], default: Sequence[str], model: str = "opt-125m") -> None:
+    """What measurements of steps take besides: ``default`` of the ``methods`` unless others are named."""
+    add_choice(parser, "model", MODELS, model, f"architecture (default: {model}); needs transformers")
+    add_choice(parser, "methods", methods, list(default))
     parser.add_argument("--rank", type=rank_number, default=4, help="default: 4")
+    parser.add_argument(
+        "--length", type=positive, default=LENGTH, help=f"most tokens of a sequence, which divide --tokens (default: {LENGTH})"
+    )
 
 
-def method_of(methods: Collection[str]) -> Callable[[str], str]:
-    """The name of one of these methods."""
+def add_choice(
+    parser: argparse.ArgumentParser, name: str, choices: Collection[str], default: str | list[str] | None, text: str | None = None
+) -> None:
+    """``--NAME``, which is one of some choices, or where the default is no single one, several of them separated by commas."""
+    parse = one_of(name.partition("-")[0].removesuffix("s"), choices)
+    shown = default if isinstance(default, str) else ",".join(default or ())
+    help_text = text or f"of {', '.join(choices)} (default: {shown})"
+    parser.add_argument(f"--{name}", type=parse if isinstance(default, str) else several(parse), default=default, help=help_text)
+
+
+def one_of(what: str, names: Collection[str]) -> Callable[[str], str]:
+    """One of these names, of what is called ``what`` in the message for another."""
 
     def parse(text: str) -> str:
-        if text not in methods:
-            raise argparse.ArgumentTypeError(f"method is one of {', '.join(methods)}, not {text!r}")
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{what} is one of {', '.join(names)}, not {text!r}")
         return text
 
     return parse
@@ -105,26 +113,12 @@ def rank_number(text: str) -> int:
     return value
 
 
-def dtype_name(text: str) -> str:
-    """The name of a weight dtype."""
-    if text not in DTYPE_NAMES:
-        raise argparse.ArgumentTypeError(f"dtype is one of {', '.join(DTYPE_NAMES)}, not {text!r}")
-    return text
-
-
 def shape_label(text: str) -> str:
     """ "RxC"."""
     parts = text.split("x")
     if len(parts) != 2 or not all(p.isdecimal() and int(p) > 0 for p in parts):
         raise argparse.ArgumentTypeError(f"a shape is rows x columns as in 8192x8192, not {text!r}")
     return "x".join(str(int(p)) for p in parts)
-
-
-def model_name(text: str) -> str:
-    """The name of a known architecture."""
-    if text not in MODELS:
-        raise argparse.ArgumentTypeError(f"model is one of {', '.join(MODELS)}, not {text!r}")
-    return text
 
 
 def several(item: Callable[[str], object]) -> Callable[[str], list]:

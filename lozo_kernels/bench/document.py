@@ -88,6 +88,11 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: 
     )
 
 
+def gb(size: int) -> float:
+    """Bytes as 10^9 bytes."""
+    return round(size / 1e9, 2)
+
+
 def progress(text: str) -> None:
     """A line for someone who waits; stdout stays for results."""
     print(text, file=sys.stderr, flush=True)

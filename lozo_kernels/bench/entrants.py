@@ -12,7 +12,7 @@ from torch import nn
 
 from ..model.probe import ProbeHandle
 from ..optim.optimizer import LOZO, MeZO, ZerothOrderOptimizer
-from .arguments import several
+from .arguments import add_choice
 from .published import PublishedStep
 
 EPS, LR, BETA, INTERVAL = 1e-3, 1e-7, 0.9, 50
@@ -70,19 +70,8 @@ def entrants(methods: Sequence[str], placements: Sequence[str]) -> list[Entrant]
 
 def add_placement(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
     """The placements to measure."""
-    parser.add_argument(
-        "--placement",
-        type=several(placement_name),
-        default=list(default),
-        help=f"of {', '.join(PLACEMENTS)}, where they make sense for a method (default: {','.join(default)})",
-    )
-
-
-def placement_name(text: str) -> str:
-    """The name of a placement."""
-    if text not in PLACEMENTS:
-        raise argparse.ArgumentTypeError(f"placement is one of {', '.join(PLACEMENTS)}, not {text!r}")
-    return text
+    text = f"of {', '.join(PLACEMENTS)}, where they make sense for a method (default: {','.join(default)})"
+    add_choice(parser, "placement", PLACEMENTS, list(default), text)
 
 
 def make_optimizer(method: str, model: nn.Module, rank: int, placement: str = "inplace") -> ZerothOrderOptimizer:

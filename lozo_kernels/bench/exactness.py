@@ -7,7 +7,6 @@ with the integer sum: through ``torch.mm`` of fp16 with fp32 sums (matrix units)
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,9 +17,8 @@ from ..kernels.calls import Draw
 from ..kernels.noise import MAX_RANK
 from ..kernels.registry import Backend, choose_backend
 from ..kernels.table import TensorTable
-from .arguments import add_common, check_output, positive, rank_number, several
-from .document import first_line, format_table, publish, where
-from .environment import OtherLoad
+from .arguments import positive, rank_number, several
+from .document import first_line, format_table
 
 Row = dict[str, Any]
 
@@ -32,7 +30,6 @@ _KERNEL_RANKS = (1, 2, 3, 4, 5, 8, 15, 16, 17, 32, 33, 48, 64)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this measurement."""
-    add_common(parser)
     parser.add_argument("--size", type=positive, default=1024, help="rows and columns of a product (default: 1024)")
     parser.add_argument("--draws", type=positive, default=16, help="products a rank (default: 16)")
     parser.add_argument("--rank", type=several(rank_number), default=list(range(1, MAX_RANK + 1)), help="default: 1 to 64")
@@ -45,18 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Counts and prints.
-
-    Returns:
-        0, or 1 if a sum within 2**24 is not exact.
-
-    Raises:
-        InputError: the result cannot be written.
-    """
-    check_output(options.output)
-    document = where(options.device, argv)
-    others = OtherLoad()
+def measure(options: argparse.Namespace, document: Row) -> Row:
+    """Counts the sums that are not exact."""
     backend = choose_backend(options.device).backend
     missing = mm_missing(options.device)
     rows = []
@@ -65,10 +52,12 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         rows.append(count(rank, options.size, options.draws, options.device, kernels, missing is None))
         if rank * (_GREATEST * 256) ** 2 <= _LIMIT and missing is None:
             rows.append(extremes(rank, options.size, options.device))
-    document["cpus_used_by_others"] = others.mean()
-    document |= {"mm_not_run": missing, "greatest_sum": max(row["greatest_sum"] for row in rows), "targets": [], "rows": rows}
-    publish(document, render, as_json=options.json, output=options.output)
-    return 1 if any(row["mm_wrong"] or row["kernel_wrong"] for row in rows) else 0
+    return {"mm_not_run": missing, "greatest_sum": max(row["greatest_sum"] for row in rows), "rows": rows}
+
+
+def failed(document: Row) -> bool:
+    """Whether a sum within 2**24 is not exact."""
+    return any(row["mm_wrong"] or row["kernel_wrong"] for row in document["rows"])
 
 
 def mm_missing(device: torch.device) -> str | None:

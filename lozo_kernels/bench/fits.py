@@ -5,21 +5,18 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .arguments import DTYPE_NAMES, add_common, check_output, dtype_name, method_of, model_name, positive, rank_number, several
+from .arguments import DTYPE_NAMES, add_choice, add_model, positive
 from .batches import CausalBatch
-from .document import first_line, format_table, progress, publish, where
+from .document import first_line, format_table, gb, progress
 from .entrants import METHODS, make_optimizer
-from .environment import OtherLoad
 from .memory_use import out_of_memory
 from .models import MODELS, build_model
-from .step import add_length
-from .targets import gb
 
 Row = dict[str, Any]
 
@@ -28,41 +25,27 @@ _STEPS = 2  # the second is timed; the first loads code
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this measurement."""
-    add_common(parser)
-    parser.add_argument("--model", type=model_name, default="opt-66b", help="architecture (default: opt-66b); needs transformers")
-    parser.add_argument("--dtype", type=dtype_name, default="bfloat16", help="default: bfloat16")
-    parser.add_argument(
-        "--methods", type=several(method_of(METHODS)), default=["lozo"], help=f"of {', '.join(METHODS)} (default: lozo)"
-    )
-    parser.add_argument("--rank", type=rank_number, default=4, help="default: 4")
+    add_model(parser, METHODS, ["lozo"], model="opt-66b")
+    add_choice(parser, "dtype", DTYPE_NAMES, "bfloat16")
     parser.add_argument("--tokens", type=positive, default=512, help="tokens of a batch (default: 512)")
-    add_length(parser)
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Tries and prints. Running out of memory is a result, not an error.
+def measure(options: argparse.Namespace, document: Row) -> Row:
+    """Tries. Running out of memory is a result, not an error.
 
     Raises:
-        InputError: transformers is missing, or the result cannot be written.
+        InputError: transformers is missing.
     """
-    check_output(options.output)
-    document = where(options.device, argv)
-    others = OtherLoad()
     document |= {"model": options.model, "dtype": options.dtype, "tokens": options.tokens}
     progress(f"{options.model} {options.dtype}: weights")
     attempt = Attempt(options.device)
     torch.manual_seed(0)
     model = attempt.run("weights", lambda: build_model(options.model, DTYPE_NAMES[options.dtype], options.device))
     if model is None:
-        rows = [{"method": method} | attempt.result() for method in options.methods]
-    else:
-        document["weights_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
-        forward = CausalBatch(options.tokens, options.device, MODELS[options.model].positions, options.length)
-        rows = [{"method": method} | try_steps(model, forward, method, options.rank) for method in options.methods]
-    document["cpus_used_by_others"] = others.mean()
-    document |= {"targets": [], "rows": rows}
-    publish(document, render, as_json=options.json, output=options.output)
-    return 0
+        return {"rows": [{"method": method} | attempt.result() for method in options.methods]}
+    document["weights_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
+    forward = CausalBatch(options.tokens, options.device, MODELS[options.model].positions, options.length)
+    return {"rows": [{"method": method} | try_steps(model, forward, method, options.rank) for method in options.methods]}
 
 
 class Attempt:

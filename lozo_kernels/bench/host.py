@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,10 +16,9 @@ from ..kernels.backends.triton.launcher import Launcher
 from ..kernels.registry import registered
 from ..model.handle import Handle
 from ..model.patching import patch
-from .arguments import add_common, check_output, model_name, positive
-from .document import format_table, publish
-from .environment import OtherLoad, environment
-from .models import build_model
+from .arguments import add_choice, positive
+from .document import format_table
+from .models import MODELS, build_model
 from .timing import quantile
 
 TARGET = {"model": "opt-1.3b", "pass": "perturb", "microseconds": 150}
@@ -67,20 +66,16 @@ def passes(handle: Handle) -> dict[str, Callable[[int], None]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this measurement."""
-    add_common(parser)
-    parser.add_argument("--model", type=model_name, default="opt-1.3b", help="whose parameters (default: opt-1.3b)")
+    add_choice(parser, "model", MODELS, "opt-1.3b", "whose parameters (default: opt-1.3b)")
     parser.add_argument("--repeats", type=positive, default=300, help="passes of each kind (default: 300)")
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Measures and prints.
+def measure(options: argparse.Namespace, document: dict[str, Any]) -> dict[str, Any]:
+    """Times passes on the host.
 
     Raises:
-        InputError: transformers or triton is missing, or the result cannot be written.
+        InputError: transformers or triton is missing.
     """
-    check_output(options.output)
-    document = environment(torch.device("cpu"), argv)
-    others = OtherLoad()
     rows = []
     with stubbed_handle(empty_model(options.model, torch.bfloat16), rank=4, interval=1 << 20) as (handle, launcher):
         for name, make in passes(handle).items():
@@ -93,9 +88,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
             microseconds = {q: round(1e6 * quantile(seconds, p), 1) for q, p in (("q25", 0.25), ("median", 0.5), ("q75", 0.75))}
             rows.append({"model": options.model, "pass": name, "tensors": len(handle.names)} | microseconds)
             rows[-1]["launches"] = launcher.launches // options.repeats
-    document["cpus_used_by_others"] = others.mean()
-    publish(document | {"target": TARGET, "rows": rows}, render, as_json=options.json, output=options.output)
-    return 0
+    return {"target": TARGET, "rows": rows}
 
 
 def render(document: dict[str, Any]) -> str:

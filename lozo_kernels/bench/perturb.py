@@ -13,13 +13,12 @@ import torch
 from ..errors import InputError
 from ..kernels.registry import Backend, choose_backend
 from . import peers
-from .arguments import DTYPE_NAMES, add_common, check_output, dtype_name, model_name, positive, rank_number, several, shape_label
+from .arguments import DTYPE_NAMES, add_choice, positive, rank_number, several, shape_label
 from .clock import Clock, clock_for
-from .document import first_line, format_table, progress, publish, save_partial, where
-from .environment import OtherLoad, last_level_cache
+from .document import first_line, format_table, progress, save_partial
+from .environment import last_level_cache
 from .gate import check, check_small
-from .models import parameter_shapes
-from .targets import goals, judge_speed
+from .models import MODELS, parameter_shapes
 from .timing import Contender, Seconds, interleave, median, paired_ratio, spread
 from .weights import OpCall, Weights, dense_calls, lowrank_calls, make_weights, nbytes
 
@@ -47,15 +46,11 @@ _NOISE_BYTES = 2 << 30  # on the CPU, where too much memory ends the process: wh
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this measurement."""
-    add_common(parser)
-    parser.add_argument("--dtype", type=several(dtype_name), default=["bfloat16", "float32"], help="default: bfloat16,float32")
+    add_choice(parser, "dtype", DTYPE_NAMES, ["bfloat16", "float32"])
     parser.add_argument("--rank", type=several(rank_number), default=[1, 2, 4, 8], help="default: 1,2,4,8")
     parser.add_argument("--shapes", type=several(shape_label), help="matrices, as in 8192x8192,32768x2048, which is the default")
-    parser.add_argument(
-        "--model-shapes",
-        type=several(model_name),
-        help="models whose weight list is one case; needs transformers; default without --shapes: opt-125m",
-    )
+    text = "models whose weight list is one case; needs transformers; default without --shapes: opt-125m"
+    add_choice(parser, "model-shapes", MODELS, None, text)
     parser.add_argument("--repeats", type=positive, default=20, help="interleaved rounds (default: 20)")
     parser.add_argument("--peer-repeats", type=positive, default=3, help="rounds that the slow published code joins (default: 3)")
     parser.add_argument(
@@ -66,19 +61,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile-rank", type=several(rank_number), default=[4], help="at these ranks (default: 4)")
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Measures and prints.
+def measure(options: argparse.Namespace, document: Row) -> Row:
+    """Measures every op on every set of weights.
 
     Raises:
-        InputError: the result cannot be written, or a model was asked for without transformers.
-        GateError: an op disagrees with its reference; nothing is printed.
+        InputError: a model was asked for without transformers.
+        GateError: an op disagrees with its reference.
     """
-    check_output(options.output)
     backend = choose_backend(options.device).backend
     clock = clock_for(options.device, cold=True)
     on_gpu = options.device.type == "cuda"
-    document = where(options.device, argv) | {"caches": clock.cold, "floor": "copy_" if on_gpu else "mul_"}
-    others = OtherLoad()
+    document |= {"caches": clock.cold, "floor": "copy_" if on_gpu else "mul_"}
     compiling = on_gpu if options.compile is None else options.compile
     bench = PerturbBench(
         options.device, backend, clock, options.repeats, options.peer_repeats, options.compile_rank if compiling else []
@@ -91,10 +84,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
                 rows.append(row)
                 details.append(detail)
                 save_partial(document, options.output, rows=rows, details=details)
-    document["cpus_used_by_others"] = others.mean()
-    document |= {"targets": judge_speed(details, options.device.type), "rows": rows, "details": details}
-    publish(document, render, as_json=options.json, output=options.output)
-    return 0
+    return {"rows": rows, "details": details}
 
 
 def _labels(options: argparse.Namespace) -> list[str]:
@@ -195,7 +185,7 @@ class PerturbBench:
         others: Mapping[str, Callable[[], peers.Pass] | str],
         floors: Mapping[str, tuple[int, peers.Pass]],
     ) -> Iterator[tuple[Row, Row]]:
-        table = next(iter(calls.values())).table
+        table = next(iter(calls.values())).case.table
         dtype = str(table.x[0].dtype).removeprefix("torch.")
         progress(f"{weights.label} {dtype}" + (f" rank {table.rank}" if table.rank else " dense"))
         for name, call in calls.items():
@@ -281,7 +271,7 @@ def gbps(size: int, seconds: Seconds) -> float:
 
 
 def render(document: Row) -> str:
-    """The rows and the targets as text."""
+    """The rows as text."""
 
     def ratio(detail: Row, peer: str, form: str) -> str:
         return form.format(detail["ratios"][peer]) if peer in detail["ratios"] else "-"
@@ -295,4 +285,4 @@ def render(document: Row) -> str:
         + [ratio(detail, column, form) for column, _, form in columns]
         for row, detail in zip(document["rows"], document["details"], strict=True)
     ]
-    return format_table(header, lines, left=4) + goals(document)
+    return format_table(header, lines, left=4)

@@ -14,14 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..optim.optimizer import ZerothOrderOptimizer
-from .arguments import DTYPE_NAMES, add_common, add_model, check_output, positive, several
-from .batches import LENGTH, CausalBatch, TimedClosure
+from .arguments import DTYPE_NAMES, add_choice, add_model, positive, several
+from .batches import CausalBatch, TimedClosure
 from .clock import Clock, HostClock, clock_for
-from .document import format_table, progress, publish, save_partial, where
+from .document import format_table, progress, save_partial
 from .entrants import INTERVAL, METHODS, Entrant, add_placement, entrants, make_optimizer, make_published, treatment
-from .environment import OtherLoad
 from .models import MODELS, build_model
-from .targets import goals, judge_ratios, judge_step
 from .timing import Contender, Seconds, interleave, median, paired_ratio, spread
 from .weights import nbytes
 
@@ -36,33 +34,21 @@ _TOGETHER = "one forward of both"  # a plain one over the batch twice: the floor
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this measurement."""
-    add_common(parser)
     add_model(parser, METHODS, list(METHODS))
+    add_choice(parser, "dtype", DTYPE_NAMES, ["bfloat16", "float32"])
     add_placement(parser, DEFAULT_PLACEMENTS)
     parser.add_argument("--tokens", type=several(positive), default=[32, 128, 512], help="tokens a batch (default: 32,128,512)")
-    add_length(parser)
     parser.add_argument("--repeats", type=positive, default=7, help="interleaved rounds (default: 7)")
     parser.add_argument("--peer-repeats", type=positive, default=2, help="rounds that the published step joins (default: 2)")
 
 
-def add_length(parser: argparse.ArgumentParser) -> None:
-    """How tokens are divided into sequences."""
-    parser.add_argument(
-        "--length", type=positive, default=LENGTH, help=f"most tokens of a sequence, which divide --tokens (default: {LENGTH})"
-    )
-
-
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Measures and prints.
+def measure(options: argparse.Namespace, document: Row) -> Row:
+    """Measures every method in every placement.
 
     Raises:
-        InputError: transformers is missing, or the result cannot be written.
+        InputError: transformers is missing.
     """
-    check_output(options.output)
-    document = where(options.device, argv)
-    others = OtherLoad()
-    document["model"] = options.model
-    document["parameters"] = None
+    document |= {"model": options.model, "parameters": None}
     rows: list[Row] = []
     details: list[Row] = []
     for name in options.dtype:
@@ -81,11 +67,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
                 save_partial(document, options.output, rows=rows, details=details)
             bench.close()
         del bench, model
-    document["cpus_used_by_others"] = others.mean()
-    judged = (judge(details, options.device.type, options.model) for judge in (judge_step, judge_ratios))
-    document |= {"targets": [target for some in judged for target in some], "rows": rows, "details": details}
-    publish(document, render, as_json=options.json, output=options.output)
-    return 0
+    return {"rows": rows, "details": details}
 
 
 def benches(model: nn.Module, chosen: Sequence[Entrant], rank: int) -> Iterator[StepBench]:
@@ -232,7 +214,7 @@ def _rows(entrant: Entrant, seconds: Mapping[str, Seconds], base: str, shares: S
 
 
 def render(document: Row) -> str:
-    """The rows and the targets as text."""
+    """The rows as text."""
     header = (
         "method",
         "placement",
@@ -262,4 +244,4 @@ def render(document: Row) -> str:
         )
         for row, detail in zip(document["rows"], document["details"], strict=True)
     ]
-    return format_table(header, lines, left=3) + goals(document)
+    return format_table(header, lines, left=3)

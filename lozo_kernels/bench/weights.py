@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from ..kernels import noise, ops
 from ..kernels.calls import Draw
 from ..kernels.registry import Backend
 from ..kernels.table import TensorTable
+from .cases import OPS, Case
 from .models import MODELS, parameter_shapes
 
 SEED = 0x10_20_30_40_50_60_70
@@ -79,50 +81,32 @@ def nbytes(tensors: Sequence[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-@dataclasses.dataclass
 class OpCall:
-    """One op with all of its arguments. Each run flips the signs of the scales, so that timed weights stay where they are.
+    """One op with all of its arguments. Each run flips the signs of what it adds, so that timed weights stay where they are.
+
+    Args:
+        case: a scale, and a coefficient of momentum, for each draw; alpha and beta for all tensors.
 
     Attributes:
-        op: "lowrank_update", "dense_update" or "lowrank_momentum".
-        scales, coefficients: one per draw.
-        alpha: of the next run.
+        case: the next run's.
     """
 
-    op: str
-    table: TensorTable
-    draws: Sequence[Draw]
-    scales: Sequence[float]
-    backend: Backend
-    coefficients: Sequence[float] = ()
-    alpha: float = 0.0
-    beta: float = 1.0
-
-    def __post_init__(self) -> None:
+    def __init__(self, case: Case, backend: Backend) -> None:
+        self.case, self.backend = case, backend
+        table, call = case.table, case.call
+        shapes = {"alpha": (len(table),), "beta": (len(table),)}
         # On the device beforehand, as in a training step: uploading a number would wait for the device in every call.
-        shape = (len(self.draws), len(self.table))
-        self._arguments = {"scales": self._tensor(self.scales, shape)}
-        self._fixed: dict[str, Tensor] = {}
-        if self.op == "lowrank_momentum":
-            self._arguments |= {
-                "coefficients": self._tensor(self.coefficients, shape),
-                "alpha": self._tensor([self.alpha], shape[1:]),
-            }
-            self._fixed["beta"] = self._tensor([self.beta], shape[1:])
-        self._negated = {name: -value for name, value in self._arguments.items()}
-
-    def _tensor(self, values: Sequence[float], shape: tuple[int, ...]) -> Tensor:
-        rows = torch.tensor(values, dtype=torch.float32, device=self.table.device)
-        return (rows[:, None] if len(shape) == 2 else rows).expand(shape).contiguous()
+        for name in ("scales", "coefficients", *shapes):
+            if name in call:
+                values = torch.tensor(call[name], dtype=torch.float32, device=table.device).unsqueeze(-1)
+                call[name] = values.expand(shapes.get(name, (len(call["draws"]), len(table)))).contiguous()
+        self._other = {name: -call[name] for name in ("scales", "coefficients", "alpha") if name in call}
 
     def run(self) -> None:
         """The call."""
-        op = getattr(ops, f"{self.op}_")
-        op(self.table, seed=SEED, draws=self.draws, backend=self.backend, **self._arguments, **self._fixed)
-        self._arguments, self._negated = self._negated, self._arguments
-        self.scales = [-s for s in self.scales]
-        self.coefficients = [-c for c in self.coefficients]
-        self.alpha = -self.alpha
+        self.case.run(self.backend)
+        now = {name: self.case.call[name] for name in self._other}
+        self.case.call, self._other = self.case.call | self._other, now
 
 
 def lowrank_calls(table: TensorTable, backend: Backend) -> dict[str, OpCall]:
@@ -131,14 +115,19 @@ def lowrank_calls(table: TensorTable, backend: Backend) -> dict[str, OpCall]:
     ``lowrank_update`` is a perturbation or an update; ``lowrank_update_2`` a restore fused with another draw;
     ``lowrank_momentum`` the update of LOZO-M, which restores in the same pass.
     """
-    one, two = [Draw(7)], [Draw(7), Draw(8)]
+    momentum = {"coefficients": [0.1], "alpha": -1e-4, "beta": 0.9}
     return {
-        "lowrank_update": OpCall("lowrank_update", table, one, [EPS], backend),
-        "lowrank_update_2": OpCall("lowrank_update", table, two, [EPS, -EPS], backend),
-        "lowrank_momentum": OpCall("lowrank_momentum", table, one, [EPS], backend, coefficients=[0.1], alpha=-1e-4, beta=0.9),
+        "lowrank_update": _call("lowrank_update_", table, backend, scales=[EPS]),
+        "lowrank_update_2": _call("lowrank_update_", table, backend, scales=[EPS, -EPS]),
+        "lowrank_momentum": _call("lowrank_momentum_", table, backend, scales=[EPS], **momentum),
     }
 
 
 def dense_calls(table: TensorTable, backend: Backend) -> dict[str, OpCall]:
     """The dense op by row name."""
-    return {"dense_update": OpCall("dense_update", table, [Draw(7)], [EPS], backend)}
+    return {"dense_update": _call("dense_update_", table, backend, scales=[EPS])}
+
+
+def _call(op: str, table: TensorTable, backend: Backend, *, scales: list[float], **more: Any) -> OpCall:
+    draws = [Draw(7 + i) for i in range(len(scales))]
+    return OpCall(Case(OPS[op], table, {"seed": SEED, "draws": draws, "scales": scales, **more}), backend)

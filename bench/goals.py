@@ -1,10 +1,20 @@
-"""The project's goals, and which of them a measurement met."""
+"""The project's goals, and which of them a measurement met: ``python -m bench.goals FILE ...``.
+
+The files are documents of ``lozo-kernels bench perturb``, ``step`` or ``memory``.
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import json
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from lozo_kernels.bench.document import gb
+from lozo_kernels.bench.memory import PUBLISHED_GB, PUBLISHED_MODEL
 
 Row = dict[str, Any]
 
@@ -95,10 +105,6 @@ EXTRA_MEMORY = 0.01
 PROBE_SLACK = 0.01
 """What a probe's step may take beyond its factors and its scratch memory, as a share of the weights."""
 
-PUBLISHED_MEMORY_GB = {"lozo": 27.0, "lozo-m": 27.4, "mezo": 27.4, "mezo-m": 51.7}
-"""Memory of a run on OPT-13B in half precision, RTE, as the authors of LOZO publish it (GB; they do not give the batch)."""
-PUBLISHED_MEMORY_MODEL = "opt-13b"
-
 
 def judge_speed(details: Sequence[Row], device_type: str) -> list[Row]:
     """Every speed target that was measured, with the worst ratio."""
@@ -174,20 +180,15 @@ def judge_probe_memory(rows: Sequence[Row]) -> list[Row]:
 
 def judge_peak_memory(rows: Sequence[Row], model: str) -> list[Row]:
     """The peak of every method that the published table has, held to that table."""
-    if model != PUBLISHED_MEMORY_MODEL:
+    if model != PUBLISHED_MODEL:
         return []
     return [
         {"method": row["method"], "dtype": row["dtype"], "rank": row["rank"], "tokens": row["tokens"]}
-        | {"target_gb": PUBLISHED_MEMORY_GB[row["method"]], "measured_gb": gb(row["peak_bytes"])}
-        | {"met": row["peak_bytes"] <= 1e9 * PUBLISHED_MEMORY_GB[row["method"]]}
+        | {"target_gb": PUBLISHED_GB[row["method"]], "measured_gb": gb(row["peak_bytes"])}
+        | {"met": row["peak_bytes"] <= 1e9 * PUBLISHED_GB[row["method"]]}
         for row in rows
-        if _in_place(row) and row["method"] in PUBLISHED_MEMORY_GB and row["dtype"] != "float32" and row.get("peak_bytes")
+        if _in_place(row) and row["method"] in PUBLISHED_GB and row["dtype"] != "float32" and row.get("peak_bytes")
     ]
-
-
-def gb(size: int) -> float:
-    """Bytes as 10^9 bytes."""
-    return round(size / 1e9, 2)
 
 
 def describe(target: Row) -> str:
@@ -216,7 +217,27 @@ def describe(target: Row) -> str:
     return f"{'met   ' if target['met'] else 'missed'}  {text}"
 
 
-def goals(document: Row) -> str:
-    """The judged targets of a document as text, with an empty line before them; nothing without any."""
-    lines = [describe(target) for target in document["targets"]]
-    return "\n".join(["", "", *lines]) if lines else ""
+def judge(document: Row) -> list[Row]:
+    """Every goal that a document of the benchmark command has a measurement for."""
+    details, rows = document.get("details") or [], document.get("rows") or []
+    kind = "cuda" if "gpu" in document else "cpu"
+    if details and "op" in details[0]:
+        return judge_speed(details, kind)
+    if details:
+        return judge_step(details, kind, document["model"]) + judge_ratios(details, kind, document["model"])
+    measured = [row for row in rows if "extra_bytes" in row]
+    peaks = judge_peak_memory(measured, document.get("model", "")) if kind == "cuda" else judge_extra_memory(measured)
+    return peaks + judge_probe_memory(measured)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the goals of each file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path)
+    for path in parser.parse_args(argv).files:
+        print(path, *map(describe, judge(json.loads(path.read_text(encoding="utf-8")))), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""What a call of an op has to make of a case: from ``reference.py``, and from noise that is placed here, row by row.
+
+No code of a backend is used, so that the eager one is held to this too.
+"""
+
+import torch
+
+from lozo_kernels.bench.cases import UNIT
+from lozo_kernels.kernels import noise, reference
+
+F64 = torch.float64
+
+
+def left_factor(table, t, seed, draw, rank):
+    """U of a tensor: (batch, rows, rank) fp32."""
+    batch, rows, _ = table.x[t].shape
+    where = {"row_offset": table.row_offsets[t], "direction": draw.direction}
+    return noise.factor(seed, batch * rows, rank, table.tensor_ids[t], int(draw.step), **where).view(batch, rows, rank)
+
+
+def right_factor(table, t, seed, window):
+    """V of a tensor in a window, transposed: (batch, rank, cols) fp16."""
+    batch, _, cols = table.x[t].shape
+    starts = [table.col_offsets[t] + b * table.global_cols[t] for b in range(batch)]
+    made = [noise.factor(seed, cols, table.rank, table.tensor_ids[t], window, stream="V", row_offset=start) for start in starts]
+    return torch.stack(made).transpose(1, 2).half()
+
+
+def by_row(table, t, make, seed, step, direction):
+    """Noise of every element of a tensor, in its shape."""
+    batch, rows, cols = table.x[t].shape
+    starts = [(table.row_offsets[t] + i) * table.global_cols[t] + table.col_offsets[t] for i in range(batch * rows)]
+    made = [make(seed, cols, table.tensor_ids[t], int(step), offset=start, direction=direction) for start in starts]
+    return torch.stack(made).view(batch, rows, cols)
+
+
+def noises(case, t):
+    """What each draw adds to a tensor: U of its rows, or Z of its shape."""
+    table, seed = case.table, case.call["seed"]
+    rank = table.x[t].shape[2] if case.op.factors else table.rank
+    return [
+        left_factor(table, t, seed, draw, rank) if rank else by_row(table, t, noise.dense, seed, draw.step, draw.direction)
+        for draw in case.call["draws"]
+    ]
+
+
+def scalar(case, name, t):
+    """An argument as it is for a tensor: (draws,) of scales and coefficients, 0-dim of the others, None if it is absent."""
+    value = case.call.get(name)
+    if value is None:
+        return None
+    shape = (len(case.call["draws"]), len(case.table)) if name in ("scales", "coefficients") else (len(case.table),)
+    value = value.detach() if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=F64)
+    return value.to(torch.float32).expand(shape)[..., t]
+
+
+def evaluate(case, t, dtype=torch.float32):
+    """The weight before it is rounded into its own dtype, N and V that the call makes of a tensor; None for what it leaves.
+
+    ``dtype`` is that of the arithmetic: fp32 for the promised bits, fp64 for the truth.
+    """
+    table = case.table
+    x, v, n = table.x[t], None if table.v is None else table.v[t], None if table.n is None else table.n[t]
+    if case.op.name == "resample_":
+        new = right_factor(table, t, case.call["seed"], case.call["window"])
+        return x.to(dtype), reference.reproject(n, v, new, dtype=dtype) if case.call["reproject"] else None, new
+    factors = () if v is None else (v,)
+    terms = {"scales": list(scalar(case, "scales", t)), "decay": scalar(case, "decay", t), "dtype": dtype}
+    if case.op.out:
+        merge = reference.dense_merge if v is None else reference.lowrank_merge
+        return merge(x, *factors, n, noises(case, t), **terms), None, None
+    added = noises(case, t)
+    y = (reference.dense_update if v is None else reference.lowrank_update)(x, *factors, added, **terms)
+    if case.op.momentum:
+        n = reference.momentum(n, added, list(scalar(case, "coefficients", t)), scalar(case, "beta", t), dtype=dtype)
+        product = n if v is None else reference.momentum_product(n, v, dtype=dtype)
+        return reference.apply_momentum(y, product, scalar(case, "alpha", t)), n, None
+    return y, None, None
+
+
+def promised(case, t):
+    """What :func:`evaluate` gives in fp32, the weight rounded into its own dtype as the call says."""
+    x, (y, n, v), rounding = case.table.x[t], evaluate(case, t), case.call.get("rounding")
+    if rounding is None or x.dtype == torch.float32:
+        return reference.round_nearest(y, x.dtype), n, v
+    bits = by_row(case.table, t, noise.rounding_bits, case.call["seed"], rounding.step, rounding.index)
+    return reference.round_stochastic(y, bits, x.dtype), n, v
+
+
+def bound(case, t, exact):
+    """How far a weight that is rounded to nearest may be from the truth, ``exact``.
+
+    One rounding into its own dtype, and as many fp32 roundings of the sizes of all terms together as there are terms.
+    """
+    x, v = case.table.x[t].double().abs(), None if case.table.v is None else case.table.v[t].double()
+    added, scales = [u.double() for u in noises(case, t)], scalar(case, "scales", t).double().abs()
+    decay = scalar(case, "decay", t)
+    size, terms = x if decay is None else x * decay.double().abs(), 4 + 3 * len(added)
+    if case.op.momentum or case.op.out:
+        n = torch.zeros_like(x) if case.table.n is None else case.table.n[t].double().abs()
+        coefficients, alpha = scales, 1.0
+        if case.op.momentum:
+            coefficients, alpha = scalar(case, "coefficients", t).double().abs(), scalar(case, "alpha", t).double().abs()
+            n = n * scalar(case, "beta", t).double().abs()
+        for u, c in zip(added, coefficients, strict=True):
+            n = n + u.abs() * c
+        size, terms = size + alpha * (n if v is None else n @ v.abs()), terms + case.table.rank
+    if not case.op.out:
+        for u, scale in zip(added, scales, strict=True):
+            size = size + (u if v is None else u @ v).abs() * scale
+    return terms * UNIT[torch.float32] * size + 1.01 * UNIT[case.table.x[t].dtype] * exact.abs() + 2.0**-24

@@ -5,7 +5,7 @@ No code of a backend is used, so that the eager one is held to this too.
 
 import torch
 
-from lozo_kernels.bench.cases import UNIT
+from lozo_kernels.bench.cases import UNIT, storage_of
 from lozo_kernels.kernels import noise, reference
 
 F64 = torch.float64
@@ -109,3 +109,48 @@ def bound(case, t, exact):
         for u, scale in zip(added, scales, strict=True):
             size = size + (u if v is None else u @ v).abs() * scale
     return terms * UNIT[torch.float32] * size + 1.01 * UNIT[case.table.x[t].dtype] * exact.abs() + 2.0**-24
+
+
+def evaluate_product(call, view):
+    """What ``lowrank_linear_``, or with ``lookup`` ``lowrank_embedding_``, makes of y: the truth in fp64.
+
+    Args:
+        call: the arguments as attributes, and ``place``, a dictionary of seed, tensor_id and row_offset.
+        view: what is evaluated of each tensor: ``double`` for the truth, or with absolute values for the size of its terms.
+    """
+    parts, size = [], len(call.y) // len(call.draws)
+    for g, (step, direction) in enumerate(call.draws.tolist()):
+        tokens, (rows, rank) = slice(g * size, (g + 1) * size), call.b.shape
+        u = noise.factor(rows=rows, rank=rank, draw=step, direction=direction, **call.place)
+        y, v, f = view(call.y[tokens]), view(call.v), view(call.b) + view(call.scales[g]) * view(u)
+        gain, shift = (None if t is None else view(t) for t in (call.gain, None if call.shift is None else call.shift[g]))
+        if call.lookup:
+            parts.append(reference.lowrank_embedding(y, call.x[tokens].long(), v, f, gain=gain, dtype=F64))
+        else:
+            more = {"transposed": call.transposed, "gain": gain, "shift": shift, "dtype": F64}
+            parts.append(reference.lowrank_linear(y, view(call.x[tokens]), v, f, **more))
+    return torch.cat(parts)
+
+
+def product_bound(call):
+    """The truth of a product, and how far y may be from it: a rounding for each of its terms, and one into its own dtype."""
+    exact, size = evaluate_product(call, lambda t: t.double()), evaluate_product(call, lambda t: t.double().abs())
+    terms = len(call.v) + 6 + (0 if call.lookup else call.x.shape[1])
+    return exact, terms * UNIT[torch.float32] * size + 1.01 * UNIT[call.y.dtype] * exact.abs() + 2.0**-24
+
+
+def check_truth(before, after):
+    """A call that rounds to nearest gave the truth within its bounds, and N and V in every bit; gaps were not written."""
+    for t, x in enumerate(before.table.x):
+        y = (after.table if after.out is None else after.out).x[t]
+        if not x.numel():
+            continue
+        exact, *_ = evaluate(before, t, F64)
+        what = f"{before.op.name} tensor {t}: {tuple(x.shape)} {x.dtype}"
+        assert ((y.double() - exact).abs() <= bound(before, t, exact)).all(), what
+        gaps = torch.ones_like(storage_of(y), dtype=torch.bool)
+        gaps.as_strided(y.shape, y.stride(), y.storage_offset()).fill_(False)
+        assert storage_of(y)[gaps].isnan().all(), what
+        _, n, v = promised(before, t)
+        assert n is None or torch.equal(after.table.n[t], n), what
+        assert v is None or torch.equal(after.table.v[t], v), what

@@ -108,18 +108,20 @@ class Compared(NamedTuple):
     text: str
 
 
-def compare(got: Case, want: Case) -> list[Compared]:
+def compare(got: Case, want: Case, *, every_bit: bool = False) -> list[Compared]:
     """All storage of two cases that ran, gaps included, bit for bit; any NaN is as good as another.
 
-    Momentum products above rank :data:`EXACT_MOMENTUM_RANK` may differ by two summations of them.
+    Args:
+        every_bit: otherwise momentum products above rank :data:`EXACT_MOMENTUM_RANK` may differ by two summations of them.
     """
     found = []
+    bounded = want.op.name == "lowrank_momentum_" and want.table.rank > EXACT_MOMENTUM_RANK and not every_bit
     for name in ("x", "n", "v", "out"):
         theirs, ours = (case.out and case.out.x if name == "out" else getattr(case.table, name) for case in (got, want))
         for t, (x, y) in enumerate(zip(theirs or (), ours or (), strict=True)):
             a, b = storage_of(x), storage_of(y)
             wrong = as_bits(a) != as_bits(b)
-            if name == "x" and want.op.name == "lowrank_momentum_" and want.table.rank > EXACT_MOMENTUM_RANK:
+            if name == "x" and bounded:
                 wrong.as_strided(y.shape, y.stride(), y.storage_offset()).copy_(~_near(x, want, t))
             text = f"{name}[{t}] {tuple(y.shape)} {str(y.dtype).removeprefix('torch.')}, strides {y.stride()}"
             if bool(wrong.any()):

@@ -22,7 +22,6 @@ class Parser(argparse.ArgumentParser):
     """Reports a wrong command line as an :class:`InputError`."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises instead of printing the usage and exiting."""
         raise InputError(message)
 
 

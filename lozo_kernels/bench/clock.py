@@ -39,17 +39,15 @@ class HostClock:
     cold = "not made cold: the weights are larger than the caches unless noted"
 
     def prepare(self) -> None:
-        """Nothing to do."""
+        pass
 
     def mark(self) -> float:
-        """Seconds of the host's clock."""
         return time.perf_counter()
 
     def wait(self) -> None:
-        """Nothing is pending."""
+        pass
 
     def seconds(self, start: float, end: float) -> float:
-        """Their difference."""
         return end - start
 
 
@@ -75,25 +73,21 @@ class EventClock:
             )
 
     def prepare(self) -> None:
-        """Overwrites the buffer, in the stream: the start event comes after it."""
         if self._overwrite is not None:
-            self._overwrite.zero_()
+            self._overwrite.zero_()  # in the stream, so that the start event comes after it
             if self._on_gpu:
                 torch.cuda._sleep(_AHEAD_CYCLES)
 
     def mark(self) -> Any:
-        """An event, recorded."""
         self._last = self._make_event()
         self._last.record()
         return self._last
 
     def wait(self) -> None:
-        """Waits for the last event."""
         if self._last is not None:
             self._last.synchronize()
 
     def seconds(self, start: Any, end: Any) -> float:
-        """What the device says passed between two events."""
         return start.elapsed_time(end) / 1e3
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import random
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,12 +32,12 @@ _SHAPES = {
 _MOST_FAILURES = 20  # that a document lists
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """A case before its random inputs are drawn.
 
     Attributes:
-        layout: "odd" (gaps and offsets of any size), "large" (aligned) or "tiny".
+        op: whose case.
+        layout: of :data:`_SHAPES`: "odd" (gaps and offsets of any size), "large" (aligned) or "tiny".
         dtype: of all tensors; None for a mixture.
         rank: 0 for ops without one.
         draws: how many. A merge with a draw writes into other memory.
@@ -61,23 +60,14 @@ class Plan:
 
     def case(self, seed: int) -> Case:
         """The case of a seed, on the CPU. The state of torch's generators stays as it is."""
-        op = OPS[self.op]
-        wide = op.momentum and self.rank > EXACT_MOMENTUM_RANK  # compared within a bound, which needs numbers
+        call = {"draws": self.draws, "decay": self.decay, "stochastic": self.stochastic, "reproject": self.decay}
+        wide = OPS[self.op].momentum and self.rank > EXACT_MOMENTUM_RANK  # compared within a bound, which needs numbers
+        tensors: dict[str, Any] = {"n": self.decay, "size": 0.1, "special": 0.0 if wide else 1e-3}
+        tensors |= {"dtypes": DTYPES if self.dtype is None else (self.dtype,), "step": 8 if self.layout == "large" else 1}
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)
-            return random_case(
-                random.Random(seed),
-                op,
-                _SHAPES[self.layout],
-                self.rank,
-                call={"draws": self.draws, "decay": self.decay, "stochastic": self.stochastic, "reproject": self.decay},
-                apart=self.draws > 0,
-                step=8 if self.layout == "large" else 1,
-                dtypes=DTYPES if self.dtype is None else (self.dtype,),
-                n=self.decay,
-                size=0.1,
-                special=0.0 if wide else 1e-3,
-            )
+            shapes, rng = _SHAPES[self.layout], random.Random(seed)
+            return random_case(rng, OPS[self.op], shapes, self.rank, call=call, apart=self.draws > 0, **tensors)
 
 
 def plans(*, quick: bool) -> list[Plan]:

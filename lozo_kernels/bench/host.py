@@ -29,7 +29,7 @@ class NoLaunch(Launcher):
     """Counts launches and makes none."""
 
     def run(self, plan: Any, programs: int, arguments: tuple[Any, ...]) -> None:
-        """Nothing."""
+        pass
 
 
 @contextlib.contextmanager

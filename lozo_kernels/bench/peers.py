@@ -146,3 +146,22 @@ def _vs(xs: Sequence[Tensor], rank: int) -> list[Tensor]:
 
 def _alternating(value: float) -> itertools.cycle[float]:
     return itertools.cycle((value, -value))
+
+
+LOWRANK: dict[str, Callable[[Sequence[Tensor], int], Pass]] = {
+    "addmm": lambda xs, rank: addmm_pass(xs, rank),
+    # Two draws are one product of twice the rank, once [U0 U1] and [V V] lie side by side.
+    "addmm of twice the rank": lambda xs, rank: addmm_pass(xs, 2 * rank),
+    "addmm momentum": lambda xs, rank: addmm_momentum_pass(xs, rank),
+    "published lozo": lambda xs, rank: published_lozo_pass(xs, rank),
+    "published lozo-m": lambda xs, rank: published_lozo_m_pass(xs, rank),
+    "compiled lozo": lambda xs, rank: compiled_lozo_pass(xs, rank),
+}
+"""What the low-rank ops are compared with, on matrices and at a rank."""
+
+DENSE: dict[str, Callable[[Sequence[Tensor]], Pass]] = {
+    "published mezo": lambda xs: published_mezo_pass(xs),
+    "compiled mezo": lambda xs: compiled_mezo_pass(xs),
+    "foreach": lambda xs: foreach_pass(xs),
+}
+"""What the dense op is compared with."""

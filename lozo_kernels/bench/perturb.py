@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -137,9 +136,9 @@ class PerturbBench:
             progress(f"{label}: less than four times the last-level cache of {cache >> 20} MiB, so this is not memory speed")
         for rank in ranks:
             calls = lowrank_calls(weights.lowrank_table(rank, self.backend), self.backend)
-            yield from self._measure_calls(weights, calls, self._lowrank_peers(weights, rank), floors)
+            yield from self._measure_calls(weights, calls, rank, floors)
         calls = dense_calls(weights.dense_table(), self.backend)
-        yield from self._measure_calls(weights, calls, self._dense_peers(weights), floors)
+        yield from self._measure_calls(weights, calls, 0, floors)
 
     def _floors(self, size: int) -> dict[str, tuple[int, peers.Pass]]:
         """By column: the bytes of its buffer, and a pass over it."""
@@ -150,50 +149,18 @@ class PerturbBench:
         floors["floor"] = floors.get("copy", floors["inplace"])
         return {column: (nbytes([buffer]), call) for column, call in floors.items()}
 
-    def _lowrank_peers(self, weights: Weights, rank: int) -> dict[str, Callable[[], peers.Pass] | str]:
-        """Makers of what the low-rank ops are compared with, or why there is none, by the names of :data:`BESIDE`."""
-        compiled = self._unless(self._not_compiled(rank), functools.partial(peers.compiled_lozo_pass, weights.matrices, rank))
-        return {**lowrank_peers(weights, rank), "compiled lozo": compiled}
-
-    def _dense_peers(self, weights: Weights) -> dict[str, Callable[[], peers.Pass] | str]:
-        """The same for the dense op."""
-        size = nbytes(weights.all)
-        too_much = None
-        if self.device.type == "cpu" and size > _NOISE_BYTES:
-            too_much = f"not tried: it holds noise of {size >> 20} MiB beside the weights"
-        return {
-            **dense_peers(weights),
-            "compiled mezo": self._unless(self._not_compiled(None), functools.partial(peers.compiled_mezo_pass, weights.all)),
-            "foreach": self._unless(too_much, functools.partial(peers.foreach_pass, weights.all)),
-        }
-
-    def _not_compiled(self, rank: int | None) -> str | None:
-        if not self.compile_ranks:
-            return "not asked for (--compile)"
-        if rank is not None and rank not in self.compile_ranks:
-            return f"not asked for at this rank (--compile-rank {','.join(map(str, self.compile_ranks))})"
-        return None
-
-    @staticmethod
-    def _unless(reason: str | None, make: Callable[[], peers.Pass]) -> Callable[[], peers.Pass] | str:
-        return make if reason is None else reason
-
     def _measure_calls(
-        self,
-        weights: Weights,
-        calls: dict[str, OpCall],
-        others: Mapping[str, Callable[[], peers.Pass] | str],
-        floors: Mapping[str, tuple[int, peers.Pass]],
+        self, weights: Weights, calls: dict[str, OpCall], rank: int, floors: Mapping[str, tuple[int, peers.Pass]]
     ) -> Iterator[tuple[Row, Row]]:
         table = next(iter(calls.values())).case.table
         dtype = str(table.x[0].dtype).removeprefix("torch.")
-        progress(f"{weights.label} {dtype}" + (f" rank {table.rank}" if table.rank else " dense"))
+        progress(f"{weights.label} {dtype}" + (f" rank {rank}" if rank else " dense"))
         for name, call in calls.items():
             check_small(name, table.x[0].dtype, call)
             check(name, weights.label, call)
         contenders = {column: Contender(call) for column, (_, call) in floors.items() if column != "floor"}
         contenders |= {name: Contender(call.run) for name, call in calls.items()}
-        ready, not_run = self._ready(others)
+        ready, not_run = self._peers(weights, rank)
         seconds = interleave(contenders | ready, self.repeats, clock=self.clock)
         seconds["floor"] = seconds["copy" if "copy" in seconds else "inplace"]
 
@@ -206,7 +173,7 @@ class PerturbBench:
                     missing[column] = not_run[other]
                 else:
                     beside[column] = (moved, {i: passes * s for i, s in seconds[other].items()})
-            key = {"op": name, "dtype": dtype, "rank": table.rank or None, "shape": weights.label}
+            key = {"op": name, "dtype": dtype, "rank": rank or None, "shape": weights.label}
             row: Row = key | {"gbps": gbps(moved, seconds[name])}
             row |= {f"{column}_gbps": gbps(*beside[column]) if column in beside else None for column in COLUMNS}
             row |= {"host_us": self._host_us(calls[name]), "not_run": missing}
@@ -226,17 +193,18 @@ class PerturbBench:
             seconds.append(time.perf_counter() - start)
         return round(1e6 * median(seconds), 1)
 
-    def _ready(self, others: Mapping[str, Callable[[], peers.Pass] | str]) -> tuple[dict[str, Contender], dict[str, str]]:
-        """The peers that run here, and why the others do not."""
+    def _peers(self, weights: Weights, rank: int) -> tuple[dict[str, Contender], dict[str, str]]:
+        """The peers that run here, by the names of :data:`BESIDE`, and why the others do not; rank 0 for those of the dense op."""
         ready: dict[str, Contender] = {}
         not_run: dict[str, str] = {}
-        for name, make in others.items():
-            if isinstance(make, str):
-                not_run[name] = make
+        for name in peers.LOWRANK if rank else peers.DENSE:
+            reason = self._left_out(name, weights, rank)
+            if reason is not None:
+                not_run[name] = reason
                 continue
             slow = name.startswith("published")
             try:
-                call = make()
+                call = peers.LOWRANK[name](weights.matrices, rank) if rank else peers.DENSE[name](weights.all)
                 if not slow or self.device.type == "cuda":
                     call()
             except Exception as e:  # whatever a peer or its compiler dies of, this library is measured all the same
@@ -246,23 +214,15 @@ class PerturbBench:
             ready[name] = Contender(call, self.peer_repeats if slow else None, warm_up=False)
         return ready, not_run
 
-
-def lowrank_peers(weights: Weights, rank: int) -> dict[str, Callable[[], peers.Pass]]:
-    """Makers of the eager passes that the low-rank ops are compared with, by the names of :data:`BESIDE`."""
-    xs = weights.matrices
-    return {
-        "addmm": lambda: peers.addmm_pass(xs, rank),
-        # Two draws are one product of twice the rank, once [U0 U1] and [V V] lie side by side.
-        "addmm of twice the rank": lambda: peers.addmm_pass(xs, 2 * rank),
-        "addmm momentum": lambda: peers.addmm_momentum_pass(xs, rank),
-        "published lozo": lambda: peers.published_lozo_pass(xs, rank),
-        "published lozo-m": lambda: peers.published_lozo_m_pass(xs, rank),
-    }
-
-
-def dense_peers(weights: Weights) -> dict[str, Callable[[], peers.Pass]]:
-    """Makers of the eager passes that the dense op is compared with."""
-    return {"published mezo": lambda: peers.published_mezo_pass(weights.all)}
+    def _left_out(self, name: str, weights: Weights, rank: int) -> str | None:
+        """Why a peer is not tried, or None."""
+        if name == "foreach" and self.device.type == "cpu" and nbytes(weights.all) > _NOISE_BYTES:
+            return f"not tried: it holds noise of {nbytes(weights.all) >> 20} MiB beside the weights"
+        if name.startswith("compiled") and not self.compile_ranks:
+            return "not asked for (--compile)"
+        if name.startswith("compiled") and rank and rank not in self.compile_ranks:
+            return f"not asked for at this rank (--compile-rank {','.join(map(str, self.compile_ranks))})"
+        return None
 
 
 def gbps(size: int, seconds: Seconds) -> float:

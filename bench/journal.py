@@ -21,6 +21,8 @@ from typing import Any
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
+from itertools import starmap
+
 import torch
 from torch import nn
 
@@ -104,7 +106,7 @@ def replaying(folder: Path, model: str, options: dict[str, Any], steps: int, bat
     whole = seconds_of(lambda: replay(copy.deepcopy(base), longer))
     fixed = min(seconds_of(lambda: replay(copy.deepcopy(base), run, upto=0)) for _ in range(3))
     found = replay(base, path)
-    equal = all(torch.equal(a, b) for a, b in zip(base.parameters(), net.parameters(), strict=True))
+    equal = all(starmap(torch.equal, zip(base.parameters(), net.parameters(), strict=True)))
     training = sorted(times[1:])[len(times[1:]) // 2]
     again = (whole - fixed) / len(taken)
     return {
@@ -147,7 +149,7 @@ def elsewhere(folder: Path, steps: int, interpreted: bool = True) -> list[dict[s
             start = time.perf_counter()
             replay(copied, path, backend=backend)
             seconds = time.perf_counter() - start
-            equal = all(torch.equal(a, b) for a, b in zip(copied.parameters(), model.parameters(), strict=True))
+            equal = all(starmap(torch.equal, zip(copied.parameters(), model.parameters(), strict=True)))
             rows.append({"backend": backend, "isa": isa, "steps": steps, "equal": equal, "seconds": seconds})
     native.set_isa(None)
     return rows

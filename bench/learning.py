@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import starmap
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -110,7 +111,7 @@ class Llama:
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer(text, truncation=True, max_length=48)["input_ids"]
 
-    def model(self, seed: int) -> nn.Module:
+    def model(self) -> nn.Module:
         return transformers.AutoModelForCausalLM.from_pretrained(self._path, dtype=torch.float32).eval()
 
     def loss(self, model: nn.Module, index: Sequence[int]) -> Tensor:
@@ -153,7 +154,7 @@ class MiniLM:
 
     name, unit, better = "MiniLM on SST-2: last LayerNorm and classifier", "dev accuracy, %", "higher"
     steps, every, batch = 20_000, 1000, 32
-    methods = (*zeroth_order((3e-4, 1e-3, 3e-3)), Method("adamw", lambda m, lr, seed: Gradient(m, lr), (1e-4, 3e-4, 1e-3)))
+    methods = (*zeroth_order((3e-4, 1e-3, 3e-3)), Method("adamw", lambda m, lr, _: Gradient(m, lr), (1e-4, 3e-4, 1e-3)))
     settings: ClassVar[Row] = {
         "parameters": "last LayerNorm and classifier",
         "start": "classifier fitted on 64 examples (logistic regression, L2 0.01), the encoder as published",
@@ -182,7 +183,7 @@ class MiniLM:
         """What enters the last LayerNorm, the mask, and the labels."""
         inputs = self._tokenizer([row["text"] for row in rows], truncation=True, max_length=48, padding=True, return_tensors="pt")
         hidden: list[Tensor] = []
-        hook = self._norm.register_forward_pre_hook(lambda module, args: hidden.append(args[0].clone()))
+        hook = self._norm.register_forward_pre_hook(lambda _, args: hidden.append(args[0].clone()))
         for i in range(0, len(rows), 64):
             encoder(**{key: value[i : i + 64] for key, value in inputs.items()})
         hook.remove()
@@ -206,7 +207,7 @@ class MiniLM:
         optimizer.step(closure)
         return classifier
 
-    def model(self, seed: int) -> nn.Module:
+    def model(self) -> nn.Module:
         return copy.deepcopy(Top(self._norm, self._classifier))
 
     def loss(self, model: nn.Module, index: Sequence[int]) -> Tensor:
@@ -216,7 +217,7 @@ class MiniLM:
 
     def score(self, model: nn.Module) -> Row:
         hidden, mask, labels = self._dev
-        logits = torch.cat([model(h, m) for h, m in zip(hidden.split(64), mask.split(64), strict=True)])
+        logits = torch.cat(list(starmap(model, zip(hidden.split(64), mask.split(64), strict=True))))
         return {
             "accuracy": 100 * float((logits.argmax(-1) == labels).float().mean()),
             "loss": float(nn.functional.cross_entropy(logits, labels)),
@@ -232,7 +233,7 @@ TASKS: dict[str, type[Llama] | type[MiniLM]] = {"llama": Llama, "minilm": MiniLM
 @torch.no_grad()
 def run(task: Llama | MiniLM, method: Method, lr: float, seed: int, steps: int) -> Row:
     """One training run: scores every so often, with the time that steps took."""
-    model = task.model(seed)
+    model = task.model()
     model.eval()
     order = batches(task.examples["train"], task.batch, seed)
     points, seconds = [{"step": 0, "seconds": 0.0, **task.score(model)}], 0.0

@@ -27,7 +27,7 @@ def run_stages(
     seconds: float,
     root: Path,
     environment: Mapping[str, str],
-    after_each: Callable[[list[Record]], object] = lambda records: None,
+    after_each: Callable[[list[Record]], object] = lambda _: None,
 ) -> list[Record]:
     """A record for each stage, in order: name, status, reason, return code, seconds, seconds allowed, command, files.
 

@@ -22,6 +22,7 @@ from bench.evidence import made_by, result_parser, write_result
 from lozo_kernels import LOZO
 from lozo_kernels.bench.environment import OtherLoad
 from lozo_kernels.journal import Journal
+from lozo_kernels.optim.parallel.channel import Channel
 
 TOLERANCE = 0.2
 PROCESSES = (1, 2, 3, 5)
@@ -79,21 +80,24 @@ def measure(rank, ranks, folder):
     settings = {"lr": 1e-6, "interval": 50, "parallel": "examples"}
     model, nothing = Model(), Model(8, 1)
     optimizer, light = LOZO(model, **settings), LOZO(nothing, **settings)
-    channel, handle = optimizer.parallel._channel, optimizer.handle
+    channel, handle = Channel(None, timeout=300.0), optimizer.handle
     x = torch.randn(EXAMPLES, TOKENS, HIDDEN).chunk(ranks)[rank]
     words = torch.zeros(7, dtype=torch.int64)
     zero = torch.zeros(len(x))
+
+    def answer(rows):
+        return rows[0].narrow(0, 0, 4)
+
+    def exchange():
+        channel.exchange(words, 4, answer)
 
     def together(work, times):
         def block():
             for _ in range(times):
                 work()
-            channel.exchange(words, 4, lambda rows: rows[0, :4])
+            exchange()
 
         return timed(block, 1)
-
-    def exchange():
-        channel.exchange(words, 4, lambda rows: rows[0, :4])
 
     found = {"exchange": [], "forward": [], "pass": [], "fixed": [], "step": []}
     for step in range(ROUNDS + 1):

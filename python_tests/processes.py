@@ -1,4 +1,4 @@
-"""Work in other processes: a test file once for each rank, or a function in a fork that may be killed."""
+"""Work in other processes: a test file once for each rank, or a function in a fork that may be killed; and what they report."""
 
 import os
 import signal
@@ -75,3 +75,17 @@ def forked(function: Callable[[], None], enough: Callable[[], bool] = lambda: Fa
     if not waited:
         raise RuntimeError("the run hangs")
     return False
+
+
+def refusals_of(*actions):
+    """What those actions said that were refused, each in its turn; for processes, which cannot fail a test themselves."""
+    said = (_refusal(action) for action in actions)
+    return [words for words in said if words is not None]
+
+
+def _refusal(action):
+    try:
+        action()
+    except (TypeError, ValueError, RuntimeError) as error:
+        return str(error)
+    return None

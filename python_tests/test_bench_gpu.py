@@ -72,7 +72,7 @@ def test_a_hanging_stage_is_ended_with_its_children_and_keeps_what_it_wrote(tmp_
     assert "kept" in records["hangs"]["reason"]
     assert records["next"]["status"] == "ok"
     state = Path(f"/proc/{int(child.read_text())}/stat")
-    assert wait_until(lambda: not state.exists() or state.read_text().split()[2] == "Z"), "a child of the stage is still there"
+    assert wait_until(lambda: not state.exists() or state.read_text(encoding="utf-8").split()[2] == "Z"), "a child is still there"
 
 
 def test_time_is_shared_and_passed_on(tmp_path):

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import types
+from itertools import starmap
 from pathlib import Path
 
 import pytest
@@ -130,7 +131,7 @@ def test_lowrank_momentum(rng, emulated, guard, rank, draws):
         expected.run(peer())
         guard(case)
         case.run(emulated)
-        assert all(torch.equal(a, b) for a, b in zip(case.table.n, expected.table.n, strict=True))
+        assert all(starmap(torch.equal, zip(case.table.n, expected.table.n, strict=True)))
         check_bounded(case, expected, before, rank)
 
 

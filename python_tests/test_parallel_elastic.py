@@ -15,6 +15,7 @@ if not distributed.is_available() or not distributed.is_gloo_available():
     pytest.skip("torch.distributed or its gloo backend is missing", allow_module_level=True)
 
 from python_tests.machine import stretched, wait_until
+from python_tests.models import same
 from python_tests.parallel_helpers import Model, batch, finish, logs, start
 
 STEPS, LAST = 7, 4  # LAST: the step during which a rank is lost
@@ -34,7 +35,7 @@ def build(placement, parallel=None):
     return model, LOZO(model, **options, **PLACEMENTS[placement], parallel=parallel)
 
 
-def step(model, optimizer, parts=1, part=0, during=lambda calls: None):
+def step(model, optimizer, parts=1, part=0, during=lambda _: None):
     calls = []
 
     def closure(rows):
@@ -97,10 +98,6 @@ def undisturbed(placement):
         if placement == "in place" or optimizer.steps_done == LAST:  # saving brings weights up to date, which rounds once more
             taken[optimizer.steps_done] = checkpoint(model, optimizer)
     return taken[LAST], checkpoint(model, optimizer)
-
-
-def same(a, b):
-    return all(torch.equal(p, b[name]) for name, p in a.items())
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -9,6 +9,7 @@ favour of code whose slow branches are rarely taken (the argument reductions of 
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
@@ -85,7 +86,7 @@ def _best(nodes: set[int], start: int, goals: set[int], edges: list[list[int]], 
         for entry in entries:
             options = _options(component, entry, goals, inside, edges, scores, best)
             if options:
-                best[entry] = max(options, key=lambda option: option[0])
+                best[entry] = max(options, key=operator.itemgetter(0))
     return (best[start][0], Path(best[start][1])) if start in best else None
 
 

@@ -136,30 +136,31 @@ def _bits(modifiers: list[str]) -> int:
     return 32
 
 
+_PIPES = (
+    (_FLOAT | _HALF, "fma"),
+    (_FLOAT_PAIR, "fma"),
+    ({"IDP"}, "imad"),
+    (_SPECIAL, "special"),
+    ({"HMMA", "HGMMA", "IMMA", "QGMMA", "UTCHMMA"}, "tensor"),
+    (_GLOBAL_LOADS | _GLOBAL_STORES, "global"),
+    (_SHARED | _SHARED_MATRICES, "shared"),
+    (_LOCAL | _CONSTANT | _CONTROL | {"R2UR", "S2UR", "LDTM", "STTM"}, "other"),
+)
+
+
 def _pipe(base: str, modifiers: list[str]) -> tuple[str, float]:
-    pipe, work = "alu", 1.0
-    if base in _FLOAT or base in _HALF:
-        pipe = "fma"
-    elif base in _FLOAT_PAIR:
-        pipe, work = "fma", 2.0
-    elif base == "IMAD":
-        pipe = "wide" if {"WIDE", "HI"} & set(modifiers) else "imad"
-    elif base == "IDP":
-        pipe = "imad"
-    elif base in _SPECIAL:
-        pipe = "special"
-    elif base in ("HMMA", "HGMMA", "IMMA", "QGMMA", "UTCHMMA"):
-        pipe, work = "tensor", _multiply_adds(modifiers)
-    elif base in _GLOBAL_LOADS | _GLOBAL_STORES:
+    """Which pipe an instruction of a warp occupies, and how much work it is there."""
+    if base == "IMAD":
+        return "wide" if {"WIDE", "HI"} & set(modifiers) else "imad", 1.0
+    pipe = next((name for opcodes, name in _PIPES if base in opcodes), "other" if base.startswith("U") else "alu")
+    if pipe == "tensor":
+        return pipe, _multiply_adds(modifiers)
+    if base in _SHARED_MATRICES:
+        return pipe, 128.0 * (int(modifiers[-1]) if modifiers[-1].isdigit() else 1)  # matrices of 128 bytes
+    if pipe in ("global", "shared"):
         # A warp's narrow access occupies the pipe as 32 bits a thread do.
-        pipe, work = "global", max(_bits(modifiers), 32) / 8 * LANES
-    elif base in _SHARED:
-        pipe, work = "shared", max(_bits(modifiers), 32) / 8 * LANES
-    elif base in _SHARED_MATRICES:
-        pipe, work = "shared", 128.0 * (int(modifiers[-1]) if modifiers[-1].isdigit() else 1)  # matrices of 128 bytes
-    elif base in _LOCAL | _CONSTANT | _CONTROL or base.startswith("U") or base in ("R2UR", "S2UR", "LDTM", "STTM"):
-        pipe = "other"
-    return pipe, work
+        return pipe, max(_bits(modifiers), 32) / 8 * LANES
+    return pipe, 2.0 if base in _FLOAT_PAIR else 1.0
 
 
 def _multiply_adds(modifiers: list[str]) -> float:

@@ -118,19 +118,14 @@ def read_all(jobs: Sequence[dict[str, Any]], cache: Cache, processes: int, done:
 
     def serve() -> None:
         worker: Worker | None = None
-        while True:
-            try:
-                i = waiting.get_nowait()
-            except queue.Empty:
-                break
-            job = jobs[i]
+        while (i := _next(waiting)) is not None:
             worker = worker or Worker()
             try:
-                answers[i] = worker.ask({"do": "read"} | {k: job[k] for k in ("catalogue", "vendor", "index", "target")})
-                if answers[i]["broken"] is None:  # what failed may have failed for want of memory
-                    cache.put(_fingerprint(job["catalogue"]), _job_key(job), answers[i])
+                answers[i] = worker.ask({"do": "read"} | {k: jobs[i][k] for k in ("catalogue", "vendor", "index", "target")})
             except RuntimeError as error:
                 answers[i], worker = {"broken": str(error)}, None
+            if answers[i]["broken"] is None:  # what failed may have failed for want of memory
+                cache.put(_fingerprint(jobs[i]["catalogue"]), _job_key(jobs[i]), answers[i])
             done()
         if worker is not None:
             worker.close()
@@ -141,6 +136,13 @@ def read_all(jobs: Sequence[dict[str, Any]], cache: Cache, processes: int, done:
     for thread in threads:
         thread.join()
     return [Facts.from_json(answer) for answer in answers]
+
+
+def _next(waiting: queue.SimpleQueue[int]) -> int | None:
+    try:
+        return waiting.get_nowait()
+    except queue.Empty:
+        return None
 
 
 def _job_key(job: dict[str, Any]) -> str:

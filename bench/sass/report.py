@@ -82,11 +82,11 @@ def _line(cells: Sequence[str]) -> str:
 def _heading(document: Mapping[str, Any]) -> str:
     found = document["versions"]
     lines = [f"triton {found['triton']}, commit {document['commit']}, {document['date']}"]
-    for t in document["targets"]:
-        lines.append(
-            f"{t['target']}: {t['device']} ({t['figures']}), memory bound below {t['memory_bound_instr_16_bit']:g} instructions "
-            f"an element of 16 bits, {t['memory_bound_instr_32_bit']:g} of 32"
-        )
+    lines += [
+        f"{t['target']}: {t['device']} ({t['figures']}), memory bound below {t['memory_bound_instr_16_bit']:g} instructions "
+        f"an element of 16 bits, {t['memory_bound_instr_32_bit']:g} of 32"
+        for t in document["targets"]
+    ]
     return "\n".join([*lines, *document["remarks"]])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -80,6 +81,4 @@ class TimedClosure:
     def shares(self) -> list[float]:
         """For every step so far, what it took on top of its own forward passes, as a fraction of them. Waits for the device."""
         self._clock.wait()
-        return [
-            self._clock.seconds(*whole) / sum(self._clock.seconds(*span) for span in inside) - 1.0 for whole, inside in self._steps
-        ]
+        return [self._clock.seconds(*whole) / sum(starmap(self._clock.seconds, inside)) - 1.0 for whole, inside in self._steps]

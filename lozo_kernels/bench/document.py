@@ -40,14 +40,14 @@ def publish(document: dict[str, Any], render: Callable[[dict[str, Any]], str], *
     """Prints the document, or the table that ``render`` makes of it, and writes the document to a file if one is named."""
     text = dumps(document)
     if output is not None:
-        Path(output).write_text(text + "\n")
+        Path(output).write_text(text + "\n", encoding="utf-8")
     print(text if as_json else f"{heading(document)}\n\n{render(document)}")
 
 
 def save_partial(document: dict[str, Any], output: str | None, **parts: Any) -> None:
     """Writes what there is so far, marked as such, for a measurement that may be stopped."""
     if output is not None:
-        Path(output).write_text(dumps(document | {"complete": False} | parts) + "\n")
+        Path(output).write_text(dumps(document | {"complete": False} | parts) + "\n", encoding="utf-8")
 
 
 def dumps(document: dict[str, Any]) -> str:

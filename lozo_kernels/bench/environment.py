@@ -48,13 +48,7 @@ def environment(device: torch.device, argv: Sequence[str], *, program: Sequence[
 
 def versions() -> dict[str, str | None]:
     """Versions of this package and of those it can use; None for what is not installed."""
-    found: dict[str, str | None] = {"lozo_kernels": _version(), "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return {"lozo_kernels": _version(), "python": platform.python_version()} | {name: _installed(name) for name in PACKAGES}
 
 
 class OtherLoad:
@@ -76,7 +70,7 @@ class OtherLoad:
     def _read() -> tuple[float, float, float] | None:
         """CPU seconds of the machine, those of this process and its children, and the time."""
         try:
-            fields = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+            fields = [int(n) for n in Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:]]
         except OSError:
             return None
         own = os.times()
@@ -89,7 +83,7 @@ class OtherLoad:
 def cpu_name() -> str:
     """The CPU's own name for itself."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except OSError:
@@ -101,7 +95,7 @@ def last_level_cache() -> int | None:
     """Bytes of the largest cache that the first CPU sees, None where the system does not say."""
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
+        text = path.read_text(encoding="utf-8").strip()
         if text.endswith("K"):
             sizes.append(int(text[:-1]) << 10)
         elif text.endswith("M"):
@@ -122,6 +116,13 @@ def commit() -> str | None:
 
 def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _version() -> str:

@@ -58,9 +58,9 @@ def passes(handle: Handle) -> dict[str, Callable[[int], None]]:
     c = torch.tensor(0.3, dtype=torch.float64)
     return {
         "perturb, first of a step": lambda step: handle.perturb_(step, 1e-3),
-        "perturb": lambda step: handle.perturb_(0, 1e-3),
-        "update and restore": lambda step: handle.update_(0, c, 1e-6, standing=-1e-3),
-        "update, restore and perturb": lambda step: handle.update_(0, c, 1e-6, standing=-1e-3, perturb_next=1e-3),
+        "perturb": lambda _: handle.perturb_(0, 1e-3),
+        "update and restore": lambda _: handle.update_(0, c, 1e-6, standing=-1e-3),
+        "update, restore and perturb": lambda _: handle.update_(0, c, 1e-6, standing=-1e-3, perturb_next=1e-3),
     }
 
 
@@ -76,6 +76,7 @@ def measure(options: argparse.Namespace, document: dict[str, Any]) -> dict[str, 
     Raises:
         InputError: transformers or triton is missing.
     """
+    document["target"] = TARGET
     rows = []
     with stubbed_handle(empty_model(options.model, torch.bfloat16), rank=4, interval=1 << 20) as (handle, launcher):
         for name, make in passes(handle).items():
@@ -88,7 +89,7 @@ def measure(options: argparse.Namespace, document: dict[str, Any]) -> dict[str, 
             microseconds = {q: round(1e6 * quantile(seconds, p), 1) for q, p in (("q25", 0.25), ("median", 0.5), ("q75", 0.75))}
             rows.append({"model": options.model, "pass": name, "tensors": len(handle.names)} | microseconds)
             rows[-1]["launches"] = launcher.launches // options.repeats
-    return {"target": TARGET, "rows": rows}
+    return {"rows": rows}
 
 
 def render(document: dict[str, Any]) -> str:

@@ -137,7 +137,7 @@ def _begin() -> int:
     """The resident set; its high-water mark starts anew."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc holds on to would hide an allocation
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return _status_bytes("VmRSS")
 
 
@@ -148,5 +148,5 @@ def _high_water(before: int, *calls: Callable[[], object]) -> int:
 
 
 def _status_bytes(field: str) -> int:
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return int(lines[field].split()[0]) << 10

@@ -87,7 +87,7 @@ def published_lozo_m_pass(xs: Sequence[Tensor], rank: int) -> Pass:
     momenta = [row_noise(x, rank) for x in xs]
     lr, beta, c, weight_decay = 1e-6, 0.9, 1.0, 0.0
 
-    def updated(x: Tensor, v: Tensor, i: int, scale: float) -> Tensor:
+    def updated(x: Tensor, v: Tensor, i: int, _: float) -> Tensor:
         momenta[i] = beta * momenta[i] + (1 - beta) * c * row_noise(x, rank)
         return descended(x, momenta[i] @ v.t(), lr, weight_decay)
 
@@ -101,12 +101,12 @@ def published_mezo_pass(xs: Sequence[Tensor]) -> Pass:
 
 def compiled_lozo_pass(xs: Sequence[Tensor], rank: int) -> Pass:
     """LOZO's published perturbation through ``torch.compile``, its noise included."""
-    return _replacing(list(zip(xs, _vs(xs, rank), strict=True)), _compile(lambda x, v, s: x + (row_noise(x, rank) @ v.t()) * EPS))
+    return _replacing(list(zip(xs, _vs(xs, rank), strict=True)), _compile(lambda x, v, _: x + (row_noise(x, rank) @ v.t()) * EPS))
 
 
 def compiled_mezo_pass(xs: Sequence[Tensor]) -> Pass:
     """MeZO's published perturbation through ``torch.compile``, its noise included."""
-    return _replacing([(x,) for x in xs], _compile(lambda x, s: x + torch.randn_like(x) * EPS))
+    return _replacing([(x,) for x in xs], _compile(lambda x, _: x + torch.randn_like(x) * EPS))
 
 
 def _replacing(
@@ -131,7 +131,7 @@ def _replacing(
 
 def _compile(expression: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Every shape gets code of its own, as long as there are no more than torch allows."""
-    torch._dynamo.reset()  # code of other calls counts against the limit of shapes
+    torch.compiler.reset()  # code of other calls counts against the limit of shapes
     return torch.compile(expression, fullgraph=True, dynamic=False)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def make_weights(label: str, dtype: torch.dtype, device: torch.device) -> Weight
         return torch.empty(shape, dtype=dtype, device=device).normal_(std=0.02)
 
     try:
-        tensors = [random(*shape) for shape in shapes]
+        tensors = list(starmap(random, shapes))
     except RuntimeError as e:  # torch's out-of-memory errors have no common class of their own
         raise InputError(f"{label} in {str(dtype).removeprefix('torch.')} cannot be allocated: {str(e).splitlines()[0]}") from None
     return Weights(label, [x for x in tensors if x.dim() == 2], [x for x in tensors if x.dim() == 1])

@@ -74,7 +74,7 @@ def fuzz(entry: Callable[[Choices], str], count: int, seed: int) -> collections.
     return outcomes
 
 
-def fuzz_all(cases: int, seed: int, progress: Callable[[str], None] = lambda line: None) -> list[dict]:
+def fuzz_all(cases: int, seed: int, progress: Callable[[str], None] = lambda _: None) -> list[dict]:
     """A row for each entry: its cases by outcome, and how long they took."""
     counts = {name: cases * share // 100 for name, (_, share) in ENTRIES.items()}
     counts[next(iter(counts))] += cases - sum(counts.values())

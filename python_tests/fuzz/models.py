@@ -84,7 +84,7 @@ def memory_of(model: nn.Module) -> Memory:
     return Memory([p.detach() for p in model.parameters()])
 
 
-def loss_of(model: nn.Module, case: Choices) -> Any:
+def loss_of(model: nn.Module) -> Any:
     """A closure: cross-entropy of the model on fixed tokens."""
     tokens = torch.randint(0, model.embed.num_embeddings, (2, 5))  # type: ignore[union-attr,arg-type]
     return lambda: nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
@@ -140,7 +140,7 @@ def run_handle(case: Choices) -> str:
         expect(handle_of(model) is None, "a model whose patch failed is patched", case)
         return outcome
     memory.check("patch() worked")
-    closure = loss_of(model, case)
+    closure = loss_of(model)
     if handle.config.placement != "inplace" and case.chance(80):
         outcome, _ = attempt(case, memory, lambda: handle.prepare(closure))
     elif handle.config.placement != "inplace":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import types
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -28,23 +29,14 @@ def run_noise(case: Choices) -> str:
     direction = case.whole("direction", noise.MAX_DIRECTION)
     if which == "cores":
         return _cores(case, seed, tensor_id, draw, direction)
-    limit = 1 << (32 if which in ("factor", "op") else 42)
-    count = case.of(0, 1, 2, 5, 33, 130)
-    offset = case.of(0, 1, 6, case.integer(0, limit - count), limit - count)
-    for odd in case.odd(4, -1, limit, limit + 1, *ODD_THINGS[:-1], note="place"):
-        count, offset = case.of((count, odd), (odd, offset) if not isinstance(odd, int) or odd < 200 else (count, odd))
+    count, offset = _count_and_offset(case, 1 << (32 if which in ("factor", "op") else 42))
     if which == "op":
         step: Any = Draw(draw, direction)
     elif isinstance(draw, int) and 0 <= draw < noise.MAX_DRAW and case.chance(10):
         draw = torch.tensor(draw)
         for odd in case.odd(20, draw.float(), draw.view(1), draw.to("meta"), note="draw tensor"):
             draw = odd
-    rank, stream = case.of(1, 2, 4, 5, 64), case.of("U", "V", "S")
-    if which in ("factor", "op"):
-        for odd in case.odd(4, 0, 65, -3, *ODD_THINGS[:-1], note="rank"):
-            rank = odd
-        for odd in case.odd(4, "Z", "rounding", None, 0, [], note="stream"):
-            stream = odd
+    rank, stream = _rank_and_stream(case) if which in ("factor", "op") else (1, "U")
     calls = {
         "factor": lambda: noise.factor(
             seed, count, rank, tensor_id, draw, stream=stream, row_offset=offset, direction=direction
@@ -61,6 +53,23 @@ def run_noise(case: Choices) -> str:
         with reference_answer(case):
             _check_values(case, which, found, (seed, tensor_id, int(draw), direction), (offset, count, rank, stream))
     return outcome
+
+
+def _count_and_offset(case: Choices, limit: int) -> tuple[Any, Any]:
+    count = case.of(0, 1, 2, 5, 33, 130)
+    offset = case.of(0, 1, 6, case.integer(0, limit - count), limit - count)
+    for odd in case.odd(4, -1, limit, limit + 1, *ODD_THINGS[:-1], note="place"):
+        return case.of((count, odd), (odd, offset) if not isinstance(odd, int) or odd < 200 else (count, odd))
+    return count, offset
+
+
+def _rank_and_stream(case: Choices) -> tuple[Any, Any]:
+    rank, stream = case.of(1, 2, 4, 5, 64), case.of("U", "V", "S")
+    for odd in case.odd(4, 0, 65, -3, *ODD_THINGS[:-1], note="rank"):
+        rank = odd
+    for odd in case.odd(4, "Z", "rounding", None, 0, [], note="stream"):
+        stream = odd
+    return rank, stream
 
 
 def _check_values(case: Choices, which: str, found: Tensor, noise_of: tuple[int, ...], place: tuple[Any, ...]) -> None:
@@ -98,7 +107,7 @@ def _cores(case: Choices, seed: Any, tensor_id: Any, draw: Any, direction: Any) 
             rest = {"stream": "S", "direction": direction}
             wanted = [noise.factor(seed, rank, rank, t, draw, row_offset=b * rank, **rest) for t, b in owners]
             expect(found.shape == (len(owners), rank, rank), "cores have another shape", case)
-            expect(all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), "cores are not the rows of S", case)
+            expect(all(starmap(torch.equal, zip(found, wanted, strict=True))), "cores are not the rows of S", case)
     return outcome
 
 

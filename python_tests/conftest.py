@@ -24,8 +24,8 @@ def serves_cpu(name):
     return True
 
 
-def withheld(name):
-    return choose_backend("cpu", name).backend.withheld(torch.device("cpu")) is not None
+def opt_in(name):
+    return choose_backend("cpu", name).backend.opt_in_reason(torch.device("cpu")) is not None
 
 
 def pytest_report_header(config):
@@ -54,7 +54,7 @@ def rng(request):
 _SERVING = [name for name in backend_names() if serves_cpu(name)]
 
 
-@pytest.fixture(params=[name for name in _SERVING if not withheld(name)])
+@pytest.fixture(params=[name for name in _SERVING if not opt_in(name)])
 def backend(request):
     """Every backend that can serve the CPU, but those that only check kernels there."""
     return choose_backend("cpu", request.param).backend

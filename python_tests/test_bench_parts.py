@@ -14,6 +14,7 @@ from lozo_kernels.bench import clock, correctness, document, exactness, memory_g
 from lozo_kernels.bench import weights as bench_weights
 from lozo_kernels.bench.cases import compare
 from lozo_kernels.bench.correctness import plans
+from lozo_kernels.kernels.table import TensorTable
 
 CPU = torch.device("cpu")
 
@@ -165,11 +166,11 @@ class Broken:
     def __getattr__(self, op):
         right = getattr(self.right, op)
 
-        def call(table, *rest, **named):
-            result = right(table, *rest, **named)
-            if op == "factor":
-                return result
-            self.defect(table)
+        def call(*arguments, **named):
+            result = right(*arguments, **named)
+            for table in arguments:
+                if isinstance(table, TensorTable):
+                    self.defect(table)
             return result
 
         return call
@@ -185,7 +186,7 @@ def writes_a_gap(table):
 
 
 def one_bit(table):
-    (table.v if table.v is not None else table.x)[-1].view(-1)[-1].mul_(1.01)
+    (table.v if table.v is not None else table.x)[-1][-1, -1, -1].mul_(1.01)
 
 
 @pytest.mark.parametrize("defect", [dies, writes_a_gap, one_bit])

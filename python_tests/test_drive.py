@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lozo_kernels import LOZO, MeZO, NonFiniteLossError, handle_of, patch
-from lozo_kernels.model.backward import SHRINK, drive_of
+from lozo_kernels.model.backward import SHRINK
 from python_tests.models import Zoo, same, weights
 
 
@@ -334,7 +334,7 @@ def test_casts_keep_the_parameter_exact():
     model = Scored().train()
     optimizer = LOZO(model, drive="backward", lr=1e-3)
     model.to(torch.bfloat16)
-    value = drive_of(optimizer.handle).value
+    value = optimizer.handle.backward.value
     assert value.dtype == torch.float64 and next(model.parameters()).dtype == torch.bfloat16
     model(*batches(1))["loss"].backward()
     assert value.grad[0].item() / SHRINK == optimizer.projected_gradient.item()

@@ -93,7 +93,7 @@ def test_update_follows_the_formula(rng, backend):
     before = weights(model)
     step, eps, c, lr, wd = 6, 1e-2, 0.7, 1e-2, 0.1
     handle.perturb_(step, -eps)
-    handle.update_(step, c, lr, weight_decay=wd, standing=-eps)
+    handle.update_(step, c, lr, weight_decay=wd, applied=-eps)
     for name in handle.names:
         d = handle.materialize(name, step) / (3 if model.get_parameter(name).dim() > 1 else 1)
         expected = (1 - lr * wd) * before[name] - lr * c * d
@@ -114,7 +114,7 @@ def test_update_in_pieces_equals_formula(rng, backend, directions, momentum, bou
     c = [rng.gauss(0, 1) for _ in range(directions)]
     handle.perturb_(step, -eps, direction=directions - 1)
     lrs = torch.full((len(handle.names),), lr, dtype=torch.float64)
-    handle.update_(step, c, lrs, weight_decay=wd, beta=momentum, standing=-eps, perturb_next=eps)
+    handle.update_(step, c, lrs, weight_decay=wd, beta=momentum, applied=-eps, perturb_next=eps)
     for name in handle.names:
         low_rank = model.get_parameter(name).dim() > 1
         mean = sum(cd * handle.materialize(name, step, direction=d) for d, cd in enumerate(c)) / directions

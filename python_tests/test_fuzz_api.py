@@ -212,7 +212,7 @@ def test_updates_that_are_no_numbers():
     ):
         with pytest.raises(error):
             handle.update_(0, c, lr)
-    for more, error in (({"standing": float("nan")}, ValueError), ({"perturb_next": "x"}, TypeError)):
+    for more, error in (({"applied": float("nan")}, ValueError), ({"perturb_next": "x"}, TypeError)):
         with pytest.raises(error):
             handle.update_(49, 1.0, 1.0, **more)  # the next step has another V: a pass of its own
     with pytest.raises(ValueError, match="step is 0 to"):

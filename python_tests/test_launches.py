@@ -36,7 +36,7 @@ def test_a_pass_over_opt_1_3b_is_two_launches(opt):
         for make in host.passes(handle).values():
             assert count(handle, launcher, make) == 2
         handle.enable_momentum()
-        assert count(handle, launcher, lambda step: handle.update_(step, 0.5, 1e-6, beta=0.9, standing=1e-3)) == 3
+        assert count(handle, launcher, lambda step: handle.update_(step, 0.5, 1e-6, beta=0.9, applied=1e-3)) == 3
 
 
 def test_a_model_of_two_dtypes_is_three_launches(opt):
@@ -65,7 +65,9 @@ def test_a_small_model_of_every_kind_is_two_launches():
 def test_tables_are_built_once_and_again_when_storage_moves(monkeypatch):
     built = []
     make = DeviceTable.__init__
-    monkeypatch.setattr(DeviceTable, "__init__", lambda self, table: (built.append(len(table)), make(self, table))[1])
+    monkeypatch.setattr(
+        DeviceTable, "__init__", lambda self, table, **more: (built.append(len(table)), make(self, table, **more))[1]
+    )
     model = nn.Linear(8, 8)
     with host.stubbed_handle(model) as (handle, _):
         for step in range(3):

@@ -282,14 +282,14 @@ def test_ctrl_c_between_passes(fuse_steps, monkeypatch):
     optimizer.step(loss)
     model.state_dict()
     before = weights(model)
-    perturb = optimizer.handle.perturb_
+    move = optimizer.handle.move
 
     def interrupted(*args, **kwargs):
         signal.raise_signal(signal.SIGINT)
-        perturb(*args, **kwargs)
+        move(*args, **kwargs)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(optimizer.handle, "perturb_", interrupted)
+    monkeypatch.setattr(optimizer.handle, "move", interrupted)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step(loss)
     monkeypatch.undo()

@@ -60,7 +60,7 @@ def go_on(model, optimizer, poison, parts=1, part=0, steps=STEPS):
 
 def state(model, optimizer):
     found = {name: p.detach().clone() for name, p in model.state_dict().items()}
-    optimizer.handle.settle()
+    optimizer.handle.merge()
     return found | {f"momentum {name}": value.clone() for name, value in optimizer.handle.momentum.items()}
 
 

@@ -142,7 +142,7 @@ def test_between_steps_the_model_is_where_the_run_is():
         before = loss()
         optimizer.step(loss)
         live = loss()
-        optimizer.handle.settle()
+        optimizer.handle.merge()
         merged = loss()
     assert live != before and merged == pytest.approx(float(live), rel=1e-5)
 
@@ -187,7 +187,7 @@ def test_state_dict_is_of_the_tuned_weights_and_resumes(tmp_path):
     for _ in range(6):
         optimizer.step(zoo_loss(model))
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "run.pt")
-    assert not optimizer.handle._learned
+    assert not optimizer.handle.probed.learned
     for _ in range(5):
         expected = optimizer.step(zoo_loss(model))
     again, resumed = start()
@@ -197,7 +197,7 @@ def test_state_dict_is_of_the_tuned_weights_and_resumes(tmp_path):
     for _ in range(5):
         loss = resumed.step(zoo_loss(again))
     assert torch.equal(loss, expected)
-    optimizer.handle.settle(), resumed.handle.settle()
+    optimizer.handle.merge(), resumed.handle.merge()
     assert same(weights(again), weights(model))
 
 
@@ -441,7 +441,7 @@ def test_errors_come_before_anything_moves():
         patch(model, placement="probe")
     handle.prepare(loss)
     handle.perturb_(0, 0.1)
-    with pytest.raises(RuntimeError, match="another direction stands"):
+    with pytest.raises(RuntimeError, match="another direction is applied"):
         handle.perturb_(0, 0.1, direction=1)
     with pytest.raises(ValueError, match="perturb_next"):
         handle.update_(0, 1.0, 0.1, perturb_next=0.1)

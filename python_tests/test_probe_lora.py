@@ -55,7 +55,7 @@ def test_peft_gives_the_tuned_model(name, when, tmp_path):
     tuned = make(name)
     optimizer = train(tuned)
     if when == "settled":
-        optimizer.handle.settle()
+        optimizer.handle.merge()
     elif when == "restored":
         optimizer.handle.restore()
     adapter = export_lora(optimizer.handle, tmp_path)

@@ -130,7 +130,7 @@ def test_the_loss_is_that_of_a_dequantised_model_with_the_delta(kind):
     optimizer, _ = train(model, 7)
     plain = llama().eval()
     live = loss_of(model)
-    optimizer.handle.settle()
+    optimizer.handle.merge()
     deltas = {name: past["b"] @ past["v"] for name, past in optimizer.handle.past.items()}
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -167,7 +167,7 @@ def test_rank_grows_by_one_v_per_window_and_no_integer_changes(kind):
     before = bits(model)
     optimizer, losses = train(model, 4)
     for _ in range(3):  # within a window, merging again adds no rank
-        optimizer.handle.settle()
+        optimizer.handle.merge()
         optimizer.step(closure(model))
     assert {past["b"].shape[1] for past in optimizer.handle.past.values()} == {2 * 2}
     assert same_bits(bits(model), before) and len(optimizer.handle.past) == 14
@@ -178,7 +178,7 @@ def test_settling_changes_no_output():
     model = make()
     optimizer, _ = train(model, 5)
     live = loss_of(model)
-    optimizer.handle.settle()
+    optimizer.handle.merge()
     assert loss_of(model) == pytest.approx(live, rel=1e-6)
 
 
@@ -270,7 +270,7 @@ def test_decay_is_refused_before_a_step():
     optimizer = LOZO(handle, [{"params": stuck}, {"params": rest, "weight_decay": 0.1}])
     for _ in range(3):
         optimizer.step(closure(model))
-    handle.settle()
+    handle.merge()
     assert len(handle.past) == len(stuck)
 
 
@@ -279,7 +279,7 @@ def test_decay_by_hand_is_noticed_before_a_merge():
     handle.prepare(closure(model))
     handle.update_(0, 0.5, 0.1, weight_decay=0.5)
     with pytest.raises(RuntimeError, match="cannot decay"):
-        handle.settle()
+        handle.merge()
     assert not handle.past
 
 

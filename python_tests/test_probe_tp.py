@@ -122,7 +122,7 @@ def move(model, options):
     for step in range(STEPS):
         handle.perturb_(step, 0.1)
         handle.shift_(step, (0, 0.1), (0, -0.1))
-        handle.update_(step, 0.7 - step, 0.05, weight_decay=0.1, beta=0.8, standing=-0.1)
+        handle.update_(step, 0.7 - step, 0.05, weight_decay=0.1, beta=0.8, applied=-0.1)
     handle.perturb_(STEPS - 1, 0.3)
     found = {"logits": full(model(tokens))}
     perturbed = {n: torch.empty(p.shape, dtype=p.dtype) for n, p in zip(handle.names, handle.parameters, strict=True)}

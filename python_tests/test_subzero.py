@@ -12,7 +12,7 @@ from lozo_kernels import PatchConfig, SubZero, patch
 from lozo_kernels.kernels import noise
 from lozo_kernels.model.estimators import ESTIMATORS
 from lozo_kernels.model.estimators.subspace import orthonormal
-from lozo_kernels.model.parameters import most_square
+from lozo_kernels.model.layout import most_square
 from python_tests.models import Zoo, same, weights, zoo_loss
 from python_tests.test_algorithms import problem
 
@@ -155,7 +155,7 @@ def test_bits_are_the_same_on_every_backend(rng, any_backend, dtype, rounding):
         handle = patch(model, estimator="subspace", rank=5, interval=3, seed=seed, rounding=rounding, backend=backend)
         handle.perturb_(4, 1e-2)
         handle.shift_(4, (0, 1e-2), (0, -1e-2))
-        handle.update_(4, 3.7, 1e-2, weight_decay=0.1, standing=-1e-2)
+        handle.update_(4, 3.7, 1e-2, weight_decay=0.1, applied=-1e-2)
         return weights(model)
 
     found = after(any_backend.name)
@@ -233,7 +233,7 @@ def test_tensors_of_adapters_are_seen_as_square():
     model.lora_A = nn.Linear(64, 4, bias=False)
     model.base = nn.Linear(64, 4, bias=False)
     handle = patch(model, estimator="subspace", rank=3)
-    extents = {slot.name: slot.view().shape for slot in handle._slots}
+    extents = {p.name: p.extent for p in handle.trained}
     assert extents == {"lora_A.weight": (1, 16, 16), "base.weight": (1, 4, 64)}
     direction = handle.materialize("lora_A.weight", 0)
     assert direction.shape == (4, 64)
@@ -242,7 +242,7 @@ def test_tensors_of_adapters_are_seen_as_square():
     handle.perturb_(0, 0.5)
     assert torch.allclose(model.lora_A.weight, before + 0.5 * direction, atol=1e-6)
     handle.restore()
-    assert patch(model, estimator="subspace", rank=3, square=())._slots[0].layout == "matrix"
+    assert patch(model, estimator="subspace", rank=3, square=()).trained[0].layout.form == "matrix"
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,9 @@ def noises(case, t):
     table, seed = case.table, case.call["seed"]
     rank = table.x[t].shape[2] if case.op.factors else table.rank
     return [
-        left_factor(table, t, seed, draw, rank) if rank else by_row(table, t, noise.dense, seed, draw.step, draw.direction)
+        left_factor(table, t, seed, draw, rank)
+        if case.op.along_rows
+        else by_row(table, t, noise.dense, seed, draw.step, draw.direction)
         for draw in case.call["draws"]
     ]
 
@@ -64,18 +66,18 @@ def evaluate(case, t, dtype=torch.float32):
     if case.op.name == "resample_":
         new = right_factor(table, t, case.call["seed"], case.call["window"])
         return x.to(dtype), reference.reproject(n, v, new, dtype=dtype) if case.call["reproject"] else None, new
-    factors = () if v is None else (v,)
-    terms = {"scales": list(scalar(case, "scales", t)), "decay": scalar(case, "decay", t), "dtype": dtype}
-    if case.op.out:
-        merge = reference.dense_merge if v is None else reference.lowrank_merge
-        return merge(x, *factors, n, noises(case, t), **terms), None, None
-    added = noises(case, t)
-    y = (reference.dense_update if v is None else reference.lowrank_update)(x, *factors, added, **terms)
-    if case.op.momentum:
-        n = reference.momentum(n, added, list(scalar(case, "coefficients", t)), scalar(case, "beta", t), dtype=dtype)
-        product = n if v is None else reference.momentum_product(n, v, dtype=dtype)
-        return reference.apply_momentum(y, product, scalar(case, "alpha", t)), n, None
-    return y, None, None
+    given = [
+        x,
+        *([] if v is None else [v]),
+        *([] if case.op.n == "none" else [n]),
+        noises(case, t),
+        list(scalar(case, "scales", t)),
+    ]
+    function, decay = getattr(reference, case.op.kernel), scalar(case, "decay", t)
+    if not case.op.momentum:
+        return function(*given, decay, dtype=dtype), None, None
+    coefficients, alpha, beta = (scalar(case, name, t) for name in ("coefficients", "alpha", "beta"))
+    return *function(*given, reference.MomentumTerms(list(coefficients), alpha, beta), decay, dtype=dtype), None
 
 
 def promised(case, t):

@@ -109,6 +109,11 @@ class TrainerAdapter:
         return ValueError(f"this {self.family} trainer cannot be served: {what}")
 
 
+def learning_rate(trainer: Any) -> float:
+    """The present learning rate of a trainer of transformers, which has it under a private name only."""
+    return trainer._get_learning_rate()  # type: ignore[no-any-return]  # noqa: SLF001
+
+
 @dataclasses.dataclass(frozen=True)
 class SGD:
     """What ``torch.optim.SGD`` would do with a gradient: settings of a list of parameters, one value each or one for all."""

@@ -158,7 +158,7 @@ class DirectionBackend:
         if self._drawn != where:
             for group in self._weights.listed(self._pairs).handle.groups:
                 if group.kind == "lowrank":
-                    ops.resample_(group.table, seed=where[0], window=where[1], backend=group.choice.backend)
+                    ops.resample_(group.table, seed=where[0], window=where[1], backend=group.backend)
             self._drawn = where
         return self._pairs
 

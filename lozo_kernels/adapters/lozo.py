@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Settings, TrainerAdapter
+from .base import Settings, TrainerAdapter, learning_rate
 from .mezo import WITHOUT_DECAY
 from .streams import decay, decay_factor, draw_dense
 from .weights import decay_of_names
@@ -56,13 +56,13 @@ class LozoAdapter(TrainerAdapter):
 
     def _update(self) -> None:
         t = self.trainer
-        pairs, lr = t.named_parameters_to_optim, t._get_learning_rate()
+        pairs, lr = t.named_parameters_to_optim, learning_rate(t)
         self._moved.update(pairs, t.zo_random_seed, -lr * t.projected_grad, decay=self._decay(lr), step=t.step)
         t.lr_scheduler.step()
 
     def _update_momentum(self) -> None:
         t = self.trainer
-        pairs, lr, beta = t.named_parameters_to_optim, t._get_learning_rate(), t.args.beta1
+        pairs, lr, beta = t.named_parameters_to_optim, learning_rate(t), t.args.beta1
         first = not self._moved.listed(pairs, t.step).handle.momentum  # their N starts as c U, not (1 - beta) c U
         coefficient = t.projected_grad * (1.0 if first else 1.0 - beta)
         decays = self._decay(lr)
@@ -129,14 +129,14 @@ class PublishedLozoAdapter(TrainerAdapter):
 
     def _update(self) -> None:
         t = self.trainer
-        lr = t._get_learning_rate()
+        lr = learning_rate(t)
         for name, x, u in self._draws(t.zo_random_seed, renew=False):
             self._move(name, x, u, lr, -lr * t.projected_grad)
         t.lr_scheduler.step()
 
     def _update_momentum(self) -> None:
         t = self.trainer
-        lr = t._get_learning_rate()
+        lr = learning_rate(t)
         for name, x, u in self._draws(t.zo_random_seed, renew=False):
             self._average(name, u, matrix=x.dim() > 1)
             self._move(name, x, t.exp_avg_m[name], lr, -lr)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Settings, TrainerAdapter
+from .base import Settings, TrainerAdapter, learning_rate
 from .streams import perturb_dense, update_dense
 from .weights import decay_of_names
 
@@ -34,9 +34,9 @@ class MezoAdapter(TrainerAdapter):
         else:
             self._moved.perturb(t.named_parameters_to_optim, seed, scale)
 
-    def _update(self, model: Any = None) -> None:
+    def _update(self, model: Any = None) -> None:  # noqa: ARG002  (the trainer gives its model)
         t = self.trainer
-        pairs, lr, weight_decay = t.named_parameters_to_optim, t._get_learning_rate(), t.args.weight_decay
+        pairs, lr, weight_decay = t.named_parameters_to_optim, learning_rate(t), t.args.weight_decay
         gradient = -lr * t.projected_grad
         if self.settings.compat == "published":
             update_dense(pairs, t.zo_random_seed, gradient, lr=lr, weight_decay=weight_decay, without=WITHOUT_DECAY)

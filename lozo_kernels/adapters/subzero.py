@@ -17,8 +17,10 @@ from ..kernels.noise import MAX_RANK, tensor_ids
 from ..kernels.registry import Backend, choose_backend
 from ..kernels.table import TensorTable
 from ..model.estimators.subspace import orthonormal
-from ..model.parameters import canonical, check_trainable, most_square
+from ..model.layout import most_square
+from ..model.parameters import canonical
 from ..model.passes import Scalar
+from ..model.storage import check_trainable
 from .base import SGD, Settings, TrainerAdapter, read_sgd
 from .streams import draw_dense
 from .weights import Pairs, further_names
@@ -169,7 +171,7 @@ class SubZeroAdapter(TrainerAdapter):
         if others:
             self._dense.perturb(others, seed, scale)
 
-    def _update(self, model: Any = None) -> None:
+    def _update(self, model: Any = None) -> None:  # noqa: ARG002  (the trainer gives its model)
         t = self.trainer
         seed, pairs = operator.index(t.zo_random_seed), t.named_parameters_to_optim
         matrices, others = self._split(pairs)
@@ -239,7 +241,7 @@ class SubZeroAdapter(TrainerAdapter):
         for _, p, u, v in t.named_parameters_to_optim:
             self._published_move(p.detach(), u, v, scale)
 
-    def _published_update(self, model: Any = None) -> None:
+    def _published_update(self, model: Any = None) -> None:  # noqa: ARG002  (the trainer gives its model)
         t = self.trainer
         torch.manual_seed(t.zo_random_seed)
         for name, p, u, v in t.named_parameters_to_optim:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels import ops
 from ..kernels.calls import Draw, Rounding
+from ..kernels.checks import check_range, check_scale
 from ..model.config import PatchConfig
 from ..model.handle import Handle
+from ..model.modules import own_parameters
 from ..model.parameters import canonical
-from ..model.passes import Group, Scalar
+from ..model.passes import Carried, Scalar, Term
 
 Pairs = Sequence[tuple[Any, ...]]
 """(name, parameter, ...) for each parameter, as in a trainer's ``named_parameters_to_optim``."""
@@ -78,7 +79,7 @@ class Weights:
         if found is None:
             found = self._lists[names] = self._make(pairs)
         else:
-            owned = found.holder._parameters
+            owned = own_parameters(found.holder)
             for name, p, *_ in pairs:
                 if owned[name] is not p:
                     owned[name] = trained(p)
@@ -86,9 +87,10 @@ class Weights:
 
     def perturb(self, pairs: Pairs | None, seed: int, scale: float, *, step: int | None = None) -> None:
         """X += scale * D(seed)."""
+        check_scale(scale)
+        term = Term(Draw(0), perturb=scale)
         for group in self.listed(pairs, step).handle.groups:
-            factor = self.config.perturb_factor if group.kind == "lowrank" else 1.0
-            _update_op(group)(group.table, **self._seeded(group, seed), scales=scale * factor)
+            group.apply([term], seed=_checked(seed))
 
     def update(
         self,
@@ -109,15 +111,9 @@ class Weights:
             restore: minus the scale of a perturbation along the same direction that still stands.
             index: of this pass among the stochastically rounded ones of the seed.
         """
+        term, rounding = Term(Draw(0), perturb=restore, gradient=gradient), self._rounding(index)
         for group in self.listed(pairs, step).handle.groups:
-            standing, factor = self._factors(group, decay, restore)
-            _update_op(group)(
-                group.table,
-                **self._seeded(group, seed),
-                scales=group.select(standing + gradient * factor),
-                decay=None if decay is None else group.select(decay),
-                rounding=self._rounding(index),
-            )
+            group.apply([term], decay=decay, decayed=decay, rounding=rounding, seed=_checked(seed))
 
     def update_momentum(
         self,
@@ -135,18 +131,15 @@ class Weights:
         """N <- beta * N + coefficient * U, or Z for dense tensors; X <- decay * (X + restore * D(seed)) - lr * N V^T, or N."""
         handle = self.listed(pairs, step).handle
         handle.enable_momentum()
+        term, carried = Term(Draw(0), perturb=restore, coefficient=coefficient), Carried(beta, -lr)
         for group in handle.groups:
-            standing, factor = self._factors(group, decay, restore)
-            update = ops.lowrank_momentum_ if group.kind == "lowrank" else ops.dense_momentum_
-            update(
-                group.table,
-                **self._seeded(group, seed),
-                scales=group.select(standing),
-                coefficients=group.select(coefficient),
-                alpha=group.select(-lr * factor),
-                beta=beta,
-                decay=None if decay is None else group.select(decay),
+            group.apply(
+                [term],
+                decay=decay,
+                decayed=decay,
+                carried=carried,
                 rounding=self._rounding(index),
+                seed=_checked(seed),
             )
 
     def factors(self, pairs: Pairs, step: int | None = None) -> dict[str, Tensor]:
@@ -175,34 +168,27 @@ class Weights:
 
     def _make(self, pairs: Pairs) -> Listed:
         holder, further = nn.Module(), []
+        owned = own_parameters(holder)
         parameters = {id(p): trained(p) for _, p, *_ in pairs}
         for name, p, *_ in pairs:
-            holder._parameters[name] = parameters[id(p)]
+            owned[name] = parameters[id(p)]
         for name, p in further_names(pairs, self.model):
-            holder._parameters[name] = p
+            owned[name] = p
             further.append(name)
         handle = Handle(holder, self.config)
         for name in further:  # they made the ids; kept, they would keep replaced parameters in memory
-            del holder._parameters[name]
+            del owned[name]
         return Listed(holder, handle, {canonical(name): name for name, *_ in reversed(pairs)})
-
-    def _seeded(self, group: Group, seed: Any) -> dict[str, Any]:
-        return {"seed": operator.index(seed), "draws": [Draw(0)], "backend": group.choice.backend}
-
-    def _factors(self, group: Group, decay: Scalar | None, restore: float) -> tuple[Scalar, float]:
-        """The scale that takes a standing perturbation out, and what multiplies lr * c."""
-        low_rank = group.kind == "lowrank"
-        standing: Scalar = restore * (self.config.perturb_factor if low_rank else 1.0)
-        if restore and decay is not None:
-            standing = standing * decay
-        return standing, self.config.update_factor if low_rank else 1.0
 
     def _rounding(self, index: int) -> Rounding | None:
         return Rounding(0, index) if self.config.rounding == "stochastic" else None
 
 
-def _update_op(group: Group) -> Callable[..., None]:
-    return ops.lowrank_update_ if group.kind == "lowrank" else ops.dense_update_
+def _checked(seed: Any) -> int:
+    """A seed of any integer type as it goes into the noise."""
+    number = operator.index(seed)
+    check_range("seed", number, 1 << 64)
+    return number
 
 
 def further_names(pairs: Pairs, model: nn.Module | None) -> list[tuple[str, nn.Parameter]]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model.modules import own_parameters
 from .base import Settings, TrainerAdapter
 from .streams import perturb_dense, update_dense
 from .weights import Pairs, decay_of_names
@@ -89,7 +90,7 @@ class Zo2Adapter(TrainerAdapter):
             places = self._places[module] = []
             for name, p in module.named_parameters():
                 prefix, _, attribute = name.rpartition(".")
-                places.append((names.get(id(p), name), module.get_submodule(prefix)._parameters, attribute, name))
+                places.append((names.get(id(p), name), own_parameters(module.get_submodule(prefix)), attribute, name))
         found = ((name, owned[attribute], inside) for name, owned, attribute, inside in places)
         return [pair for pair in found if pair[1].requires_grad]
 

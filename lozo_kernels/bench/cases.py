@@ -14,56 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import noise, ops
+from ..kernels import noise, op_table, ops
 from ..kernels.calls import Draw, Rounding
+from ..kernels.op_table import Op
 from ..kernels.registry import Backend
 from ..kernels.table import DTYPES, TensorTable
 
-
-@dataclasses.dataclass(frozen=True)
-class Op:
-    """What an op takes.
-
-    Attributes:
-        name: of the function in ``ops.py``.
-        v: the table has V, and the noise is U V^T; otherwise it has none, and the noise is Z.
-        n: what the op wants of ``table.n``: "none", "optional" or "needed".
-        momentum: it takes ``coefficients``, ``alpha`` and ``beta``, and writes ``table.n``.
-        factors: the tensors are factors themselves, fp32, whose noise is U.
-        draws: the least and the most draws that it takes.
-        rounding: it can round stochastically.
-        out: it can write the weights of another table.
-    """
-
-    name: str
-    v: bool = False
-    n: str = "none"
-    momentum: bool = False
-    factors: bool = False
-    draws: tuple[int, int] = (1, 2)
-    rounding: bool = True
-    out: bool = False
-
-    @property
-    def ranked(self) -> bool:
-        """Whether cases of it have a rank."""
-        return self.v or self.factors
-
-
-OPS = {
-    op.name: op
-    for op in (
-        Op("lowrank_update_", v=True),
-        Op("dense_update_"),
-        Op("lowrank_momentum_", v=True, n="needed", momentum=True),
-        Op("dense_momentum_", n="needed", momentum=True),
-        Op("resample_", v=True, n="optional", draws=(0, 0), rounding=False),
-        Op("lowrank_merge_", v=True, n="needed", draws=(0, 1), out=True),
-        Op("dense_merge_", n="optional", draws=(0, 1), out=True),
-        Op("factor_update_", factors=True, rounding=False),
-    )
-}
-"""By name, those first that train a model in place."""
+OPS = {**op_table.OPS, "resample_": Op("resample_", v=True, n="optional", draws=(0, 0), rounding=False)}
+"""The ops that there are cases of, by name: those of the table, and ``resample_``."""
 
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Half the distance from 1 to the next value: the relative error of rounding to nearest."""

@@ -76,7 +76,7 @@ class EventClock:
         if self._overwrite is not None:
             self._overwrite.zero_()  # in the stream, so that the start event comes after it
             if self._on_gpu:
-                torch.cuda._sleep(_AHEAD_CYCLES)
+                torch.cuda._sleep(_AHEAD_CYCLES)  # noqa: SLF001 - there is no public call that keeps a device busy
 
     def mark(self) -> Any:
         self._last = self._make_event()

@@ -79,7 +79,7 @@ def plans(*, quick: bool) -> list[Plan]:
     found: list[Plan] = []
     for i, rank in enumerate(RANKS):
         for op in OPS.values():
-            if op.v or op.factors:
+            if op.along_rows:
                 found += [_plan(op, "odd", None, rank, kind) for kind in (0, 1)]
                 # Every dtype takes a turn at every rank, with arguments that change from rank to rank.
                 found += [_plan(op, "large", dtype, rank, i + d) for d, dtype in enumerate(DTYPES)]
@@ -92,7 +92,7 @@ def plans(*, quick: bool) -> list[Plan]:
 def _plan(op: Op, layout: str, dtype: torch.dtype | None, rank: int, kind: int) -> Plan:
     """A case with one of four kinds of arguments, as far as the op takes them."""
     most, decay, stochastic = ((False, False, False), (True, True, True), (True, False, False), (False, True, False))[kind % 4]
-    dtype, rank = torch.float32 if op.factors else dtype, rank if op.v or op.factors else 0
+    dtype, rank = torch.float32 if op.factors else dtype, rank if op.along_rows else 0
     return Plan(op.name, layout, dtype, rank, op.draws[most], decay, stochastic and op.rounding)
 
 
@@ -147,7 +147,7 @@ def candidates(device: torch.device, truth: Backend, names: Sequence[str] | None
         except RuntimeError as e:
             not_run[name] = first_line(e)
             continue
-        reason = backend.withheld(device) if names is None else None
+        reason = backend.opt_in_reason(device) if names is None else None
         if reason is not None:
             not_run[name] = reason
         elif backend is truth and device.type == "cpu":

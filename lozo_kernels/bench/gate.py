@@ -8,10 +8,9 @@ from torch import Tensor
 from ..kernels import ops
 from ..kernels.registry import choose_backend
 from ..kernels.table import TensorTable
-from .cases import OPS, Case, compare
+from .cases import Case, compare
 from .weights import SEED, WINDOW, OpCall, Weights, dense_calls, lowrank_calls
 
-_OPS = {name: getattr(ops, name) for name in OPS}  # what is checked may be replaced, the reference may not
 _ROWS, _ELEMENTS = 3, 512  # of a piece: whole rows of a matrix, elements of a dense tensor
 _FEW = 64  # up to so many tensors are checked at the beginning, in the middle and at the end; of more, each at one of them
 _ODD_SHAPES = ((5, 3), (33, 129), (2, 1), (1, 70))
@@ -59,8 +58,8 @@ def _compare(name: str, label: str, call: OpCall, pieces: list[tuple[int, slice]
     want = Case(call.case.op, _cut(table, pieces), arguments).on(device)
     eager = choose_backend(device, "eager").backend
     if table.v is not None:  # V is made anew, so that a wrong resample_ shows too
-        _OPS["resample_"](want.table, seed=SEED, window=WINDOW, backend=eager)
-    _OPS[want.op.name](want.table, **want.call, backend=eager)
+        eager.resample_(want.table, SEED, WINDOW, reproject=False)
+    ops.run(want.op, want.table, **want.call, backend=eager)
     call.run()
     got = Case(call.case.op, _cut(table, pieces), arguments).on(device)
     for compared in compare(got, want):

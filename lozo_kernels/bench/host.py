@@ -59,8 +59,8 @@ def passes(handle: Handle) -> dict[str, Callable[[int], None]]:
     return {
         "perturb, first of a step": lambda step: handle.perturb_(step, 1e-3),
         "perturb": lambda _: handle.perturb_(0, 1e-3),
-        "update and restore": lambda _: handle.update_(0, c, 1e-6, standing=-1e-3),
-        "update, restore and perturb": lambda _: handle.update_(0, c, 1e-6, standing=-1e-3, perturb_next=1e-3),
+        "update and restore": lambda _: handle.update_(0, c, 1e-6, applied=-1e-3),
+        "update, restore and perturb": lambda _: handle.update_(0, c, 1e-6, applied=-1e-3, perturb_next=1e-3),
     }
 
 

@@ -170,7 +170,7 @@ class StepBench:
         if found:
             self.clock.wait()
             start = time.perf_counter()
-            optimizer.handle.settle()
+            optimizer.handle.merge()
             self.clock.wait()
             found["merge_ms"] = round(1e3 * (time.perf_counter() - start), 3)
             found["interval"] = INTERVAL

@@ -9,7 +9,7 @@ import weakref
 from pathlib import Path
 
 from ..errors import JournalError
-from ..kernels.checks import check_count
+from ..kernels.checks import as_integer
 from .format import CRC, Record, Sides, StepTaken, encode_record, frame
 
 
@@ -144,7 +144,7 @@ if hasattr(os, "register_at_fork"):
 def check_fsync(fsync: int | None) -> None:
     """Raises TypeError or ValueError unless it is None or a count."""
     if fsync is not None:
-        check_count("fsync", fsync)
+        as_integer("fsync", fsync, 1)
 
 
 def already_there(path: Path) -> JournalError:

@@ -11,10 +11,7 @@ import torch
 from torch import Tensor
 
 from ..model.handle import Handle
-from ..model.parameters import Slot
-from ..model.probe import ProbeHandle
-from ..model.probe.members import load_weight
-from ..model.sharding import gather
+from ..model.parameters import Parameter
 from .format import DIGEST_BYTES
 
 _CHUNK = 1 << 26  # bytes of a device's weight that are brought here at once
@@ -26,10 +23,9 @@ def weight_fingerprints(handle: Handle) -> list[str]:
 
     A sharded weight is gathered, one after the other: every process has to call this.
     """
-    slots = handle._slots
-    found = {slot.name: _of_slot(handle, slot) for slot in slots if slot.out_of_reach == "sharded"}
+    found = {p.name: _of_parameter(handle, p) for p in handle.trained if p.storage.sharded}
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-        return list(pool.map(lambda slot: found.get(slot.name) or _of_slot(handle, slot), slots))
+        return list(pool.map(lambda p: found.get(p.name) or _of_parameter(handle, p), handle.trained))
 
 
 def fingerprint(handle: Handle) -> str:
@@ -37,7 +33,7 @@ def fingerprint(handle: Handle) -> str:
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for name, own in zip(handle.names, weight_fingerprints(handle), strict=True):
         digest.update(f"{name}\0{own}\0".encode())
-    past = handle.past if isinstance(handle, ProbeHandle) else {}
+    past = handle.past
     for name in sorted(past):
         digest.update(name.encode())
         for key in ("b", "v"):
@@ -45,14 +41,9 @@ def fingerprint(handle: Handle) -> str:
     return digest.hexdigest()
 
 
-def _of_slot(handle: Handle, slot: Slot) -> str:
+def _of_parameter(handle: Handle, p: Parameter) -> str:
     digest = hashlib.blake2b(digest_size=_SIZE)
-    if slot.out_of_reach == "offloaded":
-        assert isinstance(handle, ProbeHandle)
-        member = handle._member_of(slot)
-        _update(digest, load_weight(member, member.device))
-    else:
-        _update(digest, gather(slot.parameter.detach()))
+    _update(digest, p.storage.load(handle.device_of(p)))
     return digest.hexdigest()
 
 

@@ -54,7 +54,7 @@ class StepTaken(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """A probe merged what it had learned, before V changed: ``state_dict()``, ``settle()``."""
+    """A probe merged what it had learned, before V changed: ``state_dict()``, ``merge()``."""
 
 
 class Flushed(NamedTuple):
@@ -83,7 +83,7 @@ Record = StepTaken | Settled | Flushed | Detour | Sides | End
 
 
 @dataclasses.dataclass(frozen=True)
-class Parameter:
+class RecordedParameter:
     """A trained parameter: its name and id in the noise, kind "lowrank" or "dense", and a fingerprint of where it started."""
 
     name: str
@@ -109,7 +109,7 @@ class Header:
 
     config: PatchConfig
     settings: dict[str, Any]
-    parameters: tuple[Parameter, ...]
+    parameters: tuple[RecordedParameter, ...]
     groups: tuple[tuple[int, ...], ...]
     noise_version: int
     first_step: int
@@ -205,12 +205,12 @@ def _checked_header(
     return Header(PatchConfig(**config), _checked_settings(**settings), found, members, noise_version, first_step, made_with, about)
 
 
-def _checked_parameter(name: Any, shape: Any, dtype: Any, kind: Any, tensor_id: Any, fingerprint: Any) -> Parameter:
+def _checked_parameter(name: Any, shape: Any, dtype: Any, kind: Any, tensor_id: Any, fingerprint: Any) -> RecordedParameter:
     if not all(isinstance(v, str) for v in (name, dtype, kind, fingerprint)) or kind not in ("lowrank", "dense"):
         raise TypeError("a parameter is not described as one")
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in (*shape, tensor_id)):
         raise TypeError(f"the shape of {name[:80]!r} is no shape")
-    return Parameter(name, tuple(shape), dtype, kind, tensor_id, fingerprint)
+    return RecordedParameter(name, tuple(shape), dtype, kind, tensor_id, fingerprint)
 
 
 def _checked_settings(eps: Any, momentum: Any, directions: Any, two_sided: Any, fuse_steps: Any, evaluation: Any) -> dict[str, Any]:

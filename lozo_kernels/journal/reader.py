@@ -160,7 +160,7 @@ class _Parser:
                 if self.records and isinstance(self.records[-1], End):
                     raise JournalError("it comes after the end of the run")
                 self._next()
-            except _Torn:
+            except _Torn:  # noqa: PERF203  (the position says where it happened)
                 return len(self.data) - self.position
             except JournalError as e:
                 step = self.header.first_step + self._steps

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,18 +14,14 @@ from torch import Tensor, nn
 
 from ..errors import JournalError
 from ..kernels.noise import NOISE_VERSION
-from ..model.estimators import ESTIMATORS
 from ..model.handle import Handle
-from ..model.probe import ProbeHandle
-from ..model.probe.sides import adopt_sides
-from ..optim.optimizer import LOZO, MeZO, SubZero, ZerothOrderOptimizer
+from ..optim.groups import rates_of
+from ..optim.optimizer import OPTIMIZERS, ZerothOrderOptimizer
+from ..optim.stepper import Stepper
 from .describe import describe_groups, describe_parameters, made_with
 from .fingerprint import fingerprint
 from .format import Detour, Flushed, Header, Record, Settled, Sides, StepTaken
 from .reader import RecordedRun, read_journal
-
-_OPTIMIZERS: dict[str, type[ZerothOrderOptimizer]] = {kind._estimator: kind for kind in (LOZO, MeZO, SubZero)}
-assert set(_OPTIMIZERS) == set(ESTIMATORS)
 
 _EXACT_RANK = 8
 """Up to here a momentum product over the weights has the same bits on every backend."""
@@ -152,20 +148,20 @@ def revert(model: nn.Module, journal: Source, step: int, backend: str | None = N
 def retake(optimizer: ZerothOrderOptimizer, records: Iterable[Record]) -> None:
     """Takes recorded steps with an optimiser on weights from which they were taken. Settings of its groups stay as they are."""
     kept = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    stepper, handle = optimizer.stepper, optimizer.handle
     try:
         for record in records:
             match record:
                 case StepTaken():
                     _take_step(optimizer, record)
                 case Settled():
-                    optimizer.handle.settle()
+                    handle.merge()
                 case Flushed():
-                    optimizer.flush()
+                    stepper.flush()
                 case Detour():
-                    _make_detour(optimizer, record.moves)
+                    _make_detour(stepper, record.moves)
                 case Sides():
-                    assert isinstance(optimizer.handle, ProbeHandle)
-                    adopt_sides(optimizer.handle, record.described, install=False)
+                    handle.adopt_sides(record.described, install=False)
                 case _:
                     raise AssertionError(f"{record} is not replayed")
     finally:
@@ -213,7 +209,7 @@ def _check_settings(run: RecordedRun, optimizer: ZerothOrderOptimizer) -> None:
     header, handle = run.header, optimizer.handle
     mine, theirs = handle.config.to_dict(), header.config.to_dict()
     differing = [name for name in mine if name not in ("backend", "side", "allow_drift") and mine[name] != theirs[name]]
-    own = optimizer._settings()
+    own = optimizer.stepper.settings.of_run
     differing += [name for name in own if own[name] != header.settings[name]]
     if differing:
         name = differing[0]
@@ -253,7 +249,7 @@ def _check_promise(run: RecordedRun, optimizer: ZerothOrderOptimizer) -> None:
 
 
 def _check_mergeable(handle: Handle) -> None:
-    name = next((slot.name for slot in handle._slots if slot.out_of_reach == "quantised"), None)
+    name = next((p.name for p in handle.trained if not p.storage.mergeable), None)
     if name is not None:
         raise JournalError(
             f"{name!r} is quantised: no weight can hold what it learned. Use Journal.resume() on an optimiser of the base "
@@ -264,7 +260,7 @@ def _check_mergeable(handle: Handle) -> None:
 def _optimizer_of(model: nn.Module, header: Header, backend: str | None) -> ZerothOrderOptimizer:
     """The optimiser that a header describes, on a model that is not patched."""
     options = header.config.to_dict() | {"backend": backend}
-    kind = _OPTIMIZERS[options.pop("estimator")]
+    kind = OPTIMIZERS[options.pop("estimator")]
     names: dict[str, Any] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(name, p)
@@ -280,50 +276,25 @@ def _optimizer_of(model: nn.Module, header: Header, backend: str | None) -> Zero
 
 
 def _take_step(optimizer: ZerothOrderOptimizer, record: StepTaken) -> None:
+    stepper, handle = optimizer.stepper, optimizer.handle
     for group, lr, decay in zip(optimizer.param_groups, record.lr, record.weight_decay, strict=True):
         group["lr"], group["weight_decay"] = lr, decay
-    points = _points(optimizer)
     if record.returned:
-        _make_detour(optimizer, len(points))
+        _make_detour(stepper, len(stepper.points))
     if record.at_rest:
-        optimizer._standing = (optimizer.directions - 1, 0.0)
-    elif optimizer.evaluation == "sequential":
-        _visit(optimizer, points)
-    device = optimizer.handle.devices[0]
-    c = torch.tensor(record.c, dtype=torch.float64, device=device)
+        stepper.applied = (stepper.settings.directions - 1, 0.0)
+    elif stepper.settings.evaluation == "sequential":
+        stepper.visit(stepper.points)
+    c = torch.tensor(record.c, dtype=torch.float64, device=handle.devices[0])
     if record.skipped:
         c.fill_(float("nan"))
     unknown = torch.full_like(c, float("nan"))
-    optimizer._commit(*optimizer._conclude(c, unknown, unknown))
+    stepper.commit(*stepper.conclude(c, unknown, unknown, rates_of(optimizer.param_groups, handle, c.device)))
 
 
-def _points(optimizer: ZerothOrderOptimizer) -> list[tuple[int, float]]:
-    """The (direction, scale) that the weights go through in a step."""
-    sides = (optimizer.eps, -optimizer.eps) if optimizer.two_sided else (optimizer.eps,)
-    return [(d, side) for d in range(optimizer.directions) for side in sides]
-
-
-def _visit(optimizer: ZerothOrderOptimizer, points: Sequence[tuple[int, float]]) -> None:
-    if not optimizer.two_sided:
-        optimizer.flush()
-    if moves_weights(optimizer.handle):
-        for point in points:
-            optimizer._move(point)
-    else:
-        optimizer._standing = points[-1]
-
-
-def _make_detour(optimizer: ZerothOrderOptimizer, moves: int) -> None:
-    _visit(optimizer, _points(optimizer)[:moves])
-    if moves_weights(optimizer.handle):
-        optimizer._move(None)
-    else:
-        optimizer._standing = None
-
-
-def moves_weights(handle: Handle) -> bool:
-    """Whether evaluations move weights, which rounds: all in place, under a probe those that fell back to it."""
-    return not isinstance(handle, ProbeHandle) or bool(handle.groups)
+def _make_detour(stepper: Stepper, moves: int) -> None:
+    stepper.visit(stepper.points[:moves])
+    stepper.leave()
 
 
 def _read(journal: Source) -> RecordedRun:

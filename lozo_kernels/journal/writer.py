@@ -12,8 +12,6 @@ from typing import Any
 
 from ..errors import JournalError
 from ..kernels.noise import NOISE_VERSION
-from ..model.probe import ProbeHandle
-from ..model.probe.sides import adopt_sides, describe_sides
 from ..optim.optimizer import ZerothOrderOptimizer
 from ..optim.steps import StepInfo
 from .arrivals import Arrival, send
@@ -22,7 +20,7 @@ from .file import JournalFile, Tail, already_there, check_fsync, open_alone
 from .fingerprint import fingerprint
 from .format import Detour, End, Flushed, Header, Record, Settled, Sides, StepTaken, encode_header
 from .reader import read_journal
-from .replaying import check_fits, moves_weights, retake
+from .replaying import check_fits, retake
 
 LATE = 16
 """Records that may wait for a GPU before one is waited for."""
@@ -61,8 +59,7 @@ class Journal:
         self._mark: tuple[int, list[int]] = (0, [])  # of the last step: the number of its first record, and its detours
         self._before_mark: Tail | None = None
         optimizer.journal = self
-        if isinstance(optimizer.handle, ProbeHandle):
-            optimizer.handle.on_settle = self._add_settle
+        optimizer.handle.on_merge = self._add_merge
 
     @property
     def path(self) -> Path:
@@ -104,10 +101,10 @@ class Journal:
             raise JournalError(f"momentum of {optimizer.steps_done} steps is in no journal: begin it before the first step")
         notes = _plain(about)
         optimizer.flush()
-        handle.settle()
+        handle.merge()
         header = Header(
             handle.config,
-            optimizer._settings(),
+            optimizer.stepper.settings.of_run,
             describe_parameters(handle),
             describe_groups(optimizer),
             NOISE_VERSION,
@@ -156,8 +153,7 @@ class Journal:
             retake(optimizer, records)
             sides = next((r for r in records if isinstance(r, Sides)), None)
             if sides is not None:
-                assert isinstance(optimizer.handle, ProbeHandle)
-                adopt_sides(optimizer.handle, sides.described, install=True)
+                optimizer.handle.adopt_sides(sides.described, install=True)
             length, crc = run.ends[len(records) - 1] if records else run.start
             last = next((r for r in reversed(records) if isinstance(r, StepTaken)), None)
             file = JournalFile(path, descriptor, Tail(length, crc, last, sides is not None), fsync)
@@ -176,19 +172,21 @@ class Journal:
         else:
             self.close()
 
-    def add_step(self, optimizer: ZerothOrderOptimizer, info: StepInfo) -> None:
+    def add_step(self, info: StepInfo) -> None:
         """Called by the optimiser: a step is about to be taken.
 
         Raises:
             JournalError: it cannot be written, or the optimiser's settings are not those of the journal any more.
         """
-        if optimizer._settings() != self.header.settings or len(optimizer.param_groups) != len(self.header.groups):
+        optimizer = self._optimizer
+        if optimizer.stepper.settings.of_run != self.header.settings or len(optimizer.param_groups) != len(self.header.groups):
             raise JournalError("a setting of the optimiser changed that a journal has once: put it back, or begin another journal")
         self._mark, self._before_mark = (self._number, list(self._detours)), None
         try:
-            handle = optimizer.handle
-            if isinstance(handle, ProbeHandle) and handle.prepared and not self._has_sides():
-                self._put(Sides(describe_sides(handle)))
+            if not self._has_sides():
+                described = optimizer.handle.describe_sides()
+                if described is not None:
+                    self._put(Sides(described))
             at_rest, returned = self._put_detours(optimizer)
             self._put(send(optimizer, info, at_rest=at_rest, returned=returned))
             self._drain()
@@ -211,7 +209,7 @@ class Journal:
 
     def add_detour(self, moves: int) -> None:
         """Called by the optimiser. Written with the next step: a run that is killed before goes on without."""
-        if moves_weights(self._optimizer.handle):
+        if self._optimizer.handle.moves_weights:
             self._detours.append(moves)
 
     def finish(self) -> None:
@@ -228,7 +226,7 @@ class Journal:
         try:
             self._write_detours()
             self._optimizer.flush()
-            self._optimizer.handle.settle()
+            self._optimizer.handle.merge()
             self._put(End(fingerprint(self._optimizer.handle)))
             self._drain(wait=True)
         finally:
@@ -252,10 +250,9 @@ class Journal:
         if self._optimizer.journal is not self:
             return
         self._optimizer.journal = None
-        if isinstance(self._optimizer.handle, ProbeHandle):
-            self._optimizer.handle.on_settle = None
+        self._optimizer.handle.on_merge = None
 
-    def _add_settle(self) -> None:
+    def _add_merge(self) -> None:
         self._tell(Settled())
 
     def _tell(self, record: Record) -> None:
@@ -273,7 +270,7 @@ class Journal:
 
     def _put_detours(self, optimizer: ZerothOrderOptimizer) -> tuple[bool, bool]:
         """Puts what was noted since the last step; returns how the step's own update is made: at rest, after one round and back."""
-        at_rest = optimizer._drive is not None and moves_weights(optimizer.handle)
+        at_rest = optimizer.handle.backward is not None and optimizer.handle.moves_weights
         whole = optimizer.directions * (2 if optimizer.two_sided else 1)
         returned = at_rest and self._detours[-1:] == [whole]
         if returned:

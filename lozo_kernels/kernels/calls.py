@@ -1,4 +1,4 @@
-"""what one pass is told: draws, scales, rounding."""
+"""What one call of an op is told: draws, scalars, rounding, and the activations that a layer's call changes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from torch import Tensor
+
+from .table import TensorTable
 
 Step = int | Tensor
 """A step: a number, or a 0-dim int64 tensor on the table's device, which is not read on the host (a captured graph advances it)."""
@@ -27,36 +29,33 @@ class Rounding:
     index: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Update:
-    """One pass over the weights. Tensors are contiguous fp32 on the table's device.
+@dataclasses.dataclass(slots=True)
+class TableCall:
+    """One pass over a table, as backends take it: checked, its tensors contiguous fp32 on the table's device.
 
     Attributes:
         seed: 64-bit seed of the run.
-        draws: one or two; none or one for a merge.
+        draws: as many as the op's description (:mod:`.op_table`) allows.
         scales: (draws, tensors).
         decay: (tensors,), or None for 1.
         rounding: None for to nearest even.
+        coefficients: (draws, tensors), of an op that updates momentum; alpha, beta: (tensors,), likewise.
+        out: of an op that writes to another table: that table, or the table itself.
     """
 
     seed: int
     draws: Sequence[Draw]
     scales: Tensor
-    decay: Tensor | None
-    rounding: Rounding | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Momentum:
-    """What a pass does with momentum besides: coefficients (draws, tensors), alpha and beta (tensors,), as in :class:`Update`."""
-
-    coefficients: Tensor
-    alpha: Tensor
-    beta: Tensor
+    decay: Tensor | None = None
+    rounding: Rounding | None = None
+    coefficients: Tensor | None = None
+    alpha: Tensor | None = None
+    beta: Tensor | None = None
+    out: TensorTable | None = None
 
 
 @dataclasses.dataclass(slots=True)  # not frozen, which would double the time of making one after every layer
-class Skinny:
+class LayerCall:
     """A product of activations with a weight's factors, added to the outputs of the weight at rest; see ``skinny.py``.
 
     The tokens are equal blocks, one for each row of ``draws``: evaluations that share a forward pass. Tensors are on one device,
@@ -67,7 +66,7 @@ class Skinny:
         x: (tokens, inputs), any weight dtype; or for an embedding (tokens,) int64 or int32 rows.
         v: (rank, cols) fp16, V transposed.
         b: (rows, rank) fp32.
-        seed, tensor_id, row_offset: place of U in the noise.
+        seed, tensor_id, row_offset: where U is in the noise.
         draws: (groups, 2) int64: step and direction.
         scales: (groups,) fp32: a group's factor is B + scale * U.
         transposed: X W instead of X W^T.
@@ -87,8 +86,3 @@ class Skinny:
     transposed: bool = False
     gain: Tensor | None = None
     shift: Tensor | None = None
-
-
-def signed_seed(seed: int) -> int:
-    """The 64 bits of a seed as library.py takes them."""
-    return seed - (1 << 64) if seed >= 1 << 63 else seed

@@ -1,32 +1,66 @@
-"""The ops: argument checks, normalised scalars, and one call of the backend for a whole table of tensors.
+"""The ops: documentation, argument checks, normalised scalars, and one call of the backend for a whole table of tensors.
 
 Scalars that change from step to step (scales, learning rate, projected gradient) may be numbers or tensors on the table's
 device; nothing here reads a tensor's value, so nothing synchronises. Each op changes ``table.x`` (and momentum, V) in place,
 touches no other element, and gives the bits of ``reference.py`` on every backend, except that momentum products above rank 8
-are bounded, not promised.
+are bounded, not promised. What each op takes and changes stands in :mod:`.op_table`.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
 
-from .calls import Draw, Momentum, Rounding, Update, signed_seed
+from .calls import Draw, Rounding, TableCall
 from .checks import LARGEST, check_range
+from .compiled import call_operator, name_of, signed_seed
 from .noise import MAX_DIRECTION, MAX_DRAW, MAX_RANK, STREAMS, check_draw, check_factor
-from .registry import Backend, choose_backend, name_of
+from .op_table import MAX_DRAWS, OPS, Op
+from .registry import Backend, choose_backend
 from .table import TensorTable, check_alike
+
+__all__ = [
+    "MAX_DRAWS",
+    "OPS",
+    "Scalars",
+    "dense_merge_",
+    "dense_momentum_",
+    "dense_update_",
+    "dispatch",
+    "factor",
+    "factor_update_",
+    "lowrank_merge_",
+    "lowrank_momentum_",
+    "lowrank_update_",
+    "resample_",
+    "run",
+]
 
 Scalars = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
 """A number, one per tensor, or one per draw and tensor: anything that broadcasts to that shape."""
 
-MAX_DRAWS = 2
+
+Signature = ParamSpec("Signature")
 
 
+def _described(function: Callable[Signature, None]) -> Callable[Signature, None]:
+    """The op of the function's name, with the signature and the documentation that the function has."""
+    op = OPS[function.__name__]
+
+    @functools.wraps(function)
+    def call(*args: Signature.args, **kwargs: Signature.kwargs) -> None:
+        function(*args, **kwargs)  # does nothing but hold the arguments against the signature
+        run(op, *args, **kwargs)  # type: ignore[arg-type]
+
+    return call
+
+
+@_described
 def lowrank_update_(
     table: TensorTable,
     *,
@@ -51,14 +85,9 @@ def lowrank_update_(
     Raises:
         ValueError: an argument is out of range or of the wrong shape.
     """
-    _check_kind(table, low_rank=True, momentum=False)
-    update = _update(table, seed, draws, scales, decay, rounding)
-    if torch.compiler.is_compiling():
-        torch.ops.lozo_kernels.lowrank_update_(table.x, table.v, _place(table), *_flat(table, update, backend))
-    else:
-        _pick(table, backend).lowrank_update_(table, update)
 
 
+@_described
 def dense_update_(
     table: TensorTable,
     *,
@@ -70,14 +99,9 @@ def dense_update_(
     backend: Backend | None = None,
 ) -> None:
     """X <- decay * X + sum over draws of scale * Z (MeZO). Arguments as :func:`lowrank_update_`; a table without V."""
-    _check_kind(table, low_rank=False, momentum=False)
-    update = _update(table, seed, draws, scales, decay, rounding)
-    if torch.compiler.is_compiling():
-        torch.ops.lozo_kernels.dense_update_(table.x, _place(table), *_flat(table, update, backend))
-    else:
-        _pick(table, backend).dense_update_(table, update)
 
 
+@_described
 def lowrank_momentum_(
     table: TensorTable,
     *,
@@ -101,18 +125,9 @@ def lowrank_momentum_(
         beta: broadcastable to (tensors,).
         seed, scales, decay, rounding, backend: as in :func:`lowrank_update_`.
     """
-    _check_kind(table, low_rank=True, momentum=True)
-    update = _update(table, seed, draws, scales, decay, rounding)
-    momentum = _momentum(table, draws, coefficients, alpha, beta)
-    if torch.compiler.is_compiling():
-        torch.ops.lozo_kernels.lowrank_momentum_(
-            *(table.x, table.v, table.n, _place(table), *_flat(table, update, backend)),
-            *(momentum.coefficients, momentum.alpha, momentum.beta),
-        )
-    else:
-        _pick(table, backend).lowrank_momentum_(table, update, momentum)
 
 
+@_described
 def dense_momentum_(
     table: TensorTable,
     *,
@@ -130,40 +145,9 @@ def dense_momentum_(
 
     Arguments as :func:`lowrank_momentum_`, for a table without V; M is ``table.n``.
     """
-    _check_kind(table, low_rank=False, momentum=True)
-    update = _update(table, seed, draws, scales, decay, rounding)
-    momentum = _momentum(table, draws, coefficients, alpha, beta)
-    if torch.compiler.is_compiling():
-        torch.ops.lozo_kernels.dense_momentum_(
-            *(table.x, table.n, _place(table), *_flat(table, update, backend)),
-            *(momentum.coefficients, momentum.alpha, momentum.beta),
-        )
-    else:
-        _pick(table, backend).dense_momentum_(table, update, momentum)
 
 
-def resample_(table: TensorTable, *, seed: int, window: int, reproject: bool = False, backend: Backend | None = None) -> None:
-    """V <- the V of a window; with ``reproject`` also N <- N (V_old^T V_new) / cols (LOZO-M, Algorithm 2, line 6).
-
-    Args:
-        table: low-rank tensors. V's global row is ``col_offset + b * global_cols + j`` for matrix b of a batch.
-        window: step // interval.
-        reproject: carry ``table.n`` over; ``table.v`` must then hold the V that it was accumulated under.
-
-    Raises:
-        ValueError: an argument is out of range, or ``reproject`` without momentum.
-    """
-    _check_kind(table, low_rank=True, momentum=reproject)
-    check_range("seed", seed, 1 << 64)
-    check_range("window", window, MAX_DRAW)
-    table.check_positions(factors=True, flat=False)
-    if torch.compiler.is_compiling():
-        n = table.n if reproject else []
-        torch.ops.lozo_kernels.resample_(table.x, table.v, n, _place(table), signed_seed(seed), window, name_of(backend))
-    else:
-        _pick(table, backend).resample_(table, seed, window, reproject)
-
-
+@_described
 def factor_update_(
     table: TensorTable,
     *,
@@ -184,19 +168,9 @@ def factor_update_(
         TypeError: a factor is not fp32.
         ValueError: an argument is out of range or of the wrong shape.
     """
-    _check_kind(table, low_rank=False, momentum=False)
-    for f in table.x:
-        if f.dtype != torch.float32:
-            raise TypeError(f"factors are fp32, not {f.dtype}")
-        if not 1 <= f.shape[2] <= MAX_RANK:
-            raise ValueError(f"rank is 1 to {MAX_RANK}, not {f.shape[2]}")
-    update = _update(table, seed, draws, scales, decay, None, factors=True)
-    if torch.compiler.is_compiling():
-        torch.ops.lozo_kernels.factor_update_(table.x, _place(table), *_flat(table, update, backend))
-    else:
-        _pick(table, backend).factor_update_(table, update)
 
 
+@_described
 def lowrank_merge_(
     table: TensorTable,
     *,
@@ -218,10 +192,9 @@ def lowrank_merge_(
         out: a table whose ``x`` are written instead of ``table.x``, of the same shapes and dtypes.
         seed, scales, decay, rounding, backend: as in :func:`lowrank_update_`.
     """
-    _check_kind(table, low_rank=True, momentum=True)
-    _merge("lowrank_merge_", table, seed, draws, scales, decay, rounding, out, backend)
 
 
+@_described
 def dense_merge_(
     table: TensorTable,
     *,
@@ -234,33 +207,87 @@ def dense_merge_(
     backend: Backend | None = None,
 ) -> None:
     """OUT <- decay * X + (N + scale * Z). Arguments as :func:`lowrank_merge_`, for a table without V; ``n`` may be missing."""
-    _check_kind(table, low_rank=False, momentum=False)
-    _merge("dense_merge_", table, seed, draws, scales, decay, rounding, out, backend)
 
 
-def _merge(
-    op: str,
+def run(
+    op: Op,
     table: TensorTable,
+    *,
     seed: int,
-    draws: Sequence[Draw],
-    scales: Scalars,
-    decay: Scalars | None,
-    rounding: Rounding | None,
-    out: TensorTable | None,
-    backend: Backend | None,
+    draws: Sequence[Draw] = (),
+    scales: Scalars = 0.0,
+    decay: Scalars | None = None,
+    rounding: Rounding | None = None,
+    coefficients: Scalars | None = None,
+    alpha: Scalars | None = None,
+    beta: Scalars | None = None,
+    out: TensorTable | None = None,
+    backend: Backend | None = None,
 ) -> None:
-    update = _update(table, seed, draws, scales, decay, rounding, least=0, most=1)
+    """Any op of :data:`OPS`: checks its arguments, and makes the call.
+
+    Args:
+        op: its description; the function of the same name documents the others.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; nothing was changed.
+    """
+    _check_table(op, table)
+    check_range("seed", seed, 1 << 64)
+    _check_draws(op, draws, rounding)
+    table.check_positions(factors=op.along_rows, flat=not op.along_rows or rounding is not None)
     if out is not None:
         check_alike(table, out)
+    count, device = len(table), table.device
+    call = TableCall(
+        seed,
+        draws,
+        _broadcast(scales, (len(draws), count), device, "scales"),
+        None if decay is None else _broadcast(decay, (count,), device, "decay"),
+        rounding,
+        out=out,
+    )
+    if op.momentum:
+        assert coefficients is not None and alpha is not None and beta is not None
+        call.coefficients = _broadcast(coefficients, (len(draws), count), device, "coefficients")
+        call.alpha, call.beta = _broadcast(alpha, (count,), device, "alpha"), _broadcast(beta, (count,), device, "beta")
+    if backend is not None:
+        _check_backend(backend)
+    dispatch(op, table, call, backend)
+
+
+def dispatch(op: Op, table: TensorTable, call: TableCall, backend: Backend | None) -> None:
+    """Makes a call whose arguments are known to be right: by the backend, or in compiled code by the torch operator."""
     if torch.compiler.is_compiling():
-        if out is None:
-            raise NotImplementedError("compiled code can merge into other memory only: give out")
-        v = () if table.v is None else (table.v,)
-        getattr(torch.ops.lozo_kernels, op)(
-            out.x, table.x, *v, [] if table.n is None else table.n, _place(table), *_flat(table, update, backend)
-        )
-    else:
-        getattr(_pick(table, backend), op)(table, update, table if out is None else out)
+        call_operator(op, table, call, backend)
+        return
+    if op.out and call.out is None:
+        call.out = table
+    (choose_backend(table.device).backend if backend is None else backend).run(op, table, call)
+
+
+def resample_(table: TensorTable, *, seed: int, window: int, reproject: bool = False, backend: Backend | None = None) -> None:
+    """V <- the V of a window; with ``reproject`` also N <- N (V_old^T V_new) / cols (LOZO-M, Algorithm 2, line 6).
+
+    Args:
+        table: low-rank tensors. V's global row is ``col_offset + b * global_cols + j`` for matrix b of a batch.
+        window: step // interval.
+        reproject: carry ``table.n`` over; ``table.v`` must then hold the V that it was accumulated under.
+
+    Raises:
+        ValueError: an argument is out of range, or ``reproject`` without momentum.
+    """
+    _check_kind(table, v=True, n=reproject)
+    check_range("seed", seed, 1 << 64)
+    check_range("window", window, MAX_DRAW)
+    table.check_positions(factors=True, flat=False)
+    if torch.compiler.is_compiling():
+        n = table.n if reproject else []
+        torch.ops.lozo_kernels.resample_(table.x, table.v, n, table.positions, signed_seed(seed), window, name_of(backend))
+        return
+    if backend is not None:
+        _check_backend(backend)
+    (choose_backend(table.device).backend if backend is None else backend).resample_(table, seed, window, reproject)
 
 
 def factor(
@@ -298,73 +325,37 @@ def factor(
     return backend.factor(seed, rows, rank, tensor_id, draw, stream=stream, row_offset=row_offset, device=device)
 
 
-def _pick(table: TensorTable, backend: Backend | None) -> Backend:
-    if backend is None:
-        return choose_backend(table.device).backend
-    _check_backend(backend)
-    return backend
-
-
 def _check_backend(backend: Backend) -> None:
-    if not hasattr(backend, "lowrank_update_"):
+    if not hasattr(backend, "resample_"):
         raise TypeError(f"backend is an object as choose_backend(device, name).backend is, not {backend!r}")
 
 
-def _place(table: TensorTable) -> list[int]:
-    """Where the tensors are in the noise, as library.py takes it."""
-    rows = zip(table.tensor_ids, table.row_offsets, table.col_offsets, table.global_cols, strict=True)
-    return [number for row in rows for number in row]
-
-
-def _flat(table: TensorTable, update: Update, backend: Backend | None) -> tuple[Any, ...]:
-    """An update as library.py takes it."""
-    rounding = update.rounding
-    return (
-        signed_seed(update.seed),
-        _steps(table, update),
-        [draw.direction for draw in update.draws],
-        update.scales,
-        update.decay,
-        None if rounding is None else torch.as_tensor(rounding.step, device=table.device),
-        0 if rounding is None else rounding.index,
-        name_of(backend),
-    )
-
-
-def _steps(table: TensorTable, update: Update) -> Tensor:
-    if not update.draws:
-        return torch.zeros(0, dtype=torch.int64, device=table.device)
-    return torch.stack([torch.as_tensor(draw.step, device=table.device) for draw in update.draws])
-
-
-def _check_kind(table: TensorTable, *, low_rank: bool, momentum: bool) -> None:
+def _check_kind(table: TensorTable, *, v: bool, n: bool) -> None:
     if not isinstance(table, TensorTable):
         raise TypeError(f"an op works on a TensorTable, not {table!r}")
-    if low_rank and table.v is None:
+    if v and table.v is None:
         raise ValueError("this op needs a table with V; dense tensors have ops of their own")
-    if not low_rank and table.v is not None:
+    if not v and table.v is not None:
         raise ValueError("this op is for dense tensors, and the table has V")
-    if momentum and table.n is None:
+    if n and table.n is None:
         raise ValueError("this op needs a table with momentum (n)")
 
 
-def _update(
-    table: TensorTable,
-    seed: int,
-    draws: Sequence[Draw],
-    scales: Scalars,
-    decay: Scalars | None,
-    rounding: Rounding | None,
-    *,
-    factors: bool = False,
-    least: int = 1,
-    most: int = MAX_DRAWS,
-) -> Update:
-    check_range("seed", seed, 1 << 64)
+def _check_table(op: Op, table: TensorTable) -> None:
+    _check_kind(table, v=op.v, n=op.n == "needed")
+    for f in table.x if op.factors else ():
+        if f.dtype != torch.float32:
+            raise TypeError(f"factors are fp32, not {f.dtype}")
+        if not 1 <= f.shape[2] <= MAX_RANK:
+            raise ValueError(f"rank is 1 to {MAX_RANK}, not {f.shape[2]}")
+
+
+def _check_draws(op: Op, draws: Sequence[Draw], rounding: Rounding | None) -> None:
+    least, most = op.draws
     if not isinstance(draws, Sequence) or not all(isinstance(draw, Draw) for draw in draws):
         raise TypeError(f"draws is a sequence of Draw, not {draws!r}")
     if not least <= len(draws) <= most:
-        takes = "a merge takes one draw at most" if most == 1 else f"an op takes {least} to {most} draws"
+        takes = "a merge takes one draw at most" if op.out else f"an op takes {least} to {most} draws"
         raise ValueError(f"{takes}, not {len(draws)}")
     for draw in draws:
         check_draw("draw step", draw.step)
@@ -374,23 +365,6 @@ def _update(
             raise TypeError(f"rounding is a Rounding or None, not {rounding!r}")
         check_draw("rounding step", rounding.step)
         check_range("rounding index", rounding.index, MAX_DIRECTION)
-    low_rank = factors or table.v is not None
-    table.check_positions(factors=low_rank, flat=not low_rank or rounding is not None)
-    return Update(
-        seed,
-        draws,
-        _broadcast(scales, (len(draws), len(table)), table.device, "scales"),
-        None if decay is None else _broadcast(decay, (len(table),), table.device, "decay"),
-        rounding,
-    )
-
-
-def _momentum(table: TensorTable, draws: Sequence[Draw], coefficients: Scalars, alpha: Scalars, beta: Scalars) -> Momentum:
-    return Momentum(
-        _broadcast(coefficients, (len(draws), len(table)), table.device, "coefficients"),
-        _broadcast(alpha, (len(table),), table.device, "alpha"),
-        _broadcast(beta, (len(table),), table.device, "beta"),
-    )
 
 
 def _broadcast(value: Scalars, shape: tuple[int, ...], device: torch.device, name: str) -> Tensor:

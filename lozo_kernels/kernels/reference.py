@@ -12,6 +12,7 @@ holds its values exactly.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -101,6 +102,47 @@ def momentum_product(n: Tensor, v: Tensor, *, dtype: torch.dtype = torch.float32
 def apply_momentum(y: Tensor, product: Tensor, alpha: Tensor) -> Tensor:
     """Y + alpha * (N V^T, or the dense momentum M): the last term of a momentum update, alpha being -lr / r or -lr."""
     return y + product.to(y.dtype) * alpha.to(y.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class MomentumTerms:
+    """What an update does with momentum: coefficients one for each draw, alpha -lr / r or -lr, beta; 0-dim tensors."""
+
+    coefficients: Sequence[Tensor]
+    alpha: Tensor
+    beta: Tensor
+
+
+def lowrank_momentum(
+    x: Tensor,
+    v: Tensor,
+    n: Tensor,
+    us: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    terms: MomentumTerms,
+    decay: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """A step of LOZO-M: N by :func:`momentum`, and :func:`lowrank_update` with alpha * N V^T added last. Returns X and N."""
+    n = momentum(n, us, terms.coefficients, terms.beta, dtype=dtype)
+    y = lowrank_update(x, v, us, scales, decay, dtype=dtype)
+    return apply_momentum(y, momentum_product(n, v, dtype=dtype), terms.alpha), n
+
+
+def dense_momentum(
+    x: Tensor,
+    n: Tensor,
+    zs: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    terms: MomentumTerms,
+    decay: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """A step of MeZO-M: M by :func:`momentum`, and :func:`dense_update` with alpha * M added last. Returns X and M."""
+    n = momentum(n, zs, terms.coefficients, terms.beta, dtype=dtype)
+    return apply_momentum(dense_update(x, zs, scales, decay, dtype=dtype), n, terms.alpha), n
 
 
 def factor_update(

@@ -2,58 +2,50 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .calls import Draw, Momentum, Skinny, Update
+from .calls import Draw, LayerCall, TableCall
+from .op_table import Op
 from .table import TensorTable
 
 
-class Backend(Protocol):
-    """The ops on one kind of device; ops.py documents each. Arguments arrive checked."""
+class Backend(abc.ABC):
+    """The ops on one kind of device; ``ops.py`` and ``skinny.py`` document each. Arguments arrive checked."""
 
     name: str
 
+    @abc.abstractmethod
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot serve the device, or None if it can."""
 
-    def withheld(self, device: torch.device) -> str | None:
+    def opt_in_reason(self, device: torch.device) -> str | None:  # noqa: ARG002  (some backends look at it)
         """Why it serves the device only when asked for by name, or None. Called where it is available."""
+        return None
 
-    def lowrank_update_(self, table: TensorTable, update: Update) -> None: ...
+    @abc.abstractmethod
+    def run(self, op: Op, table: TensorTable, call: TableCall) -> None:
+        """Any op of :data:`~.op_table.OPS`."""
 
-    def dense_update_(self, table: TensorTable, update: Update) -> None: ...
-
-    def lowrank_momentum_(self, table: TensorTable, update: Update, momentum: Momentum) -> None: ...
-
-    def dense_momentum_(self, table: TensorTable, update: Update, momentum: Momentum) -> None: ...
-
+    @abc.abstractmethod
     def resample_(self, table: TensorTable, seed: int, window: int, reproject: bool) -> None: ...
 
-    def factor_update_(self, table: TensorTable, update: Update) -> None: ...
+    @abc.abstractmethod
+    def lowrank_linear_(self, call: LayerCall) -> None: ...
 
-    def lowrank_merge_(self, table: TensorTable, update: Update, out: TensorTable) -> None: ...
+    @abc.abstractmethod
+    def lowrank_embedding_(self, call: LayerCall) -> None: ...
 
-    def dense_merge_(self, table: TensorTable, update: Update, out: TensorTable) -> None: ...
-
-    def lowrank_linear_(self, call: Skinny) -> None: ...
-
-    def lowrank_embedding_(self, call: Skinny) -> None: ...
-
+    @abc.abstractmethod
     def factor(
         self, seed: int, rows: int, rank: int, tensor_id: int, draw: Draw, *, stream: str, row_offset: int, device: torch.device
     ) -> Tensor: ...
-
-
-def name_of(backend: Backend | None) -> str:
-    """A backend as library.py takes it: "" for the best."""
-    return "" if backend is None else backend.name
 
 
 _BACKENDS: dict[str, Backend] = {}
@@ -116,7 +108,7 @@ def choose_backend(device: torch.device | str, name: str | None = None) -> Choic
     rejected: dict[str, str] = {}
     for candidate in backend_names():
         backend = _BACKENDS[candidate]
-        reason = backend.unavailable(device) or backend.withheld(device)
+        reason = backend.unavailable(device) or backend.opt_in_reason(device)
         if reason is None:
             return Choice(backend, rejected)
         rejected[candidate] = reason

@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .calls import Skinny, signed_seed
+from .calls import LayerCall
 from .checks import check_integer, check_range
+from .compiled import call_layer_operator
 from .noise import MAX_DIRECTION, MAX_DRAW, MAX_RANK
-from .registry import Backend, choose_backend, name_of
+from .registry import Backend, choose_backend
 from .table import DTYPES, FACTOR_LIMIT, check_apart, storage_problem
 
 
@@ -68,13 +69,11 @@ def lowrank_linear_(
         )
     if shift is not None and (shift.shape != (groups, outputs) or not _is_plain(shift, torch.float32, y.device)):
         raise ValueError(f"shift is {_describe(shift)}; needed is contiguous fp32 ({groups}, {outputs}) on {y.device}")
+    call = LayerCall(y, x, v, b, seed, tensor_id, row_offset, draws, scales, transposed, gain, shift)
     if torch.compiler.is_compiling():
-        torch.ops.lozo_kernels.lowrank_linear_(
-            y, x, v, b, signed_seed(seed), tensor_id, row_offset, draws, scales, transposed, gain, shift, name_of(backend)
-        )
-        return
-    backend = choose_backend(y.device).backend if backend is None else backend
-    backend.lowrank_linear_(Skinny(y, x, v, b, seed, tensor_id, row_offset, draws, scales, transposed, gain, shift))
+        call_layer_operator(call, backend, lookup=False)
+    else:
+        (choose_backend(y.device).backend if backend is None else backend).lowrank_linear_(call)
 
 
 def lowrank_embedding_(
@@ -115,13 +114,11 @@ def lowrank_embedding_(
         least, most = torch.aminmax(rows)
         if least < 0 or most >= count:
             raise ValueError(f"rows are 0 to {count - 1}, not {int(least)} to {int(most)}")
+    call = LayerCall(y, rows, v, b, seed, tensor_id, row_offset, draws, scales, gain=gain)
     if torch.compiler.is_compiling():
-        torch.ops.lozo_kernels.lowrank_embedding_(
-            y, rows, v, b, signed_seed(seed), tensor_id, row_offset, draws, scales, gain, name_of(backend)
-        )
-        return
-    backend = choose_backend(y.device).backend if backend is None else backend
-    backend.lowrank_embedding_(Skinny(y, rows, v, b, seed, tensor_id, row_offset, draws, scales, gain=gain))
+        call_layer_operator(call, backend, lookup=True)
+    else:
+        (choose_backend(y.device).backend if backend is None else backend).lowrank_embedding_(call)
 
 
 def _check(y: Tensor, v: Tensor, b: Tensor, draws: Tensor, scales: Tensor, gain: Tensor | None) -> tuple[int, int, int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ class TensorTable:
         if not self.checked:
             for t in range(count):
                 self._check(t)
-            check_apart([*self._named("x"), *self._named("v"), *self._named("n")])
+            check_apart([*self.named("x"), *self.named("v"), *self.named("n")])
 
     def __len__(self) -> int:
         return len(self.x)
@@ -90,6 +91,18 @@ class TensorTable:
     def rank(self) -> int:
         """The common rank of the low-rank tensors, 0 for a dense table."""
         return self.v[0].shape[1] if self.v else 0
+
+    @property
+    def positions(self) -> list[int]:
+        """Where the tensors are in the noise: of each its id, row offset, column offset and global columns, in one list."""
+        rows = zip(self.tensor_ids, self.row_offsets, self.col_offsets, self.global_cols, strict=True)
+        return [number for row in rows for number in row]
+
+    @classmethod
+    def at_positions(cls, x: Sequence[Tensor], positions: Sequence[int], **rest: Any) -> TensorTable:
+        """A table from :attr:`positions` and its other fields."""
+        ids, rows, cols, widths = (list(positions[i::4]) for i in range(4))
+        return cls(x, ids, row_offsets=rows, col_offsets=cols, global_cols=widths, **rest)
 
     def check_positions(self, *, factors: bool, flat: bool) -> None:
         """Raises TypeError or ValueError if the noise cannot address a tensor; found once, then remembered.
@@ -121,13 +134,14 @@ class TensorTable:
             if end > limit:
                 raise ValueError(f"tensor {t} reaches position {end}, beyond {limit}")
 
-    def _named(self, kind: str) -> list[tuple[str, Tensor]]:
+    def named(self, kind: str) -> list[tuple[str, Tensor]]:
+        """What each of the tensors ``x``, ``v`` or ``n`` is called in messages, and the tensor."""
         prefix = "" if kind == "x" else f"{kind} of "
         return [(f"{prefix}tensor {t}", tensor) for t, tensor in enumerate(getattr(self, kind) or ())]
 
     def _check_tensors(self) -> None:
         for kind in ("x", "v", "n"):
-            for name, t in self._named(kind):
+            for name, t in self.named(kind):
                 if not isinstance(t, Tensor):
                     raise TypeError(f"{name} is no tensor, but {t!r}")
                 if t.layout != torch.strided or t.device.type == "meta":
@@ -252,8 +266,8 @@ def check_alike(table: TensorTable, out: TensorTable) -> None:
             )
     if out.cache.get("apart from") is not table.cache:
         own = [_same_memory(x, y) for x, y in zip(table.x, out.x, strict=True)]
-        theirs = [(f"out of {name}", y) for (name, y), same in zip(out._named("x"), own, strict=True) if not same]
-        check_apart([*table._named("x"), *table._named("v"), *table._named("n"), *theirs])
+        theirs = [(f"out of {name}", y) for (name, y), same in zip(out.named("x"), own, strict=True) if not same]
+        check_apart([*table.named("x"), *table.named("v"), *table.named("n"), *theirs])
         out.cache["apart from"] = table.cache  # which stands for the table, but does not keep its weights alive
 
 

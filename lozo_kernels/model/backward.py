@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
 
-from .handle import Handle
+from .modules import children_by_name, compiled_call
 
 DRIVES = ("closure", "backward", "loss")
 NAME = "projected_gradient"
@@ -29,7 +29,7 @@ SHRINK = 2.0**-40
 gradient's norm, and clipping it would change the algorithm."""
 
 
-class Estimator(Protocol):
+class EstimatingOptimizer(Protocol):
     """What a driven model asks of its optimiser."""
 
     directions: int
@@ -79,42 +79,37 @@ class ProjectedGradient(nn.Module):
         )
 
 
-class Drive:
-    """Makes a patched model's losses hang on one parameter. Made by :func:`~lozo_kernels.patch`, found by :func:`drive_of`.
+class Backward:
+    """Makes a patched model's losses hang on one parameter. Made by :func:`~lozo_kernels.patch`, found as ``Handle.backward``.
 
     Args:
-        handle: of the model.
+        model: it is not sharded.
         intercept: calls of the model evaluate by themselves (``drive="backward"``). Otherwise whoever computes the loss outside
             of the model calls :meth:`project` (``drive="loss"``).
 
     Raises:
         TypeError: the model is wrapped for several devices; wrap it after patching.
-        ValueError: it is sharded, or has a ``projected_gradient`` already.
+        ValueError: it has a ``projected_gradient`` already.
     """
 
-    def __init__(self, handle: Handle, *, intercept: bool = True) -> None:
-        model = handle.model
+    def __init__(self, model: nn.Module, *, intercept: bool = True) -> None:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             raise TypeError(f"{type(model).__name__} is wrapped around a model after it was patched: patch model.module before")
-        if any(slot.out_of_reach == "sharded" for slot in handle._slots):
-            raise ValueError("drive='backward' is not for sharded models (fully_shard): use step(closure)")
         if hasattr(model, NAME):
             raise ValueError(f"the model has a {NAME!r} of its own, which is where drive='backward' puts its parameter")
-        self.handle = handle
         self.model = model
-        self._optimizer: Callable[[], Estimator | None] = lambda: None
+        self._optimizer: Callable[[], EstimatingOptimizer | None] = lambda: None
         self._checked = False
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._frozen = [name for name, p in model.named_parameters() if p.requires_grad]
         for p in model.parameters():
             p.requires_grad_(False)
         # Not the forward: a probe may replace that, and each evaluation has to run what it put there.
-        self._place = "_call_impl" if model._compiled_call_impl is None else "_compiled_call_impl"
+        self._place = "_call_impl" if compiled_call(model) is None else "_compiled_call_impl"
         self._before = model.__dict__.get(self._place)
         self._call: Callable[..., Any] = getattr(model, self._place)
         if intercept:
             model.__dict__[self._place] = self
-        handle._guards.append(self)  # type: ignore[arg-type]  # restore() removes it with the other hooks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A call of the model; in train mode with gradients enabled, all evaluations of it.
@@ -202,11 +197,11 @@ class Drive:
         self.value.grad = None
         return gradient
 
-    def connect(self, optimizer: Estimator) -> None:
+    def connect(self, optimizer: EstimatingOptimizer, device: torch.device) -> None:
         """Gives the model its parameter and the optimiser the parameter, in its first group, where a GradScaler looks for it."""
         old = getattr(self.model, NAME, None)
         if old is None or old.value.shape[1] != optimizer.directions:
-            self.model.add_module(NAME, ProjectedGradient(optimizer.directions, self.handle.devices[0]))
+            self.model.add_module(NAME, ProjectedGradient(optimizer.directions, device))
         optimizer.param_groups[0]["params"].append(self.value)
         optimizer.param_groups[0]["param_names"].append(f"{NAME}.value")
         self._optimizer = weakref.ref(optimizer)
@@ -234,7 +229,7 @@ class Drive:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self.model._modules.pop(NAME, None)
+        children_by_name(self.model).pop(NAME, None)
         parameters = dict(self.model.named_parameters())
         for name in self._frozen:
             if name in parameters:
@@ -245,11 +240,6 @@ class Drive:
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError("a driven model cannot be pickled: save its state_dict(), or call the handle's restore() first")
-
-
-def drive_of(handle: Handle) -> Drive | None:
-    """The drive of a handle, or None."""
-    return next((guard for guard in handle._guards if isinstance(guard, Drive)), None)
 
 
 class _Hang(torch.autograd.Function):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..kernels.checks import as_integer, check_flag
 from ..kernels.noise import MAX_RANK
 
 ESTIMATORS = ("lowrank", "dense", "subspace")
@@ -79,32 +79,24 @@ class PatchConfig:
     square: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        words = (("estimator", ESTIMATORS), ("scaling", SCALINGS), ("rounding", ROUNDINGS), ("placement", PLACEMENTS))
-        for name, known in words:
+        words = {"estimator": ESTIMATORS, "scaling": SCALINGS, "rounding": ROUNDINGS, "placement": PLACEMENTS}
+        for name, known in words.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, not {getattr(self, name)!r}")
         for name, low, high in (("rank", 1, MAX_RANK), ("interval", 1, 2**63), ("seed", 0, 2**64 - 1)):
-            object.__setattr__(self, name, _integer(name, getattr(self, name), low, high))
+            object.__setattr__(self, name, as_integer(name, getattr(self, name), low, high))
         for name in ("square", "include", "exclude"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                value = (value,)
-            if value is not None:
-                if not isinstance(value, Iterable) or not all(isinstance(v, str) for v in value):
-                    raise TypeError(f"{name} is a glob pattern or a sequence of them, not {value!r}")
-                object.__setattr__(self, name, tuple(value))
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        object.__setattr__(self, "side", _sides(self.side))
+        for name in ("keep_factors", "allow_drift"):
+            check_flag(name, getattr(self, name))
         if self.estimator == "subspace" and self.scaling != "paper":
             raise ValueError(f"scaling={self.scaling!r} is about LOZO: SubZero's directions have one scale")
         if self.backend is not None and not isinstance(self.backend, str):
             raise TypeError(f"backend is a name or None, not {self.backend!r}")
-        object.__setattr__(self, "side", _sides(self.side))
-        for name in ("keep_factors", "allow_drift"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} is True or False, not {getattr(self, name)!r}")
-        if self.placement == "inplace":
-            for name, default in (("side", "auto"), ("keep_factors", False), ("allow_drift", False)):
-                if getattr(self, name) != default:
-                    raise ValueError(f"{name} is about probing: give placement='probe' or 'auto' with it")
+        if self.placement == "inplace" and (self.side, self.keep_factors, self.allow_drift) != ("auto", False, False):
+            name = next(name for name in ("side", "keep_factors", "allow_drift") if getattr(self, name) not in ("auto", False))
+            raise ValueError(f"{name} is about probing: give placement='probe' or 'auto' with it")
 
     @property
     def perturb_factor(self) -> float:
@@ -164,11 +156,10 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
-def _integer(name: str, value: Any, low: int, high: int) -> int:
-    try:
-        value = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is an integer, not {value!r}") from None
-    if not low <= value <= high:
-        raise ValueError(f"{name} is at least {low}" + (f" and at most {high}" if high < 2**63 - 1 else "") + f", not {value}")
-    return value
+def _patterns(name: str, value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    found = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (value,)
+    if not all(isinstance(pattern, str) for pattern in found):
+        raise TypeError(f"{name} is a glob pattern or a sequence of them, not {value!r}")
+    return found

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels import noise, reference
+from ..kernels import reference
 from ..kernels.calls import Draw, Step
-from ..kernels.checks import check_scale
+from ..kernels.checks import check_range, check_scale
+from ..kernels.noise import MAX_DIRECTION, MAX_DRAW, dense
 from ..kernels.registry import Choice, choose_backend
 from ..kernels.table import TensorTable
+from .backward import Backward
 from .config import PatchConfig
-from .estimators import ESTIMATORS, Place
-from .losses import Closure, Randomness
+from .estimators import ESTIMATORS, FactorSpec
+from .losses import BatchClosure, Closure, Randomness
+from .modules import own_parameters
 from .momentum import piece_of, spread
-from .parameters import LeftAlone, Slot, find_parameters
-from .passes import Group, Scalar, StepUpdate, Term, check_update, run_pass, run_update
+from .parameters import LeftAlone, Parameter, find_parameters
+from .passes import Group, Scalar, Term, Update, check_update, run_pass, run_update
 from .report import ParameterReport, Report
 from .sharding import reshard
 
 _HANDLES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
+
+_ONE_POINT = "weights that are moved are at one point at a time: evaluations in one forward pass need placement='probe'"
+
+Perturbation = tuple[int, float]
+"""Where weights are, in the step at hand: the direction, and the scale along it."""
 
 
 def register_handle(model: nn.Module, make: Callable[[], Handle]) -> Handle:
@@ -54,27 +62,40 @@ class Handle:
     """Owns V, the momentum and the tables of one patched model, and moves its weights. Made by :func:`patch`.
 
     The handle keeps no step counter and no perturbation state: each call says which step it means, and an optimiser
-    (:mod:`lozo_kernels.optim.optimizer`) or the caller keeps the sequence. A direction D is U V^T (times 1/r under
+    (:mod:`lozo_kernels.optim`) or the caller keeps the sequence. A direction D is U V^T (times 1/r under
     ``scaling="card"``) for low-rank parameters and Z for dense ones.
+
+    Attributes:
+        model, config: what was patched, and how.
+        trained: the trained parameters; per-parameter scalars follow their order.
+        backward: what makes calls of the model evaluate by themselves (``drive=``), or None.
+        on_merge: called just before a merge that no change of V implies, or None.
+        probes: weights are only read.
+        state_in_pieces: a process keeps momentum of its shards only.
+        precision: the coarsest dtype that evaluations are known to compute with.
     """
 
-    state_in_pieces = True
-    """Whether a process keeps momentum of its shards only."""
+    probes: ClassVar[bool] = False
+    state_in_pieces: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module, config: PatchConfig) -> None:
         self.model = model
         self.config = config
         self.estimator = ESTIMATORS[config.estimator](config)
-        self._slots: list[Slot]
+        self.trained: list[Parameter]
         self._left: list[LeftAlone]
-        self._slots, self._left = find_parameters(model, config)
-        self._aliases = {alias: slot for slot in self._slots for alias in (slot.name, *slot.aliases)}
+        self.trained, self._left = find_parameters(model, config)
+        self.backward: Backward | None = None
+        self.on_merge: Callable[[], None] | None = None
+        self.precision = torch.float32
+        self._aliases = {alias: p for p in self.trained for alias in (p.name, *p.aliases)}
         self._gone: list[object] = []
-        self._owners = [weakref.ref(slot.owner(), self._gone.append) for slot in self._slots]  # type: ignore[type-var]
-        reachable = [slot for slot in self._slots if slot.out_of_reach is None]
-        self._places = [(slot.owner()._parameters, slot.attribute) for slot in reachable]  # type: ignore[union-attr]
-        self._sharded = any(slot.out_of_reach == "sharded" for slot in self._slots)
-        self._shapes = [slot.parameter.shape for slot in self._slots]
+        first = [p.storage.owners[0] for p in self.trained]
+        self._watched = [weakref.ref(owner.module, self._gone.append) for owner in first]
+        resident = [p.storage.owners[0] for p in self.trained if p.storage.resident]
+        self._places = [(own_parameters(owner.module), owner.attribute) for owner in resident]
+        self._sharded = [p for p in self.trained if p.storage.sharded]
+        self._shapes = [p.tensor.shape for p in self.trained]
         self._v: dict[str, Tensor] = {}
         self._momentum: dict[str, Tensor] = {}
         self._window: int | None = None
@@ -85,22 +106,26 @@ class Handle:
         self._flush: Callable[[], None] | None = None
         self._guards: list[torch.utils.hooks.RemovableHandle] = []
         self._restored = False
+        self._begin()
+
+    def _begin(self) -> None:
+        """The end of construction, once the parameters are known."""
         self._refresh_groups()
 
     @property
     def names(self) -> list[str]:
         """Canonical names of the trained parameters; per-parameter scalars follow this order."""
-        return [slot.name for slot in self._slots]
+        return [p.name for p in self.trained]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The trained parameters as they are now, in the order of :attr:`names`."""
-        return [slot.parameter for slot in self._slots]
+        return [p.tensor for p in self.trained]
 
     @property
     def devices(self) -> list[torch.device]:
         """Where the trained parameters were at the last pass, each device once."""
-        return list(dict.fromkeys(group.table.device for group in self._groups))
+        return list(dict.fromkeys(group.device for group in self._groups))
 
     @property
     def groups(self) -> list[Group]:
@@ -119,7 +144,7 @@ class Handle:
         found = self.momentum
         if self.state_in_pieces and self._sharded:
             self._refresh_groups()
-            found = {slot.name: spread(slot, found[slot.name]) for slot in self._slots if slot.name in found}
+            found = {p.name: spread(p, found[p.name]) for p in self.trained if p.name in found}
         return found
 
     @property
@@ -132,35 +157,63 @@ class Handle:
         """step // interval of the V that is in memory, None before the first use. Momentum is expressed in it."""
         return self._window
 
+    @property
+    def sharded(self) -> bool:
+        """Whether some parameter is spread over processes, which then take every step together."""
+        return bool(self._sharded)
+
+    @property
+    def moves_weights(self) -> bool:
+        """Whether evaluations move weights, which rounds: all of them in place, under a probe those that fell back to it."""
+        return True
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        """What was learned and is not in the weights yet, by name: B of a probe."""
+        return {}
+
+    @property
+    def undecaying(self) -> list[str]:
+        """Names of parameters that cannot decay."""
+        return []
+
+    @property
+    def past(self) -> dict[str, dict[str, Any]]:
+        """What no weight can hold, by name: of quantised layers under a probe."""
+        return {}
+
+    @property
+    def history(self) -> list[tuple[int, dict[str, Tensor]]]:
+        """With ``keep_factors``: (window, merged B by name) of every window so far, on the CPU."""
+        return []
+
+    def load_learned(self, past: Mapping[str, Mapping[str, Any]], history: Sequence[tuple[int, dict[str, Tensor]]]) -> None:
+        """The inverse of :attr:`past` and :attr:`history`. In place there is neither.
+
+        Raises:
+            ValueError: names or shapes differ; nothing was changed.
+        """
+
+    def describe_sides(self) -> dict[str, Any] | None:
+        """How a probe treats every parameter, as plain JSON for :meth:`adopt_sides`; None while it is not known, and in place."""
+        return None
+
+    def adopt_sides(self, described: dict[str, Any], *, install: bool) -> None:
+        """Takes over what :meth:`describe_sides` said of another handle of the same model. In place there is nothing to do."""
+
     def enable_momentum(self) -> None:
         """Allocates momentum, zero; a second call changes nothing."""
         self._check_usable()
         if not self._momentum:
-            for slot in self._slots:
-                batch, rows, cols = self._state_extent(slot)
-                shape = (batch, rows, self.config.rank if slot.kind == "lowrank" else cols)
-                self._momentum[slot.name] = torch.zeros(shape, dtype=torch.float32, device=self._device(slot))
+            for p in self.trained:
+                batch, rows, cols = p.storage.shard().x.shape if self.state_in_pieces else p.extent
+                shape = (batch, rows, self.config.rank if p.low_rank else cols)
+                self._momentum[p.name] = torch.zeros(shape, dtype=torch.float32, device=self.device_of(p))
             self._rebuild_groups()
 
-    @property
-    def sharded(self) -> bool:
-        """Whether some parameter is spread over processes, which then take every step together."""
-        return self._sharded
-
-    def _extent(self, slot: Slot) -> tuple[int, int, int]:
-        batch, rows, cols = slot.view().shape if slot.out_of_reach is None else slot.extent
-        return batch, rows, cols
-
-    def _state_extent(self, slot: Slot) -> tuple[int, int, int]:
-        """As :meth:`_extent`, of the part whose momentum this process keeps."""
-        if not self.state_in_pieces:
-            return self._extent(slot)
-        batch, rows, cols = slot.piece().x.shape
-        return batch, rows, cols
-
-    def _device(self, slot: Slot) -> torch.device:
-        """Where a parameter's state lives and its noise is made."""
-        return slot.parameter.device
+    def device_of(self, p: Parameter) -> torch.device:
+        """Where a parameter's state lies and its noise is made."""
+        return p.tensor.device
 
     @torch.no_grad()
     def perturb_(self, step: Step, scale: float, *, direction: int = 0) -> None:
@@ -176,29 +229,58 @@ class Handle:
             ValueError: an argument is out of range; nothing was changed.
         """
         check_scale(scale)
-        self._start(step)
-        run_pass(self._groups, self.config, [Term(Draw(step, direction), perturb=scale)])
+        check_range("direction", direction, MAX_DIRECTION)
+        self.move(step, None, (direction, scale))
 
     @torch.no_grad()
-    def shift_(self, step: Step, remove: tuple[int, float], add: tuple[int, float]) -> None:
+    def shift_(self, step: Step, remove: Perturbation, add: Perturbation) -> None:
         """One pass from a perturbation along one direction of a step to one along another.
 
         Args:
             step: as in :meth:`perturb_`.
-            remove: (direction, scale) of the perturbation that stands now.
-            add: (direction, scale) of the one that shall stand.
+            remove: (direction, scale) of the perturbation that is applied now.
+            add: (direction, scale) of the one that is to be applied.
         """
-        check_scale(remove[1])
-        check_scale(add[1])
+        for direction, scale in (remove, add):
+            check_scale(scale)
+            check_range("direction", direction, MAX_DIRECTION)
+        self.move(step, remove, add)
+
+    def move(self, step: Step, before: Perturbation | None, after: Perturbation | None) -> None:
+        """One pass from one perturbation of a step to another, None being the weights as they are. Arguments are not checked."""
         self._start(step)
-        if remove[0] == add[0]:
-            run_pass(self._groups, self.config, [Term(Draw(step, add[0]), perturb=add[1] - remove[1])])
+        self._move_groups(step, before, after)
+
+    def _move_groups(self, step: Step, before: Perturbation | None, after: Perturbation | None) -> None:
+        if before is not None and after is not None and before[0] != after[0]:
+            terms = [Term(Draw(step, before[0]), perturb=-before[1]), Term(Draw(step, after[0]), perturb=after[1])]
         else:
-            run_pass(
-                self._groups,
-                self.config,
-                [Term(Draw(step, remove[0]), perturb=-remove[1]), Term(Draw(step, add[0]), perturb=add[1])],
-            )
+            (direction, scale), removed = after or (before[0], 0.0), before[1] if before else None  # type: ignore[index]
+            terms = [Term(Draw(step, direction), perturb=scale if removed is None else scale - removed)]
+        run_pass(self._groups, terms)
+
+    def spread_(self, step: Step, offsets: Sequence[Perturbation], examples: int) -> None:  # noqa: ARG002  (for probes)
+        """Under a probe several evaluations share the next forward passes, ``examples`` of the batch at each offset, in order."""
+        raise RuntimeError(_ONE_POINT)
+
+    def rest_(self) -> None:
+        """Takes any perturbation of a probe out. In place whoever made one knows it, and takes it out with :meth:`perturb_`."""
+        raise RuntimeError(_ONE_POINT)
+
+    def check_batches(
+        self,
+        closures: Sequence[BatchClosure],  # noqa: ARG002  (for probes, as all of them)
+        batches: Sequence[Any],  # noqa: ARG002
+        randomness: Randomness | None,  # noqa: ARG002
+        *,
+        step: int,  # noqa: ARG002
+    ) -> None:
+        """Checks under a probe that evaluations which share a forward pass give what they give one by one.
+
+        Raises:
+            BatchSplitError: they do not.
+        """
+        raise RuntimeError(_ONE_POINT)
 
     @torch.no_grad()
     def update_(
@@ -209,7 +291,7 @@ class Handle:
         *,
         weight_decay: Scalar = 0.0,
         beta: float | Tensor | None = None,
-        standing: float = 0.0,
+        applied: float = 0.0,
         perturb_next: float | None = None,
     ) -> None:
         """X <- (1 - lr * weight_decay) X - lr * mean over directions of c D / r, and what goes with it in the same pass.
@@ -223,26 +305,31 @@ class Handle:
             c: projected gradient (F(+) - F(-)) / (2 eps), one per direction; numbers or 0-dim tensors, which are not read here.
             lr, weight_decay: numbers, 0-dim tensors, or one value per trained parameter.
             beta: momentum coefficient; None for no momentum. Needs :meth:`enable_momentum`.
-            standing: scale of the perturbation along the last direction that is still in the weights; it is taken out.
+            applied: scale of the perturbation along the last direction that is still in the weights; it is taken out.
             perturb_next: scale of the perturbation along direction 0 of ``step + 1`` that is put in; None for none.
 
         Raises:
             ValueError, RuntimeError: an argument does not fit; nothing was changed.
         """
+        update = Update(step, list(c) if isinstance(c, Sequence) else [c], lr, weight_decay, beta)
+        check_update(update, len(self.trained))
+        check_scale(applied)
         if beta is not None and not self._momentum:
             raise RuntimeError("momentum was not enabled: call enable_momentum() first")
-        update = StepUpdate(step, list(c) if isinstance(c, Sequence) else [c], lr, weight_decay, beta)
-        check_update(update, len(self._slots))
-        check_scale(standing)
         if perturb_next is not None:
             check_scale(perturb_next)
             if not isinstance(step, Tensor):
-                noise.check_range("step", step, noise.MAX_DRAW - 2)  # there is a next one
-        self._start(step)
-        run_update(self._groups, self.config, update, standing, perturb_next if self._same_window(step) else None)
-        if perturb_next is not None and not self._same_window(step):
-            assert not isinstance(step, Tensor)
-            self.perturb_(step + 1, perturb_next)
+                check_range("step", step, MAX_DRAW - 2)  # there is a next one
+        self.take(update, applied, perturb_next)
+
+    def take(self, update: Update, applied: float = 0.0, perturb_next: float | None = None) -> None:
+        """As :meth:`update_`, which checks the arguments before."""
+        self._start(update.step)
+        fits = perturb_next is None or self._same_window(update.step)
+        run_update(self._groups, update, applied, perturb_next if fits else None)
+        if not fits:
+            assert not isinstance(update.step, Tensor) and perturb_next is not None
+            self.move(update.step + 1, None, (0, perturb_next))
 
     def _same_window(self, step: Step) -> bool:
         """Whether the next step has the V of this one. A step that is a tensor says so by being one."""
@@ -261,34 +348,30 @@ class Handle:
         Raises:
             KeyError: no trained parameter has this name.
         """
-        slot = self._find(name)
-        noise.check_range("step", step, noise.MAX_DRAW)
-        batch, rows, cols = self._extent(slot)
-        seed, device = self.config.seed, self._device(slot)
-        if slot.kind == "dense":
-            z = noise.dense(seed, batch * rows * cols, slot.tensor_id, step, direction=direction, device=device)
-            return z.view(slot.parameter.shape)
-        backend = choose_backend(device, self.config.backend).backend
-        place = Place(slot.tensor_id, (batch, rows, cols), backend, device)
-        left, v = self.estimator.left(place, Draw(step, direction)), self.estimator.right(place, step // self.config.interval)
-        product = reference.low_rank_product(left, v) * self.config.perturb_factor
-        return product[0] if slot.out_of_reach == "quantised" else product.view(slot.parameter.shape)
+        p = self.find(name)
+        check_range("step", step, MAX_DRAW)
+        device, shape = self.device_of(p), p.storage.shape
+        if not p.low_rank:
+            return dense(self.config.seed, shape.numel(), p.tensor_id, step, direction=direction, device=device).view(shape)
+        spec = FactorSpec(p.tensor_id, p.extent, choose_backend(device, self.config.backend).backend, device)
+        left, v = self.estimator.left(spec, Draw(step, direction)), self.estimator.right(spec, step // self.config.interval)
+        return (reference.low_rank_product(left, v) * self.config.perturb_factor).view(shape)
 
     def report(self) -> Report:
         """Every parameter of the model and how it is treated. ``print(handle.report())`` shows a table."""
         self._refresh_groups()
-        serving = {device: choose_backend(device, self.config.backend) for device in map(self._device, self._slots)}
-        rows = [self._describe(slot, serving[self._device(slot)]) for slot in self._slots]
+        serving = {device: choose_backend(device, self.config.backend) for device in map(self.device_of, self.trained)}
+        rows = [self._describe(p, serving[self.device_of(p)]) for p in self.trained]
         for left in self._left:
-            p = left.tensor
-            rows.append(ParameterReport(left.name, (), tuple(p.shape), p.dtype, p.device, "left alone", None, left.reason))
+            t = left.tensor
+            rows.append(ParameterReport(left.name, (), tuple(t.shape), t.dtype, t.device, "left alone", None, left.reason))
         return Report(tuple(rows), {str(device): choice.rejected for device, choice in serving.items()}, self.notes)
 
     def prepare(self, closures: Closure | Sequence[Closure], randomness: Randomness | None = None, *, step: int = 0) -> None:
-        """What has to be known of the closures before the first step: nothing, where weights are moved in place."""
+        """Called before the first step with what it will evaluate. In place there is nothing to prepare."""
 
-    def settle(self) -> None:
-        """Brings the weights up to date: nothing to do, where they are moved in place."""
+    def merge(self) -> None:
+        """Brings the weights up to date with what was learned. In place they always are."""
 
     def guard(self, flush: Callable[[], None]) -> None:
         """Has ``flush`` called before any forward pass, ``state_dict()`` or ``load_state_dict()`` of the model or a part of it.
@@ -316,6 +399,8 @@ class Handle:
         for hook in self._guards:
             hook.remove()
         self._guards.clear()
+        if self.backward is not None:
+            self.backward.remove()
         self._restored = True
         with _LOCK:
             if handle_of(self.model) is self:
@@ -331,25 +416,25 @@ class Handle:
         if not isinstance(momentum, dict) or not all(isinstance(n, Tensor) for n in momentum.values()):
             raise TypeError(f"the saved momentum is tensors by name, not {momentum!r:.200}")
         if window is not None:
-            noise.check_range("window", window, noise.MAX_DRAW)
-        expected = {slot.name for slot in self._slots}
-        if set(momentum) != expected:
-            odd = sorted(expected.symmetric_difference(momentum))
+            check_range("window", window, MAX_DRAW)
+        odd = sorted(set(self.names).symmetric_difference(momentum))
+        if odd:
             raise ValueError(f"the saved momentum is of other parameters; differing: {', '.join(odd[:5])}")
-        self.settle()  # what was learned belongs to the V that is left
+        self.merge()  # what was learned belongs to the V that is left
         self.enable_momentum()
         self._refresh_groups()
         own, pieces = self._momentum, self.state_in_pieces
-        loaded = {s.name: piece_of(s, momentum[s.name], own[s.name], pieces) for s in self._slots}
+        loaded = {p.name: piece_of(p, momentum[p.name], own[p.name], pieces) for p in self.trained}
         for name, value in loaded.items():
             own[name].copy_(value)
         self._resample(window, reproject=False)
 
-    def _check_usable(self) -> None:
-        if self._restored:
-            raise RuntimeError("this handle was restored; patch the model again")
+    def find(self, name: str) -> Parameter:
+        """The trained parameter of a name, any of its names.
 
-    def _find(self, name: str) -> Slot:
+        Raises:
+            KeyError: there is none.
+        """
         if not isinstance(name, str) or name not in self._aliases:
             raise KeyError(f"no trained parameter is named {name!r}; there are {', '.join(map(repr, self.names[:5]))}, ...")
         return self._aliases[name]
@@ -360,11 +445,15 @@ class Handle:
         Passes that are given a number for the step do this themselves.
         """
         self._check_usable()
-        noise.check_range("step", step, noise.MAX_DRAW - 1)
+        check_range("step", step, MAX_DRAW - 1)
         self._refresh_groups(step)
         window = step // self.config.interval
         if window != self._window:
             self._resample(window, reproject=bool(self._momentum) and self._window is not None)
+
+    def _check_usable(self) -> None:
+        if self._restored:
+            raise RuntimeError("this handle was restored; patch the model again")
 
     def _start(self, step: Step) -> None:
         if not isinstance(step, Tensor):
@@ -381,23 +470,23 @@ class Handle:
                 if group.kind == "lowrank" and self._sharded:
                     self._resample_shards(group, window, reproject)
                 elif group.kind == "lowrank":
-                    self.estimator.resample_(group.table, window=window, reproject=reproject, backend=group.choice.backend)
+                    self.estimator.resample_(group.table, window=window, reproject=reproject, backend=group.backend)
         self._window = window
 
     def _resample_shards(self, group: Group, window: int, reproject: bool) -> None:
         """As the op, where this process may have some matrices or columns only: the momentum is carried by all columns of V."""
         table = group.table
         for t, i in enumerate(group.index.tolist()):
-            slot, piece = self._slots[i], self._slots[i].piece()
-            place = Place(slot.tensor_id, slot.extent, group.choice.backend, table.device)
-            mine = slice(piece.first_matrix, piece.first_matrix + len(piece.x))
-            new = self.estimator.right(place, window)[mine]
+            p, shard = self.trained[i], self.trained[i].storage.shard()
+            spec = FactorSpec(p.tensor_id, p.extent, group.backend, group.device)
+            mine = slice(shard.first_matrix, shard.first_matrix + len(shard.x))
+            new = self.estimator.right(spec, window)[mine]
             if reproject:
                 assert table.n is not None and self._window is not None
-                old = self.estimator.right(place, self._window)[mine]
+                old = self.estimator.right(spec, self._window)[mine]
                 table.n[t].copy_(reference.reproject(table.n[t], old, new))
             assert table.v is not None
-            table.v[t].copy_(new[..., piece.col_offset : piece.col_offset + piece.x.shape[2]])
+            table.v[t].copy_(new[..., shard.col_offset : shard.col_offset + shard.x.shape[2]])
 
     def _refresh_groups(self, step: Step | None = None) -> None:
         """Follows storage that moved since the last call (``model.to``, ``load_state_dict(assign=True)``, ``param.data = ...``).
@@ -419,8 +508,11 @@ class Handle:
         same = addresses == self._addresses
         if same and again:
             return
-        sizes, contiguous = list(map(Tensor.numel, parameters)), list(map(Tensor.is_contiguous, parameters))
-        seen = (sizes, contiguous, [p.dtype for p in parameters])
+        seen = (
+            list(map(Tensor.numel, parameters)),
+            list(map(Tensor.is_contiguous, parameters)),
+            [p.dtype for p in parameters],
+        )
         if not same or seen != self._seen:
             self._rebuild_groups()
             self._addresses, self._seen = addresses, seen
@@ -432,55 +524,56 @@ class Handle:
         if not self._sharded:
             return []
         reshard(self.model)
-        return [slot.piece().x for slot in self._slots if slot.out_of_reach == "sharded"]
+        return [p.storage.shard().x for p in self._sharded]
 
     def _check_shapes(self) -> None:
-        for slot, shape in zip(self._slots, self._shapes, strict=True):
-            if slot.parameter.shape != shape:
+        for p, shape in zip(self.trained, self._shapes, strict=True):
+            if p.tensor.shape != shape:
                 raise ValueError(
-                    f"parameter {slot.name!r} was {tuple(shape)}, now is {tuple(slot.parameter.shape)}: restore() and patch again"
+                    f"parameter {p.name!r} was {tuple(shape)}, now is {tuple(p.tensor.shape)}: restore() and patch again"
                 )
 
     def _rebuild_groups(self) -> None:
         self._check_shapes()
-        self._groups = self._make_groups(range(len(self._slots)))
+        self._groups = self._make_groups(range(len(self.trained)))
 
     def _make_groups(self, positions: Iterable[int]) -> list[Group]:
         """Tables over the weights of some parameters, by kind and device."""
         by_place: dict[tuple[str, torch.device], list[int]] = {}
         for i in positions:
-            by_place.setdefault((self._slots[i].kind, self._slots[i].parameter.device), []).append(i)
+            by_place.setdefault((self.trained[i].kind, self.trained[i].tensor.device), []).append(i)
         return [self._make_group(kind, device, index) for (kind, device), index in by_place.items()]
 
     def _make_group(self, kind: str, device: torch.device, index: list[int]) -> Group:
-        slots = [self._slots[i] for i in index]
-        pieces = [slot.piece() for slot in slots]
-        xs = [piece.x for piece in pieces]
-        for slot, x in zip(slots, xs, strict=True):
-            if slot.name in self._momentum:
-                self._momentum[slot.name] = self._momentum[slot.name].to(device)
+        some = [self.trained[i] for i in index]
+        shards = [p.storage.shard() for p in some]
+        for p, shard in zip(some, shards, strict=True):
+            if p.name in self._momentum:
+                self._momentum[p.name] = self._momentum[p.name].to(device)
             if kind == "lowrank":
-                v = self._v.get(slot.name)
-                shape = (x.shape[0], self.config.rank, x.shape[2])
-                self._v[slot.name] = torch.zeros(shape, dtype=torch.float16, device=device) if v is None else v.to(device)
+                v, (batch, _, cols) = self._v.get(p.name), shard.x.shape
+                shape = (batch, self.config.rank, cols)
+                self._v[p.name] = torch.zeros(shape, dtype=torch.float16, device=device) if v is None else v.to(device)
         table = TensorTable(
-            xs,
-            [slot.tensor_id for slot in slots],
-            v=[self._v[slot.name] for slot in slots] if kind == "lowrank" else None,
-            n=[self._momentum[slot.name] for slot in slots] if self._momentum else None,
-            row_offsets=[piece.row_offset for piece in pieces],
-            col_offsets=[piece.col_offset for piece in pieces],
-            global_cols=[piece.global_cols for piece in pieces],
+            [shard.x for shard in shards],
+            [p.tensor_id for p in some],
+            v=[self._v[p.name] for p in some] if kind == "lowrank" else None,
+            n=[self._momentum[p.name] for p in some] if self._momentum else None,
+            row_offsets=[shard.row_offset for shard in shards],
+            col_offsets=[shard.col_offset for shard in shards],
+            global_cols=[shard.global_cols for shard in shards],
         )
-        choice = choose_backend(device, self.config.backend)
-        return Group(kind, torch.tensor(index, device=device), table, choice, self.estimator)
+        backend = choose_backend(device, self.config.backend).backend
+        return Group(kind, torch.tensor(index, device=device), table, backend, self.estimator, self.config)
 
-    def _describe(self, slot: Slot, choice: Choice) -> ParameterReport:
-        p, (batch, rows, cols) = slot.parameter, self._extent(slot)
-        treatment, note = "dense", f"{p.numel()} elements"
-        if slot.kind == "lowrank":
+    def _describe(self, p: Parameter, choice: Choice) -> ParameterReport:
+        tensor, (batch, rows, cols) = p.tensor, p.extent
+        treatment, note = "dense", f"{tensor.numel()} elements"
+        if p.low_rank:
             treatment = f"low-rank {self.config.rank}"
             note = f"{rows} x {cols}" if batch == 1 else f"{batch} matrices of {rows} x {cols}"
             if self.config.rank > min(rows, cols):
                 note += f"; rank {self.config.rank} is above min(rows, columns), which wastes noise but is exact"
-        return ParameterReport(slot.name, slot.aliases, tuple(p.shape), p.dtype, p.device, treatment, choice.backend.name, note)
+        return ParameterReport(
+            p.name, p.aliases, tuple(tensor.shape), tensor.dtype, tensor.device, treatment, choice.backend.name, note
+        )

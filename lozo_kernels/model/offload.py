@@ -1,4 +1,4 @@
-"""Weights that accelerate keeps on the CPU or on disk: where each is, and writing one there.
+"""Weights that accelerate keeps on the CPU or on disk: where each is, and how one is written there.
 
 A hook (``AlignDevicesHook``) of a module, or of one above it, puts the weights into their places when the module's forward begins
 and takes them out when it ends. What is between forwards in those places has no storage, and tied weights are not tied there.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 @dataclasses.dataclass(frozen=True)
-class Home:
+class OffloadedWeight:
     """Where one weight is kept.
 
     Attributes:
@@ -51,6 +51,10 @@ class Home:
         if self._in_memory() is None and "safetensors_file" in entry:
             return (entry["safetensors_file"], entry.get("weight_name", key))
         return self.place
+
+    def parameter(self, attribute: str) -> OffloadedWeight:
+        """Of an entry for a module, that of one of its parameters."""
+        return OffloadedWeight(self.hook, self.key + attribute)
 
     def check_writable(self) -> None:
         """Raises TypeError if the hook's weights are in a mapping that :meth:`store` cannot write."""
@@ -107,21 +111,15 @@ def _replace_file(path: Path, value: Tensor) -> None:
     part.replace(path)
 
 
-def find_homes(model: nn.Module) -> dict[nn.Module, Home]:
-    """Modules whose weights are offloaded; the key of each home is what comes before the name of a parameter of the module."""
-    homes: dict[nn.Module, Home] = {}
+def offloaded_weights(model: nn.Module) -> dict[nn.Module, OffloadedWeight]:
+    """Modules whose weights are offloaded; the key of each entry is what comes before the name of a parameter of the module."""
+    found: dict[nn.Module, OffloadedWeight] = {}
     for module in model.modules():
         for hook in _hooks(module):
             if getattr(hook, "offload", False) and getattr(hook, "weights_map", None) is not None:
                 inside = module.named_modules() if hook.place_submodules else [("", module)]
-                homes |= {child: Home(hook, f"{name}." if name else "") for name, child in inside}
-    return homes
-
-
-def home_of(homes: dict[nn.Module, Home], module: nn.Module, attribute: str) -> Home | None:
-    """Where a parameter of a module is kept, or None if it stays in its place."""
-    home = homes.get(module)
-    return None if home is None else Home(home.hook, home.key + attribute)
+                found |= {child: OffloadedWeight(hook, f"{name}." if name else "") for name, child in inside}
+    return found
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
@@ -133,29 +131,7 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
             waiting += getattr(hook, "hooks", ())
 
 
-def identities(model: nn.Module, homes: dict[nn.Module, Home]) -> dict[str, Hashable]:
-    """Of every parameter by each of its names, what tells tied ones from others.
-
-    Ties between offloaded weights are seen where both are one tensor in memory or one entry of a checkpoint, or where the model
-    says so (``all_tied_weights_keys`` of transformers) and the two are equal.
-    """
-    found: dict[str, tuple[Tensor, Home | None]] = {}
-    ties: dict[str, str] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        before = f"{prefix}." if prefix else ""
-        for attribute, p in module._parameters.items():
-            if p is not None:
-                found[before + attribute] = p, home_of(homes, module, attribute)
-        ties |= {before + a: before + b for a, b in (getattr(module, "all_tied_weights_keys", None) or {}).items()}
-    known = {name: id(p) if home is None or p.device.type != "meta" else home.identity for name, (p, home) in found.items()}
-    for name, other in ties.items():
-        pair = [found[n] for n in (name, other) if n in found]
-        if len(pair) == 2 and any(home is not None for _, home in pair) and _equal(*pair):
-            old, new = known[name], known[other]
-            known = {n: new if key == old else key for n, key in known.items()}
-    return known
-
-
-def _equal(one: tuple[Tensor, Home | None], other: tuple[Tensor, Home | None]) -> bool:
-    a, b = (p if home is None or p.device.type != "meta" else home.load() for p, home in (one, other))
+def same_weight(one: tuple[Tensor, OffloadedWeight | None], other: tuple[Tensor, OffloadedWeight | None]) -> bool:
+    """Whether two parameters hold equal values, each in itself or where it is kept."""
+    a, b = (p if kept is None or p.device.type != "meta" else kept.load() for p, kept in (one, other))
     return a is b or (a.device == b.device and a.shape == b.shape and torch.equal(a, b))

@@ -1,9 +1,8 @@
-"""One pass over the weights: terms that are added to every parameter, as one call of an op per kind and device."""
+"""Passes over the weights: what is added to every parameter, as one call of an op per kind and device."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from numbers import Real
@@ -13,15 +12,34 @@ import torch
 from torch import Tensor
 
 from ..kernels import ops
-from ..kernels.calls import Draw, Rounding, Step
+from ..kernels.calls import Draw, Rounding, Step, TableCall
 from ..kernels.checks import LARGEST
-from ..kernels.registry import Choice
+from ..kernels.op_table import MAX_DRAWS, OPS, Op
+from ..kernels.registry import Backend
 from ..kernels.table import TensorTable
 from .config import PatchConfig
 from .estimators import Estimator
 
 Scalar = float | Tensor
 """A number or a tensor: 0-dim, or one value per trained parameter in the order of ``Handle.names``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """What follows from the evaluations of a step, as :meth:`Handle.update_` takes it.
+
+    Attributes:
+        step: the step whose directions were probed.
+        c: projected gradients, one for each direction.
+        lr, weight_decay: numbers, 0-dim tensors, or one value per trained parameter.
+        beta: momentum coefficient, None for no momentum.
+    """
+
+    step: Step
+    c: Sequence[Scalar]
+    lr: Scalar
+    weight_decay: Scalar
+    beta: float | Tensor | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,158 +56,174 @@ class Term:
 
 
 @dataclasses.dataclass(frozen=True)
-class StepUpdate:
-    """An update as :meth:`Handle.update_` takes it: c per direction, lr, weight decay and beta."""
+class Carried:
+    """Momentum in a pass: N <- beta N + the terms' coefficients, and then X += alpha N V^T."""
 
-    step: Step
-    c: Sequence[Scalar]
-    lr: Scalar
-    weight_decay: Scalar
-    beta: float | Tensor | None
+    beta: Scalar
+    alpha: Scalar
+    """-lr, before the division by r."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Group:
-    """The parameters of one kind on one device: one op call."""
+    """The parameters of one kind on one device: one call of an op for each pass.
+
+    Attributes:
+        kind: "lowrank" or "dense".
+        index: positions of its parameters among all, for picking per-parameter scalars; on the group's device.
+        table: their weights.
+    """
 
     kind: str
     index: Tensor
-    """Positions of its parameters among all, for picking per-parameter scalars; on the group's device."""
     table: TensorTable
-    choice: Choice
+    backend: Backend
     estimator: Estimator
+    config: PatchConfig
+    rounds: bool = dataclasses.field(init=False)
+    """Whether updates round stochastically."""
 
-    def select(self, value: Scalar) -> Scalar:
-        """A scalar as the ops take it: a number, or fp32 on the group's device, 0-dim or one value per parameter of the group."""
-        if not isinstance(value, Tensor):
-            return value
-        value = value.to(self.table.device, torch.float32, non_blocking=True)
-        return value[self.index] if value.dim() else value
+    def __post_init__(self) -> None:
+        low_rank, self.rounds = self.kind == "lowrank", self.config.rounding == "stochastic"
+        self.count, self.device = len(self.table), self.table.device
+        self.perturb_factor = self.config.perturb_factor if low_rank else 1.0
+        self.update_factor = self.config.update_factor if low_rank else 1.0
+        self._run = self.estimator.run if low_rank else ops.dispatch
+        self._update = OPS[f"{self.kind}_update_"]
+        self._momentum = OPS[f"{self.kind}_momentum_"]
+        self.table.check_positions(factors=low_rank, flat=not low_rank or self.rounds)
 
-    def stack(self, values: Sequence[Scalar]) -> Scalar:
-        """Selected scalars of the draws as the ops take them: (draws, parameters), or a number for all."""
-        first = values[0]
-        if not isinstance(first, Tensor) and all(not isinstance(v, Tensor) and v == first for v in values):
-            return first
-        device, count = self.table.device, len(self.table)
-        rows = [v if isinstance(v, Tensor) else torch.full((), v, dtype=torch.float32, device=device) for v in values]
-        return torch.stack([r.expand(count) for r in rows])
+    def apply(
+        self,
+        terms: Sequence[Term],
+        *,
+        decay: Scalar | None = None,
+        decayed: Scalar | None = None,
+        carried: Carried | None = None,
+        rounding: Rounding | None = None,
+        seed: int | None = None,
+    ) -> None:
+        """One pass: X <- decay * X + the terms, with ``carried`` momentum too.
+
+        Args:
+            decayed: what X has decayed by since the perturbations were made that the terms take out, this pass included.
+            seed: of the noise; None for that of the config.
+        """
+        scales = self.rows([self._scale(term, decayed) for term in terms])
+        call = TableCall(
+            self.config.seed if seed is None else seed,
+            self.draws(terms),
+            scales,
+            None if decay is None else self.row(decay),
+            rounding,
+        )
+        if carried is None:
+            self.run(self._update, call)
+            return
+        call.coefficients = self.rows([term.coefficient for term in terms])
+        call.alpha, call.beta = self.row(carried.alpha * self.update_factor), self.row(carried.beta)
+        self.run(self._momentum, call)
+
+    def run(self, op: Op, call: TableCall) -> None:
+        """An op on the group's table, along the directions of its kind."""
+        self._run(op, self.table, call, self.backend)
+
+    def _scale(self, term: Term, decayed: Scalar | None) -> Scalar:
+        applied: Scalar = term.perturb * self.perturb_factor
+        if term.perturb and term.decays and decayed is not None:
+            applied = applied * decayed
+        return applied + (term.gradient if self.update_factor == 1.0 else term.gradient * self.update_factor)
+
+    def row(self, value: Scalar) -> Tensor:
+        """A scalar as an op takes it: (parameters of the group,) fp32 on its device."""
+        if isinstance(value, Tensor):
+            value = value.to(self.device, torch.float32, non_blocking=True)
+            return value[self.index] if value.dim() else value.expand(self.count).contiguous()
+        return torch.full((self.count,), value, dtype=torch.float32, device=self.device)
+
+    def rows(self, values: Sequence[Scalar]) -> Tensor:
+        """Scalars of several draws: (draws, parameters of the group)."""
+        return torch.stack([self.row(value) for value in values]) if len(values) > 1 else self.row(values[0]).unsqueeze(0)
 
     def draws(self, terms: Sequence[Term]) -> list[Draw]:
         """The draws of the terms; steps that are tensors come to the group's device."""
-        return [
-            Draw(d.step.to(self.table.device, non_blocking=True), d.direction) if isinstance(d.step, Tensor) else d
-            for d in (term.draw for term in terms)
-        ]
+        found = [term.draw for term in terms]
+        if any(isinstance(draw.step, Tensor) for draw in found):
+            found = [
+                Draw(d.step.to(self.device, non_blocking=True), d.direction) if isinstance(d.step, Tensor) else d for d in found
+            ]
+        return found
 
 
-def run_pass(
-    groups: Sequence[Group],
-    config: PatchConfig,
-    terms: Sequence[Term],
-    *,
-    decay: Scalar | None = None,
-    momentum: tuple[float | Tensor, Scalar] | None = None,
-    rounding: Rounding | None = None,
-    decayed_by: Scalar = 1.0,
-) -> None:
-    """One call of an op per kind and device. ``momentum`` is (beta, -lr)."""
+def run_pass(groups: Sequence[Group], terms: Sequence[Term]) -> None:
+    """Adds the terms to all weights of some groups."""
     for group in groups:
-        low_rank = group.kind == "lowrank"
-        perturb_factor = config.perturb_factor if low_rank else 1.0
-        update_factor = config.update_factor if low_rank else 1.0
-
-        def scale(term: Term, p: float = perturb_factor, u: float = update_factor) -> Scalar:
-            standing = term.perturb * p * decayed_by if term.perturb and term.decays else term.perturb * p
-            return standing + (term.gradient if u == 1.0 else term.gradient * u)
-
-        select = group.select
-        table, draws = group.table, group.draws(terms)
-        scales = group.stack([select(scale(term)) for term in terms])
-        backend = group.choice.backend
-        decay_here = None if decay is None else select(decay)
-        if momentum is None:
-            update = group.estimator.lowrank_update_ if low_rank else functools.partial(ops.dense_update_, seed=config.seed)
-            update(table, draws=draws, scales=scales, decay=decay_here, rounding=rounding, backend=backend)
-        else:
-            update_momentum = (
-                group.estimator.lowrank_momentum_ if low_rank else functools.partial(ops.dense_momentum_, seed=config.seed)
-            )
-            update_momentum(
-                table,
-                draws=draws,
-                scales=scales,
-                coefficients=group.stack([select(term.coefficient) for term in terms]),
-                alpha=select(momentum[1] * update_factor),
-                beta=select(momentum[0]),
-                decay=decay_here,
-                rounding=rounding,
-                backend=backend,
-            )
+        group.apply(terms)
 
 
-def run_update(
-    groups: Sequence[Group], config: PatchConfig, update: StepUpdate, standing: float = 0.0, perturb_next: float | None = None
-) -> None:
-    """The passes of an update over the weights of some groups.
+def run_update(groups: Sequence[Group], update: Update, applied: float = 0.0, perturb_next: float | None = None) -> None:
+    """The passes of an update over the weights of some groups, each of up to two draws.
 
     Args:
-        standing: scale of the perturbation along the last direction that is still in the weights.
+        applied: scale of the perturbation along the last direction that is still in the weights; it is taken out.
         perturb_next: scale of the perturbation along direction 0 of the next step, which has the same V; None for none.
     """
+    count = len(update.c)
     terms = []
     for d, c in enumerate(update.c):
-        gradient = share(c, len(update.c))
-        terms.append(
-            Term(
-                Draw(update.step, d),
-                perturb=-standing if d == len(update.c) - 1 else 0.0,
-                gradient=0.0 if update.beta is not None else gradient * -update.lr,
-                coefficient=0.0 if update.beta is None else (1.0 - update.beta) * gradient,
-            )
-        )
+        share = share_of(c, count)
+        perturb = -applied if d == count - 1 else 0.0
+        if update.beta is None:
+            terms.append(Term(Draw(update.step, d), perturb=perturb, gradient=share * -update.lr))
+        else:
+            terms.append(Term(Draw(update.step, d), perturb=perturb, coefficient=(1.0 - update.beta) * share))
     decay = decay_of(update.lr, update.weight_decay)
     if perturb_next is not None:
         terms.append(Term(Draw(update.step + 1), perturb=perturb_next, decays=False))
-    chunks = [terms[i : i + ops.MAX_DRAWS] for i in range(0, len(terms), ops.MAX_DRAWS)]
+    chunks = [terms[i : i + MAX_DRAWS] for i in range(0, len(terms), MAX_DRAWS)]
     # Decay goes first, the momentum product with the last draw of this step; other chunks only add their draws.
-    last = max(i for i, chunk in enumerate(chunks) if chunk[0].decays)
-    for i, chunk in enumerate(chunks):
-        momentum = None
-        if update.beta is not None and i <= last:
-            momentum = (update.beta if i == 0 else 1.0, -update.lr if i == last else 0.0)
-        run_pass(
-            groups,
-            config,
-            chunk,
-            decay=decay if i == 0 else None,
-            momentum=momentum,
-            rounding=Rounding(update.step, i) if config.rounding == "stochastic" else None,
-            decayed_by=1.0 if decay is None else decay,
-        )
+    last = (count - 1) // MAX_DRAWS
+    for group in groups:
+        for i, chunk in enumerate(chunks):
+            carried = None
+            if update.beta is not None and i <= last:
+                carried = Carried(update.beta if i == 0 else 1.0, -update.lr if i == last else 0.0)
+            rounding = Rounding(update.step, i) if group.rounds else None
+            here = decay if i == 0 else None
+            group.apply(chunk, decay=here, decayed=decay, carried=carried, rounding=rounding)
 
 
-def check_update(update: StepUpdate, parameters: int) -> None:
+def check_update(update: Update, parameters: int) -> None:
     """Raises TypeError or ValueError for an update that is not made of numbers and tensors of the right shapes; reads no tensor."""
     if not update.c:
         raise ValueError("an update needs the projected gradient of one direction at least")
-    rows: list[tuple[str, Any, tuple[int, ...]]] = [("c", c, (0,)) for c in update.c]
-    rows += [("lr", update.lr, (0, 1)), ("weight_decay", update.weight_decay, (0, 1))]
-    rows += [("beta", update.beta, (0, 1))] if update.beta is not None else []
-    for name, value, dims in rows:
-        if not isinstance(value, Tensor):
-            if not isinstance(value, Real):
-                raise TypeError(f"{name} is a number or a tensor, not {value!r:.200}")
-            if LARGEST < abs(value) < math.inf:  # type: ignore[operator]
-                raise ValueError(f"{name} is {value}, which is beyond fp32")
-        elif value.is_complex() or value.layout != torch.strided or value.device.type == "meta":
-            raise TypeError(f"{name} is made of real numbers in storage, not {value.dtype} {value.layout} on {value.device}")
-        elif value.dim() not in dims or (value.dim() and len(value) != parameters):
-            each = f", or one for each of the {parameters} parameters" if 1 in dims else ""
-            raise ValueError(f"{name} is one number{each}, not a tensor of shape {tuple(value.shape)}")
+    for c in update.c:
+        _check_scalar("c", c, None)
+    _check_scalar("lr", update.lr, parameters)
+    _check_scalar("weight_decay", update.weight_decay, parameters)
+    if update.beta is not None:
+        _check_scalar("beta", update.beta, parameters)
+    for name, factor in [("lr * c", c) for c in update.c] + [("lr * weight_decay", update.weight_decay)]:
+        if not isinstance(factor, Tensor) and not isinstance(update.lr, Tensor):
+            _check_scalar(name, factor * update.lr, None)
 
 
-def share(c: Scalar, directions: int) -> Scalar:
+def _check_scalar(name: str, value: Any, parameters: int | None) -> None:
+    """Of ``parameters`` there may be one value each."""
+    if not isinstance(value, Tensor):
+        if not isinstance(value, Real):
+            raise TypeError(f"{name} is a number or a tensor, not {value!r:.200}")
+        if LARGEST < abs(value) < math.inf:  # type: ignore[operator]
+            raise ValueError(f"{name} is {value}, which is beyond fp32")
+        return
+    if value.is_complex() or value.layout != torch.strided or value.device.type == "meta":
+        raise TypeError(f"{name} is made of real numbers in storage, not {value.dtype} {value.layout} on {value.device}")
+    if value.dim() and (parameters is None or value.shape != (parameters,)):
+        each = "" if parameters is None else f", or one for each of the {parameters} parameters"
+        raise ValueError(f"{name} is one number{each}, not a tensor of shape {tuple(value.shape)}")
+
+
+def share_of(c: Scalar, directions: int) -> Scalar:
     """A direction's part in the mean; of a tensor by a tensor, as the division of c itself."""
     if directions == 1:
         return c

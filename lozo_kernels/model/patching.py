@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from .backward import DRIVES, Drive
+from .backward import DRIVES, Backward
 from .config import PatchConfig
 from .handle import Handle, register_handle
 from .probe import ProbeHandle
@@ -41,7 +41,7 @@ def patch(
             evaluations of a step, its loss can be backpropagated, and ``step()`` follows (:mod:`lozo_kernels.model.backward`).
             The model's parameters then require no gradient until the handle is restored. Build the optimiser before wrapping the
             model for several processes. "loss": the same for a loss that is computed outside of the model, by way of
-            :meth:`lozo_kernels.model.backward.Drive.project`.
+            :meth:`lozo_kernels.model.backward.Backward.project`.
 
     Returns:
         The handle, a :class:`~lozo_kernels.ProbeHandle` unless the placement is "inplace"; ``handle.restore()`` gives the
@@ -52,8 +52,20 @@ def patch(
         RuntimeError: the model is patched already, or the named backend cannot serve one of its devices.
     """
     config = PatchConfig(
-        *(estimator, rank, interval, seed, scaling, include, exclude, rounding, backend),  # type: ignore[arg-type]
-        *(placement, side, keep_factors, allow_drift, square),  # type: ignore[arg-type]
+        estimator=estimator,
+        rank=rank,
+        interval=interval,
+        seed=seed,
+        scaling=scaling,
+        include=include,  # type: ignore[arg-type]
+        exclude=exclude,  # type: ignore[arg-type]
+        rounding=rounding,
+        backend=backend,
+        placement=placement,
+        side=side,
+        keep_factors=keep_factors,
+        allow_drift=allow_drift,
+        square=square,  # type: ignore[arg-type]
     )
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch() takes a torch.nn.Module, not {type(model).__name__}")
@@ -63,7 +75,9 @@ def patch(
     handle = register_handle(model, lambda: kind(model, config))
     if drive != "closure":
         try:
-            Drive(handle, intercept=drive == "backward")
+            if handle.sharded:
+                raise ValueError("drive='backward' is not for sharded models (fully_shard): use step(closure)")
+            handle.backward = Backward(model, intercept=drive == "backward")
         except BaseException:
             handle.restore()
             raise

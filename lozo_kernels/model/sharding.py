@@ -7,7 +7,6 @@ DTensors. ``torch.distributed`` is not imported here: where nobody did, nothing 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,13 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """A block of a weight in storage of this process: ``offsets`` has where it begins in each dimension. It may be empty."""
-
-    local: Tensor
-    offsets: tuple[int, ...]
+from .modules import own_parameters
 
 
 def is_sharded(p: Tensor) -> bool:
@@ -40,15 +33,12 @@ def reshard(model: nn.Module) -> None:
 def stays_in_blocks(model: nn.Module, p: Tensor) -> bool:
     """Whether a parameter is a DTensor also while its module runs (tensor parallel), and not only between forwards (FSDP)."""
     return is_sharded(p) and not any(
-        p is q for root in _managed(model) for module in root.modules() for q in module._parameters.values()
+        p is q for root in _managed(model) for module in root.modules() for q in own_parameters(module).values()
     )
 
 
-def check_shards(model: nn.Module, name: str, p: Any) -> None:
-    """Raises TypeError, with the way out, for a DTensor that is neither made of rows by FSDP nor always in contiguous blocks."""
-    if stays_in_blocks(model, p):
-        check_block(name, p, 2 if p.dim() == 2 else 1)
-        return
+def check_rows(name: str, p: Any) -> None:
+    """Raises TypeError, with the way out, for a DTensor that FSDP did not make of rows alone."""
     *others, last = p.placements
     if not (last.is_shard(0) and all(other.is_replicate() for other in others)):  # tensor parallel ones come last
         raise TypeError(
@@ -68,8 +58,10 @@ def check_block(name: str, p: Any, dimensions: int) -> None:
             )
 
 
-def block_of(name: str, p: Any) -> Block:
-    """What this process has of a weight that :func:`check_block` let pass: a view, so that writing it changes the weight.
+def block_of(name: str, p: Any) -> tuple[Tensor, tuple[int, ...]]:
+    """What this process has of a weight that :func:`check_block` let pass, and where it begins in each dimension.
+
+    The block is a view, so that writing it changes the weight. It may be empty.
 
     Raises:
         RuntimeError: it is whole now, or has another shape here than its placements say.
@@ -87,7 +79,7 @@ def block_of(name: str, p: Any) -> Block:
     local = p.detach().to_local()
     if list(local.shape) != sizes:
         raise RuntimeError(f"parameter {name!r} has {tuple(local.shape)} here where {tuple(sizes)} was expected")
-    return Block(local, tuple(offsets))
+    return local, tuple(offsets)
 
 
 def ranks_of(p: Any) -> list[int]:
@@ -122,15 +114,14 @@ def sharded_like(local: Tensor, p: Any, axes: Mapping[int, int], shape: Sequence
         for placement in p.placements
     ]
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    made = tensor.DTensor.from_local(
+    return tensor.DTensor.from_local(  # type: ignore[no-any-return]
         local, p.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(strides)
     )
-    return made  # type: ignore[no-any-return]
 
 
 def local_of(p: Any) -> Tensor:
     """The very tensor that holds what this process has of a DTensor, no view of it: where its storage goes, the weight goes."""
-    return p._local_tensor  # type: ignore[no-any-return]
+    return p._local_tensor  # type: ignore[no-any-return]  # noqa: SLF001  (to_local() makes a view)
 
 
 def why_not_local(p: Any, inputs: Any, outputs: Any, summed: int, lookup: bool) -> str | None:

@@ -1,8 +1,8 @@
-"""Parameter groups of an optimiser, which has them by the names that the handle trains."""
+"""Parameter groups of an optimiser, and their settings as a step takes them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,75 +10,70 @@ from torch import Tensor
 
 from ..kernels.checks import check_number
 from ..model.handle import Handle
-from ..model.probe import ProbeHandle
-from .steps import StepInputs
+from .steps import Rates
+
+Groups = Sequence[Mapping[str, Any]]
+"""The ``param_groups`` of an optimiser, which has them by name: "params", "param_names", "lr" and "weight_decay" in each."""
 
 
-class GroupedOptimizer(torch.optim.Optimizer):
-    """Groups that cover what a handle trains, and their settings as the handle's passes take them."""
+def groups_of(handle: Handle, params: Iterable[Any] | None) -> list[Any]:
+    """Groups as torch takes them: one of all parameters where none were given.
 
-    handle: Handle
-    _inputs: StepInputs | None
+    Raises:
+        TypeError, ValueError: ``params`` are no parameters or groups of them.
+    """
+    if params is None:
+        return [{"params": handle.parameters}]
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params are parameters or groups of them, not {params!r:.200}")
+    groups = [params] if isinstance(params, Tensor) else list(params)
+    if not groups:
+        raise ValueError("params is empty; leave it out to train everything that the handle trains")
+    return groups if isinstance(groups[0], dict) else [{"params": groups}]
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch, for parameters that the handle trains."""
-        if not isinstance(param_group, dict) or "params" not in param_group:
-            raise TypeError(f"a parameter group is a dict with 'params', not {param_group!r:.200}")
-        param_group = dict(param_group)
-        known = {id(p): name for name, p in zip(self.handle.names, self.handle.parameters, strict=True)}
-        params = param_group["params"]
-        if not isinstance(params, Iterable):
-            raise TypeError(f"params are parameters, not {params!r:.200}")
-        params = [params] if isinstance(params, Tensor) else list(params)
-        params = [p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in params]
-        if not params:
-            raise ValueError("a parameter group is empty; leave it out")
-        for p in params:
-            if not isinstance(p, Tensor):
-                raise TypeError(f"a parameter group has parameters, not {p!r:.200}")
-            if id(p) not in known:
-                raise ValueError(
-                    f"a parameter of shape {tuple(p.shape)} in the groups is not trained by the handle "
-                    "(requires_grad=False, excluded, or of another model)"
-                )
-        check_settings(param_group, self.defaults)
-        param_group["params"] = [(known[id(p)], p) for p in params]
-        super().add_param_group(param_group)
 
-    def _check_cover(self) -> None:
-        grouped = {name for group in self.param_groups for name in group["param_names"]}
-        missing = [name for name in self.handle.names if name not in grouped]
-        if missing:
+def named_group(handle: Handle, group: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A group with the handle's names for its parameters.
+
+    Raises:
+        TypeError, ValueError: it is no group, or has parameters that the handle does not train.
+    """
+    if not isinstance(group, dict) or "params" not in group:
+        raise TypeError(f"a parameter group is a dict with 'params', not {group!r:.200}")
+    known = {id(p): name for name, p in zip(handle.names, handle.parameters, strict=True)}
+    params = group["params"]
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params are parameters, not {params!r:.200}")
+    params = [params] if isinstance(params, Tensor) else list(params)
+    params = [p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in params]
+    if not params:
+        raise ValueError("a parameter group is empty; leave it out")
+    for p in params:
+        if not isinstance(p, Tensor):
+            raise TypeError(f"a parameter group has parameters, not {p!r:.200}")
+        if id(p) not in known:
             raise ValueError(
-                f"the handle trains {len(missing)} parameters that are in no group, e.g. {missing[0]!r}; "
-                "exclude them in patch() or add them to a group"
+                f"a parameter of shape {tuple(p.shape)} in the groups is not trained by the handle "
+                "(requires_grad=False, excluded, or of another model)"
             )
-        if isinstance(self.handle, ProbeHandle):
-            undecaying = set(self.handle.undecaying)
-            for group in self.param_groups:
-                stuck = next((name for name in group["param_names"] if name in undecaying), None)
-                if stuck is not None and (isinstance(group["weight_decay"], Tensor) or group["weight_decay"]):
-                    raise ValueError(f"{stuck!r} cannot decay: it is quantised, or keep_factors was asked for; use weight_decay=0")
+    check_settings(group, defaults)
+    return group | {"params": [(known[id(p)], p) for p in params]}
 
-    @property
-    def _decays(self) -> bool:
-        return any(isinstance(g["weight_decay"], Tensor) or g["weight_decay"] != 0.0 for g in self.param_groups)
 
-    def _per_parameter(self, key: str, device: torch.device) -> Tensor:
-        """A setting of the groups in fp64: 0-dim if there is one group, else (parameters,) in the order of the handle's names."""
-        if self._inputs is not None:
-            return self._inputs.settings[key]
-        groups = [g[key] for g in self.param_groups]
-        if len(groups) == 1 and not isinstance(groups[0], Tensor):
-            return torch.full((), groups[0], dtype=torch.float64, device=device)
-        owner = {name: i for i, group in enumerate(self.param_groups) for name in group["param_names"]}
-        index = [owner[name] for name in self.handle.names]
-        if any(isinstance(value, Tensor) for value in groups):
-            values = [torch.as_tensor(v, dtype=torch.float64).to(device, non_blocking=True) for v in groups]
-            return torch.stack([values[i] for i in index])
-        return torch.tensor([groups[i] for i in index], dtype=torch.float64, pin_memory=device.type == "cuda").to(
-            device, non_blocking=True
+def check_cover(groups: Groups, handle: Handle) -> None:
+    """Raises ValueError if groups leave a trained parameter out, or decay one that cannot."""
+    grouped = {name for group in groups for name in group["param_names"]}
+    missing = [name for name in handle.names if name not in grouped]
+    if missing:
+        raise ValueError(
+            f"the handle trains {len(missing)} parameters that are in no group, e.g. {missing[0]!r}; "
+            "exclude them in patch() or add them to a group"
         )
+    undecaying = set(handle.undecaying)
+    for group in groups:
+        stuck = next((name for name in group["param_names"] if name in undecaying), None)
+        if stuck is not None and _decays(group):
+            raise ValueError(f"{stuck!r} cannot decay: it is quantised, or keep_factors was asked for; use weight_decay=0")
 
 
 def check_settings(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -91,13 +86,31 @@ def check_settings(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> Non
         raise ValueError(f"lr * weight_decay is {settings[0] * settings[1]:g}: above 1 every step turns the weights' sign")
 
 
-def groups_of(handle: Handle, params: Iterable[Any] | None) -> list[Any]:
-    """Groups as torch takes them: one of all parameters where none were given."""
-    if params is None:
-        return [{"params": handle.parameters}]
-    if not isinstance(params, Iterable):
-        raise TypeError(f"params are parameters or groups of them, not {params!r:.200}")
-    groups = [params] if isinstance(params, Tensor) else list(params)
-    if not groups:
-        raise ValueError("params is empty; leave it out to train everything that the handle trains")
-    return groups if isinstance(groups[0], dict) else [{"params": groups}]
+def trained_names(groups: Groups, handle: Handle) -> list[list[str]]:
+    """Of each group, without the parameter that a driven model hangs its loss on: how a run is driven is not its state."""
+    known = set(handle.names)
+    return [[name for name in group["param_names"] if name in known] for group in groups]
+
+
+def rates_of(groups: Groups, handle: Handle, device: torch.device) -> Rates:
+    """The learning rates and weight decays of groups, in the order of the handle's names if there are several groups."""
+    decaying = any(map(_decays, groups))
+    lr = _per_parameter("lr", groups, handle, device)
+    return Rates(lr, _per_parameter("weight_decay", groups, handle, device) if decaying else 0.0)
+
+
+def _decays(group: Mapping[str, Any]) -> bool:
+    return isinstance(group["weight_decay"], Tensor) or group["weight_decay"] != 0.0
+
+
+def _per_parameter(key: str, groups: Groups, handle: Handle, device: torch.device) -> Tensor:
+    values = [g[key] for g in groups]
+    if len(values) == 1 and not isinstance(values[0], Tensor):
+        return torch.full((), values[0], dtype=torch.float64, device=device)
+    owner = {name: i for i, group in enumerate(groups) for name in group["param_names"]}
+    index = [owner[name] for name in handle.names]
+    if any(isinstance(value, Tensor) for value in values):
+        tensors = [torch.as_tensor(v, dtype=torch.float64).to(device, non_blocking=True) for v in values]
+        return torch.stack([tensors[i] for i in index])
+    numbers = torch.tensor([values[i] for i in index], dtype=torch.float64, device="cpu", pin_memory=device.type == "cuda")
+    return numbers.to(device, non_blocking=True)

@@ -1,44 +1,39 @@
-"""LOZO, LOZO-M, MeZO and MeZO-M as ``torch.optim.Optimizer`` subclasses that never call backward."""
+"""LOZO, LOZO-M, MeZO, MeZO-M and SubZero as ``torch.optim.Optimizer`` subclasses that never call backward."""
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import NonFiniteLossError
-from ..kernels.checks import check_count, check_flag, check_number
-from ..model.backward import Drive, drive_of
+from ..kernels.checks import check_number
+from ..model.backward import Backward
 from ..model.handle import Handle
 from ..model.interrupts import as_interruptible, deferred_interrupt
-from ..model.losses import (
-    BatchClosure,
-    Closure,
-    Randomness,
-    batch_losses,
-    batch_totals,
-    bind_inputs,
-    count_examples,
-    mean_loss,
-    mean_totals,
-    pair_closures,
-)
+from ..model.losses import Closure, pair_closures
 from ..model.patching import patch
-from ..model.probe import ProbeHandle, check_batches
-from .groups import groups_of
+from .groups import check_cover, groups_of, named_group, rates_of, trained_names
 from .parallel import Parallel, as_parallel, shared_shards
-from .readback import Readback
-from .stepper import EstimatingOptimizer
-from .steps import Pending, StepInfo, StepInputs, StepLog
-
-EVALUATIONS = ("sequential", "batched")
+from .state import load_state, state_of
+from .stepper import Stepper
+from .steps import StepInfo, StepLog, StepSettings
 
 
-class ZerothOrderOptimizer(EstimatingOptimizer):
+def _forwarded(holder: str, name: str) -> Any:
+    """An attribute that lies in the stepper, or in its settings."""
+
+    def read(self: ZerothOrderOptimizer) -> Any:
+        return getattr(self.stepper if holder == "stepper" else self.stepper.settings, name)
+
+    def write(self: ZerothOrderOptimizer, value: Any) -> None:
+        setattr(self.stepper if holder == "stepper" else self.stepper.settings, name, value)
+
+    return property(read, write)
+
+
+class ZerothOrderOptimizer(torch.optim.Optimizer):
     """Two-point (or one-sided) estimates along directions that are regenerated, never stored. Use a subclass.
 
     ``step(closure)`` evaluates the closure without a graph at perturbed weights and updates them in place; a step costs two
@@ -70,11 +65,28 @@ class ZerothOrderOptimizer(EstimatingOptimizer):
         patch_options: see :func:`patch`; only with a model as target. ``drive="backward"`` is for loops that call
             ``loss.backward()`` and ``step()``.
 
+    Attributes:
+        stepper: what takes the steps.
+        info: what the last step saw, None before the first.
+        journal: what records the run (:mod:`lozo_kernels.journal`), or None.
+
     Raises:
         TypeError, ValueError: an argument does not fit; the model is untouched.
     """
 
-    _estimator = "lowrank"
+    estimator: ClassVar[str] = "lowrank"
+
+    eps: float = _forwarded("settings", "eps")
+    momentum: float = _forwarded("settings", "momentum")
+    directions: int = _forwarded("settings", "directions")
+    two_sided: bool = _forwarded("settings", "two_sided")
+    fuse_steps: bool = _forwarded("settings", "fuse_steps")
+    evaluation: str = _forwarded("settings", "evaluation")
+    common_random_numbers: bool = _forwarded("settings", "common_random_numbers")
+    max_nonfinite: int = _forwarded("settings", "max_nonfinite")
+    parallel: Parallel | None = _forwarded("stepper", "parallel")
+    info: StepInfo | None = _forwarded("stepper", "info")
+    journal: StepLog | None = _forwarded("stepper", "log")
 
     def __init__(
         self,
@@ -95,81 +107,55 @@ class ZerothOrderOptimizer(EstimatingOptimizer):
         **patch_options: Any,
     ) -> None:
         check_number("lr", lr, low=0.0)
-        check_number("eps", eps, low=0.0, open_low=True)
-        check_number("momentum", momentum, low=0.0, high=1.0)
         check_number("weight_decay", weight_decay, low=0.0)
-        check_count("directions", directions)
-        check_count("max_nonfinite", max_nonfinite)
-        for name, flag in (("two_sided", two_sided), ("fuse_steps", fuse_steps), ("common_random_numbers", common_random_numbers)):
-            check_flag(name, flag)
-        self.parallel = as_parallel(parallel)
-        if evaluation not in EVALUATIONS:
-            raise ValueError(f"evaluation is one of {', '.join(map(repr, EVALUATIONS))}, not {evaluation!r}")
+        settings = StepSettings(
+            eps=eps,
+            momentum=momentum,
+            directions=directions,
+            two_sided=two_sided,
+            fuse_steps=fuse_steps,
+            evaluation=evaluation,
+            common_random_numbers=common_random_numbers,
+            max_nonfinite=max_nonfinite,
+        )
+        together = as_parallel(parallel)
         if isinstance(target, Handle) and patch_options:
             raise TypeError(f"the handle is configured already; give {', '.join(patch_options)} to patch()")
-        handle = target if isinstance(target, Handle) else patch(target, estimator=self._estimator, **patch_options)
+        handle = target if isinstance(target, Handle) else patch(target, estimator=self.estimator, **patch_options)
         try:
-            if handle.config.estimator != self._estimator:
-                raise ValueError(
-                    f"{type(self).__name__} needs a handle with estimator={self._estimator!r}, "
-                    f"and this one has {handle.config.estimator!r}"
-                )
-            self._check_placement(handle, fuse_steps, evaluation)
-            if self.parallel is None and drive_of(handle) is None:
-                self.parallel = shared_shards(handle.model)
-            if self.parallel is not None and drive_of(handle) is not None:
-                raise ValueError("with drive='backward' DistributedDataParallel averages over processes: leave parallel out")
-            self.handle = handle
-            self._drive: Drive | None = None
+            self._check_handle(handle, settings, together)
+            if together is None and handle.backward is None:
+                together = shared_shards(handle.model)
+            self.stepper = Stepper(handle, settings, together)
             super().__init__(groups_of(handle, params), {"lr": lr, "weight_decay": weight_decay})
-            self._check_cover()
+            check_cover(self.param_groups, handle)
+            if settings.momentum:
+                handle.enable_momentum()
+            if together is not None:
+                together.connect(handle, settings.directions, self._facts())
+            if settings.fuse_steps:
+                handle.guard(self.flush)
         except BaseException:
             if handle is not target:
                 handle.restore()
             raise
-        self.eps = eps
-        self.momentum = momentum
-        self.directions = directions
-        self.two_sided = two_sided
-        self.common_random_numbers = common_random_numbers
-        self.max_nonfinite = max_nonfinite
-        self.fuse_steps = fuse_steps
-        self.evaluation = evaluation
-        self._batches_checked = False
-        self.info: StepInfo | None = None
-        self.journal: StepLog | None = None
-        self._step = 0
-        self._moves = 0
-        self._inputs: StepInputs | None = None
-        self._standing: tuple[int, float] | None = None
-        self._pending: Pending | None = None
-        self._skipped_total = torch.zeros((), dtype=torch.int64)
-        self._skipped_in_a_row = torch.zeros((), dtype=torch.int64)
-        self._watched = Readback()
-        if momentum:
-            handle.enable_momentum()
-        if self.parallel is not None:
-            try:
-                self.parallel.connect(handle, directions, self._facts())
-            except BaseException:
-                if handle is not target:
-                    handle.restore()
-                raise
-        if fuse_steps:
-            handle.guard(self.flush)
-        self._drive = drive_of(handle)
-        if self._drive is not None:
-            self._drive.connect(self)
+        if handle.backward is not None:
+            handle.backward.connect(self, handle.devices[0])
+
+    @property
+    def handle(self) -> Handle:
+        """The handle of the model that is trained."""
+        return self.stepper.handle
 
     @property
     def steps_done(self) -> int:
         """Steps taken so far, which is the index of the next one."""
-        return self._step
+        return self.stepper.count
 
     @property
     def projected_gradient(self) -> Tensor | None:
         """(directions,) fp64: with ``drive="backward"``, c as backward has accumulated it since the last step, or None."""
-        gradient = None if self._drive is None else self._drive.gradient
+        gradient = None if self.handle.backward is None else self.handle.backward.gradient
         return None if gradient is None else gradient[0]
 
     @torch.no_grad()
@@ -198,41 +184,39 @@ class ZerothOrderOptimizer(EstimatingOptimizer):
             Exception: whatever the closure raises; the weights are then back where they were (in place, up to one rounding of
                 the weight's dtype), and the step was not taken.
         """
-        if self._drive is not None:
-            return self._step_after_backward(self._drive, closure, inputs)
+        stepper = self.stepper
+        if self.handle.backward is not None:
+            return self._step_after_backward(self.handle.backward, closure, inputs)
         closures, batches = pair_closures(closure, inputs)
         if self.evaluation == "batched" and batches is None:
             raise TypeError("evaluation='batched' needs step(closure, inputs), with a closure that takes the inputs")
-        closures = [as_interruptible(one) for one in closures]
-        one_by_one = closures if batches is None else bind_inputs(closures, batches)
         with deferred_interrupt():
             try:
-                randomness = Randomness(self.handle.devices) if self.common_random_numbers else None
-                self.handle.prepare(one_by_one, randomness, step=self._step)
-                if self.evaluation == "batched":
-                    assert batches is not None
-                    pending, info = self._estimate(*self._evaluate_together(closures, batches, randomness))
-                else:
-                    pending, info = self._estimate(*self._evaluate(one_by_one, randomness))
-                self._commit(pending, info)
+                plus, minus = stepper.evaluate([as_interruptible(one) for one in closures], batches)
+                info = self._conclude(stepper.differences(plus, minus), plus, minus)
             except BaseException:
-                self._go_back()
+                stepper.go_back()
                 raise
-            if self.parallel is not None:
+            if stepper.parallel is not None:
                 settings = [float(group[key]) for group in self.param_groups for key in ("lr", "weight_decay")]
-                self.parallel.committed(info, settings)
-        self._watch_losses(info.loss)
+                stepper.parallel.committed(info, settings)
+        stepper.watch(info.loss)
         return info.loss
 
-    def _step_after_backward(self, drive: Drive, closure: Any, inputs: Any) -> Tensor:
+    def _conclude(self, c: Tensor, plus: Tensor, minus: Tensor) -> StepInfo:
+        rates = rates_of(self.param_groups, self.handle, c.device)
+        update, info = self.stepper.conclude(c, plus, minus, rates)
+        self.stepper.commit(update, info)
+        return info
+
+    def _step_after_backward(self, backward: Backward, closure: Any, inputs: Any) -> Tensor:
         if inputs is not None:
             raise TypeError("with drive='backward' the model is called with its inputs before step()")
         if closure is not None:
             with torch.enable_grad():
                 closure()
-        pending, info = self._conclude(*drive.take())
-        self._commit(pending, info)
-        self._watch_losses(info.loss)
+        info = self._conclude(*backward.take())
+        self.stepper.watch(info.loss)
         return info.loss
 
     @torch.no_grad()
@@ -242,89 +226,50 @@ class ZerothOrderOptimizer(EstimatingOptimizer):
         Returns:
             (3, directions) fp64: projected gradients, F(+) and F(-); and the loss of the step, 0-dim fp64.
         """
-        closures = [as_interruptible(closure)]
-        with deferred_interrupt():
-            try:
-                randomness = Randomness(self.handle.devices) if self.common_random_numbers else None
-                self.handle.prepare(closures, randomness, step=self._step)
-                plus, minus = self._losses(*self._evaluate(closures, randomness))
-            finally:
-                self._go_back()
-        return torch.stack((self._differences(plus, minus), plus, minus)), self._mean(plus, minus)
+        return self.stepper.estimate([as_interruptible(closure)])
 
     def flush(self) -> None:
         """Makes an update that ``fuse_steps`` left pending; otherwise does nothing."""
-        with deferred_interrupt():
-            if self._pending is not None and self.journal is not None:
-                self.journal.add_flush()
-            self._make_pending()
+        self.stepper.flush()
 
-    def _make_pending(self) -> None:
-        pending = self._pending
-        if pending is not None:
-            with torch.no_grad(), deferred_interrupt():
-                self._update(pending, perturb_next=None)
-                self._pending, self._standing = None, None
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch, for parameters that the handle trains."""
+        super().add_param_group(named_group(self.handle, param_group, self.defaults))
 
-    @staticmethod
-    def _check_placement(handle: Handle, fuse_steps: bool, evaluation: str) -> None:
-        probing = isinstance(handle, ProbeHandle)
-        if drive_of(handle) is not None and (fuse_steps or evaluation == "batched"):
-            which = "fuse_steps leaves weights perturbed" if fuse_steps else "evaluation='batched' needs the loss of each example"
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a run needs besides the weights to go on bit for bit, keyed by parameter name.
+
+        A pending update is made first. V is not stored: it follows from seed and step. Momentum of shards is in DTensors, which
+        ``torch.distributed.checkpoint`` saves, and loads into any other sharding.
+        """
+        return state_of(self.stepper, self.param_groups)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`.
+
+        Raises:
+            ValueError: it is not a whole state, or was saved under other settings, noise or parameters; nothing was changed.
+            RuntimeError: the optimiser has a journal; nothing was changed.
+        """
+        load_state(state_dict, self.stepper, self.param_groups, self.defaults, kind=type(self).__name__)
+
+    def _check_handle(self, handle: Handle, settings: StepSettings, parallel: Parallel | None) -> None:
+        """Raises ValueError if a handle is not for this algorithm, or not for what the settings ask for."""
+        if handle.config.estimator != self.estimator:
+            found = handle.config.estimator
+            raise ValueError(f"{type(self).__name__} needs a handle with estimator={self.estimator!r}, and this one has {found!r}")
+        batched = settings.evaluation == "batched"
+        if handle.backward is not None and (settings.fuse_steps or batched):
+            which = "evaluation='batched' needs the loss of each example" if batched else "fuse_steps leaves weights perturbed"
             raise ValueError(f"{which}, which drive='backward' does not allow: leave it out, or use step(closure)")
-        if fuse_steps and probing:
+        if handle.backward is not None and parallel is not None:
+            raise ValueError("with drive='backward' DistributedDataParallel averages over processes: leave parallel out")
+        if settings.fuse_steps and handle.probes:
             raise ValueError("fuse_steps saves a pass over the weights, and a probe makes none: leave it out")
-        if fuse_steps and handle.sharded:
+        if settings.fuse_steps and handle.sharded:
             raise ValueError("fuse_steps makes updates during forward passes, when weights are not in shards: leave it out")
-        if evaluation == "batched" and not probing:
+        if batched and not handle.probes:
             raise ValueError("evaluation='batched' needs placement='probe': weights that are moved can be at one point only")
-
-    def _evaluate(self, closures: Sequence[Closure], randomness: Randomness | None) -> tuple[list[Tensor], list[Tensor]]:
-        """F(+) and F(-) (or F(0)) of each direction; leaves the weights at the last point that was evaluated."""
-        plus: list[Tensor] = []
-        minus: list[Tensor] = []
-        evaluate = mean_loss if self.parallel is None else mean_totals
-        mine = [self.parallel is None or self.parallel.evaluates(d, self.directions) for d in range(self.directions)]
-        if not self.two_sided:
-            self._make_pending()
-            minus = [evaluate(closures, randomness)] * sum(mine)
-        for d in range(self.directions):
-            # Also along directions that other processes evaluate: weights that are moved round, and have to round alike.
-            self._move((d, self.eps))
-            if mine[d]:
-                plus.append(evaluate(closures, randomness))
-            if self.two_sided:
-                self._move((d, -self.eps))
-                if mine[d]:
-                    minus.append(evaluate(closures, randomness))
-        return plus, minus
-
-    def _evaluate_together(
-        self, closures: Sequence[BatchClosure], batches: Sequence[Any], randomness: Randomness | None
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """As :meth:`_evaluate`, in one call of each closure."""
-        handle = self.handle
-        assert isinstance(handle, ProbeHandle)
-        examples = {count_examples(inputs) for inputs in batches}
-        if len(examples) > 1:
-            raise ValueError(f"micro-batches that are evaluated together have one number of examples, not {sorted(examples)}")
-        if not self._batches_checked:
-            check_batches(handle, closures, batches, randomness, step=self._step)
-            self._batches_checked = True
-        sides = (self.eps, -self.eps) if self.two_sided else (self.eps,)
-        mine = [d for d in range(self.directions) if self.parallel is None or self.parallel.evaluates(d, self.directions)]
-        offsets = [(d, side) for d in mine for side in sides]
-        if not self.two_sided:
-            offsets.append((0, 0.0))
-        try:
-            handle.spread_(self._noise_step, offsets, examples.pop())
-            evaluate = batch_losses if self.parallel is None else batch_totals
-            losses = evaluate(closures, batches, len(offsets), randomness)
-        finally:
-            handle.rest_()
-        if self.two_sided:
-            return list(losses[0::2]), list(losses[1::2])
-        return list(losses[:-1]), [losses[-1]] * len(mine)
 
     def _facts(self) -> dict[str, Any]:
         """What processes have to agree on besides the weights."""
@@ -332,89 +277,12 @@ class ZerothOrderOptimizer(EstimatingOptimizer):
         return {
             "method": type(self).__name__,
             **{key: str(value) for key, value in self.handle.config.to_dict().items()},
-            **self._settings(),
+            **self.stepper.settings.of_run,
             "common_random_numbers": self.common_random_numbers,
             "max_nonfinite": self.max_nonfinite,
             "parameter groups (parameters, lr, weight_decay)": groups,
-            "groups of parameters": self._trained_names(),
+            "groups of parameters": trained_names(self.param_groups, self.handle),
         }
-
-    def _commit(self, pending: Pending, info: StepInfo) -> None:
-        """Takes the step: makes the update or leaves it pending. A journal has it before the weights do."""
-        with deferred_interrupt():
-            if self.journal is not None:
-                self.journal.add_step(self, info)
-            try:
-                if not self.fuse_steps:
-                    self._update(pending, perturb_next=None)
-                    self._standing = None
-                else:
-                    self._pending = pending
-            except BaseException:
-                if self.journal is not None:
-                    self.journal.take_back()
-                raise
-            self._step += 1
-            self._moves = 0
-            self.info = info
-            self._skipped_total, self._skipped_in_a_row = info.skipped_total, info.skipped_in_a_row
-
-    def _watch_losses(self, loss: Tensor) -> None:
-        """Warns or raises about losses that were not finite; on a GPU some steps late, because it does not wait for the device."""
-        counts = self._watched.read(lambda: torch.stack((self._skipped_in_a_row, self._skipped_total)))
-        if counts is None:
-            return
-        in_a_row, total = counts
-        if in_a_row >= self.max_nonfinite:
-            self.flush()
-            raise NonFiniteLossError(
-                f"the loss was not finite {in_a_row} steps in a row (last: {float(loss)} at step {self._step - 1}); "
-                "the weights are those of the last good step. Lower lr or eps, or look for overflow in half precision"
-            )
-        if in_a_row:
-            warnings.warn(
-                f"step {self._step - 1}: the loss was not finite; update skipped ({total} in all)",
-                stacklevel=4,
-            )
-
-    def _go_back(self) -> None:
-        """Takes the perturbations of a step that is not taken, or not yet, out of the weights."""
-        self._move(None)
-        if self._moves and self.journal is not None:
-            self.journal.add_detour(self._moves)
-        self._moves = 0
-
-    def _move(self, target: tuple[int, float] | None) -> None:
-        """Brings the weights from where they are to a perturbation (direction, scale) of the current step, or to none."""
-        with deferred_interrupt():
-            self._moves += target is not None
-            if self._pending is not None and target is not None:
-                self._update(self._pending, perturb_next=target[1])
-                self._pending, self._standing = None, target
-                return
-            if _same_point(target, self._standing) or self._pending is not None:
-                return  # there already, or still at the pending update of the step before: nothing of this step to undo
-            if self._standing is None:
-                assert target is not None
-                self.handle.perturb_(self._noise_step, target[1], direction=target[0])
-            elif target is None:
-                direction, scale = self._standing
-                self.handle.perturb_(self._noise_step, -scale, direction=direction)
-            else:
-                self.handle.shift_(self._noise_step, self._standing, target)
-            self._standing = target
-
-    def _update(self, pending: Pending, perturb_next: float | None) -> None:
-        assert self._standing is not None or self.evaluation == "batched" or self._drive is not None
-        self.handle.update_(
-            pending.step,
-            pending.c,
-            pending.lr,
-            weight_decay=pending.weight_decay,
-            beta=pending.beta,
-            standing=0.0 if self._standing is None else self._standing[1],
-            perturb_next=perturb_next,
-        )
 
 
 class LOZO(ZerothOrderOptimizer):
@@ -431,7 +299,7 @@ class LOZO(ZerothOrderOptimizer):
             loss = optimizer.step(lambda: model(**batch).loss)
     """
 
-    _estimator = "lowrank"
+    estimator = "lowrank"
 
 
 class MeZO(ZerothOrderOptimizer):
@@ -440,7 +308,7 @@ class MeZO(ZerothOrderOptimizer):
     MeZO-M keeps an fp32 momentum of the size of the model. Directions are regenerated from the seed at every use.
     """
 
-    _estimator = "dense"
+    estimator = "dense"
 
 
 class SubZero(ZerothOrderOptimizer):
@@ -456,9 +324,8 @@ class SubZero(ZerothOrderOptimizer):
         optimizer = SubZero(model, lr=1e-6, rank=8, interval=1000)
     """
 
-    _estimator = "subspace"
+    estimator = "subspace"
 
 
-def _same_point(a: tuple[int, float] | None, b: tuple[int, float] | None) -> bool:
-    """Whether two perturbations are one. 0.0 and -0.0 are not: a warm-up with eps = 0 makes every pass that a step makes."""
-    return a == b and (a is None or b is None or math.copysign(1.0, a[1]) == math.copysign(1.0, b[1]))
+OPTIMIZERS: dict[str, Callable[..., ZerothOrderOptimizer]] = {kind.estimator: kind for kind in (LOZO, MeZO, SubZero)}
+"""The class for each estimator of :class:`~lozo_kernels.PatchConfig`."""

@@ -1,4 +1,4 @@
-"""What one step saw, owes and is given."""
+"""What a step is told, what it saw, and who is told of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,43 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..kernels.calls import Step
+from ..kernels.checks import as_integer, check_flag, check_number
+
+EVALUATIONS = ("sequential", "batched")
+
+
+@dataclasses.dataclass
+class StepSettings:
+    """The settings of a run's steps; :class:`~lozo_kernels.optim.ZerothOrderOptimizer` documents each.
+
+    Raises:
+        TypeError, ValueError: one is of the wrong type or out of range.
+    """
+
+    eps: float = 1e-3
+    momentum: float = 0.0
+    directions: int = 1
+    two_sided: bool = True
+    fuse_steps: bool = False
+    evaluation: str = "sequential"
+    common_random_numbers: bool = True
+    max_nonfinite: int = 10
+
+    def __post_init__(self) -> None:
+        check_number("eps", self.eps, low=0.0, open_low=True)
+        check_number("momentum", self.momentum, low=0.0, high=1.0)
+        for name in ("directions", "max_nonfinite"):
+            setattr(self, name, as_integer(name, getattr(self, name), 1))
+        for name in ("two_sided", "fuse_steps", "common_random_numbers"):
+            check_flag(name, getattr(self, name))
+        if self.evaluation not in EVALUATIONS:
+            raise ValueError(f"evaluation is one of {', '.join(map(repr, EVALUATIONS))}, not {self.evaluation!r}")
+
+    @property
+    def of_run(self) -> dict[str, Any]:
+        """Those that a run has from beginning to end, because what it does follows from them."""
+        names = ("eps", "momentum", "directions", "two_sided", "fuse_steps", "evaluation")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,33 +70,17 @@ class StepInfo:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pending:
-    """An update whose pass over the weights is still owed. ``step`` and ``c`` are those of the step that was probed."""
+class Rates:
+    """Learning rate and weight decay of a step, fp64: 0-dim, or one value per parameter. The decay is 0.0 where nothing decays."""
 
-    step: Step
-    c: list[Tensor]
     lr: Tensor
     weight_decay: Tensor | float
-    beta: Tensor | None
-
-
-@dataclasses.dataclass(frozen=True)
-class StepInputs:
-    """What a step takes from tensors that are filled before it, when it is captured: fp64, on the device of the loss.
-
-    Attributes:
-        step: 0-dim int64.
-        settings: "lr" and "weight_decay", 0-dim or one value per parameter.
-    """
-
-    step: Tensor
-    settings: dict[str, Tensor]
 
 
 class StepLog(Protocol):
-    """What an optimiser tells a journal (:mod:`lozo_kernels.journal`). What it is told of may still be taken back."""
+    """What a stepper tells a journal (:mod:`lozo_kernels.journal`). What it is told of may still be taken back."""
 
-    def add_step(self, optimizer: Any, info: StepInfo) -> None:
+    def add_step(self, info: StepInfo) -> None:
         """A step is about to be taken; if this raises, it is not."""
 
     def take_back(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from lozo_kernels import PatchConfig
 from lozo_kernels.journal import Detour, End, Flushed, Header, JournalError, Record, Settled, Sides, StepTaken, read_journal
-from lozo_kernels.journal.format import CRC, MAGIC, PREFIX, VERSION, Parameter, encode_header, encode_record, frame
+from lozo_kernels.journal.format import CRC, MAGIC, PREFIX, VERSION, RecordedParameter, encode_header, encode_record, frame
 
 HOSTILE = (0, 1, 0x7F, 0x80, 0xFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)
 
@@ -16,7 +16,7 @@ HOSTILE = (0, 1, 0x7F, 0x80, 0xFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)
 def sample(rng: random.Random, steps: int = 24, groups: int = 2) -> tuple[Header, list[Record]]:
     """A journal of every kind of record."""
     parameters = tuple(
-        Parameter(f"layers.{i}.weight", (rng.randrange(1, 99), 7), "bfloat16", "lowrank", i, f"{rng.getrandbits(128):032x}")
+        RecordedParameter(f"layers.{i}.weight", (rng.randrange(1, 99), 7), "bfloat16", "lowrank", i, f"{rng.getrandbits(128):032x}")
         for i in range(2 * groups)
     )
     settings = {

@@ -177,7 +177,7 @@ def _resume(case: Choices, run: Run) -> str:
     if outcome == ANSWER:
         expect(at == run.steps, "resumed at another step", case)
         optimizer.flush()
-        optimizer.handle.settle()
+        optimizer.handle.merge()
         expect(same(weights(base), weights(run.model)), "resumed to other weights", case)
         optimizer.journal.close()
     else:
@@ -208,7 +208,7 @@ def run_export(case: Choices) -> str:
         outcome, adapter = attempt(case, memory_of(model), lambda: export_lora(handle, target, rank=rank))
     if outcome == ANSWER:
         with reference_answer(case):
-            handle.settle()
+            handle.merge()
             for name in ("0", "2"):
                 a, b = (adapter.tensors[f"base_model.model.{name}.lora_{k}.weight"] for k in "AB")
                 wanted = model[int(name)].weight - base[int(name)].weight

@@ -158,7 +158,7 @@ def run_handle(case: Choices) -> str:
 
 def _method(case: Choices, model: nn.Module, handle: Handle) -> str:
     with contextlib.suppress(RuntimeError):  # what decayed and cannot is found out here
-        handle.settle()
+        handle.merge()
     before = contents(model)
     memory = memory_of(model)
     kept = {name: n.clone() for name, n in handle.momentum.items()}
@@ -268,7 +268,7 @@ def _update(case: Choices, handle: Handle, before: dict[str, Tensor], memory: Me
             if name in before and name in handle.names:
                 x, rate = before[name].double(), float(torch.as_tensor(lr).flatten()[0])
                 wanted, size = x * (1 - rate * float(decay)), x.abs()
-                low_rank = next(s.kind for s in handle._slots if s.name == name) == "lowrank"
+                low_rank = next(s.kind for s in handle.trained if s.name == name) == "lowrank"
                 for d, value in enumerate(directions):
                     move = rate * float(value) / len(directions) * handle.materialize(name, step, direction=d).double()
                     move = move * factor if low_rank else move

@@ -145,7 +145,7 @@ def _step(case: Choices, model: nn.Module, optimizer: Any) -> str:
         wanted = c if bool(c.isfinite().all()) else torch.zeros_like(c)
         expect(torch.equal(info.c, wanted) and bool(info.skipped) != bool(c.isfinite().all()), "c is not the difference", case)
         optimizer.flush()
-        handle.settle()
+        handle.merge()
         if not optimizer.momentum and not lost:
             _check_update(case, optimizer, before, info, done)
     return outcome
@@ -154,7 +154,7 @@ def _step(case: Choices, model: nn.Module, optimizer: Any) -> str:
 def _check_update(case: Choices, optimizer: Any, before: dict[str, Tensor], info: Any, step: int) -> None:
     handle = optimizer.handle
     settings = {name: group for group in optimizer.param_groups for name in group["param_names"]}
-    kinds = {slot.name: slot.kind for slot in handle._slots}
+    kinds = {slot.name: slot.kind for slot in handle.trained}
     count, inplace = optimizer.directions, handle.config.placement == "inplace"
     for name, p in contents(handle.model).items():
         if name not in handle.names:  # one that is odd may be a part of one that is trained

@@ -170,7 +170,7 @@ class ForwardGradient:
         for group in self.handle.groups:
             table = group.table
             z = TensorTable([torch.zeros_like(x) for x in table.x], table.tensor_ids)
-            ops.dense_update_(z, seed=seed, draws=draws, scales=1.0, backend=group.choice.backend)
+            ops.dense_update_(z, seed=seed, draws=draws, scales=1.0, backend=group.backend)
             found.update(_named(z.x, [parameters[i] for i in group.index.tolist()], self._names))
         return found
 

@@ -10,13 +10,15 @@ import torch
 from torch import nn
 
 from ...model.config import PatchConfig
+from ...model.layout import Layout
 from ...model.parameters import find_parameters
-from ...model.probe.choosing import choice, preparation
-from ...model.probe.choosing.choice import choose_sides
+from ...model.probe.choosing.choice import choose_sides, cost_of
 from ...model.probe.choosing.cost import Costs
+from ...model.probe.choosing.preparation import copies_at_once
 from ...model.probe.choosing.trace import Uses, watch_uses
 from ...model.probe.choosing.verify import units_of
-from ...model.probe.members import Holder, Member, scopes_of
+from ...model.probe.members import Member, scopes_of
+from ...model.storage import Storage
 
 if TYPE_CHECKING:
     from .dry_run import DryModel
@@ -57,28 +59,28 @@ def find_members(dry: DryModel, config: PatchConfig) -> list[Member]:
         ValueError, TypeError: as patching the model would.
     """
     plain = dataclasses.replace(config, placement="inplace", side="auto", keep_factors=False, allow_drift=False)
-    slots, _ = find_parameters(dry.model, plain)
+    parameters, _ = find_parameters(dry.model, plain)
     if config.estimator == "dense":  # tensors without memory are of a type of their own, which reads as quantised
-        slots = [dataclasses.replace(slot, kind="dense", layout="flat") for slot in slots]
-    holders: dict[int, list[Holder]] = {}
-    for name, module in dry.model.named_modules():
-        for attribute, p in module._parameters.items():
-            holders.setdefault(id(p), []).append(Holder(module, name, attribute))
-    return [Member(slot, i, slot.extent, torch.device("cpu"), holders[id(slot.parameter)]) for i, slot in enumerate(slots)]
+        flat = [Layout(p.name, low_rank=False, form="flat") for p in parameters]
+        parameters = [
+            dataclasses.replace(p, layout=layout, storage=Storage(p.storage.owners, layout))
+            for p, layout in zip(parameters, flat, strict=True)
+        ]
+    return [Member(p, i, p.extent, torch.device("cpu")) for i, p in enumerate(parameters)]
 
 
 def place_members(dry: DryModel, members: Sequence[Member], costs: Costs, config: PatchConfig) -> Mapping[Member, Uses]:
     """Gives every member the side that a probe would, by the same trace and the same rules; returns what the trace saw."""
     with dry.mode, torch.no_grad(), watch_uses(dry.model, members) as watch:
         dry.loss()
-    choose_sides(members, watch.uses, {m: costs for m in members if m.slot.kind == "lowrank"}, config, compiled=False)
+    choose_sides(members, watch.uses, {m: costs for m in members if m.parameter.low_rank}, config, compiled=False)
     return watch.uses
 
 
 def side_seconds(member: Member, used: Uses, costs: Costs) -> float:
     """Of what one evaluation computes for a member beside the forward pass."""
     if member.side in ("activation", "scratch"):
-        return choice._cost(member, used, costs)
+        return cost_of(member, used, costs)
     return member.numel * costs.element if member.side == "copy" else 0.0
 
 
@@ -94,7 +96,7 @@ def state_of_probe(model: nn.Module, members: Sequence[Member], config: PatchCon
         factors += _left_factors([m for m in members if m.side != "inplace"], config.rank)  # B
     if config.estimator == "subspace":  # and once more with the perturbation in it
         factors += sum(_FLOAT * config.rank * batch * rows for batch, rows, _ in _matrices(members))
-    copies = sum(m.numel * m.slot.parameter.element_size() for m in members if m.side == "copy")
+    copies = sum(m.numel * m.parameter.tensor.element_size() for m in members if m.side == "copy")
     return State(
         factors,
         _left_factors(members, config.rank) if momentum else 0,
@@ -114,13 +116,13 @@ def _factors(members: Sequence[Member], config: PatchConfig) -> int:
 
 
 def _matrices(members: Sequence[Member]) -> list[tuple[int, int, int]]:
-    return [m.extent for m in members if m.slot.kind == "lowrank"]
+    return [m.extent for m in members if m.parameter.low_rank]
 
 
 def _left_factors(members: Sequence[Member], rank: int) -> int:
     """Of N, or of B: fp32, (rows, rank) of a matrix and every element of others."""
     factors = sum(_FLOAT * rank * batch * rows for batch, rows, _ in _matrices(members))
-    return factors + sum(_FLOAT * m.numel for m in members if m.slot.kind == "dense")
+    return factors + sum(_FLOAT * m.numel for m in members if not m.parameter.low_rank)
 
 
 def _scratch(model: nn.Module, members: Sequence[Member]) -> int:
@@ -133,15 +135,15 @@ def _scratch(model: nn.Module, members: Sequence[Member]) -> int:
             continue
         parts = name.split(".") if name else []
         chain = [by_name[".".join(parts[:i])] for i in range(len(parts) + 1)]
-        standing = {m for outer in chain for m in scopes.get(outer, ())}
-        most = max(most, sum(_aligned(m.numel * m.slot.parameter.element_size()) for m in standing))
+        applied = {m for outer in chain for m in scopes.get(outer, ())}
+        most = max(most, sum(_aligned(m.numel * m.parameter.tensor.element_size()) for m in applied))
     return most
 
 
 def _checked_at_once(members: Sequence[Member]) -> int:
     """The most weights that a probe's first step keeps copies of, to check itself: as many units as its budget takes."""
-    units = [sum(m.numel * m.slot.parameter.element_size() for m in unit) for unit in units_of(members)]
-    budget = max(preparation._COPY_BYTES, sum(units) // preparation._CHUNKS)
+    units = [sum(m.numel * m.parameter.tensor.element_size() for m in unit) for unit in units_of(members)]
+    budget = copies_at_once(sum(units))
     most = chunk = 0
     for unit in units:
         chunk = unit if chunk + unit > budget else chunk + unit

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import require
-from ...kernels.checks import check_count, check_number
+from ...kernels.checks import as_integer, check_number
 from ...model.config import PatchConfig
 from ...optim import optimizer as optim
 from ...optim.optimizer import ZerothOrderOptimizer
@@ -132,9 +132,9 @@ class ZOArguments(TrainingArguments):  # type: ignore[misc, valid-type]
         own = {name: getattr(self, name) for name in _OWN}
         check_method_options(self.method, {name: value for name, value in own.items() if value is not None})
         check_number("eps", self.eps, low=0.0, open_low=True)
-        check_count("directions", self.directions)
-        check_count("max_nonfinite", self.max_nonfinite)
-        PatchConfig(estimator=method.resolve()._estimator, **self.patch_options())
+        as_integer("directions", self.directions, 1)
+        as_integer("max_nonfinite", self.max_nonfinite, 1)
+        PatchConfig(estimator=method.resolve().estimator, **self.patch_options())
 
     def patch_options(self) -> dict[str, Any]:
         """Arguments of :func:`lozo_kernels.patch`."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...model.backward import Drive, drive_of
+from ...model.backward import Backward
 from ...model.handle import Handle
 from ...model.patching import patch
 from ...optim.optimizer import ZerothOrderOptimizer
@@ -23,7 +23,7 @@ _CALL_POINTS = ("compute_loss", "training_step", "create_optimizer", "get_decay_
 class ProjectedLoss:
     """A Trainer's ``compute_loss`` that evaluates at the points of a step when a gradient is asked for."""
 
-    def __init__(self, drive: Drive, compute_loss: Callable[..., Any]) -> None:
+    def __init__(self, drive: Backward, compute_loss: Callable[..., Any]) -> None:
         self._drive = drive
         self._compute_loss = compute_loss
 
@@ -78,7 +78,7 @@ class Attachment:
 
         @functools.wraps(save)
         def settle_and_save(*args: Any, **kwargs: Any) -> Any:
-            self.handle.settle()
+            self.handle.merge()
             return save(*args, **kwargs)
 
         return settle_and_save
@@ -149,7 +149,7 @@ def make_optimizer(trainer: Any, model: nn.Module, method: str, options: dict[st
     if row.momentum:
         rest.setdefault("momentum", row.momentum)
     chosen = {name: value for name, value in options.items() if name in configurable}
-    handle = patch(model, estimator=cls._estimator, drive="loss", **chosen)
+    handle = patch(model, estimator=cls.estimator, drive="loss", **chosen)
     try:
         optimizer = cls(handle, _groups(trainer, handle, rest["weight_decay"]), **rest)
         accelerator = trainer.accelerator
@@ -174,7 +174,7 @@ def _groups(trainer: Any, handle: Handle, weight_decay: float) -> list[dict[str,
     return [group for group in groups if group["params"]]
 
 
-def _driven(handle: Handle) -> Drive:
-    drive = drive_of(handle)
+def _driven(handle: Handle) -> Backward:
+    drive = handle.backward
     assert drive is not None
     return drive

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from ...errors import require
-from ...model.backward import drive_of
 from ...optim.optimizer import ZerothOrderOptimizer
 from ..loop.measure import Clock
 from .arguments import ZOArguments
@@ -82,7 +81,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc, valid-type]
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """All evaluations of a micro-batch; the Trainer's own step does the rest with what they give."""
         assert self.zo_optimizer is not None
-        drive = drive_of(self.zo_optimizer.handle)
+        drive = self.zo_optimizer.handle.backward
         assert drive is not None
         loss = self.compute_loss if self.compute_objective is None else self._objective_loss
         if self.compute_objective is not None:
@@ -97,7 +96,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc, valid-type]
     def save_model(self, *where: Any, **named: Any) -> None:
         """As the Trainer. What a probe learned is merged on every process, although one alone writes: all go on with one model."""
         if self.zo_optimizer is not None:
-            self.zo_optimizer.handle.settle()
+            self.zo_optimizer.handle.merge()
         super().save_model(*where, **named)
 
     def restore(self) -> None:

@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..calls import Draw, Momentum, Update
+from ..calls import Draw, LayerCall, TableCall
 from ..noise import STREAMS
+from ..op_table import OPS, Op
+from ..registry import Backend
 from ..table import TensorTable
 from .eager import EagerBackend
 from .launches import ANY_DTYPE, DeviceTable, Tile, TileOf, device_table
@@ -22,10 +24,9 @@ from .native import Factor
 ABI_VERSION = 1
 
 _BAD_ARGUMENT = 1  # lozo_status
-_OPS = (
-    *("lowrank_update", "dense_update", "lowrank_momentum_factor", "lowrank_momentum", "dense_momentum"),
-    *("resample", "reproject"),
-)
+_KERNELS = ("lowrank_update_", "dense_update_", "lowrank_momentum_", "dense_momentum_")
+"""The ops over tables that it has kernels of its own for."""
+_FUNCTIONS = (*[OPS[name].kernel for name in _KERNELS], "lowrank_momentum_factor", "resample", "reproject")
 
 _ROWS = Tile(256, 0)  # of N
 _EAGER = EagerBackend()
@@ -74,7 +75,7 @@ class _Call(ctypes.Structure):
     )
 
 
-class CudaBackend:
+class CudaBackend(Backend):
     """CUDA kernels compiled ahead of time, at most one launch per dtype and one for all awkward tensors.
 
     Args:
@@ -108,44 +109,27 @@ class CudaBackend:
             which = f"compute capability {major}.{minor}, compiled for {library.lozo_cuda_architectures().decode()}: "
         return which + library.lozo_cuda_message(status).decode()
 
-    def withheld(self, device: torch.device) -> str | None:
-        return None
-
-    def lowrank_update_(self, table: TensorTable, update: Update) -> None:
-        with self._calling(table, update) as call:
-            call.run_all("lowrank_update", _lowrank_tile)
-        torch.autograd.graph.increment_version(table.x)
-
-    def dense_update_(self, table: TensorTable, update: Update) -> None:
-        with self._calling(table, update) as call:
-            call.run_all("dense_update", _dense_tile)
-        torch.autograd.graph.increment_version(table.x)
-
-    def lowrank_momentum_(self, table: TensorTable, update: Update, momentum: Momentum) -> None:
-        assert table.n is not None
-        with self._calling(table, update, momentum) as call:
-            # Tiles side by side share rows of N, so N is done with before they start.
-            call.run("lowrank_momentum_factor", call.tables.row_tiles(_ROWS.rows), _ROWS)
-            call.run_all("lowrank_momentum", _lowrank_tile)
-        torch.autograd.graph.increment_version((*table.x, *table.n))
-
-    def dense_momentum_(self, table: TensorTable, update: Update, momentum: Momentum) -> None:
-        assert table.n is not None
-        with self._calling(table, update, momentum) as call:
-            call.run_all("dense_momentum", _dense_tile)
-        torch.autograd.graph.increment_version((*table.x, *table.n))
+    def run(self, op: Op, table: TensorTable, call: TableCall) -> None:
+        if op.name not in _KERNELS:  # Triton has kernels for it wherever these run; without Triton, PyTorch's operators serve
+            _EAGER.run(op, table, call)
+            return
+        with self._calling(table, call) as launches:
+            if op.name == "lowrank_momentum_":  # tiles side by side share rows of N, so N is done with before they start
+                launches.run("lowrank_momentum_factor", launches.tables.row_tiles(_ROWS.rows), _ROWS)
+            launches.run_all(op.kernel, _lowrank_tile if op.v else _dense_tile)
+        torch.autograd.graph.increment_version(op.written(table, call.out))
 
     def resample_(self, table: TensorTable, seed: int, window: int, reproject: bool) -> None:
         assert table.v is not None
-        nothing = torch.empty(0, device=table.device)
-        with self._calling(table, Update(seed, [Draw(window)], nothing, None, None)) as call:
-            matrices = call.tables.matrices()
+        nothing = torch.empty(0, dtype=torch.float32, device=table.device)
+        with self._calling(table, TableCall(seed, [Draw(window)], nothing)) as launches:
+            matrices = launches.tables.matrices()
             if reproject:
-                ratios = torch.empty(len(matrices), table.rank, table.rank, device=table.device)
-                call.arguments.ratios = ratios.data_ptr()
-            call.run("resample", matrices, Tile(0, 0))
+                ratios = torch.empty(len(matrices), table.rank, table.rank, dtype=torch.float32, device=table.device)
+                launches.arguments.ratios = ratios.data_ptr()
+            launches.run("resample", matrices, Tile(0, 0))
             if reproject:
-                call.run("reproject", call.tables.row_tiles(_ROWS.rows), _ROWS)
+                launches.run("reproject", launches.tables.row_tiles(_ROWS.rows), _ROWS)
         torch.autograd.graph.increment_version((*table.v, *(table.n or ())) if reproject else table.v)
 
     def factor(
@@ -153,41 +137,39 @@ class CudaBackend:
     ) -> Tensor:
         library = _load(self._path)
         with _current(device):
-            out = torch.empty(rows, rank, device=device)
+            out = torch.empty(rows, rank, dtype=torch.float32, device=device)
             what = Factor(seed, STREAMS[stream], tensor_id, int(draw.step), draw.direction, row_offset, rows, rank)
             status = library.lozo_cuda_factor(ctypes.byref(what), out.data_ptr(), _index(out.device), _stream(out.device))
         _check(library, "factor", status)
         return out
 
-    # Probing has no kernels here: Triton's do it wherever these could, and PyTorch's operators do it right where Triton is missing.
-    factor_update_ = _EAGER.factor_update_
-    lowrank_merge_ = _EAGER.lowrank_merge_
-    dense_merge_ = _EAGER.dense_merge_
-    lowrank_linear_ = _EAGER.lowrank_linear_
-    lowrank_embedding_ = _EAGER.lowrank_embedding_
+    def lowrank_linear_(self, call: LayerCall) -> None:
+        _EAGER.lowrank_linear_(call)
+
+    def lowrank_embedding_(self, call: LayerCall) -> None:
+        _EAGER.lowrank_embedding_(call)
 
     @contextlib.contextmanager
-    def _calling(self, table: TensorTable, update: Update, momentum: Momentum | None = None) -> Iterator[_Calling]:
+    def _calling(self, table: TensorTable, call: TableCall) -> Iterator[_Calling]:
         """The arguments of a call, on the table's device; they point to memory that lives until the end."""
         with _current(table.device):
             tables = device_table(table)
-            header = tables.header(update)
-            call = _Call(
+            header = tables.header(call)
+            arguments = _Call(
                 tensors=tables.tensors.data_ptr(),
                 count=len(table),
                 header=header.data_ptr(),
                 rank=table.rank,
-                num_draws=len(update.draws),
-                rounding=update.rounding is not None,
-                scales=update.scales.data_ptr(),
-                decay=None if update.decay is None else update.decay.data_ptr(),
+                num_draws=len(call.draws),
+                rounding=call.rounding is not None,
                 device=_index(table.device),
                 stream=_stream(table.device),
             )
-            if momentum is not None:
-                call.coefficients = momentum.coefficients.data_ptr()
-                call.alpha, call.beta = momentum.alpha.data_ptr(), momentum.beta.data_ptr()
-            yield _Calling(_load(self._path), tables, call)
+            for name in ("scales", "decay", "coefficients", "alpha", "beta"):
+                values = getattr(call, name)
+                if values is not None:
+                    setattr(arguments, name, values.data_ptr())
+            yield _Calling(_load(self._path), tables, arguments)
             del header  # the allocator reuses it in the order of the stream
 
 
@@ -226,8 +208,8 @@ def _load(path: Path) -> ctypes.CDLL:
         raise RuntimeError(f"{path} has ABI version {version}, this package needs {ABI_VERSION}; rebuild it")
     library.lozo_cuda_architectures.restype = library.lozo_cuda_message.restype = ctypes.c_char_p
     library.lozo_cuda_probe.argtypes = (ctypes.c_int64,)
-    for op in _OPS:
-        getattr(library, f"lozo_cuda_{op}").argtypes = (ctypes.POINTER(_Tiles), ctypes.POINTER(_Call))
+    for name in _FUNCTIONS:
+        getattr(library, f"lozo_cuda_{name}").argtypes = (ctypes.POINTER(_Tiles), ctypes.POINTER(_Call))
     library.lozo_cuda_factor.argtypes = (ctypes.POINTER(Factor), ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
     return library
 

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from .. import noise, reference
-from ..calls import Draw, Momentum, Skinny, Update
+from ..calls import Draw, LayerCall, TableCall
+from ..op_table import Op
+from ..registry import Backend
 from ..table import TensorTable
 
 
-class EagerBackend:
+class EagerBackend(Backend):
     """Plain PyTorch, one tensor after the other; in inference mode, where weights that were loaded under it can be changed too."""
 
     name = "eager"
@@ -20,42 +22,26 @@ class EagerBackend:
     def unavailable(self, device: torch.device) -> str | None:
         return "there is no storage to change" if device.type == "meta" else None
 
-    def withheld(self, device: torch.device) -> str | None:
-        return None
-
     @torch.inference_mode()
-    def lowrank_update_(self, table: TensorTable, update: Update) -> None:
-        assert table.v is not None
+    def run(self, op: Op, table: TensorTable, call: TableCall) -> None:
+        function = getattr(reference, op.kernel)
         for t in _tensors(table):
-            us = [row_factor(table, t, update.seed, d) for d in update.draws]
-            y = reference.lowrank_update(table.x[t], table.v[t], us, list(update.scales[:, t]), _decay(update, t))
-            _store(table, t, y, update)
-
-    @torch.inference_mode()
-    def dense_update_(self, table: TensorTable, update: Update) -> None:
-        for t in _tensors(table):
-            zs = [dense_noise(table, t, update.seed, d) for d in update.draws]
-            y = reference.dense_update(table.x[t], zs, list(update.scales[:, t]), _decay(update, t))
-            _store(table, t, y, update)
-
-    @torch.inference_mode()
-    def lowrank_momentum_(self, table: TensorTable, update: Update, momentum: Momentum) -> None:
-        assert table.v is not None and table.n is not None
-        for t in _tensors(table):
-            us = [row_factor(table, t, update.seed, d) for d in update.draws]
-            table.n[t].copy_(reference.momentum(table.n[t], us, list(momentum.coefficients[:, t]), momentum.beta[t]))
-            y = reference.lowrank_update(table.x[t], table.v[t], us, list(update.scales[:, t]), _decay(update, t))
-            y = reference.apply_momentum(y, reference.momentum_product(table.n[t], table.v[t]), momentum.alpha[t])
-            _store(table, t, y, update)
-
-    @torch.inference_mode()
-    def dense_momentum_(self, table: TensorTable, update: Update, momentum: Momentum) -> None:
-        assert table.n is not None
-        for t in _tensors(table):
-            zs = [dense_noise(table, t, update.seed, d) for d in update.draws]
-            table.n[t].copy_(reference.momentum(table.n[t], zs, list(momentum.coefficients[:, t]), momentum.beta[t]))
-            y = reference.dense_update(table.x[t], zs, list(update.scales[:, t]), _decay(update, t))
-            _store(table, t, reference.apply_momentum(y, table.n[t], momentum.alpha[t]), update)
+            given = [table.x[t]]
+            if op.v:
+                assert table.v is not None
+                given.append(table.v[t])
+            if op.n != "none":
+                given.append(None if table.n is None else table.n[t])  # type: ignore[arg-type]
+            noise = [_noise(op, table, t, call.seed, draw) for draw in call.draws]
+            decay = None if call.decay is None else call.decay[t]
+            if op.momentum:
+                assert table.n is not None and call.coefficients is not None and call.alpha is not None and call.beta is not None
+                terms = reference.MomentumTerms(list(call.coefficients[:, t]), call.alpha[t], call.beta[t])
+                y, n = function(*given, noise, list(call.scales[:, t]), terms, decay)
+                table.n[t].copy_(n)
+            else:
+                y = function(*given, noise, list(call.scales[:, t]), decay)
+            _store(table, t, y, call)
 
     @torch.inference_mode()
     def resample_(self, table: TensorTable, seed: int, window: int, reproject: bool) -> None:
@@ -67,30 +53,7 @@ class EagerBackend:
             table.v[t].copy_(v)
 
     @torch.inference_mode()
-    def factor_update_(self, table: TensorTable, update: Update) -> None:
-        for t in _tensors(table):
-            f = table.x[t]
-            us = [_rows_of_u(table, t, f.shape[2], update.seed, d) for d in update.draws]
-            f.copy_(reference.factor_update(f, us, list(update.scales[:, t]), _decay(update, t)))
-
-    @torch.inference_mode()
-    def lowrank_merge_(self, table: TensorTable, update: Update, out: TensorTable) -> None:
-        assert table.v is not None and table.n is not None
-        for t in _tensors(table):
-            us = [row_factor(table, t, update.seed, d) for d in update.draws]
-            y = reference.lowrank_merge(table.x[t], table.v[t], table.n[t], us, list(update.scales[:, t]), _decay(update, t))
-            _store(table, t, y, update, out)
-
-    @torch.inference_mode()
-    def dense_merge_(self, table: TensorTable, update: Update, out: TensorTable) -> None:
-        for t in _tensors(table):
-            zs = [dense_noise(table, t, update.seed, d) for d in update.draws]
-            f = None if table.n is None else table.n[t]
-            y = reference.dense_merge(table.x[t], f, zs, list(update.scales[:, t]), _decay(update, t))
-            _store(table, t, y, update, out)
-
-    @torch.inference_mode()
-    def lowrank_linear_(self, call: Skinny) -> None:
+    def lowrank_linear_(self, call: LayerCall) -> None:
         for tokens, f, shift in _groups(call):
             y = reference.lowrank_linear(
                 call.y[tokens], call.x[tokens], call.v, f, transposed=call.transposed, gain=call.gain, shift=shift
@@ -98,7 +61,7 @@ class EagerBackend:
             call.y[tokens] = y.to(call.y.dtype)
 
     @torch.inference_mode()
-    def lowrank_embedding_(self, call: Skinny) -> None:
+    def lowrank_embedding_(self, call: LayerCall) -> None:
         for tokens, f, _ in _groups(call):
             y = reference.lowrank_embedding(call.y[tokens], call.x[tokens], call.v, f, gain=call.gain)
             call.y[tokens] = y.to(call.y.dtype)
@@ -109,6 +72,13 @@ class EagerBackend:
         return noise.factor(
             seed, rows, rank, tensor_id, draw.step, stream=stream, row_offset=row_offset, direction=draw.direction, device=device
         )
+
+
+def _noise(op: Op, table: TensorTable, t: int, seed: int, draw: Draw) -> Tensor:
+    """What a draw adds to one tensor: U, or Z."""
+    if not op.along_rows:
+        return dense_noise(table, t, seed, draw)
+    return _rows_of_u(table, t, table.x[t].shape[2] if op.factors else table.rank, seed, draw)
 
 
 def row_factor(table: TensorTable, t: int, seed: int, draw: Draw) -> Tensor:
@@ -170,11 +140,7 @@ def _tensors(table: TensorTable) -> Iterator[int]:
     return (t for t in range(len(table)) if table.x[t].numel())
 
 
-def _decay(update: Update, t: int) -> Tensor | None:
-    return None if update.decay is None else update.decay[t]
-
-
-def _groups(call: Skinny) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+def _groups(call: LayerCall) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """The tokens, the factor B + scale * U and the shift of each evaluation."""
     groups = len(call.draws)
     size = len(call.y) // groups
@@ -194,12 +160,12 @@ def _groups(call: Skinny) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         yield slice(g * size, (g + 1) * size), f, None if call.shift is None else call.shift[g]
 
 
-def _store(table: TensorTable, t: int, y: Tensor, update: Update, out: TensorTable | None = None) -> None:
-    x, rounding = (table if out is None else out).x[t], update.rounding
+def _store(table: TensorTable, t: int, y: Tensor, call: TableCall) -> None:
+    x, rounding = (table if call.out is None else call.out).x[t], call.rounding
     if rounding is None or x.dtype == torch.float32:
         x.copy_(reference.round_nearest(y, x.dtype))
         return
     bits = _flat(table, t, lambda numel, offset: noise.rounding_bits(
-        update.seed, numel, table.tensor_ids[t], rounding.step, offset=offset, direction=rounding.index, device=table.device
+        call.seed, numel, table.tensor_ids[t], rounding.step, offset=offset, direction=rounding.index, device=table.device
     ))  # fmt: skip
     x.copy_(reference.round_stochastic(y, bits, x.dtype))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls import Draw, Rounding, Update
+from ..calls import Draw, Rounding, TableCall
 from ..table import DTYPES, TensorTable
 from .packing import FIELDS, pack, redirect
 
@@ -169,9 +169,9 @@ class DeviceTable:
             self._factor_starts = (counts.cumsum(0) - counts).to(self._device), int(counts.sum())
         return self._factor_starts
 
-    def header(self, update: Update) -> Tensor:
-        """The words of :data:`HEADER` for an update."""
-        return self.headers.words(update.seed, update.draws, update.rounding)
+    def header(self, call: TableCall) -> Tensor:
+        """The words of :data:`HEADER` for a call."""
+        return self.headers.words(call.seed, call.draws, call.rounding)
 
     def _make_launches(self, tile_of: TileOf) -> list[Launch]:
         rows = self._rows
@@ -191,19 +191,12 @@ class DeviceTable:
         return launches
 
 
-def device_table(table: TensorTable) -> DeviceTable:
-    """The table's device form, made at the first use."""
-    found = table.cache.get("gpu")
+def device_table(table: TensorTable, factors: bool = False) -> DeviceTable:
+    """The device form of a table, or with ``factors`` of a table of factors, made at the first use."""
+    key = "gpu factors" if factors else "gpu"
+    found = table.cache.get(key)
     if not isinstance(found, DeviceTable):
-        found = table.cache["gpu"] = DeviceTable(table)
-    return found
-
-
-def factor_table(table: TensorTable) -> DeviceTable:
-    """The device form of a table of factors."""
-    found = table.cache.get("gpu factors")
-    if not isinstance(found, DeviceTable):
-        found = table.cache["gpu factors"] = DeviceTable(table, factors=True)
+        found = table.cache[key] = DeviceTable(table, factors=factors)
     return found
 
 

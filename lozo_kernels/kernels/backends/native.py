@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..calls import Draw, Momentum, Skinny, Update
+from ..calls import Draw, LayerCall, TableCall
 from ..noise import STREAMS
+from ..op_table import MAX_DRAWS, OPS, Op
+from ..registry import Backend
 from ..table import DTYPES, TensorTable
 from .packing import pack
 
 ABI_VERSION = 2
-
-_MAX_DRAWS = 2
 
 
 class _Call(ctypes.Structure):
@@ -28,8 +30,8 @@ class _Call(ctypes.Structure):
         ("seed", ctypes.c_uint64),
         ("rank", ctypes.c_int64),
         ("num_draws", ctypes.c_int64),
-        ("draw_steps", ctypes.c_int64 * _MAX_DRAWS),
-        ("directions", ctypes.c_int64 * _MAX_DRAWS),
+        ("draw_steps", ctypes.c_int64 * MAX_DRAWS),
+        ("directions", ctypes.c_int64 * MAX_DRAWS),
         ("rounding", ctypes.c_int64),
         ("rounding_step", ctypes.c_int64),
         ("rounding_index", ctypes.c_int64),
@@ -57,7 +59,7 @@ class Factor(ctypes.Structure):
     )
 
 
-class _Skinny(ctypes.Structure):
+class _Layer(ctypes.Structure):
     """``lozo_skinny`` of csrc/include/lozo/abi.h."""
 
     _fields_ = (
@@ -96,13 +98,12 @@ _STATUS: dict[int, Callable[[str], Exception]] = {
 }
 
 
-class NativeBackend:
+class NativeBackend(Backend):
     """Compiled CPU kernels, one call for a whole table."""
 
     name = "native"
 
     def unavailable(self, device: torch.device) -> str | None:
-        """Why this backend cannot serve the device, or None if it can."""
         if device.type != "cpu":
             return "it serves cpu only"
         try:
@@ -111,60 +112,38 @@ class NativeBackend:
             return str(error)
         return None
 
-    def withheld(self, device: torch.device) -> str | None:
-        return None
-
-    def lowrank_update_(self, table: TensorTable, update: Update) -> None:
-        _run("lozo_cpu_lowrank_update", table, _call(table, update))
-        torch.autograd.graph.increment_version(table.x)
-
-    def dense_update_(self, table: TensorTable, update: Update) -> None:
-        _run("lozo_cpu_dense_update", table, _call(table, update))
-        torch.autograd.graph.increment_version(table.x)
-
-    def lowrank_momentum_(self, table: TensorTable, update: Update, momentum: Momentum) -> None:
-        assert table.n is not None
-        _run("lozo_cpu_lowrank_momentum", table, _call(table, update, momentum))
-        torch.autograd.graph.increment_version((*table.x, *table.n))
-
-    def dense_momentum_(self, table: TensorTable, update: Update, momentum: Momentum) -> None:
-        assert table.n is not None
-        _run("lozo_cpu_dense_momentum", table, _call(table, update, momentum))
-        torch.autograd.graph.increment_version((*table.x, *table.n))
+    def run(self, op: Op, table: TensorTable, call: TableCall) -> None:
+        packed, library = _packed(table, op.factors), _library()
+        arguments = _arguments(packed.rank, call)
+        function = getattr(library, f"lozo_cpu_{op.kernel}")
+        if op.out:
+            assert call.out is not None
+            status = function(packed.address, packed.count, arguments, _packed(call.out).address)
+        else:
+            status = function(packed.address, packed.count, arguments)
+        _check(status, function)
+        torch.autograd.graph.increment_version(op.written(table, call.out))
 
     def resample_(self, table: TensorTable, seed: int, window: int, reproject: bool) -> None:
         assert table.v is not None
-        call = _Call(seed=seed, rank=table.rank, num_draws=1, draw_steps=(window,), threads=torch.get_num_threads())
-        _run("lozo_cpu_resample", table, call, ctypes.c_int64(reproject))
+        packed, function = _packed(table), _library().lozo_cpu_resample
+        call = _Call(seed=seed, rank=packed.rank, num_draws=1, draw_steps=(window,), threads=torch.get_num_threads())
+        _check(function(packed.address, packed.count, call, reproject), function)
         torch.autograd.graph.increment_version((*table.v, *(table.n or ())) if reproject else table.v)
 
-    def factor_update_(self, table: TensorTable, update: Update) -> None:
-        _run("lozo_cpu_factor_update", table, _call(table, update), factors=True)
-        torch.autograd.graph.increment_version(table.x)
+    def lowrank_linear_(self, call: LayerCall) -> None:
+        _run_layer("lozo_cpu_lowrank_linear", call, call.x.stride(0))
 
-    def lowrank_merge_(self, table: TensorTable, update: Update, out: TensorTable) -> None:
-        assert table.n is not None
-        _run("lozo_cpu_lowrank_merge", table, _call(table, update), _packed(out).data_ptr())
-        torch.autograd.graph.increment_version(out.x)
-
-    def dense_merge_(self, table: TensorTable, update: Update, out: TensorTable) -> None:
-        _run("lozo_cpu_dense_merge", table, _call(table, update), _packed(out).data_ptr())
-        torch.autograd.graph.increment_version(out.x)
-
-    def lowrank_linear_(self, call: Skinny) -> None:
-        _run_skinny("lozo_cpu_lowrank_linear", call, call.x.stride(0))
-
-    def lowrank_embedding_(self, call: Skinny) -> None:
-        _run_skinny("lozo_cpu_lowrank_embedding", call, 1)
+    def lowrank_embedding_(self, call: LayerCall) -> None:
+        _run_layer("lozo_cpu_lowrank_embedding", call, 1)
 
     def factor(
         self, seed: int, rows: int, rank: int, tensor_id: int, draw: Draw, *, stream: str, row_offset: int, device: torch.device
     ) -> Tensor:
-        out = torch.empty(rows, rank)
+        out = torch.empty(rows, rank, dtype=torch.float32, device=device)
         what = Factor(seed, STREAMS[stream], tensor_id, int(draw.step), draw.direction, row_offset, rows, rank)
-        status = _library().lozo_cpu_factor(ctypes.byref(what), out.data_ptr())
-        if status:
-            raise _STATUS[status]("lozo_cpu_factor")
+        function = _library().lozo_cpu_factor
+        _check(function(what, out.data_ptr()), function)
         return out
 
 
@@ -201,7 +180,7 @@ def set_isa(name: str | None) -> None:
 def openmp_path() -> Path | None:
     """The OpenMP runtime that torch computes with, or None if it cannot be told."""
     try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     mapped = {Path(line.split(None, 5)[5]) for line in lines if "/" in line}
@@ -256,13 +235,10 @@ def _load() -> ctypes.CDLL:
     library.lozo_use_openmp(_gomp_parallel())
     library.lozo_isa_supported.argtypes = library.lozo_set_isa.argtypes = (ctypes.c_char_p,)
     pointers = (ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(_Call))
-    for op in ("lowrank_update", "dense_update", "lowrank_momentum", "dense_momentum"):
-        getattr(library, f"lozo_cpu_{op}").argtypes = pointers
-    library.lozo_cpu_factor_update.argtypes = pointers
-    for op in ("lowrank_merge", "dense_merge"):
-        getattr(library, f"lozo_cpu_{op}").argtypes = (*pointers, ctypes.c_void_p)
-    for op in ("lowrank_linear", "lowrank_embedding"):
-        getattr(library, f"lozo_cpu_{op}").argtypes = (ctypes.POINTER(_Skinny),)
+    for op in OPS.values():
+        getattr(library, f"lozo_cpu_{op.kernel}").argtypes = (*pointers, ctypes.c_void_p) if op.out else pointers
+    for name in ("lowrank_linear", "lowrank_embedding"):
+        getattr(library, f"lozo_cpu_{name}").argtypes = (ctypes.POINTER(_Layer),)
     library.lozo_cpu_factor.argtypes = (ctypes.POINTER(Factor), ctypes.c_void_p)
     library.lozo_cpu_resample.argtypes = (*pointers, ctypes.c_int64)
     return library
@@ -286,31 +262,30 @@ def _choose(library: ctypes.CDLL, name: str | None) -> None:
     raise ValueError(f"instruction set {name!r} (LOZO_KERNELS_ISA): {why}; choose from {', '.join(supported)}")
 
 
-def _run(function: str, table: TensorTable, call: _Call, *more: object, factors: bool = False) -> None:
-    packed = _packed(table, factors)
-    status = getattr(_library(), function)(packed.data_ptr(), len(table), ctypes.byref(call), *more)
+def _check(status: int, function: Any) -> None:
     if status:
-        raise _STATUS[status](function)
+        raise _STATUS[status](function.__name__)
 
 
-def _call(table: TensorTable, update: Update, momentum: Momentum | None = None) -> _Call:
-    """The arguments as C takes them; the caller keeps ``update`` and ``momentum``, whose memory they point to."""
-    call = _Call(seed=update.seed, rank=table.rank, num_draws=len(update.draws), threads=torch.get_num_threads())
-    for d, draw in enumerate(update.draws):
-        call.draw_steps[d], call.directions[d] = int(draw.step), draw.direction
-    if update.rounding is not None:
-        call.rounding, call.rounding_step, call.rounding_index = 1, int(update.rounding.step), update.rounding.index
-    call.scales = update.scales.data_ptr()
-    call.decay = None if update.decay is None else update.decay.data_ptr()
-    if momentum is not None:
-        call.coefficients, call.alpha, call.beta = (x.data_ptr() for x in (momentum.coefficients, momentum.alpha, momentum.beta))
-    return call
+def _arguments(rank: int, call: TableCall) -> _Call:
+    """A call as C takes it; the caller keeps ``call``, whose memory it points to."""
+    arguments = _Call(seed=call.seed, rank=rank, num_draws=len(call.draws), threads=torch.get_num_threads())
+    for d, draw in enumerate(call.draws):
+        arguments.draw_steps[d], arguments.directions[d] = int(draw.step), draw.direction
+    rounding = call.rounding
+    if rounding is not None:
+        arguments.rounding, arguments.rounding_step, arguments.rounding_index = 1, int(rounding.step), rounding.index
+    for name in ("scales", "decay", "coefficients", "alpha", "beta"):
+        values = getattr(call, name)
+        if values is not None:
+            setattr(arguments, name, values.data_ptr())
+    return arguments
 
 
-def _run_skinny(function: str, call: Skinny, x_stride: int) -> None:
+def _run_layer(name: str, call: LayerCall, x_stride: int) -> None:
     y, x, v, b, gain, shift = call.y, call.x, call.v, call.b, call.gain, call.shift
     rows, rank = b.shape
-    arguments = _Skinny(
+    arguments = _Layer(
         y.data_ptr(),
         x.data_ptr(),
         v.data_ptr(),
@@ -334,17 +309,25 @@ def _run_skinny(function: str, call: Skinny, x_stride: int) -> None:
         call.transposed,
         torch.get_num_threads(),
     )
-    status = getattr(_library(), function)(arguments)
-    if status:
-        raise _STATUS[status](function)
+    function = getattr(_library(), name)
+    _check(function(arguments), function)
     torch.autograd.graph.increment_version(y)
 
 
-def _packed(table: TensorTable, factors: bool = False) -> Tensor:
-    """The table as rows of ``lozo_tensor``."""
+@dataclasses.dataclass(frozen=True)
+class _Packed:
+    """A table as rows of ``lozo_tensor``, kept with the table."""
+
+    rows: Tensor
+    address: int
+    count: int
+    rank: int
+
+
+def _packed(table: TensorTable, factors: bool = False) -> _Packed:
     key = "native factors" if factors else "native"
     packed = table.cache.get(key)
-    if not isinstance(packed, Tensor):
-        packed = pack(table, factors)
-        table.cache[key] = packed
-    return packed
+    if packed is None:
+        rows = pack(table, factors)
+        packed = table.cache[key] = _Packed(rows, rows.data_ptr(), len(table), table.rank)
+    return packed  # type: ignore[return-value]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .directions import Dense, Estimator, LowRank, Place
+from .directions import Dense, Estimator, FactorSpec, LowRank
 from .subspace import Subspace
 
 ESTIMATORS: dict[str, type[Estimator]] = {e.name: e for e in (LowRank, Dense, Subspace)}
 
-__all__ = ["ESTIMATORS", "Dense", "Estimator", "LowRank", "Place", "Subspace"]
+__all__ = ["ESTIMATORS", "Dense", "Estimator", "FactorSpec", "LowRank", "Subspace"]

@@ -1,26 +1,25 @@
-"""What the engine asks of an estimator: the ops along its directions."""
+"""How directions are made: what a handle asks of an estimator, and the directions of LOZO and of MeZO."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ...kernels import ops
-from ...kernels.calls import Draw, Rounding
-from ...kernels.ops import Scalars
+from ...kernels.calls import Draw, TableCall
+from ...kernels.op_table import Op
 from ...kernels.registry import Backend
 from ...kernels.table import TensorTable
 from ..config import PatchConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """One tensor as its factors are made: ``extent`` is (batch, rows, cols)."""
+class FactorSpec:
+    """Whose factors are made: its id in the noise, its (batch, rows, cols), and the backend and device that make them."""
 
     tensor_id: int
     extent: tuple[int, int, int]
@@ -32,8 +31,7 @@ class Estimator(abc.ABC):
     """How the directions of matrices are made: L V^T, with L new at every draw and V kept for a window of steps.
 
     One object serves one handle. Vectors, and matrices where :attr:`low_rank` is False, have dense Gaussian directions instead,
-    which are the same for all estimators. Arguments of the methods are those of the ops of the same name in
-    :mod:`lozo_kernels.kernels.ops`, with L in place of U.
+    which are the same for all estimators.
 
     Attributes:
         name: as in :class:`~lozo_kernels.model.config.PatchConfig`.
@@ -47,80 +45,20 @@ class Estimator(abc.ABC):
         self.config = config
 
     @abc.abstractmethod
-    def left(self, place: Place, draw: Draw) -> Tensor:
-        """L of one tensor: (batch, rows, rank) fp32. The step of the draw is a number."""
+    def left(self, spec: FactorSpec, draw: Draw) -> Tensor:
+        """L of one parameter: (batch, rows, rank) fp32. The step of the draw is a number."""
 
     @abc.abstractmethod
-    def right(self, place: Place, window: int) -> Tensor:
-        """V of one tensor, transposed: (batch, rank, cols) fp32."""
+    def right(self, spec: FactorSpec, window: int) -> Tensor:
+        """V of one parameter, transposed: (batch, rank, cols) fp32."""
 
     def resample_(self, table: TensorTable, *, window: int, reproject: bool, backend: Backend) -> None:
-        """V of a window, for all of a table of weights."""
+        """Writes the V of a window, as :func:`lozo_kernels.ops.resample_` does, for a table of weights."""
         ops.resample_(table, seed=self.config.seed, window=window, reproject=reproject, backend=backend)
 
-    def lowrank_update_(
-        self,
-        table: TensorTable,
-        *,
-        draws: Sequence[Draw],
-        scales: Scalars,
-        decay: Scalars | None = None,
-        rounding: Rounding | None = None,
-        backend: Backend,
-    ) -> None:
-        """X <- decay * X + sum over draws of scale * L V^T."""
-        ops.lowrank_update_(
-            table, seed=self.config.seed, draws=draws, scales=scales, decay=decay, rounding=rounding, backend=backend
-        )
-
-    def lowrank_momentum_(
-        self,
-        table: TensorTable,
-        *,
-        draws: Sequence[Draw],
-        scales: Scalars,
-        coefficients: Scalars,
-        alpha: Scalars,
-        beta: Scalars,
-        decay: Scalars | None = None,
-        rounding: Rounding | None = None,
-        backend: Backend,
-    ) -> None:
-        """N <- beta * N + sum of coefficient * L, then X <- decay * X + sum of scale * L V^T + alpha * N V^T."""
-        ops.lowrank_momentum_(
-            table,
-            seed=self.config.seed,
-            draws=draws,
-            scales=scales,
-            coefficients=coefficients,
-            alpha=alpha,
-            beta=beta,
-            decay=decay,
-            rounding=rounding,
-            backend=backend,
-        )
-
-    def factor_update_(
-        self, table: TensorTable, *, draws: Sequence[Draw], scales: Scalars, decay: Scalars | None = None, backend: Backend
-    ) -> None:
-        """F <- decay * F + sum over draws of scale * L, for a table of factors."""
-        ops.factor_update_(table, seed=self.config.seed, draws=draws, scales=scales, decay=decay, backend=backend)
-
-    def lowrank_merge_(
-        self,
-        table: TensorTable,
-        *,
-        draws: Sequence[Draw] = (),
-        scales: Scalars = 0.0,
-        decay: Scalars | None = None,
-        rounding: Rounding | None = None,
-        out: TensorTable | None = None,
-        backend: Backend,
-    ) -> None:
-        """OUT <- decay * X + (N + scale * L) V^T."""
-        ops.lowrank_merge_(
-            table, seed=self.config.seed, draws=draws, scales=scales, decay=decay, rounding=rounding, out=out, backend=backend
-        )
+    def run(self, op: Op, table: TensorTable, call: TableCall, backend: Backend) -> None:
+        """An op on low-rank tensors or on factors (:data:`lozo_kernels.ops.OPS`), with L in place of U."""
+        ops.dispatch(op, table, call, backend)
 
 
 class Dense(Estimator):
@@ -129,13 +67,11 @@ class Dense(Estimator):
     name = "dense"
     low_rank = False
 
-    def left(self, place: Place, draw: Draw) -> Tensor:
-        """There is none."""
-        raise TypeError("dense directions have no factors")
+    def left(self, spec: FactorSpec, draw: Draw) -> Tensor:
+        raise NotImplementedError("dense directions have no factors")
 
-    def right(self, place: Place, window: int) -> Tensor:
-        """There is none."""
-        raise TypeError("dense directions have no factors")
+    def right(self, spec: FactorSpec, window: int) -> Tensor:
+        raise NotImplementedError("dense directions have no factors")
 
 
 class LowRank(Estimator):
@@ -143,15 +79,22 @@ class LowRank(Estimator):
 
     name = "lowrank"
 
-    def left(self, place: Place, draw: Draw) -> Tensor:
-        """U."""
-        return self._factor(place, place.extent[1], draw, "U")
+    def left(self, spec: FactorSpec, draw: Draw) -> Tensor:
+        return self._factor(spec, spec.extent[1], draw, "U")
 
-    def right(self, place: Place, window: int) -> Tensor:
-        """V."""
-        return self._factor(place, place.extent[2], Draw(window), "V").transpose(1, 2)
+    def right(self, spec: FactorSpec, window: int) -> Tensor:
+        return self._factor(spec, spec.extent[2], Draw(window), "V").transpose(1, 2)
 
-    def _factor(self, place: Place, rows: int, draw: Draw, stream: str) -> Tensor:
-        batch, (seed, rank) = place.extent[0], (self.config.seed, self.config.rank)
-        rest = {"stream": stream, "device": place.device, "backend": place.backend}
-        return ops.factor(seed, batch * rows, rank, place.tensor_id, draw, **rest).view(batch, rows, rank)  # type: ignore[arg-type]
+    def _factor(self, spec: FactorSpec, rows: int, draw: Draw, stream: str) -> Tensor:
+        batch, rank = spec.extent[0], self.config.rank
+        made = ops.factor(
+            self.config.seed,
+            batch * rows,
+            rank,
+            spec.tensor_id,
+            draw,
+            stream=stream,
+            device=spec.device,
+            backend=spec.backend,
+        )
+        return made.view(batch, rows, rank)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from ...kernels import noise, ops, reference
-from ...kernels.calls import Draw, Rounding
-from ...kernels.ops import Scalars
+from ...kernels.calls import Draw, TableCall
+from ...kernels.op_table import OPS, Op
 from ...kernels.registry import Backend
 from ...kernels.table import TensorTable
 from ..config import PatchConfig
-from .directions import Estimator, Place
+from .directions import Estimator, FactorSpec
 
 _GRID = 256.0
 _LARGEST = 8.0 - 1.0 / _GRID
@@ -49,116 +49,83 @@ class Subspace(Estimator):
         self._cores: tuple[tuple[int, int], Tensor] | None = None
         self._left: dict[int, tuple[tuple[int, int], Tensor]] = {}
 
-    def left(self, place: Place, draw: Draw) -> Tensor:
+    def left(self, spec: FactorSpec, draw: Draw) -> Tensor:
         """U' S / rank."""
-        step, batch = int(draw.step), place.extent[0]
-        u, rank = self._draw_basis(place, "U", step // self.config.interval)
-        owners = [(place.tensor_id, b) for b in range(batch)]
-        cores = noise.cores(self.config.seed, self.config.rank, owners, step, direction=draw.direction, device=place.device)
+        step, batch = int(draw.step), spec.extent[0]
+        u, rank = self._draw_basis(spec, "U", step // self.config.interval)
+        owners = [(spec.tensor_id, b) for b in range(batch)]
+        cores = noise.cores(self.config.seed, self.config.rank, owners, step, direction=draw.direction, device=spec.device)
         return _product(u, cores, rank)
 
-    def right(self, place: Place, window: int) -> Tensor:
+    def right(self, spec: FactorSpec, window: int) -> Tensor:
         """V'."""
-        return self._draw_basis(place, "V", window)[0].transpose(1, 2).float()
+        return self._draw_basis(spec, "V", window)[0].transpose(1, 2).float()
 
     def resample_(self, table: TensorTable, *, window: int, reproject: bool, backend: Backend) -> None:
         """U' and V' of a window; with ``reproject`` the momentum is expressed in the new V', as LOZO-M's."""
         assert table.v is not None
         for t, (x, v, tensor_id) in enumerate(zip(table.x, table.v, table.tensor_ids, strict=True)):
             batch, rows, cols = x.shape
-            place = Place(tensor_id, (batch, rows, cols), backend, x.device)
-            new = self._draw_basis(place, "V", window)[0].transpose(1, 2)
+            spec = FactorSpec(tensor_id, (batch, rows, cols), backend, x.device)
+            new = self._draw_basis(spec, "V", window)[0].transpose(1, 2)
             if reproject:
                 assert table.n is not None
                 table.n[t].copy_(reference.reproject(table.n[t], v, new))
             v.copy_(new)
-            self._enter(place, window)
+            self._enter(spec, window)
         self._left.clear()
 
-    def lowrank_update_(
-        self,
-        table: TensorTable,
-        *,
-        draws: Sequence[Draw],
-        scales: Scalars,
-        decay: Scalars | None = None,
-        rounding: Rounding | None = None,
-        backend: Backend,
-    ) -> None:
-        """One pass, by the op that merges a factor."""
-        step = _like(table)
-        assert step.n is not None
-        self._add(table, step.n, draws, scales)
-        self._merge(step, decay, rounding, None, backend)
+    def run(self, op: Op, table: TensorTable, call: TableCall, backend: Backend) -> None:
+        """The draws go into a factor, each a rounded multiply and a rounded add in order, which the op that merges then applies."""
+        if op.factors:
+            if call.decay is not None:
+                for f, decay in zip(table.x, call.decay.unbind(), strict=True):
+                    f.mul_(decay)
+            self._add(table, table.x, call.draws, call.scales)
+        elif op.out:
+            self._merge(table, call, backend)
+        else:
+            step = _with_factor(table)
+            assert step.n is not None
+            if op.momentum:
+                self._carry(table, call)
+            self._add(table, step.n, call.draws, call.scales)
+            if op.momentum:
+                assert table.n is not None and call.alpha is not None
+                for p, n, alpha in zip(step.n, table.n, call.alpha.unbind(), strict=True):
+                    p.add_(n * alpha)
+            self._apply(step, call, table, backend)
 
-    def lowrank_momentum_(
-        self,
-        table: TensorTable,
-        *,
-        draws: Sequence[Draw],
-        scales: Scalars,
-        coefficients: Scalars,
-        alpha: Scalars,
-        beta: Scalars,
-        decay: Scalars | None = None,
-        rounding: Rounding | None = None,
-        backend: Backend,
-    ) -> None:
-        """As :meth:`lowrank_update_`, with N in the factor."""
-        assert table.n is not None
-        count = len(table)
-        for n, b in zip(table.n, _each(beta, count), strict=True):
-            n.mul_(b)
-        self._add(table, table.n, draws, coefficients)
-        step = _like(table)
-        assert step.n is not None
-        self._add(table, step.n, draws, scales)
-        for p, n, a in zip(step.n, table.n, _each(alpha, count), strict=True):
-            p.add_(n * a)
-        self._merge(step, decay, rounding, None, backend)
+    def _carry(self, table: TensorTable, call: TableCall) -> None:
+        """N <- beta * N + sum of coefficient * L."""
+        assert table.n is not None and call.beta is not None and call.coefficients is not None
+        for n, beta in zip(table.n, call.beta.unbind(), strict=True):
+            n.mul_(beta)
+        self._add(table, table.n, call.draws, call.coefficients)
 
-    def factor_update_(
-        self, table: TensorTable, *, draws: Sequence[Draw], scales: Scalars, decay: Scalars | None = None, backend: Backend
-    ) -> None:
-        """Each operation rounded, draws in order."""
-        if decay is not None:
-            for f, d in zip(table.x, _each(decay, len(table)), strict=True):
-                f.mul_(d)
-        self._add(table, table.x, draws, scales)
-
-    def lowrank_merge_(
-        self,
-        table: TensorTable,
-        *,
-        draws: Sequence[Draw] = (),
-        scales: Scalars = 0.0,
-        decay: Scalars | None = None,
-        rounding: Rounding | None = None,
-        out: TensorTable | None = None,
-        backend: Backend,
-    ) -> None:
+    def _merge(self, table: TensorTable, call: TableCall, backend: Backend) -> None:
         """A draw goes into a copy of the factor."""
-        if draws:
-            at = table.cache.get(self.name)
-            if not isinstance(at, TensorTable):
-                table.cache[self.name] = at = _like(table)
-            assert table.n is not None and at.n is not None
-            for p, n in zip(at.n, table.n, strict=True):
-                p.copy_(n)
-            self._add(table, at.n, draws, scales)
-            table, out = at, table if out is None else out
-        self._merge(table, decay, rounding, out, backend)
+        if not call.draws:
+            self._apply(table, call, call.out, backend)
+            return
+        at = table.cache.get(self.name)
+        if not isinstance(at, TensorTable):
+            table.cache[self.name] = at = _with_factor(table)
+        assert table.n is not None and at.n is not None
+        for p, n in zip(at.n, table.n, strict=True):
+            p.copy_(n)
+        self._add(table, at.n, call.draws, call.scales)
+        self._apply(at, call, table if call.out is None else call.out, backend)
 
-    def _merge(
-        self, table: TensorTable, decay: Scalars | None, rounding: Rounding | None, out: TensorTable | None, backend: Backend
-    ) -> None:
-        ops.lowrank_merge_(table, seed=self.config.seed, decay=decay, rounding=rounding, out=out, backend=backend)
+    def _apply(self, table: TensorTable, call: TableCall, out: TensorTable | None, backend: Backend) -> None:
+        """Merges the factor of a table, with the decay and the rounding of a call."""
+        merge = TableCall(call.seed, (), call.scales[:0], call.decay, call.rounding, out=out)
+        ops.dispatch(OPS["lowrank_merge_"], table, merge, backend)
 
-    def _add(self, table: TensorTable, factors: Sequence[Tensor], draws: Sequence[Draw], scales: Scalars) -> None:
+    def _add(self, table: TensorTable, factors: Sequence[Tensor], draws: Sequence[Draw], scales: Tensor) -> None:
         """F <- F + sum of scale * L, a rounded multiply and a rounded add each."""
-        rows = _rows(scales, len(draws), len(table))
-        for draw, row in zip(draws, rows, strict=True):
-            for f, tensor_id, scale in zip(factors, table.tensor_ids, row, strict=True):
+        for draw, row in zip(draws, scales.unbind(), strict=True):
+            for f, tensor_id, scale in zip(factors, table.tensor_ids, row.unbind(), strict=True):
                 f.add_(self._left_of(tensor_id, draw, f.device) * scale)
 
     def _left_of(self, tensor_id: int, draw: Draw, device: torch.device) -> Tensor:
@@ -181,24 +148,32 @@ class Subspace(Estimator):
             self._cores = (key, s)
         return self._cores[1]
 
-    def _enter(self, place: Place, window: int) -> None:
+    def _enter(self, spec: FactorSpec, window: int) -> None:
         """U' of a window, and a place among the cores for a tensor that has none yet."""
-        known = self._bases.get(place.tensor_id)
+        known = self._bases.get(spec.tensor_id)
         if known is None:
             first = len(self._owners)
-            self._owners += [(place.tensor_id, b) for b in range(place.extent[0])]
+            self._owners += [(spec.tensor_id, b) for b in range(spec.extent[0])]
             self._cores = None
         else:
             first = known.first_core
-        u, rank = self._draw_basis(place, "U", window)
-        self._bases[place.tensor_id] = _Basis(u, rank, first)
+        u, rank = self._draw_basis(spec, "U", window)
+        self._bases[spec.tensor_id] = _Basis(u, rank, first)
 
-    def _draw_basis(self, place: Place, stream: str, window: int) -> tuple[Tensor, int]:
+    def _draw_basis(self, spec: FactorSpec, stream: str, window: int) -> tuple[Tensor, int]:
         """sqrt(rows) times orthonormal columns, (batch, rows or cols, rank) fp16 on the grid, and how many are not zero."""
-        (batch, rows, cols), rank = place.extent, self.config.rank
+        (batch, rows, cols), rank = spec.extent, self.config.rank
         length, filled = rows if stream == "U" else cols, min(rank, rows, cols)
-        rest = {"stream": stream, "device": place.device, "backend": place.backend}
-        g = ops.factor(self.config.seed, batch * length, rank, place.tensor_id, Draw(window), **rest)  # type: ignore[arg-type]
+        g = ops.factor(
+            self.config.seed,
+            batch * length,
+            rank,
+            spec.tensor_id,
+            Draw(window),
+            stream=stream,
+            device=spec.device,
+            backend=spec.backend,
+        )
         return orthonormal(g.view(batch, length, rank), filled), filled
 
 
@@ -225,24 +200,11 @@ def orthonormal(g: Tensor, rank: int) -> Tensor:
 def _product(u: Tensor, s: Tensor, rank: int) -> Tensor:
     """U' S / rank in fp32: the product exact in fp64, then one rounded division."""
     product = (u.double() @ s.double() + 0.0).float()
-    return product / torch.full((), float(rank), device=u.device)
+    return product / torch.full((), float(rank), dtype=torch.float32, device=u.device)
 
 
-def _like(table: TensorTable) -> TensorTable:
+def _with_factor(table: TensorTable) -> TensorTable:
     """The weights of a table with a factor of their own, zero."""
     assert table.v is not None
-    n = [torch.zeros(x.shape[0], x.shape[1], table.rank, device=x.device) for x in table.x]
+    n = [torch.zeros(x.shape[0], x.shape[1], table.rank, dtype=torch.float32, device=x.device) for x in table.x]
     return TensorTable(table.x, table.tensor_ids, v=table.v, n=n, checked=True)
-
-
-def _each(value: Scalars, count: int) -> list[float | Tensor]:
-    """A scalar for each tensor."""
-    return _rows(value, 1, count)[0]
-
-
-def _rows(value: Scalars, draws: int, count: int) -> list[list[float | Tensor]]:
-    """A scalar for each draw and tensor, as :func:`ops.lowrank_update_` broadcasts them."""
-    if isinstance(value, (int, float)):
-        return [[float(value)] * count] * draws
-    table = torch.as_tensor(value).to(torch.float32).expand(draws, count)
-    return [list(row.unbind()) for row in table.unbind()]

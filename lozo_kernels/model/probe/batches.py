@@ -8,22 +8,32 @@ from typing import Any
 import torch
 
 from ...errors import BatchSplitError
+from ..handle import Handle
 from ..losses import BatchClosure, Randomness, batch_losses, count_examples
 from ..sharding import Peers, reshard
 from .choosing.verify import Losses, typical_scale
-from .handle import ProbeHandle
+from .members import Member
 
 
 @torch.no_grad()
 def check_batches(
-    handle: ProbeHandle, closures: Sequence[BatchClosure], batches: Sequence[Any], randomness: Randomness | None, *, step: int
+    handle: Handle,
+    members: Sequence[Member],
+    closures: Sequence[BatchClosure],
+    batches: Sequence[Any],
+    randomness: Randomness | None,
+    *,
+    step: int,
 ) -> None:
     """Evaluates two distant points one after the other and together.
+
+    Args:
+        handle: of a probe that was prepared; members: its own.
 
     Raises:
         BatchSplitError: together they fail, or their losses differ.
     """
-    scale = typical_scale(handle.members, handle.config.rank)
+    scale = typical_scale(members, handle.config.rank)
     try:
         handle.rest_()
         rest = float(batch_losses(closures, batches, 1, randomness))

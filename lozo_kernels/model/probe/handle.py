@@ -3,98 +3,92 @@
 from __future__ import annotations
 
 import warnings
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...kernels.calls import Draw, Rounding, Step
 from ...kernels.checks import check_range, check_scale
 from ...kernels.noise import MAX_DIRECTION, MAX_DRAW
-from ...kernels.registry import Choice, choose_backend
+from ...kernels.registry import Choice
 from ...kernels.table import TensorTable
-from ..config import PatchConfig
-from ..handle import Handle
+from ..handle import Handle, Perturbation
 from ..interrupts import deferred_interrupt
-from ..losses import Closure, Randomness
-from ..offload import find_homes, home_of
-from ..parameters import Slot, canonical
-from ..passes import Group, Scalar, StepUpdate, Term, check_update, run_pass, run_update
+from ..losses import BatchClosure, Closure, Randomness
+from ..parameters import Parameter
+from ..passes import Group, Scalar, Term, Update, run_pass, run_update
 from ..report import ParameterReport
-from ..sharding import reshard, running_device, stays_in_blocks
-from .choosing import preparation
-from .forward.guards import Guards
-from .forward.install import Installation
-from .forward.swapping import Arena
-from .forward.weights import PerturbedWeights
-from .learned.factors import StateGroup, make_groups, update_factors
+from ..sharding import reshard
+from .batches import check_batches
+from .choosing.preparation import Preparation
+from .forward.probed import ProbedModel
+from .learned.factors import StateGroup, make_groups
 from .learned.ledger import Ledger
-from .members import Holder, Member, execution_device, load_weight, offloaded_weight, part_of
-from .runtime import REST, Point, Runtime
+from .members import Member
+from .runtime import REST, Point
+from .sides import describe_sides, set_sides
 
 
 class ProbeHandle(Handle):
     """A handle whose perturbations do not touch the weights (:class:`~lozo_kernels.PatchConfig`, ``placement="probe"``).
 
-    The model behaves as if its weights were X_t = W + B V^T, plus the perturbation that stands, wherever it is called: in a step,
-    in an evaluation, in ``generate``. W itself changes only when B is merged: when V is drawn anew, in :meth:`settle`, before
+    The model behaves as if its weights were X_t = W + B V^T, plus the perturbation that is applied, wherever it is called: in a
+    step, in an evaluation, in ``generate``. W itself changes only when B is merged: when V is drawn anew, in :meth:`merge`, before
     ``state_dict()`` and ``load_state_dict()``, and in :meth:`restore`. Methods are those of :class:`Handle`; :meth:`prepare`
     comes first.
+
+    Attributes:
+        probed: the model, the points, and what is known of each parameter.
+        prepared: :meth:`prepare` has chosen sides.
     """
 
+    probes = True
     state_in_pieces = False
 
-    def __init__(self, model: nn.Module, config: PatchConfig) -> None:
-        self._members: list[Member] = []
+    def _begin(self) -> None:
+        self.probed = ProbedModel(self.model, self.config, self.trained, self.estimator)
+        self.prepared = False
+        self._ledger = Ledger(self.members, self.config)
         self._states: list[StateGroup] = []
         self._resting: list[Group] = []
-        self._runtime = Runtime(config)
-        self._arenas: dict[torch.device, Arena] = {}
-        self._holders: dict[str, list[Holder]] = {}
-        self._installation = Installation()
-        self._choices: dict[torch.device, Choice] = {}
-        self._standing: Point | None = None
-        self._learned = False
+        self._applied: Point | None = None
         self._last_step = 0
-        self._prepared = False
         self._warned = False
         self._notes: list[str] = []
-        self.on_settle: Callable[[], None] | None = None
-        """Called just before a merge that no change of V implies."""
-        self.precision = torch.float32
-        """The coarsest dtype that evaluations compute with."""
-        self._weights = PerturbedWeights(self._runtime, config.seed)
-        super().__init__(model, config)
-        self._ledger = Ledger(self._members, config)
-        self._watch = Guards(model, self._members)
-        self._watch.check_adapters()
-
-    @property
-    def prepared(self) -> bool:
-        """Whether :meth:`prepare` has chosen sides."""
-        return self._prepared
-
-    @property
-    def devices(self) -> list[torch.device]:
-        """Where the trained parameters' state is, each device once."""
-        return list(dict.fromkeys(member.device for member in self._members))
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What the check of :meth:`prepare` found."""
-        return tuple(self._notes)
+        super()._begin()
+        self.probed.guards.check_adapters()
 
     @property
     def members(self) -> list[Member]:
         """What is known of every trained parameter, in the order of :attr:`names`."""
-        return self._members
+        return self.probed.members
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where the trained parameters' state is, each device once."""
+        return self.probed.devices
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(self._notes)
+
+    @property
+    def moves_weights(self) -> bool:
+        return bool(self._groups)
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        return {member.name: member.b for member in self.members if member.b is not None}
 
     @property
     def scratch_bytes(self) -> int:
         """Bytes of scratch memory held."""
-        return sum(arena.nbytes for arena in self._arenas.values())
+        return self.probed.scratch_bytes
+
+    def device_of(self, p: Parameter) -> torch.device:
+        return p.storage.device
 
     def prepare(self, closures: Closure | Sequence[Closure], randomness: Randomness | None = None, *, step: int = 0) -> None:
         """Looks where an evaluation uses each weight, chooses sides, and checks one loss both ways. A second call does nothing.
@@ -107,48 +101,63 @@ class ProbeHandle(Handle):
             randomness: what every evaluation draws.
             step: the step that follows.
         """
-        if self._prepared:
+        if self.prepared:
             return
         self.enter_window(step)
-        self.precision, notes = preparation.prepare(self, [closures] if callable(closures) else list(closures), randomness)
-        self._notes += notes
-        self._prepared = True
+        some = [closures] if callable(closures) else list(closures)
+        first = step - step % self.config.interval
+        preparation = Preparation(self.probed, self.install, some, randomness, first)
+        self._notes += preparation.run()
+        self.precision = preparation.precision
+        self.prepared = True
+
+    def describe_sides(self) -> dict[str, Any] | None:
+        return describe_sides(self.probed, self.precision) if self.prepared else None
+
+    @torch.no_grad()
+    def adopt_sides(self, described: dict[str, Any], *, install: bool) -> None:
+        """Takes over what :meth:`describe_sides` said of another handle of the same model, in place of :meth:`prepare`.
+
+        Args:
+            install: let the model be evaluated too. Otherwise only updates can be made, and memory for perturbed weights is saved.
+
+        Raises:
+            ValueError: it does not fit the model; nothing was changed.
+        """
+        precision = set_sides(self.probed, described, evaluate=install)
+        if install:
+            self.precision = precision
+            self.install()
+        else:
+            self._rebuild_groups()
+        self.prepared = True
 
     @torch.no_grad()
     def perturb_(self, step: Step, scale: float, *, direction: int = 0) -> None:
         """The model is evaluated at scale * D(step, direction) from where it is. Arguments as :meth:`Handle.perturb_`.
 
         Raises:
-            RuntimeError: not prepared, or a perturbation along another direction stands (use :meth:`shift_`).
+            RuntimeError: not prepared, or a perturbation along another direction is applied (use :meth:`shift_`).
         """
         check_scale(scale)
         check_range("direction", direction, MAX_DIRECTION)
+        applied = self._applied
+        if applied is not None and ((applied.step is not step and applied.step != step) or applied.direction != direction):
+            raise RuntimeError("a perturbation along another direction is applied: a probe holds one at a time; use shift_()")
+        before = 0.0 if applied is None else applied.scale
+        self.move(step, None if applied is None else (direction, before), (direction, before + scale))
+
+    def move(self, step: Step, before: Perturbation | None, after: Perturbation | None) -> None:
         self._check_prepared()
         self._start(step)
-        standing = self._standing
-        if standing is None:
-            self._watch.look()
-        if standing is not None and ((standing.step is not step and standing.step != step) or standing.direction != direction):
-            raise RuntimeError("a perturbation along another direction stands: a probe holds one at a time; use shift_()")
+        if before is None:
+            self.probed.guards.look()
         if self._groups:
-            run_pass(self._groups, self.config, [Term(Draw(step, direction), perturb=scale)])
-        self._move_to(Point(step, direction, scale + (standing.scale if standing else 0.0)))
+            self._move_groups(step, before, after)
+        self._move_to(REST if after is None else Point(step, after[0], after[1]))
 
     @torch.no_grad()
-    def shift_(self, step: Step, remove: tuple[int, float], add: tuple[int, float]) -> None:
-        """From a perturbation along one direction of a step to one along another. Arguments as :meth:`Handle.shift_`."""
-        for direction, scale in (remove, add):
-            check_scale(scale)
-            check_range("direction", direction, MAX_DIRECTION)
-        self._check_prepared()
-        if self._groups:
-            super().shift_(step, remove, add)
-        else:
-            self._start(step)
-        self._move_to(Point(step, add[0], add[1]))
-
-    @torch.no_grad()
-    def spread_(self, step: Step, offsets: Sequence[tuple[int, float]], examples: int) -> None:
+    def spread_(self, step: Step, offsets: Sequence[Perturbation], examples: int) -> None:
         """Several evaluations share the next forward passes: ``examples`` of the batch at each (direction, scale), in order.
 
         Raises:
@@ -160,20 +169,24 @@ class ProbeHandle(Handle):
         self._check_prepared()
         self._start(step)
         if self._groups:
-            name = self._members[int(self._groups[0].index[0])].name
+            name = self.names[int(self._groups[0].index[0])]
             raise RuntimeError(f"{name!r} is perturbed in place, which one forward pass can do in one way only: see report()")
-        self._watch.look()
-        self._standing = Point(step, 0, 0.0)
-        self._write([Point(step, direction, scale) for direction, scale in offsets], examples)
+        self.probed.guards.look()
+        self._applied = Point(step, 0, 0.0)
+        self.probed.write([Point(step, direction, scale) for direction, scale in offsets], examples)
 
     @torch.no_grad()
     def rest_(self) -> None:
         """Takes any perturbation out."""
-        standing = self._standing
-        if standing is not None and self._groups and standing.scale:
-            run_pass(self._groups, self.config, [Term(Draw(standing.step, standing.direction), perturb=-standing.scale)])
-        self._standing = None
-        self._write([REST])
+        applied = self._applied
+        if applied is not None and self._groups and applied.scale:
+            run_pass(self._groups, [Term(Draw(applied.step, applied.direction), perturb=-applied.scale)])
+        self._move_to(REST)
+
+    def check_batches(
+        self, closures: Sequence[BatchClosure], batches: Sequence[Any], randomness: Randomness | None, *, step: int
+    ) -> None:
+        check_batches(self, self.members, closures, batches, randomness, step=step)
 
     @torch.no_grad()
     def update_(
@@ -184,69 +197,66 @@ class ProbeHandle(Handle):
         *,
         weight_decay: Scalar = 0.0,
         beta: float | Tensor | None = None,
-        standing: float = 0.0,
+        applied: float = 0.0,
         perturb_next: float | None = None,
     ) -> None:
         """X <- (1 - lr * weight_decay) X - lr * mean over directions of c D / r, into B. Arguments as :meth:`Handle.update_`.
 
         Raises:
+            ValueError: ``perturb_next`` is given, for which a probe makes no pass.
             RuntimeError: an evaluation changed weights.
         """
         if perturb_next is not None:
             raise ValueError("a probe makes no pass that a perturbation could share: leave perturb_next out")
-        if beta is not None and not self._momentum:
-            raise RuntimeError("momentum was not enabled: call enable_momentum() first")
-        self._check_prepared()
-        self._watch.check_weights()
-        update = StepUpdate(step, list(c) if isinstance(c, Sequence) else [c], lr, weight_decay, beta)
-        check_update(update, len(self._slots))
-        check_scale(standing)
-        self._start(step)
-        for group in self._states:
-            update_factors(group, update, self.config)
-        if self._resting:
-            run_update(self._resting, self.config, update)
-        for member in self._members:
-            if member.b is None and member.slot.out_of_reach is not None:
-                with offloaded_weight(member, member.device) as x:
-                    run_update([self._group_away(member, x)], self.config, update)
-        if self._groups:
-            run_update(self._groups, self.config, update, standing)
-        self._last_step = self._last_step + 1 if isinstance(step, Tensor) else step
-        self._learned = self._learned or bool(self._states)
-        self._watch.look()  # weights that are updated in place changed
-        self._standing = None
-        self._write([REST])
+        super().update_(step, c, lr, weight_decay=weight_decay, beta=beta, applied=applied)
 
-    def settle(self) -> None:
+    def take(self, update: Update, applied: float = 0.0, perturb_next: float | None = None) -> None:
+        assert perturb_next is None
+        self._check_prepared()
+        self.probed.guards.check_weights()
+        self._start(update.step)
+        for state in self._states:
+            state.update(update)
+        run_update(self._resting, update)
+        for member in self.members:
+            if member.b is None and not member.storage.resident:
+                with member.storage.borrowed(member.device) as shard:
+                    run_update([self._group_away(member, shard.x)], update)
+        run_update(self._groups, update, applied)
+        self._last_step = self._last_step + 1 if isinstance(update.step, Tensor) else update.step
+        self.probed.learned = self.probed.learned or bool(self._states)
+        self.probed.guards.look()  # weights that are updated in place changed
+        self._move_to(REST)
+
+    def merge(self) -> None:
         """Merges what was learned into the weights: they become X_t, rounded once into their dtype.
 
         Rounds once more than a run that merges only when V is drawn anew. What quantised layers learned stays in factors, which
         their forwards add: r more ranks with every V.
         """
-        self._settle(self.on_settle)
+        self._merge(asked=True)
 
     @torch.no_grad()
-    def _settle(self, before: Callable[[], None] | None = None) -> None:
-        if not self._learned:
+    def _merge(self, *, asked: bool = False) -> None:
+        if not self.probed.learned:
             return
-        if any(member.swapped for member in self._members):
+        if any(member.swapped for member in self.members):
             raise RuntimeError("the weights cannot be brought up to date while a forward pass of the model runs")
         with deferred_interrupt():
-            if self._standing is not None:
+            if self._applied is not None:
                 self.rest_()
-            self.check_decay()
-            if any(slot.out_of_reach == "sharded" for slot in self._slots):
+            self._ledger.check_decay()
+            if self.sharded:
                 reshard(self.model)
             assert self._window is not None
-            if before is not None:
-                before()
+            if asked and self.on_merge is not None:
+                self.on_merge()
             rounding = Rounding(self._last_step) if self.config.rounding == "stochastic" else None
-            for group in self._states:
-                self._ledger.merge(group, self._window, rounding)
-            self._watch.look()  # these changes are our own
-            self._learned = False
-            self._write([REST])
+            for state in self._states:
+                self._ledger.merge(state, self._window, rounding)
+            self.probed.guards.look()  # these changes are our own
+            self.probed.learned = False
+            self.probed.write()
 
     @property
     def undecaying(self) -> list[str]:
@@ -259,12 +269,7 @@ class ProbeHandle(Handle):
 
     @property
     def history(self) -> list[tuple[int, dict[str, Tensor]]]:
-        """With ``keep_factors``: (window, merged B by name) of every window so far, on the CPU."""
         return self._ledger.history
-
-    @history.setter
-    def history(self, history: list[tuple[int, dict[str, Tensor]]]) -> None:
-        self._ledger.history = history
 
     @property
     def past(self) -> dict[str, dict[str, Any]]:
@@ -275,17 +280,13 @@ class ProbeHandle(Handle):
         return self._ledger.past
 
     @torch.no_grad()
-    def load_past(self, past: dict[str, dict[str, Any]]) -> None:
-        """The inverse of :attr:`past`.
-
-        Raises:
-            ValueError: names or shapes differ; nothing was changed.
-        """
+    def load_learned(self, past: Mapping[str, Mapping[str, Any]], history: Sequence[tuple[int, dict[str, Tensor]]]) -> None:
         self._check_usable()
         self._ledger.check_past(past)
-        self.settle()
+        self.merge()
         self._ledger.load_past(past)
-        self._write([REST])
+        self._ledger.history = [(window, dict(kept)) for window, kept in history]
+        self.probed.write()
 
     def write_perturbed(self, name: str, out: Tensor) -> None:
         """The weight that the model behaves as having, rounded into its dtype: what the weight side computes with.
@@ -299,21 +300,23 @@ class ProbeHandle(Handle):
             TypeError: it is quantised: no weight holds what the layer computes with.
             ValueError: ``out`` does not fit.
         """
-        slot = self._find(name)
-        if slot.out_of_reach == "quantised":
+        p = self.find(name)
+        if not p.storage.mergeable:
             raise TypeError(f"{name!r} is quantised and has no perturbed weight")
-        member = self._member_of(slot)
-        if slot.out_of_reach == "sharded":
+        if out.shape != p.storage.shape or out.dtype != p.tensor.dtype or not out.is_contiguous():
+            needed = f"contiguous {tuple(p.storage.shape)} {p.tensor.dtype}"
+            raise ValueError(f"out is {tuple(out.shape)} {out.dtype}; needed is {needed}")
+        if p.storage.sharded:
             reshard(self.model)
-        base = None if slot.out_of_reach is None else load_weight(member, member.device)  # in blocks: gathered as well
-        self._weights.fill(member, out, 0, self._choices[member.device].backend, base)
+        member = self.probed.member(p)
+        self.probed.fill(member, out, None if p.storage.resident else p.storage.load(member.device))
 
     def enter_window(self, step: int) -> None:
         """Makes V that of a step. What was learned under another V is merged first."""
         self._check_usable()
         check_range("step", step, MAX_DRAW - 1)
         if self._window is not None and step // self.config.interval != self._window:
-            self._settle()
+            self._merge()
         super().enter_window(step)
 
     def restore(self, *, discard: bool = False) -> None:
@@ -327,21 +330,21 @@ class ProbeHandle(Handle):
         """
         if self._restored:
             return
-        names = self._ledger.unmergeable(self._learned)
+        names = self._ledger.unmergeable(self.probed.learned)
         if names and not discard:
             raise RuntimeError(
                 f"what {len(names)} quantised layers learned (e.g. {names[0]!r}) cannot be merged into their weights and would be "
                 "lost: save it with lozo_kernels.export_lora() and call restore(discard=True)"
             )
         self.rest_()
-        self.settle()
-        self._installation.remove()
+        self.merge()
+        self.probed.remove()
         super().restore()
 
     def before_state_dict(self) -> None:
         """Merges, and warns once if there is something that the model's ``state_dict()`` cannot have."""
-        self.settle()
-        names = self._ledger.unmergeable(self._learned)
+        self.merge()
+        names = self._ledger.unmergeable(self.probed.learned)
         if names and not self._warned:
             self._warned = True
             warnings.warn(
@@ -351,140 +354,75 @@ class ProbeHandle(Handle):
             )
 
     def install(self) -> None:
-        """Puts the chosen sides into the model's modules."""
-        self._installation.remove()
+        """Puts the chosen sides into the model's modules, after taking out those before."""
+        self.probed.remove()
         self._rebuild_groups()
-        self._installation.add(self.model, self._members, self._runtime, self._arenas, self._fill, self._choices, weakref.ref(self))
-        self._watch.installed(self._installation)
-
-    def _fill(self, member: Member, out: Tensor, group: int) -> None:
-        self._weights.fill(member, out, group, self._choices[member.device].backend)
-
-    def _write(self, points: Sequence[Point], examples: int | None = None) -> None:
-        """Moves to other points; copies and shifts follow."""
-        self._runtime.live = self._learned or any(m.past is not None for m in self._members) or any(p.scale for p in points)
-        self._runtime.write(points, examples)
-        self._weights.refresh()
+        self.probed.install(self.before_state_dict, self.merge)
 
     def _move_to(self, point: Point) -> None:
-        self._standing = point if point.scale else None
-        self._write([point if point.scale else REST])
+        self._applied = point if point.scale else None
+        self.probed.write([point if point.scale else REST])
 
     def _check_prepared(self) -> None:
         self._check_usable()
-        if not self._prepared:
+        if not self.prepared:
             raise RuntimeError("the handle does not know yet where weights are used: call prepare(closure) once first")
 
     def _start(self, step: Step) -> None:
         super()._start(step)
-        if self._prepared:
-            self._watch.check_modules()
+        if self.prepared:
+            self.probed.guards.check_modules()
 
     def _shards(self) -> list[Tensor]:
         """Blocks of tensor-parallel weights. FSDP's are looked for when there is something to merge."""
-        if not self._members:
-            self._members = self._find_members()
-        return [member.present[0] for member in self._members if member.in_blocks]
-
-    def _device(self, slot: Slot) -> torch.device:
-        p = slot.parameter
-        return execution_device(self._holders[slot.name]) if p.device.type == "meta" else running_device(p)
+        return [p.storage.present()[0] for p in self._sharded if p.storage.in_blocks]
 
     def _resample(self, window: int | None, *, reproject: bool) -> None:
         if window is not None:
-            for group in self._states:
-                if group.windows is not None:
-                    self.estimator.resample_(group.windows, window=window, reproject=reproject, backend=group.choice.backend)
+            for state in self._states:
+                if state.windows is not None:
+                    self.estimator.resample_(state.windows, window=window, reproject=reproject, backend=state.backend)
         in_place = self._groups
         try:
             self._groups = [*in_place, *self._resting]
             super()._resample(window, reproject=reproject)
         finally:
             self._groups = in_place
-        for member in self._members:
-            if member.part is not None:
-                member.part.follow(member.v)
+        for member in self.members:
+            if member.local is not None:
+                member.local.follow(member.v)
 
     def _rebuild_groups(self) -> None:
         self._check_shapes()
-        if not self._members:
-            self._members = self._find_members()
-        for member in self._members:
-            self._follow(member)
-        self._choices = {d: choose_backend(d, self.config.backend) for d in self.devices}
-        self._states = make_groups(self._members, self._momentum, self._choices, self.estimator)
-        straight = [m for m in self._members if m.b is None]
+        probed = self.probed
+        probed.follow()
+        self._v |= {m.name: m.v for m in probed.members if m.v is not None}
+        for member in probed.members:
+            if member.name in self._momentum:
+                self._momentum[member.name] = self._momentum[member.name].to(member.device)
+        self._states = make_groups(probed.members, self._momentum, probed.backends, self.estimator, self.config)
+        straight = [m for m in probed.members if m.b is None]
         self._groups = self._make_groups(m.index for m in straight if m.side == "inplace")
-        self._resting = self._make_groups(m.index for m in straight if m.side != "inplace" and m.slot.out_of_reach is None)
-        self._weights.rebuild(self._members, self._choices, self.estimator)
-        self._weights.refresh()
+        self._resting = self._make_groups(m.index for m in straight if m.side != "inplace" and m.storage.resident)
+        probed.rebuild()
 
     def _group_away(self, member: Member, x: Tensor) -> Group:
         """A table over one offloaded weight while it is here."""
-        momentum = [self._momentum[member.name]] if self._momentum else None
+        p, backend = member.parameter, self.probed.backends[member.device]
+        momentum = [self._momentum[p.name]] if self._momentum else None
         index = torch.tensor([member.index], device=member.device)
-        table = TensorTable([x], [member.slot.tensor_id], n=momentum)
-        return Group(member.slot.kind, index, table, self._choices[member.device], self.estimator)
+        return Group(p.kind, index, TensorTable([x], [p.tensor_id], n=momentum), backend, self.estimator, self.config)
 
-    def _find_holders(self) -> dict[str, list[Holder]]:
-        """The modules that have each trained parameter, by its canonical name."""
-        holders: dict[str, list[Holder]] = {}
-        homes = find_homes(self.model)
-        for name, module in self.model.named_modules():
-            for attribute in module._parameters:
-                slot = self._aliases.get(canonical(f"{name}.{attribute}" if name else attribute))
-                if slot is not None:
-                    holder = Holder(module, name, attribute, home_of(homes, module, attribute))
-                    if holder.home is not None and slot.out_of_reach == "offloaded":
-                        holder.home.check_writable()
-                    holders.setdefault(slot.name, []).append(holder)
-        return holders
-
-    def _find_members(self) -> list[Member]:
-        self._holders = self._find_holders()
-        members = []
-        for i, slot in enumerate(self._slots):
-            member = Member(slot, i, self._extent(slot), self._device(slot), self._holders[slot.name])
-            member.in_blocks = slot.out_of_reach == "sharded" and stays_in_blocks(self.model, slot.parameter)
-            members.append(member)
-        return members
-
-    def _follow(self, member: Member) -> None:
-        """State where the parameter is now, made at the first call."""
-        member.device = device = self._device(member.slot)
-        batch, rows, cols = member.extent
-        if member.slot.kind == "lowrank":
-            if member.v is None:
-                member.v = torch.zeros(batch, self.config.rank, cols, dtype=torch.float16, device=device)
-            member.v = member.v.to(device)
-            self._v[member.name] = member.v
-        if member.side == "inplace":
-            member.b = None
-        elif self.estimator.low_rank:
-            if member.b is None:
-                member.b = torch.zeros(batch, rows, self.config.rank if member.v is not None else cols, device=device)
-            member.b = member.b.to(device)
-        member.point = self._runtime.on(device)
-        if member.in_blocks:
-            member.part = part_of(member, member.slot.piece())
-        if member.v is not None and member.b is not None and batch == 1:
-            v, b = (member.v, member.b) if member.part is None else (member.part.v, member.part.b)
-            assert v is not None
-            member.factors = v[0], b[0]
-        if member.past is not None:
-            member.past.to(device)
-        if member.name in self._momentum:
-            self._momentum[member.name] = self._momentum[member.name].to(device)
-
-    def _member_of(self, slot: Slot) -> Member:
-        return next(m for m in self._members if m.slot is slot)
-
-    def _describe(self, slot: Slot, choice: Choice) -> ParameterReport:
-        member = self._member_of(slot)
-        treatment = f"low-rank {self.config.rank}" if slot.kind == "lowrank" else "dense"
-        p = slot.parameter
-        note = member.reason or "prepare() will choose a side"
+    def _describe(self, p: Parameter, choice: Choice) -> ParameterReport:
+        member, tensor = self.probed.member(p), p.tensor
         return ParameterReport(
-            *(slot.name, slot.aliases, tuple(p.shape), p.dtype, p.device, treatment, choice.backend.name, note),
+            p.name,
+            p.aliases,
+            tuple(tensor.shape),
+            tensor.dtype,
+            tensor.device,
+            f"low-rank {self.config.rank}" if p.low_rank else "dense",
+            choice.backend.name,
+            member.reason or "prepare() will choose a side",
             side=member.side,
         )

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from ...errors import require
 from ...kernels.registry import choose_backend
-from ..estimators import Place
+from ..estimators import FactorSpec
 from ..handle import Handle
+from ..modules import own_buffers, own_parameters, unsaved_buffers
 from ..parameters import canonical
 from ..sharding import gather, reshard
+from ..storage import Owner
 from .forward.activation import layer_kind
 from .handle import ProbeHandle
-from .members import Holder, Member, load_weight
+from .members import Member
 
 _PREFIX = "base_model.model."
 
@@ -95,7 +97,7 @@ class _Export:
     def __init__(self, handle: ProbeHandle, rank: int | None) -> None:
         self.handle, self.rank = handle, rank
         self.modules = {canonical(name): module for name, module in handle.model.named_modules()}
-        self.members = {(h.module, h.attribute): m for m in handle.members for h in m.holders}
+        self.members = {(owner.module, owner.attribute): m for m in handle.members for owner in m.owners}
         self.tensors: dict[str, Tensor] = {}
         self.errors: dict[str, float] = {}
         self.targets: list[str] = []
@@ -103,7 +105,7 @@ class _Export:
 
     def run(self) -> LoraAdapter:
         reshard(self.handle.model)
-        deltas = {m: _factors(self.handle, m) for m in self.handle.members if m.slot.kind == "lowrank" and _is_layer(m)}
+        deltas = {m: _factors(self.handle, m) for m in self.handle.members if m.parameter.low_rank and _is_layer(m)}
         width = max((b.shape[1] for b, _ in deltas.values()), default=0)
         if width == 0:
             raise ValueError("no linear layer or embedding learned anything yet: there is no adapter to make")
@@ -114,15 +116,15 @@ class _Export:
 
     def _add_low_rank(self, member: Member, b: Tensor, v: Tensor, rank: int) -> None:
         b, v, error = (b, v, 0.0) if self.rank is None else truncate(b, v, rank)
-        if len(member.holders) > 1:
+        if len(member.owners) > 1:
             warnings.warn(
-                f"{member.name!r} is tied to {', '.join(member.slot.aliases)}: use the adapter as it is, because PEFT adds it once "
-                "for each of them when it merges it (merge_and_unload)",
+                f"{member.name!r} is tied to {', '.join(member.parameter.aliases)}: use the adapter as it is, because PEFT adds it "
+                "once for each of them when it merges it (merge_and_unload)",
                 stacklevel=5,
             )
         b, v = (nn.functional.pad(x, (0, rank - x.shape[1])) for x in (b, v))
-        for holder in member.holders:
-            name, kind = canonical(holder.name), layer_kind(holder)
+        for owner in member.owners:
+            name, kind = canonical(owner.path), layer_kind(owner)
             # PEFT adds B A x: a linear layer's weight is (outputs, inputs), those of the others are (inputs, outputs).
             up, down = (b, v.T) if kind == "linear" else (v, b.T)
             self._put(name, "lora_embedding_A" if kind == "embedding" else "lora_A.weight", down)
@@ -135,12 +137,12 @@ class _Export:
         """Everything that is no low-rank delta of a layer. Returns the names of modules that are saved whole."""
         whole, refused = [], []
         for member in members:
-            holder = member.holders[0]
-            name = canonical(holder.name)
-            if holder.attribute == "bias" and _is_linear(holder):
+            owner = member.owners[0]
+            name = canonical(owner.path)
+            if owner.attribute == "bias" and _is_linear(owner):
                 self._put(name, "base_layer.bias" if name in self.targets else "bias", _current(member))
                 self.biases = True
-            elif len(member.holders) == 1 and name and not any(True for _ in holder.module.children()):
+            elif len(member.owners) == 1 and name and not any(True for _ in owner.module.children()):
                 whole.append(name)
             else:
                 refused.append(member.name)
@@ -157,12 +159,12 @@ class _Export:
         return whole
 
     def _put_module(self, name: str, module: nn.Module) -> None:
-        for attribute, p in module._parameters.items():
+        for attribute, p in own_parameters(module).items():
             if p is not None:
                 member = self.members.get((module, attribute))
                 self._put(name, attribute, gather(p.detach()) if member is None else _current(member))
-        for attribute, buffer in module._buffers.items():
-            if buffer is not None and attribute not in module._non_persistent_buffers_set:
+        for attribute, buffer in own_buffers(module).items():
+            if buffer is not None and attribute not in unsaved_buffers(module):
                 self._put(name, attribute, buffer)
 
     def _put(self, module: str, key: str, value: Tensor) -> None:
@@ -215,14 +217,14 @@ def _factors(handle: ProbeHandle, member: Member) -> tuple[Tensor, Tensor]:
     """(rows, ranks) and (cols, ranks) fp32 on the CPU: the member's delta since it was patched is their product."""
     config = handle.config
     cpu = torch.device("cpu")
-    place = Place(member.slot.tensor_id, member.extent, choose_backend(cpu).backend, cpu)
-    if member.b is None or not (config.keep_factors or member.slot.out_of_reach == "quantised"):
+    spec = FactorSpec(member.parameter.tensor_id, member.extent, choose_backend(cpu).backend, cpu)
+    if member.b is None or (member.storage.mergeable and not config.keep_factors):
         why = "it is moved in place" if member.b is None else "patch the model with keep_factors=True"
         raise ValueError(f"the factors of {member.name!r} were not kept: {why}")
     parts: dict[int, tuple[Tensor, Tensor]] = {}
     for window, kept in handle.history:
         if member.name in kept:
-            parts[window] = kept[member.name][0], handle.estimator.right(place, window)[0].T
+            parts[window] = kept[member.name][0], handle.estimator.right(spec, window)[0].T
     if handle.window is not None and bool(member.b.any()):
         assert member.v is not None
         b, v = member.b[0].cpu(), member.v[0].T.float().cpu()
@@ -230,13 +232,13 @@ def _factors(handle: ProbeHandle, member: Member) -> tuple[Tensor, Tensor]:
     pairs = list(parts.values())
     if member.past is not None:
         pairs.append((member.past.b.cpu(), member.past.v.T.cpu()))
-    none = [torch.zeros(n, 0) for n in member.extent[1:]]
+    none = [torch.zeros(n, 0, dtype=torch.float32) for n in member.extent[1:]]
     return torch.cat([none[0], *(b for b, _ in pairs)], 1), torch.cat([none[1], *(v for _, v in pairs)], 1)
 
 
 def _current(member: Member) -> Tensor:
     """The weight with what was learned since the last merge, in its dtype."""
-    p = member.slot.parameter.detach() if member.slot.out_of_reach is None else load_weight(member, member.device)
+    p = member.storage.load(member.device)
     if member.b is None:
         return p
     delta = member.b if member.v is None else member.b @ member.v.float()
@@ -245,10 +247,10 @@ def _current(member: Member) -> Tensor:
 
 
 def _is_layer(member: Member) -> bool:
-    return member.slot.layout == "matrix" and all(layer_kind(holder) is not None for holder in member.holders)
+    return member.parameter.layout.form == "matrix" and all(layer_kind(owner) is not None for owner in member.owners)
 
 
-def _is_linear(holder: Holder) -> bool:
-    if holder.module._parameters.get("weight") is None:
+def _is_linear(owner: Owner) -> bool:
+    if own_parameters(owner.module).get("weight") is None:
         return False
-    return layer_kind(Holder(holder.module, holder.name, "weight")) in ("linear", "transposed")
+    return layer_kind(dataclasses.replace(owner, attribute="weight")) in ("linear", "transposed")

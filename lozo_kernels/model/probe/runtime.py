@@ -27,7 +27,7 @@ REST = Point(0, 0, 0.0)
 """No perturbation."""
 
 
-class DevicePoint:
+class PointTensors:
     """The points on one device: ``draws`` (groups, 2) int64, step and direction; ``scales`` (groups,) fp32 for low-rank weights.
 
     Written in place as long as the number of points stays, so that compiled code and captured graphs see new values.
@@ -67,7 +67,7 @@ class Runtime:
     def __init__(self, config: PatchConfig) -> None:
         self.seed = config.seed
         self._factor = config.perturb_factor
-        self._devices: dict[torch.device, DevicePoint] = {}
+        self._devices: dict[torch.device, PointTensors] = {}
         self.points: list[Point] = [REST]
         self.examples: int | None = None
         self.live = False
@@ -97,10 +97,10 @@ class Runtime:
         """The point of an evaluation among those that a module is given."""
         return self.points[group if self.selected is None else self.selected]
 
-    def on(self, device: torch.device) -> DevicePoint:
+    def on(self, device: torch.device) -> PointTensors:
         """The points as tensors of a device."""
         if device not in self._devices:
-            self._devices[device] = DevicePoint(device)
+            self._devices[device] = PointTensors(device)
             self._devices[device].write(self.points, self._factor)
         return self._devices[device]
 

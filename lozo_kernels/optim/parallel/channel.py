@@ -113,7 +113,7 @@ class Channel:
         for rank, work in leaving:
             try:
                 work.wait(datetime.timedelta(seconds=max(0.01, end - time.monotonic())))  # type: ignore[union-attr]
-            except RuntimeError as error:
+            except RuntimeError as error:  # noqa: PERF203  (each rank is waited for)
                 failed = failed or (rank, error)
         return failed
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...model.handle import Handle
-from ...model.probe import ProbeHandle
+from ...model.parameters import Parameter
 from ...model.sharding import block_of, is_sharded, reshard
 
 _CHUNK = 1 << 20  # words that are multiplied at once
@@ -44,34 +44,32 @@ def trained_state(handle: Handle) -> dict[str, Tensor]:
     Weights as they lie in memory, under a probe without the factors that wait to be merged, which have entries of their own.
     Weights that hooks keep elsewhere are left out.
     """
-    state: dict[str, Tensor] = {slot.name: slot.parameter for slot in handle._slots if slot.out_of_reach is None}
-    cut = _cut(handle) if handle.state_in_pieces else []
+    state: dict[str, Tensor] = {p.name: p.tensor for p in handle.trained if p.storage.resident}
+    cut = [p.name for p in _sharded(handle)] if handle.state_in_pieces else []
     state |= {f"the momentum of {name}": value for name, value in handle.momentum.items() if name not in cut}
-    if isinstance(handle, ProbeHandle):
-        state |= {f"the factor of {member.name}": member.b for member in handle.members if member.b is not None}
-    return state
+    return state | {f"the factor of {name}": b for name, b in handle.factors.items()}
 
 
 def trained_shards(handle: Handle) -> dict[str, Tensor]:
     """The rest of it: what this rank has of sharded weights, and the momentum that goes with it."""
-    cut = _cut(handle)
-    if not cut:
+    sharded = _sharded(handle)
+    if not sharded:
         return {}
     reshard(handle.model)
-    state = {f"the shard of {slot.name}": block_of(slot.name, slot.parameter).local for slot in handle._slots if slot.name in cut}
-    if handle.state_in_pieces:
-        state |= {f"the momentum of {name}": value for name, value in handle.momentum.items() if name in cut}
+    state = {f"the shard of {p.name}": block_of(p.name, p.tensor)[0] for p in sharded}
+    if handle.state_in_pieces and handle.momentum:
+        state |= {f"the momentum of {p.name}": handle.momentum[p.name] for p in sharded}
     return state
 
 
 def place_of_shards(handle: Handle) -> int:
     """A number that ranks share that have the same shards; 0 where nothing is sharded."""
-    cut = _cut(handle)
-    if not cut:
+    sharded = _sharded(handle)
+    if not sharded:
         return 0
     reshard(handle.model)
-    blocks = [block_of(slot.name, slot.parameter) for slot in handle._slots if slot.name in cut]
-    return combine([number for block in blocks for number in (*block.offsets, *block.local.shape)]) or 1
+    blocks = [block_of(p.name, p.tensor) for p in sharded]
+    return combine([number for local, offsets in blocks for number in (*offsets, *local.shape)]) or 1
 
 
 def starting_weights(handle: Handle) -> dict[str, Tensor]:
@@ -90,8 +88,8 @@ def sample(state: Mapping[str, Tensor]) -> int:
     return combine(fingerprints([x.detach().reshape(-1)[:: -(-x.numel() // _SAMPLED_ELEMENTS)] for x in chosen]))
 
 
-def _cut(handle: Handle) -> list[str]:
-    return [slot.name for slot in handle._slots if slot.out_of_reach == "sharded"]
+def _sharded(handle: Handle) -> list[Parameter]:
+    return [p for p in handle.trained if p.storage.sharded]
 
 
 def _fingerprint(x: Tensor) -> Tensor:

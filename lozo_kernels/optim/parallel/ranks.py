@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ...errors import DivergenceError, PeerLostError
-from ...kernels.checks import check_count, check_number
+from ...kernels.checks import as_integer, check_number
 from ...kernels.noise import NOISE_VERSION
 from ...model.handle import Handle
-from ...model.probe import ProbeHandle
 from ...model.sharding import ranks_of, reshard
 from ..steps import StepInfo
 from .agreement import check_agreement
@@ -64,7 +63,7 @@ class Parallel:
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"parallel is one of {', '.join(map(repr, MODES))}, or a lozo_kernels.Parallel, not {mode!r}")
-        check_count("check_every", check_every)
+        check_every = as_integer("check_every", check_every, 1)
         check_number("timeout", timeout, low=0.0, open_low=True)
         self.mode = mode
         self.check_every = check_every
@@ -123,7 +122,7 @@ class Parallel:
             "ranks": channel.size,
             "parallel": self.mode,
             "check_every": self.check_every,
-            "parameters": {f"of {s.name!r}:": [s.kind, list(s.extent), str(s.parameter.dtype)] for s in handle._slots},
+            "parameters": {f"of {p.name!r}:": [p.kind, list(p.extent), str(p.tensor.dtype)] for p in handle.trained},
             "weights": {
                 f"of {n!r}": f"{v & (1 << 64) - 1:016x}" for n, v in zip(weights, fingerprints([*weights.values()]), strict=True)
             },
@@ -311,7 +310,7 @@ class Parallel:
         if any(map(ranks_of, self._handle.model.parameters())):
             return "Every process has its own shards alone: go on from the last checkpoint or journal, with the ranks that are left"
         last = "" if step is None else "No step was completed; " if step == 0 else f"The last complete step is {step - 1}; "
-        exact = "" if isinstance(self._handle, ProbeHandle) else ", up to one rounding of their dtype where a step was under way"
+        exact = "" if self._handle.probes else ", up to one rounding of their dtype where a step was under way"
         return (
             f"{last}the weights here are those after it{exact}. Save them with optimizer.state_dict(), or take the last checkpoint "
             "or the journal, and start again with the ranks that are left: no state depends on their number"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...calls import Skinny
+from ...calls import LayerCall
 from .tilesizes import TileSize
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Activations:
     target: Target
     size_of: Callable[[str, int], TileSize]
 
-    def linear(self, call: Skinny) -> None:
+    def linear(self, call: LayerCall) -> None:
         """The op lowrank_linear."""
         from . import plans
 
@@ -51,7 +51,7 @@ class Activations:
         self.launcher.launch(plan, tiles * parts, call.y.device, *arguments, parts, blocks, inner, call.x.stride(0))
         self._expand(call, sums)
 
-    def embedding(self, call: Skinny) -> None:
+    def embedding(self, call: LayerCall) -> None:
         """The op lowrank_embedding."""
         from . import plans
 
@@ -62,7 +62,7 @@ class Activations:
         self.launcher.launch(plan, groups * -(-tokens // plans.FACTOR_ROWS), call.y.device, *arguments)
         self._expand(dataclasses.replace(call, transposed=True), sums)
 
-    def _expand(self, call: Skinny, sums: Tensor) -> None:
+    def _expand(self, call: LayerCall, sums: Tensor) -> None:
         from . import plans
 
         y, rank = call.y, len(call.v)
@@ -79,13 +79,13 @@ class Activations:
         self.launcher.launch(plan, programs, y.device, *arguments, parts, blocks, y.shape[1], y.stride(0))
 
 
-def _fitted(size: TileSize, call: Skinny) -> TileSize:
+def _fitted(size: TileSize, call: LayerCall) -> TileSize:
     """With fewer tokens a tile where an evaluation has fewer; tensor cores take no less than 16."""
     tokens, _ = _tokens(call)
     return dataclasses.replace(size, rows=min(size.rows, max(16, 1 << (tokens - 1).bit_length())))
 
 
-def _tiles(call: Skinny, size: TileSize) -> int:
+def _tiles(call: LayerCall, size: TileSize) -> int:
     tokens, groups = _tokens(call)
     return groups * -(-tokens // size.rows)
 
@@ -98,13 +98,13 @@ def _share(blocks: int, most: int, others: int) -> int:
     return share
 
 
-def _tokens(call: Skinny) -> tuple[int, int]:
+def _tokens(call: LayerCall) -> tuple[int, int]:
     """Tokens of an evaluation, and evaluations."""
     groups = len(call.draws)
     return len(call.y) // groups, groups
 
 
-def _place(call: Skinny) -> tuple[int, int, int, int]:
+def _place(call: LayerCall) -> tuple[int, int, int, int]:
     """Seed, tensor id and row offset as kernels take them."""
     words = (call.seed & 0xFFFFFFFF, call.seed >> 32, call.tensor_id, call.row_offset)
     return tuple(w - (1 << 32) if w >= 1 << 31 else w for w in words)  # type: ignore[return-value]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ...calls import Draw, Momentum, Skinny, Update
+from ...calls import Draw, LayerCall, TableCall
 from ...noise import STREAMS
+from ...op_table import Op
+from ...registry import Backend
 from ...table import DTYPES, TensorTable
-from ..launches import ANY_DTYPE, DeviceTable, Headers, Tile, device_table, factor_table, merge_table
+from ..launches import ANY_DTYPE, DeviceTable, Headers, Tile, device_table, merge_table
 from .activations import Activations
 from .tilesizes import TileSize, tile_sizes
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 _LEAST_CAPABILITY = (8, 0)  # bf16 and the matrix instructions that the kernels are compiled to
 
 
-class TritonBackend:
+class TritonBackend(Backend):
     """Triton kernels on NVIDIA and AMD GPUs; on the CPU through Triton's interpreter, to check them.
 
     Args:
@@ -51,7 +53,7 @@ class TritonBackend:
             return f"compute capability 8.0 is needed, and {torch.cuda.get_device_name(device)} is older"
         return None
 
-    def withheld(self, device: torch.device) -> str | None:
+    def opt_in_reason(self, device: torch.device) -> str | None:
         return "Triton's interpreter is for checking the kernels" if device.type == "cpu" else None
 
     @property
@@ -63,23 +65,10 @@ class TritonBackend:
             self._launcher = Launcher()
         return self._launcher
 
-    def lowrank_update_(self, table: TensorTable, update: Update) -> None:
-        self._lowrank(table, update, None)
-        torch.autograd.graph.increment_version(table.x)
-
-    def lowrank_momentum_(self, table: TensorTable, update: Update, momentum: Momentum) -> None:
-        assert table.n is not None
-        self._lowrank(table, update, momentum)
-        torch.autograd.graph.increment_version((*table.x, *table.n))
-
-    def dense_update_(self, table: TensorTable, update: Update) -> None:
-        self._dense(table, update, None)
-        torch.autograd.graph.increment_version(table.x)
-
-    def dense_momentum_(self, table: TensorTable, update: Update, momentum: Momentum) -> None:
-        assert table.n is not None
-        self._dense(table, update, momentum)
-        torch.autograd.graph.increment_version((*table.x, *table.n))
+    def run(self, op: Op, table: TensorTable, call: TableCall) -> None:
+        launch = {"factor_update": self._factor_update, "lowrank_merge": self._lowrank_merge, "dense_merge": self._dense_merge}
+        (launch.get(op.kernel) or (self._lowrank if op.v else self._dense))(op, table, call)
+        torch.autograd.graph.increment_version(op.written(table, call.out))
 
     def resample_(self, table: TensorTable, seed: int, window: int, reproject: bool) -> None:
         from . import plans
@@ -88,7 +77,7 @@ class TritonBackend:
         on_device, rank, device = device_table(table), table.rank, table.device
         matrices = on_device.matrices()
         header = on_device.headers.words(seed, [Draw(window)])
-        ratios = torch.empty(len(matrices) * rank * rank if reproject else 1, device=device)
+        ratios = torch.empty(len(matrices) * rank * rank if reproject else 1, dtype=torch.float32, device=device)
         plan = plans.resample_plan(rank, reproject, _target(device))
         self.launcher.launch(plan, len(matrices), device, matrices, on_device.tensors, header, ratios)
         torch.autograd.graph.increment_version(table.v)
@@ -98,45 +87,11 @@ class TritonBackend:
             self.launcher.launch(plans.reproject_plan(rank), len(tiles), device, tiles, on_device.tensors, ratios)
             torch.autograd.graph.increment_version(table.n)
 
-    def factor_update_(self, table: TensorTable, update: Update) -> None:
-        from . import plans
-
-        on_device, rank = factor_table(table), max((x.shape[2] for x in table.x), default=1)
-        tiles = on_device.row_tiles(plans.FACTOR_ROWS)
-        plan = plans.factor_update_plan(rank, len(update.draws), update.decay is not None, False, _target(table.device))
-        arguments = (tiles, on_device.tensors, on_device.header(update), update.scales, _decay(update), len(table))
-        self.launcher.launch(plan, len(tiles), table.device, *arguments)
-        torch.autograd.graph.increment_version(table.x)
-
-    def lowrank_merge_(self, table: TensorTable, update: Update, out: TensorTable) -> None:
-        from . import plans
-
-        on_device, device, rank = merge_table(table, out), table.device, table.rank
-        header = on_device.header(update)
-        factors, starts = update.scales, on_device.tensors  # something to point at where nothing is read
-        if update.draws and plans.is_wide(rank):
-            starts, rows = on_device.factor_starts()
-            factors = torch.empty(rows * rank, device=device)
-            tiles = on_device.row_tiles(plans.FACTOR_ROWS)
-            plan = plans.probed_factor_plan(rank, _target(device))
-            self.launcher.launch(plan, len(tiles), device, tiles, on_device.tensors, header, update.scales, factors, starts)
-        arguments = (on_device.tensors, on_device.outputs, header, update.scales, _decay(update), factors, starts, rank // 4)
-        for plan, tiles in self._prepare(table, on_device, update, "lowrank_merge"):
-            self.launcher.launch(plan, len(tiles), device, tiles, *arguments)
-        torch.autograd.graph.increment_version(out.x)
-
-    def dense_merge_(self, table: TensorTable, update: Update, out: TensorTable) -> None:
-        on_device = merge_table(table, out)
-        arguments = (on_device.tensors, on_device.outputs, on_device.header(update), update.scales, _decay(update))
-        for plan, tiles in self._prepare(table, on_device, update, "dense_merge"):
-            self.launcher.launch(plan, len(tiles), table.device, tiles, *arguments)
-        torch.autograd.graph.increment_version(out.x)
-
-    def lowrank_linear_(self, call: Skinny) -> None:
+    def lowrank_linear_(self, call: LayerCall) -> None:
         self._activations(call).linear(call)
         torch.autograd.graph.increment_version(call.y)
 
-    def lowrank_embedding_(self, call: Skinny) -> None:
+    def lowrank_embedding_(self, call: LayerCall) -> None:
         self._activations(call).embedding(call)
         torch.autograd.graph.increment_version(call.y)
 
@@ -145,49 +100,81 @@ class TritonBackend:
     ) -> Tensor:
         from . import plans
 
-        out = torch.empty(rows, rank, device=device)
+        out = torch.empty(rows, rank, dtype=torch.float32, device=device)
         header = Headers(device).words(seed, [draw])
         plan = plans.factor_plan(STREAMS[stream], rank, _target(device))
         programs = -(-rows // plans.FACTOR_ROWS)
         self.launcher.launch(plan, programs, device, out, header, _signed(tensor_id), _signed(row_offset), rows)
         return out
 
-    def _lowrank(self, table: TensorTable, update: Update, momentum: Momentum | None) -> None:
+    def _lowrank(self, op: Op, table: TensorTable, call: TableCall) -> None:
         on_device, device, count = device_table(table), table.device, len(table)
-        header = on_device.header(update)
-        prepared = self._prepare(table, on_device, update, "lowrank_update" if momentum is None else "lowrank_momentum")
-        alpha = update.scales if momentum is None else momentum.alpha
-        for plan, tiles in prepared:
+        header = on_device.header(call)
+        alpha = _or_unused(call.alpha, call)
+        for plan, tiles in self._prepare(op, table, on_device, call):
             if "WEIGHT" in plan.constants:
-                arguments: tuple[Any, ...] = (update.scales, _decay(update), alpha)
-            else:
-                assert momentum is not None
-                arguments = (momentum.coefficients, momentum.beta)
+                arguments = (call.scales, _or_unused(call.decay, call), alpha)
+            else:  # N, before the weights
+                arguments = (_or_unused(call.coefficients, call), _or_unused(call.beta, call))  # type: ignore[assignment]
             self.launcher.launch(plan, len(tiles), device, tiles, on_device.tensors, header, *arguments, count)
 
-    def _dense(self, table: TensorTable, update: Update, momentum: Momentum | None) -> None:
-        on_device, device, count = device_table(table), table.device, len(table)
-        header = on_device.header(update)
-        unused, decay = update.scales, _decay(update)
-        more = (unused, unused, unused) if momentum is None else (momentum.coefficients, momentum.alpha, momentum.beta)
-        for plan, tiles in self._prepare(table, on_device, update, "dense_update" if momentum is None else "dense_momentum"):
-            self.launcher.launch(plan, len(tiles), device, tiles, on_device.tensors, header, update.scales, decay, *more, count)
+    def _dense(self, op: Op, table: TensorTable, call: TableCall) -> None:
+        on_device = device_table(table)
+        header = on_device.header(call)
+        scalars = [call.scales, *[_or_unused(x, call) for x in (call.decay, call.coefficients, call.alpha, call.beta)]]
+        for plan, tiles in self._prepare(op, table, on_device, call):
+            self.launcher.launch(plan, len(tiles), table.device, tiles, on_device.tensors, header, *scalars, len(table))
 
-    def _prepare(self, table: TensorTable, on_device: DeviceTable, update: Update, kernel: str) -> list[tuple[Plan, Tensor]]:
-        """What a kernel is launched with over a table, in order; kept with the table, since a pass may not cost much Python."""
-        key = (self, kernel, len(update.draws), update.decay is None, update.rounding is None)
-        found = on_device.prepared.get(key)
-        if found is None:
-            found = on_device.prepared[key] = list(self._plans(table, on_device, update, kernel))
-        return found
-
-    def _plans(self, table: TensorTable, on_device: DeviceTable, update: Update, kernel: str) -> Iterator[tuple[Plan, Tensor]]:
+    def _factor_update(self, op: Op, table: TensorTable, call: TableCall) -> None:
         from . import plans
 
-        rank, target = table.rank, _target(table.device)
-        momentum = table.n is not None if kernel == "dense_merge" else kernel.endswith("momentum")
-        kind = plans.UpdateKind(len(update.draws), update.decay is not None, update.rounding is not None, momentum)
-        if kernel == "lowrank_momentum":
+        on_device, rank = device_table(table, factors=op.factors), max((x.shape[2] for x in table.x), default=1)
+        tiles = on_device.row_tiles(plans.FACTOR_ROWS)
+        plan = plans.factor_update_plan(rank, len(call.draws), call.decay is not None, False, _target(table.device))
+        arguments = (tiles, on_device.tensors, on_device.header(call), call.scales, _or_unused(call.decay, call), len(table))
+        self.launcher.launch(plan, len(tiles), table.device, *arguments)
+
+    def _lowrank_merge(self, op: Op, table: TensorTable, call: TableCall) -> None:
+        from . import plans
+
+        assert call.out is not None
+        on_device, device, rank = merge_table(table, call.out), table.device, table.rank
+        header = on_device.header(call)
+        factors, starts = call.scales, on_device.tensors  # something to point at where nothing is read
+        if call.draws and plans.is_wide(rank):
+            starts, rows = on_device.factor_starts()
+            factors = torch.empty(rows * rank, dtype=torch.float32, device=device)
+            tiles = on_device.row_tiles(plans.FACTOR_ROWS)
+            plan = plans.probed_factor_plan(rank, _target(device))
+            self.launcher.launch(plan, len(tiles), device, tiles, on_device.tensors, header, call.scales, factors, starts)
+        decay = _or_unused(call.decay, call)
+        arguments = (on_device.tensors, on_device.outputs, header, call.scales, decay, factors, starts, rank // 4)
+        for plan, tiles in self._prepare(op, table, on_device, call):
+            self.launcher.launch(plan, len(tiles), device, tiles, *arguments)
+
+    def _dense_merge(self, op: Op, table: TensorTable, call: TableCall) -> None:
+        assert call.out is not None
+        on_device = merge_table(table, call.out)
+        decay = _or_unused(call.decay, call)
+        arguments = (on_device.tensors, on_device.outputs, on_device.header(call), call.scales, decay)
+        for plan, tiles in self._prepare(op, table, on_device, call):
+            self.launcher.launch(plan, len(tiles), table.device, tiles, *arguments)
+
+    def _prepare(self, op: Op, table: TensorTable, on_device: DeviceTable, call: TableCall) -> list[tuple[Plan, Tensor]]:
+        """What an op is launched with over a table, in order; kept with the table, since a pass may not cost much Python."""
+        key = (self, op, len(call.draws), call.decay is None, call.rounding is None)
+        found = on_device.prepared.get(key)
+        if found is None:
+            found = on_device.prepared[key] = list(self._plans(op, table, on_device, call))
+        return found
+
+    def _plans(self, op: Op, table: TensorTable, on_device: DeviceTable, call: TableCall) -> Iterator[tuple[Plan, Tensor]]:
+        from . import plans
+
+        kernel, rank, target = op.kernel, table.rank, _target(table.device)
+        momentum = op.momentum or (op.n == "optional" and table.n is not None)
+        kind = plans.UpdateKind(len(call.draws), call.decay is not None, call.rounding is not None, momentum)
+        if op.momentum and op.v:
             tiles = on_device.row_tiles(plans.FACTOR_ROWS)
             yield plans.factor_update_plan(rank, kind.draws, True, True, target), tiles
 
@@ -207,14 +194,14 @@ class TritonBackend:
         vendor = "nvidia" if torch.version.hip is None else "amd"
         return self._sizes.get(kernel) or tile_sizes(name, vendor).find(kernel, aligned, rank, stochastic)
 
-    def _activations(self, call: Skinny) -> Activations:
+    def _activations(self, call: LayerCall) -> Activations:
         device = call.y.device
         return Activations(self.launcher, _target(device), lambda kernel, rank: self._size(kernel, device, True, rank))
 
 
-def _decay(update: Update) -> Tensor:
-    """Or something to point at where nothing is read."""
-    return update.scales if update.decay is None else update.decay
+def _or_unused(values: Tensor | None, call: TableCall) -> Tensor:
+    """Scalars, or something to point at where nothing is read."""
+    return call.scales if values is None else values
 
 
 def _target(device: torch.device) -> Target:

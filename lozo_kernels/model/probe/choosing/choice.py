@@ -38,17 +38,17 @@ def choose_sides(
     for member in members:
         used = uses[member]
         if None in used.modules:
-            _settle_in_place(member, "used outside of any module")
+            member.settle_on("inplace", "used outside of any module")
             continue
-        member.scopes = [m for m in used.modules if m is not None] or [member.holders[0].module]
-        if member.slot.kind == "lowrank":
+        member.scopes = [m for m in used.modules if m is not None] or [member.owners[0].module]
+        if member.parameter.low_rank:
             _choose_matrix(member, used, costs[member], config, compiled)
         else:
-            _settle(member, "copy", "small" if _bytes(member) <= _COPY_BYTES else "dense")
+            member.settle_on("copy", "small" if _bytes(member) <= _COPY_BYTES else "dense")
             if config.estimator == "dense" and _bytes(member) > _COPY_BYTES and not compiled:
-                _settle(member, "scratch", "dense noise has no factors")
-            if not member.within_reach:
-                _settle(member, "scratch", f"{member.slot.out_of_reach}: only its module has it")
+                member.settle_on("scratch", "dense noise has no factors")
+            if not member.storage.always_here:
+                member.settle_on("scratch", f"{member.storage.word}: only its module has it")
     if config.placement == "auto":
         _fall_back(members, uses, costs, config, peers)
     for member in members:
@@ -60,19 +60,20 @@ def _fall_back(
 ) -> None:
     """To moving weights in place: where scratch does not fit, or everywhere if that is faster and drift is allowed."""
     for member in members:
-        scratch = member.side == "scratch" and member.slot.out_of_reach is None
+        scratch = member.side == "scratch" and member.storage.resident
         if scratch and _bytes(member) > peers.least(free_bytes(member.device)):
-            _settle(member, "inplace", "no memory for its scratch")
-    known = [m for m in members if m in costs and m.slot.out_of_reach is None]
-    probe = 2 * sum(_cost(m, uses[m], costs[m]) for m in known)
+            member.settle_on("inplace", "no memory for its scratch")
+    known = [m for m in members if m in costs and m.storage.resident]
+    probe = 2 * sum(cost_of(m, uses[m], costs[m]) for m in known)
     passes = _PASSES * sum(m.numel * costs[m].element for m in known)
     if config.allow_drift and config.estimator != "dense" and passes < probe:
         for member in members:
-            if member.slot.out_of_reach is None:
-                _settle(member, "inplace", f"{1e3 * passes:.1f} ms a step against {1e3 * probe:.1f} for a probe")
+            if member.storage.resident:
+                member.settle_on("inplace", f"{1e3 * passes:.1f} ms a step against {1e3 * probe:.1f} for a probe")
 
 
-def _cost(member: Member, used: Uses, costs: Costs) -> float:
+def cost_of(member: Member, used: Uses, costs: Costs) -> float:
+    """Seconds that one evaluation takes for a member on the activation or the weight side, beside the forward pass."""
     return _skinny_cost(member, used, costs) if member.side == "activation" else _scratch_cost(member, costs)
 
 
@@ -80,7 +81,7 @@ def _skinny_cost(member: Member, used: Uses, costs: Costs) -> float:
     """Of all layers that have the weight, in one evaluation; an embedding touches the rows that are looked up."""
     _, rows, cols = member.extent
     tokens = max(1, used.tokens)
-    inputs = [0 if layer_kind(holder) == "embedding" else rows for holder in member.holders]
+    inputs = [0 if layer_kind(owner) == "embedding" else rows for owner in member.owners]
     return sum(costs.activation(tokens, some, cols) for some in inputs)
 
 
@@ -88,49 +89,39 @@ def _scratch_cost(member: Member, costs: Costs) -> float:
     return max(1, len(member.scopes)) * costs.scratch(member.numel)
 
 
-def _settle(member: Member, side: str, reason: str) -> None:
-    member.side, member.reason = side, reason
-
-
-def _settle_in_place(member: Member, reason: str) -> None:
-    if member.slot.out_of_reach is not None:
-        raise RuntimeError(f"{member.name!r} is {member.slot.out_of_reach} and cannot be probed ({reason}): exclude it")
-    _settle(member, "inplace", reason)
-
-
 def _choose_matrix(member: Member, used: Uses, costs: Costs, config: PatchConfig, compiled: bool) -> None:
     obstacle = why_not_activation(member, used, config.estimator)
     asked = _asked(member, config)
-    if member.slot.out_of_reach == "quantised":
+    if not member.storage.mergeable:
         if obstacle is not None:
-            _settle_in_place(member, obstacle)
-        _settle(member, "activation", "quantised: its weight cannot be written elsewhere")
+            member.settle_on("inplace", obstacle)
+        member.settle_on("activation", "quantised: its weight cannot be written elsewhere")
     elif obstacle is None and asked in ("auto", "activation"):
         skinny, scratch = _skinny_cost(member, used, costs), _scratch_cost(member, costs)
         if asked == "activation" or compiled or _GAIN * skinny <= scratch:
-            _settle(member, "activation", "asked for" if asked == "activation" else _compare(skinny, scratch, used.tokens))
+            member.settle_on("activation", "asked for" if asked == "activation" else _compare(skinny, scratch, used.tokens))
         else:
-            _settle(member, "scratch", _compare(scratch, skinny, used.tokens))
+            member.settle_on("scratch", _compare(scratch, skinny, used.tokens))
     elif asked in ("scratch", "copy"):
-        _settle(member, asked, "asked for")
-    elif compiled or (_bytes(member) <= _COPY_BYTES and member.within_reach):
-        _settle(member, "copy", f"{obstacle}; " + ("the model is compiled" if compiled else "small"))
+        member.settle_on(asked, "asked for")
+    elif compiled or (_bytes(member) <= _COPY_BYTES and member.storage.always_here):
+        member.settle_on("copy", f"{obstacle}; " + ("the model is compiled" if compiled else "small"))
     else:
-        _settle(member, "scratch", str(obstacle))
-    if not member.within_reach and member.side == "copy":
-        _settle(member, "scratch", f"{member.slot.out_of_reach}: only its module has it")
+        member.settle_on("scratch", str(obstacle))
+    if not member.storage.always_here and member.side == "copy":
+        member.settle_on("scratch", f"{member.storage.word}: only its module has it")
 
 
 def why_not_activation(member: Member, used: Uses, estimator: str) -> str | None:
     """What speaks against the activation side, or None. It needs every use of the weight to be that of a layer that is known."""
-    if member.slot.layout != "matrix":
+    if member.parameter.layout.form != "matrix":
         return "not the matrix of a layer"
     if estimator == "subspace":
         return "SubZero's directions are written into weights"
-    for holder in member.holders:
-        if layer_kind(holder) is None:
-            return f"held by {type(holder.module).__name__}, which uses it in its own way"
-    inside = {holder.module for holder in member.holders}
+    for owner in member.owners:
+        if layer_kind(owner) is None:
+            return f"held by {type(owner.module).__name__}, which uses it in its own way"
+    inside = {owner.module for owner in member.owners}
     for module in used.modules:
         if module is not None and module not in inside:
             return f"also used inside {type(module).__name__}"
@@ -139,21 +130,21 @@ def why_not_activation(member: Member, used: Uses, estimator: str) -> str | None
 
 def _make_shift(member: Member, members: Sequence[Member], uses: Mapping[Member, Uses]) -> None:
     """A bias whose layer is on the activation side is added there."""
-    if member.slot.kind != "dense" or len(member.holders) != 1 or member.holders[0].attribute != "bias":
+    if member.parameter.low_rank or len(member.owners) != 1 or member.owners[0].attribute != "bias":
         return
-    module = member.holders[0].module
+    module = member.owners[0].module
     if any(m is not module for m in uses[member].modules):
         return
     for other in members:
-        if other.side == "activation" and any(h.module is module for h in other.holders):
-            _settle(member, "shift", "added with the weight's part")
+        if other.side == "activation" and any(h.module is module for h in other.owners):
+            member.settle_on("shift", "added with the weight's part")
             member.scopes, member.layer_weight = [], other
 
 
 def _asked(member: Member, config: PatchConfig) -> str:
     if isinstance(config.side, str):
         return config.side
-    names = (member.name, *member.slot.aliases)
+    names = (member.name, *member.parameter.aliases)
     for pattern, word in dict(config.side).items():
         if any(fnmatch.fnmatchcase(name, pattern) for name in names):
             return word
@@ -161,7 +152,7 @@ def _asked(member: Member, config: PatchConfig) -> str:
 
 
 def _bytes(member: Member) -> int:
-    return member.numel * member.slot.parameter.element_size()
+    return member.numel * member.parameter.tensor.element_size()
 
 
 def _compare(chosen: float, other: float, tokens: int) -> str:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ...losses import Closure, Randomness, mean_loss
+from ...modules import is_compiled
 from ...sharding import Peers, reshard
+from ..forward.probed import ProbedModel
 from ..members import Member
-from ..runtime import REST, Point
+from ..runtime import Point
 from .choice import choose_sides
 from .cost import Costs, free_bytes, measure_costs
 from .trace import watch_uses
 from .verify import Losses, Unit, coarsest, find_wrong, materialised, only_enabled, typical_scale, units_of
-
-if TYPE_CHECKING:
-    from ..handle import ProbeHandle
 
 _ROUNDS = 4  # of demoting what differs: activation side, scratch, in place, and a last look
 
@@ -28,73 +26,82 @@ _COPY_BYTES = 1 << 26  # that it may take in any case
 _STANCE = threading.RLock()  # the compiler's stance is that of the process: of two threads each would put back the other's
 
 
-@torch.no_grad()
-def prepare(handle: ProbeHandle, closures: Sequence[Closure], randomness: Randomness | None) -> tuple[torch.dtype, list[str]]:
-    """Chooses and installs sides. Returns the coarsest dtype that evaluations compute with, and notes for the report."""
-    preparation = _Preparation(handle, closures, randomness)
-    notes = preparation.run()
-    return preparation.dtype, notes
+class Preparation:
+    """Chooses and installs the side of every member, and checks one loss both ways.
 
+    Args:
+        install: puts the sides that were chosen into the model, after taking out those before.
+        step: whose V is in memory.
 
-class _Preparation:
-    def __init__(self, handle: ProbeHandle, closures: Sequence[Closure], randomness: Randomness | None) -> None:
-        self.handle, self.closures, self.randomness = handle, closures, randomness
-        self.members, self.runtime = handle.members, handle._runtime
-        reshard(handle.model)
-        self.peers = Peers(handle.parameters)
-        self.scale = typical_scale(self.members, handle.config.rank)
-        self.dtype = torch.float32
+    Attributes:
+        precision: the coarsest dtype that evaluations compute with, once :meth:`run` found it.
+    """
 
+    def __init__(
+        self,
+        probed: ProbedModel,
+        install: Callable[[], None],
+        closures: Sequence[Closure],
+        randomness: Randomness | None,
+        step: int,
+    ) -> None:
+        self.probed, self.install, self.closures, self.randomness, self.step = probed, install, closures, randomness, step
+        self.members = probed.members
+        reshard(probed.model)
+        self.peers = Peers(m.parameter.tensor for m in self.members)
+        self.scale = typical_scale(self.members, probed.config.rank)
+        self.precision = torch.float32
+
+    @torch.no_grad()
     def run(self) -> list[str]:
-        handle, compiled = self.handle, is_compiled(self.handle.model)
-        cut = next((m.name for m in self.members if m.in_blocks), None)
+        """Does it. Returns notes for the report."""
+        probed, compiled = self.probed, is_compiled(self.probed.model)
+        cut = next((m.name for m in self.members if m.storage.in_blocks), None)
         if compiled and cut is not None:
             raise RuntimeError(f"{cut!r} is tensor parallel, and has no probe in a compiled model: leave torch.compile out")
         with _STANCE, torch.compiler.set_stance("force_eager"):
-            handle._watch.look()
-            with watch_uses(handle.model, self.members) as watch:
+            with watch_uses(probed.model, self.members) as watch:
                 rest = self.loss()
-            self.dtype = coarsest(watch.dtypes)
+            self.precision = coarsest(watch.dtypes)
             for used, tokens in zip(watch.uses.values(), self.peers.most([u.tokens for u in watch.uses.values()]), strict=True):
                 used.tokens = int(tokens)
-            choose_sides(self.members, watch.uses, self._costs(), handle.config, compiled, self.peers)
-            self.handle.install()
+            choose_sides(self.members, watch.uses, self._costs(), probed.config, compiled, self.peers)
+            self.install()
             return self._verify(rest)
 
     def loss(self) -> float:
+        """The loss where the model is now."""
         return float(mean_loss(self.closures, self.randomness))
 
     def _costs(self) -> dict[Member, Costs]:
-        handle = self.handle
+        config = self.probed.config
         costs: dict[Member, Costs] = {}
         for member in self.members:
-            if member.slot.kind == "lowrank":
-                p = member.slot.parameter
+            if member.parameter.low_rank:
+                p = member.parameter.tensor
                 dtype = p.dtype if p.is_floating_point() else torch.float32
-                costs[member] = measure_costs(member.device, dtype, handle.config.rank, handle.config.backend)
+                costs[member] = measure_costs(member.device, dtype, config.rank, config.backend)
         agreed = self.peers.most([seconds for found in costs.values() for seconds in dataclasses.astuple(found)])
         return {member: Costs(*agreed[4 * i : 4 * i + 4]) for i, member in enumerate(costs)}
 
     def _verify(self, rest: float) -> list[str]:
         notes: list[str] = []
         for _ in range(_ROUNDS):
-            units = [u for u in units_of(self.members) if all(m.within_reach for m in u)]
+            units = [u for u in units_of(self.members) if all(m.storage.always_here for m in u)]
             if not self._any_wrong(units, rest):
                 return notes
             if self.peers.any(abs(self.loss() - rest) > 1e-6 * max(1.0, abs(rest))):
                 return [*notes, "the loss is not the same twice at the same weights, so the probe could not be checked"]
             wrong = find_wrong(units, lambda some: self.differ(some, rest)) or units
-            for unit in wrong:
-                for member in unit:
-                    notes.append(_demote(member))
-            self.handle.install()
+            notes += [_demote(member) for unit in wrong for member in unit]
+            self.install()
         return notes
 
     def _any_wrong(self, units: Sequence[Unit], rest: float) -> bool:
         """Checks as many units together as the memory allows that a copy of their weights may take."""
         weights = sum(_bytes(unit) for unit in units)
-        free = self.peers.least(max(free_bytes(device) for device in self.handle.devices))
-        budget = min(max(_COPY_BYTES, weights // _CHUNKS), free // 2)
+        free = self.peers.least(max(free_bytes(device) for device in self.probed.devices))
+        budget = min(copies_at_once(weights), free // 2)
         chunk: list[Unit] = []
         size = 0
         for unit in [*units, None]:
@@ -110,43 +117,39 @@ class _Preparation:
 
     def differ(self, units: Sequence[Unit], rest: float) -> bool:
         """Whether the probe is wrong with the members of some units perturbed, on any process that shares the weights."""
-        return self.peers.any(not self.compare(units, rest).agree(self.dtype))
+        return self.peers.any(not self.compare(units, rest).agree(self.precision))
 
     def compare(self, units: Sequence[Unit], rest: float) -> Losses:
         """The loss with the members of some units perturbed, by the probe and really."""
-        handle = self.handle
-        point = Point(0 if handle.window is None else handle.window * handle.config.interval, 0, self.scale)
         try:
-            handle._write([point])
+            self.probed.write([Point(self.step, 0, self.scale)])
             with only_enabled(self.members, units):
                 probed = self.loss()
-                self.runtime.live = False
-                with materialised(units, lambda member, p: handle._fill(member, p, 0)):
+                self.probed.runtime.live = False
+                with materialised(units, self.probed.fill):
                     real = self.loss()
         finally:
-            handle._write([REST])
+            self.probed.write()
         return Losses(rest, probed, real)
 
 
+def copies_at_once(weights: int) -> int:
+    """Bytes of copies that the check takes at a time where there is memory for them, of weights of so many bytes."""
+    return max(_COPY_BYTES, weights // _CHUNKS)
+
+
 def _bytes(unit: Unit) -> int:
-    return sum(m.numel * m.slot.parameter.element_size() for m in unit)
+    return sum(m.numel * m.parameter.tensor.element_size() for m in unit)
 
 
 def _demote(member: Member) -> str:
     """The next safer side."""
     before = member.side
-    if member.in_blocks and before not in ("activation", "shift"):
+    if member.storage.in_blocks and before not in ("activation", "shift"):
         raise RuntimeError(f"{member.name!r} is sharded and cannot be probed (the loss differed on every side): exclude it")
-    small = member.slot.kind == "dense"
+    small = not member.parameter.low_rank
     member.side = ("copy" if small else "scratch") if before in ("activation", "shift") else "inplace"
     if not member.scopes:
-        member.scopes = [member.holders[0].module]
+        member.scopes = [member.owners[0].module]
     member.reason = f"the loss differed on the {before} side"
     return f"{member.name}: {member.reason}; now {member.side}"
-
-
-def is_compiled(model: torch.nn.Module) -> bool:
-    """Whether torch.compile was applied to the model or to a module of it."""
-    return any(
-        getattr(m, "_compiled_call_impl", None) is not None or isinstance(m, torch._dynamo.OptimizedModule) for m in model.modules()
-    )

@@ -13,9 +13,11 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ...modules import own_parameters, storage_of
 from ...sharding import is_sharded, local_of, why_not_local
+from ...storage import Owner
 from ..forward.activation import layer_kind, summed_dimension
-from ..members import Holder, Member
+from ..members import Member
 
 
 @dataclasses.dataclass(eq=False)
@@ -48,14 +50,14 @@ class Watch(TorchDispatchMode):
         self.running: list[tuple[nn.Module, int]] = []
         self._by_storage: dict[int, Member] = {}
         self._away: list[tuple[nn.Module, str, Member]] = []  # where weights are brought in while their module runs
-        self._layers: dict[nn.Module, list[tuple[Member, Holder]]] = {}
+        self._layers: dict[nn.Module, list[tuple[Member, Owner]]] = {}
         for member in self.uses:
-            if member.within_reach:
-                self._by_storage[_storage(member.present[0])] = member
+            if member.storage.always_here:
+                self._by_storage[_storage(member.storage.present()[0])] = member
             else:
-                self._away += [(holder.module, holder.attribute, member) for holder in member.holders]
-            for holder in member.holders if member.in_blocks else ():
-                self._layers.setdefault(holder.module, []).append((member, holder))
+                self._away += [(owner.module, owner.attribute, member) for owner in member.owners]
+            for owner in member.owners if member.storage.in_blocks else ():
+                self._layers.setdefault(owner.module, []).append((member, owner))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -75,18 +77,18 @@ class Watch(TorchDispatchMode):
         if storage in self._by_storage:
             return self._by_storage[storage]
         for module, attribute, member in self._away:
-            p = module._parameters.get(attribute)
+            p = own_parameters(module).get(attribute)
             if p is not None and p.device.type != "meta" and not is_sharded(p) and _storage(p) == storage != -1:
                 return member
         return None
 
     def look_at_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A module ran: whether it computed with blocks of its weights."""
-        for member, holder in self._layers.get(module, ()):
-            kind = layer_kind(holder)
+        for member, owner in self._layers.get(module, ()):
+            kind = layer_kind(owner)
             if kind is not None:
                 summed, lookup = summed_dimension(kind), kind == "embedding"
-                found = why_not_local(member.slot.parameter, args[0] if args else None, output, summed, lookup)
+                found = why_not_local(member.parameter.tensor, args[0] if args else None, output, summed, lookup)
                 self.uses[member].obstacle = found or self.uses[member].obstacle
 
     def _note(self, member: Member) -> None:
@@ -121,10 +123,7 @@ def watch_uses(model: nn.Module, members: Iterable[Member]) -> Iterator[Watch]:
 
 
 def _storage(tensor: Tensor) -> int:
-    try:
-        return (local_of(tensor) if is_sharded(tensor) else tensor).untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # tensor subclasses have none of their own
-        return -1
+    return storage_of(local_of(tensor) if is_sharded(tensor) else tensor)
 
 
 def _tokens(args: tuple[Any, ...]) -> int:

@@ -45,15 +45,15 @@ def typical_scale(members: Sequence[Member], rank: int) -> float:
 
     The same for every process; with weights in blocks a collective.
     """
-    sizes = [_size(m) for m in members if m.slot.kind == "lowrank" and m.within_reach and m.numel]
+    sizes = [_size(m) for m in members if m.parameter.low_rank and m.storage.always_here and m.numel]
     known = sorted(size for size in sizes if size > 0)
     size = known[len(known) // 2] if known else 1e-2
     return 0.25 * size / rank**0.5
 
 
 def _size(member: Member) -> float:
-    p = member.slot.parameter
-    return mean_square(p) ** 0.5 if member.in_blocks else float(p.detach().flatten()[:1024].float().square().mean().sqrt())
+    p = member.parameter.tensor
+    return mean_square(p) ** 0.5 if member.storage.in_blocks else float(p.detach().flatten()[:1024].float().square().mean().sqrt())
 
 
 def units_of(members: Sequence[Member]) -> list[Unit]:
@@ -61,7 +61,7 @@ def units_of(members: Sequence[Member]) -> list[Unit]:
     units: dict[object, Unit] = {}
     for member in members:
         if member.side in ("activation", "shift"):
-            units.setdefault(member.holders[0].module, []).append(member)
+            units.setdefault(member.owners[0].module, []).append(member)
         elif member.side in ("scratch", "copy"):
             units.setdefault(member, []).append(member)
     return list(units.values())
@@ -104,7 +104,7 @@ def materialised(units: Sequence[Unit], write: Callable[[Member, Tensor], None])
     try:
         for unit in units:
             for member in unit:
-                p = member.present[0].data
+                p = member.storage.present()[0].data
                 rest.append((p, p.clone()))
                 write(member, p)
         yield

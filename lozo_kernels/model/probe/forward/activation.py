@@ -13,21 +13,23 @@ from torch.nn import functional as F
 from ....kernels import ops, skinny
 from ....kernels.calls import Draw
 from ....kernels.registry import Backend
-from ...parameters import Piece, is_quantised
+from ...layout import Shard
+from ...modules import own_parameters
 from ...sharding import adds_once, arrived, is_sharded, local_inputs, local_of, local_outputs, why_not_local, with_local
-from ..members import Holder, Member
+from ...storage import Owner, is_quantised
+from ..members import Member
 from ..runtime import Runtime
 
 Forward = Callable[..., Any]
 
 
-def layer_kind(holder: Holder) -> str | None:
+def layer_kind(owner: Owner) -> str | None:
     """How a module uses a matrix that it holds: "linear", "transposed" or "embedding", or None where that is not known."""
-    module, attribute = holder.module, holder.attribute
+    module, attribute = owner.module, owner.attribute
     if attribute != "weight":
         return None
     forward = type(module).forward
-    if forward is nn.Linear.forward or is_quantised(module, module._parameters["weight"]):  # type: ignore[arg-type]
+    if forward is nn.Linear.forward or is_quantised(module, own_parameters(module)["weight"]):  # type: ignore[arg-type]
         return "linear"
     if forward is nn.Embedding.forward:
         return "embedding" if module.max_norm is None else None
@@ -42,7 +44,7 @@ def summed_dimension(kind: str) -> int:
 
 
 def probed_forward(
-    runtime: Runtime, kind: str, member: Member, bias: Member | None, holder: Holder, backend: Backend, old: Forward
+    runtime: Runtime, kind: str, member: Member, bias: Member | None, owner: Owner, backend: Backend, old: Forward
 ) -> Forward:
     """A layer's forward with what its weight and bias have moved by.
 
@@ -51,7 +53,7 @@ def probed_forward(
         member: the weight, on the activation side.
         bias: the bias where its side is "shift", or None.
     """
-    layer = (_LayerInBlocks if member.in_blocks else _Layer)(runtime, kind, member, bias, holder, backend)
+    layer = (_LayerInBlocks if member.storage.in_blocks else _Layer)(runtime, kind, member, bias, owner, backend)
 
     @functools.wraps(old)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -64,10 +66,11 @@ def probed_forward(
 
 
 class _Layer:
-    def __init__(self, runtime: Runtime, kind: str, member: Member, bias: Member | None, holder: Holder, backend: Backend) -> None:
-        self.runtime, self.kind, self.member, self.bias, self.holder, self.backend = runtime, kind, member, bias, holder, backend
-        first_row = 0 if member.part is None else member.part.piece.row_offset
-        self.noise = {"seed": runtime.seed, "tensor_id": member.slot.tensor_id, "row_offset": first_row, "backend": backend}
+    def __init__(self, runtime: Runtime, kind: str, member: Member, bias: Member | None, owner: Owner, backend: Backend) -> None:
+        self.runtime, self.kind, self.member, self.bias, self.backend = runtime, kind, member, bias, backend
+        self.module, self.name = owner.module, owner.path
+        first_row = 0 if member.local is None else member.local.shard.row_offset
+        self.noise = {"seed": runtime.seed, "tensor_id": member.parameter.tensor_id, "row_offset": first_row, "backend": backend}
         self.adds_once = True  # what is added once to outputs that are a sum over processes
 
     @property
@@ -87,7 +90,7 @@ class _Layer:
         member, runtime = self.member, self.runtime
         if not member.enabled:
             return y if self._shift is None else y + self._shift[0].to(y.dtype)
-        if runtime.groups > 1 and runtime.is_shared(self.holder.name, x.shape):
+        if runtime.groups > 1 and runtime.is_shared(self.name, x.shape):
             x, y = x.expand(runtime.whole, *x.shape[1:]), y.expand(runtime.whole, *y.shape[1:]).contiguous()
         if self._in_operators or (torch.is_grad_enabled() and (y.requires_grad or x.requires_grad)):
             return self._differentiable(y, x)
@@ -126,9 +129,9 @@ class _Layer:
 
     def _spared_bias(self) -> Tensor | None:
         """What outputs that were multiplied by the weight's gain lack of a bias that does not decay with the weight."""
-        b = self.holder.module._parameters.get("bias")
+        b = own_parameters(self.module).get("bias")
         gain, bias = self.member.gain, self.bias
-        in_shift = bias is not None and bias.within_reach
+        in_shift = bias is not None and bias.storage.always_here
         if b is None or gain is None or in_shift or not self.adds_once:
             return None
         own = 1.0 if bias is None or bias.gain is None else bias.gain
@@ -164,7 +167,7 @@ class _Layer:
             self.runtime.seed,
             rows,
             member.b.shape[-1],
-            member.slot.tensor_id,
+            member.parameter.tensor_id,
             Draw(point.step, point.direction),
             device=member.device,
             backend=self.backend,
@@ -181,11 +184,11 @@ class _LayerInBlocks(_Layer):
     """
 
     def add(self, y: Tensor, x: Tensor) -> Tensor:
-        p = self.member.slot.parameter
+        p = self.member.parameter.tensor
         problem = why_not_local(p, x, y, summed_dimension(self.kind), self.kind == "embedding")
         if problem is not None:
             raise RuntimeError(
-                f"layer {self.holder.name!r} computes in another way than when its side was chosen ({problem}): patch with "
+                f"layer {self.name!r} computes in another way than when its side was chosen ({problem}): patch with "
                 f"side={{{self.member.name!r}: 'scratch'}}"
             )
         self.adds_once, outputs = adds_once(y), local_outputs(y)
@@ -193,18 +196,18 @@ class _LayerInBlocks(_Layer):
         return y if added is outputs else with_local(y, added)
 
     @property
-    def _piece(self) -> Piece:
-        assert self.member.part is not None
-        return self.member.part.piece
+    def _shard(self) -> Shard:
+        assert self.member.local is not None
+        return self.member.local.shard
 
     @property
     def _in_operators(self) -> bool:
-        return not self._piece.x.numel()
+        return not self._shard.x.numel()
 
     def _delta(self, group: int) -> Tensor:
-        piece = self._piece
-        _, rows, cols = piece.x.shape
-        return super()._delta(group)[piece.row_offset : piece.row_offset + rows, piece.col_offset : piece.col_offset + cols]
+        shard = self._shard
+        _, rows, cols = shard.x.shape
+        return super()._delta(group)[shard.row_offset : shard.row_offset + rows, shard.col_offset : shard.col_offset + cols]
 
     def _add_rows(self, flat: Tensor, rows: Tensor, v: Tensor, b: Tensor, noise: dict[str, Any]) -> None:
         here, mine = self._rows_here(rows)
@@ -225,7 +228,7 @@ class _LayerInBlocks(_Layer):
 
     def _rows_here(self, rows: Tensor) -> tuple[Tensor | None, Tensor]:
         """Which of some rows of the weight the block has, None for all; and where in it, 0 for others."""
-        first, count = self._piece.row_offset, self._piece.x.shape[1]
+        first, count = self._shard.row_offset, self._shard.x.shape[1]
         if count == self.member.extent[1]:
             return None, rows
         here = (rows >= first) & (rows < first + count)

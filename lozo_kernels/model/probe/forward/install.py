@@ -5,19 +5,16 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from ....kernels.registry import Choice
+from ....kernels.registry import Backend
 from ..members import Member, scopes_of
 from ..runtime import Runtime
 from .activation import layer_kind, probed_forward
 from .swapping import Arena, Fill, scoped_forward
-
-if TYPE_CHECKING:
-    from ..handle import ProbeHandle
 
 _MISSING = object()
 
@@ -26,7 +23,8 @@ class Installation:
     """The forwards that were replaced."""
 
     def __init__(self) -> None:
-        self._replaced: list[tuple[nn.Module, str, str, Any, Any]] = []
+        self._replaced: list[tuple[nn.Module, str, Any]] = []
+        self._outermost: list[tuple[dict[str, Any], str, str, Any]] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def add(
@@ -36,47 +34,49 @@ class Installation:
         runtime: Runtime,
         arenas: dict[torch.device, Arena],
         fill: Fill,
-        choices: Mapping[torch.device, Choice],
-        handle: weakref.ref[ProbeHandle],
+        backends: Mapping[torch.device, Backend],
+        save: Callable[[], None],
+        load: Callable[[], None],
     ) -> None:
-        """Replaces the forward of every module that a probe concerns."""
+        """Replaces the forward of every module that a probe concerns, and hooks ``save`` and ``load`` (bound methods, held weakly)
+        to what their names say of the model's state."""
         names = {module: name for name, module in model.named_modules()}
-        shifts = {m.holders[0].module: m for m in members if m.side == "shift"}
+        shifts = {m.owners[0].module: m for m in members if m.side == "shift"}
         for member in members:
-            if member.side == "activation":
-                for holder in member.holders:
-                    kind = layer_kind(holder)
-                    assert kind is not None
-                    backend = choices[member.device].backend
-                    bias = shifts.get(holder.module)
-                    self._replace(
-                        holder.module,
-                        holder.name,
-                        functools.partial(probed_forward, runtime, kind, member, bias, holder, backend),
-                    )
+            for owner in member.owners if member.side == "activation" else ():
+                kind = layer_kind(owner)
+                assert kind is not None
+                bias, backend = shifts.get(owner.module), backends[member.device]
+                make = functools.partial(probed_forward, runtime, kind, member, bias, owner, backend)
+                self._replace(owner.module, owner.path, make)
         for module, some in scopes_of(members).items():
             for device in {m.device for m in some}:
                 arenas.setdefault(device, Arena(device))
             self._replace(module, names[module], functools.partial(scoped_forward, runtime, some, arenas, fill))
-        self._add_hooks(model, handle)
+        before_save, before_load = _weakly(save), _weakly(load)
+        for module in model.modules():
+            self._hooks += [
+                module.register_state_dict_pre_hook(before_save),
+                module.register_load_state_dict_pre_hook(before_load),
+            ]
 
     def remove(self) -> None:
         """Gives every module its own forward back."""
-        for module, _, attribute, old, _ in reversed(self._replaced):
+        for module, attribute, old in reversed(self._replaced):
             if old is _MISSING:
                 module.__dict__.pop(attribute, None)
             else:
                 module.__dict__[attribute] = old
         self._replaced.clear()
+        self._outermost.clear()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
     def lost(self) -> str | None:
         """The name of a module whose forward was replaced since, or None."""
-        outer = {(module, attribute): (name, new) for module, name, attribute, _, new in self._replaced}
-        for (module, attribute), (name, new) in outer.items():
-            if module.__dict__.get(attribute) is not new:
+        for owned, attribute, name, new in self._outermost:
+            if owned.get(attribute) is not new:
                 return name
         return None
 
@@ -86,18 +86,18 @@ class Installation:
         old = module.__dict__.get(attribute, _MISSING)
         new = make(getattr(module, attribute))
         module.__dict__[attribute] = new
-        self._replaced.append((module, name, attribute, old, new))
+        self._replaced.append((module, attribute, old))
+        self._outermost = [row for row in self._outermost if row[0] is not module.__dict__ or row[1] != attribute]
+        self._outermost.append((module.__dict__, attribute, name, new))
 
-    def _add_hooks(self, model: nn.Module, handle: weakref.ref[ProbeHandle]) -> None:
-        def save(*_: Any) -> None:
-            found = handle()
-            if found is not None:
-                found.before_state_dict()
 
-        def load(*_: Any) -> None:
-            found = handle()
-            if found is not None:
-                found.settle()
+def _weakly(method: Callable[[], None]) -> Callable[..., None]:
+    """A hook that calls a bound method for as long as its object lives."""
+    reference = weakref.WeakMethod(method)
 
-        for module in model.modules():
-            self._hooks += [module.register_state_dict_pre_hook(save), module.register_load_state_dict_pre_hook(load)]
+    def hook(*_: Any) -> None:
+        found = reference()
+        if found is not None:
+            found()
+
+    return hook

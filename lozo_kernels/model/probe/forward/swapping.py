@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from ...interrupts import deferred_interrupt, interruptible
+from ...modules import own_parameters
 from ..members import Member
 from ..runtime import Runtime
 
@@ -74,6 +75,7 @@ def scoped_forward(
 class _Scope:
     def __init__(self, runtime: Runtime, members: Sequence[Member], arenas: dict[torch.device, Arena], fill: Fill) -> None:
         self.runtime, self.members, self.arenas, self.fill = runtime, members, arenas, fill
+        self.places = [[(owner.module, owner.attribute) for owner in member.owners] for member in members]  # for compilers
 
     def run(self, old: Forward, args: Any, kwargs: Any) -> Any:
         """The module at one point."""
@@ -84,7 +86,7 @@ class _Scope:
             try:
                 for member in self.members:
                     if member.enabled and not member.swapped:
-                        places = member.present
+                        places = member.storage.present()
                         if member.side == "copy":
                             perturbed = member.buffers[group]
                         else:
@@ -132,18 +134,18 @@ class _Scope:
         if self.runtime.groups > 1:
             raise NotImplementedError("evaluation='batched' is not for compiled models with weights on the weight side")
         rest = []
-        for member in self.members:
+        for member, places in zip(self.members, self.places, strict=True):
             if not member.buffers:
                 raise NotImplementedError(
                     f"{member.name!r} of a compiled model needs memory of its own: patch with side={{'{member.name}': 'copy'}}"
                 )
-            for holder in member.holders:  # a tied weight is in several modules
-                places = holder.module._parameters
-                rest.append((places, holder.attribute, places[holder.attribute]))
-                places[holder.attribute] = member.buffers[0]  # type: ignore[assignment]
+            for module, attribute in places:  # a tied weight is in several modules
+                owned = own_parameters(module)
+                rest.append((owned, attribute, owned[attribute]))
+                owned[attribute] = member.buffers[0]  # type: ignore[assignment]
         output = old(*args, **kwargs)
-        for places, attribute, p in rest:
-            places[attribute] = p
+        for owned, attribute, p in rest:
+            owned[attribute] = p
         return output
 
 

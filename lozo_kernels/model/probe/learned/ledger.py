@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ....kernels.calls import Rounding
 from ...config import PatchConfig
-from ...sharding import block_of
-from ..members import Member, Past, offloaded_weight
-from .factors import StateGroup, merge_shard, merge_weights
+from ..members import Member, Past
+from .factors import StateGroup
 
 
 class Ledger:
@@ -28,25 +27,21 @@ class Ledger:
 
     def merge(self, group: StateGroup, window: int, rounding: Rounding | None) -> None:
         """X <- gain * X + B V^T for all of a group, and B <- 0."""
-        near = [m for m in group.members if m.within_reach]
+        near = [m for m in group.members if m.storage.always_here]
         if near:
-            xs, parts = [m.slot.piece().x for m in near], [m.part for m in near]
-            merge_weights(group, xs, near, parts, self._config.seed, rounding)
+            group.merge(near, [m.storage.shard() for m in near], rounding)
             self._begin_anew(near, window)
         for member in group.members:  # a disk may be full: each is done with before the next is begun
-            if not member.within_reach:
+            if not member.storage.always_here:
                 self._merge_away(group, member, window, rounding)
                 self._begin_anew([member], window)
 
     def _merge_away(self, group: StateGroup, member: Member, window: int, rounding: Rounding | None) -> None:
-        """A weight that is out of reach: this process's rows, or brought here and back, or its factors are kept."""
-        if member.slot.out_of_reach == "sharded":
-            block_of(member.name, member.slot.parameter)  # raises while it is whole, which would be lost
-            merge_shard(group, member, self._config.seed, rounding)
-            return
-        if member.slot.out_of_reach == "offloaded":
-            with offloaded_weight(member, member.device) as x:
-                merge_weights(group, [x], [member], [None], self._config.seed, rounding)
+        """A weight that is not here all the time is brought here and back; where none can take up the factors, they are kept."""
+        if member.storage.mergeable:
+            with member.storage.borrowed(member.device) as shard:
+                if shard.x.numel():
+                    group.merge([member], [shard], rounding)
             return
         assert member.b is not None and member.v is not None
         b, v = member.b[0].clone(), member.v[0].float()
@@ -75,8 +70,8 @@ class Ledger:
     @property
     def undecaying(self) -> list[str]:
         """Names of parameters that cannot decay: quantised ones, and with ``keep_factors`` all low-rank ones."""
-        low_rank = [m for m in self._members if m.slot.kind == "lowrank"]
-        return [m.name for m in low_rank if self._config.keep_factors or m.slot.out_of_reach == "quantised"]
+        low_rank = [m for m in self._members if m.parameter.low_rank]
+        return [m.name for m in low_rank if self._config.keep_factors or not m.storage.mergeable]
 
     def check_decay(self) -> None:
         """Raises RuntimeError if a parameter has decayed whose factors are kept, because they cannot say that."""
@@ -93,17 +88,17 @@ class Ledger:
         """See :attr:`ProbeHandle.past`."""
         return {m.name: dataclasses.asdict(m.past) for m in self._members if m.past is not None}
 
-    def check_past(self, past: dict[str, dict[str, Any]]) -> None:
+    def check_past(self, past: Mapping[str, Mapping[str, Any]]) -> None:
         """Raises ValueError if it is of other layers or shapes."""
-        quantised = self._quantised()
+        quantised = self._unmergeable_members()
         for name, saved in past.items():
             shape = None if name not in quantised else quantised[name].extent
             if shape is None or (saved["b"].shape[0], saved["v"].shape[1]) != shape[1:] or saved["b"].shape[1] != len(saved["v"]):
                 raise ValueError(f"what {name!r} learned does not fit a quantised layer of this model")
 
-    def load_past(self, past: dict[str, dict[str, Any]]) -> None:
+    def load_past(self, past: Mapping[str, Mapping[str, Any]]) -> None:
         """Takes over what was checked."""
-        for name, member in self._quantised().items():
+        for name, member in self._unmergeable_members().items():
             member.past = None
             if name in past:
                 member.past = Past(past[name]["b"].clone(), past[name]["v"].clone(), past[name]["window"])
@@ -111,8 +106,8 @@ class Ledger:
 
     def unmergeable(self, learned: bool) -> list[str]:
         """Names of quantised layers that learned something. ``learned``: there were updates since the last merge."""
-        some = [m for m in self._quantised().values() if m.b is not None]
+        some = [m for m in self._unmergeable_members().values() if m.b is not None]
         return [m.name for m in some if m.past is not None or (learned and bool(m.b.any()))]  # type: ignore[union-attr]
 
-    def _quantised(self) -> dict[str, Member]:
-        return {m.name: m for m in self._members if m.slot.out_of_reach == "quantised"}
+    def _unmergeable_members(self) -> dict[str, Member]:
+        return {m.name: m for m in self._members if not m.storage.mergeable}

@@ -1,0 +1,62 @@
+"""What torch keeps in modules without a public name: the one file that reads it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The parameters that a module itself has, by attribute; an entry can be replaced, also by a tensor that is no parameter.
+
+    ``get_parameter`` and ``setattr`` go through hooks and checks of subclasses, and refuse tensors.
+    """
+    return module._parameters  # noqa: SLF001
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """The buffers that a module itself has, by name."""
+    return module._buffers  # noqa: SLF001
+
+
+def children_by_name(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The modules that a module itself has; ``named_children`` leaves out those that it has twice."""
+    return module._modules  # noqa: SLF001
+
+
+def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
+    """What ``module.compile()`` made of calls of a module, None if it was not compiled."""
+    return module._compiled_call_impl  # type: ignore[no-any-return]  # noqa: SLF001
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether ``torch.compile`` was applied to the model or to a module of it."""
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    wrapped = () if dynamo is None else dynamo.OptimizedModule
+    return any(compiled_call(module) is not None or isinstance(module, wrapped) for module in model.modules())
+
+
+def version_of(t: Tensor) -> int:
+    """A number that grows whenever a tensor is changed in place. Tensors made in inference mode do not count, and have 0."""
+    return 0 if t.is_inference() else t._version  # noqa: SLF001
+
+
+def storage_of(t: Tensor) -> int:
+    """A number that tensors share that lie in one storage; -1 for subclasses of tensors that have none of their own."""
+    try:
+        return t.untyped_storage()._cdata  # noqa: SLF001
+    except (NotImplementedError, RuntimeError):
+        return -1
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether a module is one of torch's convolutions, transposed and lazy ones too."""
+    return isinstance(module, nn.modules.conv._ConvNd)  # noqa: SLF001
+
+
+def unsaved_buffers(module: nn.Module) -> set[str]:
+    """Names of the buffers that ``state_dict()`` leaves out."""
+    return module._non_persistent_buffers_set  # type: ignore[return-value]  # noqa: SLF001

@@ -1,0 +1,121 @@
+"""A probed model: what is known of each parameter, the points that are evaluated, and the forwards that evaluate there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ....kernels.registry import Backend, choose_backend
+from ...config import PatchConfig
+from ...estimators import Estimator
+from ...parameters import Parameter
+from ..members import Member, factors_of
+from ..runtime import REST, Point, Runtime
+from .guards import Guards
+from .install import Installation
+from .swapping import Arena
+from .weights import PerturbedWeights
+
+
+class ProbedModel:
+    """Evaluates a model at other points than its weights, which are only read.
+
+    Attributes:
+        model: the model; config: how it was patched.
+        members: what is known of every trained parameter, in the order of ``Handle.names``.
+        runtime: the points.
+        guards: what notices that the model changed.
+        learned: some factor is not zero, so that the model differs from its weights also between steps.
+        backends: what serves each device.
+    """
+
+    def __init__(self, model: nn.Module, config: PatchConfig, parameters: Sequence[Parameter], estimator: Estimator) -> None:
+        self.model, self.config = model, config
+        self.members = [Member(p, i, p.extent, p.storage.device) for i, p in enumerate(parameters)]
+        self.runtime = Runtime(config)
+        self.guards = Guards(model, self.members)
+        self.learned = False
+        self.backends: dict[torch.device, Backend] = {}
+        self._low_rank = estimator.low_rank
+        self._arenas: dict[torch.device, Arena] = {}
+        self._installation = Installation()
+        self._weights = PerturbedWeights(self.runtime, estimator)
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where the trained parameters' state is, each device once."""
+        return list(dict.fromkeys(member.device for member in self.members))
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of scratch memory held."""
+        return sum(arena.nbytes for arena in self._arenas.values())
+
+    def member(self, p: Parameter) -> Member:
+        """What is known of a parameter."""
+        return next(m for m in self.members if m.parameter is p)
+
+    def follow(self) -> None:
+        """Makes state where the parameters are now, or brings it there."""
+        for member in self.members:
+            self._follow(member)
+        self.backends = {d: choose_backend(d, self.config.backend).backend for d in self.devices}
+
+    def rebuild(self) -> None:
+        """Makes the memory for perturbed weights anew, as the sides ask for."""
+        self._weights.rebuild(self.members, self.backends)
+        self._weights.refresh()
+
+    def install(self, save: Callable[[], None], load: Callable[[], None]) -> None:
+        """Puts the chosen sides into the model's modules.
+
+        Args:
+            save: called before ``state_dict()`` of the model or a part of it; load: before ``load_state_dict()``. Both are bound
+                methods, whose object is not kept alive.
+        """
+        self._installation.add(self.model, self.members, self.runtime, self._arenas, self._weights.fill, self.backends, save, load)
+        self.guards.installed(self._installation)
+
+    def remove(self) -> None:
+        """Gives every module its own forward back."""
+        self._installation.remove()
+
+    def write(self, points: Sequence[Point] = (REST,), examples: int | None = None) -> None:
+        """Moves to other points; copies and shifts follow.
+
+        Args:
+            examples: of each evaluation, when several share a forward pass.
+        """
+        self.runtime.live = self.learned or any(m.past is not None for m in self.members) or any(p.scale for p in points)
+        self.runtime.write(points, examples)
+        self._weights.refresh()
+
+    def fill(self, member: Member, out: Tensor, base: Tensor | None = None) -> None:
+        """Writes the perturbed weight of a member into a tensor of its shape. Arguments as :meth:`PerturbedWeights.fill`."""
+        self._weights.fill(member, out, 0, base)
+
+    def _follow(self, member: Member) -> None:
+        member.device = device = member.storage.device
+        batch, rows, cols = member.extent
+        if member.parameter.low_rank:
+            if member.v is None:
+                member.v = torch.zeros(batch, self.config.rank, cols, dtype=torch.float16, device=device)
+            member.v = member.v.to(device)
+        if member.side == "inplace":
+            member.b = None
+        elif self._low_rank:
+            if member.b is None:
+                last = self.config.rank if member.v is not None else cols
+                member.b = torch.zeros(batch, rows, last, dtype=torch.float32, device=device)
+            member.b = member.b.to(device)
+        member.point = self.runtime.on(device)
+        if member.storage.in_blocks:
+            member.local = factors_of(member, member.storage.shard())
+        if member.v is not None and member.b is not None and batch == 1:
+            v, b = (member.v, member.b) if member.local is None else (member.local.v, member.local.b)
+            assert v is not None
+            member.factors = v[0], b[0]
+        if member.past is not None:
+            member.past.to(device)

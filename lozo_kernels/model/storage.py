@@ -1,0 +1,304 @@
+"""Where the values of a parameter lie, and how a process reaches them: one class for each case."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.table import DTYPES, storage_problem
+from .config import PatchConfig
+from .layout import Layout, Shard
+from .modules import own_parameters
+from .offload import OffloadedWeight
+from .sharding import block_of, check_block, check_rows, gather, is_sharded, local_of, running_device
+
+
+@dataclasses.dataclass(frozen=True)
+class Owner:
+    """A module that has a parameter.
+
+    Attributes:
+        reference: to the module; path: its name in the model; attribute: the parameter's name in the module.
+        kept: where the parameter is while the module does not run, None where it stays in its place.
+    """
+
+    reference: weakref.ref[nn.Module]
+    path: str
+    attribute: str
+    kept: OffloadedWeight | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The module.
+
+        Raises:
+            RuntimeError: it is gone.
+        """
+        module = self.reference()
+        if module is None:
+            raise RuntimeError(f"module {self.path!r} no longer exists: restore() and patch the model again")
+        return module
+
+    @property
+    def tensor(self) -> nn.Parameter | None:
+        """The parameter as the module has it now, None if it does not any more."""
+        module = self.reference()
+        return None if module is None else own_parameters(module).get(self.attribute)
+
+
+class Storage:
+    """A parameter whose values are in the parameter itself, in this process, all the time. Other cases are subclasses.
+
+    The tensor is looked up at every use, so replaced parameters and moved storage are followed.
+
+    Attributes:
+        word: what messages call a parameter that is stored so.
+        always_here: this process can read and write what it has of the parameter at any time.
+        resident: it is such a parameter.
+        mergeable: it can take up what a probe learned.
+        sharded: it is spread over processes; in_blocks: also while its module runs (tensor parallel).
+
+    Args:
+        owners: every module that has it, the one that names it first.
+        layout: the matrices that it is seen as.
+    """
+
+    word: ClassVar[str] = "in its place"
+    always_here = True
+    resident: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = True
+    sharded: ClassVar[bool] = False
+    in_blocks = False
+
+    def __init__(self, owners: Sequence[Owner], layout: Layout) -> None:
+        self.owners = tuple(owners)
+        self.layout = layout
+
+    @property
+    def tensor(self) -> nn.Parameter:
+        """The parameter as it is now.
+
+        Raises:
+            RuntimeError: it is gone.
+        """
+        p = self.owners[0].tensor
+        if p is None:
+            raise RuntimeError(f"parameter {self.layout.name!r} no longer exists: restore() and patch the model again")
+        return p
+
+    @property
+    def extent(self) -> tuple[int, int, int]:
+        """(batch, rows, cols) of the whole parameter, without a look at its storage."""
+        return self.layout.extent(self.shape)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole parameter."""
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> str:
+        """Of the parameter as torch calls it, without "torch."; its :attr:`word` where it has none that counts."""
+        return str(self.tensor.dtype).removeprefix("torch.")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameter is while its module runs."""
+        return self.tensor.device
+
+    def check(self, config: PatchConfig) -> None:  # noqa: ARG002  (only what is sharded depends on it)
+        """Raises TypeError or ValueError, with the way out, if it cannot be trained as ``config`` says."""
+        self.shard()
+
+    def shard(self) -> Shard:
+        """What this process has of it, whose storage passes over the weights change.
+
+        Raises:
+            TypeError: it is sparse, on the meta device or of an unsupported dtype.
+            ValueError: its strides do not allow changing it in place.
+            RuntimeError: it cannot be reached now.
+        """
+        p = self.tensor.detach()
+        check_trainable(self.layout.name, p)
+        return self.layout.whole(p)
+
+    def present(self) -> Sequence[Tensor]:
+        """The parameter, or this process's block of it, where it has storage now; a tied one that is offloaded in each place.
+
+        Raises:
+            RuntimeError: it has none: no module that has it runs.
+        """
+        return [self.tensor]
+
+    def load(self, device: torch.device) -> Tensor:
+        """The whole parameter on a device, contiguous unless it is the parameter itself, which is not copied.
+
+        A sharded one is gathered, which every process has to take part in.
+        """
+        return self.tensor.detach().to(device)
+
+    @contextlib.contextmanager
+    def borrowed(self, device: torch.device) -> Iterator[Shard]:
+        """What :meth:`shard` gives, on a device, written back at the end. If the body raises, nothing is written back."""
+        shard = self.shard()
+        here = dataclasses.replace(shard, x=shard.x.to(device))
+        yield here
+        if here.x.data_ptr() != shard.x.data_ptr():
+            shard.x.copy_(here.x)
+
+
+class Sharded(Storage):
+    """A DTensor. Under FSDP each process has rows of it between forwards; under tensor parallelism a block all the time."""
+
+    word = "sharded"
+    resident = False
+    sharded = True
+
+    def __init__(self, owners: Sequence[Owner], layout: Layout, in_blocks: bool) -> None:
+        super().__init__(owners, layout)
+        self.in_blocks = self.always_here = in_blocks
+
+    @property
+    def device(self) -> torch.device:
+        return running_device(self.tensor)
+
+    def check(self, config: PatchConfig) -> None:
+        name, p, in_place = self.layout.name, self.tensor, config.placement == "inplace"
+        check_trainable(name, p)
+        if config.estimator == "subspace" or (not in_place and config.estimator == "dense"):
+            raise TypeError(
+                f"parameter {name!r} is sharded: shards have no probe with MeZO, and nothing with SubZero; use LOZO, MeZO with "
+                "placement='inplace', or exclude it"
+            )
+        if self.layout.form == "square":
+            raise TypeError(f"parameter {name!r} is sharded, and cannot be seen as a square matrix: leave it out of square")
+        if in_place or self.in_blocks:
+            check_block(name, p, 2 if p.dim() == 2 else 1)
+        else:
+            check_rows(name, p)
+        if in_place:
+            self.shard()
+
+    def shard(self) -> Shard:
+        p = self.tensor
+        local, offsets = block_of(self.layout.name, p)
+        check_trainable(self.layout.name, local)
+        return self.layout.cut(local, offsets, p.shape)
+
+    def present(self) -> Sequence[Tensor]:
+        return [local_of(self.tensor)] if self.in_blocks else _brought_in(self)
+
+    def load(self, device: torch.device) -> Tensor:
+        return gather(self.tensor).detach().to(device).contiguous()
+
+
+class Offloaded(Storage):
+    """Kept on the CPU or on disk by accelerate, and brought in while a module that has it runs."""
+
+    word = "offloaded"
+    always_here = False
+    resident = False
+
+    @property
+    def device(self) -> torch.device:
+        p = self.tensor
+        return next(o.kept.execution_device for o in self.owners if o.kept is not None) if p.device.type == "meta" else p.device
+
+    def check(self, config: PatchConfig) -> None:  # noqa: ARG002
+        for owner in self.owners:
+            if owner.kept is not None:
+                owner.kept.check_writable()
+
+    def shard(self) -> Shard:
+        raise RuntimeError(f"{self.layout.name!r} is offloaded: it has no storage between forwards")
+
+    def present(self) -> Sequence[Tensor]:
+        return _brought_in(self)
+
+    def load(self, device: torch.device) -> Tensor:
+        """In memory of the device it is not copied."""
+        resident = self._resident
+        weight = self._places[0].load() if resident is None else resident
+        return weight.detach().to(device, self.tensor.dtype).contiguous()
+
+    @contextlib.contextmanager
+    def borrowed(self, device: torch.device) -> Iterator[Shard]:
+        """All of it; tied ones are written back to every place once, as :meth:`OffloadedWeight.store` says."""
+        weight = self.load(device)
+        yield self.layout.whole(weight)
+        resident = self._resident
+        if resident is not None and resident.data_ptr() != weight.data_ptr():
+            resident.detach().copy_(weight)
+        for kept in self._places:
+            kept.store(weight)
+
+    @property
+    def _places(self) -> list[OffloadedWeight]:
+        """Where the weight is kept, each place once."""
+        return list({owner.kept.place: owner.kept for owner in self.owners if owner.kept is not None}.values())
+
+    @property
+    def _resident(self) -> Tensor | None:
+        """The parameter of a module that always has it, where it is tied to one that does not."""
+        return next((owner.tensor for owner in self.owners if owner.kept is None), None)
+
+
+class Quantised(Storage):
+    """Integers that only their linear layer can read, perhaps packed. What is learned stays beside them."""
+
+    word = "quantised"
+    always_here = False
+    resident = False
+    mergeable = False
+
+    @property
+    def shape(self) -> torch.Size:
+        module: Any = self.owners[0].module
+        return torch.Size((module.out_features, module.in_features))
+
+    @property
+    def dtype(self) -> str:
+        return self.word
+
+    def check(self, config: PatchConfig) -> None:
+        """Any can be trained: only its layer reads it."""
+
+    def present(self) -> Sequence[Tensor]:
+        return _brought_in(self)
+
+
+def _brought_in(storage: Storage) -> Sequence[Tensor]:
+    found = [owner.tensor for owner in storage.owners]
+    here = {id(p): p for p in found if p is not None and p.device.type != "meta" and not is_sharded(p)}
+    if not here:
+        raise RuntimeError(f"{storage.layout.name!r} is {storage.word}, and was not brought in for the module that uses it")
+    return list(here.values())
+
+
+def is_quantised(module: nn.Module | None, p: Tensor) -> bool:
+    """Whether a linear layer's weight is kept as integers that only the layer itself can read (bitsandbytes, torchao)."""
+    if not isinstance(module, nn.Linear) or p is not own_parameters(module).get("weight"):
+        return False
+    return not is_sharded(p) and not p.is_complex() and (not p.is_floating_point() or type(p.data) is not Tensor)
+
+
+def check_trainable(name: str, p: Tensor) -> None:
+    """Raises TypeError or ValueError, with the way out, for storage that the ops cannot change."""
+    way_out = "exclude it or set requires_grad=False"
+    if p.layout != torch.strided:
+        raise TypeError(f"parameter {name!r} is {p.layout}; only dense storage can be trained: {way_out}")
+    if p.device.type == "meta":
+        raise TypeError(f"parameter {name!r} is on the meta device and has no storage; load the weights first, or {way_out}")
+    if p.dtype not in DTYPES:
+        raise TypeError(
+            f"parameter {name!r} is {p.dtype}; supported are {', '.join(str(d) for d in DTYPES)}: convert it, or {way_out}"
+        )
+    problem = None if is_sharded(p) else storage_problem(p)
+    if problem is not None:
+        raise ValueError(f"parameter {name!r}: {problem}; put that right, or {way_out}")

@@ -1,0 +1,44 @@
+"""What an earlier version wrote is read, and gives the same bits: journals, and states to go on from."""
+
+import pytest
+import torch
+
+from lozo_kernels.journal import read_journal, replay
+from python_tests.earlier import make
+
+SAVED = torch.load(make.HERE / "states.pt", weights_only=True)
+
+
+def same(model, expected):
+    return all(torch.equal(p, expected[name]) for name, p in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", make.RUNS)
+def test_a_journal_is_replayed(name):
+    model = make.Net().to(SAVED[name]["final"]["linear.weight"].dtype)
+    replayed = replay(model, make.HERE / f"{name}.journal")
+    assert replayed.agrees and replayed.steps == make.STEPS
+    assert same(model, SAVED[name]["final"])
+    assert read_journal(make.HERE / f"{name}.journal").header.about == {"run": name}
+
+
+@pytest.mark.parametrize("name", make.RUNS)
+def test_a_run_goes_on_from_its_state(name):
+    model, optimizer, _ = make.build(name)
+    model.load_state_dict(SAVED[name]["weights"])
+    optimizer.load_state_dict(SAVED[name]["state"])
+    assert optimizer.steps_done == make.SAVED_AFTER
+    make.take(model, optimizer, range(make.SAVED_AFTER, make.STEPS))
+    optimizer.handle.merge()
+    optimizer.flush()
+    assert same(model, SAVED[name]["final"])
+
+
+@pytest.mark.parametrize("name", make.RUNS)
+def test_a_whole_run_is_the_same(name, tmp_path):
+    model, optimizer, journal = make.build(name, tmp_path)
+    make.take(model, optimizer, range(make.SAVED_AFTER))
+    optimizer.state_dict()
+    make.take(model, optimizer, range(make.SAVED_AFTER, make.STEPS))
+    journal.finish()
+    assert same(model, SAVED[name]["final"])

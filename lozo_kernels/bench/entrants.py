@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from ..model.probe import ProbeHandle
 from ..optim.optimizer import LOZO, MeZO, ZerothOrderOptimizer
 from .arguments import add_choice
 from .published import PublishedStep
@@ -110,6 +109,7 @@ def make_published(method: str, model: nn.Module, rank: int) -> PublishedStep:
 def treatment(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
     """For a row's details: how many parameters a probe has on each side, and what its check found; nothing without a probe."""
     handle = optimizer.handle
-    if not isinstance(handle, ProbeHandle):
+    if handle.moves_weights:
         return {}
-    return {"sides": dict(collections.Counter(str(m.side) for m in handle.members)), "notes": list(handle.notes)}
+    sides = collections.Counter(p.side for p in handle.report().parameters if p.side is not None)
+    return {"sides": dict(sides), "notes": list(handle.notes)}

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.probe import ProbeHandle
 from ..optim.optimizer import ZerothOrderOptimizer
 from . import memory_cpu, memory_gpu
 from .arguments import DTYPE_NAMES, add_choice, add_model, positive
@@ -112,7 +111,7 @@ def measure_method(model: nn.Module, batch: Callable[[nn.Module], Tensor], entra
 
 def parts(handle: Any) -> dict[str, int]:
     """Bytes of what a probe holds, by their names in :class:`MemoryUse`; nothing of another handle."""
-    if not isinstance(handle, ProbeHandle):
+    if handle.moves_weights:
         return {}
     factors = [t for m in handle.members for t in (m.b, m.v, m.gain) if t is not None]
     copies = [t for m in handle.members for t in (*m.buffers, m.shift) if t is not None]

@@ -7,6 +7,7 @@ from .kernels import torch_ops as _library  # noqa: F401  (registers the ops wit
 from .kernels.calls import Draw, Rounding
 from .kernels.registry import choose_backend
 from .kernels.table import TensorTable
+from .kernels.version import __version__ as __version__
 from .model.config import PatchConfig
 from .model.handle import Handle, handle_of
 from .model.patching import patch
@@ -16,8 +17,6 @@ from .optim.graphs import CapturedStep, capture_step
 from .optim.optimizer import LOZO, MeZO, SubZero
 from .optim.parallel import DivergenceError, Parallel, PeerLostError
 from .optim.steps import StepInfo
-
-__version__ = "0.1.0"
 
 __all__ = [
     "LOZO",

@@ -331,7 +331,7 @@ def test_numbers_that_arrive_late(tmp_path, rng, monkeypatch):
     for _ in range(6):
         optimizer.step(loss)
     assert read_journal(path).steps == 0
-    journal.add_step(optimizer, optimizer.info)
+    journal.add_step(optimizer.info)
     journal.take_back()
     waiting[0].there = waiting[1].there = True
     optimizer.step(loss)

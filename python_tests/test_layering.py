@@ -1,4 +1,4 @@
-"""Who may import whom, and what an import may not do."""
+"""Who may import whom, file by file, and what an import may not do. Imports inside of functions and for types count too."""
 
 import ast
 import subprocess
@@ -10,7 +10,8 @@ import pytest
 import lozo_kernels
 
 ROOT = Path(lozo_kernels.__file__).parent
-# Lower layers first; a module imports only from layers below its own (or its own package).
+FILES = sorted(ROOT.rglob("*.py"))
+# Lower layers first; a file imports only from layers below its own, and from its own folder.
 LAYERS = [
     {"errors"},
     {"kernels"},
@@ -25,42 +26,85 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
+def module_of(path):
+    """A file's parts below the package; those of a package's ``__init__.py`` end with it."""
+    return path.relative_to(ROOT).with_suffix("").parts
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def find(parts):
+    """The module that a dotted name means: a file, or the ``__init__`` of a folder; None for a name inside of one."""
+    parts = tuple(parts)
+    return next((p for p in (parts, (*parts, "__init__")) if p in MODULES), None)
+
+
 def imports(path):
-    """Top-level names inside lozo_kernels that a file imports, wherever in it."""
-    package = path.relative_to(ROOT).parts[:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = package[: len(package) - node.level + 1]
-            module = (*base, *(node.module or "").split("."))
-            module = tuple(part for part in module if part)
-            yield from [module[0]] if module else [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lozo_kernels"):
-            parts = node.module.split(".")[1:]
-            yield from parts[:1] or [alias.name for alias in node.names]
-        elif isinstance(node, ast.Import):
+    """The modules of the package that a file imports, wherever in it."""
+    own = module_of(path)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
             for alias in node.names:
-                if alias.name.startswith("lozo_kernels."):
-                    yield alias.name.split(".")[1]
+                if alias.name.split(".")[0] == "lozo_kernels":
+                    yield find(alias.name.split(".")[1:])
+        elif isinstance(node, ast.ImportFrom):
+            inside = (node.module or "").split(".")
+            if node.level:
+                base = (*own[: len(own) - node.level], *filter(None, inside))
+            elif inside[0] == "lozo_kernels":
+                base = tuple(inside[1:])
+            else:
+                continue
+            for alias in node.names:
+                yield find((*base, alias.name)) or find(base)
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
-def test_layers(path):
-    own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+GRAPH = {module_of(path): sorted({m for m in imports(path) if m is not None} - {module_of(path)}) for path in FILES}
+
+
+def test_the_root_is_errors_and_eight_folders():
+    found = {p.name for p in ROOT.iterdir() if p.name != "__pycache__"}
+    assert found - {"lib"} == {
+        *("__init__.py", "__main__.py", "py.typed", "errors.py"),
+        *("kernels", "model", "optim", "adapters", "journal", "bench", "hf", "cli"),
+    }
+    assert len(LAYERS) <= 9
+
+
+@pytest.mark.parametrize("module", GRAPH, ids="/".join)
+def test_layers(module):
+    own = module[0]
     assert own in LEVEL, f"{own} has no layer; give it one"
-    for name in imports(path):
-        if own == "__init__" or name not in LEVEL:  # a name that the package exports, not a module of it
-            continue
-        assert name == own or LEVEL[name] < LEVEL[own], f"{own} imports {name}, which is not below it"
+    for other in GRAPH[module]:
+        below = other[0] == own or LEVEL[other[0]] < LEVEL[own]
+        assert below, f"{'/'.join(module)} imports {'/'.join(other)}, which is not below it"
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
-def test_only_hf_imports_transformers(path):
-    if path.relative_to(ROOT).parts[0] in ("hf", "bench"):
-        return
-    tree = ast.parse(path.read_text())
-    names = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
-    names += [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level]
-    assert not any(name and name.split(".")[0] == "transformers" for name in names)
+def test_no_files_import_each_other_in_a_loop():
+    """A package's ``__init__`` stands for what it exports: a file inside of it does not import from it."""
+    done, path = set(), []
+
+    def visit(module):
+        assert module not in path, "a loop: " + " -> ".join("/".join(m) for m in [*path[path.index(module) :], module])
+        if module not in done:
+            path.append(module)
+            for other in GRAPH[module]:
+                visit(other)
+            path.pop()
+            done.add(module)
+
+    for module in GRAPH:
+        visit(module)
+
+
+def test_only_hf_imports_transformers():
+    for path in FILES:
+        if path.relative_to(ROOT).parts[0] not in ("hf", "bench"):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            names = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
+            names += [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level]
+            assert not any(name and name.split(".")[0] == "transformers" for name in names), path
 
 
 def test_import_is_light():

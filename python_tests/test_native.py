@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from lozo_kernels.bench.cases import OPS, Case, as_bits, random_case
-from lozo_kernels.kernels import noise, ops, skinny
+from lozo_kernels.kernels import noise, ops
 from lozo_kernels.kernels.backends import native
 from lozo_kernels.kernels.backends.eager import EagerBackend
 from lozo_kernels.kernels.backends.native import NativeBackend
-from lozo_kernels.kernels.calls import Draw, Rounding
+from lozo_kernels.kernels.calls import Draw, LayerCall, Rounding
 from lozo_kernels.kernels.table import DTYPES, TensorTable
 from python_tests.processes import forked
 from python_tests.table_helpers import Product, assert_same
@@ -140,9 +140,7 @@ def test_rows_outside_the_weight_are_refused(dtype):
         rows = torch.zeros(40, dtype=dtype)
         rows[37] = bad
         with pytest.raises(ValueError, match="rejected the arguments"):
-            skinny.lowrank_embedding_(
-                y, rows, v, torch.zeros(5, 4), seed=1, tensor_id=1, draws=draws, scales=torch.ones(1), backend=NATIVE, checked=True
-            )
+            NATIVE.lowrank_embedding_(LayerCall(y, rows, v, torch.zeros(5, 4), 1, 1, 0, draws, torch.ones(1)))
         assert (y == 1).all()
 
 
@@ -157,12 +155,10 @@ def test_rows_outside_the_weight_are_refused(dtype):
     ids=["tensor_id", "row_offset", "step", "direction"],
 )
 def test_products_outside_the_noise_are_refused(change):
-    call = {"seed": 1, "tensor_id": 1, "draws": torch.zeros(1, 2, dtype=torch.int64), "scales": torch.ones(1)} | change
-    y = torch.ones(2, 5)
+    call = {"seed": 1, "tensor_id": 1, "row_offset": 0, "draws": torch.zeros(1, 2, dtype=torch.int64), "scales": torch.ones(1)}
+    y, v = torch.ones(2, 5), torch.zeros(4, 6, dtype=torch.float16)
     with pytest.raises(ValueError, match="rejected the arguments"):
-        skinny.lowrank_linear_(
-            y, torch.zeros(2, 6), torch.zeros(4, 6, dtype=torch.float16), torch.zeros(5, 4), **call, backend=NATIVE, checked=True
-        )
+        NATIVE.lowrank_linear_(LayerCall(y=y, x=torch.zeros(2, 6), v=v, b=torch.zeros(5, 4), **(call | change)))
     assert (y == 1).all()
 
 

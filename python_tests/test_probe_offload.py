@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lozo_kernels import LOZO, MeZO, patch
-from lozo_kernels.model.offload import find_homes, home_of
+from lozo_kernels.model.offload import offloaded_weights
 from python_tests.models import same
 
 accelerate = pytest.importorskip("accelerate")
@@ -64,11 +64,11 @@ def offload(model, where, folder):
 
 def weights(model):
     """Every weight by each of its names, from wherever it is kept."""
-    homes, found = find_homes(model), {}
+    kept, found = offloaded_weights(model), {}
     for prefix, module in model.named_modules():
         for attribute, p in module._parameters.items():
             if p is not None:
-                home = home_of(homes, module, attribute) if p.device.type == "meta" else None
+                home = kept[module].parameter(attribute) if module in kept and p.device.type == "meta" else None
                 found[f"{prefix}.{attribute}"] = (p.detach() if home is None else home.load()).clone()
     return found
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from lozo_kernels.bench.cases import OPS, UNIT, Case, as_bits, random_call, random_case
-from lozo_kernels.kernels import ops, skinny
+from lozo_kernels.kernels import ops
 from lozo_kernels.kernels.backends import launches
 from lozo_kernels.kernels.backends.triton import TritonBackend, activations
 from lozo_kernels.kernels.backends.triton.tilesizes import TileSize
-from lozo_kernels.kernels.calls import Draw
+from lozo_kernels.kernels.calls import Draw, LayerCall
 from lozo_kernels.kernels.noise import dense, factor, to_grid
 from lozo_kernels.kernels.registry import choose_backend
 from lozo_kernels.kernels.table import TensorTable
@@ -183,7 +183,7 @@ def test_rows_that_an_embedding_does_not_have_are_not_read(rng, backend):
     b[10:20] = 1
     y = torch.ones(4, 16, device=DEVICE)
     where = {"draws": torch.tensor([[1, 0]], device=DEVICE), "scales": torch.zeros(1, device=DEVICE)}
-    skinny.lowrank_embedding_(y, ids, v, b[10:20], seed=1, tensor_id=2, **where, backend=backend, checked=True)
+    backend.lowrank_embedding_(LayerCall(y, ids, v, b[10:20], seed=1, tensor_id=2, row_offset=0, **where))
     assert (y == 1).all()
 
 

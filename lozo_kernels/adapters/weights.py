@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..kernels.calls import Draw, Rounding
 from ..kernels.checks import check_range, check_scale
 from ..model.config import PatchConfig
+from ..model.estimators import Estimator
 from ..model.handle import Handle
 from ..model.modules import own_parameters
 from ..model.parameters import canonical
@@ -43,11 +44,18 @@ class Weights:
     Args:
         config: estimator, rank, interval, seed of V, scaling, rounding and backend.
         model: where the parameters' further names are found, if they are tied; ids are then those of ``patch(model)``.
+        make_estimator: makes the estimator of each list; None: as the config says.
     """
 
-    def __init__(self, config: PatchConfig, model: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        config: PatchConfig,
+        model: nn.Module | None = None,
+        make_estimator: Callable[[PatchConfig], Estimator] | None = None,
+    ) -> None:
         self.config = config
         self.model = model
+        self._make_estimator = make_estimator
         self._lists: dict[tuple[str, ...], Listed] = {}
         self._whole: Listed | None = None
         self._tick = 0
@@ -175,7 +183,7 @@ class Weights:
         for name, p in further_names(pairs, self.model):
             owned[name] = p
             further.append(name)
-        handle = Handle(holder, self.config)
+        handle = Handle(holder, self.config, None if self._make_estimator is None else self._make_estimator(self.config))
         for name in further:  # they made the ids; kept, they would keep replaced parameters in memory
             del owned[name]
         return Listed(holder, handle, {canonical(name): name for name, *_ in reversed(pairs)})

@@ -17,6 +17,7 @@ import torch
 
 from ..kernels.backends import native
 from ..kernels.registry import choose_backend
+from ..kernels.version import __version__
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "tokenizers", "safetensors", "datasets")
 
@@ -48,7 +49,7 @@ def environment(device: torch.device, argv: Sequence[str], *, program: Sequence[
 
 def versions() -> dict[str, str | None]:
     """Versions of this package and of those it can use; None for what is not installed."""
-    return {"lozo_kernels": _version(), "python": platform.python_version()} | {name: _installed(name) for name in PACKAGES}
+    return {"lozo_kernels": __version__, "python": platform.python_version()} | {name: _installed(name) for name in PACKAGES}
 
 
 class OtherLoad:
@@ -123,9 +124,3 @@ def _installed(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _version() -> str:
-    from .. import __version__
-
-    return __version__

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from .. import __version__
+from ..kernels.version import __version__
 from ..errors import InputError
 
 EXIT_FAILED = 1

@@ -7,6 +7,7 @@ reference and the loop of the eager backend, and the names under which backends 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -42,12 +43,12 @@ class Op:
     rounding: bool = True
     out: bool = False
 
-    @property
+    @functools.cached_property
     def kernel(self) -> str:
         """The name of its kernels."""
         return self.name.removesuffix("_")
 
-    @property
+    @functools.cached_property
     def along_rows(self) -> bool:
         """Whether the noise is U, a row of it for each row of a weight, and not Z, which has an element for each element."""
         return self.v or self.factors

@@ -32,7 +32,6 @@ def lowrank_linear_(
     gain: Tensor | None = None,
     shift: Tensor | None = None,
     backend: Backend | None = None,
-    checked: bool = False,
 ) -> None:
     """Y <- gain * Y + (X V)(B + scale U)^T + shift, for a layer that computes X W^T with W (rows, cols).
 
@@ -48,17 +47,13 @@ def lowrank_linear_(
         gain: (1,) fp32, or None for 1.
         shift: (groups, columns of y) fp32, or None for 0.
         backend: default: the best for the device.
-        checked: the caller knows that all are dense tensors whose memory y does not share, and that their place is in the noise.
-            This runs after every layer of a forward pass, and finding that out takes as long as all the rest.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong dtype or shape.
     """
-    if not checked:
-        _check_storage(y, x, v, b, draws, scales, *(t for t in (gain, shift) if t is not None))
+    _check_storage(y, x, v, b, draws, scales, *(t for t in (gain, shift) if t is not None))
     tokens, groups, rows, cols = _check(y, v, b, draws, scales, gain)
-    if not checked:
-        _check_place(seed, tensor_id, row_offset, rows, draws)
+    _check_place(seed, tensor_id, row_offset, rows, draws)
     inputs, outputs = (rows, cols) if transposed else (cols, rows)
     if y.shape[1] != outputs:
         raise ValueError(f"y is {tuple(y.shape)}; needed is ({tokens}, {outputs})")
@@ -69,11 +64,7 @@ def lowrank_linear_(
         )
     if shift is not None and (shift.shape != (groups, outputs) or not _is_plain(shift, torch.float32, y.device)):
         raise ValueError(f"shift is {_describe(shift)}; needed is contiguous fp32 ({groups}, {outputs}) on {y.device}")
-    call = LayerCall(y, x, v, b, seed, tensor_id, row_offset, draws, scales, transposed, gain, shift)
-    if torch.compiler.is_compiling():
-        call_layer_operator(call, backend, lookup=False)
-    else:
-        (choose_backend(y.device).backend if backend is None else backend).lowrank_linear_(call)
+    dispatch(LayerCall(y, x, v, b, seed, tensor_id, row_offset, draws, scales, transposed, gain, shift), backend, lookup=False)
 
 
 def lowrank_embedding_(
@@ -89,40 +80,45 @@ def lowrank_embedding_(
     row_offset: int = 0,
     gain: Tensor | None = None,
     backend: Backend | None = None,
-    checked: bool = False,
 ) -> None:
     """Y <- gain * Y + ((B + scale U) V^T)[rows]: only the rows of U that are looked up are generated.
 
     Args:
         y: (tokens, cols); rows: (tokens,) int64 or int32, contiguous; on a GPU the embedding itself has to have checked them.
         v, b, seed, tensor_id, draws, scales, row_offset, gain, backend: as in :func:`lowrank_linear_`.
-        checked: as there, and that the rows are rows of B.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong dtype or shape.
     """
-    if not checked:
-        _check_storage(y, rows, v, b, draws, scales, *(() if gain is None else (gain,)))
+    _check_storage(y, rows, v, b, draws, scales, *(() if gain is None else (gain,)))
     tokens, _, count, cols = _check(y, v, b, draws, scales, gain)
-    if not checked:
-        _check_place(seed, tensor_id, row_offset, count, draws)
+    _check_place(seed, tensor_id, row_offset, count, draws)
     if y.shape[1] != cols:
         raise ValueError(f"y is {tuple(y.shape)}; needed is ({tokens}, {cols})")
     if rows.shape != (tokens,) or rows.dtype not in (torch.int64, torch.int32) or not _is_plain(rows, rows.dtype, y.device):
         raise ValueError(f"rows is {_describe(rows)}; needed is contiguous int64 or int32 ({tokens},) on {y.device}")
-    if not checked and tokens and rows.device.type == "cpu" and not torch.compiler.is_compiling():
+    if tokens and rows.device.type == "cpu" and not torch.compiler.is_compiling():
         least, most = torch.aminmax(rows)
         if least < 0 or most >= count:
             raise ValueError(f"rows are 0 to {count - 1}, not {int(least)} to {int(most)}")
-    call = LayerCall(y, rows, v, b, seed, tensor_id, row_offset, draws, scales, gain=gain)
+    dispatch(LayerCall(y, rows, v, b, seed, tensor_id, row_offset, draws, scales, gain=gain), backend, lookup=True)
+
+
+def dispatch(call: LayerCall, backend: Backend | None, *, lookup: bool) -> None:
+    """Makes a call whose arguments are known to be right: this runs after every layer of a probed model's forward pass.
+
+    Args:
+        lookup: :func:`lowrank_embedding_`, otherwise :func:`lowrank_linear_`.
+    """
     if torch.compiler.is_compiling():
-        call_layer_operator(call, backend, lookup=True)
-    else:
-        (choose_backend(y.device).backend if backend is None else backend).lowrank_embedding_(call)
+        call_layer_operator(call, backend, lookup=lookup)
+        return
+    backend = choose_backend(call.y.device).backend if backend is None else backend
+    (backend.lowrank_embedding_ if lookup else backend.lowrank_linear_)(call)
 
 
 def _check(y: Tensor, v: Tensor, b: Tensor, draws: Tensor, scales: Tensor, gain: Tensor | None) -> tuple[int, int, int, int]:
-    """Tokens, groups, rows and columns of the weight. This runs after every layer of a forward pass: few calls, no ``len``."""
+    """Tokens, groups, rows and columns of the weight."""
     device = y.device
     if y.dtype not in DTYPES:
         raise TypeError(f"y is {y.dtype}; supported are {', '.join(str(d) for d in DTYPES)}")

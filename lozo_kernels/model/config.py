@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from ..kernels.checks import as_integer, check_flag
 from ..kernels.noise import MAX_RANK
@@ -17,6 +18,25 @@ PLACEMENTS = ("inplace", "probe", "auto")
 ADAPTER_PATTERNS = ("*lora_*", "*prompt_encoder*")
 """How PEFT names what it adds: LoRA factors, and prompts and prefixes."""
 SIDES = ("auto", "activation", "scratch", "copy")
+
+
+class PatchOptions(TypedDict, total=False):
+    """What :func:`~lozo_kernels.patch` and the optimisers take as keywords; :class:`PatchConfig` says what each means."""
+
+    estimator: str
+    rank: int
+    interval: int
+    seed: int
+    scaling: str
+    include: Sequence[str] | str | None
+    exclude: Sequence[str] | str | None
+    rounding: str
+    backend: str | None
+    placement: str
+    side: str | Mapping[str, str] | Sequence[tuple[str, str]]
+    keep_factors: bool
+    allow_drift: bool
+    square: Sequence[str] | str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,10 +152,25 @@ class PatchConfig:
             raise ValueError(f"this is no JSON: {e}") from None
         if not isinstance(fields, dict):
             raise TypeError(f"a config is an object, not {text:.200}")
-        other = sorted(set(fields).difference(field.name for field in dataclasses.fields(cls)))
-        if other:
-            raise TypeError(f"a config has no field {other[0]!r} (an unexpected keyword argument)")
+        check_names("a config", fields, OPTIONS)
         return cls(**fields)
+
+
+OPTIONS = tuple(field.name for field in dataclasses.fields(PatchConfig))
+"""The names of a config's fields."""
+
+
+def check_names(taker: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raises TypeError for a keyword that is not known, and says which may have been meant.
+
+    Args:
+        taker: what was given the keywords, for the message.
+    """
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"{taker} got an unexpected keyword argument {name!r}{hint}")
 
 
 def _sides(value: Any) -> str | tuple[tuple[str, str], ...]:

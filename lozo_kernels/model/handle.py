@@ -18,7 +18,7 @@ from ..kernels.registry import Choice, choose_backend
 from ..kernels.table import TensorTable
 from .backward import Backward
 from .config import PatchConfig
-from .estimators import ESTIMATORS, FactorSpec
+from .estimators import ESTIMATORS, Estimator, FactorSpec
 from .losses import BatchClosure, Closure, Randomness
 from .modules import own_parameters
 from .momentum import piece_of, spread
@@ -73,15 +73,18 @@ class Handle:
         probes: weights are only read.
         state_in_pieces: a process keeps momentum of its shards only.
         precision: the coarsest dtype that evaluations are known to compute with.
+
+    Args:
+        estimator: how directions are made; None: as the config says.
     """
 
     probes: ClassVar[bool] = False
     state_in_pieces: ClassVar[bool] = True
 
-    def __init__(self, model: nn.Module, config: PatchConfig) -> None:
+    def __init__(self, model: nn.Module, config: PatchConfig, estimator: Estimator | None = None) -> None:
         self.model = model
         self.config = config
-        self.estimator = ESTIMATORS[config.estimator](config)
+        self.estimator = ESTIMATORS[config.estimator](config) if estimator is None else estimator
         self.trained: list[Parameter]
         self._left: list[LeftAlone]
         self.trained, self._left = find_parameters(model, config)
@@ -297,7 +300,7 @@ class Handle:
         """X <- (1 - lr * weight_decay) X - lr * mean over directions of c D / r, and what goes with it in the same pass.
 
         With momentum: N <- beta N + (1 - beta) mean of c U, and N V^T in place of the mean (LOZO, Algorithm 2). Up to two draws
-        share one pass over the weights.
+        share one pass over the weights. A probe takes the update into B.
 
         Args:
             step: the step whose directions were probed; a tensor as in :meth:`perturb_`, and then ``perturb_next`` is for a step
@@ -309,7 +312,7 @@ class Handle:
             perturb_next: scale of the perturbation along direction 0 of ``step + 1`` that is put in; None for none.
 
         Raises:
-            ValueError, RuntimeError: an argument does not fit; nothing was changed.
+            ValueError, RuntimeError: an argument does not fit, or under a probe an evaluation changed weights; nothing was changed.
         """
         update = Update(step, list(c) if isinstance(c, Sequence) else [c], lr, weight_decay, beta)
         check_update(update, len(self.trained))
@@ -317,6 +320,8 @@ class Handle:
         if beta is not None and not self._momentum:
             raise RuntimeError("momentum was not enabled: call enable_momentum() first")
         if perturb_next is not None:
+            if self.probes:
+                raise ValueError("a probe makes no pass that a perturbation could share: leave perturb_next out")
             check_scale(perturb_next)
             if not isinstance(step, Tensor):
                 check_range("step", step, MAX_DRAW - 2)  # there is a next one

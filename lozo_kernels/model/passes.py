@@ -147,11 +147,12 @@ class Group:
 
     def draws(self, terms: Sequence[Term]) -> list[Draw]:
         """The draws of the terms; steps that are tensors come to the group's device."""
-        found = [term.draw for term in terms]
-        if any(isinstance(draw.step, Tensor) for draw in found):
-            found = [
-                Draw(d.step.to(self.device, non_blocking=True), d.direction) if isinstance(d.step, Tensor) else d for d in found
-            ]
+        found = []
+        for term in terms:
+            draw = term.draw
+            if isinstance(draw.step, Tensor):
+                draw = Draw(draw.step.to(self.device, non_blocking=True), draw.direction)
+            found.append(draw)
         return found
 
 

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from .backward import DRIVES, Backward
-from .config import PatchConfig
+from .config import OPTIONS, PatchConfig, PatchOptions, check_names
 from .handle import Handle, register_handle
 from .probe import ProbeHandle
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-def patch(
-    model: nn.Module,
-    *,
-    estimator: str = "lowrank",
-    rank: int = 2,
-    interval: int = 50,
-    seed: int = 0,
-    scaling: str = "paper",
-    include: Sequence[str] | str | None = None,
-    exclude: Sequence[str] | str | None = None,
-    rounding: str = "nearest",
-    backend: str | None = None,
-    placement: str = "inplace",
-    side: str | Mapping[str, str] | Sequence[tuple[str, str]] = "auto",
-    keep_factors: bool = False,
-    allow_drift: bool = False,
-    square: Sequence[str] | str | None = None,
-    drive: str = "closure",
-) -> Handle:
+
+class DriveOptions(PatchOptions, total=False):
+    """What :func:`patch` takes as keywords."""
+
+    drive: str
+
+
+def patch(model: nn.Module, *, drive: str = "closure", **options: Unpack[PatchOptions]) -> Handle:
     """Prepares a model for forward-only training. Nothing of the model changes until the handle is used.
 
     Args:
@@ -51,22 +42,8 @@ def patch(
         TypeError, ValueError: a setting or a parameter does not fit; the model is untouched.
         RuntimeError: the model is patched already, or the named backend cannot serve one of its devices.
     """
-    config = PatchConfig(
-        estimator=estimator,
-        rank=rank,
-        interval=interval,
-        seed=seed,
-        scaling=scaling,
-        include=include,  # type: ignore[arg-type]
-        exclude=exclude,  # type: ignore[arg-type]
-        rounding=rounding,
-        backend=backend,
-        placement=placement,
-        side=side,
-        keep_factors=keep_factors,
-        allow_drift=allow_drift,
-        square=square,  # type: ignore[arg-type]
-    )
+    check_names("patch()", options, (*OPTIONS, "drive"))
+    config = PatchConfig(**options)  # type: ignore[arg-type]
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch() takes a torch.nn.Module, not {type(model).__name__}")
     if drive not in DRIVES:

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.checks import check_number
 from ..model.backward import Backward
+from ..model.config import OPTIONS, check_names
 from ..model.handle import Handle
 from ..model.interrupts import as_interruptible, deferred_interrupt
 from ..model.losses import Closure, pair_closures
-from ..model.patching import patch
+from ..model.patching import DriveOptions, patch
 from .groups import check_cover, groups_of, named_group, rates_of, trained_names
 from .parallel import Parallel, as_parallel, shared_shards
 from .state import load_state, state_of
 from .stepper import Stepper
 from .steps import StepInfo, StepLog, StepSettings
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_KEYWORDS = (
+    *("params", "lr", "weight_decay", "parallel", "drive"),
+    *(field.name for field in dataclasses.fields(StepSettings)),
+    *(name for name in OPTIONS if name != "estimator"),
+)
+"""What an optimiser takes by name."""
 
 
 def _forwarded(holder: str, name: str) -> Any:
@@ -104,8 +116,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         common_random_numbers: bool = True,
         max_nonfinite: int = 10,
         parallel: Parallel | str | None = None,
-        **patch_options: Any,
+        **patch_options: Unpack[DriveOptions],
     ) -> None:
+        check_names(type(self).__name__, patch_options, _KEYWORDS)
         check_number("lr", lr, low=0.0)
         check_number("weight_decay", weight_decay, low=0.0)
         settings = StepSettings(
@@ -121,7 +134,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         together = as_parallel(parallel)
         if isinstance(target, Handle) and patch_options:
             raise TypeError(f"the handle is configured already; give {', '.join(patch_options)} to patch()")
-        handle = target if isinstance(target, Handle) else patch(target, estimator=self.estimator, **patch_options)
+        handle = target if isinstance(target, Handle) else patch(target, estimator=self.estimator, **patch_options)  # type: ignore[misc]
         try:
             self._check_handle(handle, settings, together)
             if together is None and handle.backward is None:

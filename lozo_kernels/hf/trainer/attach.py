@@ -13,6 +13,7 @@ from torch import nn
 
 from ...model.backward import Backward
 from ...model.handle import Handle
+from ...model.config import OPTIONS
 from ...model.patching import patch
 from ...optim.optimizer import ZerothOrderOptimizer
 from .arguments import ZO_METHODS, check_arguments, check_method_options
@@ -138,17 +139,16 @@ def make_optimizer(trainer: Any, model: nn.Module, method: str, options: dict[st
     """
     row = ZO_METHODS[method]
     cls = row.resolve()
-    configurable = inspect.signature(patch).parameters
-    known = {*configurable, *inspect.signature(ZerothOrderOptimizer).parameters, *inspect.signature(cls).parameters}
+    known = {*OPTIONS, *inspect.signature(ZerothOrderOptimizer).parameters, *inspect.signature(cls).parameters}
     unknown = [name for name in options if name not in known or name in ("target", "params", "model", "estimator", "drive")]
     if unknown:
         raise TypeError(f"unknown option {unknown[0]!r}: options are those of {cls.__name__} and of lozo_kernels.patch()")
     check_method_options(method, options)
-    rest = {name: value for name, value in options.items() if name not in configurable}
+    rest = {name: value for name, value in options.items() if name not in OPTIONS}
     rest = {"lr": trainer.args.learning_rate, "weight_decay": trainer.args.weight_decay} | rest
     if row.momentum:
         rest.setdefault("momentum", row.momentum)
-    chosen = {name: value for name, value in options.items() if name in configurable}
+    chosen = {name: value for name, value in options.items() if name in (*OPTIONS, "drive")}
     handle = patch(model, estimator=cls.estimator, drive="loss", **chosen)
     try:
         optimizer = cls(handle, _groups(trainer, handle, rest["weight_decay"]), **rest)

@@ -113,15 +113,16 @@ class NativeBackend(Backend):
         return None
 
     def run(self, op: Op, table: TensorTable, call: TableCall) -> None:
-        packed, library = _packed(table, op.factors), _library()
+        packed: _Packed = table.cache.get("native factors" if op.factors else "native") or _packed(table, op.factors)  # type: ignore[assignment]
         arguments = _arguments(packed.rank, call)
-        function = getattr(library, f"lozo_cpu_{op.kernel}")
+        function = getattr(_library(), f"lozo_cpu_{op.kernel}")
         if op.out:
             assert call.out is not None
             status = function(packed.address, packed.count, arguments, _packed(call.out).address)
         else:
             status = function(packed.address, packed.count, arguments)
-        _check(status, function)
+        if status:
+            raise _STATUS[status](function.__name__)
         torch.autograd.graph.increment_version(op.written(table, call.out))
 
     def resample_(self, table: TensorTable, seed: int, window: int, reproject: bool) -> None:
@@ -309,8 +310,9 @@ def _run_layer(name: str, call: LayerCall, x_stride: int) -> None:
         call.transposed,
         torch.get_num_threads(),
     )
-    function = getattr(_library(), name)
-    _check(function(arguments), function)
+    status = getattr(_library(), name)(arguments)
+    if status:
+        raise _STATUS[status](name)
     torch.autograd.graph.increment_version(y)
 
 

@@ -10,6 +10,7 @@ on all devices are very likely (rounding to the grid hides what is 1e12 times sm
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -30,36 +31,46 @@ _LARGEST = 8.0 - 1.0 / _GRID
 
 @dataclasses.dataclass
 class _Basis:
-    """Of one tensor: U' (batch, rows, rank) fp16, how many of its columns are not zero, and where its S are among all."""
+    """Of one tensor: U' (batch, rows, rank) fp16, what U' S is divided by, and where its S are among all."""
 
     u: Tensor
-    rank: int
+    divisor: float
     first_core: int
 
 
 class Subspace(Estimator):
-    """Draws the bases of a window when V is drawn, and the cores S of a step for all tensors at once."""
+    """Draws the bases of a window when V is drawn, and the cores S of a step for all tensors at once.
+
+    Args:
+        whole: where the rank is above a dimension of a matrix, U and V have as many columns as each can have, as in the published
+            trainer; otherwise both have as many as the smaller one.
+    """
 
     name = "subspace"
 
-    def __init__(self, config: PatchConfig) -> None:
+    def __init__(self, config: PatchConfig, *, whole: bool = False) -> None:
         super().__init__(config)
+        self._whole = whole
         self._bases: dict[int, _Basis] = {}
         self._owners: list[tuple[int, int]] = []  # (tensor id, matrix of its batch) of every core
-        self._cores: tuple[tuple[int, int], Tensor] | None = None
-        self._left: dict[int, tuple[tuple[int, int], Tensor]] = {}
+        self._cores: tuple[tuple[int, int, int], Tensor] | None = None
+        self._left: dict[int, tuple[tuple[int, int, int], Tensor]] = {}
 
     def left(self, spec: FactorSpec, draw: Draw) -> Tensor:
         """U' S / rank."""
-        step, batch = int(draw.step), spec.extent[0]
-        u, rank = self._draw_basis(spec, "U", step // self.config.interval)
-        owners = [(spec.tensor_id, b) for b in range(batch)]
-        cores = noise.cores(self.config.seed, self.config.rank, owners, step, direction=draw.direction, device=spec.device)
-        return _product(u, cores, rank)
+        step, seed = int(draw.step), self.config.seed
+        u = self._draw_basis(spec, "U", step // self.config.interval)
+        owners = [(spec.tensor_id, b) for b in range(spec.extent[0])]
+        cores = noise.cores(seed, self.config.rank, owners, step, direction=draw.direction, device=spec.device)
+        return _product(u, cores, self._divisor(spec))
 
     def right(self, spec: FactorSpec, window: int) -> Tensor:
         """V'."""
-        return self._draw_basis(spec, "V", window)[0].transpose(1, 2).float()
+        return self._draw_basis(spec, "V", window).transpose(1, 2).float()
+
+    def basis(self, tensor_id: int) -> Tensor:
+        """U' of the window in memory, of a tensor that V was drawn for: (batch, rows, rank) fp16."""
+        return self._bases[tensor_id].u
 
     def resample_(self, table: TensorTable, *, window: int, reproject: bool, backend: Backend) -> None:
         """U' and V' of a window; with ``reproject`` the momentum is expressed in the new V', as LOZO-M's."""
@@ -67,7 +78,7 @@ class Subspace(Estimator):
         for t, (x, v, tensor_id) in enumerate(zip(table.x, table.v, table.tensor_ids, strict=True)):
             batch, rows, cols = x.shape
             spec = FactorSpec(tensor_id, (batch, rows, cols), backend, x.device)
-            new = self._draw_basis(spec, "V", window)[0].transpose(1, 2)
+            new = self._draw_basis(spec, "V", window).transpose(1, 2)
             if reproject:
                 assert table.n is not None
                 table.n[t].copy_(reference.reproject(table.n[t], v, new))
@@ -81,7 +92,7 @@ class Subspace(Estimator):
             if call.decay is not None:
                 for f, decay in zip(table.x, call.decay.unbind(), strict=True):
                     f.mul_(decay)
-            self._add(table, table.x, call.draws, call.scales)
+            self._add(table, table.x, call.seed, call.draws, call.scales)
         elif op.out:
             self._merge(table, call, backend)
         else:
@@ -89,7 +100,7 @@ class Subspace(Estimator):
             assert step.n is not None
             if op.momentum:
                 self._carry(table, call)
-            self._add(table, step.n, call.draws, call.scales)
+            self._add(table, step.n, call.seed, call.draws, call.scales)
             if op.momentum:
                 assert table.n is not None and call.alpha is not None
                 for p, n, alpha in zip(step.n, table.n, call.alpha.unbind(), strict=True):
@@ -101,7 +112,7 @@ class Subspace(Estimator):
         assert table.n is not None and call.beta is not None and call.coefficients is not None
         for n, beta in zip(table.n, call.beta.unbind(), strict=True):
             n.mul_(beta)
-        self._add(table, table.n, call.draws, call.coefficients)
+        self._add(table, table.n, call.seed, call.draws, call.coefficients)
 
     def _merge(self, table: TensorTable, call: TableCall, backend: Backend) -> None:
         """A draw goes into a copy of the factor."""
@@ -114,7 +125,7 @@ class Subspace(Estimator):
         assert table.n is not None and at.n is not None
         for p, n in zip(at.n, table.n, strict=True):
             p.copy_(n)
-        self._add(table, at.n, call.draws, call.scales)
+        self._add(table, at.n, call.seed, call.draws, call.scales)
         self._apply(at, call, table if call.out is None else call.out, backend)
 
     def _apply(self, table: TensorTable, call: TableCall, out: TensorTable | None, backend: Backend) -> None:
@@ -122,29 +133,29 @@ class Subspace(Estimator):
         merge = TableCall(call.seed, (), call.scales[:0], call.decay, call.rounding, out=out)
         ops.dispatch(OPS["lowrank_merge_"], table, merge, backend)
 
-    def _add(self, table: TensorTable, factors: Sequence[Tensor], draws: Sequence[Draw], scales: Tensor) -> None:
+    def _add(self, table: TensorTable, factors: Sequence[Tensor], seed: int, draws: Sequence[Draw], scales: Tensor) -> None:
         """F <- F + sum of scale * L, a rounded multiply and a rounded add each."""
         for draw, row in zip(draws, scales.unbind(), strict=True):
+            if isinstance(draw.step, Tensor):
+                raise NotImplementedError("SubZero cannot be captured: its cores are drawn for a step that is a number")
+            key = (seed, draw.step, draw.direction)
             for f, tensor_id, scale in zip(factors, table.tensor_ids, row.unbind(), strict=True):
-                f.add_(self._left_of(tensor_id, draw, f.device) * scale)
+                f.add_(self._left_of(tensor_id, key, f.device) * scale)
 
-    def _left_of(self, tensor_id: int, draw: Draw, device: torch.device) -> Tensor:
+    def _left_of(self, tensor_id: int, key: tuple[int, int, int], device: torch.device) -> Tensor:
         """L of the window in memory; the last draw of every tensor is kept, since a step uses it three times."""
-        if isinstance(draw.step, Tensor):
-            raise NotImplementedError("SubZero cannot be captured: its cores are drawn for a step that is a number")
-        key = (draw.step, draw.direction)
         kept = self._left.get(tensor_id)
         if kept is None or kept[0] != key or kept[1].device != device:
             basis = self._bases[tensor_id]
             cores = self._cores_of(key, device)[basis.first_core :][: len(basis.u)]
-            kept = self._left[tensor_id] = (key, _product(basis.u.to(device), cores, basis.rank))
+            kept = self._left[tensor_id] = (key, _product(basis.u.to(device), cores, basis.divisor))
         return kept[1]
 
-    def _cores_of(self, key: tuple[int, int], device: torch.device) -> Tensor:
+    def _cores_of(self, key: tuple[int, int, int], device: torch.device) -> Tensor:
         """S of all tensors: (cores, rank, rank) fp32."""
         if self._cores is None or self._cores[0] != key or self._cores[1].device != device:
-            step, direction = key
-            s = noise.cores(self.config.seed, self.config.rank, self._owners, step, direction=direction, device=device)
+            seed, step, direction = key
+            s = noise.cores(seed, self.config.rank, self._owners, step, direction=direction, device=device)
             self._cores = (key, s)
         return self._cores[1]
 
@@ -157,13 +168,22 @@ class Subspace(Estimator):
             self._cores = None
         else:
             first = known.first_core
-        u, rank = self._draw_basis(spec, "U", window)
-        self._bases[spec.tensor_id] = _Basis(u, rank, first)
+        self._bases[spec.tensor_id] = _Basis(self._draw_basis(spec, "U", window), self._divisor(spec), first)
 
-    def _draw_basis(self, spec: FactorSpec, stream: str, window: int) -> tuple[Tensor, int]:
-        """sqrt(rows) times orthonormal columns, (batch, rows or cols, rank) fp16 on the grid, and how many are not zero."""
+    def _columns(self, spec: FactorSpec, stream: str) -> int:
+        """How many columns of a basis are not zero."""
+        _, rows, cols = spec.extent
+        own = rows if stream == "U" else cols
+        return min(self.config.rank, own if self._whole else min(rows, cols))
+
+    def _divisor(self, spec: FactorSpec) -> float:
+        """The rank, or its mean where U and V have several."""
+        return math.sqrt(self._columns(spec, "U") * self._columns(spec, "V"))
+
+    def _draw_basis(self, spec: FactorSpec, stream: str, window: int) -> Tensor:
+        """sqrt(rows) times orthonormal columns, (batch, rows or cols, rank) fp16 on the grid."""
         (batch, rows, cols), rank = spec.extent, self.config.rank
-        length, filled = rows if stream == "U" else cols, min(rank, rows, cols)
+        length = rows if stream == "U" else cols
         g = ops.factor(
             self.config.seed,
             batch * length,
@@ -174,7 +194,7 @@ class Subspace(Estimator):
             device=spec.device,
             backend=spec.backend,
         )
-        return orthonormal(g.view(batch, length, rank), filled), filled
+        return orthonormal(g.view(batch, length, rank), self._columns(spec, stream))
 
 
 def orthonormal(g: Tensor, rank: int) -> Tensor:
@@ -197,10 +217,10 @@ def orthonormal(g: Tensor, rank: int) -> Tensor:
     return out
 
 
-def _product(u: Tensor, s: Tensor, rank: int) -> Tensor:
-    """U' S / rank in fp32: the product exact in fp64, then one rounded division."""
+def _product(u: Tensor, s: Tensor, divisor: float) -> Tensor:
+    """U' S / divisor in fp32: the product exact in fp64, then one rounded division."""
     product = (u.double() @ s.double() + 0.0).float()
-    return product / torch.full((), float(rank), dtype=torch.float32, device=u.device)
+    return product / torch.full((), divisor, dtype=torch.float32, device=u.device)
 
 
 def _with_factor(table: TensorTable) -> TensorTable:

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ...kernels.calls import Draw, Rounding, Step
 from ...kernels.checks import check_range, check_scale
-from ...kernels.noise import MAX_DIRECTION, MAX_DRAW
+from ...kernels.noise import MAX_DIRECTION
 from ...kernels.registry import Choice
 from ...kernels.table import TensorTable
 from ..handle import Handle, Perturbation
 from ..interrupts import deferred_interrupt
 from ..losses import BatchClosure, Closure, Randomness
 from ..parameters import Parameter
-from ..passes import Group, Scalar, Term, Update, run_pass, run_update
+from ..passes import Group, Term, Update, run_pass, run_update
 from ..report import ParameterReport
 from ..sharding import reshard
 from .batches import check_batches
@@ -188,28 +188,6 @@ class ProbeHandle(Handle):
     ) -> None:
         check_batches(self, self.members, closures, batches, randomness, step=step)
 
-    @torch.no_grad()
-    def update_(
-        self,
-        step: Step,
-        c: Scalar | Sequence[Scalar],
-        lr: Scalar,
-        *,
-        weight_decay: Scalar = 0.0,
-        beta: float | Tensor | None = None,
-        applied: float = 0.0,
-        perturb_next: float | None = None,
-    ) -> None:
-        """X <- (1 - lr * weight_decay) X - lr * mean over directions of c D / r, into B. Arguments as :meth:`Handle.update_`.
-
-        Raises:
-            ValueError: ``perturb_next`` is given, for which a probe makes no pass.
-            RuntimeError: an evaluation changed weights.
-        """
-        if perturb_next is not None:
-            raise ValueError("a probe makes no pass that a perturbation could share: leave perturb_next out")
-        super().update_(step, c, lr, weight_decay=weight_decay, beta=beta, applied=applied)
-
     def take(self, update: Update, applied: float = 0.0, perturb_next: float | None = None) -> None:
         assert perturb_next is None
         self._check_prepared()
@@ -311,14 +289,6 @@ class ProbeHandle(Handle):
         member = self.probed.member(p)
         self.probed.fill(member, out, None if p.storage.resident else p.storage.load(member.device))
 
-    def enter_window(self, step: int) -> None:
-        """Makes V that of a step. What was learned under another V is merged first."""
-        self._check_usable()
-        check_range("step", step, MAX_DRAW - 1)
-        if self._window is not None and step // self.config.interval != self._window:
-            self._merge()
-        super().enter_window(step)
-
     def restore(self, *, discard: bool = False) -> None:
         """Merges, and gives the model its own forwards back. A second call does nothing.
 
@@ -378,6 +348,7 @@ class ProbeHandle(Handle):
         return [p.storage.present()[0] for p in self._sharded if p.storage.in_blocks]
 
     def _resample(self, window: int | None, *, reproject: bool) -> None:
+        self._merge()  # what was learned under another V
         if window is not None:
             for state in self._states:
                 if state.windows is not None:

@@ -174,7 +174,7 @@ def gains_of(members: Sequence[Member]) -> Tensor | None:
     """(members,) fp32, what weight decay has made of the weights, or None if none decayed."""
     if all(m.gain is None for m in members):
         return None
-    return torch.cat([torch.ones(1, device=m.device) if m.gain is None else m.gain for m in members])
+    return torch.cat([torch.ones(1, dtype=torch.float32, device=m.device) if m.gain is None else m.gain for m in members])
 
 
 def scopes_of(members: Sequence[Member]) -> dict[nn.Module, list[Member]]:

@@ -45,7 +45,7 @@ class Activations:
         tiles = _tiles(call, size)
         blocks = max(_share(across, size.blocks, tiles), -(-across // _PARTS))
         parts = max(1, -(-across // blocks))
-        sums = torch.empty(parts, len(call.y), plans.padded(rank), device=call.y.device)
+        sums = torch.empty(parts, len(call.y), plans.padded(rank), dtype=torch.float32, device=call.y.device)
         plan = plans.contraction_plan(rank, call.transposed, size, self.target)
         arguments = (call.x, call.v, call.b, call.draws, call.scales, sums, *_place(call), *_tokens(call))
         self.launcher.launch(plan, tiles * parts, call.y.device, *arguments, parts, blocks, inner, call.x.stride(0))
@@ -56,7 +56,7 @@ class Activations:
         from . import plans
 
         rank, (tokens, groups) = len(call.v), _tokens(call)
-        sums = torch.empty(1, len(call.y), plans.padded(rank), device=call.y.device)
+        sums = torch.empty(1, len(call.y), plans.padded(rank), dtype=torch.float32, device=call.y.device)
         plan = plans.lookup_plan(rank, plans.FACTOR_ROWS, self.target)
         arguments = (call.x, call.b, call.draws, call.scales, sums, *_place(call), tokens, len(call.b))
         self.launcher.launch(plan, groups * -(-tokens // plans.FACTOR_ROWS), call.y.device, *arguments)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ....kernels import ops, skinny
-from ....kernels.calls import Draw
+from ....kernels.calls import Draw, LayerCall
 from ....kernels.registry import choose_backend
 from ....kernels.table import TensorTable
 
@@ -67,19 +67,15 @@ def _measured(device: torch.device, dtype: torch.dtype, rank: int, backend_name:
     def activation(tokens: int, features: int) -> float:
         x, y = (torch.ones(tokens, features, dtype=dtype, device=device) for _ in range(2))
         v = torch.zeros(rank, features, dtype=torch.float16, device=device)
-        b = torch.zeros(features, rank, device=device)
+        b = torch.zeros(features, rank, dtype=torch.float32, device=device)
         draws, scales = torch.zeros(1, 2, dtype=torch.int64, device=device), torch.ones(1, device=device)
-        return fastest(
-            lambda: skinny.lowrank_linear_(
-                y, x, v, b, seed=0, tensor_id=0, draws=draws, scales=scales, backend=backend, checked=True
-            ),
-            device,
-        )
+        call = LayerCall(y, x, v, b, 0, 0, 0, draws, scales)
+        return fastest(lambda: skinny.dispatch(call, backend, lookup=False), device)
 
     def scratch(features: int) -> float:
         weights = [torch.ones(1, features, features, dtype=dtype, device=device) for _ in range(_WEIGHTS)]
         v = torch.zeros(1, rank, features, dtype=torch.float16, device=device)
-        n = torch.zeros(1, features, rank, device=device)
+        n = torch.zeros(1, features, rank, dtype=torch.float32, device=device)
         out = TensorTable([torch.empty_like(weights[0])], [0])
         tables = itertools.cycle([TensorTable([w], [0], v=[v], n=[n]) for w in weights])
         return fastest(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ....kernels import ops, skinny
-from ....kernels.calls import Draw
+from ....kernels.calls import Draw, LayerCall
 from ....kernels.registry import Backend
 from ...layout import Shard
 from ...modules import own_parameters
@@ -69,8 +69,8 @@ class _Layer:
     def __init__(self, runtime: Runtime, kind: str, member: Member, bias: Member | None, owner: Owner, backend: Backend) -> None:
         self.runtime, self.kind, self.member, self.bias, self.backend = runtime, kind, member, bias, backend
         self.module, self.name = owner.module, owner.path
-        first_row = 0 if member.local is None else member.local.shard.row_offset
-        self.noise = {"seed": runtime.seed, "tensor_id": member.parameter.tensor_id, "row_offset": first_row, "backend": backend}
+        self.tensor_id = member.parameter.tensor_id
+        self.first_row = 0 if member.local is None else member.local.shard.row_offset
         self.adds_once = True  # what is added once to outputs that are a sum over processes
 
     @property
@@ -97,35 +97,33 @@ class _Layer:
         x, y = arrived(x), arrived(y)
         if not y.is_contiguous():
             y = y.contiguous()
-        assert member.factors is not None and member.point is not None
-        v, b = member.factors
-        draws, scales = member.point.draws, member.point.scales
-        if runtime.selected is not None:
-            draws, scales = runtime.select(draws), runtime.select(scales)
-        noise: dict[str, Any] = {"draws": draws, "scales": scales, "gain": member.gain, "checked": True, **self.noise}
         flat = y.view(-1, y.shape[-1])
         if self.kind == "embedding":
-            self._add_rows(flat, x.reshape(-1).contiguous(), v, b, noise)
-        else:
-            rows = x.reshape(-1, x.shape[-1])
-            skinny.lowrank_linear_(
-                flat,
-                rows if rows.stride(1) == 1 else rows.contiguous(),
-                v,
-                b,
-                transposed=self.kind == "transposed",
-                shift=self._shift,
-                **noise,
-            )
-            if member.past is not None:
-                flat += ((rows.float() @ member.past.v.T) @ member.past.b.T).to(y.dtype)
+            self._add_rows(self._call(flat, x.reshape(-1).contiguous()))
+            return y
+        rows = x.reshape(-1, x.shape[-1])
+        call = self._call(flat, rows if rows.stride(1) == 1 else rows.contiguous())
+        call.transposed, call.shift = self.kind == "transposed", self._shift
+        skinny.dispatch(call, self.backend, lookup=False)
+        if member.past is not None:
+            flat += ((rows.float() @ member.past.v.T) @ member.past.b.T).to(y.dtype)
+        if member.gain is not None:
             spared = self._spared_bias()
             if spared is not None:
                 flat += spared.to(y.dtype)
         return y
 
-    def _add_rows(self, flat: Tensor, rows: Tensor, v: Tensor, b: Tensor, noise: dict[str, Any]) -> None:
-        skinny.lowrank_embedding_(flat, rows, v, b, **noise)
+    def _call(self, y: Tensor, x: Tensor) -> LayerCall:
+        member, runtime = self.member, self.runtime
+        assert member.factors is not None and member.point is not None
+        v, b = member.factors
+        draws, scales = member.point.draws, member.point.scales
+        if runtime.selected is not None:
+            draws, scales = runtime.select(draws), runtime.select(scales)
+        return LayerCall(y, x, v, b, runtime.seed, self.tensor_id, self.first_row, draws, scales, gain=member.gain)
+
+    def _add_rows(self, call: LayerCall) -> None:
+        skinny.dispatch(call, self.backend, lookup=True)
 
     def _spared_bias(self) -> Tensor | None:
         """What outputs that were multiplied by the weight's gain lack of a bias that does not decay with the weight."""
@@ -209,22 +207,23 @@ class _LayerInBlocks(_Layer):
         _, rows, cols = shard.x.shape
         return super()._delta(group)[shard.row_offset : shard.row_offset + rows, shard.col_offset : shard.col_offset + cols]
 
-    def _add_rows(self, flat: Tensor, rows: Tensor, v: Tensor, b: Tensor, noise: dict[str, Any]) -> None:
-        here, mine = self._rows_here(rows)
+    def _add_rows(self, call: LayerCall) -> None:
+        here, mine = self._rows_here(call.x)
         if here is None:
-            super()._add_rows(flat, rows, v, b, noise)
+            super()._add_rows(call)
             return
-        added, gain = torch.zeros_like(flat), noise.pop("gain")
-        skinny.lowrank_embedding_(added, mine, v, b, **noise)
+        y, gain = call.y, call.gain
+        call.y, call.x, call.gain = torch.zeros_like(y), mine, None
+        super()._add_rows(call)
         if gain is not None:
-            flat *= gain.to(flat.dtype)
-        flat += added * here[:, None]
+            y *= gain.to(y.dtype)
+        y += call.y * here[:, None]
 
     def _look_up(self, rows: Tensor, delta: Tensor) -> Tensor:
         here, mine = self._rows_here(rows)
         if here is None:
             return super()._look_up(rows, delta)
-        return F.embedding(mine, delta) * here[..., None] if len(delta) else torch.zeros(())
+        return F.embedding(mine, delta) * here[..., None] if len(delta) else torch.zeros((), dtype=delta.dtype, device=delta.device)
 
     def _rows_here(self, rows: Tensor) -> tuple[Tensor | None, Tensor]:
         """Which of some rows of the weight the block has, None for all; and where in it, 0 for others."""

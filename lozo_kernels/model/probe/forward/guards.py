@@ -54,10 +54,10 @@ class Guards:
             if modules.get(key) is not child:
                 raise RuntimeError(f"module {name!r} was replaced after patching: restore() and patch the model again")
         if self._installation is not None:
-            name = self._installation.lost()
-            if name is not None:
+            lost = self._installation.lost()
+            if lost is not None:
                 raise RuntimeError(
-                    f"the forward of module {name!r} was replaced after patching: restore() and patch the model again"
+                    f"the forward of module {lost!r} was replaced after patching: restore() and patch the model again"
                 )
         self.check_adapters()
 

@@ -17,7 +17,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +25,16 @@ import torch
 import transformers
 
 from bench import plots
-from bench.evidence import CPU, made_by, result_parser, write_result
+from bench.evidence import made_by, result_parser, write_result
+from bench.sentences import LENGTH, Sentences
 from lozo_kernels import LOZO
 from lozo_kernels.bench.environment import OtherLoad
 from lozo_kernels.bench.published import PublishedStep
-from lozo_kernels.hf.data.text import read_examples
-from lozo_kernels.hf.loop.train import BatchSampler, evaluate
-from lozo_kernels.hf.objectives import Encoded, LanguageModelObjective
-from lozo_kernels.hf.tasks import TASKS
-from python_tests import hf_helpers
 
 Row = dict[str, Any]
 
 SEED, RANK, INTERVAL, EPS, LR = 0, 2, 50, 1e-3, 1e-4
-BATCH, LENGTH = 16, 48
+BATCH = 16
 PROBED_BATCH = 1  # only that there is a forward pass matters where nothing is learned
 
 
@@ -80,39 +76,6 @@ DRIFTING = (*(w for w in WAYS if w.dtype != "float32"), Way("published", "float1
 TRUTH = Way("in place", "float32")
 
 
-@dataclasses.dataclass(frozen=True)
-class Material:
-    """The model's folder, and encoded sentences."""
-
-    folder: Path
-    objective: LanguageModelObjective
-    train: list[Encoded]
-    dev: list[Encoded]
-
-    def model(self, dtype: str) -> torch.nn.Module:
-        """The model with the checkpoint's weights, in evaluation mode."""
-        return transformers.AutoModelForCausalLM.from_pretrained(self.folder, dtype=getattr(torch, dtype)).eval()
-
-    def batches(self, size: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches without end, the same ones in every run."""
-        sampler = BatchSampler(self.train, size, SEED)
-        while True:
-            yield self.objective.collate(sampler.next(), CPU)
-
-    def dev_loss(self, model: torch.nn.Module) -> float:
-        """Mean loss of a token of the dev sentences, of the model as it behaves now."""
-        return evaluate(model, self.objective, self.dev, 0, 64, CPU).loss
-
-
-def load(folder: Path, eval_size: int) -> Material:
-    data = hf_helpers.data_folder()
-    hf_helpers.convert_stories260k(data, folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    objective = LanguageModelObjective(tokenizer, TASKS["sst2"], LENGTH)
-    train, dev = (read_examples(data / f"sst2.{part}.jsonl", TASKS["sst2"], labelled=False) for part in ("train", "dev"))
-    return Material(folder, objective, objective.encode_all(train), objective.encode_all(dev[:eval_size]))
-
-
 def make_stepper(
     way: Way, model: torch.nn.Module, lr: float
 ) -> tuple[Callable[[Callable[[], Any]], list[float]], Callable[[], Row]]:
@@ -140,13 +103,13 @@ def make_stepper(
     return step, end
 
 
-def drift(way: Way, material: Material, probes: int) -> Row:
+def drift(way: Way, material: Sentences, probes: int) -> Row:
     """How far the weights are from where they were, after some numbers of probes."""
     model = material.model(way.dtype)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     before = material.dev_loss(model)
     step, end = make_stepper(way, model, lr=0.0)
-    batches = material.batches(PROBED_BATCH)
+    batches = material.batches(PROBED_BATCH, SEED)
     points = []
     for done in range(2, probes + 1, 2):
         step(_closure(way, material, model, next(batches)))
@@ -156,7 +119,7 @@ def drift(way: Way, material: Material, probes: int) -> Row:
     return row | {"dev_loss_before": before, "dev_loss_after": material.dev_loss(model)}
 
 
-def _closure(way: Way, material: Material, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], Any]:
+def _closure(way: Way, material: Sentences, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], Any]:
     """Forward passes happen only where they could touch a weight: elsewhere perturbing is what moves them."""
     if way.placement.startswith("probe"):
         return lambda: material.objective.loss(model, batch)
@@ -177,13 +140,13 @@ def _distance(model: torch.nn.Module, start: dict[str, torch.Tensor]) -> Row:
 _BITS = {2: torch.int16, 4: torch.int32}
 
 
-def curve(way: Way, material: Material, steps: int, eval_every: int) -> Row:
+def curve(way: Way, material: Sentences, steps: int, eval_every: int) -> Row:
     """Dev loss over a run, of the model as the run sees it: under a probe with what it has learned and not merged yet."""
     start = time.perf_counter()
     model = material.model(way.dtype)
     evaluated, losses = [0], [material.dev_loss(model)]
     step, end = make_stepper(way, model, LR)
-    batches = material.batches(BATCH)
+    batches = material.batches(BATCH, SEED)
     cs = []
     for done in range(1, steps + 1):
         batch = next(batches)
@@ -227,7 +190,7 @@ def measure(options: argparse.Namespace, argv: Sequence[str]) -> Row:
     document["settings"] |= {"batch_size": BATCH, "max_length": LENGTH}
     drifts, curves = [], []
     with tempfile.TemporaryDirectory() as scratch:
-        material = load(Path(scratch), options.eval_size)
+        material = Sentences(Path(scratch), options.eval_size)
         for way in (w for w in DRIFTING if options.only in str(w)):
             drifts.append(drift(dataclasses.replace(way, eps=options.eps), material, options.probes))
             print(_drift_line(drifts[-1]), flush=True)

@@ -37,6 +37,11 @@ def zoo_loss(model, seed=0):
     return loss
 
 
+def full(p):
+    """A copy of all of a parameter, which may be sharded."""
+    return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+
+
 def weights(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 

@@ -22,15 +22,6 @@ STEP_ROW = {"method", "placement", "dtype", "tokens", "step_ms", "two_forwards_m
 TINY = ["perturb", "--shapes", "48x70", "--repeats", "2", "--peer-repeats", "1"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small work is not split, so that a busy machine does not make the threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def document(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
     assert bench.main([*TINY, *arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)

@@ -17,14 +17,6 @@ from lozo_kernels.bench.entrants import METHODS, PLACEMENTS, entrants
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_methods_come_in_the_placements_that_make_sense():
     found = [str(e) for e in entrants([*METHODS, "published lozo"], list(PLACEMENTS))]
     probes = ["probe", "probe-activation", "probe-scratch", "batched"]

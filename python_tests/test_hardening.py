@@ -60,7 +60,6 @@ def test_two_models_in_two_threads(tmp_path, backend, pair):
         for i in range(2):
             assert same(ends[i], alone[i])
             check_replay(bases[i], tmp_path / str(i), ends[i], backend=backend.name)
-    torch.set_num_threads(1)
 
 
 def test_one_is_patched_and_restored_while_another_steps(tmp_path):
@@ -227,30 +226,27 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_process_goes_on_by_itself(tmp_path, backend, kind, count):
     """With the bits of the process that it was forked from, to whom the journal belongs."""
     torch.set_num_threads(count)
-    try:
-        path, model = tmp_path / "run", zoo_of(kind)
-        base, optimizer = begun(kind, path, model, backend=backend.name)
-        take_steps(model, optimizer, 3)
-        recorded = path.read_bytes()
+    path, model = tmp_path / "run", zoo_of(kind)
+    base, optimizer = begun(kind, path, model, backend=backend.name)
+    take_steps(model, optimizer, 3)
+    recorded = path.read_bytes()
 
-        def work():
-            torch.set_num_threads(1)  # PyTorch's own threads, if it had some, are not there
-            if not leaves_rounding(kind):
-                with pytest.raises(JournalError, match="written by the process that this one was forked from"):
-                    optimizer.step(zoo_loss(model, 3))
-            optimizer.journal.close()
-            take_steps(model, optimizer)
-            optimizer.handle.restore()
-            torch.save(weights(model), tmp_path / "child")
-
-        assert forked(work)
-        assert path.read_bytes() == recorded
+    def work():
+        torch.set_num_threads(1)  # PyTorch's own threads, if it had some, are not there
+        if not leaves_rounding(kind):
+            with pytest.raises(JournalError, match="written by the process that this one was forked from"):
+                optimizer.step(zoo_loss(model, 3))
+        optimizer.journal.close()
         take_steps(model, optimizer)
-        end = finished(model, optimizer)
-        assert same(torch.load(tmp_path / "child"), end)
-        check_replay(base, path, end, backend=backend.name)
-    finally:
-        torch.set_num_threads(1)
+        optimizer.handle.restore()
+        torch.save(weights(model), tmp_path / "child")
+
+    assert forked(work)
+    assert path.read_bytes() == recorded
+    take_steps(model, optimizer)
+    end = finished(model, optimizer)
+    assert same(torch.load(tmp_path / "child"), end)
+    check_replay(base, path, end, backend=backend.name)
 
 
 @needs_fork

@@ -19,6 +19,7 @@ from lozo_kernels.cli import command as cli  # noqa: E402
 from lozo_kernels.hf.loop import records  # noqa: E402
 from lozo_kernels.journal import StepTaken, read_journal  # noqa: E402
 from lozo_kernels.journal import file as file_module  # noqa: E402
+from python_tests.finetune_helpers import meaning, metrics, model_of  # noqa: E402
 from python_tests.machine import wait_until  # noqa: E402
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are ended that were forked")
@@ -32,17 +33,6 @@ def finetune(folder, *more, steps=STEPS):
 
 def resume(folder):
     return cli.main(["finetune", "--resume", str(folder), "--quiet"])
-
-
-def model_of(folder):
-    return (folder / "model" / "model.safetensors").read_bytes()
-
-
-def meaning(folder):
-    """Metrics without what the clock said."""
-    timed = ("step_ms", "forwards_ms", "outside", "seconds")
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +181,7 @@ def test_clocks_that_jump(tmp_path, rng, monkeypatch, calm):
             patched.setattr(time, name, lambda: rng.uniform(-1e9, 3e9))
         assert finetune(tmp_path / "run") == 0
     assert model_of(tmp_path / "run") == model_of(calm) and meaning(tmp_path / "run") == meaning(calm)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(tmp_path / "run")
     assert all(line[key] >= 0 for line in lines for key in ("step_ms", "forwards_ms", "seconds") if key in line)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["train_seconds"] >= 0
 

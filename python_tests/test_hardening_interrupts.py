@@ -142,7 +142,7 @@ def test_somebody_who_presses_it_again_and_again(tmp_path, rng, kind):
 
 
 def test_an_interrupted_merge_is_not_made_twice(tmp_path, rng):
-    """``settle()``, as ``state_dict()`` calls it, outside of any step."""
+    """``merge()``, as ``state_dict()`` calls it, outside of any step."""
 
     def run(at):
         model = zoo_of("activation")

@@ -14,8 +14,9 @@ import signal
 
 from lozo_kernels.journal import Journal, diff, read_journal, replay
 from python_tests.machine import wait_until
+from python_tests.models import full
 from python_tests.parallel_helpers import finish, logs, start
-from python_tests.test_sharded_parallel import Model, cut, ended, examples, full, fully, make, mesh_of, same, train
+from python_tests.test_sharded_parallel import Model, cut, ended, examples, fully, make, mesh_of, same, train
 
 STEPS, LAST = 7, 4  # LAST: the step during which a process is killed
 WAYS = {

@@ -27,11 +27,7 @@ pytestmark = pytest.mark.skipif(not ISAS, reason=f"native: {NATIVE.unavailable(t
 
 @pytest.fixture(autouse=True)
 def settings():
-    """One thread, unless a test says otherwise: its tables are small, and PyTorch's own threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
     native.set_isa(None)
 
 

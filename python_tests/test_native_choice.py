@@ -35,7 +35,7 @@ def test_isa_choice():
 def test_isa_from_the_environment(name, expected):
     code = """
 import torch
-from lozo_kernels.backends import native
+from lozo_kernels.kernels.backends import native
 try:
     print(native.isa(), native.NativeBackend().unavailable(torch.device("cpu")))
 except ValueError as error:

@@ -17,6 +17,7 @@ from lozo_kernels.cli import command as cli  # noqa: E402
 from lozo_kernels.errors import InputError  # noqa: E402
 from lozo_kernels.hf.loop.processes import joined, part  # noqa: E402
 from lozo_kernels.hf.settings import Settings  # noqa: E402
+from python_tests.finetune_helpers import metrics  # noqa: E402
 from python_tests.machine import stretched  # noqa: E402
 
 STEPS = 3
@@ -24,8 +25,7 @@ OPTIONS = ["--steps", str(STEPS), "--batch-size", "6", "--eval-every", "2", "--e
 
 
 def results(output):
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["kind"] == "step"], sorted(p.name for p in output.iterdir())
+    return [row for row in metrics(output) if row["kind"] == "step"], sorted(p.name for p in output.iterdir())
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path):

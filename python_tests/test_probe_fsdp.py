@@ -9,7 +9,7 @@ import torch
 from torch import distributed, nn
 
 from lozo_kernels import LOZO, MeZO, Parallel, patch
-from python_tests.models import same
+from python_tests.models import full, same
 from python_tests.processes import refusals_of, run_ranks
 
 if not distributed.is_available() or not distributed.is_gloo_available():
@@ -97,10 +97,6 @@ def run(model, loss, options):
     with torch.no_grad():
         found["after"] = float(after), float(loss())
     return found
-
-
-def full(p):
-    return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
 
 
 def shard(model, mesh, reshard=True, mixed=False):

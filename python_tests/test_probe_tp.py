@@ -11,7 +11,7 @@ from torch import distributed, nn
 from lozo_kernels import LOZO, MeZO, Parallel, patch
 from lozo_kernels.model.probe.choosing import preparation
 from lozo_kernels.model.probe.choosing.cost import Costs, measure_costs
-from python_tests.models import same
+from python_tests.models import full, same
 from python_tests.processes import refusals_of, run_ranks
 
 if not distributed.is_available() or not distributed.is_gloo_available():
@@ -103,10 +103,6 @@ def losses_of(model):
 
 def batch():
     return torch.randint(0, 7, (4, TOKENS + 1), generator=torch.Generator().manual_seed(1))
-
-
-def full(p):
-    return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
 
 
 def weights(model):

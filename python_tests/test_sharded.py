@@ -9,7 +9,7 @@ import torch
 from torch import distributed, nn
 
 from lozo_kernels import LOZO, MeZO, SubZero, patch
-from python_tests.models import same, weights
+from python_tests.models import full, same, weights
 from python_tests.processes import refusals_of, run_ranks
 
 if not distributed.is_available() or not distributed.is_gloo_available():
@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from python_tests.test_probe_fsdp import Model, closure, full
+from python_tests.test_probe_fsdp import Model, closure
 
 STEPS = 5
 CASES = {

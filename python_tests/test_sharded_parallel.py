@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from python_tests.models import full
 from python_tests.parallel_helpers import finish, logs, start
 from python_tests.processes import refusals_of
 
@@ -75,10 +76,6 @@ def train(optimizer, model, steps, parts):
     for step in range(optimizer.steps_done, steps):
         batches = [examples(step, part) for part in parts]
         optimizer.step([lambda x=x: model(x) for x in batches])
-
-
-def full(p):
-    return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
 
 
 def ended(optimizer, model):

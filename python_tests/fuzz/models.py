@@ -253,12 +253,12 @@ def _update(case: Choices, handle: Handle, before: dict[str, Tensor], memory: Me
     lr: Any = case.of(1e-2, 0, torch.tensor(1e-2), torch.full((len(handle.names),), 1e-2))
     decay: Any = 0.0 if handle.config.keep_factors else case.of(0.0, 0.0, 0.1)
     more: dict[str, Any] = {}
-    for odd in case.odd(15, "c", "lr", "decay", "beta", "standing", "next", note="update"):
+    for odd in case.odd(15, "c", "lr", "decay", "beta", "applied", "next", note="update"):
         strange = case.of(
             *ODD_NUMBERS, *ODD_THINGS[:-1], torch.zeros(3, 2), torch.ones(2, dtype=torch.complex64), [[0.1]], "x", [None]
         )
         c, lr, decay = (strange if odd == k else v for k, v in (("c", c), ("lr", lr), ("decay", decay)))
-        if odd in ("beta", "standing", "next"):
+        if odd in ("beta", "applied", "next"):
             more[{"next": "perturb_next"}.get(odd, odd)] = strange
     directions = list(c) if isinstance(c, (list, tuple)) else [c]
     outcome, _ = attempt(case, memory, lambda: handle.update_(step, c, lr, weight_decay=decay, **more))

@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(module: Any, options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Measures, prints and writes the document, which a measurement also gets while it is made, to add what it begins with."""
+    """Makes a measurement, prints it and writes its document. The measurement gets the document at its start and may add to it."""
     document = where(options.device, argv)
     others = OtherLoad()
     found = module.measure(options, document)

@@ -1,4 +1,4 @@
-"""Command lines of the measurements: one clear line for a wrong one."""
+"""The command lines of the measurements. A wrong one is answered by one clear line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """What every measurement takes."""
+    """Adds the options that every measurement takes."""
     parser.add_argument("--device", type=device, default=torch.device("cpu"), help="where to measure (default: cpu)")
     parser.add_argument("--threads", type=positive, help="threads of torch, which are this library's too (default: torch's choice)")
     parser.add_argument("--json", action="store_true", help="print the JSON document instead of a table")
@@ -34,7 +34,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser, methods: Collection[str], default: Sequence[str], model: str = "opt-125m") -> None:
-    """What measurements of steps take besides: ``default`` of the ``methods`` unless others are named."""
+    """Adds the options of measurements of whole steps; ``default`` are the methods that are measured unless others are named."""
     add_choice(parser, "model", MODELS, model, f"architecture (default: {model}); needs transformers")
     add_choice(parser, "methods", methods, list(default))
     parser.add_argument("--rank", type=rank_number, default=4, help="default: 4")
@@ -46,7 +46,7 @@ def add_model(parser: argparse.ArgumentParser, methods: Collection[str], default
 def add_choice(
     parser: argparse.ArgumentParser, name: str, choices: Collection[str], default: str | list[str] | None, text: str | None = None
 ) -> None:
-    """``--NAME``, which is one of some choices, or where the default is no single one, several of them separated by commas."""
+    """Adds ``--NAME``, which takes one of the choices, or several separated by commas where the default is not a single one."""
     parse = one_of(name.partition("-")[0].removesuffix("s"), choices)
     shown = default if isinstance(default, str) else ",".join(default or ())
     help_text = text or f"of {', '.join(choices)} (default: {shown})"
@@ -54,7 +54,7 @@ def add_choice(
 
 
 def one_of(what: str, names: Collection[str]) -> Callable[[str], str]:
-    """One of these names, of what is called ``what`` in the message for another."""
+    """Makes a parser of one of these names. The message for any other word says that a ``what`` is one of them."""
 
     def parse(text: str) -> str:
         if text not in names:
@@ -65,7 +65,7 @@ def one_of(what: str, names: Collection[str]) -> Callable[[str], str]:
 
 
 def check_output(path: str | None) -> None:
-    """Fails before a long measurement, not after it, if its result cannot be written.
+    """Checks before a long measurement that its result can be written after it.
 
     Raises:
         InputError: the folder does not exist or cannot be written to.
@@ -82,7 +82,7 @@ def check_output(path: str | None) -> None:
 
 
 def device(text: str) -> torch.device:
-    """A device that is here."""
+    """Parses a device that this machine has."""
     try:
         found = torch.device(text)
         found = torch.empty(1, device=found).device  # with its index
@@ -94,7 +94,7 @@ def device(text: str) -> torch.device:
 
 
 def positive(text: str) -> int:
-    """An integer of at least 1."""
+    """Parses an integer of at least 1."""
     try:
         value = int(text)
     except ValueError:
@@ -105,7 +105,7 @@ def positive(text: str) -> int:
 
 
 def rank_number(text: str) -> int:
-    """A rank that the ops take."""
+    """Parses a rank that the ops take."""
     value = positive(text)
     if value > MAX_RANK:
         raise argparse.ArgumentTypeError(f"rank is 1 to {MAX_RANK}, not {value}")
@@ -113,7 +113,7 @@ def rank_number(text: str) -> int:
 
 
 def shape_label(text: str) -> str:
-    """ "RxC"."""
+    """Parses a shape such as "8192x8192"."""
     parts = text.split("x")
     if len(parts) != 2 or not all(p.isdecimal() and int(p) > 0 for p in parts):
         raise argparse.ArgumentTypeError(f"a shape is rows x columns as in 8192x8192, not {text!r}")
@@ -121,7 +121,7 @@ def shape_label(text: str) -> str:
 
 
 def several(item: Callable[[str], object]) -> Callable[[str], list]:
-    """A list of items, separated by commas, without repetitions."""
+    """Makes a parser of items separated by commas; repeated ones count once."""
 
     def parse(text: str) -> list:
         return list(dict.fromkeys(item(part.strip()) for part in text.split(",")))

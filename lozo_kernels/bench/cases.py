@@ -21,7 +21,7 @@ from ..kernels.registry import Backend
 from ..kernels.table import DTYPES, TensorTable
 
 OPS = {**op_table.OPS, "resample_": Op("resample_", v=True, n="optional", draws=(0, 0), rounding=False)}
-"""The ops that there are cases of, by name: those of the table, and ``resample_``."""
+"""The ops that have cases, by name: those of the table of ops, and ``resample_``."""
 
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Half the distance from 1 to the next value: the relative error of rounding to nearest."""
@@ -37,9 +37,9 @@ class Case:
     """A call of an op.
 
     Attributes:
-        table: what it works on.
-        call: its other arguments, but for ``out`` and ``backend``.
-        out: where it writes instead, for ops that can.
+        table: the weights, with V and N where the op wants them.
+        call: the other arguments, except ``out`` and ``backend``.
+        out: the table that it writes to, for an op that can; None to write into ``table``.
     """
 
     op: Op
@@ -48,7 +48,7 @@ class Case:
     out: TensorTable | None = None
 
     def on(self, device: torch.device | str = "cpu") -> Case:
-        """The same case on a device, on storage of its own in the same layout."""
+        """Copies the case to a device, on storage of its own with the same layout."""
         call = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.call.items()}
         return Case(self.op, copy_table(self.table, device), call, None if self.out is None else copy_table(self.out, device))
 
@@ -59,7 +59,7 @@ class Case:
 
 
 class Compared(NamedTuple):
-    """One tensor of two cases: how many values it has, how many of them are wrong, and in words which tensor and value."""
+    """A comparison of one tensor: how many values it has, how many are wrong, and a text that says which tensor and which value."""
 
     values: int
     wrong: int
@@ -67,10 +67,11 @@ class Compared(NamedTuple):
 
 
 def compare(got: Case, want: Case, *, every_bit: bool = False) -> list[Compared]:
-    """All storage of two cases that ran, gaps included, bit for bit; any NaN is as good as another.
+    """Compares all storage of two cases after their calls bit for bit, gaps included. Any NaN equals any other.
 
     Args:
-        every_bit: otherwise momentum products above rank :data:`EXACT_MOMENTUM_RANK` may differ by two summations of them.
+        every_bit: also compare momentum products above rank :data:`EXACT_MOMENTUM_RANK` so. Otherwise they may differ by the
+            rounding of two summations.
     """
     found = []
     bounded = want.op.name == "lowrank_momentum_" and want.table.rank > EXACT_MOMENTUM_RANK and not every_bit
@@ -90,7 +91,7 @@ def compare(got: Case, want: Case, *, every_bit: bool = False) -> list[Compared]
 
 
 def _near(x: Tensor, want: Case, t: int) -> Tensor:
-    """Which values are as near to those of another case as two summations of its momentum product are to each other."""
+    """Says which values differ from those of another case by at most the rounding of two summations of the product."""
     table = want.table
     assert table.v is not None and table.n is not None
     y = table.x[t].double()
@@ -101,18 +102,18 @@ def _near(x: Tensor, want: Case, t: int) -> Tensor:
 
 
 def as_bits(t: Tensor) -> Tensor:
-    """A tensor as integers, in which every NaN is the same."""
+    """Views a tensor as integers, in which every NaN is the same."""
     t = torch.where(t.isnan(), torch.full_like(t, float("nan")), t)
     return t.contiguous().view(torch.int32 if t.element_size() == 4 else torch.int16)
 
 
 def storage_of(x: Tensor) -> Tensor:
-    """All of the storage that a tensor lies in, as a flat tensor of its dtype."""
+    """Returns the whole storage that a tensor lies in, as a flat tensor of its dtype."""
     return torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())  # type: ignore[call-overload]
 
 
 def copy_table(table: TensorTable, device: torch.device | str = "cpu") -> TensorTable:
-    """A table on storage of its own in the same layout, gaps included."""
+    """Copies a table to storage of its own with the same layout, gaps included."""
 
     def copied(tensors: Sequence[Tensor]) -> list[Tensor]:
         return [storage_of(t).to(device, copy=True).as_strided(t.shape, t.stride(), t.storage_offset()) for t in tensors]
@@ -124,10 +125,10 @@ def copy_table(table: TensorTable, device: torch.device | str = "cpu") -> Tensor
 def strided(
     rng: random.Random, shape: Sequence[int], dtype: torch.dtype, *, step: int = 1, size: float | None = None, special: float = 0.0
 ) -> Tensor:
-    """A random tensor (batch, rows, cols) in storage full of NaN, with gaps before it, between its rows and between its matrices.
+    """Makes a random tensor (batch, rows, cols) in storage full of NaN, with gaps before it, between rows and between matrices.
 
     Args:
-        step: gaps are multiples of it; 8 is what kernels want that move 128 bits at a time.
+        step: gaps are multiples of this; kernels that move 128 bits at a time want 8.
         size: standard deviation of the values; None for one at random.
         special: the share of values that are infinite, NaN, zeros of both signs, very large or very small.
     """
@@ -155,11 +156,11 @@ def random_table(
     size: float | None = None,
     special: float = 0.0,
 ) -> TensorTable:
-    """Weights for an op, half of them shards of something larger, with V and N as the op takes them.
+    """Makes weights for an op, some of them shards of larger ones, with V and N as the op takes them.
 
     Args:
-        shapes: (batch, rows, cols) each; cols is the rank instead, where the tensors are factors.
-        n: whether there is N where the op can do without.
+        shapes: (batch, rows, cols) of each. Where the tensors are factors, the rank takes the place of cols.
+        n: whether there is N, for an op that can do without.
         step, size, special: as for :func:`strided`, and columns begin at multiples of ``step``.
     """
     if op.factors:
@@ -192,7 +193,7 @@ def random_call(
     stochastic: bool | None = None,
     reproject: bool = True,
 ) -> dict[str, Any]:
-    """Arguments for a table of ``count`` tensors; what is None is chosen at random."""
+    """Makes arguments for a table of ``count`` tensors. What is None is chosen at random."""
     call: dict[str, Any] = {"seed": rng.getrandbits(64)}
     if op.name == "resample_":
         return call | {"window": rng.getrandbits(28), "reproject": reproject}
@@ -219,11 +220,11 @@ def random_case(
     step: int = 1,
     **tensors: Any,
 ) -> Case:
-    """A case of an op.
+    """Makes a case of an op.
 
     Args:
-        call: what :func:`random_call` is told; None to leave all of it to chance.
-        apart: write into other memory, laid out in another way, if the op can.
+        call: arguments of :func:`random_call`; None to leave everything to chance.
+        apart: whether the op, if it can, writes into other memory, which is laid out in another way.
         tensors: as for :func:`random_table`.
     """
     table = random_table(rng, op, shapes, rank, step=step, **tensors)

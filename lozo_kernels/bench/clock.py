@@ -1,4 +1,4 @@
-"""What times a call: the host's clock, or events in the stream of a GPU, which are read only after the round."""
+"""The clocks that time a call: that of the host, or events in a GPU's stream, which are read only after a round."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """``time.perf_counter``: right where a call returns when its work is done."""
+    """``time.perf_counter``, which is right where a call returns only when its work is done."""
 
     cold = "not made cold: the weights are larger than the caches unless noted"
 
@@ -52,7 +52,7 @@ class HostClock:
 
 
 class EventClock:
-    """Events in the current stream of the current CUDA device: time as it sees it. The host runs ahead, as in a training loop.
+    """Events in the current stream of the current CUDA device. They tell its own time; the host runs ahead, as in training.
 
     Args:
         overwrite: a tensor on the device, larger than the L2, that is overwritten before each timed call; the device is then kept
@@ -92,7 +92,7 @@ class EventClock:
 
 
 def clock_for(device: torch.device, *, cold: bool = False) -> Clock:
-    """The clock of a device.
+    """Returns the clock for a device.
 
     Args:
         cold: on a GPU, make the L2 cold before each timed call.

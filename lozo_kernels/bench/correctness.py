@@ -1,4 +1,4 @@
-"""``lozo-kernels bench correctness``: every backend of a device held to the CPU, bit for bit, on fresh random inputs."""
+"""``lozo-kernels bench correctness``: compares every backend of a device with the CPU, bit for bit, on fresh random inputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .document import first_line, format_table, progress
 Row = dict[str, Any]
 
 RANKS = (4, 1, 16, 2, 64, 8, 3, 9, 32, 5, 17, 33)
-"""Those that matter most first, so that a check that runs out of time has seen them."""
+"""The ranks that matter most come first, so that a check that runs out of time has seen them."""
 
 _SHAPES = {
     "odd": ((1, 5, 3), (1, 33, 129), (2, 17, 64), (1, 1, 70), (1, 64, 1), (3, 16, 40), (1, 0, 5), (1, 257, 72)),
@@ -36,7 +36,7 @@ class Plan(NamedTuple):
     """A case before its random inputs are drawn.
 
     Attributes:
-        op: whose case.
+        op: its name.
         layout: of :data:`_SHAPES`: "odd" (gaps and offsets of any size), "large" (aligned) or "tiny".
         dtype: of all tensors; None for a mixture.
         rank: 0 for ops without one.
@@ -59,7 +59,7 @@ class Plan(NamedTuple):
         return f"{self.op} {self.layout} {dtype}" + (f" rank {self.rank}" if self.rank else "") + f", {', '.join(flags)}"
 
     def case(self, seed: int) -> Case:
-        """The case of a seed, on the CPU. The state of torch's generators stays as it is."""
+        """Draws the case of a seed, on the CPU. The state of torch's generators stays as it is."""
         call = {"draws": self.draws, "decay": self.decay, "stochastic": self.stochastic, "reproject": self.decay}
         wide = OPS[self.op].momentum and self.rank > EXACT_MOMENTUM_RANK  # compared within a bound, which needs numbers
         tensors: dict[str, Any] = {"n": self.decay, "size": 0.1, "special": 0.0 if wide else 1e-3}
@@ -71,7 +71,7 @@ class Plan(NamedTuple):
 
 
 def plans(*, quick: bool) -> list[Plan]:
-    """All cases, the most important first; ``quick`` for a few small ones, and one large enough for 128-bit access of each op."""
+    """Lists all cases, the most important first; with ``quick`` a few small ones, and for each op one that fast kernels take."""
     if quick:
         kinds = ((torch.bfloat16, 4), (None, 1), (torch.float32, 17))
         small = [_plan(op, "tiny", dtype, rank, i) for op in OPS.values() for i, (dtype, rank) in enumerate(kinds)]
@@ -90,14 +90,14 @@ def plans(*, quick: bool) -> list[Plan]:
 
 
 def _plan(op: Op, layout: str, dtype: torch.dtype | None, rank: int, kind: int) -> Plan:
-    """A case with one of four kinds of arguments, as far as the op takes them."""
+    """Plans a case with one of four kinds of arguments, as far as the op takes them."""
     most, decay, stochastic = ((False, False, False), (True, True, True), (True, False, False), (False, True, False))[kind % 4]
     dtype, rank = torch.float32 if op.factors else dtype, rank if op.along_rows else 0
     return Plan(op.name, layout, dtype, rank, op.draws[most], decay, stochastic and op.rounding)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this measurement."""
+    """Adds the options of this measurement."""
     parser.add_argument("--quick", action="store_true", help="a few small cases")
     parser.add_argument("--backends", type=several(str), help="only these, also such as serve the device only when asked")
     parser.add_argument("--seconds", type=positive, help="begin no further case after so long (default: all cases)")
@@ -105,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(options: argparse.Namespace, document: Row) -> Row:
-    """Counts the values that differ."""
+    """Counts the values that differ from those of the CPU."""
     truth = cpu_backend()
     seed = random.SystemRandom().getrandbits(32) if options.seed is None else options.seed
     backends, not_run = candidates(options.device, truth, options.backends)
@@ -115,12 +115,12 @@ def measure(options: argparse.Namespace, document: Row) -> Row:
 
 
 def failed(document: Row) -> bool:
-    """Whether a bit differs, or an op fails."""
+    """Whether a bit differs or an op fails."""
     return bool(document["failures"])
 
 
 def cpu_backend() -> Backend:
-    """What others are held to: the native backend, or plain PyTorch where it was not built."""
+    """Returns the backend that others are compared with: the native one, or plain PyTorch where that was not built."""
     try:
         return choose_backend("cpu", "native").backend
     except RuntimeError:
@@ -128,10 +128,11 @@ def cpu_backend() -> Backend:
 
 
 def candidates(device: torch.device, truth: Backend, names: Sequence[str] | None = None) -> tuple[list[Backend], dict[str, str]]:
-    """The backends that serve a device, less the truth itself, and why the others are not checked.
+    """Finds the backends of a device that are to be checked, and says why others are not.
 
     Args:
-        names: those asked for; None for all that serve without being asked.
+        truth: the backend that others are compared with, which is not checked on the CPU.
+        names: the backends that were asked for; None for all that serve the device without being asked for.
 
     Raises:
         InputError: there is no backend of that name.
@@ -160,7 +161,7 @@ def candidates(device: torch.device, truth: Backend, names: Sequence[str] | None
 def hold(
     backends: Sequence[Backend], truth: Backend, device: torch.device, seed: int, *, quick: bool, seconds: float | None = None
 ) -> tuple[list[Row], list[str], int, int]:
-    """Holds backends to another one on the CPU.
+    """Compares backends with ``truth`` on the CPU.
 
     Returns:
         A row for each backend and op, the failures in words, how many cases were checked, and how many there are.
@@ -196,7 +197,7 @@ def hold(
 
 
 def _differences(backend: Backend, case: Case, want: Case) -> Row:
-    """Counts of a case, and in words what is wrong."""
+    """Runs and compares a case; returns its counts, and in words what is wrong."""
     try:
         case.run(backend)
         found = compare(case.on(), want)
@@ -208,7 +209,7 @@ def _differences(backend: Backend, case: Case, want: Case) -> Row:
 
 
 def _wrong_factor(backend: Backend, truth: Backend, device: torch.device, seed: int, stream: str, rank: int) -> Row:
-    """The same of U, V or S on its own."""
+    """Does the same for U, V or S on its own."""
 
     def make(by: Backend, where: torch.device | str) -> torch.Tensor:
         return ops.factor(seed, 133, rank, 12345, Draw(rank, rank), stream=stream, row_offset=rank, device=where, backend=by).cpu()
@@ -222,7 +223,7 @@ def _wrong_factor(backend: Backend, truth: Backend, device: torch.device, seed: 
 
 
 def render(document: Row) -> str:
-    """The rows and the failures as text."""
+    """Formats the rows and the failures as text."""
     header = ("backend", "op", "cases", "values", "wrong", "errors")
     text = [format_table(header, [[str(row[key]) for key in header] for row in document["rows"]], left=2)]
     text.append(f"\n{document['cases_done']} of {document['cases']} cases against {document['truth']}, seed {document['seed']}")

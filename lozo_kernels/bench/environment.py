@@ -1,4 +1,4 @@
-"""Where and how a measurement was made: it goes into every result."""
+"""Where and how a measurement was made, which is a part of every result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def environment(device: torch.device, argv: Sequence[str], *, program: Sequence[str] = ("lozo-kernels", "bench")) -> dict[str, Any]:
-    """Device, CPU, threads, instruction set, backend, versions, commit, command line and date.
+    """Describes device, CPU, threads, instruction set, backend, versions, commit, command line and date.
 
     Args:
         argv: arguments of the program that measures.
@@ -48,18 +48,18 @@ def environment(device: torch.device, argv: Sequence[str], *, program: Sequence[
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of this package and of those it can use; None for what is not installed."""
+    """Returns the versions of this package and of those that it can use; None for one that is not installed."""
     return {"lozo_kernels": __version__, "python": platform.python_version()} | {name: _installed(name) for name in PACKAGES}
 
 
 class OtherLoad:
-    """How many CPUs processes other than this one use from when this is made."""
+    """Measures how many CPUs other processes use from the moment that this is made."""
 
     def __init__(self) -> None:
         self._start = self._read()
 
     def mean(self) -> float | None:
-        """Their number on average, None where the system does not tell."""
+        """Returns their number on average, or None where the system does not tell."""
         if self._start is None:
             return None
         now = self._read()
@@ -69,7 +69,7 @@ class OtherLoad:
 
     @staticmethod
     def _read() -> tuple[float, float, float] | None:
-        """CPU seconds of the machine, those of this process and its children, and the time."""
+        """Reads the CPU seconds of the machine, those of this process and its children, and the time."""
         try:
             fields = [int(n) for n in Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:]]
         except OSError:
@@ -82,7 +82,7 @@ class OtherLoad:
 
 
 def cpu_name() -> str:
-    """The CPU's own name for itself."""
+    """Returns the model name of the CPU."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -93,7 +93,7 @@ def cpu_name() -> str:
 
 
 def last_level_cache() -> int | None:
-    """Bytes of the largest cache that the first CPU sees, None where the system does not say."""
+    """Returns the bytes of the largest cache of the first CPU, or None where the system does not say."""
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text(encoding="utf-8").strip()
@@ -105,7 +105,7 @@ def last_level_cache() -> int | None:
 
 
 def commit() -> str | None:
-    """The commit that the package was run from, with "+changes" if its sources differ; None outside its repository."""
+    """Returns the commit that the package was run from, with "+changes" if its sources differ, or None outside its repository."""
     root = _PACKAGE.parent
     try:
         _git(root, "ls-files", "--error-unmatch", f"{_PACKAGE.name}/__init__.py")

@@ -1,4 +1,4 @@
-"""``lozo-kernels bench fits``: whether a model and a step on it fit into a device, and what they take."""
+"""``lozo-kernels bench fits``: finds out whether a model and a step fit into a device, and what they take."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _STEPS = 2  # the second is timed; the first loads code
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this measurement."""
+    """Adds the options of this measurement."""
     add_model(parser, METHODS, ["lozo"], model="opt-66b")
     add_choice(parser, "dtype", DTYPE_NAMES, "bfloat16")
     parser.add_argument("--tokens", type=positive, default=512, help="tokens of a batch (default: 512)")
 
 
 def measure(options: argparse.Namespace, document: Row) -> Row:
-    """Tries. Running out of memory is a result, not an error.
+    """Tries it. Running out of memory is a result, not an error.
 
     Raises:
         InputError: transformers is missing.
@@ -49,7 +49,7 @@ def measure(options: argparse.Namespace, document: Row) -> Row:
 
 
 class Attempt:
-    """Phases that may run out of memory, and what they took until then."""
+    """Runs phases that may run out of memory, and keeps what they took until then."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -60,7 +60,7 @@ class Attempt:
             torch.cuda.reset_peak_memory_stats(device)
 
     def run(self, phase: str, call: Callable[[], Any]) -> Any:
-        """What the call returns; None if memory ran out now or in a phase before."""
+        """Returns what the call returns, or None if memory ran out now or in an earlier phase."""
         if self.failed_at is not None:
             return None
         start = time.perf_counter()
@@ -77,7 +77,7 @@ class Attempt:
         return result
 
     def result(self) -> Row:
-        """For a row: whether all phases fitted, where not, and the peaks of torch's allocator on a GPU."""
+        """Returns the columns of a row: whether all phases fitted, which did not, and the peaks of torch's allocator on a GPU."""
         row: Row = {"fits": self.failed_at is None, "failed_at": self.failed_at, "error": self.error, "seconds": self.seconds}
         on_gpu = self.device.type == "cuda"
         row["peak_bytes"] = torch.cuda.max_memory_allocated(self.device) if on_gpu else None
@@ -86,7 +86,7 @@ class Attempt:
 
 
 def try_steps(model: nn.Module, forward: Callable[[nn.Module], Tensor], method: str, rank: int) -> Row:
-    """A forward pass, then steps of a method on a model that is already on its device."""
+    """Tries a forward pass, then steps of a method, on a model that is already on its device."""
     attempt = Attempt(next(model.parameters()).device)
     progress(f"forward, then steps of {method}")
 
@@ -106,7 +106,7 @@ def try_steps(model: nn.Module, forward: Callable[[nn.Module], Tensor], method: 
 
 
 def render(document: Row) -> str:
-    """The rows as text."""
+    """Formats the rows as text."""
 
     def size(value: int | None) -> str:
         return "-" if value is None else f"{gb(value):.2f}"

@@ -73,7 +73,7 @@ def _compare(name: str, label: str, call: OpCall, pieces: list[tuple[int, slice]
 
 
 def _cut(table: TensorTable, pieces: list[tuple[int, slice]]) -> TensorTable:
-    """Copies of pieces of a table, in the place in the noise that they have there."""
+    """Copies pieces of a table into a table of their own, in which they have the same noise."""
     if table.v is None:
         return TensorTable(
             [table.x[t][:, :, piece].clone() for t, piece in pieces],
@@ -91,18 +91,18 @@ def _cut(table: TensorTable, pieces: list[tuple[int, slice]]) -> TensorTable:
 
 
 def _of_pieces(scalars: Tensor, pieces: list[tuple[int, slice]]) -> Tensor:
-    """Scalars for each tensor as scalars for each piece; those of a call here are the same for all tensors."""
+    """Makes scalars for each piece of those for each tensor, which are the same for all tensors here."""
     return scalars[..., :1].expand(*scalars.shape[:-1], len(pieces)).contiguous()
 
 
 def _size(table: TensorTable, t: int) -> int:
-    """Rows of a low-rank tensor, elements of a dense one."""
+    """Returns the rows of a low-rank tensor, or the elements of a dense one."""
     _, rows, cols = table.x[t].shape
     return rows if table.v is not None else cols
 
 
 def _pieces(size: int, table: TensorTable, t: int) -> list[slice]:
-    """Ranges of rows of a low-rank tensor, of elements of a dense one."""
+    """Chooses ranges of rows of a low-rank tensor, or of elements of a dense one."""
     width = _ROWS if table.v is not None else _ELEMENTS
     starts = sorted({0, max(0, size // 2 - width), max(0, size - width)})
     if len(table) > _FEW:

@@ -1,4 +1,4 @@
-"""``lozo-kernels bench host``: what one pass over a model costs the host, in Python, before a GPU has anything to do."""
+"""``lozo-kernels bench host``: what one pass over a model costs the host in Python before a GPU has anything to do."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class NoLaunch(Launcher):
 
 @contextlib.contextmanager
 def stubbed_handle(model: nn.Module, **options: Any) -> Iterator[tuple[Handle, NoLaunch]]:
-    """A handle whose Triton backend prepares launches on the CPU and makes none. The weights are never touched."""
+    """Makes a handle whose Triton backend prepares launches on the CPU but makes none. The weights are never touched."""
     launcher = NoLaunch()
     backend = TritonBackend(launcher)
     backend.name = "no launch"
@@ -47,14 +47,14 @@ def stubbed_handle(model: nn.Module, **options: Any) -> Iterator[tuple[Handle, N
 
 
 def empty_model(name: str, dtype: torch.dtype) -> nn.Module:
-    """The real modules and parameters of a model, in memory that is never touched and so never taken."""
+    """Builds the real modules and parameters of a model in memory that is never touched, so that the system never provides it."""
     model = build_model(name, dtype, torch.device("meta")).to_empty(device="cpu")
     model.tie_weights()  # type: ignore[operator]
     return model
 
 
 def passes(handle: Handle) -> dict[str, Callable[[int], None]]:
-    """The passes of a step, the first for a step's number: the first of a step also looks at sizes and dtypes."""
+    """Returns the passes of a step, which take the number of the step. The first one of a step also checks sizes and dtypes."""
     c = torch.tensor(0.3, dtype=torch.float64)
     return {
         "perturb, first of a step": lambda step: handle.perturb_(step, 1e-3),
@@ -65,7 +65,7 @@ def passes(handle: Handle) -> dict[str, Callable[[int], None]]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this measurement."""
+    """Adds the options of this measurement."""
     add_choice(parser, "model", MODELS, "opt-1.3b", "whose parameters (default: opt-1.3b)")
     parser.add_argument("--repeats", type=positive, default=300, help="passes of each kind (default: 300)")
 
@@ -93,7 +93,7 @@ def measure(options: argparse.Namespace, document: dict[str, Any]) -> dict[str, 
 
 
 def render(document: dict[str, Any]) -> str:
-    """The rows as text."""
+    """Formats the rows as text."""
     header = ("model", "pass", "tensors", "launches", "median us", "q25", "q75")
     lines = [
         (r["model"], r["pass"], *(str(r[k]) for k in ("tensors", "launches", "median", "q25", "q75"))) for r in document["rows"]

@@ -34,7 +34,7 @@ PUBLISHED_MODEL = "opt-13b"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this measurement."""
+    """Adds the options of this measurement."""
     add_model(parser, (*METHODS, *DENSE_MOMENTUM), METHODS)
     add_choice(parser, "dtype", DTYPE_NAMES, ["bfloat16", "float32"])
     add_placement(parser, DEFAULT_PLACEMENTS)
@@ -77,7 +77,7 @@ def measure(options: argparse.Namespace, document: Row) -> Row:
 
 
 def measure_method(model: nn.Module, batch: Callable[[nn.Module], Tensor], entrant: Entrant, rank: int) -> MemoryUse:
-    """Memory use of a method of :data:`METHODS` or :data:`DENSE_MOMENTUM` on a model, which is changed.
+    """Measures the memory of a method of :data:`METHODS` or :data:`DENSE_MOMENTUM` on a model, which is changed.
 
     Args:
         batch: the loss of a model on a fixed batch; a :class:`~lozo_kernels.bench.batches.CausalBatch` where evaluations share a
@@ -110,7 +110,7 @@ def measure_method(model: nn.Module, batch: Callable[[nn.Module], Tensor], entra
 
 
 def parts(handle: Any) -> dict[str, int]:
-    """Bytes of what a probe holds, by their names in :class:`MemoryUse`; nothing of another handle."""
+    """Returns the bytes of what a probe holds, by their names in :class:`MemoryUse`. Empty for another handle."""
     if handle.moves_weights:
         return {}
     factors = [t for m in handle.members for t in (m.b, m.v, m.gain) if t is not None]
@@ -123,7 +123,7 @@ def parts(handle: Any) -> dict[str, int]:
 
 
 def render(document: Row) -> str:
-    """The rows as text."""
+    """Formats the rows as text."""
 
     def mib(value: int | None) -> str:
         return "-" if value is None else f"{value / 2**20:.2f}"

@@ -1,4 +1,4 @@
-"""What this library is measured against, one pass over the weights each."""
+"""What this library is measured against: each function makes one pass over the weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Pass = Callable[[], None]
 
 
 def inplace_pass(buffer: Tensor) -> Pass:
-    """One read and one write of every byte in place: fp32 ``mul_`` by numbers near 1 whose product is 1."""
+    """Reads and writes every byte once in place: fp32 ``mul_`` by numbers near 1 whose product is 1."""
     factors = itertools.cycle((1.0 + 2.0**-10, 1.0 / (1.0 + 2.0**-10)))
 
     def run() -> None:
@@ -26,7 +26,7 @@ def inplace_pass(buffer: Tensor) -> Pass:
 
 
 def copy_pass(source: Tensor) -> Pass:
-    """One read of every byte of a buffer and one write of every byte of another."""
+    """Reads every byte of a buffer and writes every byte of another."""
     target = torch.empty_like(source)
 
     def run() -> None:
@@ -36,7 +36,7 @@ def copy_pass(source: Tensor) -> Pass:
 
 
 def addmm_pass(xs: Sequence[Tensor], rank: int) -> Pass:
-    """The best eager way to perturb: ``X.addmm_(U, V.T)`` with U and V materialised beforehand, no noise made."""
+    """The best eager way to perturb: ``X.addmm_(U, V.T)``, with U and V made beforehand."""
     factors = _factors(xs, rank)
     alphas = _alternating(EPS)
 
@@ -49,7 +49,7 @@ def addmm_pass(xs: Sequence[Tensor], rank: int) -> Pass:
 
 
 def addmm_momentum_pass(xs: Sequence[Tensor], rank: int) -> Pass:
-    """The eager update of LOZO-M with U and V materialised beforehand; restoring would take another pass."""
+    """The eager update of LOZO-M, with U and V made beforehand; restoring would take another pass."""
     factors = _factors(xs, rank)
     momenta = [torch.randn(u.shape, device=u.device) for u, _ in factors]
     fp32_us = [u.float() for u, _ in factors]
@@ -112,11 +112,11 @@ def compiled_mezo_pass(xs: Sequence[Tensor]) -> Pass:
 def _replacing(
     arguments: Sequence[tuple[Any, ...]], expression: Callable[..., Tensor], scales: Iterator[float] | None = None
 ) -> Pass:
-    """A pass in which the value of an expression takes the place of a parameter's data, once for each of the arguments.
+    """Makes a pass that evaluates an expression for each of the arguments and lets the value replace a parameter's data.
 
     Args:
-        expression: of one of the arguments, and of the scale of the pass.
-        scales: of one pass after the other; None: 1.
+        expression: called with one of the arguments and the scale of the pass.
+        scales: one for each pass; None for always 1.
     """
     param = nn.Parameter(torch.empty(0), requires_grad=False)
 
@@ -130,13 +130,13 @@ def _replacing(
 
 
 def _compile(expression: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Every shape gets code of its own, as long as there are no more than torch allows."""
+    """Compiles an expression. Every shape gets code of its own, as long as there are no more shapes than torch allows."""
     torch.compiler.reset()  # code of other calls counts against the limit of shapes
     return torch.compile(expression, fullgraph=True, dynamic=False)
 
 
 def _factors(xs: Sequence[Tensor], rank: int) -> list[tuple[Tensor, Tensor]]:
-    """U and V of every matrix in its own dtype."""
+    """Makes U and V of every matrix in its own dtype."""
     return [(row_noise(x, rank), column_noise(x, rank)) for x in xs]
 
 

@@ -1,4 +1,4 @@
-"""``lozo-kernels bench perturb``: one pass over the weights, in GB/s, beside the floor and the peers."""
+"""``lozo-kernels bench perturb``: the speed of one pass over the weights in GB/s, beside the floor and the peers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _NOISE_BYTES = 2 << 30  # on the CPU, where too much memory ends the process: wh
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this measurement."""
+    """Adds the options of this measurement."""
     add_choice(parser, "dtype", DTYPE_NAMES, ["bfloat16", "float32"])
     parser.add_argument("--rank", type=several(rank_number), default=[1, 2, 4, 8], help="default: 1,2,4,8")
     parser.add_argument("--shapes", type=several(shape_label), help="matrices, as in 8192x8192,32768x2048, which is the default")
@@ -120,7 +120,7 @@ class PerturbBench:
         self.compile_ranks = compile_ranks
 
     def measure(self, label: str, dtype: torch.dtype, ranks: Sequence[int]) -> Iterator[tuple[Row, Row]]:
-        """The rows of one set of weights, each with its details: ratios within a round, and quantiles.
+        """Yields the rows of one set of weights, each with its details: ratios within a round, and quantiles.
 
         Args:
             label: as for :func:`~lozo_kernels.bench.weights.make_weights`.
@@ -141,7 +141,7 @@ class PerturbBench:
         yield from self._measure_calls(weights, calls, 0, floors)
 
     def _floors(self, size: int) -> dict[str, tuple[int, peers.Pass]]:
-        """By column: the bytes of its buffer, and a pass over it."""
+        """Returns for each floor the bytes of its buffer and a pass over it."""
         buffer = torch.ones(min(size, _FLOOR_BYTES) // 4, device=self.device)
         floors = {"inplace": peers.inplace_pass(buffer)}
         if self.device.type == "cuda":
@@ -182,7 +182,7 @@ class PerturbBench:
             yield row, key | {"ratios": ratios, "seconds": times}
 
     def _host_us(self, call: OpCall) -> float | None:
-        """Microseconds until a call returns where that is before its work is done, on a GPU: what a launch costs the host."""
+        """Returns the microseconds until a call on a GPU returns, before its work is done. None elsewhere."""
         if self.device.type != "cuda":
             return None
         seconds = []
@@ -194,7 +194,7 @@ class PerturbBench:
         return round(1e6 * median(seconds), 1)
 
     def _peers(self, weights: Weights, rank: int) -> tuple[dict[str, Contender], dict[str, str]]:
-        """The peers that run here, by the names of :data:`BESIDE`, and why the others do not; rank 0 for those of the dense op."""
+        """Prepares the peers that run here, and says why the others do not. Rank 0 means the dense op."""
         ready: dict[str, Contender] = {}
         not_run: dict[str, str] = {}
         for name in peers.LOWRANK if rank else peers.DENSE:
@@ -215,7 +215,7 @@ class PerturbBench:
         return ready, not_run
 
     def _left_out(self, name: str, weights: Weights, rank: int) -> str | None:
-        """Why a peer is not tried, or None."""
+        """Returns why a peer is not tried, or None."""
         if name == "foreach" and self.device.type == "cpu" and nbytes(weights.all) > _NOISE_BYTES:
             return f"not tried: it holds noise of {nbytes(weights.all) >> 20} MiB beside the weights"
         if name.startswith("compiled") and not self.compile_ranks:
@@ -226,12 +226,12 @@ class PerturbBench:
 
 
 def gbps(size: int, seconds: Seconds) -> float:
-    """GB/s of a median pass that reads and writes ``size`` bytes."""
+    """Converts the median time of a pass that reads and writes ``size`` bytes to GB/s."""
     return round(2e-9 * size / median(seconds.values()), 2)
 
 
 def render(document: Row) -> str:
-    """The rows as text."""
+    """Formats the rows as text."""
 
     def ratio(detail: Row, peer: str, form: str) -> str:
         return form.format(detail["ratios"][peer]) if peer in detail["ratios"] else "-"

@@ -15,34 +15,34 @@ from torch import Tensor, nn
 
 
 def row_noise(x: Tensor, rank: int) -> Tensor:
-    """U of a matrix (rows, cols): (rows, rank)."""
+    """Draws U of a matrix (rows, cols): (rows, rank)."""
     return torch.randn(x.size(0), rank, device=x.device, dtype=x.dtype)
 
 
 def column_noise(x: Tensor, rank: int) -> Tensor:
-    """V of a matrix (rows, cols): (cols, rank)."""
+    """Draws V of a matrix (rows, cols): (cols, rank)."""
     return torch.randn(x.size(1), rank, device=x.device, dtype=x.dtype)
 
 
 def dense_noise(x: Tensor) -> Tensor:
-    """Z, of the shape of a weight."""
+    """Draws Z, which has the shape of the weight."""
     return torch.normal(mean=0.0, std=1.0, size=x.size(), device=x.device, dtype=x.dtype)
 
 
 def perturbed_low_rank(x: Tensor, v: Tensor, scale: float, eps: float) -> Tensor:
-    """LOZO's perturbation of a matrix, U drawn in it."""
+    """Perturbs a matrix as LOZO does, U drawn anew."""
     u = row_noise(x, v.size(1))
     return x + scale * (u @ v.t()) * eps
 
 
 def perturbed_dense(x: Tensor, scale: float, eps: float) -> Tensor:
-    """MeZO's perturbation of a weight, Z drawn in it."""
+    """Perturbs a weight as MeZO does, Z drawn anew."""
     z = dense_noise(x)
     return x + scale * z * eps
 
 
 def descended(x: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> Tensor:
-    """The update. Their weight decay costs a further product even where it is 0."""
+    """Updates a weight. Their weight decay costs a further product even where it is 0."""
     return x - lr * (gradient + weight_decay * x)
 
 
@@ -79,7 +79,7 @@ class PublishedStep:
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor]) -> float:
-        """One step; returns the first of its two losses."""
+        """Takes a step and returns the first of its two losses."""
         self.step_count += 1
         seed = int(torch.randint(1_000_000_000, (), generator=self.seeds))
         self._perturb(seed, 1)

@@ -1,4 +1,4 @@
-"""``lozo-kernels bench step``: whole steps of a real architecture, beside their two forward passes and the published step."""
+"""``lozo-kernels bench step``: whole steps of a real architecture, beside two forward passes and the published step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TOGETHER = "one forward of both"  # a plain one over the batch twice: the floor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this measurement."""
+    """Adds the options of this measurement."""
     add_model(parser, METHODS, list(METHODS))
     add_choice(parser, "dtype", DTYPE_NAMES, ["bfloat16", "float32"])
     add_placement(parser, DEFAULT_PLACEMENTS)
@@ -71,7 +71,7 @@ def measure(options: argparse.Namespace, document: Row) -> Row:
 
 
 def benches(model: nn.Module, chosen: Sequence[Entrant], rank: int) -> Iterator[StepBench]:
-    """One bench for all entrants; one after the other for each where a GPU has no room for so many copies. Close each."""
+    """Yields one bench for all entrants, or one for each where a GPU has no room for so many copies. The caller closes each."""
     device = next(model.parameters()).device
     copies = nbytes(list(model.parameters())) * (len(chosen) + 2)
     if device.type == "cuda" and copies > _COPIES_SHARE * torch.cuda.get_device_properties(device).total_memory:
@@ -82,10 +82,11 @@ def benches(model: nn.Module, chosen: Sequence[Entrant], rank: int) -> Iterator[
 
 
 class StepBench:
-    """One copy of a model for each entrant, so that none disturbs another, one for the published code and one at rest.
+    """Measures entrants in turns. Each has a copy of the model, so that none disturbs another; so has the published code.
 
     Args:
-        published_model: what the published code moves, ``model`` itself where memory is short; default: a copy.
+        model: stays at rest; plain forward passes are timed on it.
+        published_model: what the published code changes, which is ``model`` itself where memory is short; default: a copy.
     """
 
     def __init__(
@@ -105,13 +106,13 @@ class StepBench:
         }
 
     def close(self) -> None:
-        """Lets the copies go, so that the next bench finds their memory."""
+        """Frees the copies, so that the next bench finds their memory."""
         self.models.clear()
         self.published.clear()
         gc.collect()
 
     def measure(self, batch: CausalBatch, repeats: int, peer_repeats: int) -> list[tuple[Row, Row]]:
-        """A row for each entrant, with its details."""
+        """Returns a row for each entrant, with its details."""
         # Anew for each batch: a probe chooses its sides by the number of tokens.
         optimizers = {e: make_optimizer(e.method, model, self.rank, e.placement) for e, model in self.models.items()}
         closures = {e: self._closure(e, batch) for e in self.models}
@@ -135,7 +136,7 @@ class StepBench:
         return TimedClosure(functools.partial(batch, model), self.clock)
 
     def _forwards(self, batch: CausalBatch, each: bool) -> dict[str, Contender]:
-        """Two forward passes that nothing happens around, with the model's own loss and, if asked for, one for each sequence."""
+        """Returns two plain forward passes with the model's own loss and, if ``each``, with a loss for each sequence."""
 
         @torch.no_grad()
         def own() -> None:
@@ -165,7 +166,7 @@ class StepBench:
         }
 
     def _end(self, optimizer: ZerothOrderOptimizer) -> Row:
-        """Takes the patch off. For details: how a probe treated the parameters, and what merging costs it, once in an interval."""
+        """Removes the patch. Returns how a probe treated the parameters, and what a merge costs, once in an interval."""
         found = treatment(optimizer)
         if found:
             self.clock.wait()
@@ -179,7 +180,8 @@ class StepBench:
 
 
 def _twin(model: nn.Module, *, share: bool) -> nn.Module:
-    """A copy. A probe only reads weights and shares those at rest: their place in memory is worth some percent of a forward."""
+    """Copies a model. A probe only reads weights and shares those of the model at rest, because where weights lie in memory is
+    worth some percent of a forward pass."""
     twin = copy.deepcopy(model)
     if share:
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
@@ -188,7 +190,7 @@ def _twin(model: nn.Module, *, share: bool) -> nn.Module:
 
 
 def _faster(seconds: Mapping[str, Seconds]) -> str:
-    """The forward passes that all steps are compared with."""
+    """Chooses the forward passes that all steps are compared with."""
     return _EACH if _EACH in seconds and paired_ratio(seconds[_EACH], seconds[_OWN]) < 1.0 else _OWN
 
 
@@ -214,7 +216,7 @@ def _rows(entrant: Entrant, seconds: Mapping[str, Seconds], base: str, shares: S
 
 
 def render(document: Row) -> str:
-    """The rows as text."""
+    """Formats the rows as text."""
     header = (
         "method",
         "placement",

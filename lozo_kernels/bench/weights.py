@@ -1,4 +1,4 @@
-"""The weights that ``bench perturb`` works on, and calls of the ops on them as data: what the gate checks is what is timed."""
+"""The weights that ``bench perturb`` works on, and calls of ops on them as objects, so that the gate checks what is timed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EPS = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Matrices and vectors of one dtype: one matrix, or all of a model."""
+    """Matrices and vectors of one dtype: a single matrix, or all weights of a model."""
 
     label: str
     matrices: Sequence[Tensor]
@@ -33,11 +33,11 @@ class Weights:
 
     @property
     def all(self) -> list[Tensor]:
-        """Matrices, then vectors."""
+        """The matrices, then the vectors."""
         return [*self.matrices, *self.vectors]
 
     def lowrank_table(self, rank: int, backend: Backend) -> TensorTable:
-        """The matrices with V of :data:`WINDOW` and random momentum."""
+        """Makes a table of the matrices with V of :data:`WINDOW` and random momentum."""
         device = self.matrices[0].device
         table = TensorTable(
             [x.unsqueeze(0) for x in self.matrices],
@@ -49,14 +49,14 @@ class Weights:
         return table
 
     def dense_table(self) -> TensorTable:
-        """Matrices and vectors as flat tensors."""
+        """Makes a table of matrices and vectors as flat tensors."""
         return TensorTable(
             [x.view(1, 1, -1) for x in self.all], [noise.tensor_id(f"{self.label}.{i}") for i in range(len(self.all))]
         )
 
 
 def make_weights(label: str, dtype: torch.dtype, device: torch.device) -> Weights:
-    """Random weights: of a model of :data:`~lozo_kernels.bench.models.MODELS`, or one matrix "RxC".
+    """Makes random weights: those of a model of :data:`~lozo_kernels.bench.models.MODELS`, or one matrix "RxC".
 
     Raises:
         InputError: they do not fit into memory, or transformers, which makes a model's shapes, is not installed.
@@ -78,18 +78,18 @@ def make_weights(label: str, dtype: torch.dtype, device: torch.device) -> Weight
 
 
 def nbytes(tensors: Sequence[Tensor]) -> int:
-    """Bytes of all elements."""
+    """Counts the bytes of all elements."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 class OpCall:
-    """One op with all of its arguments. Each run flips the signs of what it adds, so that timed weights stay where they are.
+    """One op with all of its arguments. Each run flips the signs of what it adds, so that the weights stay where they are.
 
     Args:
-        case: a scale, and a coefficient of momentum, for each draw; alpha and beta for all tensors.
+        case: has one scale and one coefficient of momentum for each draw, and one alpha and beta for all tensors.
 
     Attributes:
-        case: the next run's.
+        case: what the next run does.
     """
 
     def __init__(self, case: Case, backend: Backend) -> None:
@@ -104,14 +104,14 @@ class OpCall:
         self._other = {name: -call[name] for name in ("scales", "coefficients", "alpha") if name in call}
 
     def run(self) -> None:
-        """The call."""
+        """Makes the call."""
         self.case.run(self.backend)
         now = {name: self.case.call[name] for name in self._other}
         self.case.call, self._other = self.case.call | self._other, now
 
 
 def lowrank_calls(table: TensorTable, backend: Backend) -> dict[str, OpCall]:
-    """The low-rank ops by row name, as a training step makes them, on a table with momentum.
+    """Makes calls of the low-rank ops, by the names of their rows, as a training step makes them on a table with momentum.
 
     ``lowrank_update`` is a perturbation or an update; ``lowrank_update_2`` a restore fused with another draw;
     ``lowrank_momentum`` the update of LOZO-M, which restores in the same pass.
@@ -125,7 +125,7 @@ def lowrank_calls(table: TensorTable, backend: Backend) -> dict[str, OpCall]:
 
 
 def dense_calls(table: TensorTable, backend: Backend) -> dict[str, OpCall]:
-    """The dense op by row name."""
+    """Makes the call of the dense op, by the name of its row."""
     return {"dense_update": _call("dense_update_", table, backend, scales=[EPS])}
 
 

@@ -1,4 +1,4 @@
-"""What serving other projects' trainers saves: the weight passes of their steps, published and with this library's kernels.
+"""What is saved where this library serves other trainers: the weight passes of their steps, as published and with its kernels.
 
 ``python -m bench.adapters`` writes ``bench/results/adapters_cpu.json``. The trainers are the miniatures of ``python_tests``, which
 make the published passes one torch expression after the other, on a model of the architecture of OPT-125M. Forward passes are left
@@ -34,7 +34,7 @@ SERVED = {"served": None, "served, compat='published'": "published"}
 
 
 def trainer_of(kind, options, model):
-    """A trainer whose losses are given and whose forward passes do nothing."""
+    """Makes a trainer whose losses are given and whose forward passes do nothing."""
 
     class Unseeing(kind):
         def see(self, model):
@@ -45,7 +45,7 @@ def trainer_of(kind, options, model):
 
 
 def measure(name, model, rounds):
-    """One row: medians of seconds of a step's weight passes, ratios within rounds, and the largest tensor that a step makes."""
+    """Measures one row: medians of a step's weight passes, ratios within rounds, and the largest tensor that a step makes."""
     kind, options = TRAINERS[name]
     trainers = {"published": trainer_of(kind, options, copy.deepcopy(model))}
     for served, compat in SERVED.items():
@@ -68,7 +68,7 @@ def measure(name, model, rounds):
 
 
 def render(document):
-    """The rows as text."""
+    """Formats the rows as text."""
     header = (
         "trainer",
         "published ms",

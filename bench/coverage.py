@@ -41,7 +41,7 @@ first step took from the side that was chosen first.
 
 
 def measure(name: str, side: str) -> Row:
-    """One architecture with a side asked for; an error is a result."""
+    """Checks one architecture with a side asked for. An error is a result too."""
     row: Row = {"name": name, "family": ARCHITECTURES[name].family, "side": side}
     try:
         found = dataclasses.asdict(check(name, side, seed=_SEED))
@@ -51,7 +51,7 @@ def measure(name: str, side: str) -> Row:
 
 
 def markdown(document: Row) -> str:
-    """The results as a page."""
+    """Formats the results as a page."""
     rows = document["rows"]
     table = [_line(name, {r["side"]: r for r in rows if r["name"] == name}) for name in dict.fromkeys(r["name"] for r in rows)]
     fields = {key: document[key] for key in ("command", "backend", "commit")} | {"date": document["date"][:10]}

@@ -18,14 +18,14 @@ CPU = torch.device("cpu")
 
 
 def result_parser(description: str | None, name: str) -> argparse.ArgumentParser:
-    """A parser with ``--output``, which is ``bench/results/NAME`` unless another file is given."""
+    """Makes a parser with ``--output``, which is ``bench/results/NAME`` unless another file is given."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS / name, help=f"(default: bench/results/{name})")
     return parser
 
 
 def made_by(module: str, argv: Sequence[str]) -> dict[str, Any]:
-    """The beginning of a result that ``python -m MODULE ARGV`` measures on the CPU: machine, versions, commit, command, date."""
+    """Begins a result that ``python -m MODULE ARGV`` measures on the CPU: machine, versions, commit, command and date."""
     return environment(CPU, argv, program=("python", "-m", module))
 
 

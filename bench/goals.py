@@ -21,13 +21,13 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class SpeedTarget:
-    """A least ratio of speeds of one pass.
+    """The least ratio of two speeds of a pass over the weights.
 
     Attributes:
-        op, dtype, ranks: which rows; a rank of None is the dense op's.
+        op, dtype, ranks: the rows that it is about; the dense op has the rank None.
         peer: what it is compared with, a column of ``bench perturb``.
-        least: the ratio.
-        shape: on these weights only; None for any.
+        least: the ratio that is to be reached.
+        shape: the weights that it is about; None for any.
     """
 
     op: str
@@ -71,7 +71,7 @@ STEP = {
 
 @dataclasses.dataclass(frozen=True)
 class RatioTarget:
-    """The most that a step may take, in times of two plain forward passes."""
+    """The most that a step may take, as a multiple of two plain forward passes."""
 
     placement: str
     tokens: int
@@ -107,7 +107,7 @@ PROBE_SLACK = 0.01
 
 
 def judge_speed(details: Sequence[Row], device_type: str) -> list[Row]:
-    """Every speed target that was measured, with the worst ratio."""
+    """Judges every speed target that was measured by the worst ratio."""
     judged = []
     for target in SPEED.get(device_type, ()):
         found = [
@@ -129,7 +129,7 @@ def judge_speed(details: Sequence[Row], device_type: str) -> list[Row]:
 
 
 def judge_step(details: Sequence[Row], device_type: str, model: str) -> list[Row]:
-    """The target of a step, if its case was measured."""
+    """Judges the target of a step, if its case was measured."""
     target = STEP.get(device_type)
     if target is None or target["model"] != model:
         return []
@@ -141,7 +141,7 @@ def judge_step(details: Sequence[Row], device_type: str, model: str) -> list[Row
 
 
 def judge_ratios(details: Sequence[Row], device_type: str, model: str) -> list[Row]:
-    """The targets of steps that only read the weights, where their case was measured."""
+    """Judges the targets of steps that only read the weights, where their case was measured."""
     return [
         {"method": target.method, "placement": target.placement, "dtype": d["dtype"], "tokens": target.tokens, "model": model}
         | {"target_ratio": target.most, "measured": d["times_two_forwards"], "met": d["times_two_forwards"] <= target.most}
@@ -158,7 +158,7 @@ def _in_place(row: Row) -> bool:
 
 
 def judge_extra_memory(rows: Sequence[Row]) -> list[Row]:
-    """The CPU's memory target for every row of this library at rank 4 that moves weights."""
+    """Judges the memory target of the CPU for every row of this library at rank 4 that moves weights."""
     return [
         {"method": row["method"], "dtype": row["dtype"], "rank": 4, "target_percent": 100 * EXTRA_MEMORY}
         | {"measured_percent": row["extra_percent"], "met": row["extra_percent"] < 100 * EXTRA_MEMORY}
@@ -168,7 +168,7 @@ def judge_extra_memory(rows: Sequence[Row]) -> list[Row]:
 
 
 def judge_probe_memory(rows: Sequence[Row]) -> list[Row]:
-    """The memory target for every row of a probe whose forward passes are those of inference: factors, scratch, and a little."""
+    """Judges the memory target of every probe that evaluates one point at a time: factors, scratch, and a little."""
     judged = []
     for row in rows:
         if not _in_place(row) and row["placement"] != "batched":
@@ -179,7 +179,7 @@ def judge_probe_memory(rows: Sequence[Row]) -> list[Row]:
 
 
 def judge_peak_memory(rows: Sequence[Row], model: str) -> list[Row]:
-    """The peak of every method that the published table has, held to that table."""
+    """Compares the peak of every method that the published table has with that table."""
     if model != PUBLISHED_MODEL:
         return []
     return [
@@ -192,7 +192,7 @@ def judge_peak_memory(rows: Sequence[Row], model: str) -> list[Row]:
 
 
 def describe(target: Row) -> str:
-    """A judged target of any kind as one line."""
+    """Describes a judged target of any kind in one line."""
     ranks = target.get("measured_ranks") or [None]
     rank = f" rank {', '.join(map(str, ranks))}" if ranks != [None] else ""
     if "ratio_to" in target:
@@ -218,7 +218,7 @@ def describe(target: Row) -> str:
 
 
 def judge(document: Row) -> list[Row]:
-    """Every goal that a document of the benchmark command has a measurement for."""
+    """Judges every goal that a document of the benchmark command has a measurement for."""
     details, rows = document.get("details") or [], document.get("rows") or []
     kind = "cuda" if "gpu" in document else "cpu"
     if details and "op" in details[0]:

@@ -43,14 +43,14 @@ LONGER = 25
 
 
 def seconds_of(function: Callable[[], Any]) -> float:
-    """Duration of a call."""
+    """Times a call."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def writing(folder: Path, model: str) -> dict[str, Any]:
-    """20,000 steps of a model whose learning rate changes at every step: bytes, and the time that the writer adds to a step."""
+    """Writes 20,000 steps whose learning rate changes at every step; returns bytes, and the time that the writer adds to a step."""
     net = build_model(model, torch.bfloat16, CPU)
     optimizer = LOZO(net, lr=1e-6, placement="probe")
     tokens = torch.randint(0, 1000, (1, 4))
@@ -88,7 +88,7 @@ def writing(folder: Path, model: str) -> dict[str, Any]:
 
 
 def replaying(folder: Path, model: str, options: dict[str, Any], steps: int, batch: int, tokens: int) -> dict[str, Any]:
-    """Time of a training step and of the same step replayed."""
+    """Times a training step, and the same step replayed."""
     torch.manual_seed(0)
     net = build_model(model, torch.bfloat16, CPU)
     base = copy.deepcopy(net)
@@ -125,7 +125,7 @@ def replaying(folder: Path, model: str, options: dict[str, Any], steps: int, bat
 
 
 def elsewhere(folder: Path, steps: int, interpreted: bool = True) -> list[dict[str, Any]]:
-    """A probe's run in bf16 on native kernels, replayed on every backend and instruction set that serves this CPU."""
+    """Replays a probe's run in bf16 on native kernels on every backend and instruction set that serves this CPU."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(13, 16), nn.Linear(16, 24), nn.LayerNorm(24), nn.Linear(24, 13)).to(torch.bfloat16)
     base, ids = copy.deepcopy(model), torch.randint(0, 13, (6, 9))
@@ -195,7 +195,7 @@ def main() -> int:
 
 
 def _kills(count: int, folder: Path, rng: random.Random) -> dict[str, Any]:
-    """Spread over the kinds of runs."""
+    """Kills so many runs in all, of every kind about equally many."""
     rows = []
     for i, kind in enumerate(KINDS):
         (folder / str(i)).mkdir()

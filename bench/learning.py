@@ -36,7 +36,7 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One method: (parameters of a model, lr, seed) -> something with ``step(closure)``, and its grid of learning rates."""
+    """A method: ``make(model, lr, seed)`` returns something with ``step(closure)``; ``grid`` has the learning rates to try."""
 
     name: str
     make: Callable[[nn.Module, float, int], Any]
@@ -44,7 +44,7 @@ class Method:
 
 
 class Gradient:
-    """AdamW as an optimiser that calls its closure."""
+    """AdamW as an optimiser whose step calls a closure."""
 
     def __init__(self, model: nn.Module, lr: float) -> None:
         self._optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
@@ -69,13 +69,13 @@ def zeroth_order(grid: tuple[float, ...], eps: float = 1e-3) -> tuple[Method, ..
 
 
 def read(name: str) -> list[Row]:
-    """The rows of a file of the data folder."""
+    """Reads the rows of a file of the data folder."""
     lines = (hf_helpers.data_folder() / name).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
 def batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
-    """Indices of examples without end, each pass over them in a new order."""
+    """Yields indices of examples without end, each pass over them in a new order."""
     generator = torch.Generator().manual_seed(seed)
     rest: list[int] = []
     while True:
@@ -150,7 +150,7 @@ class Top(nn.Module):
 
 
 class MiniLM:
-    """SST-2 with a classifier on MiniLM (22.7M parameters); trained are the last LayerNorm and the classifier, 1,538 parameters."""
+    """SST-2 with a classifier on MiniLM (22.7M parameters). The last LayerNorm and the classifier are trained, 1,538 parameters."""
 
     name, unit, better = "MiniLM on SST-2: last LayerNorm and classifier", "dev accuracy, %", "higher"
     steps, every, batch = 20_000, 1000, 32
@@ -180,7 +180,7 @@ class MiniLM:
 
     @torch.no_grad()
     def _hidden(self, encoder: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
-        """What enters the last LayerNorm, the mask, and the labels."""
+        """Returns what enters the last LayerNorm, the mask, and the labels."""
         inputs = self._tokenizer([row["text"] for row in rows], truncation=True, max_length=48, padding=True, return_tensors="pt")
         hidden: list[Tensor] = []
         hook = self._norm.register_forward_pre_hook(lambda _, args: hidden.append(args[0].clone()))
@@ -232,7 +232,7 @@ TASKS: dict[str, type[Llama] | type[MiniLM]] = {"llama": Llama, "minilm": MiniLM
 
 @torch.no_grad()
 def run(task: Llama | MiniLM, method: Method, lr: float, seed: int, steps: int) -> Row:
-    """One training run: scores every so often, with the time that steps took."""
+    """Trains once; returns scores every so often, with the time that steps took."""
     model = task.model()
     model.eval()
     order = batches(task.examples["train"], task.batch, seed)
@@ -251,7 +251,7 @@ def run(task: Llama | MiniLM, method: Method, lr: float, seed: int, steps: int) 
 
 
 def measure(task: Llama | MiniLM, steps: int, seeds: int, save_so_far: Callable[[list[Row]], None]) -> None:
-    """The grid with seed 0, then the other seeds at the best of it."""
+    """Tries the grid with seed 0, then the other seeds at the best learning rate."""
     runs: list[Row] = []
     for method in task.methods:
         tried = []

@@ -1,4 +1,4 @@
-"""What probing leaves of the weights, and what that does to a run, beside moving them in place and the published code.
+"""What is left of the weights after many evaluations, and what that does to a run: as a probe, in place, and as published.
 
 ``python -m bench.probe_drift`` writes ``bench/results/probe_drift.json`` and ``.png``, about the real 260K-parameter Llama on SST-2
 sentences (language modelling; the data folder is that of ``bench/real_input.py``), on one thread:
@@ -45,7 +45,7 @@ class Way:
     Attributes:
         placement: "in place", "in place, fused", "probe", "probe, activation", "probe, scratch" or "published".
         dtype: name of the weights' dtype.
-        eps: of its steps.
+        eps: scale of its perturbations.
     """
 
     placement: str
@@ -104,7 +104,7 @@ def make_stepper(
 
 
 def drift(way: Way, material: Sentences, probes: int) -> Row:
-    """How far the weights are from where they were, after some numbers of probes."""
+    """Measures how far the weights are from where they were after some numbers of probes."""
     model = material.model(way.dtype)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     before = material.dev_loss(model)
@@ -120,7 +120,7 @@ def drift(way: Way, material: Sentences, probes: int) -> Row:
 
 
 def _closure(way: Way, material: Sentences, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], Any]:
-    """Forward passes happen only where they could touch a weight: elsewhere perturbing is what moves them."""
+    """Returns a closure with a forward pass where that could touch a weight. Elsewhere only perturbing moves weights."""
     if way.placement.startswith("probe"):
         return lambda: material.objective.loss(model, batch)
     return lambda: torch.zeros(())
@@ -141,7 +141,7 @@ _BITS = {2: torch.int16, 4: torch.int32}
 
 
 def curve(way: Way, material: Sentences, steps: int, eval_every: int) -> Row:
-    """Dev loss over a run, of the model as the run sees it: under a probe with what it has learned and not merged yet."""
+    """Measures the dev loss over a run of the model as the run sees it, with what a probe has learned and not merged yet."""
     start = time.perf_counter()
     model = material.model(way.dtype)
     evaluated, losses = [0], [material.dev_loss(model)]
@@ -161,9 +161,9 @@ def curve(way: Way, material: Sentences, steps: int, eval_every: int) -> Row:
 def follow(curves: list[Row]) -> None:
     """Adds to every curve how its decrease differs from that of the fp32 run, as a fraction of the latter's whole decrease.
 
-    A run of fewer steps is held to as many of the other. They must have been evaluated after the same steps. ``c_off`` is how far
-    its projected gradients are from the other's over the first steps, where the weights are nearly the same: what rounding in the
-    forward passes makes of the difference of two losses.
+    A shorter run is compared with as many steps of the other; both must have been evaluated after the same steps. ``c_off`` is how
+    far its projected gradients are from the other's over the first steps, where the weights are nearly the same: it shows what
+    rounding in the forward passes does to the difference of two losses.
     """
     by_way = {Way(c["placement"], c["dtype"]): c for c in curves}
     for c in curves:
@@ -204,7 +204,7 @@ def measure(options: argparse.Namespace, argv: Sequence[str]) -> Row:
 
 
 def judge(drifts: list[Row], curves: list[Row]) -> list[Row]:
-    """The project's goals for probing."""
+    """Judges the project's goals for probing."""
     goals = [
         {
             "goal": f"every parameter bit-identical after the probes, {d['dtype']} {d['placement']}",

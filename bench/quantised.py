@@ -1,4 +1,4 @@
-"""LOZO on a base of 8-bit integers: what the factors of quantised layers learn, and that an adapter takes it with it.
+"""LOZO on a base of 8-bit integers: what the factors of quantised layers learn, and that an adapter exports it.
 
 ``python -m bench.quantised`` writes ``bench/results/quantised.json``: the 260K-parameter Llama of the data folder, its linear
 layers int8 (torchao, weight only), adapts to SST-2 sentences with the settings of the fp32 run in ``bench/real_input.py``, as a
@@ -28,19 +28,19 @@ BATCH = 16
 
 
 def is_block_layer(module: torch.nn.Module, name: str) -> bool:
-    """The head stays: it is tied to the embedding."""
+    """Whether a layer is quantised. The head is not, because it is tied to the embedding."""
     return isinstance(module, torch.nn.Linear) and "lm_head" not in name
 
 
 def quantised(sentences: Sentences) -> torch.nn.Module:
-    """The model with linear layers of 8-bit integers."""
+    """Makes the model with linear layers of 8-bit integers."""
     model = sentences.model("float32")
     quantize_(model, Int8WeightOnlyConfig(), filter_fn=is_block_layer)
     return model
 
 
 def adapt(sentences: Sentences, model: torch.nn.Module, steps: int) -> tuple[LOZO, float]:
-    """Trains, and returns how long that took."""
+    """Trains; returns the optimiser and the seconds that it took."""
     optimizer = LOZO(model, placement="probe", keep_factors=True, **LOZO_SETTINGS)
     batches = sentences.batches(BATCH, LOZO_SETTINGS["seed"])
     start = time.perf_counter()
@@ -50,7 +50,7 @@ def adapt(sentences: Sentences, model: torch.nn.Module, steps: int) -> tuple[LOZ
 
 
 def adapter_row(sentences: Sentences, optimizer: LOZO, folder: Path, rank: int | None) -> dict:
-    """The adapter of a rank on a fresh base."""
+    """Exports an adapter of a rank and evaluates it on a fresh base."""
     adapter = export_lora(optimizer.handle, folder, rank=rank)
     with warnings.catch_warnings():  # about merging, and about the tied head
         warnings.simplefilter("ignore")

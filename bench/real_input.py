@@ -44,7 +44,7 @@ KEPT = (
 
 
 def run(arguments: str, folder: Path, name: str) -> dict:
-    """One run of the command in a folder; what is kept of its summary."""
+    """Runs the command once in a folder; returns what is kept of its summary."""
     command = [
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""What a run of the stages comes to: the goals that were met, those that were not measured, and a table."""
+"""The summary of a run of the stages: the goals that were met, those that were not measured, and a table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 
 def load_documents(records: Sequence[Row], output: Path) -> dict[str, Row]:
-    """The documents that the stages of a run wrote, by stage."""
+    """Loads the documents that the stages of a run wrote, by stage."""
     documents = {}
     for record in records:
         for name in record["files"]:
@@ -25,7 +25,7 @@ def load_documents(records: Sequence[Row], output: Path) -> dict[str, Row]:
 
 
 def judge(documents: Mapping[str, Row]) -> list[Row]:
-    """Every goal for a GPU, over all documents; ``met`` is None where nothing was measured."""
+    """Judges every goal for a GPU over all documents; ``met`` is None where nothing was measured."""
     details: list[Row] = []
     steps: list[Row] = []
     memory: list[Row] = []
@@ -51,7 +51,7 @@ def judge(documents: Mapping[str, Row]) -> list[Row]:
 
 
 def goal(target: Row) -> str:
-    """A judged goal as one line."""
+    """Describes a judged goal in one line."""
     if target["met"] is not None:
         return describe(target)
     words = [str(target[key]) for key in ("op", "method", "shape", "model") if target.get(key)]
@@ -61,7 +61,7 @@ def goal(target: Row) -> str:
 
 
 def table(summary: Row) -> str:
-    """The stages and the goals as text."""
+    """Formats the stages and the goals as text."""
     lines = [
         (
             r["stage"],

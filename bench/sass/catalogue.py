@@ -80,7 +80,7 @@ class Compilation:
 
 
 def compilations(vendor: str = "nvidia", ranks: Sequence[int] = RANKS) -> list[Compilation]:
-    """Everything that is launched on GPUs of a vendor, "nvidia" or "amd"."""
+    """Lists everything that is launched on GPUs of a vendor, "nvidia" or "amd"."""
     nvidia = vendor == "nvidia"
     target = Target(dp4a=nvidia, eights=not nvidia, emulate=False, tf32=nvidia)
     return [
@@ -160,7 +160,7 @@ def _vendor(target: Target) -> str:
 
 
 def _kinds(momentum: bool, dtype: torch.dtype | None) -> Iterator[tuple[str, UpdateKind]]:
-    """One draw, two draws, and stochastic rounding; the variant for any dtype with everything at once."""
+    """Yields one draw, two draws and stochastic rounding; for the variant for any dtype, everything at once."""
     if dtype is None:
         yield "_any", UpdateKind(2, True, True, momentum)
         return
@@ -171,7 +171,7 @@ def _kinds(momentum: bool, dtype: torch.dtype | None) -> Iterator[tuple[str, Upd
 
 
 def _merge_kinds(dtype: torch.dtype | None) -> Iterator[tuple[str, UpdateKind]]:
-    """A probed weight, a merged one, stochastic rounding, and of dense tensors those without N."""
+    """Yields a probed weight, a merged one, one without N, and stochastic rounding; everything at once for any dtype."""
     if dtype is None:
         yield "_any", UpdateKind(1, True, True, True)
         return
@@ -207,7 +207,7 @@ def _update(kernel: str, plan: Plan, dtype: torch.dtype | None, rank: int | None
 
 
 def _activation(kernel: str, plan: Plan, dtype: torch.dtype, rank: int, size: TileSize) -> Compilation:
-    """Of activations that allow 128-bit access. Sums of them are bounded, not exact."""
+    """Describes a kernel on activations that allow 128-bit access. Its sums are bounded, not exact."""
     writes = kernel.startswith("expansion")
     return _compilation(
         kernel,

@@ -1,4 +1,4 @@
-"""What the machine code of one kernel says, without judgement: numbers that checks, model and tables are made from."""
+"""What the machine code of one kernel says, as plain numbers, from which checks, model and tables are made."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Facts:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Facts:
-        """From ``dataclasses.asdict`` after a trip through JSON, which makes strings of the bits."""
+        """Reads what ``dataclasses.asdict`` wrote as JSON, which makes strings of the keys."""
         data = dict(data)
         for key in ("loads", "stores"):
             data[key] = {int(bits): count for bits, count in data.get(key, {}).items()}
@@ -173,7 +173,7 @@ def _set_trips(path: Path, stored: Sequence[int], every: Sequence[int], work: Wo
 
 
 def _reading_loop(loops: Sequence[Loop], every: Sequence[int], work: Work) -> Loop | None:
-    """The main loop of a kernel that only reads weights, which waits in further loops."""
+    """Finds the main loop of a kernel that only reads weights. Such a kernel waits in further loops."""
     reading = [loop for loop in loops if any(every[block] for block in loop.path.visits())] or loops
     if len(reading) != 1:
         return None
@@ -182,7 +182,7 @@ def _reading_loop(loops: Sequence[Loop], every: Sequence[int], work: Work) -> Lo
 
 
 def _storing_loop(loops: Sequence[Loop], bytes_of: Callable[[Path], int], work: Work) -> Loop | None:
-    """Of the innermost loops that store, the one that stores most; the others are its remainders, which a full tile skips."""
+    """Finds the innermost loop that stores most. Others that store are its remainders, which a full tile skips."""
     storing = [loop for loop in loops if bytes_of(loop.path) and not any(bytes_of(inner.path) for inner in loop.path.loops())]
     for loop in storing:
         loop.trips = 0

@@ -37,7 +37,7 @@ _CONTROL = {
 
 
 def disassemble(cubin: bytes, tools: Path) -> tuple[str, str]:
-    """What nvdisasm and cuobjdump, found in ``tools``, say about a cubin."""
+    """Returns what nvdisasm and cuobjdump, found in ``tools``, say about a cubin."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -47,7 +47,7 @@ def disassemble(cubin: bytes, tools: Path) -> tuple[str, str]:
 
 
 def resources(usage: str) -> dict[str, Resources]:
-    """Of every function."""
+    """Reads what every function needs."""
     return {
         name: Resources(int(registers), int(stack) + int(local), int(shared))
         for name, registers, stack, shared, local in _USAGE.findall(usage)
@@ -55,7 +55,7 @@ def resources(usage: str) -> dict[str, Resources]:
 
 
 def functions(code: str) -> dict[str, list[Block]]:
-    """The blocks of every function."""
+    """Reads the blocks of every function."""
     sections: dict[str, list[str]] = {}
     lines: list[str] = []
     for text in code.splitlines():
@@ -67,8 +67,12 @@ def functions(code: str) -> dict[str, list[Block]]:
 
 
 def _lines(body: list[str]) -> list[Line]:
-    """ptxas leaves out a change of file where the number of the line stays the same: then what a line of another file does is
-    taken for weights.py's, or the other way round, and accesses to weights do not add up. Moving a function by a line helps."""
+    """Reads the lines of a function.
+
+    ptxas leaves out a change of file where the number of the line stays the same. Then what a line of another file does is
+    taken for a line of weights.py, or the other way round, and accesses to weights do not add up. Moving a function by a
+    line helps.
+    """
     source = ""
     found = []
     for text in body:
@@ -106,7 +110,7 @@ def _line(predicate: str | None, opcode: str, operands: str, source: str) -> Lin
 
 
 def instruction_of(opcode: str, operands: str, source: str) -> Instruction:
-    """One instruction. A fused multiply-add to -0 is a rounded multiply."""
+    """Reads one instruction. A fused multiply-add to -0 is a rounded multiply."""
     base, *modifiers = opcode.split(".")
     pipe, work = _pipe(base, modifiers)
     bits = _bits(modifiers)
@@ -149,7 +153,7 @@ _PIPES = (
 
 
 def _pipe(base: str, modifiers: list[str]) -> tuple[str, float]:
-    """Which pipe an instruction of a warp occupies, and how much work it is there."""
+    """Returns the pipe that an instruction of a warp occupies, and how much work it is there."""
     if base == "IMAD":
         return "wide" if {"WIDE", "HI"} & set(modifiers) else "imad", 1.0
     pipe = next((name for opcodes, name in _PIPES if base in opcodes), "other" if base.startswith("U") else "alu")
@@ -164,7 +168,7 @@ def _pipe(base: str, modifiers: list[str]) -> tuple[str, float]:
 
 
 def _multiply_adds(modifiers: list[str]) -> float:
-    """Of one warp. tcgen05 (UTC...) keeps its shape elsewhere; one thread of a block issues it, so it counts as nothing."""
+    """Counts the multiply-adds of one warp. tcgen05 (UTC...) is issued by one thread of a block and counts as nothing."""
     for modifier in modifiers:
         if modifier in ("16816", "1688"):
             return 16.0 * 8 * int(modifier[3:])

@@ -41,7 +41,7 @@ class Worker:
         threading.Thread(target=self._drain, daemon=True).start()
 
     def ask(self, request: dict[str, Any]) -> Any:
-        """The answer to a request.
+        """Returns the answer to a request.
 
         Raises:
             RuntimeError: the process ended.
@@ -84,7 +84,7 @@ def _fingerprint(catalogue: str) -> str:
 
 
 def list_jobs(catalogue: str, vendors: Iterable[str], cache: Cache) -> list[dict[str, Any]]:
-    """What a catalogue can compile: the fields of ``compiler.describe`` with "catalogue", "vendor" and "index"."""
+    """Lists what a catalogue can compile: the fields of ``compiler.describe`` with "catalogue", "vendor" and "index"."""
     worker: Worker | None = None
     jobs = []
     try:
@@ -102,7 +102,7 @@ def list_jobs(catalogue: str, vendors: Iterable[str], cache: Cache) -> list[dict
 
 
 def read_all(jobs: Sequence[dict[str, Any]], cache: Cache, processes: int, done: Callable[[], None]) -> list[Facts]:
-    """The facts of every job (of :func:`list_jobs`, with a "target"), compiled by so many processes.
+    """Reads the facts of every job (of :func:`list_jobs`, with a "target"), compiled by so many processes.
 
     Args:
         done: called after each.

@@ -13,14 +13,14 @@ _MARGIN = 2.0  # what the load may still grow by between a measurement and the e
 
 
 def slowness():
-    """How many times longer a process with torch takes to start now than on an idle machine; at least 1."""
+    """Measures how many times longer a process with torch takes to start now than on an idle machine; at least 1."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import torch"], check=True)
     return max(1.0, (time.perf_counter() - start) / _IDLE)
 
 
 def stretched(seconds):
-    """Seconds of an idle machine as seconds of this one, for a limit that has to be known beforehand. Takes a second or two."""
+    """Converts seconds of an idle machine to seconds of this one, for a limit that must be known beforehand. Takes a while."""
     return _MARGIN * slowness() * seconds
 
 

@@ -26,7 +26,7 @@ class Zoo(nn.Module):
 
 
 def zoo_loss(model, seed=0):
-    """A closure: cross-entropy of next tokens on a fixed batch."""
+    """Makes a closure: the cross-entropy of the next tokens of a fixed batch."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 11, (4, 9), generator=generator)
 
@@ -38,7 +38,7 @@ def zoo_loss(model, seed=0):
 
 
 def full(p):
-    """A copy of all of a parameter, which may be sharded."""
+    """Copies the whole of a parameter that may be sharded."""
     return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
 
 

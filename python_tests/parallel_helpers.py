@@ -12,7 +12,7 @@ EXAMPLES, TOKENS = 15, 7
 
 
 class Model(nn.Module):
-    """Gives an example the same loss in any batch: it sees one after the other."""
+    """A model that gives an example the same loss in any batch, because it evaluates one after the other."""
 
     def __init__(self, dtype=torch.float32):
         super().__init__()
@@ -32,7 +32,7 @@ class Model(nn.Module):
 
 
 class Batched(Model):
-    """The same by whole batches, as modules that see the examples of several evaluations have to."""
+    """The same model on whole batches, as it has to be where one forward pass serves several evaluations."""
 
     forward = Model.together
 
@@ -42,7 +42,7 @@ def batch(step):
 
 
 def start(ranks, folder, work, *arguments):
-    """Processes that call ``work(rank, ranks, folder, *arguments)`` in a group."""
+    """Starts processes that call ``work(rank, ranks, folder, *arguments)`` in a group."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lozo_kernels"])
     started = []
@@ -54,7 +54,7 @@ def start(ranks, folder, work, *arguments):
 
 
 def finish(started, seconds=150.0):
-    """Their exit codes, None of one that did not end."""
+    """Waits for processes; returns their exit codes, None for one that did not end."""
     try:
         wait_until(lambda: all(process.exitcode is not None for process in started), seconds)
         return [process.exitcode for process in started]

@@ -16,10 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_ranks(script, ranks, folder, *, torchrun=False, seconds=240.0):
-    """What each of ``python script RANK RANKS FOLDER`` saved in ``FOLDER/RANK.pt``; fails with the ends of their logs.
+    """Runs ``python script RANK RANKS FOLDER`` for each rank; returns what each saved in ``FOLDER/RANK.pt``. Fails with their logs.
 
     Args:
-        torchrun: with the variables that torchrun sets, whose own process would only cost time.
+        torchrun: set the variables that torchrun sets, whose own process would only cost time.
+        seconds: that they may take on an idle machine.
     """
     logs, started = [folder / f"{rank}.log" for rank in range(ranks)], []
     try:
@@ -42,10 +43,10 @@ def run_ranks(script, ranks, folder, *, torchrun=False, seconds=240.0):
 
 
 def forked(function: Callable[[], None], enough: Callable[[], bool] = lambda: False, seconds: float = 120.0) -> bool:
-    """Runs a function in a process of its own, which is killed as soon as ``enough()``; whether it came to its end.
+    """Runs a function in a process of its own, which is killed as soon as ``enough()``. Returns whether it came to its end.
 
     Args:
-        seconds: that it may take on an idle machine.
+        seconds: how long it may take on an idle machine.
 
     Raises:
         RuntimeError: it failed, or hangs.
@@ -78,7 +79,7 @@ def forked(function: Callable[[], None], enough: Callable[[], bool] = lambda: Fa
 
 
 def refusals_of(*actions):
-    """What those actions said that were refused, each in its turn; for processes, which cannot fail a test themselves."""
+    """Returns the messages of those actions that were refused. A process of a test cannot fail it and reports them instead."""
     said = (_refusal(action) for action in actions)
     return [words for words in said if words is not None]
 

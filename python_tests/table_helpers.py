@@ -17,7 +17,7 @@ def random_shapes(rng, count=5):
 
 
 def assert_same(got, want, what="", *, every_bit=False):
-    """All storage of two cases, gaps included, their factors and their momentum."""
+    """Checks that two cases have the same bits in all storage, gaps included, and in V and N."""
     wrong = [tensor.text for tensor in compare(got, want, every_bit=every_bit) if tensor.wrong]
     assert not wrong, f"{what} {want.op.name} {want.call}: {wrong}"
 
@@ -63,7 +63,7 @@ class Product:
         self.transposed, self.lookup, self.device, self.split = transposed, lookup, device, split
 
     def run(self, backend):
-        """y afterwards, in storage of its own in the same layout; y itself stays as it is."""
+        """Makes the call on copies; returns y afterwards, in storage of its own with the same layout."""
 
         def moved(t):
             return t if t is None else storage_of(t).to(self.device, copy=True).as_strided(t.shape, t.stride(), t.storage_offset())
@@ -77,7 +77,7 @@ class Product:
         return storage_of(y).cpu().as_strided(y.shape, y.stride(), y.storage_offset())
 
     def check(self, backend, what=""):
-        """Every sum within as many fp32 roundings of its terms as it has, and one rounding into y; nothing beside y written."""
+        """Checks that y is within its bound of the truth, and that nothing beside y was written."""
         y = self.run(backend)
         exact, bound = product_bound(self)
         bound = bound + self.split * evaluate_product(self, lambda t: t.double().abs())

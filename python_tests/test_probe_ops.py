@@ -99,7 +99,10 @@ def test_evaluations_together_are_evaluations_alone(rng, any_backend):
         alone, rows = torch.clone(together.y[4 * g : 4 * g + 4]), slice(4 * g, 4 * g + 4)
         shift = None if together.shift is None else together.shift[g : g + 1]
         skinny.lowrank_linear_(
-            *(alone, together.x[rows], together.v, together.b),
+            alone,
+            together.x[rows],
+            together.v,
+            together.b,
             **together.place,
             draws=together.draws[g : g + 1],
             scales=together.scales[g : g + 1],

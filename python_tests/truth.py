@@ -1,4 +1,4 @@
-"""What a call of an op has to make of a case: from ``reference.py``, and from noise that is placed here, row by row.
+"""What a call of an op has to make of a case, by ``reference.py`` and with noise that is placed here, row by row.
 
 No code of a backend is used, so that the eager one is held to this too.
 """
@@ -12,14 +12,14 @@ F64 = torch.float64
 
 
 def left_factor(table, t, seed, draw, rank):
-    """U of a tensor: (batch, rows, rank) fp32."""
+    """Makes U of a tensor: (batch, rows, rank) fp32."""
     batch, rows, _ = table.x[t].shape
     where = {"row_offset": table.row_offsets[t], "direction": draw.direction}
     return noise.factor(seed, batch * rows, rank, table.tensor_ids[t], int(draw.step), **where).view(batch, rows, rank)
 
 
 def right_factor(table, t, seed, window):
-    """V of a tensor in a window, transposed: (batch, rank, cols) fp16."""
+    """Makes V of a tensor in a window, transposed: (batch, rank, cols) fp16."""
     batch, _, cols = table.x[t].shape
     starts = [table.col_offsets[t] + b * table.global_cols[t] for b in range(batch)]
     made = [noise.factor(seed, cols, table.rank, table.tensor_ids[t], window, stream="V", row_offset=start) for start in starts]
@@ -27,7 +27,7 @@ def right_factor(table, t, seed, window):
 
 
 def by_row(table, t, make, seed, step, direction):
-    """Noise of every element of a tensor, in its shape."""
+    """Makes the noise of every element of a tensor, in its shape."""
     batch, rows, cols = table.x[t].shape
     starts = [(table.row_offsets[t] + i) * table.global_cols[t] + table.col_offsets[t] for i in range(batch * rows)]
     made = [make(seed, cols, table.tensor_ids[t], int(step), offset=start, direction=direction) for start in starts]
@@ -35,7 +35,7 @@ def by_row(table, t, make, seed, step, direction):
 
 
 def noises(case, t):
-    """What each draw adds to a tensor: U of its rows, or Z of its shape."""
+    """Makes what each draw adds to a tensor: U of its rows, or Z of its shape."""
     table, seed = case.table, case.call["seed"]
     rank = table.x[t].shape[2] if case.op.factors else table.rank
     return [
@@ -47,7 +47,7 @@ def noises(case, t):
 
 
 def scalar(case, name, t):
-    """An argument as it is for a tensor: (draws,) of scales and coefficients, 0-dim of the others, None if it is absent."""
+    """Returns an argument for one tensor: (draws,) of scales and coefficients, 0-dim of the others, None if it is absent."""
     value = case.call.get(name)
     if value is None:
         return None
@@ -57,7 +57,7 @@ def scalar(case, name, t):
 
 
 def evaluate(case, t, dtype=torch.float32):
-    """The weight before it is rounded into its own dtype, N and V that the call makes of a tensor; None for what it leaves.
+    """Returns the weight before it is rounded into its own dtype, N and V after the call; None for what the call leaves alone.
 
     ``dtype`` is that of the arithmetic: fp32 for the promised bits, fp64 for the truth.
     """
@@ -81,7 +81,7 @@ def evaluate(case, t, dtype=torch.float32):
 
 
 def promised(case, t):
-    """What :func:`evaluate` gives in fp32, the weight rounded into its own dtype as the call says."""
+    """Returns what :func:`evaluate` gives in fp32, with the weight rounded into its own dtype as the call says."""
     x, (y, n, v), rounding = case.table.x[t], evaluate(case, t), case.call.get("rounding")
     if rounding is None or x.dtype == torch.float32:
         return reference.round_nearest(y, x.dtype), n, v
@@ -90,7 +90,7 @@ def promised(case, t):
 
 
 def bound(case, t, exact):
-    """How far a weight that is rounded to nearest may be from the truth, ``exact``.
+    """Returns how far a weight that is rounded to nearest may be from the truth, ``exact``.
 
     One rounding into its own dtype, and as many fp32 roundings of the sizes of all terms together as there are terms.
     """
@@ -114,7 +114,7 @@ def bound(case, t, exact):
 
 
 def evaluate_product(call, view):
-    """What ``lowrank_linear_``, or with ``lookup`` ``lowrank_embedding_``, makes of y: the truth in fp64.
+    """Returns what ``lowrank_linear_``, or with ``lookup`` ``lowrank_embedding_``, makes of y: the truth in fp64.
 
     Args:
         call: the arguments as attributes, and ``place``, a dictionary of seed, tensor_id and row_offset.
@@ -135,14 +135,14 @@ def evaluate_product(call, view):
 
 
 def product_bound(call):
-    """The truth of a product, and how far y may be from it: a rounding for each of its terms, and one into its own dtype."""
+    """Returns the truth of a product, and how far y may be from it: a rounding for each term, and one into its own dtype."""
     exact, size = evaluate_product(call, lambda t: t.double()), evaluate_product(call, lambda t: t.double().abs())
     terms = len(call.v) + 6 + (0 if call.lookup else call.x.shape[1])
     return exact, terms * UNIT[torch.float32] * size + 1.01 * UNIT[call.y.dtype] * exact.abs() + 2.0**-24
 
 
 def check_truth(before, after):
-    """A call that rounds to nearest gave the truth within its bounds, and N and V in every bit; gaps were not written."""
+    """Checks a call that rounds to nearest: the weights within their bounds, N and V in every bit, no gap written."""
     for t, x in enumerate(before.table.x):
         y = (after.table if after.out is None else after.out).x[t]
         if not x.numel():

@@ -37,17 +37,14 @@ def run_noise(case: Choices) -> str:
         for odd in case.odd(20, draw.float(), draw.view(1), draw.to("meta"), note="draw tensor"):
             draw = odd
     rank, stream = _rank_and_stream(case) if which in ("factor", "op") else (1, "U")
+    place, where = {"stream": stream, "row_offset": offset}, {"offset": offset, "direction": direction}
+    backend = case.of(None, *(choose_backend("cpu", name).backend for name in ("native", "eager"))) if which == "op" else None
     calls = {
-        "factor": lambda: noise.factor(
-            seed, count, rank, tensor_id, draw, stream=stream, row_offset=offset, direction=direction
-        ),
-        "op": lambda: ops.factor(
-            *(seed, count, rank, tensor_id, step), stream=stream, row_offset=offset,
-            backend=case.of(None, *(choose_backend("cpu", name).backend for name in ("native", "eager"))),
-        ),
-        "dense": lambda: noise.dense(seed, count, tensor_id, draw, offset=offset, direction=direction),
-        "rounding_bits": lambda: noise.rounding_bits(seed, count, tensor_id, draw, offset=offset, direction=direction),
-    }  # fmt: skip
+        "factor": lambda: noise.factor(seed, count, rank, tensor_id, draw, **place, direction=direction),
+        "op": lambda: ops.factor(seed, count, rank, tensor_id, step, **place, backend=backend),
+        "dense": lambda: noise.dense(seed, count, tensor_id, draw, **where),
+        "rounding_bits": lambda: noise.rounding_bits(seed, count, tensor_id, draw, **where),
+    }
     outcome, found = attempt(case, Memory(), calls[which])
     if outcome == ANSWER:
         with reference_answer(case):

@@ -20,10 +20,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-OPS = ("lowrank_update", "dense_update", "lowrank_momentum", "dense_momentum", "resample", "factor")
-PROBE_OPS = ("factor_update", "lowrank_merge", "dense_merge", "lowrank_linear", "lowrank_embedding")
-CPU_OPS = (*OPS, *PROBE_OPS)
 COMMON = ("dispatch", "threads", "tiles")
+"""What is compiled once; every other file of csrc/cpu is an op, compiled once per instruction set."""
+CPU_OPS = sorted(path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp") if path.stem not in COMMON)
 # Nothing here changes a value: results are promised in bits, so no -ffast-math and no contraction. -fno-trapping-math lets
 # selects become vector code. The warnings are about the own intrinsics of GCC.
 FLAGS = [
@@ -40,7 +39,7 @@ FLAGS = [
 ]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 X86_ISAS = {"avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"], "avx512": AVX512, "avx2": ["-mavx2", "-mfma", "-mf16c"]}
-CUDA_OPS = (*OPS, "library")
+CUDA_FILES = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 CUDA_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"]
 
@@ -149,9 +148,9 @@ def cuda_ninja_file(nvcc, archs, library):
     macro = f'-DLOZO_CUDA_ARCHITECTURES="{" ".join(archs)}"'
     command = shlex.join([nvcc, *CUDA_FLAGS, *targets, macro, f"-I{ROOT / 'csrc' / 'include'}"])
     lines = rules("cuda", command, f"{shlex.join([nvcc])} -shared -cudart static")
-    for name in CUDA_OPS:
+    for name in CUDA_FILES:
         lines.append(f"build {name}.cuda.o: compile_cuda {escape(ROOT / 'csrc' / 'cuda' / (name + '.cu'))}")
-    lines.append(f"build {escape(library)}: link_cuda {' '.join(f'{name}.cuda.o' for name in CUDA_OPS)}")
+    lines.append(f"build {escape(library)}: link_cuda {' '.join(f'{name}.cuda.o' for name in CUDA_FILES)}")
     return "\n".join(lines) + "\n"
 
 
@@ -225,7 +224,7 @@ def native_extensions():
         return []
     headers = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.h"))]
     cpu = [f"csrc/cpu/{name}.cpp" for name in (*CPU_OPS, *COMMON)]
-    cuda = [f"csrc/cuda/{name}.cu" for name in CUDA_OPS]
+    cuda = [f"csrc/cuda/{name}.cu" for name in CUDA_FILES]
     return [
         Extension("lozo_kernels.lib.liblozo_cpu", cpu, depends=headers, optional=not REQUIRED),
         Extension("lozo_kernels.lib.liblozo_cuda", cuda, depends=headers, optional=not CUDA_REQUIRED),

@@ -1,7 +1,9 @@
 """Makes the embedded model: ``python -m bench.pretrain_demo OUTPUT`` (some five minutes).
 
-Ordinary backpropagation with AdamW on stories (see ``lozo_kernels/hf/demo/language.py``); the reviews of the task are not among
-them. The committed ``lozo_kernels/hf/demo/model`` is its output at the default settings.
+Ordinary backpropagation with AdamW on stories of visits: what was good or bad there, and how the visitor reacted. They also hold
+questions about the weather, answered at random by yes or no, but never the question of the task; its reviews are not among them.
+The words are those of ``lozo_kernels/hf/demo/language.py``. The committed folder ``lozo_kernels/hf/demo/model`` is its output
+at the default settings.
 """
 
 from __future__ import annotations
@@ -19,11 +21,48 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lozo_kernels.hf.demo.language import LABEL_WORDS, story
+from lozo_kernels.hf.demo.language import DAYS, LABEL_WORDS, PLACE_TRAITS, PLACES, opinion
 
 VOCABULARY = 640
 BLOCK = 64
 BATCH = 32
+
+NAMES = ("Mia", "Leo", "Anna", "Tom", "Nora", "Sam", "Ella", "Ben", "Ruth", "Max", "Ida", "Paul")
+WEATHER = ("raining", "snowing", "windy", "sunny", "cold outside", "warm outside", "foggy")
+
+GLAD = (
+    "smiled all the way home",
+    "told {friend} to go there soon",
+    "planned to come back the next week",
+    "thanked everyone twice",
+    "was happy for the rest of the day",
+    "left a big tip",
+    "could not wait to return",
+    "wrote a letter full of praise",
+)
+SORRY = (
+    "frowned all the way home",
+    "told {friend} to stay away",
+    "asked for the money back",
+    "left before the end",
+    "was angry for the rest of the day",
+    "hurried out of the door",
+    "never went there again",
+    "wrote a letter full of complaints",
+)
+
+
+def story(rng: random.Random) -> str:
+    """One short story: a visit and its visitor's reaction, or a talk about the weather."""
+    name, friend = rng.sample(NAMES, 2)
+    if rng.random() < 0.25:
+        question = f"{name} asked {friend} on {rng.choice(DAYS)}: is it {rng.choice(WEATHER)}?"
+        return f"{question} {rng.choice(('yes', 'no'))}, said {friend}."
+    place = rng.choice(list(PLACES))
+    good = rng.random() < 0.5
+    opening = f"{name} went to the {rng.choice(PLACE_TRAITS)} {place} on {rng.choice(DAYS)}."
+    reaction = rng.choice(GLAD if good else SORRY).format(friend=friend)
+    return f"{opening} {opinion(rng, place, good)} {name} {reaction}."
 
 
 def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:

@@ -1,5 +1,7 @@
 """Fine-tune large language models with forward passes only: LOZO, LOZO-M, MeZO and SubZero on fused kernels."""
 
+import sys as _sys
+
 from .errors import NonFiniteLossError
 from .kernels import backends as _backends  # noqa: F401  (registers the backends)
 from .kernels import noise, ops, reference, skinny
@@ -17,6 +19,9 @@ from .optim.graphs import CapturedStep, capture_step
 from .optim.optimizer import LOZO, MeZO, SubZero
 from .optim.parallel import DivergenceError, Parallel, PeerLostError
 from .optim.steps import StepInfo
+
+for _module in (noise, ops, reference, skinny):  # so that ``from lozo_kernels.noise import factor`` works too
+    _sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module
 
 __all__ = [
     "LOZO",

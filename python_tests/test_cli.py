@@ -124,15 +124,17 @@ def test_no_subcommand_and_an_unknown_one(capsys):
     assert "finetune" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("in_tmp")
 @pytest.mark.parametrize("package", ["transformers", "tqdm", "matplotlib"])
-def test_a_missing_package_is_named_with_the_way_to_get_it(in_tmp, capsys, monkeypatch, package):
+def test_a_missing_package_is_named_with_the_way_to_get_it(capsys, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     assert run("finetune", "--steps", "1") == 2
     err = capsys.readouterr().err
     assert err.splitlines() == [f"lozo-kernels finetune: error: this needs the package '{package}': pip install 'lozo_kernels[hf]'"]
 
 
-def test_hub_data_needs_datasets(in_tmp, capsys, monkeypatch):
+@pytest.mark.usefixtures("in_tmp")
+def test_hub_data_needs_datasets(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert run("finetune", "--task", "sst2") == 2
     assert "pip install 'lozo_kernels[hub]'" in capsys.readouterr().err
@@ -148,7 +150,7 @@ def test_starts_without_optional_packages():
 
 def test_every_setting_is_an_option():
     """Settings and command line stay in step."""
-    args = vars(cli._parser().parse_args(["finetune"]))
+    args = vars(cli.make_parser().parse_args(["finetune"]))
     assert set(Settings.__dataclass_fields__) <= args.keys()
     assert Settings(**{f: args[f] for f in Settings.__dataclass_fields__}) == Settings()
 
@@ -176,7 +178,7 @@ def test_doctor_reports_and_passes(capsys):
 
 
 def test_doctor_json(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "self_test", lambda: [])
+    monkeypatch.setattr(doctor, "self_test", list)
     assert run("doctor", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["passed"] is True
@@ -187,19 +189,19 @@ def test_doctor_json(capsys, monkeypatch):
 
 def test_doctor_fails_when_the_self_test_does(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "_NOISE_DIGEST", "0")
-    monkeypatch.setattr(doctor, "_test_step", lambda device: 1 / 0)
+    monkeypatch.setattr(doctor, "_test_step", lambda _: 1 / 0)
     assert run("doctor") == 1
     out = capsys.readouterr().out
     assert "FAILED  noise contract" in out
     assert "ZeroDivisionError" in out
 
 
-def test_doctor_says_why_the_native_library_is_out(capsys, monkeypatch, tmp_path):
+def test_doctor_says_why_the_native_library_is_out(capsys, monkeypatch):
     def broken():
         raise OSError("no such library")
 
     monkeypatch.setattr(doctor.native, "isa", broken)
-    monkeypatch.setattr(doctor, "self_test", lambda: [])
+    monkeypatch.setattr(doctor, "self_test", list)
     assert run("doctor") == 0
     assert "no such library" in capsys.readouterr().out
 

@@ -1,4 +1,7 @@
-"""What an earlier version wrote is read, and gives the same bits: journals, and states to go on from."""
+"""What an earlier version wrote is read, and gives the same bits; and what programs take from the package is still there."""
+
+import importlib
+import json
 
 import pytest
 import torch
@@ -6,6 +9,7 @@ import torch
 from lozo_kernels.journal import read_journal, replay
 from python_tests.earlier import make
 
+NAMES = json.loads((make.HERE / "public_names.json").read_text(encoding="utf-8"))
 SAVED = torch.load(make.HERE / "states.pt", weights_only=True)
 
 
@@ -42,3 +46,17 @@ def test_a_whole_run_is_the_same(name, tmp_path):
     make.take(model, optimizer, range(make.SAVED_AFTER, make.STEPS))
     journal.finish()
     assert same(model, SAVED[name]["final"])
+
+
+@pytest.mark.parametrize("module", [name for name in NAMES if name != "schemas"])
+def test_public_names_stay(module):
+    found = importlib.import_module("lozo_kernels" if module == "lozo_kernels" else f"lozo_kernels.{module}")
+    assert [name for name in NAMES[module] if not hasattr(found, name)] == []
+    if module == "lozo_kernels":
+        assert set(NAMES[module]) <= set(found.__all__)
+
+
+def test_torch_operators_stay():
+    for schema in NAMES["schemas"]:
+        name = schema.split("::")[1].split("(")[0]
+        assert str(getattr(torch.ops.lozo_kernels, name).default._schema) == schema

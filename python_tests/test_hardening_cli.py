@@ -64,7 +64,7 @@ WRITES = {  # where: what is replaced, and the call that fails
     "metrics": (records.MetricsLog, "_write", 7),
     "the model": (None, "save_pretrained", 1),
     "the card": (None, "write_card", 1),
-    "the plot": (None, "plot", 1),
+    "the plot": (None, "plot_losses", 1),
     "the summary": (None, "write_whole", 1),
 }
 

@@ -55,7 +55,8 @@ def test_sgd_is_a_gradient_step_by_hand(rng):
     assert driver.steps_done == 1 and driver.info.c.numel() == 0
 
 
-def test_adamw_moves_each_weight_by_lr_at_first(rng):
+@pytest.mark.usefixtures("rng")
+def test_adamw_moves_each_weight_by_lr_at_first():
     model, lr = torch.nn.Linear(5, 3), 0.01
     x = torch.randn(7, 5)
     start = weights(model)
@@ -64,7 +65,7 @@ def test_adamw_moves_each_weight_by_lr_at_first(rng):
         assert torch.allclose((p - start[name]).abs(), torch.full_like(p, lr), rtol=1e-3)
 
 
-@pytest.mark.parametrize("make", [lambda rng: (m := Zoo(), zoo_loss(m)), lambda rng: (m := llama(), token_loss(m, rng))])
+@pytest.mark.parametrize("make", [lambda _: (m := Zoo(), zoo_loss(m)), lambda rng: (m := llama(), token_loss(m, rng))])
 def test_forward_gradient_is_the_directional_derivative(make, rng):
     model, loss = make(rng)
     seed, lr, decay = rng.getrandbits(31), 3e-3, 0.1
@@ -148,7 +149,8 @@ def test_lora_changes_adapters_only_and_merges_them(rng, tmp_path):
     assert same(end, weights(type(model).from_pretrained(tmp_path)))
 
 
-def test_lora_of_a_classifier_trains_its_head(rng):
+@pytest.mark.usefixtures("rng")
+def test_lora_of_a_classifier_trains_its_head():
     pytest.importorskip("peft")
     config = transformers.RobertaConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20, max_position_embeddings=24,

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import random
+from typing import NamedTuple
 
 import pytest
 from hf_helpers import data_folder, write_jsonl
 
+from bench.pretrain_demo import story
 from lozo_kernels.errors import InputError
-from lozo_kernels.hf.data.examples import Example
+from lozo_kernels.hf.data.examples import Example, TaskData
 from lozo_kernels.hf.data.load import load_data
 from lozo_kernels.hf.data.splits import draw_demonstrations, split
 from lozo_kernels.hf.data.text import read_examples
@@ -110,7 +112,7 @@ def test_hub_rows_are_mapped_to_the_tasks_labels(monkeypatch):
     rows = [{"text": "What is it ?", "coarse_label": i} for i in (0, 1, 2, 3, -1)]
     calls = []
 
-    def load_dataset(path, config, *, split, revision):
+    def load_dataset(path, _config, *, split, revision):
         calls.append((path, split, revision))
         return rows
 
@@ -124,7 +126,7 @@ def test_a_hub_failure_is_one_line(monkeypatch):
     import sys
     import types
 
-    def load_dataset(*args, **kwargs):
+    def load_dataset(*_, **__):
         raise ConnectionError("offline\nsecond line")
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
@@ -134,7 +136,7 @@ def test_a_hub_failure_is_one_line(monkeypatch):
 
 def test_the_embedded_task_is_new_to_its_model_and_dev_is_disjoint():
     rng = random.Random(1)
-    assert not any("again?" in language.story(rng) for _ in range(2000))
+    assert not any("again?" in story(rng) for _ in range(2000))
     train, dev = language.reviews(0, 500, 200)
     assert (len(train), len(dev)) == (500, 200)
     assert not {text for text, _ in train} & {text for text, _ in dev}
@@ -148,8 +150,21 @@ def test_settings_survive_json():
     assert Settings(**json.loads(json.dumps(settings.to_dict()))) == settings
 
 
+class Parts(NamedTuple):
+    train: list[int]
+    dev: list[int]
+    test: list[int]
+    note: str
+
+
 def drawn(settings, train=range(1000), held=range(2000, 2600), task="sst2", labels=None):
-    return split(TASKS[task], list(train), list(held), labels or [i % 2 for i in train], settings)
+    """How numbers are divided that stand for examples."""
+    labels = labels or [i % 2 for i in train]
+    examples = [Example((str(i),), label) for i, label in zip(train, labels, strict=True)]
+    parts = split(TaskData(TASKS[task], examples, [Example((str(i),)) for i in held], "numbers"), settings)
+    assert parts.source.startswith("numbers")
+    numbers = ([int(e.texts[0]) for e in part] for part in (parts.train, parts.dev, parts.test))
+    return Parts(*numbers, note=parts.source.removeprefix("numbers"))
 
 
 def test_nothing_is_drawn_unless_it_was_asked_for():
@@ -235,7 +250,7 @@ def test_rows_of_the_hub_without_an_answer_are_passed_over(monkeypatch):
     }
     asked = []
 
-    def load_dataset(path, config, *, split, revision):
+    def load_dataset(path, _config, *, split, **_):
         asked.append(split)
         return rows[path]
 

@@ -14,10 +14,10 @@ from lozo_kernels.cli import command as cli
 from lozo_kernels.errors import InputError
 from lozo_kernels.hf.data.examples import Example
 from lozo_kernels.hf.data.load import load_data
-from lozo_kernels.hf.evaluate import evaluate, table
+from lozo_kernels.hf.evaluate import evaluate, render_result
 from lozo_kernels.hf.finetune import finetune
 from lozo_kernels.hf.loop.scoring import generate_answers, score
-from lozo_kernels.hf.models.load import open_checkpoint
+from lozo_kernels.hf.models.checkpoint import open_checkpoint
 from lozo_kernels.hf.objectives import AnswerObjective, OptionsObjective
 from lozo_kernels.hf.settings import Settings
 from lozo_kernels.hf.tasks import TASKS
@@ -70,7 +70,7 @@ def test_the_command_line(capsys, llama, data):
 def test_in_context(llama, data):
     settings = Settings(model=str(llama), task="sst2", data_dir=str(data), method="icl", num_shots=3, num_eval=2, max_length=400)
     result = evaluate(settings, quiet=True)
-    assert result["demonstrations"] == 3 and result["examples"] == 2 and "demonstrations" in table(result)
+    assert result["demonstrations"] == 3 and result["examples"] == 2 and "demonstrations" in render_result(result)
     assert evaluate(settings, quiet=True)["loss"] == result["loss"]
     assert result["notes"] == []
     short = evaluate(dataclasses.replace(settings, max_length=70), quiet=True)
@@ -79,7 +79,7 @@ def test_in_context(llama, data):
     assert zero["demonstrations"] == 0 and zero["loss"] != result["loss"]
 
 
-def test_zero_shot_needs_only_the_examples_to_score(tmp_path, llama, data):
+def test_zero_shot_needs_only_the_examples_to_score(tmp_path, llama):
     path = write_jsonl(tmp_path / "rte.dev.jsonl", HUB_ROWS["rte"])
     folder = evaluate(Settings(model=str(llama), task="rte", data_dir=str(tmp_path), method="zero-shot"), quiet=True)
     file = evaluate(Settings(model=str(llama), task="rte", dev_file=str(path), method="zero-shot"), quiet=True)
@@ -122,10 +122,10 @@ class Parrot(torch.nn.Module):
         super().__init__()
         self.ids, self.size = tokenizer(text, add_special_tokens=False)["input_ids"], len(tokenizer)
 
-    def forward(self, input_ids, attention_mask):
+    def forward(self, input_ids, **_):
         return transformers.modeling_outputs.CausalLMOutput(logits=torch.zeros(*input_ids.shape, self.size))
 
-    def generate(self, input_ids, attention_mask, generation_config):
+    def generate(self, input_ids, generation_config, **_):
         assert not generation_config.do_sample
         assert bool((input_ids[:, -1] != 0).all())  # padded on the left
         return torch.cat([input_ids, torch.tensor([self.ids] * len(input_ids))], 1)

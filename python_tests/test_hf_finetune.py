@@ -15,10 +15,10 @@ from lozo_kernels.hf.data.examples import Example
 from lozo_kernels.hf.finetune import finetune
 from lozo_kernels.hf.loop import train as train_module
 from lozo_kernels.hf.loop.measure import peak_memory
-from lozo_kernels.hf.loop.records import to_json
 from lozo_kernels.hf.loop.train import BatchSampler, evaluate
-from lozo_kernels.hf.models.load import load_model, open_checkpoint
+from lozo_kernels.hf.models.checkpoint import load_model, open_checkpoint
 from lozo_kernels.hf.objectives import ClassificationObjective, LanguageModelObjective, PromptObjective, choose_objective
+from lozo_kernels.hf.output import to_json
 from lozo_kernels.hf.settings import Settings
 from lozo_kernels.hf.tasks import TASKS, TEXT
 
@@ -236,7 +236,7 @@ def _frozen(loaded):
 
 
 def test_a_loss_that_stays_nan_ends_the_run_with_everything_saved(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(PromptObjective, "loss", lambda self, model, batch: torch.tensor(float("nan")))
+    monkeypatch.setattr(PromptObjective, "loss", lambda *_: torch.tensor(float("nan")))
     code = cli.main(
         ["finetune", "--steps", "50", "--eval-size", "4", "--compare-steps", "0", "--output", str(tmp_path), "--quiet", "--json"]
     )
@@ -336,7 +336,7 @@ def test_accuracy_counts_right_answers(embedded):
     checkpoint, _ = embedded
 
     class Fixed(torch.nn.Module):
-        def forward(self, input_ids, attention_mask):
+        def forward(self, input_ids, **_):
             return transformers.modeling_outputs.SequenceClassifierOutput(
                 logits=torch.tensor([[0.0, 3.0]]).repeat(len(input_ids), 1)
             )

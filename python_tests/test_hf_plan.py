@@ -13,7 +13,8 @@ from lozo_kernels.hf import plan
 from lozo_kernels.hf.loop.measure import peak_memory
 from lozo_kernels.hf.planning.dry_run import DryModel
 from lozo_kernels.hf.planning.machine import given_machine
-from lozo_kernels.hf.planning.planning import METHODS, report
+from lozo_kernels.hf.planning.plan_report import render_plan
+from lozo_kernels.hf.planning.workload import PLANNED
 
 transformers = pytest.importorskip("transformers")
 
@@ -138,13 +139,13 @@ def test_steps(rng, name, method, placement):
 @pytest.mark.parametrize("method", ["lozo-m", "subzero", "ft"])
 def test_methods(method):
     """What is known of their order must come out."""
-    assert method in METHODS
+    assert method in PLANNED
     planned = plan(bert(), method=method, batch_size=2, sequence_length=16, device_bandwidth=1000.0, device_tflops=100.0)
     option = planned.options[0]
     total = planned.total_bytes(option)
     assert planned.inference_bytes <= total <= planned.total_bytes(planned.finetuning)
     assert 0 < option.forward_seconds < option.step_seconds
-    text = report(planned)
+    text = render_plan(planned)
     assert planned.architecture in text and "1000.0 GB/s" in text and "100 TFLOP/s" in text
     assert json.loads(json.dumps(planned.to_dict()))["options"][0]["total_bytes"] == total
 

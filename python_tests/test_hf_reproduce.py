@@ -1,6 +1,7 @@
 """The papers' tables: the numbers that are published, the settings behind them, and each table at its smallest scale."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from lozo_kernels.cli import command as cli
 from lozo_kernels.errors import InputError
 from lozo_kernels.hf.methods import METHODS
-from lozo_kernels.hf.papers.memory import INFERENCE, TokenBatch, judge, measure_inference, measure_method, open_model, with_ratios
+from lozo_kernels.hf.papers.memory import INFERENCE, judge, measure_inference, measure_method, open_model, token_loss, with_ratios
 from lozo_kernels.hf.papers.reproduce import render, reproduce
 from lozo_kernels.hf.papers.results import OPT_13B_MEMORY, TABLES
 from lozo_kernels.hf.papers.scales import SCALES, Request
@@ -169,8 +170,8 @@ def test_the_memory_table_at_the_smallest_scale(tmp_path, capsys):
 def test_measuring_leaves_the_model_plain_and_adds_up():
     model = open_model("opt-tiny", torch.float32, CPU)
     names = [name for name, _ in model.named_parameters()]
-    batch = TokenBatch(2, 16, CPU)
-    rows = with_ratios([measure_inference(model, batch), *(measure_method(m, model, batch, {}) for m in ("lozo", "ft-adamw"))])
+    loss = token_loss(model, 2, 16)
+    rows = with_ratios([measure_inference(model, loss), *(measure_method(m, model, loss, {}) for m in ("lozo", "ft-adamw"))])
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == names
     assert rows[0]["over_inference"] == 1.0 and rows[0]["weights_bytes"] == sum(4 * p.numel() for p in model.parameters())
     assert rows[2]["beyond_weights_bytes"] > 3 * rows[2]["weights_bytes"]  # gradients and AdamW's two moments
@@ -182,7 +183,7 @@ def test_out_of_memory_is_a_cell_and_not_an_end(monkeypatch):
 
     model = open_model("opt-tiny", torch.float32, CPU)
     monkeypatch.setattr("lozo_kernels.hf.papers.memory.build_driver", full)
-    row = measure_method("lozo", model, TokenBatch(1, 8, CPU), {})
+    row = measure_method("lozo", model, token_loss(model, 1, 8), {})
     assert row["out_of_memory"] and row["peak_bytes"] is None
     assert with_ratios([row])[0]["over_weights"] is None and judge(with_ratios([row])) == []
 
@@ -192,7 +193,7 @@ def test_goals_are_judged():
         return {"method": method, "dtype": "float32", "weights_bytes": 100, "peak_bytes": peak}
 
     peaks = {INFERENCE: 130, "lozo": 131, "lozo-m": 140, "mezo": 131, "mezo-m": 231, "ft-adamw": 500}
-    verdict = {t["name"]: t["met"] for t in judge([row(m, p) for m, p in peaks.items()])}
+    verdict = {t["name"]: t["met"] for t in judge(list(itertools.starmap(row, peaks.items())))}
     assert list(verdict.values()) == [True, False, True, True, True]
 
 
@@ -233,7 +234,7 @@ def test_the_grid_keeps_the_best_run(tmp_path, monkeypatch):
     scores = {(1e-6, 2): 0.5, (1e-7, 2): 0.75, (1e-6, 1): 0.25, (1e-7, 1): 0.5}
     seen = []
 
-    def fake(settings, command, quiet):
+    def fake(settings, **_):
         seen.append((settings.lr, settings.rank, settings.interval))
         score = scores[settings.lr, settings.rank] + (0.125 if settings.interval == 2 and settings.rank == 2 else 0)
         keys = ("loss_after", "steps_done", "step_ms", "training_peak_bytes", "training_peak_over_inference", "stopped", "test")

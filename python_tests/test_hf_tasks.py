@@ -17,7 +17,7 @@ from lozo_kernels.hf.data.load import load_data
 from lozo_kernels.hf.data.text import read_examples
 from lozo_kernels.hf.loop.scoring import score
 from lozo_kernels.hf.loop.train import BatchSampler
-from lozo_kernels.hf.models.load import load_model, open_checkpoint
+from lozo_kernels.hf.models.checkpoint import load_model, open_checkpoint
 from lozo_kernels.hf.objectives import OBJECTIVES, choose_objective
 from lozo_kernels.hf.settings import Settings
 from lozo_kernels.hf.tasks import KINDS, TASKS
@@ -103,7 +103,7 @@ MASKED_PROMPTS = {
 def from_hub(monkeypatch):
     """The Hub, with a few made-up rows of every data set."""
 
-    def load_dataset(path, config, *, split, revision):
+    def load_dataset(path, config, **_):
         names = [t.name for t in TASKS.values() if t.hub and (t.hub.path, t.hub.config) == (path, config)]
         assert len(names) == 1
         return HUB_ROWS[names[0]]
@@ -156,8 +156,9 @@ def test_the_table_has_the_tasks_of_the_papers():
     assert {name for name in LARGE if TASKS[name].objective == "answer"} == {"copa", "record", "squad", "drop"}
 
 
+@pytest.mark.usefixtures("from_hub")
 @pytest.mark.parametrize("name", LARGE)
-def test_the_prompts_of_large_models(from_hub, llama, name):
+def test_the_prompts_of_large_models(llama, name):
     example = load_data(Settings(task=name)).train[0]
     _, objective = made(llama, name, "answer")
     prompt, answers, right = PROMPTS[name]
@@ -166,8 +167,9 @@ def test_the_prompts_of_large_models(from_hub, llama, name):
     assert objective.solved(example) == (prompt + answers[right]).strip()
 
 
+@pytest.mark.usefixtures("from_hub")
 @pytest.mark.parametrize("name", MASKED)
-def test_the_prompts_of_masked_models(from_hub, name):
+def test_the_prompts_of_masked_models(name):
     task, example = TASKS[name], load_data(Settings(task=name)).train[0]
     prompt, words = MASKED_PROMPTS[name]
     texts = [text.strip() for text in example.texts]
@@ -184,8 +186,9 @@ def test_forms_of_a_field():
     assert all(form("") in ("", "?") for form in FORMS.values())
 
 
+@pytest.mark.usefixtures("from_hub")
 @pytest.mark.parametrize("name", HUB_ROWS)
-def test_every_task_loads_is_scored_and_is_trained(from_hub, llama, roberta, name):
+def test_every_task_loads_is_scored_and_is_trained(llama, roberta, name):
     """Zero-shot, then 20 steps, on a decoder, and on a masked model where the paper has a prompt for it."""
     data = load_data(Settings(task=name))
     for opened in [llama, roberta] if name in MASKED else [llama]:
@@ -242,7 +245,8 @@ def test_superglue_and_the_hub_give_the_same_examples(tmp_path):
         assert original == flat[: len(original)] and len(original) == (2 if name == "multirc" else 1)
 
 
-def test_several_entities_of_record_may_be_right(from_hub):
+@pytest.mark.usefixtures("from_hub")
+def test_several_entities_of_record_may_be_right():
     assert [e.right for e in load_data(Settings(task="record")).train] == [(1,), (1, 0), (0,), (1,)]
 
 

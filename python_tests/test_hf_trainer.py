@@ -108,12 +108,12 @@ def test_trainers(reference, tmp_path, how, parts):
     assert handle_of(model) is None and all(p.requires_grad for p in model.parameters())
 
 
-def test_logs(tmp_path, reference):
+def test_logs(tmp_path):
     args = zo_arguments(tmp_path, directions=2, method="lozo-m", eval_strategy="steps", eval_steps=20, max_steps=20)
     seen = []
 
     class Watch(transformers.TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **_):
+        def on_log(self, *_, logs=None, **__):
             seen.append(dict(logs))
 
     trainer = ZOTrainer(tiny_llama(), args, train_dataset=DATA, eval_dataset=DATA[:8], callbacks=[Watch()])

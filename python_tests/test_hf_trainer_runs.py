@@ -25,7 +25,7 @@ class KillAt(transformers.TrainerCallback):
     def __init__(self, step):
         self.step = step
 
-    def on_step_end(self, args, state, control, **_):
+    def on_step_end(self, _args, state, _control, **_):
         if state.global_step == self.step:
             raise Killed
 
@@ -162,7 +162,7 @@ def test_an_objective_without_a_gradient(tmp_path, placement):
 def test_an_objective_that_returns_a_number(tmp_path):
     calls = []
 
-    def count(model, inputs):
+    def count(_model, inputs):
         calls.append(len(inputs["input_ids"]))
         return len(calls) % 2
 

@@ -2,16 +2,17 @@
 
 import functools
 import json
+import sys
 import types
 
 import pytest
 import torch
 
 from lozo_kernels.errors import InputError
-from lozo_kernels.hf.data import images as vision_data
+from lozo_kernels.hf.data import image_sets as vision_data
 from lozo_kernels.hf.data.load import load_data
 from lozo_kernels.hf.finetune import finetune
-from lozo_kernels.hf.models.load import open_checkpoint
+from lozo_kernels.hf.models.checkpoint import open_checkpoint
 from lozo_kernels.hf.objectives import ImageObjective, choose_objective
 from lozo_kernels.hf.settings import Settings
 from lozo_kernels.hf.tasks import TASKS
@@ -154,12 +155,12 @@ def test_the_hub(monkeypatch, task, label):
     column = {"img": images, label: [1, 0, 1]}
     loaded = []
 
-    def load(path, config, revision):
+    def load(path, *_, **__):
         loaded.append(path)
         return {"train": hub_set(column, ["apple", "pear"], label), "test": hub_set(column, ["apple", "pear"], label)}
 
     fake = types.SimpleNamespace(load_dataset=load)
-    monkeypatch.setattr(vision_data, "require", lambda name, extra="hf": fake)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
     some = Settings(task=task, data_dir=None if task == "cifar100" else "owner/name")
     data = vision_data.load_images(some)
     assert loaded == ["uoft-cs/cifar100" if task == "cifar100" else "owner/name"]

@@ -2,8 +2,8 @@
 
 import copy
 import json
+import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import pytest
 import torch
@@ -162,8 +162,8 @@ def test_a_merge_that_fails_halfway_is_finished_by_the_next(tmp_path, monkeypatc
     plain = make("llama")
     away = offload(copy.deepcopy(plain), "disk", tmp_path)
     optimizers = [run(model, 3, keep_factors=True)[0] for model in (plain, away)]
-    replace, count = Path.replace, iter(range(100))
-    monkeypatch.setattr(Path, "replace", lambda *a: full_disk() if next(count) == 9 else replace(*a))
+    replace, count = os.replace, iter(range(100))
+    monkeypatch.setattr(os, "replace", lambda *a: full_disk() if next(count) == 9 else replace(*a))
 
     def full_disk():
         raise OSError("no space left on device")

@@ -19,8 +19,8 @@ void merge_tile(const Tile &tile, char *scratch, const void *context) {
 
 }  // namespace
 
-int dense_merge(const lozo_tensor *tensors, int64_t count, const lozo_call *call, const lozo_tensor *out) {
-  return update_dense(tensors, count, call, out, merge_tile);
+int dense_merge(const lozo_tensor *tensors, int64_t count, const lozo_call *call) {
+  return update_dense(tensors, count, call, merge_tile);
 }
 
 }  // namespace LOZO_ISA

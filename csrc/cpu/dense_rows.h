@@ -144,11 +144,11 @@ static inline void update_dense_tile(const Tile &tile, const OpCall &op, float *
   }
 }
 
-// ``tile`` works on one tile with scratch for rounding; ``out`` is NULL where the weights that are read are written.
-static inline int update_dense(const lozo_tensor *tensors, int64_t count, const lozo_call *call, const lozo_tensor *out,
+// ``tile`` works on one tile with scratch for rounding.
+static inline int update_dense(const lozo_tensor *tensors, int64_t count, const lozo_call *call,
                                void (*tile)(const Tile &, char *, const void *)) {
   const OpCall op = {call, count};
-  return for_each_tile({tensors, count, call->threads, kFlatGrain, true, kRoundingElements * sizeof(float), tile, &op, out});
+  return for_each_tile({tensors, count, call->threads, kFlatGrain, true, kRoundingElements * sizeof(float), tile, &op, call->out});
 }
 
 }  // namespace LOZO_ISA

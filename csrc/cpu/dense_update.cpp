@@ -14,7 +14,7 @@ void update_tile(const Tile &tile, char *scratch, const void *context) {
 }  // namespace
 
 int dense_update(const lozo_tensor *tensors, int64_t count, const lozo_call *call) {
-  return update_dense(tensors, count, call, nullptr, update_tile);
+  return update_dense(tensors, count, call, update_tile);
 }
 
 }  // namespace LOZO_ISA

@@ -6,39 +6,49 @@
 #include "ops.h"
 #include "tiles.h"
 
+namespace lozo {
 namespace {
 
-struct Isa {
-  const char *name;
-  bool (*supported)();
-  int (*lowrank_update)(const lozo_tensor *, int64_t, const lozo_call *);
-  int (*dense_update)(const lozo_tensor *, int64_t, const lozo_call *);
-  int (*lowrank_momentum)(const lozo_tensor *, int64_t, const lozo_call *);
-  int (*dense_momentum)(const lozo_tensor *, int64_t, const lozo_call *);
-  int (*resample)(const lozo_tensor *, int64_t, const lozo_call *, int64_t);
-  int (*factor_update)(const lozo_tensor *, int64_t, const lozo_call *);
-  int (*lowrank_merge)(const lozo_tensor *, int64_t, const lozo_call *, const lozo_tensor *);
-  int (*dense_merge)(const lozo_tensor *, int64_t, const lozo_call *, const lozo_tensor *);
+struct Ops {
+#define LOZO_MEMBER(name, v, valid) int (*name)(const lozo_tensor *, int64_t, const lozo_call *);
+  LOZO_TABLE_OPS(LOZO_MEMBER)
+#undef LOZO_MEMBER
   int (*lowrank_linear)(const lozo_skinny *);
   int (*lowrank_embedding)(const lozo_skinny *);
   void (*factor)(const lozo_factor *, float *);
 };
 
-#define LOZO_ISA_ENTRY(isa, supported) \
-  {#isa,                               \
-   [] { return bool(supported); },     \
-   lozo::isa::lowrank_update,          \
-   lozo::isa::dense_update,            \
-   lozo::isa::lowrank_momentum,        \
-   lozo::isa::dense_momentum,          \
-   lozo::isa::resample,                \
-   lozo::isa::factor_update,           \
-   lozo::isa::lowrank_merge,           \
-   lozo::isa::dense_merge,             \
-   lozo::isa::lowrank_linear,          \
-   lozo::isa::lowrank_embedding,       \
-   lozo::isa::factor}
+}  // namespace
 
+#define LOZO_ENTRY(name, v, valid) name,
+#define LOZO_OPS_OF(isa)                                                                   \
+  namespace isa {                                                                          \
+  const Ops kOps = {LOZO_TABLE_OPS(LOZO_ENTRY) lowrank_linear, lowrank_embedding, factor}; \
+  }
+#if defined(LOZO_HAVE_avx512_bf16)
+LOZO_OPS_OF(avx512_bf16)
+#endif
+#if defined(LOZO_HAVE_avx512)
+LOZO_OPS_OF(avx512)
+#endif
+#if defined(LOZO_HAVE_avx2)
+LOZO_OPS_OF(avx2)
+#endif
+LOZO_OPS_OF(portable)
+#undef LOZO_OPS_OF
+#undef LOZO_ENTRY
+
+}  // namespace lozo
+
+namespace {
+
+struct Isa {
+  const char *name;
+  bool (*supported)();
+  const lozo::Ops *ops;
+};
+
+#define LOZO_ISA_ENTRY(isa, supported) {#isa, [] { return bool(supported); }, &lozo::isa::kOps}
 #define LOZO_CPU(feature) __builtin_cpu_supports(feature)
 #define LOZO_CPU_AVX512 \
   (LOZO_CPU("avx512f") && LOZO_CPU("avx512bw") && LOZO_CPU("avx512dq") && LOZO_CPU("avx512vl") && LOZO_CPU("avx2"))
@@ -65,7 +75,7 @@ const Isa *find(const char *name) {
 
 std::atomic<const Isa *> chosen{nullptr};
 
-const Isa &current() {
+const Isa &current_isa() {
   const Isa *isa = chosen.load(std::memory_order_acquire);
   if (!isa) {
     isa = find(nullptr);
@@ -74,49 +84,19 @@ const Isa &current() {
   return *isa;
 }
 
+const lozo::Ops &current() { return *current_isa().ops; }
+
 }  // namespace
 
 extern "C" {
 
-int lozo_cpu_lowrank_update(const lozo_tensor *tensors, int64_t count, const lozo_call *call) {
-  if (!lozo::valid_call(tensors, count, call, true)) return LOZO_BAD_ARGUMENT;
-  return current().lowrank_update(tensors, count, call);
-}
-
-int lozo_cpu_dense_update(const lozo_tensor *tensors, int64_t count, const lozo_call *call) {
-  if (!lozo::valid_call(tensors, count, call, false)) return LOZO_BAD_ARGUMENT;
-  return current().dense_update(tensors, count, call);
-}
-
-int lozo_cpu_lowrank_momentum(const lozo_tensor *tensors, int64_t count, const lozo_call *call) {
-  if (!lozo::valid_call(tensors, count, call, true)) return LOZO_BAD_ARGUMENT;
-  return current().lowrank_momentum(tensors, count, call);
-}
-
-int lozo_cpu_dense_momentum(const lozo_tensor *tensors, int64_t count, const lozo_call *call) {
-  if (!lozo::valid_call(tensors, count, call, false)) return LOZO_BAD_ARGUMENT;
-  return current().dense_momentum(tensors, count, call);
-}
-
-int lozo_cpu_resample(const lozo_tensor *tensors, int64_t count, const lozo_call *call, int64_t reproject) {
-  if (!lozo::valid_call(tensors, count, call, true)) return LOZO_BAD_ARGUMENT;
-  return current().resample(tensors, count, call, reproject);
-}
-
-int lozo_cpu_factor_update(const lozo_tensor *tensors, int64_t count, const lozo_call *call) {
-  if (!lozo::valid_call(tensors, count, call, false) || !lozo::are_factors(tensors, count)) return LOZO_BAD_ARGUMENT;
-  return current().factor_update(tensors, count, call);
-}
-
-int lozo_cpu_lowrank_merge(const lozo_tensor *tensors, int64_t count, const lozo_call *call, const lozo_tensor *out) {
-  if (!lozo::valid_call(tensors, count, call, true) || call->num_draws > 1) return LOZO_BAD_ARGUMENT;
-  return current().lowrank_merge(tensors, count, call, out);
-}
-
-int lozo_cpu_dense_merge(const lozo_tensor *tensors, int64_t count, const lozo_call *call, const lozo_tensor *out) {
-  if (!lozo::valid_call(tensors, count, call, false) || call->num_draws > 1) return LOZO_BAD_ARGUMENT;
-  return current().dense_merge(tensors, count, call, out);
-}
+#define LOZO_EXPORTED(name, v, valid)                                                                                 \
+  LOZO_EXPORT int lozo_cpu_##name(const lozo_tensor *tensors, int64_t count, const lozo_call *call) {                 \
+    using namespace lozo;                                                                                             \
+    return valid_call(tensors, count, call, v) && (valid) ? current().name(tensors, count, call) : LOZO_BAD_ARGUMENT; \
+  }
+LOZO_TABLE_OPS(LOZO_EXPORTED)
+#undef LOZO_EXPORTED
 
 int lozo_cpu_lowrank_linear(const lozo_skinny *call) {
   if (!lozo::valid_skinny(call) || !lozo::is_dtype(call->x_dtype)) return LOZO_BAD_ARGUMENT;
@@ -152,7 +132,7 @@ const char *lozo_isa_list(void) {
 
 int lozo_isa_supported(const char *name) { return name != nullptr && find(name) != nullptr; }
 
-const char *lozo_isa_name(void) { return current().name; }
+const char *lozo_isa_name(void) { return current_isa().name; }
 
 int lozo_set_isa(const char *name) {
   const Isa *isa = find(name);

@@ -170,9 +170,9 @@ void merge_any(const Tile &tile, char *scratch, const void *context) {
 
 }  // namespace
 
-int lowrank_merge(const lozo_tensor *tensors, int64_t count, const lozo_call *call, const lozo_tensor *out) {
+int lowrank_merge(const lozo_tensor *tensors, int64_t count, const lozo_call *call) {
   const OpCall op = {call, count};
-  return for_each_tile({tensors, count, call->threads, kMatrixGrain, false, sizeof(Scratch), merge_any, &op, out});
+  return for_each_tile({tensors, count, call->threads, kMatrixGrain, false, sizeof(Scratch), merge_any, &op, call->out});
 }
 
 }  // namespace LOZO_ISA

@@ -12,19 +12,24 @@ struct OpCall {
   int64_t count;
 };
 
-#define LOZO_DECLARE_OPS(isa)                                                                 \
-  namespace isa {                                                                             \
-  int lowrank_update(const lozo_tensor *, int64_t, const lozo_call *);                        \
-  int dense_update(const lozo_tensor *, int64_t, const lozo_call *);                          \
-  int lowrank_momentum(const lozo_tensor *, int64_t, const lozo_call *);                      \
-  int dense_momentum(const lozo_tensor *, int64_t, const lozo_call *);                        \
-  int resample(const lozo_tensor *, int64_t, const lozo_call *, int64_t reproject);           \
-  int factor_update(const lozo_tensor *, int64_t, const lozo_call *);                         \
-  int lowrank_merge(const lozo_tensor *, int64_t, const lozo_call *, const lozo_tensor *out); \
-  int dense_merge(const lozo_tensor *, int64_t, const lozo_call *, const lozo_tensor *out);   \
-  int lowrank_linear(const lozo_skinny *);                                                    \
-  int lowrank_embedding(const lozo_skinny *);                                                 \
-  void factor(const lozo_factor *, float *out);                                               \
+// The ops over tables: the name, whether the tensors have V, and what a call has to be beyond that.
+#define LOZO_TABLE_OPS(OP)                              \
+  OP(lowrank_update, true, true)                        \
+  OP(dense_update, false, true)                         \
+  OP(lowrank_momentum, true, true)                      \
+  OP(dense_momentum, false, true)                       \
+  OP(factor_update, false, are_factors(tensors, count)) \
+  OP(lowrank_merge, true, call->num_draws <= 1)         \
+  OP(dense_merge, false, call->num_draws <= 1)          \
+  OP(resample, true, true)
+
+#define LOZO_DECLARE_OP(name, v, valid) int name(const lozo_tensor *, int64_t, const lozo_call *);
+#define LOZO_DECLARE_OPS(isa)                   \
+  namespace isa {                               \
+  LOZO_TABLE_OPS(LOZO_DECLARE_OP)               \
+  int lowrank_linear(const lozo_skinny *);      \
+  int lowrank_embedding(const lozo_skinny *);   \
+  void factor(const lozo_factor *, float *out); \
   }
 
 LOZO_DECLARE_OPS(avx512_bf16)
@@ -33,6 +38,7 @@ LOZO_DECLARE_OPS(avx2)
 LOZO_DECLARE_OPS(portable)
 
 #undef LOZO_DECLARE_OPS
+#undef LOZO_DECLARE_OP
 
 }  // namespace lozo
 

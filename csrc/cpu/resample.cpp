@@ -97,8 +97,8 @@ void resample_tile(const Tile &tile, char *scratch, const void *context) {
 
 }  // namespace
 
-int resample(const lozo_tensor *tensors, int64_t count, const lozo_call *call, int64_t reproject) {
-  const ResampleCall op = {call, reproject != 0};
+int resample(const lozo_tensor *tensors, int64_t count, const lozo_call *call) {
+  const ResampleCall op = {call, call->reproject != 0};
   return for_each_tile({tensors, count, call->threads, kWholeGrain, false, sizeof(Scratch), resample_tile, &op});
 }
 

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
 import platform
+import random
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from ..bench.cases import Case, plans
+from ..bench.correctness import count_wrong
 from ..bench.environment import commit, cpu_name, versions
-from ..kernels import noise, ops
+from ..kernels import noise
 from ..kernels.backends import native
-from ..kernels.calls import Draw, Rounding
-from ..kernels.registry import Backend, backend_names, choose_backend
-from ..kernels.table import DTYPES, TensorTable
+from ..kernels.registry import backend_names, choose_backend
 from ..optim.optimizer import LOZO
 
 _PHILOX_ZERO = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
@@ -29,52 +28,36 @@ _NOISE_DIGEST = "a00e8131a7e963a1"
 """BLAKE2s of a sample of every stream; see :func:`_noise_digest`."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """One line of the self-test. ``problem`` is None if it passed."""
-
-    name: str
-    problem: str | None
-    seconds: float
+Check = dict[str, Any]
+"""One line of the self-test: "name", "problem" (None if it passed) and "seconds"."""
 
 
 def devices() -> dict[str, str]:
     """The devices that PyTorch can use, by name."""
-    found = {"cpu": cpu_name()}
-    for i in range(torch.cuda.device_count()):
-        found[f"cuda:{i}"] = torch.cuda.get_device_name(i)
-    return found
+    return {"cpu": cpu_name()} | {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
 
 
 def backend_status(device: str) -> dict[str, str | None]:
     """Every backend and why it cannot serve a device, or None if it can."""
-    status: dict[str, str | None] = {}
-    for name in backend_names():
-        try:
-            choose_backend(device, name)
-        except RuntimeError as e:
-            status[name] = str(e).split(": ", 1)[1]
-        else:
-            status[name] = None
-    return status
+    return {name: _reason_against(name, device) for name in backend_names()}
 
 
 def instruction_set() -> dict[str, Any]:
-    """Of the native library: the instruction set in use and the others that this machine runs, or why it cannot be used."""
+    """The instruction set that the native library uses and the others that this machine runs, or why it cannot be used."""
+    found: dict[str, Any] = {"library": str(native.library_path()), "isa": None, "supported": [], "problem": None}
     try:
-        return {"library": str(native.library_path()), "isa": native.isa(), "supported": native.supported_isas(), "problem": None}
+        return found | {"isa": native.isa(), "supported": native.supported_isas()}
     except (OSError, RuntimeError, ValueError) as e:
-        return {"library": str(native.library_path()), "isa": None, "supported": [], "problem": str(e)}
+        return found | {"problem": str(e)}
 
 
 def self_test() -> list[Check]:
-    """The noise, each backend of each device against eager, and a step of LOZO."""
+    """Tests the noise, each backend of each device against eager, and a step of LOZO."""
     checks = [_check("noise contract", _test_noise)]
     for device in devices():
         for name, reason in backend_status(device).items():
             if reason is None and name != "eager":
-                backend = choose_backend(device, name).backend
-                checks.append(_check(f"{name} on {device} equals eager", functools.partial(_test_backend, backend, device)))
+                checks.append(_check(f"{name} on {device} equals eager", functools.partial(_test_backend, name, device)))
         checks.append(_check(f"a LOZO step on {device}", functools.partial(_test_step, device)))
     return checks
 
@@ -93,14 +76,23 @@ def main(*, as_json: bool = False) -> int:
     if not as_json:
         print("\n".join(_lines(found)), flush=True)
     checks = self_test()
-    passed = all(c.problem is None for c in checks)
+    passed = all(c["problem"] is None for c in checks)
     if as_json:
-        print(json.dumps(found | {"self_test": [dataclasses.asdict(c) for c in checks], "passed": passed}, indent=2))
+        print(json.dumps(found | {"self_test": checks, "passed": passed}, indent=2))
         return 0 if passed else 1
     print("self-test")
     for c in checks:
-        print(f"  {'ok' if c.problem is None else 'FAILED':8}{c.name} ({c.seconds:.1f} s){': ' + c.problem if c.problem else ''}")
+        verdict, problem = ("ok", "") if c["problem"] is None else ("FAILED", f": {c['problem']}")
+        print(f"  {verdict:8}{c['name']} ({c['seconds']:.1f} s){problem}")
     return 0 if passed else 1
+
+
+def _reason_against(backend: str, device: str) -> str | None:
+    try:
+        choose_backend(device, backend)
+    except RuntimeError as e:
+        return str(e).split(": ", 1)[1]
+    return None
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
@@ -110,19 +102,15 @@ def _lines(found: dict[str, Any]) -> list[str]:
     lines += ["devices", *(f"  {name:14}{description}" for name, description in found["devices"].items())]
     lines += [f"  {'threads':14}{found['threads']}"]
     for device, status in found["backends"].items():
-        lines.append(f"backends for {device}")
         used = choose_backend(device).backend.name
-        for name, reason in status.items():
-            lines.append(
-                f"  {name:14}" + (f"does not work: {reason}" if reason else "works" + (", in use" if name == used else ""))
-            )
+        words = {name: f"does not work: {reason}" if reason else "works" for name, reason in status.items()}
+        words[used] += ", in use"
+        lines += [f"backends for {device}", *(f"  {name:14}{text}" for name, text in words.items())]
     isa = found["native"]
     lines += ["native library", f"  {'file':14}{isa['library']}"]
     if isa["problem"]:
-        lines.append(f"  {'problem':14}{isa['problem']}")
-    else:
-        lines.append(f"  {'instructions':14}{isa['isa']} (this machine runs {', '.join(isa['supported'])})")
-    return lines
+        return [*lines, f"  {'problem':14}{isa['problem']}"]
+    return [*lines, f"  {'instructions':14}{isa['isa']} (this machine runs {', '.join(isa['supported'])})"]
 
 
 def _check(name: str, test: Callable[[], str | None]) -> Check:
@@ -131,7 +119,7 @@ def _check(name: str, test: Callable[[], str | None]) -> Check:
         problem = test()
     except Exception as e:  # whatever breaks is the finding
         problem = f"{type(e).__name__}: {e}"
-    return Check(name, problem, time.perf_counter() - start)
+    return {"name": name, "problem": problem, "seconds": time.perf_counter() - start}
 
 
 def _test_noise() -> str | None:
@@ -158,44 +146,22 @@ def _noise_digest() -> str:
     return digest.hexdigest()
 
 
-def _test_backend(backend: Backend, device: str) -> str | None:
-    """Every op on random tensors of every dtype, bit for bit."""
-    eager = choose_backend(device, "eager").backend
-    for dtype in DTYPES:
-        for low_rank in (True, False):
-            for momentum in (False, True):
-                for rounding in (None, Rounding(7)):
-                    results = [_run_op(b, device, dtype, low_rank, momentum, rounding) for b in (eager, backend)]
-                    if not all(torch.equal(a, b) for a, b in zip(*results, strict=True)):
-                        kind = ("low-rank" if low_rank else "dense") + (" momentum" if momentum else " update")
-                        return f"{kind} differs in {dtype}" + (" with stochastic rounding" if rounding else "")
+def _test_backend(name: str, device: str) -> str | None:
+    """Holds every op to eager on the CPU, bit for bit, on small tables of fresh random numbers."""
+    eager, backend = choose_backend("cpu", "eager").backend, choose_backend(device, name).backend
+    for plan in (plan for plan in plans(quick=True) if plan.layout == "tiny"):
+        case = Case(plan, random.SystemRandom().getrandbits(32))
+        want, got = case.on(torch.device("cpu")), case.on(torch.device(device))
+        want.run(eager)
+        got.run(backend)
+        values, wrong = count_wrong(got.on(torch.device("cpu")), want)
+        if wrong:
+            return f"{plan}, seed {case.seed}: {wrong} of {values} values differ"
     return None
 
 
-def _run_op(
-    backend: Backend, device: str, dtype: torch.dtype, low_rank: bool, momentum: bool, rounding: Rounding | None
-) -> list[Tensor]:
-    """Weights and momentum after one op on the same random table."""
-    generator = torch.Generator().manual_seed(0)
-    shapes, rank = [(1, 67, 129), (3, 16, 40), (1, 1, 5)], 4
-    x = [torch.randn(s, generator=generator).to(device, dtype) for s in shapes]
-    v = [torch.zeros(b, rank, cols, dtype=torch.float16, device=device) for b, _, cols in shapes] if low_rank else None
-    n = [torch.randn(b, rows, rank if low_rank else cols, generator=generator).to(device) for b, rows, cols in shapes]
-    table = TensorTable(x, [noise.tensor_id(str(s)) for s in shapes], v=v, n=n if momentum else None)
-    if low_rank:
-        ops.resample_(table, seed=9, window=1, backend=backend)
-    call: dict[str, Any] = {"seed": 9, "draws": [Draw(6), Draw(7)], "decay": 0.99, "rounding": rounding, "backend": backend}
-    call["scales"] = [[1e-2], [-3e-3]]
-    if momentum:
-        call |= {"coefficients": [[0.1], [0.0]], "alpha": -0.01, "beta": 0.9}
-        (ops.lowrank_momentum_ if low_rank else ops.dense_momentum_)(table, **call)
-    else:
-        (ops.lowrank_update_ if low_rank else ops.dense_update_)(table, **call)
-    return [*x, *n]
-
-
 def _test_step(device: str) -> str | None:
-    """A step moves a small model along its own direction by as much as the projected gradient says."""
+    """Checks that a step moves a small model along its own direction by as much as the projected gradient says."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.Tanh(), torch.nn.Linear(20, 4)).to(device)
     inputs, targets = torch.randn(8, 12).to(device), torch.randn(8, 4).to(device)

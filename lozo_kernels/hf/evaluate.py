@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from ..bench.environment import commit, versions
-from ..errors import InputError, require
-from .data.examples import TaskData
-from .data.load import load_data
-from .data.splits import TEST_SIZE, draw_demonstrations
-from .finetune import threads
+from ..errors import InputError
+from ..model.text_table import text_table
+from .data.splits import TEST_SIZE
 from .loop.scoring import score
-from .models.checkpoint import Checkpoint, pick_device
-from .models.language import load_adapter
-from .models.load import load_model, open_checkpoint
-from .objectives import OBJECTIVES, Objective, PromptedObjective, choose_objective
+from .methods import EVALUATIONS
+from .models.checkpoint import load_adapter, load_model
+from .objectives import PromptedObjective
+from .run import open_run, threads
 from .settings import Settings
-
-METHODS = ("zero-shot", "icl")
 
 
 def evaluate(settings: Settings, *, checkpoint: str | None = None, command: str = "", quiet: bool = False) -> dict[str, Any]:
@@ -43,50 +38,46 @@ def evaluate(settings: Settings, *, checkpoint: str | None = None, command: str 
     Raises:
         InputError: something that the user can put right.
     """
-    if settings.method not in METHODS:
-        raise InputError(f"evaluate knows the methods {' and '.join(METHODS)}, not {settings.method}")
+    if settings.method not in EVALUATIONS:
+        raise InputError(f"evaluate knows the methods {' and '.join(EVALUATIONS)}, not {settings.method}")
     settings, adapter = _with_checkpoint(settings, checkpoint)
     settings = dataclasses.replace(settings, num_eval=settings.num_eval or TEST_SIZE).resolved()
     with threads(settings.threads):
         return _evaluate(settings, adapter, command, quiet)
 
 
-def table(result: dict[str, Any]) -> str:
+def render_result(result: dict[str, Any]) -> str:
     """The result for a reader."""
+    rows = [[name.replace("_", " "), f"{value:.1%}"] for name, value in result["metrics"].items()]
+    rows.append([f"loss per {result['loss_unit']}", f"{result['loss']:.4f}"])
+    if result["method"] == "icl":
+        rows.append(["demonstrations", f"{result['demonstrations']:.1f}"])
     lines = [
         f"{result['task']} ({result['objective']}), {result['method']}",
         f"{result['examples']} examples from {result['data']['source']}",
         f"model {result['model']}, {result['seconds']:.0f} s",
         "",
-        *(f"{name.replace('_', ' '):24}{value:>10.1%}" for name, value in result["metrics"].items()),
-        f"{'loss per ' + result['loss_unit']:24}{result['loss']:>10.4f}",
+        text_table(rows, gap=4),
     ]
-    if result["method"] == "icl":
-        lines.append(f"{'demonstrations':24}{result['demonstrations']:>10.1f}")
     return "\n".join(lines + [f"note: {note}" for note in result["notes"]])
 
 
 def _evaluate(settings: Settings, adapter: Path | None, command: str, quiet: bool) -> dict[str, Any]:
     start = time.perf_counter()
-    device = pick_device(settings.device)
-    data = load_data(settings)
-    for package in ("tokenizers", "transformers"):
-        require(package)
-    opened = open_checkpoint(settings)
-    objective = _objective(settings, data, opened)
-    model, notes = load_model(opened, objective.name, data.task, settings, device)
+    run = open_run(settings, quiet=quiet)
+    data, objective = run.data, run.objective
+    model, notes = load_model(run.checkpoint, objective.name, data.task, settings, run.device)
     if adapter is not None:
         model = load_adapter(model, adapter)
-    if not quiet:
-        print(f"{data.task.name}: {len(data.test)} examples from {data.source}", file=sys.stderr)
-    scores = score(model, objective, data.test, settings.batch_size, settings.max_new_tokens, device)
+    run.say(f"{data.task.name}: {len(data.test)} examples from {data.source}")
+    scores = score(model, objective, data.test, settings.batch_size, settings.max_new_tokens, run.device)
     counts = list(objective.shown.elements()) if isinstance(objective, PromptedObjective) else []
     if counts and min(counts) < len(objective.demonstrations):
         notes = [*notes, f"some prompts have room for {min(counts)} of the {len(objective.demonstrations)} demonstrations only"]
     return {
         "task": data.task.name,
         "method": settings.method,
-        "model": str(adapter or opened.path),
+        "model": str(adapter or run.checkpoint.path),
         "objective": objective.name,
         **scores.to_dict(),
         "loss_unit": objective.unit,
@@ -95,26 +86,12 @@ def _evaluate(settings: Settings, adapter: Path | None, command: str, quiet: boo
         "settings": settings.to_dict(),
         "seed": settings.seed,
         "seconds": time.perf_counter() - start,
-        "device": str(device),
+        "device": str(run.device),
         "notes": notes,
         "versions": versions(),
         "commit": commit(),
         "command": command,
     }
-
-
-def _objective(settings: Settings, data: TaskData, opened: Checkpoint) -> Objective:
-    name = choose_objective(settings.objective, data.task, opened.causal, opened.masked)
-    kind = OBJECTIVES[name]
-    length = opened.max_length(settings.max_length)
-    if settings.method != "icl":
-        return kind(opened.tokenizer, data.task, length)
-    if not issubclass(kind, PromptedObjective):
-        raise InputError(f"--method icl needs a causal model and a task with a prompt; the objective here is {name}")
-    demonstrations = draw_demonstrations(data.train, settings)
-    if not demonstrations:
-        raise InputError(f"--method icl: {data.source} has no train examples to show")
-    return kind(opened.tokenizer, data.task, length, demonstrations)
 
 
 def _with_checkpoint(settings: Settings, checkpoint: str | None) -> tuple[Settings, Path | None]:

@@ -1,25 +1,15 @@
-"""The training methods by name: one row each, all driven by the same loop."""
+"""The training methods by name: one row each, from which the command, the Trainer and the planner know them."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 from ..optim.optimizer import LOZO, MeZO, SubZero, ZerothOrderOptimizer
 
-if TYPE_CHECKING:
-    pass
-
-EMBEDDED_LR = 3e-4
-"""Tuned for the embedded model, which is four to five orders of magnitude smaller than the models of the papers."""
-
-METHOD_SETTINGS = ("eps", "directions", "placement", "backend", "momentum", "rank", "interval", "scaling")
-"""Settings that not all methods have."""
-
-TRAINING_SETTINGS = frozenset({"steps", "k_shot", "lr", "lr_schedule", "weight_decay", "eval_every", "compare_steps", "parallel"})
-"""Settings that only methods have that train."""
-
-_ZEROTH_ORDER = METHOD_SETTINGS[:5]
+_DENSE = ("eps", "directions", "placement", "backend", "momentum")
+_LOW_RANK = (*_DENSE, "rank", "interval", "scaling")
+_SUBSPACE = tuple(name for name in _LOW_RANK if name not in ("momentum", "scaling"))
+_TRAINING = ("steps", "k_shot", "lr", "lr_schedule", "weight_decay", "eval_every", "compare_steps", "parallel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +17,13 @@ class Method:
     """A method of the command line.
 
     Attributes:
-        label: as a table of a paper writes it.
+        label: its name in the tables of papers.
         kind: "zeroth-order", "forward-gradient", "first-order", or "evaluation" for one that trains nothing.
         optimizer: its class, if it is zeroth-order.
-        uses: those of :data:`METHOD_SETTINGS` that it has.
+        uses: those of the settings that not all methods have which it has.
         momentum: default of beta, 0 for a method without.
-        lr, embedded_lr: default learning rates of large models and of the embedded one.
+        lr: default learning rate, of large models.
+        embedded_lr: default learning rate of the embedded model, which is four to five orders of magnitude smaller than theirs.
         lr_schedule: default schedule (LOZO's paper, section 5: constant for LOZO and MeZO, linear for fine-tuning).
         forwards: forward passes of a step and direction.
         published: the published code has this method, so that it can be timed beside it.
@@ -45,20 +36,32 @@ class Method:
     uses: tuple[str, ...] = ()
     momentum: float = 0.0
     lr: float = 1e-6
-    embedded_lr: float = EMBEDDED_LR
+    embedded_lr: float = 3e-4
     lr_schedule: str = "constant"
     forwards: int = 2
     published: bool = False
 
     @property
     def trains(self) -> bool:
-        """It changes weights."""
+        """Whether it changes weights."""
         return self.kind != "evaluation"
 
     @property
     def low_rank(self) -> bool:
-        """Its directions have a rank, and a factor that is kept for an interval."""
+        """Whether its directions have a rank, and a factor that is kept for an interval."""
         return "rank" in self.uses
+
+    @property
+    def estimator(self) -> str:
+        """How :class:`lozo_kernels.PatchConfig` calls the directions of a zeroth-order method."""
+        assert self.optimizer is not None
+        return self.optimizer.estimator
+
+    @property
+    def foreign(self) -> frozenset[str]:
+        """The settings of other methods, which mean nothing to this one."""
+        others = {*_LOW_RANK, "num_shots"} - set(self.uses)
+        return frozenset(others if self.trains else others | set(_TRAINING))
 
     def with_momentum(self, momentum: float) -> str:
         """Name of the method that this one is with a beta: LOZO and MeZO have another name with momentum than without."""
@@ -67,22 +70,29 @@ class Method:
         return self.name + "-m" if momentum > 0 else self.name.removesuffix("-m")
 
 
-_LOZO = METHOD_SETTINGS
+def _first_order(name: str, label: str, lr: float, embedded_lr: float, uses: tuple[str, ...] = ()) -> Method:
+    return Method(name, label, "first-order", None, uses, 0.0, lr, embedded_lr, lr_schedule="linear", forwards=1)
+
 
 METHODS = {
     m.name: m
     for m in (
-        Method("lozo", "LOZO", "zeroth-order", LOZO, _LOZO, published=True),
-        Method("lozo-m", "LOZO-M", "zeroth-order", LOZO, _LOZO, momentum=0.9, published=True),
-        Method("mezo", "MeZO", "zeroth-order", MeZO, _ZEROTH_ORDER, published=True),
-        Method("mezo-m", "MeZO-M", "zeroth-order", MeZO, _ZEROTH_ORDER, momentum=0.9, published=True),
-        Method("subzero", "SubZero", "zeroth-order", SubZero, (*_ZEROTH_ORDER[:4], "rank", "interval"), lr=1e-7),
+        Method("lozo", "LOZO", "zeroth-order", LOZO, _LOW_RANK, published=True),
+        Method("lozo-m", "LOZO-M", "zeroth-order", LOZO, _LOW_RANK, momentum=0.9, published=True),
+        Method("mezo", "MeZO", "zeroth-order", MeZO, _DENSE, published=True),
+        Method("mezo-m", "MeZO-M", "zeroth-order", MeZO, _DENSE, momentum=0.9, published=True),
+        Method("subzero", "SubZero", "zeroth-order", SubZero, _SUBSPACE, lr=1e-7),
         Method("forward-grad", "Forward-Grad", "forward-gradient", uses=("backend",), forwards=1),
-        Method("ft", "FT", "first-order", lr=1e-5, embedded_lr=1e-3, lr_schedule="linear", forwards=1),
-        Method("ft-adamw", "FT (AdamW)", "first-order", lr=1e-5, embedded_lr=1e-3, lr_schedule="linear", forwards=1),
-        Method("ft-sgd", "FT (SGD)", "first-order", None, ("momentum",), 0.0, 1e-3, 0.03, lr_schedule="linear", forwards=1),
-        Method("ft-lora", "FT-LoRA", "first-order", lr=1e-4, embedded_lr=1e-2, lr_schedule="linear", forwards=1),
+        _first_order("ft", "FT", 1e-5, 1e-3),
+        _first_order("ft-adamw", "FT (AdamW)", 1e-5, 1e-3),
+        _first_order("ft-sgd", "FT (SGD)", 1e-3, 0.03, uses=("momentum",)),
+        _first_order("ft-lora", "FT-LoRA", 1e-4, 1e-2),
         Method("zero-shot", "zero-shot", "evaluation", forwards=0),
-        Method("icl", "ICL", "evaluation", forwards=0),
+        Method("icl", "ICL", "evaluation", uses=("num_shots",), forwards=0),
     )
 }
+
+ZEROTH_ORDER = {name: method for name, method in METHODS.items() if method.optimizer is not None}
+"""Those that train with forward passes only, which the Trainer and the planner have."""
+EVALUATIONS = tuple(name for name, method in METHODS.items() if not method.trains)
+"""Those that score a model as it is."""

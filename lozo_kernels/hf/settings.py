@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -11,85 +11,72 @@ from typing import Any
 from ..errors import InputError
 from ..kernels.noise import MAX_RANK
 from ..model.config import PLACEMENTS, SCALINGS
-from .methods import METHOD_SETTINGS, METHODS, TRAINING_SETTINGS, Method
+from .command_line import check_options, flag, option
+from .methods import METHODS, Method
+from .objectives import OBJECTIVES, ImageObjective
 from .tasks import TASKS
 
-OBJECTIVES = ("auto", "classification", "prompt", "masked", "choice", "answer", "lm")
-PARALLEL = ("examples", "directions")
-SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("float32", "bfloat16", "float16")
-KEEPS = ("last", "best")
+SCHEDULES = ("constant", "linear", "cosine")
+
+_data, _method, _run = (functools.partial(option, group=group) for group in ("model and data", "method", "run"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of ``lozo-kernels finetune``. None means: the default of the method, the task or the machine.
+    """Settings of ``lozo-kernels finetune``, whose ``--help`` says what each means. None: the default of method, task or machine.
 
-    Attributes:
-        model: Hub name or folder; None: the embedded model.
-        task: a name of the task table; None: what ``train_file`` holds, or the embedded task without one.
-        train_file, dev_file: jsonl, or text with one example a line; without ``dev_file`` a tenth of ``train_file`` is held out.
-        data_dir: folder of <task>.train.jsonl and <task>.dev.jsonl.
-        k_shot: examples of each class to train on and, as many, to keep as dev (16 or 512 in the papers).
-        num_train, num_dev: examples to draw from those for training (1,000 and 500 in the papers); None: all, and the dev examples
-            are those of the file or split for that. With either of k_shot and num_dev, the latter become test examples.
-        num_eval: test examples at most (1,000 in the papers), which are scored once, at the end.
-        data_seed: of all these draws; None: ``seed``.
-        num_shots, max_new_tokens: demonstrations of in-context learning, and tokens of a generated answer, at most.
-        objective: "classification" (a head), "prompt" (label words of a causal model), "masked" (those of a masked one), "choice"
-            (options of several tokens), "answer" (the right answer token by token), "lm", or "auto".
-        method: a name of the method table.
-        rank, interval, eps, lr, momentum, weight_decay, scaling, directions, seed, backend: see :class:`lozo_kernels.LOZO`
-            and :class:`lozo_kernels.PatchConfig`.
-        placement: "inplace", "probe" or "auto": whether weights are moved, see :class:`lozo_kernels.PatchConfig`.
-        parallel: what processes that torchrun started share: "examples" of each batch, or "directions".
-        lr_schedule: "constant", "linear" or "cosine", the latter two to zero; None: the method's.
-        eval_every: steps between evaluations; None: a tenth of the run.
-        keep: the weights of the "last" step, or those with the "best" dev loss, as the papers' code keeps them.
-        eval_size: dev examples to evaluate on at most.
-        threads: CPU threads; None: one for the embedded model, which is too small to share, otherwise torch's default.
-        compare_steps: steps of the published implementation to time beside this library's, on copies of the model.
-        output: folder for the results; None: runs/<task>-<method>.
+    What LOZO, MeZO and SubZero make of theirs is said by :class:`lozo_kernels.LOZO` and :class:`lozo_kernels.PatchConfig`.
     """
 
-    model: str | None = None
-    task: str | None = None
-    train_file: str | None = None
-    dev_file: str | None = None
-    data_dir: str | None = None
-    k_shot: int | None = None
-    num_train: int | None = None
-    num_dev: int | None = None
-    num_eval: int | None = None
-    data_seed: int | None = None
-    num_shots: int = 32
-    max_new_tokens: int = 50
-    objective: str = "auto"
-    method: str = "lozo"
-    rank: int = 2
-    interval: int = 50
-    eps: float = 1e-3
-    lr: float | None = None
-    momentum: float | None = None
-    weight_decay: float = 0.0
-    lr_schedule: str | None = None
-    scaling: str = "paper"
-    directions: int = 1
-    placement: str = "inplace"
-    parallel: str | None = None
-    steps: int | None = None
-    batch_size: int = 16
-    max_length: int = 256
-    eval_every: int | None = None
-    keep: str = "last"
-    eval_size: int = 500
-    compare_steps: int | None = None
-    dtype: str = "float32"
-    device: str = "auto"
-    backend: str | None = None
-    threads: int | None = None
-    seed: int = 0
-    output: str | None = None
+    model: str | None = _data(None, "name on the Hub or a folder (default: the embedded model)")
+    task: str | None = _data(None, "a task by name; an unknown name lists them", choices=tuple(TASKS))
+    train_file: str | None = _data(None, "jsonl with text and, for classification, label; or text, one example a line")
+    dev_file: str | None = _data(None, "as --train-file (default: a tenth of that file is held out)")
+    data_dir: str | None = _data(None, "folder of TASK.train.jsonl and TASK.dev.jsonl, or of images (default: the Hub)")
+    k_shot: int | None = _data(
+        None, "train on so many examples of each class, with as many more as dev (16 or 512 in the papers)", low=1
+    )
+    num_train: int | None = _data(None, "train on so many examples (1000 in the papers; default: all)", low=1)
+    num_dev: int | None = _data(
+        None, "draw so many dev examples from the train ones (500 in the papers; default: those of the data)", low=1
+    )
+    num_eval: int | None = _data(None, "score so many test examples at the end (default: 1000 with --k-shot, --num-dev)", low=1)
+    data_seed: int | None = _data(None, "seed of these draws (default: --seed)", low=0)
+    num_shots: int = _data(32, "demonstrations of icl", hidden=True, low=1)
+    max_new_tokens: int = _data(50, "tokens of a generated answer at most", low=1)
+    objective: str = _data("auto", choices=("auto", *(name for name in OBJECTIVES if name != ImageObjective.name)))
+    max_length: int = _data(256, "tokens per example", low=2)
+
+    method: str = _method("lozo", choices=tuple(METHODS))
+    rank: int = _method(2, "columns of U and V", low=1, high=MAX_RANK)
+    interval: int = _method(50, "steps between two draws of V", low=1)
+    eps: float = _method(1e-3, "scale of the perturbation", low=0.0, above=0)
+    lr: float | None = _method(None, "learning rate (default: the method's; tuned values for the embedded model)", low=0.0)
+    lr_schedule: str | None = _method(None, "constant, or linear or cosine to zero (default: the method's)", choices=SCHEDULES)
+    momentum: float | None = _method(None, "beta of lozo-m and mezo-m (default: 0.9), and of ft-sgd", low=0.0, below=1)
+    weight_decay: float = _method(0.0, "decoupled", low=0.0)
+    scaling: str = _method("paper", "where 1/rank goes: paper, card or published", choices=SCALINGS)
+    directions: int = _method(1, "directions per step", low=1)
+    placement: str = _method("inplace", "inplace moves the weights, probe only reads them, or auto", choices=PLACEMENTS)
+    parallel: str | None = _method(
+        None, "what processes share: examples or directions (default: examples, under torchrun)", choices=("examples", "directions")
+    )
+
+    steps: int | None = _run(None, "(default: 1000; 1500 without arguments)", low=1)
+    batch_size: int = _run(16, low=1)
+    eval_every: int | None = _run(None, "steps between evaluations (default: a tenth of the run)", low=1)
+    keep: str = _run("last", "weights of the last step, or best: of the lowest dev loss", choices=("last", "best"))
+    eval_size: int = _run(500, "dev examples at most", low=1)
+    compare_steps: int | None = _run(None, "time so many steps of the published way too (default: 0; 24 without arguments)", low=0)
+    dtype: str = _run("float32", choices=DTYPES)
+    device: str = _run("auto", "cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    backend: str | None = _run(None, "backend of the kernels (default: the best for the device)")
+    threads: int | None = _run(
+        None, "on the CPU (default: torch's; one for the embedded model, which is too small to share)", low=1
+    )
+    seed: int = _run(0, low=0, high=2**63 - 1)
+    output: str | None = _run(None, "folder for the results (default: runs/TASK-METHOD)")
 
     def resolved(self) -> Settings:
         """These settings, checked, with every None replaced that has a fixed default and that the method uses.
@@ -97,10 +84,10 @@ class Settings:
         Raises:
             InputError: a setting is unknown, out of range, or names a file that is not there.
         """
-        self._check_names()
-        self._check_numbers()
-        self._check_files()
+        check_options(self)
         method = METHODS[self.method]
+        self._check_combinations()
+        self._check_data()
         self._check_method(method)
         demo = self.model is None and self.task is None and self.train_file is None
         comparable = demo and self.directions == 1 and method.published
@@ -126,11 +113,11 @@ class Settings:
 
     @property
     def drawing_seed(self) -> int:
-        """What the draws of examples depend on."""
+        """The seed of the draws of examples."""
         return self.seed if self.data_seed is None else self.data_seed
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values by name."""
         return dataclasses.asdict(self)
 
     def _resolved_momentum(self, method: Method) -> float:
@@ -141,79 +128,26 @@ class Settings:
             raise InputError(f"--method {method.name} with --momentum {self.momentum:g} is --method {other}: ask for that")
         return self.momentum
 
-    def _check_names(self) -> None:
-        for option, value, known in (
-            ("--method", self.method, METHODS),
-            ("--task", self.task, TASKS),
-            ("--objective", self.objective, OBJECTIVES),
-            ("--lr-schedule", self.lr_schedule, SCHEDULES),
-            ("--scaling", self.scaling, SCALINGS),
-            ("--placement", self.placement, PLACEMENTS),
-            ("--keep", self.keep, KEEPS),
-            ("--parallel", self.parallel, PARALLEL),
-            ("--dtype", self.dtype, DTYPES),
-        ):
-            if value is not None and value not in known:
-                raise InputError(f"{option} {value!r} is not known; there are {', '.join(known)}")
+    def _check_combinations(self) -> None:
+        if self.k_shot is not None and (self.num_train is not None or self.num_dev is not None):
+            raise InputError("--k-shot says how many train and dev examples there are: leave out --num-train and --num-dev")
+        if self.compare_steps and self.directions > 1:
+            raise InputError("--compare-steps goes with --directions 1: the published code has one direction a step")
 
     def _check_method(self, method: Method) -> None:
-        foreign = {name for name in METHOD_SETTINGS if name not in method.uses}
-        foreign |= set() if method.trains else TRAINING_SETTINGS
-        foreign |= set() if method.name == "icl" else {"num_shots"}
         for f in dataclasses.fields(self):
-            if f.name in foreign and getattr(self, f.name) not in (f.default, 0):
-                raise InputError(f"{_option(f.name)} means nothing to --method {method.name}: leave it out")
+            if f.name in method.foreign and getattr(self, f.name) not in (f.default, 0):
+                raise InputError(f"{flag(f.name)} means nothing to --method {method.name}: leave it out")
         if method.kind == "first-order" and self.dtype == "float16":
             raise InputError(f"--method {method.name} needs --dtype float32 or bfloat16: gradients underflow in float16")
         if self.compare_steps and not method.published:
             raise InputError(f"--compare-steps: the published code has no {method.name}")
 
-    def _check_numbers(self) -> None:
-        for name, low in (
-            ("rank", 1),
-            ("interval", 1),
-            ("directions", 1),
-            ("steps", 1),
-            ("batch_size", 1),
-            ("max_length", 2),
-            ("k_shot", 1),
-            ("num_train", 1),
-            ("num_dev", 1),
-            ("num_eval", 1),
-            ("data_seed", 0),
-            ("num_shots", 1),
-            ("max_new_tokens", 1),
-            ("eval_every", 1),
-            ("eval_size", 1),
-            ("compare_steps", 0),
-            ("threads", 1),
-            ("seed", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise InputError(f"{_option(name)} is at least {low}, not {value}")
-        if self.rank > MAX_RANK:
-            raise InputError(f"--rank is at most {MAX_RANK}, not {self.rank}")
-        if self.seed >= 2**63:
-            raise InputError(f"--seed is below 2**63, not {self.seed}")
-        for name in ("eps", "lr", "momentum", "weight_decay"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{_option(name)} is a finite number of at least 0, not {value}")
-        if self.k_shot is not None and (self.num_train is not None or self.num_dev is not None):
-            raise InputError("--k-shot says how many train and dev examples there are: leave out --num-train and --num-dev")
-        if self.eps == 0:
-            raise InputError("--eps is above 0, not 0")
-        if self.compare_steps and self.directions > 1:
-            raise InputError("--compare-steps goes with --directions 1: the published code has one direction a step")
-        if self.momentum is not None and self.momentum >= 1:
-            raise InputError(f"--momentum is below 1, not {self.momentum}")
-
-    def _check_files(self) -> None:
+    def _check_data(self) -> None:
         for name in ("train_file", "dev_file"):
             value = getattr(self, name)
             if value is not None and not Path(value).is_file():
-                raise InputError(f"{_option(name)}: there is no file {value}")
+                raise InputError(f"{flag(name)}: there is no file {value}")
         images = self.task is not None and TASKS[self.task].kind == "image"
         if self.data_dir is not None and not Path(self.data_dir).is_dir() and not (images and _is_hub_name(self.data_dir)):
             raise InputError(f"--data-dir: there is no folder {self.data_dir}")
@@ -253,7 +187,3 @@ def _check_output(output: Path) -> None:
             if not path.is_dir():
                 raise InputError(f"--output: {path} is a file")
             return
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")

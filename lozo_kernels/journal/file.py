@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..errors import JournalError
 from ..kernels.checks import as_integer
+from ..model.files import replacing
 from .format import CRC, Record, Sides, StepTaken, encode_record, frame
 
 
@@ -48,18 +49,13 @@ class JournalFile:
         Raises:
             JournalError: it cannot be written.
         """
-        half = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            half.write_bytes(header)
-            descriptor = open_alone(half)
-            os.fsync(descriptor)
-            _publish(half, path, overwrite)
+            with replacing(path, overwrite=overwrite, suffix=str(os.getpid())) as half:
+                half.write_bytes(header)
+                descriptor = open_alone(half)
         except FileExistsError:
-            half.unlink()
             raise already_there(path) from None
         except OSError as e:
-            with contextlib.suppress(OSError):
-                half.unlink()
             raise JournalError(f"cannot write the journal {path}: {e.strerror}") from None
         tail = Tail(len(header), CRC.unpack_from(header, len(header) - CRC.size)[0])
         return cls(path, descriptor, tail, fsync)
@@ -150,22 +146,6 @@ def check_fsync(fsync: int | None) -> None:
 def already_there(path: Path) -> JournalError:
     """What is said of a name that is taken."""
     return JournalError(f"{path} is there already: resume it, give overwrite=True, or another name")
-
-
-def _publish(half: Path, path: Path, overwrite: bool) -> None:
-    """Gives a file its name; FileExistsError if another process was faster."""
-    if not overwrite:
-        try:
-            os.link(half, path)
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without links
-            if path.exists():
-                raise FileExistsError(str(path)) from None
-        else:
-            half.unlink()
-            return
-    os.replace(half, path)
 
 
 def open_alone(path: Path) -> int:

@@ -7,13 +7,14 @@ and takes them out when it ends. What is between forwards in those places has no
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Hashable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .files import replacing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,9 @@ class OffloadedWeight:
             entry = weights.index[key]
             if "safetensors_file" in entry:
                 entry = {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
-            _replace_file(Path(weights.save_folder) / f"{key}.dat", value.to("cpu", getattr(torch, entry["dtype"])))
+            raw = value.detach().to("cpu", getattr(torch, entry["dtype"])).contiguous().view(-1).view(torch.uint8)
+            with replacing(Path(weights.save_folder) / f"{key}.dat") as part:
+                raw.numpy().tofile(part)
             if entry != weights.index[key]:
                 weights.index = {**weights.index, key: entry}  # the old one may be another loader's too
 
@@ -100,15 +103,6 @@ class OffloadedWeight:
     def _in_memory(self) -> Tensor | None:
         weights, key = self._place()
         return (weights if isinstance(weights, MutableMapping) else getattr(weights, "state_dict", {})).get(key)
-
-
-def _replace_file(path: Path, value: Tensor) -> None:
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
-        value.detach().contiguous().view(-1).view(torch.uint8).numpy().tofile(file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def offloaded_weights(model: nn.Module) -> dict[nn.Module, OffloadedWeight]:

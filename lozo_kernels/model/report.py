@@ -6,6 +6,8 @@ import dataclasses
 
 import torch
 
+from .text_table import text_table
+
 
 @dataclasses.dataclass(frozen=True)
 class ParameterReport:
@@ -39,25 +41,12 @@ class Report:
     """What a probe's check found."""
 
     def __str__(self) -> str:
-        header = ("parameter", "shape", "dtype", "device", "treatment", "side", "backend", "note")
-        rows = [header]
+        rows = [("parameter", "shape", "dtype", "device", "treatment", "side", "backend", "note")]
         for p in self.parameters:
+            shape, dtype = "x".join(map(str, p.shape)) or "scalar", str(p.dtype).removeprefix("torch.")
             note = p.note + (f"; tied with {', '.join(p.aliases)}" if p.aliases else "")
-            shape = "x".join(map(str, p.shape)) or "scalar"
-            rows.append(
-                (
-                    p.name,
-                    shape,
-                    str(p.dtype).removeprefix("torch."),
-                    str(p.device),
-                    p.treatment,
-                    p.side or "-",
-                    p.backend or "-",
-                    note,
-                )
-            )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header) - 1)]
-        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
+            rows.append((p.name, shape, dtype, str(p.device), p.treatment, p.side or "-", p.backend or "-", note))
+        lines = [text_table(rows, left=len(rows[0]))]
         for device, reasons in self.rejected_backends.items():
             lines += [f"{device}: {name} not used: {reason}" for name, reason in reasons.items()]
         return "\n".join([*lines, *self.notes])

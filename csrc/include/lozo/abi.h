@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define LOZO_ABI_VERSION 2
+#define LOZO_ABI_VERSION 3
 #define LOZO_MAX_RANK 64
 #define LOZO_MAX_DRAWS 2
 
@@ -53,10 +53,12 @@ typedef struct lozo_call {
   const float *alpha;         // (tensors,), momentum ops only
   const float *beta;          // (tensors,), momentum ops only
   const float *decay;         // (tensors,), or NULL for 1
+  const lozo_tensor *out;     // merges only: the weights that are written, of which only x and its strides count
+  int64_t reproject;          // resample only: N is carried over into the new V
   int64_t threads;
 } lozo_call;
 
-// A product of activations with a weight's factors, as registry.Skinny describes it. Unit column strides.
+// A product of activations with a weight's factors, as calls.LayerCall describes it. Unit column strides.
 typedef struct lozo_skinny {
   void *y;               // (tokens, rows), or (tokens, cols) if transposed or looked up
   const void *x;         // (tokens, cols), or (tokens, rows) if transposed; for a look-up (tokens,) row indices
@@ -94,19 +96,10 @@ typedef struct lozo_factor {
   int64_t rank;
 } lozo_factor;
 
-// The ops of ops.py; each returns a lozo_status, and changes nothing unless it is LOZO_OK.
-LOZO_EXPORT int lozo_cpu_lowrank_update(const lozo_tensor *tensors, int64_t count, const lozo_call *call);
-LOZO_EXPORT int lozo_cpu_dense_update(const lozo_tensor *tensors, int64_t count, const lozo_call *call);
-LOZO_EXPORT int lozo_cpu_lowrank_momentum(const lozo_tensor *tensors, int64_t count, const lozo_call *call);
-LOZO_EXPORT int lozo_cpu_dense_momentum(const lozo_tensor *tensors, int64_t count, const lozo_call *call);
-// seed, rank and threads of the call are used; draw_steps[0] is the window.
-LOZO_EXPORT int lozo_cpu_resample(const lozo_tensor *tensors, int64_t count, const lozo_call *call, int64_t reproject);
-
-// The tensors are fp32 factors themselves, (batch, rows, rank).
-LOZO_EXPORT int lozo_cpu_factor_update(const lozo_tensor *tensors, int64_t count, const lozo_call *call);
-// The weights of ``out`` are written, tensor by tensor; it may be ``tensors``. Of ``out`` only x and its strides are used.
-LOZO_EXPORT int lozo_cpu_lowrank_merge(const lozo_tensor *tensors, int64_t count, const lozo_call *call, const lozo_tensor *out);
-LOZO_EXPORT int lozo_cpu_dense_merge(const lozo_tensor *tensors, int64_t count, const lozo_call *call, const lozo_tensor *out);
+// For each op of LOZO_TABLE_OPS (cpu/ops.h) there is
+//   int lozo_cpu_<op>(const lozo_tensor *tensors, int64_t count, const lozo_call *call);
+// which returns a lozo_status, and changes nothing unless it is LOZO_OK. Of resample, draw_steps[0] is the window; the tensors of
+// factor_update are fp32 factors themselves, (batch, rows, rank); out of a merge may be the tensors.
 LOZO_EXPORT int lozo_cpu_lowrank_linear(const lozo_skinny *call);
 LOZO_EXPORT int lozo_cpu_lowrank_embedding(const lozo_skinny *call);
 

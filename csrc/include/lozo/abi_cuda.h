@@ -1,5 +1,5 @@
 // The C interface between Python and the CUDA kernels. Pointers are to memory of the device unless a comment says otherwise; what
-// they point to is what lozo_kernels/backends/launches.py builds.
+// they point to is what lozo_kernels/kernels/backends/launches.py builds.
 #ifndef LOZO_ABI_CUDA_H
 #define LOZO_ABI_CUDA_H
 

@@ -1,4 +1,4 @@
-// The noise contract (lozo_kernels/noise.py), scalar, for host and device code.
+// The noise contract (lozo_kernels/kernels/noise.py), scalar, for host and device code.
 #ifndef LOZO_NOISE_H
 #define LOZO_NOISE_H
 

@@ -1,8 +1,9 @@
-"""examples."""
+"""One example of a task, and the examples of a run."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from ..tasks import Task
 
@@ -25,6 +26,11 @@ class Example:
     options: tuple[str, ...] = ()
     right: tuple[int, ...] = ()
     answers: tuple[str, ...] = ()
+
+
+def relabelled(examples: Sequence[Example], names: Sequence[str], classes: Sequence[str]) -> list[Example]:
+    """Examples whose labels are positions in ``names``, with the positions of the same classes in ``classes``."""
+    return [dataclasses.replace(e, label=classes.index(names[e.label])) for e in examples if e.label is not None]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from ...errors import InputError
 from ..settings import Settings
-from ..tasks import Task
+from .examples import Example, TaskData
 
 T = TypeVar("T")
 
@@ -17,48 +17,40 @@ TEST_SIZE = 1000
 """Test examples in the papers (MeZO and LOZO; LM-BFF's sets cut to the same number)."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Split(Generic[T]):
-    """The three parts, and a note on how they were drawn (empty where nothing was)."""
-
-    train: list[T]
-    dev: list[T]
-    test: list[T]
-    note: str = ""
-
-
-def split(task: Task, train: Sequence[T], held_out: Sequence[T], labels: Sequence[int | None], settings: Settings) -> Split[T]:
+def split(whole: TaskData, settings: Settings) -> TaskData:
     """Draws the parts that the settings ask for; every draw depends on ``data_seed`` (or ``seed``) alone.
 
-    - Neither k-shot nor num_dev: ``train`` (or num_train of it) and ``held_out`` as dev; the latter's num_eval are the test.
-    - num_dev: num_train and num_dev of ``train``, disjoint (MeZO's 1,000 and 500), and num_eval of ``held_out``. Where there are
-      not as many, dev has its number and the rest is trained on, as in the published runs on CB and COPA.
-    - k_shot: k of each class to train on and the next k as dev (LM-BFF); a class with fewer gives what it has, to train first,
-      as happens to TREC's abbreviations with k = 512.
+    - Neither k_shot nor num_dev: ``train`` (or num_train of it) and ``dev`` stay; num_eval of the latter are the test.
+    - num_dev: num_train and num_dev of ``train``, disjoint (MeZO's 1,000 and 500), and num_eval of the old ``dev`` are the test.
+      Where there are not as many, dev has its number and the rest is trained on, as in the published runs on CB and COPA.
+    - k_shot: k of each class to train on and the next k as dev (LM-BFF), and the test as before; a class with fewer gives what it
+      has, to train first, as happens to TREC's abbreviations with k = 512.
 
-    Args:
-        labels: the class of each of ``train``.
+    Returns:
+        The parts; their source also says how they were drawn.
 
     Raises:
         InputError: too few examples, or no classes to take k of.
     """
-    seed = settings.drawing_seed
-    held = list(held_out)
+    seed, train, held = settings.drawing_seed, whole.train, whole.dev
+    if settings.k_shot is None and settings.num_dev is None:
+        test = _draw(held, settings.num_eval, seed, "test") if settings.num_eval is not None else []
+        if settings.num_train is None:
+            return dataclasses.replace(whole, test=test)
+        source = f"{whole.source}: {settings.num_train} drawn with seed {seed}"
+        return dataclasses.replace(whole, train=_draw(train, settings.num_train, seed, "train"), test=test, source=source)
     if settings.k_shot is not None:
-        kept, dev, note = _k_shot(task, train, labels, settings.k_shot, seed)
-        return Split(kept, dev, _draw(held, settings.num_eval or TEST_SIZE, seed, "test"), note)
-    if settings.num_dev is not None:
+        kept, dev, note = _k_shot(whole, settings.k_shot, seed)
+    else:
+        assert settings.num_dev is not None
         if settings.num_dev >= len(train):
             raise InputError(f"--num-dev {settings.num_dev} of {len(train)} train examples leaves none to train on")
         wanted = len(train) if settings.num_train is None else settings.num_train + settings.num_dev
         drawn = _draw(train, wanted, seed, "train")
         kept, dev = drawn[: -settings.num_dev], drawn[-settings.num_dev :]
         note = f"{len(kept)} and {len(dev)} of its train examples drawn with seed {seed}"
-        return Split(kept, dev, _draw(held, settings.num_eval or TEST_SIZE, seed, "test"), note)
-    test = _draw(held, settings.num_eval, seed, "test") if settings.num_eval is not None else []
-    if settings.num_train is None:
-        return Split(list(train), held, test)
-    return Split(_draw(train, settings.num_train, seed, "train"), held, test, f"{settings.num_train} drawn with seed {seed}")
+    test = _draw(held, settings.num_eval or TEST_SIZE, seed, "test")
+    return dataclasses.replace(whole, train=kept, dev=dev, test=test, source=f"{whole.source}: {note}")
 
 
 def draw_demonstrations(train: Sequence[T], settings: Settings) -> list[T]:
@@ -66,13 +58,14 @@ def draw_demonstrations(train: Sequence[T], settings: Settings) -> list[T]:
     return _draw(train, settings.num_shots, settings.drawing_seed, "train")
 
 
-def _k_shot(task: Task, train: Sequence[T], labels: Sequence[int | None], k: int, seed: int) -> tuple[list[T], list[T], str]:
-    if task.kind not in ("classification", "image") or None in labels:
+def _k_shot(whole: TaskData, k: int, seed: int) -> tuple[list[Example], list[Example], str]:
+    task = whole.task
+    if task.kind not in ("classification", "image") or any(e.label is None for e in whole.train):
         raise InputError(f"--k-shot takes examples of each class, and {task.name} has no classes; use --num-train and --num-dev")
-    order = _draw(range(len(train)), len(train), seed, "train")
+    drawn = _draw(whole.train, len(whole.train), seed, "train")
     kept, dev, short = [], [], []
     for label, name in enumerate(task.labels):
-        of_class = [train[i] for i in order if labels[i] == label]
+        of_class = [e for e in drawn if e.label == label]
         if not of_class:
             raise InputError(f"--k-shot {k}: no train example is of the class {name}")
         kept += of_class[:k]

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ...errors import InputError, require
+from ...errors import InputError
+from ..methods import METHODS
 from ..settings import Settings
-from ..tasks import TASKS, TEXT, Row, Task
-from .examples import DEV_NAMES, Example, TaskData
+from ..tasks import TASKS, TEXT, Hub, Row, Task
+from .examples import DEV_NAMES, Example, TaskData, relabelled
 
 
 def read_examples(path: Path, task: Task, labelled: bool = True) -> list[Example]:
@@ -25,6 +26,31 @@ def read_examples(path: Path, task: Task, labelled: bool = True) -> list[Example
     if not examples:
         raise InputError(f"{path}: no examples")
     return examples
+
+
+def load_texts(settings: Settings) -> TaskData:
+    """The examples that resolved settings ask for, as train and dev.
+
+    Raises:
+        InputError: a file is missing or malformed, a label is none of the classes, or there are no examples.
+    """
+    labelled = settings.objective != "lm"
+    if settings.train_file is not None:
+        return _from_files(settings, labelled)
+    task = TASKS[settings.task or ""]
+    needs_train = METHODS[settings.method].trains or settings.method == "icl"
+    if settings.dev_file is not None:  # zero-shot
+        return TaskData(task, [], read_examples(Path(settings.dev_file), task, labelled), settings.dev_file)
+    if settings.data_dir is not None:
+        paths = _find(Path(settings.data_dir), task, needs_train)
+        train, dev = (read_examples(path, task, labelled) if path is not None else [] for path in paths)
+        return TaskData(task, train, dev, ", ".join(str(path) for path in paths if path is not None))
+    if task.generate is not None:
+        train, dev = (_examples(_numbered(rows, task.name), task, labelled) for rows in task.generate(0))
+        return TaskData(task, train, dev, "its generator")
+    if task.hub is None:
+        raise InputError(f"--task {task.name} needs --train-file or --data-dir")
+    return _from_hub(task, task.hub, labelled, needs_train)
 
 
 def _from_files(settings: Settings, labelled: bool) -> TaskData:
@@ -69,33 +95,25 @@ def _fields_of(row: Row, where: str) -> tuple[tuple[str, ...], ...]:
     raise InputError(f"{where}: no text field ({_spell(single)}, or for pairs {_spell(pair)})")
 
 
-def _find(folder: Path, task: Task, shown: bool) -> tuple[Path | None, Path]:
+def _find(folder: Path, task: Task, needs_train: bool) -> tuple[Path | None, Path]:
     train_paths = [folder / f"{task.name}.train.jsonl", *sorted(folder.glob(f"{task.name}.train*.jsonl"))]
     devs = [folder / f"{task.name}.{name}.jsonl" for name in DEV_NAMES]
     train, dev = (next((p for p in paths if p.is_file()), None) for paths in (train_paths, devs))
-    lacks_train = train is None and shown
+    lacks_train = train is None and needs_train
     if dev is None or lacks_train:
         missing = train_paths[0].name if lacks_train else " or ".join(p.name for p in devs)
         raise InputError(f"--data-dir {folder}: no {missing}")
     return train, dev
 
 
-def _from_hub(task: Task, labelled: bool, shown: bool) -> TaskData:
-    datasets = require("datasets", extra="hub")
-    hub = task.hub
-    assert hub is not None
+def _from_hub(task: Task, hub: Hub, labelled: bool, needs_train: bool) -> TaskData:
+    source = dataclasses.replace(task, label_field=hub.label_field or task.label_field, labels=hub.labels or task.labels)
     parts = {}
-    for part in (hub.train, hub.dev) if shown else (hub.dev,):
-        try:
-            rows = datasets.load_dataset(hub.path, hub.config, split=part, revision=hub.revision)
-        except Exception as e:  # offline, renamed, gated: the library raises many kinds, and each is the user's to know
-            reason = " ".join(str(e).split())
-            raise InputError(f"task {task.name}: {hub.path} could not be had from the Hub ({reason}); use --data-dir") from None
-        source = dataclasses.replace(task, label_field=hub.label_field or task.label_field, labels=hub.labels or task.labels)
+    for part in (hub.train, hub.dev) if needs_train else (hub.dev,):
+        rows = hub.load(task.name, split=part)
         examples = _examples(_numbered(rows, f"{hub.path} {part}"), source, labelled, skip_unlabelled=True)
         if hub.labels and labelled:
-            order = [task.labels.index(name) for name in hub.labels]
-            examples = [dataclasses.replace(e, label=order[e.label]) for e in examples if e.label is not None]
+            examples = relabelled(examples, hub.labels, task.labels)
         parts[part] = examples
     return TaskData(task, parts.get(hub.train, []), parts[hub.dev], f"the Hub: {hub.path}")
 

@@ -3,4 +3,4 @@
 from pathlib import Path
 
 MODEL = Path(__file__).parent / "model"
-"""Folder of the embedded model; ``pretrain.py`` made it."""
+"""Folder of the embedded model; ``bench/pretrain_demo.py`` in the repository made it."""

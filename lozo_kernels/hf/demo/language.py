@@ -1,8 +1,8 @@
-"""A small templated English and the task that is put to it: what the embedded model reads, and what it is then taught.
+"""A small templated English and the task that is put to it.
 
-Stories tell of visits: what was good or bad there, and how the visitor reacted. A model of stories therefore learns what
-praise and blame sound like. The stories also hold questions about the weather, answered at random by yes or no. No story ever
-asks the question of the task, "Go again?": a model of stories answers it by chance until it is fine-tuned.
+The embedded model was trained on stories of visits in this language: what was good or bad there, and how the visitor reacted
+(see ``bench/pretrain_demo.py`` in the repository). It knows what praise and blame sound like. No story asks the question of the
+task, "Go again?", so the model answers it by chance until it is fine-tuned.
 """
 
 from __future__ import annotations
@@ -47,49 +47,12 @@ BAD: dict[str, tuple[str, ...]] = {
 }
 
 DEGREES = ("", "", "", "very ", "really ", "so ", "quite ")
-NAMES = ("Mia", "Leo", "Anna", "Tom", "Nora", "Sam", "Ella", "Ben", "Ruth", "Max", "Ida", "Paul")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 PLACE_TRAITS = ("old", "new", "little", "big", "famous", "corner")
-WEATHER = ("raining", "snowing", "windy", "sunny", "cold outside", "warm outside", "foggy")
-
-GLAD = (
-    "smiled all the way home",
-    "told {friend} to go there soon",
-    "planned to come back the next week",
-    "thanked everyone twice",
-    "was happy for the rest of the day",
-    "left a big tip",
-    "could not wait to return",
-    "wrote a letter full of praise",
-)
-SORRY = (
-    "frowned all the way home",
-    "told {friend} to stay away",
-    "asked for the money back",
-    "left before the end",
-    "was angry for the rest of the day",
-    "hurried out of the door",
-    "never went there again",
-    "wrote a letter full of complaints",
-)
-
 TASK_NAME = "go-again"
 PROMPT = " Go again?"
 LABEL_WORDS = (" no", " yes")
 """The words of label 0 and 1."""
-
-
-def story(rng: random.Random) -> str:
-    """One short story: a visit and its visitor's reaction, or a talk about the weather."""
-    name, friend = rng.sample(NAMES, 2)
-    if rng.random() < 0.25:
-        question = f"{name} asked {friend} on {rng.choice(DAYS)}: is it {rng.choice(WEATHER)}?"
-        return f"{question} {rng.choice(('yes', 'no'))}, said {friend}."
-    place = rng.choice(list(PLACES))
-    good = rng.random() < 0.5
-    opening = f"{name} went to the {rng.choice(PLACE_TRAITS)} {place} on {rng.choice(DAYS)}."
-    reaction = rng.choice(GLAD if good else SORRY).format(friend=friend)
-    return f"{opening} {_opinion(rng, place, good)} {name} {reaction}."
 
 
 def review(rng: random.Random) -> tuple[str, int]:
@@ -98,7 +61,7 @@ def review(rng: random.Random) -> tuple[str, int]:
     good = rng.random() < 0.5
     opening = rng.choice(("I tried the {} {} on {}.", "We were at the {} {} on {}.", "My visit to the {} {} on {}."))
     visit = opening.format(rng.choice(PLACE_TRAITS), place, rng.choice(DAYS))
-    return f"{visit} {_opinion(rng, place, good)}", int(good)
+    return f"{visit} {opinion(rng, place, good)}", int(good)
 
 
 def reviews(seed: int, train: int, dev: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
@@ -112,7 +75,7 @@ def reviews(seed: int, train: int, dev: int) -> tuple[list[tuple[str, int]], lis
     return rows[:train], rows[train:]
 
 
-def _opinion(rng: random.Random, place: str, good: bool) -> str:
+def opinion(rng: random.Random, place: str, good: bool) -> str:
     """One to two sentences about a place. After a "but" it is the last clause that counts."""
     kinds = list(PLACES[place])
     rng.shuffle(kinds)

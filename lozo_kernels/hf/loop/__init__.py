@@ -1,1 +1,1 @@
-"""loop."""
+"""The training loop of ``finetune``: what it drives, what it measures, and what it writes while it goes on."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,50 +13,37 @@ from ...kernels import ops
 from ...kernels.calls import Draw
 from ...kernels.table import TensorTable
 from ...model.patching import patch
-from .drivers import Closure, LossWatch, StepResult
+from .drivers import Closure, CountingDriver, backends_of
 
 LORA_RANK = 8
 LORA_ALPHA = 16
-"""As MeZO's and LOZO's papers have LoRA: r = 8 and alpha = 16 on the attention projections that PEFT knows for an architecture."""
+"""LoRA as in the papers of MeZO and LOZO: r = 8, alpha = 16, on the attention projections that PEFT knows for an architecture."""
 
 
-class FirstOrder:
+class FirstOrder(CountingDriver):
     """Gradients by backward, and one of torch's optimisers; one forward and one backward pass a step.
 
     The model stays in evaluation mode as for the other methods, so there is no dropout.
 
     Args:
-        optimizer: of the parameters to train.
-        model: whose parameters they are.
+        model: what is trained.
+        optimizer: holds the parameters to train.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(optimizer)
         self.model = model
-        self.optimizer = optimizer
-        self.backends: list[str] = []
-        self.info: StepResult | None = None
-        self.steps_done = 0
-        self._watch = LossWatch()
 
     def step(self, closure: Closure) -> Tensor:
-        """A gradient step; see :class:`~lozo_kernels.hf.loop.drivers.Driver`."""
         with torch.enable_grad():
             loss = closure()
             loss.backward()  # type: ignore[no-untyped-call]
-        loss = loss.detach()
-        good = False
         try:
-            good = self._watch.finite(loss, self.steps_done)
-            if good:
-                self.optimizer.step()
+            return self.finish_step(loss.detach(), torch.zeros(0, device=loss.device), self.optimizer.step)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
-            self.info = StepResult(self.steps_done, loss, torch.zeros(0), skipped=not good)
-            self.steps_done += 1
-        return loss
 
     def close(self) -> None:
-        """Drops gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
 
@@ -65,9 +51,9 @@ class LoRA(FirstOrder):
     """AdamW on low-rank adapters (Hu et al., 2022) that PEFT puts into the model, which is otherwise frozen; merged by ``close``.
 
     Args:
-        model: of transformers. A classification head is trained in full beside the adapters, as PEFT does for such models.
-        lr, weight_decay: of AdamW.
-        seed: of the adapters' first weights.
+        model: a model of transformers. A classification head is trained in full beside the adapters, as PEFT does for such models.
+        lr, weight_decay: settings of AdamW.
+        seed: seed of the adapters' first weights.
 
     Raises:
         InputError: PEFT is not installed, or the model has no linear layer to adapt.
@@ -80,7 +66,6 @@ class LoRA(FirstOrder):
         super().__init__(model, torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay))
 
     def close(self) -> None:
-        """Adds the adapters' products to the weights and removes them."""
         super().close()
         self._peft.merge_and_unload()
         if hasattr(self.model, "peft_config"):
@@ -107,7 +92,7 @@ def _adapted(model: nn.Module, seed: int) -> Any:
     raise InputError(f"this model cannot be trained by ft-lora: {error}")
 
 
-class ForwardGradient:
+class ForwardGradient(CountingDriver):
     """Forward-mode gradients (Baydin et al., 2022): X <- (1 - lr * weight_decay) X - lr (dF . Z) Z, Z dense and Gaussian.
 
     One pass computes the loss and its derivative along Z. Z is that of :class:`~lozo_kernels.MeZO` with the same seed at
@@ -115,9 +100,9 @@ class ForwardGradient:
 
     Args:
         model: a model whose operations all have forward derivatives; attention is computed without fused kernels, which have none.
-        lr, weight_decay: constants or what a schedule makes of them.
-        seed: of the directions.
-        backend: of the kernels; None for the best of the device.
+        lr, weight_decay: their values at the first step; a schedule may change them in ``optimizer``.
+        seed: seed of the directions.
+        backend: name of the kernels' backend; None for the best of the device.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`~lozo_kernels.model.patching.patch`.
@@ -127,17 +112,14 @@ class ForwardGradient:
         self, model: nn.Module, *, lr: float, weight_decay: float = 0.0, seed: int = 0, backend: str | None = None
     ) -> None:
         self.handle = patch(model, estimator="dense", seed=seed, backend=backend)
-        self.optimizer = torch.optim.SGD(self.handle.parameters, lr=lr, weight_decay=weight_decay)  # holds the groups only
-        self.backends: list[str] = sorted({p.backend for p in self.handle.report().parameters if p.backend})
-        self.info: StepResult | None = None
-        self.steps_done = 0
+        super().__init__(torch.optim.SGD(self.handle.parameters, lr=lr, weight_decay=weight_decay))  # which holds the groups only
+        self.backends = backends_of(self.handle)
         self._caller = _Caller(model)
         self._names = {id(p): name for name, p in self._caller.named_parameters()}
-        self._watch = LossWatch()
 
     @torch.no_grad()
     def step(self, closure: Closure) -> Tensor:
-        """One pass along Z; see :class:`~lozo_kernels.hf.loop.drivers.Driver`."""
+        group = self.optimizer.param_groups[0]
         tangents = self._direction()
         parameters = {name: p.detach() for name, p in self._caller.named_parameters() if name in tangents}
 
@@ -147,23 +129,14 @@ class ForwardGradient:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             loss, c = jvp(loss_at, (parameters,), (tangents,))  # type: ignore[misc]
         del tangents
-        good = False
-        try:
-            good = self._watch.finite(loss + c, self.steps_done)
-            if good:
-                group = self.optimizer.param_groups[0]
-                self.handle.update_(self.steps_done, c.to(torch.float64), group["lr"], weight_decay=group["weight_decay"])
-        finally:
-            self.info = StepResult(self.steps_done, loss, c.reshape(1), skipped=not good)
-            self.steps_done += 1
-        return loss
+        rates = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+        return self.finish_step(loss, c.reshape(1), lambda: self.handle.update_(self.steps_done, c.to(torch.float64), **rates))
 
     def close(self) -> None:
-        """Takes the patch off."""
         self.handle.restore()
 
     def _direction(self) -> dict[str, Tensor]:
-        """Z of this step by name, in the dtypes of the weights."""
+        """Z of this step by the names of the parameters, in their dtypes."""
         parameters = self.handle.parameters
         seed, draws = self.handle.config.seed, [Draw(self.steps_done)]
         found = {}
@@ -171,12 +144,9 @@ class ForwardGradient:
             table = group.table
             z = TensorTable([torch.zeros_like(x) for x in table.x], table.tensor_ids)
             ops.dense_update_(z, seed=seed, draws=draws, scales=1.0, backend=group.backend)
-            found.update(_named(z.x, [parameters[i] for i in group.index.tolist()], self._names))
+            for value, i in zip(z.x, group.index.tolist(), strict=True):
+                found[self._names[id(parameters[i])]] = value.reshape(parameters[i].shape)
         return found
-
-
-def _named(values: Sequence[Tensor], parameters: Sequence[nn.Parameter], names: dict[int, str]) -> dict[str, Tensor]:
-    return {names[id(p)]: z.reshape(p.shape) for z, p in zip(values, parameters, strict=True)}
 
 
 class _Caller(nn.Module):
@@ -188,5 +158,4 @@ class _Caller(nn.Module):
         self.training = model.training
 
     def forward(self, closure: Closure) -> Tensor:
-        """What the closure returns."""
         return closure()

@@ -1,9 +1,8 @@
-"""building."""
+"""Makes what trains a model from the settings of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,11 +10,9 @@ from torch import nn
 from ...errors import InputError
 from ...optim.optimizer import ZerothOrderOptimizer
 from ..methods import METHODS
+from ..settings import Settings
 from .baselines import FirstOrder, ForwardGradient, LoRA
 from .drivers import Driver, ZerothOrder
-
-if TYPE_CHECKING:
-    from ..settings import Settings
 
 
 def build_optimizer(model: nn.Module, settings: Settings) -> ZerothOrderOptimizer:
@@ -44,53 +41,23 @@ def build_driver(model: nn.Module, settings: Settings) -> Driver:
     method = METHODS[settings.method]
     if not method.trains:
         raise InputError(f"--method {method.name} trains nothing: lozo-kernels evaluate --method {method.name} scores a model")
-    return _MAKERS.get(method.name, _zeroth_order)(model, settings)
+    if method.optimizer is not None:
+        return ZerothOrder(build_optimizer(model, settings))
+    rates: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    if method.kind == "forward-gradient":
+        try:
+            return ForwardGradient(model, **rates, seed=settings.seed, backend=settings.backend)
+        except (TypeError, ValueError, RuntimeError) as e:
+            raise _untrainable(settings, e) from None
+    if method.name == "ft-lora":
+        return LoRA(model, **rates, seed=settings.seed)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise _untrainable(settings, "no parameter requires a gradient")
+    if method.name == "ft-sgd":
+        return FirstOrder(model, torch.optim.SGD(trained, **rates, momentum=settings.momentum or 0.0))
+    return FirstOrder(model, torch.optim.AdamW(trained, **rates))
 
 
-def _zeroth_order(model: nn.Module, settings: Settings) -> Driver:
-    return ZerothOrder(build_optimizer(model, settings))
-
-
-def _sgd(model: nn.Module, settings: Settings) -> Driver:
-    options = {"lr": settings.lr, "momentum": settings.momentum, "weight_decay": settings.weight_decay}
-    return FirstOrder(model, torch.optim.SGD(_trainable(model, settings), **options))  # type: ignore[arg-type]
-
-
-def _adamw(model: nn.Module, settings: Settings) -> Driver:
-    options = {"lr": settings.lr, "weight_decay": settings.weight_decay}
-    return FirstOrder(model, torch.optim.AdamW(_trainable(model, settings), **options))  # type: ignore[arg-type]
-
-
-def _lora(model: nn.Module, settings: Settings) -> Driver:
-    assert settings.lr is not None
-    return LoRA(model, lr=settings.lr, weight_decay=settings.weight_decay, seed=settings.seed)
-
-
-def _forward_gradient(model: nn.Module, settings: Settings) -> Driver:
-    assert settings.lr is not None
-    lr, decay = settings.lr, settings.weight_decay
-    try:
-        return ForwardGradient(model, lr=lr, weight_decay=decay, seed=settings.seed, backend=settings.backend)
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise _untrainable(settings, e) from None
-
-
-def _trainable(model: nn.Module, settings: Settings) -> list[nn.Parameter]:
-    found = [p for p in model.parameters() if p.requires_grad]
-    if not found:
-        raise InputError(f"this model cannot be trained by {settings.method}: no parameter requires a gradient")
-    return found
-
-
-def _untrainable(settings: Settings, error: Exception) -> InputError:
-    return InputError(f"this model cannot be trained by {settings.method}: {error}")
-
-
-_MAKERS: dict[str, Callable[[nn.Module, Settings], Driver]] = {
-    "forward-grad": _forward_gradient,
-    "ft": _adamw,
-    "ft-adamw": _adamw,
-    "ft-sgd": _sgd,
-    "ft-lora": _lora,
-}
-"""What trains by other means than a zeroth-order optimiser."""
+def _untrainable(settings: Settings, reason: object) -> InputError:
+    return InputError(f"this model cannot be trained by {settings.method}: {reason}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import NonFiniteLossError
+from ...model.handle import Handle
 from ...optim.optimizer import ZerothOrderOptimizer
 from ...optim.steps import StepInfo
 
@@ -27,9 +28,9 @@ class StepResult:
 
     Attributes:
         step: index of the step, from 0.
-        loss: 0-dim.
+        loss: the loss, 0-dim.
         c: directional derivatives along the directions of the step, (directions,); empty for a method that has the gradient.
-        skipped: the loss was not finite, and the weights were left alone.
+        skipped: whether the loss was not finite, so that the weights were left alone.
     """
 
     step: int
@@ -42,18 +43,18 @@ class Driver(Protocol):
     """One way of training, as the loop sees it.
 
     Attributes:
-        backends: the kernels that change the weights; empty for torch's own.
+        backends: names of the kernels that change the weights; empty where torch does.
     """
 
     backends: list[str]
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """Whose parameter groups hold the learning rate, for a schedule to change."""
+        """The optimiser whose parameter groups hold the learning rate, for a schedule to change."""
 
     @property
     def info(self) -> StepInfo | StepResult | None:
-        """What the last step saw; None before the first."""
+        """What the last step saw; None before the first step."""
 
     @property
     def steps_done(self) -> int:
@@ -70,29 +71,30 @@ class Driver(Protocol):
         """Leaves a plain model with the trained weights: patches, adapters and changed ``requires_grad`` flags are gone."""
 
 
+def backends_of(handle: Handle) -> list[str]:
+    """Names of the backends that change the weights of a patched model."""
+    return sorted({p.backend for p in handle.report().parameters if p.backend})
+
+
 class ZerothOrder:
     """A :class:`~lozo_kernels.optim.optimizer.ZerothOrderOptimizer` as a driver."""
 
     def __init__(self, optimizer: ZerothOrderOptimizer) -> None:
         self.optimizer = optimizer
-        self.backends: list[str] = sorted({p.backend for p in optimizer.handle.report().parameters if p.backend})
+        self.backends = backends_of(optimizer.handle)
 
     @property
     def info(self) -> StepInfo | None:
-        """Of the optimiser."""
         return self.optimizer.info
 
     @property
     def steps_done(self) -> int:
-        """Of the optimiser."""
         return self.optimizer.steps_done
 
     def step(self, closure: Closure) -> Tensor:
-        """Of the optimiser: two forward passes for each direction, without a graph."""
         return self.optimizer.step(closure)
 
     def close(self) -> None:
-        """Makes what is pending, ends the journal, and takes the patch off."""
         try:
             if self.optimizer.journal is not None:
                 self.optimizer.journal.finish()
@@ -100,26 +102,42 @@ class ZerothOrder:
             self.optimizer.handle.restore()
 
 
-class LossWatch:
-    """Counts the losses in a row that were not finite."""
+class CountingDriver:
+    """What the other drivers share: they count their steps, and skip the update of one whose loss is not finite.
 
-    def __init__(self) -> None:
-        self._in_a_row = 0
+    Args:
+        optimizer: its parameter groups hold the learning rate.
+    """
 
-    def finite(self, loss: Tensor, step: int) -> bool:
-        """Whether a step may go on. Reads the loss, so it waits for the device.
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.backends: list[str] = []
+        self.info: StepResult | None = None
+        self.steps_done = 0
+        self._nonfinite = 0
+
+    def finish_step(self, loss: Tensor, c: Tensor, update: Callable[[], object]) -> Tensor:
+        """Makes an update, records the step and returns its loss. It reads the loss, so it waits for the device.
+
+        Args:
+            loss, c: as in :class:`StepResult`; where one of them is not finite there is no update.
 
         Raises:
-            NonFiniteLossError: it was one too many.
+            NonFiniteLossError: this is step number :data:`MAX_NONFINITE` in a row without an update.
         """
-        if bool(torch.isfinite(loss)):
-            self._in_a_row = 0
-            return True
-        self._in_a_row += 1
-        if self._in_a_row < MAX_NONFINITE:
-            warnings.warn(f"step {step}: the loss was not finite; update skipped", stacklevel=4)
-            return False
-        raise NonFiniteLossError(
-            f"the loss was not finite {self._in_a_row} steps in a row (last: {float(loss)} at step {step}); "
-            "the weights are those of the last good step. Lower lr, or look for overflow in half precision"
-        )
+        good = bool(torch.isfinite(loss + c.sum()))
+        self._nonfinite = 0 if good else self._nonfinite + 1
+        try:
+            if good:
+                update()
+        finally:
+            step, self.steps_done = self.steps_done, self.steps_done + 1
+            self.info = StepResult(step, loss, c, skipped=not good)
+        if self._nonfinite >= MAX_NONFINITE:
+            raise NonFiniteLossError(
+                f"the loss was not finite {self._nonfinite} steps in a row (last: {float(loss)} at step {step}); "
+                "the weights are those of the last good step. Lower lr, or look for overflow in half precision"
+            )
+        if not good:
+            warnings.warn(f"step {step}: the loss was not finite; update skipped", stacklevel=3)
+        return loss

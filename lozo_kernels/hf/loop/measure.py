@@ -1,9 +1,11 @@
-"""Time of a step and of the forward passes in it, and peak memory of a block."""
+"""Time of steps and of the forward passes in them, and peak memory of a block."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -19,22 +21,64 @@ def since(start: float) -> float:
     return max(0.0, time.perf_counter() - start)
 
 
-class Clock:
-    """Marks and the time between them: on CUDA events on the stream, so that marking waits for nothing."""
+class Stopwatch:
+    """Times named spans: marks while they run, seconds when somebody asks. On CUDA marks are events on the stream, which wait for
+    nothing, and only reading the seconds waits for the device.
+
+    Example::
+
+        watch = Stopwatch(device)
+        watch.start("step")
+        optimizer.step(watch.timed("forwards", closure))
+        watch.stop("step")
+        watch.seconds("step"), watch.seconds("forwards")
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._spans: collections.defaultdict[str, list[tuple[Any, Any]]] = collections.defaultdict(list)
+        self._started: dict[str, Any] = {}
 
-    def mark(self) -> Any:
-        """The present moment."""
+    def start(self, name: str) -> None:
+        """Begins a span."""
+        self._started[name] = self._mark()
+
+    def stop(self, name: str) -> None:
+        """Ends the span of that name."""
+        self._spans[name].append((self._started.pop(name), self._mark()))
+
+    def timed(self, name: str, call: Callable[..., T]) -> Callable[..., T]:
+        """The function, with a span around each call."""
+
+        def timed_call(*args: Any, **kwargs: Any) -> T:
+            self.start(name)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self.stop(name)
+
+        return timed_call
+
+    def count(self, name: str) -> int:
+        """Spans of that name since the last :meth:`clear`."""
+        return len(self._spans[name])
+
+    def seconds(self, name: str) -> float:
+        """Duration of all spans of that name together."""
+        return sum(itertools.starmap(self._between, self._spans[name]))
+
+    def clear(self) -> None:
+        """Forgets all spans that have ended."""
+        self._spans.clear()
+
+    def _mark(self) -> Any:
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def seconds(self, start: Any, end: Any) -> float:
-        """Time between two marks; on CUDA it waits for the second."""
+    def _between(self, start: Any, end: Any) -> float:
         if self.device.type != "cuda":
             return max(0.0, end - start)  # a clock may be set back
         end.synchronize()
@@ -42,56 +86,12 @@ class Clock:
 
 
 @dataclasses.dataclass
-class StepTimer:
-    """Times one step and the calls of its closure.
-
-    Example::
-
-        timer = StepTimer(clock)
-        with timer:
-            optimizer.step(timer.forward(closure))
-        timer.step_seconds, timer.forward_seconds
-    """
-
-    clock: Clock
-    _start: Any = None
-    _end: Any = None
-    _forwards: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
-
-    def __enter__(self) -> StepTimer:
-        self._start = self.clock.mark()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end = self.clock.mark()
-
-    def forward(self, closure: Callable[[], T]) -> Callable[[], T]:
-        """The closure, timed at each call."""
-
-        def timed() -> T:
-            start = self.clock.mark()
-            result = closure()
-            self._forwards.append((start, self.clock.mark()))
-            return result
-
-        return timed
-
-    @property
-    def step_seconds(self) -> float:
-        """Duration of the block."""
-        return self.clock.seconds(self._start, self._end)
-
-    @property
-    def forward_seconds(self) -> float:
-        """Duration of the closure's calls together."""
-        return sum(self.clock.seconds(a, b) for a, b in self._forwards)
-
-
-@dataclasses.dataclass
 class PeakMemory:
-    """Most bytes of tensors alive at once in a block, beyond those alive before it. ``bytes`` is None where nothing counts them.
+    """Memory of a block.
 
-    ``kept`` is what the block left alive; None as ``bytes``.
+    Attributes:
+        bytes: most bytes of tensors alive at once in the block, beyond those alive before it; None where nothing counts them.
+        kept: bytes that the block left alive; None where ``bytes`` is.
     """
 
     device: torch.device
@@ -124,6 +124,15 @@ def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
         result.bytes, result.kept = _peak_of_events(profile)
     else:
         yield result
+
+
+@torch.no_grad()
+def forward_peak(closure: Callable[[], object], device: torch.device) -> int | None:
+    """The peak memory of a forward pass without a graph, see :class:`PeakMemory`; the closure is called twice."""
+    closure()  # libraries keep workspaces after their first use
+    with peak_memory(device) as memory:
+        closure()
+    return memory.bytes
 
 
 def _peak_of_events(profile: torch.profiler.profile) -> tuple[int, int]:

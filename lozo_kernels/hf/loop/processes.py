@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from ..settings import Settings
 
 T = TypeVar("T")
-SEVERAL = "examples"  # what processes share without --parallel
 
 
 def counted() -> tuple[int, int]:
@@ -29,8 +28,13 @@ def counted() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_first() -> bool:
+    """Whether this process is the one that prints and saves."""
+    return counted()[0] == 0
+
+
 def part(rows: Sequence[T], parallel: str | None) -> Sequence[T]:
-    """This process's examples of a batch: neighbours, one more for the first processes if they do not go round."""
+    """This process's examples of a batch: neighbours. The first processes have one more if the examples do not divide evenly."""
     rank, size = counted()
     if parallel != "examples" or size == 1:
         return rows
@@ -41,8 +45,10 @@ def part(rows: Sequence[T], parallel: str | None) -> Sequence[T]:
 
 @contextlib.contextmanager
 def joined(settings: Settings, resume: bool) -> Iterator[Settings]:
-    """The settings of this process inside its group: with a device of its own, and, on all but the first, a folder that is thrown
-    away. Alone, the settings as they are, but for ``parallel``, which then means nothing.
+    """Joins the group of processes and gives the settings of this one.
+
+    They have a device of their own and, on all but the first process, an output folder that is thrown away at the end. A process
+    that is alone gets the settings as they are, without ``parallel``.
 
     Raises:
         InputError: these settings cannot be run by several processes.
@@ -56,7 +62,7 @@ def joined(settings: Settings, resume: bool) -> Iterator[Settings]:
     device = settings.device
     if device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{local % torch.cuda.device_count()}"
-    settings = dataclasses.replace(settings, parallel=settings.parallel or SEVERAL, device=device, compare_steps=0)
+    settings = dataclasses.replace(settings, parallel=settings.parallel or "examples", device=device, compare_steps=0)
     distributed.init_process_group("gloo")
     try:
         with tempfile.TemporaryDirectory() as folder:

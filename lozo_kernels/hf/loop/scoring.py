@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,15 +16,15 @@ from ..tasks.metrics import METRICS
 from .train import evaluate
 
 _GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0}
-"""What is left out would be taken from the checkpoint, and many a chat model's has a penalty."""
+"""A setting that is left out would be the checkpoint's own, and those of many chat models have a penalty."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Of some examples.
+    """What a model scored on some examples.
 
     Attributes:
-        metrics: by name, the task's main one first; each from 0 to 1, the mean over the examples.
+        metrics: means over the examples by name, from 0 to 1; the task's main metric comes first.
         loss: mean of the objective's loss.
         answers: what the model wrote, in the order of the examples; empty where it chose.
     """
@@ -87,8 +87,8 @@ def generate_answers(
         max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id, **_GREEDY
     )
     answers = []
-    for batch in _chunks(examples, batch_size):
-        prompts = [objective.place(objective.prompt(e), room=room)[0] for e in batch]
+    for start in range(0, len(examples), batch_size):
+        prompts = [objective.place(objective.prompt(e), room=room)[0] for e in examples[start : start + batch_size]]
         longest = max(map(len, prompts))
         ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -101,7 +101,3 @@ def generate_answers(
 def _line_end(tokenizer: Any) -> int | None:
     ids = tokenizer("\n", add_special_tokens=False)["input_ids"]
     return ids[-1] if ids and tokenizer.decode(ids[-1:]) == "\n" else None
-
-
-def _chunks(items: Sequence[Example], size: int) -> Iterable[Sequence[Example]]:
-    return (items[i : i + size] for i in range(0, len(items), size))

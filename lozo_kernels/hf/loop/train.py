@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import sys
 import time
@@ -17,10 +18,10 @@ from ...errors import NonFiniteLossError, require
 from ...model.interrupts import deferred_interrupt, interruptible
 from ...optim.parallel import DivergenceError, PeerLostError
 from ...optim.steps import StepInfo
-from ..objectives import Encoded, Objective
+from ..objectives import Batch, Encoded, Objective
 from ..settings import Settings
 from .drivers import Driver, StepResult
-from .measure import Clock, StepTimer, peak_memory, since
+from .measure import Stopwatch, peak_memory, since
 from .processes import part
 from .records import EvalRecord, MetricsLog, StepRecord
 
@@ -31,10 +32,10 @@ class Outcome:
 
     Attributes:
         steps_done: steps taken.
-        stopped: None if it ran to the end, else "interrupted" or the reason for which it could not go on.
-        peak_bytes: most memory alive at once in the first two steps beyond the weights: forward, V, momentum and all.
+        stopped: None if it ran to the end, else "interrupted" or the reason why it could not go on.
+        peak_bytes: most memory alive at once in the first two steps beyond the weights, with V, momentum and activations.
         seconds: duration with evaluations.
-        backends: those that changed the weights.
+        backends: names of the backends that changed the weights.
     """
 
     steps_done: int = 0
@@ -50,18 +51,15 @@ class BatchSampler:
     def __init__(self, examples: Sequence[Encoded], size: int, seed: int) -> None:
         self.examples = examples
         self.size = size
-        self._order: Iterator[int] = iter(())
-        self._generator = torch.Generator().manual_seed(seed)
+        self._indices = _endless(len(examples), torch.Generator().manual_seed(seed))
 
     def next(self) -> list[Encoded]:
-        """The next batch."""
-        return [self.examples[self._next_index()] for _ in range(self.size)]
+        return [self.examples[i] for i in itertools.islice(self._indices, self.size)]
 
-    def _next_index(self) -> int:
-        for index in self._order:
-            return index
-        self._order = iter(torch.randperm(len(self.examples), generator=self._generator).tolist())
-        return next(self._order)
+
+def _endless(count: int, generator: torch.Generator) -> Iterator[int]:
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
 
 
 @torch.no_grad()
@@ -70,26 +68,16 @@ def evaluate(
 ) -> EvalRecord:
     """Mean loss and accuracy over examples, after so many steps."""
     start = time.perf_counter()
-    loss, count, correct, asked = 0.0, 0, 0, 0
-    has_accuracy = False
-    for batch in objective.batches(examples, batch_size):
-        totals = objective.totals(model, objective.collate(batch, device))
-        loss += float(totals.loss)
-        count += int(totals.count)
-        if totals.correct is not None:
-            has_accuracy = True
-            correct += int(totals.correct)
-            asked += int(totals.count if totals.examples is None else totals.examples)
-    accuracy = correct / asked if has_accuracy else None
-    return EvalRecord(step, loss / count, accuracy, len(examples), since(start))
+    totals = [objective.totals(model, objective.collate(b, device)) for b in objective.batches(examples, batch_size)]
+    loss = sum(float(t.loss) for t in totals) / sum(int(t.count) for t in totals)
+    correct = [int(t.correct) for t in totals if t.correct is not None]
+    asked = [int(t.count if t.examples is None else t.examples) for t in totals if t.correct is not None]
+    return EvalRecord(step, loss, sum(correct) / sum(asked) if asked else None, len(examples), since(start))
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, name: str | None, steps: int) -> Any:
     """A learning-rate schedule over the run, or None for a constant rate."""
-    factors = {
-        "linear": lambda t: 1 - t / steps,
-        "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)),
-    }
+    factors = {"linear": lambda t: 1 - t / steps, "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t / steps))}
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factors[name]) if name is not None and name in factors else None
 
 
@@ -104,82 +92,46 @@ def train(
     device: torch.device,
     *,
     quiet: bool = False,
-    evaluated: Callable[[EvalRecord], None] = lambda evaluation: None,
+    evaluated: Callable[[EvalRecord], None] | None = None,
 ) -> Outcome:
     """Runs the steps of the settings and leaves a plain model.
 
-    ``evaluated`` is given every evaluation while the model has the weights that were evaluated.
-
     After the first step, Ctrl-C and a loss that stays NaN end it early, with the weights of the last whole step.
+
+    Args:
+        dev: examples that are evaluated every ``settings.eval_every`` steps.
+        evaluated: is given every evaluation while the model has the weights that were evaluated.
     """
-    steps, eval_every = settings.steps, settings.eval_every
-    assert steps is not None and eval_every is not None
-    outcome = Outcome()
-    start = time.perf_counter()
-    tty = sys.stderr.isatty()
-    bar = require("tqdm").tqdm(
-        total=steps,
-        file=sys.stderr,
-        disable=quiet,
-        unit="step",
-        mininterval=0.2 if tty else 10,
-        dynamic_ncols=tty,
-        desc=settings.method,
-    )
-    reader = _StepReader(log, bar, device)
-
-    def loss_of(batch: Any) -> Any:
-        if settings.parallel is None:
-            return objective.loss(model, batch)
-        totals = objective.totals(model, batch)  # of this process's part
-        return totals.loss, totals.count
-
-    def one_step() -> None:
-        batch = objective.collate(part(sampler.next(), settings.parallel), device)
-        lr = float(driver.optimizer.param_groups[0]["lr"])
-        before = driver.info
-        timer = StepTimer(reader.clock)
-        with deferred_interrupt():
-            try:
-                with timer, interruptible():
-                    driver.step(timer.forward(lambda: loss_of(batch)))
-            finally:  # a step that was taken is logged, also when it is the one that ends the run
-                if driver.info is not None and driver.info is not before:
-                    reader.add(driver.info, lr, timer)
-            if schedule is not None:
-                schedule.step()
-
-    with bar, warnings.catch_warnings(), contextlib.ExitStack() as failing:
-        # Skipped updates are in the log and on the bar, and torch cannot know that step() is called inside one_step().
+    assert settings.steps is not None and settings.eval_every is not None
+    outcome, start = Outcome(), time.perf_counter()
+    with _progress_bar(settings, quiet) as bar, warnings.catch_warnings(), contextlib.ExitStack() as failing:
+        # Skipped updates are in the log and on the bar, and torch cannot know that step() is called inside take().
         warnings.filterwarnings("ignore", message=".*update skipped|.*lr_scheduler.step", category=UserWarning)
+        reader = _StepReader(log, bar, device)
         # The first step is measured together with the making of the driver, whose V and momentum are part of the peak, and the
         # second because some optimisers make their state at the end of the first.
         with peak_memory(device) as memory:
             driver = make_driver()
             failing.callback(_give_up, driver)
-            schedule = make_schedule(driver.optimizer, settings.lr_schedule, steps)
-            start_step = driver.steps_done  # of a run that goes on, which then sees the data and the rates that it would have seen
-            for _ in range(start_step):
-                sampler.next()
-                if schedule is not None:
-                    schedule.step()
-            bar.update(start_step)
-            if start_step == 0:
-                one_step()
-        outcome.peak_bytes = memory.bytes
-        outcome.backends = driver.backends
+            steps = _Steps(model, driver, objective, sampler, settings, reader)
+            first = driver.steps_done
+            bar.update(first)
+            if first == 0:
+                steps.take()
+        outcome.peak_bytes, outcome.backends = memory.bytes, driver.backends
         try:
-            while driver.steps_done < steps:
-                if driver.steps_done % eval_every == 0:
+            while driver.steps_done < settings.steps:
+                if driver.steps_done % settings.eval_every == 0:
                     reader.flush()
                     evaluation = evaluate(model, objective, dev, driver.steps_done, eval_batch_size(settings), device)
                     log.add_evaluation(evaluation)
-                    evaluated(evaluation)
-                if driver.steps_done > start_step + 1:
-                    one_step()
+                    if evaluated is not None:
+                        evaluated(evaluation)
+                if driver.steps_done > first + 1:
+                    steps.take()
                     continue
                 with peak_memory(device) as second:
-                    one_step()
+                    steps.take()
                 outcome.peak_bytes = memory.then(second).bytes
         except KeyboardInterrupt:
             outcome.stopped = "interrupted"
@@ -188,19 +140,76 @@ def train(
         failing.pop_all()
     driver.close()
     reader.flush()
-    outcome.steps_done = driver.steps_done
-    outcome.seconds = since(start)
+    outcome.steps_done, outcome.seconds = driver.steps_done, since(start)
     return outcome
 
 
+def _progress_bar(settings: Settings, quiet: bool) -> Any:
+    tty = sys.stderr.isatty()
+    return require("tqdm").tqdm(
+        total=settings.steps,
+        file=sys.stderr,
+        disable=quiet,
+        unit="step",
+        mininterval=0.2 if tty else 10,
+        dynamic_ncols=tty,
+        desc=settings.method,
+    )
+
+
+@dataclasses.dataclass
+class _Steps:
+    """Takes the steps of a driver one after the other. A run that goes on sees the data and the rates that it would have seen."""
+
+    model: torch.nn.Module
+    driver: Driver
+    objective: Objective
+    sampler: BatchSampler
+    settings: Settings
+    reader: _StepReader
+
+    def __post_init__(self) -> None:
+        self.schedule = make_schedule(self.driver.optimizer, self.settings.lr_schedule, self.settings.steps or 0)
+        for _ in range(self.driver.steps_done):
+            self.sampler.next()
+            self._advance()
+
+    def take(self) -> None:
+        """Takes one step and records it. Ctrl-C comes through only while the driver is at work."""
+        batch = self.objective.collate(part(self.sampler.next(), self.settings.parallel), self.reader.device)
+        lr = float(self.driver.optimizer.param_groups[0]["lr"])
+        before = self.driver.info
+        watch = Stopwatch(self.reader.device)
+        with deferred_interrupt():
+            watch.start("step")
+            try:
+                with interruptible():
+                    self.driver.step(watch.timed("forwards", lambda: self._loss(batch)))
+            finally:  # a step that was taken is logged, also when it is the one that ends the run
+                watch.stop("step")
+                if self.driver.info is not None and self.driver.info is not before:
+                    self.reader.add(self.driver.info, lr, watch)
+            self._advance()
+
+    def _advance(self) -> None:
+        if self.schedule is not None:
+            self.schedule.step()
+
+    def _loss(self, batch: Batch) -> Any:
+        if self.settings.parallel is None:
+            return self.objective.loss(self.model, batch)
+        totals = self.objective.totals(self.model, batch)  # of this process's part
+        return totals.loss, totals.count
+
+
 def _give_up(driver: Driver) -> None:
-    """After an error that ends the run: nobody else could give the journal's file and the patched model free."""
+    """Closes the driver after an error that ends the run: nobody else could release the journal's file and the patched model."""
     with contextlib.suppress(Exception):
         driver.close()
 
 
 def eval_batch_size(settings: Settings) -> int:
-    """Larger than in training, as nothing is timed and no one compares the memory."""
+    """Rows of a batch that is only evaluated: more than in training, as neither its time nor its memory is compared."""
     return max(32, settings.batch_size)
 
 
@@ -208,14 +217,14 @@ class _StepReader:
     """Turns what steps left on the device into records: at once on the CPU, every few steps elsewhere, since reading waits."""
 
     def __init__(self, log: MetricsLog, bar: Any, device: torch.device) -> None:
-        self.clock = Clock(device)
+        self.device = device
         self._log = log
         self._bar = bar
         self._every = 1 if device.type == "cpu" else 10
-        self._waiting: list[tuple[StepInfo | StepResult, float, StepTimer]] = []
+        self._waiting: list[tuple[StepInfo | StepResult, float, Stopwatch]] = []
 
-    def add(self, info: StepInfo | StepResult, lr: float, timer: StepTimer) -> None:
-        self._waiting.append((info, lr, timer))
+    def add(self, info: StepInfo | StepResult, lr: float, watch: Stopwatch) -> None:
+        self._waiting.append((info, lr, watch))
         if len(self._waiting) >= self._every:
             self.flush()
 
@@ -223,15 +232,15 @@ class _StepReader:
         """Writes what is waiting; an interrupt loses no step and writes none twice."""
         record = None
         while self._waiting:
-            info, lr, timer = self._waiting.pop(0)
+            info, lr, watch = self._waiting.pop(0)
             record = StepRecord(
-                info.step,
-                float(info.loss),
-                info.c.tolist(),
-                lr,
-                timer.step_seconds * 1e3,
-                timer.forward_seconds * 1e3,
-                bool(info.skipped),
+                step=info.step,
+                loss=float(info.loss),
+                c=info.c.tolist(),
+                lr=lr,
+                step_ms=1e3 * watch.seconds("step"),
+                forwards_ms=1e3 * watch.seconds("forwards"),
+                skipped=bool(info.skipped),
             )
             self._log.add_step(record)
             self._bar.update()

@@ -1,33 +1,28 @@
-"""checkpoint."""
+"""Models and what reads their inputs: from the Hub, from a folder, or the embedded one."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...errors import InputError
+from ...errors import InputError, require
+from ..demo import MODEL
+from ..objectives import OBJECTIVES, ImageObjective, MaskedPromptObjective
+from ..settings import Settings
+from ..tasks import TASKS, Task
+from .image_reader import make_image_reader
 
-POSITIONS_AFTER_PADDING = frozenset(
-    {
-        "roberta",
-        "xlm-roberta",
-        "xlm-roberta-xl",
-        "roberta-prelayernorm",
-        "camembert",
-        "xmod",
-        "data2vec-text",
-        "mpnet",
-        "longformer",
-    }
-)
+_ROBERTAS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "xmod")
+POSITIONS_AFTER_PADDING = (*_ROBERTAS, "data2vec-text", "mpnet", "longformer")
 """Kinds of models that number the first token after the padding token, and so have that many positions fewer for tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that is known to exist, before its weights are read."""
+    """A checkpoint that is known to exist, before its weights are read. An image model has a reader in place of a tokenizer."""
 
     path: str
     config: Any
@@ -35,12 +30,12 @@ class Checkpoint:
 
     @property
     def causal(self) -> bool:
-        """It was saved as a causal language model."""
+        """Whether it was saved as a causal language model."""
         return self._saved_as("ForCausalLM", "LMHeadModel")
 
     @property
     def masked(self) -> bool:
-        """It was saved as a masked language model."""
+        """Whether it was saved as a masked language model."""
         return self._saved_as("ForMaskedLM")
 
     def max_length(self, asked: int) -> int:
@@ -55,6 +50,94 @@ class Checkpoint:
         return any(name.endswith(endings) for name in self.config.architectures or ())
 
 
+def open_checkpoint(settings: Settings) -> Checkpoint:
+    """Configuration and tokenizer of the model that the settings name.
+
+    Raises:
+        InputError: they cannot be had, or the model does not read what the task has.
+    """
+    path = settings.model or str(MODEL)
+    if settings.task is not None and TASKS[settings.task].kind == "image":
+        if settings.model is None:
+            raise InputError(f"--task {settings.task} needs --model: the embedded model reads text")
+        require("PIL")
+        config = open_config(path)
+        return Checkpoint(path, config, make_image_reader(path, config))
+    config = open_config(path)
+    try:
+        tokenizer = require("transformers").AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as e:
+        raise InputError(f"--model {path}: no usable tokenizer {_where(path)}: {first_line(e).rstrip(':')}") from None
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise InputError(f"--model {path}: its tokenizer has neither a padding nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return Checkpoint(path, config, tokenizer)
+
+
+def open_config(path: str, what: str = "model") -> Any:
+    """The configuration of a model on the Hub or in a folder.
+
+    Args:
+        what: what is looked for, for the message.
+
+    Raises:
+        InputError: there is none.
+    """
+    transformers = require("transformers")
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        return transformers.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as e:
+        raise InputError(f"--model {path}: no usable {what} {_where(path)}: {first_line(e)}") from None
+
+
+def load_model(
+    checkpoint: Checkpoint, objective: str, task: Task, settings: Settings, device: torch.device
+) -> tuple[Any, list[str]]:
+    """The model for an objective, in evaluation mode (zeroth-order training runs without dropout).
+
+    Returns:
+        The model, and notes for the user: a head that starts from random weights.
+
+    Raises:
+        InputError: the weights cannot be read, or have no such head.
+    """
+    transformers = require("transformers")
+    kind = OBJECTIVES[objective]
+    options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), "output_loading_info": True}
+    if kind.fresh_head:
+        names = dict(enumerate(task.labels))
+        label2id = {name: i for i, name in names.items()}
+        options |= {"num_labels": len(names), "id2label": names, "label2id": label2id, "ignore_mismatched_sizes": True}
+    torch.manual_seed(settings.seed)  # a fresh head is drawn from torch's global stream
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, info = getattr(transformers, kind.auto_model).from_pretrained(checkpoint.path, **options)
+    except (OSError, ValueError, RuntimeError, require("safetensors").SafetensorError) as e:
+        raise InputError(f"--model {checkpoint.path}: its weights cannot be read: {first_line(e)}") from None
+    if objective != ImageObjective.name and model.config.pad_token_id is None:
+        model.config.pad_token_id = checkpoint.tokenizer.pad_token_id
+    fresh = sorted({*info["missing_keys"], *(key[0] for key in info.get("mismatched_keys", ()))})
+    if not kind.fresh_head:
+        _check_head(checkpoint, masked=objective == MaskedPromptObjective.name, fresh=fresh)
+    notes = [f"not in the checkpoint, starting from random weights: {', '.join(fresh)}"] if fresh else []
+    return model.to(device).eval(), notes
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """The model with a PEFT adapter on it, in evaluation mode.
+
+    Raises:
+        InputError: peft is not installed, or the adapter does not fit the model.
+    """
+    peft = require("peft", extra="peft")
+    try:
+        return peft.PeftModel.from_pretrained(model, str(folder)).eval()
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, require("safetensors").SafetensorError) as e:
+        raise InputError(f"--checkpoint {folder}: no usable adapter: {first_line(e)}") from None
+
+
 def pick_device(name: str) -> torch.device:
     """The device of a setting; "auto" is the GPU if there is one.
 
@@ -67,11 +150,28 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:  # an unknown word, no such accelerator, or a torch built without it
-        raise InputError(f"--device {name}: {str(e).splitlines()[0]}") from None
+        raise InputError(f"--device {name}: {first_line(e)}") from None
     if device.type == "meta":
         raise InputError("--device meta: there is nothing to compute there")
     return device
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, up to the end of its first line that is not blank; its kind if it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _where(path: str) -> str:
+    return "in that folder" if Path(path).is_dir() else "as a folder or on the Hub"
+
+
+def _check_head(checkpoint: Checkpoint, *, masked: bool, fresh: list[str]) -> None:
+    """Raises InputError if a language model has no head that was trained.
+
+    An encoder's weights fit a decoder of its family, which would then see what it is to predict.
+    """
+    other = bool(fresh) or (checkpoint.masked and not masked)
+    if other and not (checkpoint.masked if masked else checkpoint.causal):
+        lack = f" (it lacks {fresh[0]})" if fresh else ""
+        kind = "masked" if masked else "causal"
+        raise InputError(f"--model {checkpoint.path} is no {kind} language model{lack}; use --objective classification")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from ...errors import InputError
 from ..tasks import Task
-from .base import IGNORED, Batch, ClassObjective, Encoded, Objective, Totals
-from .head import ClassificationObjective
-from .image import ImageObjective
+from .base import Batch, Encoded, Objective
+from .head import ClassificationObjective, ImageObjective
 from .lm import LanguageModelObjective
 from .options import AnswerObjective, ChoiceObjective, OptionsObjective
 from .prompted import PromptedObjective
@@ -29,14 +28,14 @@ _NEEDS_CLASSES = (ClassificationObjective.name, PromptObjective.name, MaskedProm
 
 
 def choose_objective(name: str, task: Task, causal: bool, masked: bool = False) -> str:
-    """The name of the objective for "auto", as the papers do it.
+    """The name of the objective that goes with a task and a model.
 
-    That is label words on causal models, and on masked ones where the task has a prompt for them, otherwise a head; for tasks
-    without classes what the row of the task says.
+    "auto" does as the papers do: label words on causal models, and on masked ones where the task has a prompt for them, otherwise a
+    head. For tasks without classes it is what the row of the task says.
 
     Args:
-        name: as asked for.
-        causal, masked: what the model was saved as.
+        name: the one that is asked for, or "auto".
+        causal, masked: whether the model was saved as such a language model.
 
     Raises:
         InputError: task, model and objective do not go together.
@@ -61,12 +60,10 @@ def choose_objective(name: str, task: Task, causal: bool, masked: bool = False) 
 
 
 __all__ = [
-    "IGNORED",
     "OBJECTIVES",
     "AnswerObjective",
     "Batch",
     "ChoiceObjective",
-    "ClassObjective",
     "ClassificationObjective",
     "Encoded",
     "ImageObjective",
@@ -76,6 +73,5 @@ __all__ = [
     "OptionsObjective",
     "PromptObjective",
     "PromptedObjective",
-    "Totals",
     "choose_objective",
 ]

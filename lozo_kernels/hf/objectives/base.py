@@ -34,7 +34,7 @@ class Totals:
         loss: 0-dim.
         count: what the loss is a sum over: examples, or target tokens; a tensor where only the device knows it.
         correct: right answers, 0-dim; None where there are none.
-        examples: what ``correct`` is of, if other than ``count``.
+        examples: how many answers ``correct`` counts, where that is not ``count``.
     """
 
     loss: Tensor
@@ -47,8 +47,8 @@ class Objective(abc.ABC):
     """Turns examples into batches and batches into losses.
 
     Args:
-        tokenizer: of the model.
-        task: what the examples are of.
+        tokenizer: the tokenizer of the model.
+        task: the task of the examples.
         max_length: tokens per example at most.
         demonstrations: solved examples to put before each one, where there is room (in-context learning); the objectives
             of causal models take them.
@@ -59,7 +59,13 @@ class Objective(abc.ABC):
 
     name: str
     unit: str
-    """What the loss is a mean over."""
+    """What the loss is a mean over: "example" or "token"."""
+    auto_model = "AutoModelForCausalLM"
+    """The class of transformers that loads a model for it."""
+    pipeline = "text-generation"
+    """What the Hub calls models for it."""
+    fresh_head = False
+    """Whether a model without a head for the task gets one with random weights."""
 
     def __init__(self, tokenizer: Any, task: Task, max_length: int, demonstrations: Sequence[Example] = ()) -> None:
         self.tokenizer = tokenizer
@@ -72,7 +78,7 @@ class Objective(abc.ABC):
         """One example as token ids and labels; None if nothing of it can be predicted."""
 
     def encode_for_evaluation(self, example: Example) -> Encoded | None:
-        """As :meth:`encode`, with what is needed to tell the right answers apart."""
+        """An example as :meth:`encode` makes it, with what is needed to tell right answers from wrong ones."""
         return self.encode(example)
 
     @abc.abstractmethod
@@ -93,9 +99,8 @@ class Objective(abc.ABC):
 
     def collate(self, encoded: Sequence[Encoded], device: torch.device) -> Batch:
         """A batch, padded on the right to its longest example."""
-        return {
-            key: pad([e[key] for e in encoded], fill).to(device, non_blocking=True) for key, fill in self._fills(encoded[0]).items()
-        }
+        fills = {"input_ids": self.tokenizer.pad_token_id, "labels": IGNORED}
+        return {name: pad([e[name] for e in encoded], fills.get(name, 0)).to(device, non_blocking=True) for name in encoded[0]}
 
     def batches(self, encoded: Sequence[Encoded], rows: int) -> Iterator[Sequence[Encoded]]:
         """The examples in order, in batches of so many rows of the model's input at most (of one example at least)."""
@@ -109,17 +114,13 @@ class Objective(abc.ABC):
             yield batch
 
     def rows(self, encoded: Encoded) -> int:
-        """Rows of the model's input that an example takes."""
-        return 1
+        """Rows of the model's input that an example takes: one for each of its options, where it has some."""
+        return len(encoded.get("options", (None,)))
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> Tensor:
         """Mean loss of a batch."""
         totals = self.totals(model, batch)
         return totals.loss / totals.count
-
-    def _fills(self, names: Sequence[str] | Encoded) -> dict[str, int]:
-        known = {"input_ids": self.tokenizer.pad_token_id, "labels": IGNORED}
-        return {name: known.get(name, 0) for name in names}
 
 
 class ClassObjective(Objective):
@@ -132,14 +133,13 @@ class ClassObjective(Objective):
         """(examples, classes), from one forward pass."""
 
     def totals(self, model: torch.nn.Module, batch: Batch) -> Totals:
-        """See the base class."""
         scores, labels = self.scores(model, batch).float(), batch["labels"][:, 0]
         loss = F.cross_entropy(scores, labels, reduction="sum")
         return Totals(loss, len(labels), (scores.argmax(-1) == labels).sum())
 
 
 def inputs(batch: Batch) -> Batch:
-    """What of a batch the model takes."""
+    """The part of a batch that the model takes."""
     return {k: v for k, v in batch.items() if k not in TARGETS}
 
 
@@ -147,6 +147,11 @@ def pad(rows: Sequence[list[int]], fill: int) -> Tensor:
     """(rows, longest) from lists of unequal length."""
     longest = max(map(len, rows))
     return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
+
+
+def right_options(example: Example) -> tuple[int, ...]:
+    """Which of the continuations of its prompt are right; the first of them is trained."""
+    return example.right or ((0,) if example.answers else (label_of(example),))
 
 
 def label_of(example: Example) -> int:

@@ -23,7 +23,6 @@ class LanguageModelObjective(Objective):
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [*ids[1:], IGNORED]}
 
     def totals(self, model: torch.nn.Module, batch: Batch) -> Totals:
-        """See the base class."""
         logits = model(**inputs(batch)).logits
         labels = batch["labels"]
         loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")

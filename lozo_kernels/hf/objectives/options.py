@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ...errors import InputError
 from ..data.examples import Example
 from ..tasks import Task
-from .base import Batch, Encoded, Totals, inputs, label_of, pad
+from .base import Batch, Encoded, Totals, inputs, pad, right_options
 from .prompted import PromptedObjective
 
 
@@ -35,12 +35,9 @@ class OptionsObjective(PromptedObjective):
         super().__init__(tokenizer, task, max_length, demonstrations)
 
     def encode_for_evaluation(self, example: Example) -> Encoded | None:
-        """All options of the example, and which of them are right."""
-        right = example.right or ((0,) if example.answers else (label_of(example),))
-        return self._encoded(self.prompt(example), self.continuations(example), right)
+        return self._encoded(self.prompt(example), self.continuations(example), right_options(example))
 
     def collate(self, encoded: Sequence[Encoded], device: torch.device) -> Batch:
-        """A batch, see the class."""
         options = [option for e in encoded for option in e["options"]]
         lengths = [len(option["input_ids"]) for option in options]
         where = [
@@ -63,10 +60,6 @@ class OptionsObjective(PromptedObjective):
             "answer": torch.tensor([int(i in taught) for i in range(len(options))]),
         }
         return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-
-    def rows(self, encoded: Encoded) -> int:
-        """One for each option."""
-        return len(encoded["options"])
 
     def token_log_probabilities(self, model: torch.nn.Module, batch: Batch) -> Tensor:
         """(tokens,), from one forward pass."""
@@ -104,11 +97,9 @@ class ChoiceObjective(OptionsObjective):
         super().__init__(tokenizer, task, max_length, demonstrations)
 
     def encode(self, example: Example) -> Encoded | None:
-        """All options of the example, and which of them are right."""
         return self.encode_for_evaluation(example)
 
     def totals(self, model: torch.nn.Module, batch: Batch) -> Totals:
-        """See the base class."""
         scores = self.scores(model, batch)
         loss = F.cross_entropy(scores, batch["right"].argmax(-1), reduction="sum")
         return Totals(loss, len(scores), _right(scores, batch))
@@ -126,12 +117,10 @@ class AnswerObjective(OptionsObjective):
 
     def encode(self, example: Example) -> Encoded | None:
         """The right answer alone."""
-        full = self.continuations(example)
-        right = 0 if example.answers else example.right[0] if example.right else label_of(example)
-        return self._encoded(self.prompt(example), full[right : right + 1], (0,))
+        right = self.continuations(example)[right_options(example)[0]]
+        return self._encoded(self.prompt(example), [right], (0,))
 
     def totals(self, model: torch.nn.Module, batch: Batch) -> Totals:
-        """See the base class."""
         tokens = self.token_log_probabilities(model, batch)
         taught = batch["answer"][batch["row"]]
         examples, options = batch["slot"].shape

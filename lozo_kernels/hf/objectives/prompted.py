@@ -10,7 +10,7 @@ from ...errors import InputError
 from ..data.examples import Example
 from ..tasks import Task
 from ..tasks.prompts import render
-from .base import Objective, label_of
+from .base import Objective, right_options
 
 SEPARATOR = "\n\n"
 """Between demonstrations, as in MeZO."""
@@ -31,11 +31,7 @@ class PromptedObjective(Objective):
     def __init__(self, tokenizer: Any, task: Task, max_length: int, demonstrations: Sequence[Example] = ()) -> None:
         super().__init__(tokenizer, task, max_length, demonstrations)
         empty = len(self._ids(render(task.prompt, [""] * len(task.fields)) + max(task.words, key=len, default="")))
-        if empty >= max_length:
-            raise InputError(
-                f"the prompt of the task {task.name} alone takes {empty} tokens, and {max_length} fit "
-                "(--max-length, or the context of the model)"
-            )
+        check_room(f"prompt of the task {task.name}", empty, max_length)
         self.shown: collections.Counter[int] = collections.Counter()
         self._shown = [self.solved(e) for e in self.demonstrations]
         self._shown_lengths = [len(self._ids(text + SEPARATOR)) for text in self._shown]
@@ -52,8 +48,7 @@ class PromptedObjective(Objective):
 
     def solved(self, example: Example) -> str:
         """The prompt with its right answer."""
-        right = 0 if example.answers else example.right[0] if example.right else label_of(example)
-        return (self.prompt(example) + self.continuations(example)[right]).strip()
+        return (self.prompt(example) + self.continuations(example)[right_options(example)[0]]).strip()
 
     def place(self, prompt: str, continuation: str = "", room: int | None = None) -> tuple[list[int], int]:
         """Token ids of demonstrations, prompt and continuation.
@@ -94,6 +89,13 @@ class PromptedObjective(Objective):
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text)["input_ids"]
         return ids
+
+
+def check_room(prompt: str, tokens: int, max_length: int) -> None:
+    """Raises InputError if a prompt without the texts that it asks about takes all the tokens that fit."""
+    if tokens >= max_length:
+        limit = "--max-length, or the context of the model"
+        raise InputError(f"the {prompt} alone takes {tokens} tokens, and {max_length} fit ({limit})")
 
 
 def _common(a: list[int], b: list[int]) -> int:

@@ -13,7 +13,7 @@ from ..data.examples import Example
 from ..tasks import Task
 from ..tasks.prompts import render
 from .base import Batch, ClassObjective, Encoded, inputs, label_of
-from .prompted import PromptedObjective
+from .prompted import PromptedObjective, check_room
 
 
 class PromptObjective(PromptedObjective, ClassObjective):
@@ -41,10 +41,7 @@ class PromptObjective(PromptedObjective, ClassObjective):
 
     def scores(self, model: torch.nn.Module, batch: Batch) -> Tensor:
         """Logits of the label words after the last token."""
-        last = batch["attention_mask"].sum(1) - 1
-        logits = model(**inputs(batch)).logits
-        answers: Tensor = logits[torch.arange(len(last), device=last.device), last][:, self._words.to(logits.device)]
-        return answers
+        return _word_logits(model, batch, batch["attention_mask"].sum(1) - 1, self._words)
 
     def _first_token(self, word: str) -> int:
         # In context, because some tokenizers treat the start of a text in their own way.
@@ -65,6 +62,7 @@ class MaskedPromptObjective(ClassObjective):
     """
 
     name = "masked"
+    auto_model, pipeline = "AutoModelForMaskedLM", "fill-mask"
 
     def __init__(self, tokenizer: Any, task: Task, max_length: int, demonstrations: Sequence[Example] = ()) -> None:
         if not task.masked:
@@ -76,12 +74,7 @@ class MaskedPromptObjective(ClassObjective):
         super().__init__(tokenizer, task, max_length)
         words = [tokenizer(" " + word, add_special_tokens=False)["input_ids"][0] for word in task.masked_words]
         self._words = _distinct(words, self.name, task, task.masked_words, "classification")
-        empty = len(self._whole([""] * len(task.fields))["input_ids"])
-        if empty >= max_length:
-            raise InputError(
-                f"the masked prompt of the task {task.name} alone takes {empty} tokens, and {max_length} fit "
-                "(--max-length, or the context of the model)"
-            )
+        check_room(f"masked prompt of the task {task.name}", len(self._whole([""] * len(task.fields))["input_ids"]), max_length)
 
     def encode(self, example: Example) -> Encoded | None:
         """The prompt with its blank, where it is, and the class."""
@@ -97,13 +90,16 @@ class MaskedPromptObjective(ClassObjective):
 
     def scores(self, model: torch.nn.Module, batch: Batch) -> Tensor:
         """Logits of the label words at the blank."""
-        logits = model(**inputs(batch)).logits
-        rows = torch.arange(len(logits), device=logits.device)
-        answers: Tensor = logits[rows, batch["position"][:, 0]][:, self._words.to(logits.device)]
-        return answers
+        return _word_logits(model, batch, batch["position"][:, 0], self._words)
 
     def _whole(self, texts: Sequence[str]) -> Encoded:
         return dict(self.tokenizer(render(self.task.masked, texts, mask=self.tokenizer.mask_token)))
+
+
+def _word_logits(model: torch.nn.Module, batch: Batch, positions: Tensor, words: Tensor) -> Tensor:
+    """(examples, words): the logits of some tokens at one position of each example."""
+    logits: Tensor = model(**inputs(batch)).logits
+    return logits[torch.arange(len(logits), device=logits.device), positions][:, words.to(logits.device)]
 
 
 def _distinct(tokens: list[int], objective: str, task: Task, words: Sequence[str], instead: str) -> Tensor:

@@ -1,1 +1,1 @@
-"""papers."""
+"""``lozo-kernels reproduce``: what the papers report, and the same measured here."""

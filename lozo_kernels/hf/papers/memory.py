@@ -2,51 +2,36 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...bench.memory_use import out_of_memory
 from ...bench.models import MODELS, build_model
 from ...errors import InputError, require
 from ..loop.building import build_driver
-from ..loop.measure import peak_memory
+from ..loop.drivers import Closure
+from ..loop.measure import forward_peak, peak_memory
 from ..methods import METHODS
 from ..reports.plots import plot_memory
 from ..settings import Settings
-from .scales import Request
-
-Row = dict[str, Any]
+from .scales import Request, Row
 
 INFERENCE = "inference"
 STEPS = 2
 """Steps that are measured: some optimisers make their state at the end of the first."""
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenBatch:
-    """Random tokens for a causal model.
-
-    Attributes:
-        size, length: sequences, and tokens of each.
-        device: where they are put.
-    """
-
-    size: int
-    length: int
-    device: torch.device
-
-    def closure(self, model: nn.Module) -> Callable[[], Tensor]:
-        """A closure: the model's own loss on the tokens, which are the same for every model."""
-        generator = torch.Generator().manual_seed(0)
-        most = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
-        ids = torch.randint(4, min(most, 1000), (self.size, self.length), generator=generator).to(self.device)
-        return lambda: model(input_ids=ids, labels=ids, use_cache=False).loss  # type: ignore[no-any-return]
+def token_loss(model: nn.Module, sequences: int, length: int) -> Closure:
+    """The loss of a causal model on random tokens, which are the same for every model."""
+    generator = torch.Generator().manual_seed(0)
+    most = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
+    ids = torch.randint(4, min(most, 1000), (sequences, length), generator=generator).to(_device(model))
+    return lambda: model(input_ids=ids, labels=ids, use_cache=False).loss  # type: ignore[no-any-return]
 
 
 def open_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -66,33 +51,27 @@ def open_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module
     return model.to(device).eval()
 
 
-def measure_inference(model: nn.Module, batch: TokenBatch) -> Row:
-    """A forward pass without a graph: weights and the peak beyond them, in bytes."""
-    closure = batch.closure(model)
-    with torch.no_grad():
-        closure()  # libraries keep workspaces after their first use
-        with peak_memory(batch.device) as memory:
-            closure()
-    return _row(INFERENCE, model, memory.bytes)
+def measure_inference(model: nn.Module, closure: Closure) -> Row:
+    """Measures a forward pass without a graph: a row with the weights and the peak beyond them, in bytes."""
+    return _row(INFERENCE, model, forward_peak(closure, _device(model)))
 
 
-def measure_method(name: str, model: nn.Module, batch: TokenBatch, settings: dict[str, Any]) -> Row:
-    """The making of a method's driver and its first steps, from the model's bare weights, to which its updates go.
+def measure_method(name: str, model: nn.Module, closure: Closure, settings: dict[str, Any]) -> Row:
+    """Measures how a method's driver is made and takes its first steps, beyond the model's bare weights, to which its updates go.
 
     Args:
-        name: of a method that trains.
+        name: the name of a method that trains.
         settings: fields of :class:`~lozo_kernels.hf.settings.Settings` beside the method and the learning rate.
 
     Returns:
-        A row as :func:`measure_inference`; ``out_of_memory`` in place of the peak where the device has no room.
+        A row like that of :func:`measure_inference`; where the device has no room, it has ``out_of_memory`` and no peak.
     """
-    closure = batch.closure(model)
     method = METHODS[name]
     options = {"lr": method.lr * 1e-3, "momentum": method.momentum} | settings  # so small that no weight leaves its range
     gc.collect()
     driver = None
     try:
-        with peak_memory(batch.device) as memory:
+        with peak_memory(_device(model)) as memory:
             driver = build_driver(model, Settings(method=name, **options))
             for _ in range(STEPS):
                 driver.step(closure)
@@ -105,8 +84,12 @@ def measure_method(name: str, model: nn.Module, batch: TokenBatch, settings: dic
         if driver is not None:
             driver.close()
         del driver
-        if batch.device.type == "cuda":
+        if _device(model).type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _row(name: str, model: nn.Module, beyond: int | None) -> Row:
@@ -135,7 +118,7 @@ def with_ratios(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def measure_memory(request: Request, device: torch.device, output: Path, command: str) -> Row:
+def measure_memory(request: Request, device: torch.device, output: Path) -> Row:
     """Measures the methods on one model for each dtype.
 
     Returns:
@@ -144,10 +127,9 @@ def measure_memory(request: Request, device: torch.device, output: Path, command
     scale = request.size
     name = request.model or scale.architecture
     assert name is not None
-    batch = TokenBatch(1, scale.length, device)
     recipes = request.paper.recipes
     dtypes: dict[str, list[str]] = {}
-    for method in request.chosen_methods():
+    for method in request.methods or recipes:
         if METHODS[method].trains:
             dtypes.setdefault(request.chosen_dtype(method, device), []).append(method)
     rows: list[Row] = []
@@ -156,23 +138,24 @@ def measure_memory(request: Request, device: torch.device, output: Path, command
         model = open_model(name, getattr(torch, dtype), device)
         parameters = sum(p.numel() for p in model.parameters())
         request.say(f"{name} {dtype}: {INFERENCE}")
-        rows.append(measure_inference(model, batch))
+        closure = token_loss(model, 1, scale.length)
+        rows.append(measure_inference(model, closure))
         for method in methods:
             request.say(f"{name} {dtype}: {method}")
             settings = recipes[method].settings if method in recipes else {}
-            rows.append(measure_method(method, model, batch, {"seed": request.seed, **settings}))
-        del model
+            rows.append(measure_method(method, model, closure, {"seed": request.seed, **settings}))
+        del model, closure
     if not rows:
         raise InputError("--methods: none of them trains, so there is no memory to measure")
     rows = with_ratios(rows)
     label = f"{name} architecture with random weights" if name in MODELS else name
-    plot_memory(rows, f"{label}, one sequence of {batch.length} tokens", output / "memory.png")
+    plot_memory(rows, f"{label}, one sequence of {scale.length} tokens", output / "memory.png")
     return {
         "model": label,
         "model_label": f"{label}, {parameters / 1e6:.2f}M parameters",
-        "tokens": batch.length,
+        "tokens": scale.length,
         "notes": [
-            f"a batch of one sequence of {batch.length} random tokens; the published columns have batches of their tasks",
+            f"a batch of one sequence of {scale.length} random tokens; the published columns have batches of their tasks",
             "peak: the weights and the most tensors alive at once in the making of the method and its first two steps",
         ],
         "targets": judge(rows),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,15 @@ import torch
 
 from ...bench.document import dumps
 from ...bench.environment import OtherLoad, environment
-from ...errors import InputError
-from ..loop.records import finite
+from ...model.files import write_whole
+from ...model.text_table import markdown_table, number
 from ..methods import METHODS
 from ..models.checkpoint import pick_device
+from ..output import finite, make_folder
 from .memory import INFERENCE, measure_memory
 from .results import TABLES
-from .scales import Request
+from .scales import Request, Row
 from .scores import measure_scores
-
-Row = dict[str, Any]
 
 
 def reproduce(request: Request, command: str = "") -> tuple[Row, str]:
@@ -41,21 +40,16 @@ def reproduce(request: Request, command: str = "") -> tuple[Row, str]:
         torch.set_num_threads(request.threads)
     device = pick_device(request.device)
     table, scale = request.paper, request.size
-    output = Path(request.output or f"runs/reproduce-{table.name}")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"--output {output}: {e.strerror}") from None
+    output = make_folder(Path(request.output or f"runs/reproduce-{table.name}"))
     others = OtherLoad()
+    measure = measure_memory if table.name == "memory" else functools.partial(measure_scores, command=command)
+    found = measure(request, device, output)
     document = environment(device, ()) | {"command": command, "table": table.name, "title": table.title, "source": table.source}
     document |= {"unit": table.unit, "scale": scale.name, "scale_means": scale.meaning, "request": dataclasses.asdict(request)}
-    measure = measure_memory if table.name == "memory" else measure_scores
-    found = measure(request, device, output, command)
-    document |= {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
     document |= {"cpus_used_by_others": others.mean(), "published": table.published, **found}
-    (output / "results.json").write_text(dumps(finite(document)) + "\n", encoding="utf-8")
+    write_whole(output / "results.json", dumps(finite(document)) + "\n")
     text = render(document)
-    (output / "table.md").write_text(text + "\n", encoding="utf-8")
+    write_whole(output / "table.md", text + "\n")
     return document, text
 
 
@@ -74,23 +68,26 @@ def render(document: Row) -> str:
         *(f"- {note}" for note in document["notes"]),
         *(f"- not measured: {row['method']} on {row['task']}: {row['error']}" for row in document["rows"] if "error" in row),
         "",
-        _line(["source", "model", "method"], {c: c for c in columns}, columns),
-        "|" + "|".join(["---"] * 3 + ["---:"] * len(columns)) + "|",
     ]
-    for model, methods in table.published.items():
-        lines += [_line(["published", model, METHODS[m].label], cells, columns) for m, cells in methods.items()]
-    for name, cells in measured:
-        label = METHODS[name].label if name in METHODS else name
-        lines.append(_line(["measured here", document["model"], label], cells, columns))
+    rows = [("published", model, name, cells) for model, methods in table.published.items() for name, cells in methods.items()]
+    rows += [("measured here", document["model"], name, cells) for name, cells in measured]
+    labels = {name: method.label for name, method in METHODS.items()}
+    lines.append(
+        markdown_table(
+            ["source", "model", "method", *columns],
+            [
+                [source, model, labels.get(name, name), *(_cell(cells.get(c)) for c in columns)]
+                for source, model, name, cells in rows
+            ],
+            left=3,
+        )
+    )
     targets = [_target(t) for t in document.get("targets", ())]
     return "\n".join([*lines, *([""] if targets else []), *targets])
 
 
-def _line(names: list[str], cells: dict[str, Any], columns: list[str]) -> str:
-    def text(value: Any) -> str:
-        return "-" if value is None else value if isinstance(value, str) else f"{value:.1f}"
-
-    return "| " + " | ".join([*names, *(text(cells.get(c)) for c in columns)]) + " |"
+def _cell(value: Any) -> str:
+    return value if isinstance(value, str) else number(value, ".1f")
 
 
 def _score_cells(document: Row) -> list[tuple[str, dict[str, Any]]]:
@@ -104,11 +101,9 @@ def _memory_cells(document: Row) -> list[tuple[str, dict[str, Any]]]:
     column = f"{document['tokens']} tokens"
     found = []
     for row in document["rows"]:
-        peak = row["peak_bytes"]
-        size = "out of memory" if row.get("out_of_memory") else None if peak is None else f"{peak / 1e9:.4g}"
-        ratio = row["over_inference"]
+        size = "out of memory" if row.get("out_of_memory") else number(row["peak_bytes"] and row["peak_bytes"] / 1e9, ".4g")
         name = f"{INFERENCE} ({row['dtype']})" if row["method"] == INFERENCE else row["method"]
-        found.append((name, {column: size, "times inference": None if ratio is None else f"{ratio:.3f}"}))
+        found.append((name, {column: size, "times inference": number(row["over_inference"], ".3f")}))
     return found
 
 

@@ -32,12 +32,12 @@ class PaperTable:
     """One table of a paper.
 
     Attributes:
-        name: on the command line.
+        name: its name on the command line.
         title, source: what it is and where it is printed.
-        unit: of the cells.
+        unit: the unit of its cells.
         columns: tasks, by their names here.
-        recipes: by method, in the order of the rows.
-        published: by model; empty where the sources have no numbers.
+        recipes: how each method was trained, in the order of the rows.
+        published: the numbers of each model; empty where the sources have none.
         data: how many examples, as fields of the settings.
     """
 
@@ -138,8 +138,7 @@ TABLES = {
                 "mezo": Recipe(_DECODER_RUN, _LRS),
                 "lozo": Recipe(_LOZO_RUN, _LRS),
                 "subzero": Recipe(
-                    {**_DECODER_RUN, "rank": 8, "interval": 1000},
-                    {"lr": (1e-7, 1e-6, 1e-5, 1e-4, 1e-3), "interval": (1000, 2000)},
+                    {**_DECODER_RUN, "rank": 8, "interval": 1000}, {"lr": (1e-7, 1e-6, 1e-5, 1e-4, 1e-3), "interval": (1000, 2000)}
                 ),
             },
             {},
@@ -166,4 +165,4 @@ TABLES = {
         ),
     )
 }
-"""By name."""
+"""The tables by name."""

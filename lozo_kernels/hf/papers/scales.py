@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Iterable
+from typing import Any
 
 import torch
 
+from ...bench.document import progress
 from ...errors import InputError
+from ..command_line import check_options, option
 from ..methods import METHODS
 from ..settings import DTYPES
 from .results import TABLES, PaperTable
 
 PAPER = "paper"
+Row = dict[str, Any]
+"""One measurement, as results.json holds it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +25,10 @@ class Scale:
 
     Attributes:
         meaning: what its numbers are good for.
-        steps, batch_size: of the accuracy tables; None: the paper's.
+        steps, batch_size: those of the tables of scores; None: the paper's.
         eval_size: dev examples at most.
         interval: between draws of V at most, so that short runs have several.
-        architecture: of the memory table: a name of the benchmarks' models, with random weights.
+        architecture: the model of the memory table, with random weights: a name of the benchmarks' models.
         length: tokens of its batch of one sequence. MeZO's paper measures at 400, the mean length of MultiRC.
     """
 
@@ -47,41 +50,31 @@ SCALES = {
         Scale(PAPER, "the paper's settings"),
     )
 }
-"""By name."""
+"""The scales by name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to reproduce, and how.
+    """What ``lozo-kernels reproduce`` is to reproduce, and how; its ``--help`` says what each field means."""
 
-    Attributes:
-        table: a name of :data:`~lozo_kernels.hf.papers.results.TABLES`.
-        scale: a name of :data:`SCALES`; None: paper with a model, otherwise small.
-        model: name on the Hub or a folder; for the memory table also an architecture of the benchmarks. None: the scale's.
-        methods, tasks: some of the table's, in the order to measure; None: all, or the embedded task without a model.
-        data_dir: as :class:`~lozo_kernels.hf.settings.Settings`.
-        grid: search the paper's grid by the score on dev examples.
-        steps: of every run; None: the scale's.
-        dtype: None: float32, or on a GPU at the paper's scale float16 for methods without backward, as the papers do it.
-        device, threads, seed: as the settings.
-        output: folder for results; None: runs/reproduce-<table>.
-        quiet: no progress on stderr.
-    """
-
-    table: str
-    scale: str | None = None
-    model: str | None = None
-    methods: tuple[str, ...] | None = None
-    tasks: tuple[str, ...] | None = None
-    data_dir: str | None = None
-    grid: bool = False
-    steps: int | None = None
-    dtype: str | None = None
-    device: str = "auto"
-    threads: int | None = None
-    seed: int = 0
-    output: str | None = None
-    quiet: bool = False
+    table: str = option(choices=tuple(TABLES))
+    scale: str | None = option(None, f"{', '.join(SCALES)} (default: {PAPER} with --model, otherwise small)", choices=tuple(SCALES))
+    model: str | None = option(None, "name on the Hub or a folder (default: a small one, as the scale says)")
+    methods: tuple[str, ...] | None = option(
+        None, f"separated by commas, of {', '.join(METHODS)} (default: the table's)", choices=tuple(METHODS)
+    )
+    tasks: tuple[str, ...] | None = option(None, "separated by commas (default: the table's; the embedded one without a model)")
+    data_dir: str | None = option(None, "folder of TASK.train.jsonl and so on (default: the Hub)")
+    grid: bool = option(False, "search the paper's grid by the score on dev examples")
+    steps: int | None = option(None, "of every run (default: the scale's)", low=1)
+    dtype: str | None = option(
+        None, f"{', '.join(DTYPES)} (default: float32; without backward float16 on a GPU at scale {PAPER})", choices=DTYPES
+    )
+    device: str = option("auto", "cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    threads: int | None = option(None, "on the CPU (default: torch's)", low=1)
+    seed: int = option(0)
+    output: str | None = option(None, "folder for results.json, table.md, runs and plots (default: runs/reproduce-TABLE)")
+    quiet: bool = option(False, "no progress on stderr")
 
     @property
     def size(self) -> Scale:
@@ -95,38 +88,21 @@ class Request:
 
     def check(self) -> None:
         """Raises InputError if something is unknown or does not fit."""
-        named: list[tuple[str, str | None, Iterable[str]]] = [
-            ("--table", self.table, TABLES),
-            ("--scale", self.scale, SCALES),
-            ("--dtype", self.dtype, DTYPES),
-        ]
-        named += [("--methods", method, METHODS) for method in self.methods or ()]
-        for option, value, known in named:
-            if value is not None and value not in known:
-                raise InputError(f"{option} {value!r} is not known; there are {', '.join(known)}")
+        check_options(self)
         if self.table == "memory" and (self.tasks or self.data_dir or self.grid or self.steps is not None):
             raise InputError("--table memory measures steps on random tokens: leave out --tasks, --data-dir, --grid and --steps")
         if self.methods == () or self.tasks == ():
             raise InputError(f"--{'methods' if self.methods == () else 'tasks'} names none: leave it out for the table's")
         if self.scale == PAPER and not self.model:
             raise InputError("--scale paper needs --model, such as facebook/opt-13b: the papers' models are not in this package")
-        if self.steps is not None and self.steps < 1:
-            raise InputError(f"--steps is at least 1, not {self.steps}")
-        if self.threads is not None and self.threads < 1:
-            raise InputError(f"--threads is at least 1, not {self.threads}")
-
-    def chosen_methods(self) -> list[str]:
-        """The methods to measure, in order."""
-        return list(self.methods or self.paper.recipes)
 
     def chosen_dtype(self, method: str, device: torch.device) -> str:
-        """Of the weights, for a method."""
+        """The dtype of the weights for a method. At the paper's scale on a GPU, methods without backward have float16, as there."""
         if self.dtype is not None:
             return self.dtype
         half = self.size.name == PAPER and device.type == "cuda" and METHODS[method].kind != "first-order"
         return "float16" if half else "float32"
 
     def say(self, message: str) -> None:
-        """A line for someone who waits."""
         if not self.quiet:
-            print(message, file=sys.stderr, flush=True)
+            progress(message)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,13 +12,11 @@ from ...errors import InputError
 from ..demo import language
 from ..evaluate import evaluate
 from ..finetune import finetune
-from ..methods import METHODS, TRAINING_SETTINGS
+from ..methods import METHODS
 from ..reports.plots import compare_runs
 from ..settings import Settings
 from .results import TABLES, PaperTable, Recipe
-from .scales import PAPER, Request
-
-Row = dict[str, Any]
+from .scales import PAPER, Request, Row
 
 
 def measure_scores(request: Request, device: torch.device, output: Path, command: str) -> Row:
@@ -34,14 +30,15 @@ def measure_scores(request: Request, device: torch.device, output: Path, command
         InputError: there is no cell at all.
         KeyboardInterrupt: a run was interrupted.
     """
-    rows: list[Row] = []
-    for method in request.chosen_methods():
-        for task in _tasks(request):
-            try:
-                rows.append(_cell(request, method, task, device, output, command))
-            except InputError as e:
-                rows.append({"method": method, "task": task or language.TASK_NAME, "score": None, "error": str(e)})
-                request.say(f"{method} on {task or 'the embedded task'}: {e}")
+
+    def cell(method: str, task: str | None) -> Row:
+        try:
+            return _cell(request, method, task, device, output, command)
+        except InputError as e:
+            request.say(f"{method} on {task or 'the embedded task'}: {e}")
+            return {"method": method, "task": task or language.TASK_NAME, "score": None, "error": str(e)}
+
+    rows = [cell(method, task) for method in request.methods or request.paper.recipes for task in _tasks(request)]
     if all("error" in row for row in rows):
         raise InputError(rows[0]["error"])
     folders = [output / row["folder"] for row in rows if "folder" in row]
@@ -49,12 +46,7 @@ def measure_scores(request: Request, device: torch.device, output: Path, command
         compare_runs(folders, output)
     model = request.model or "the embedded model"
     sizes = {f", {row['parameters'] / 1e6:.2f}M parameters" for row in rows if "parameters" in row}
-    return {
-        "model": model,
-        "model_label": model + "".join(sizes),
-        "notes": _notes(request),
-        "rows": rows,
-    }
+    return {"model": model, "model_label": model + "".join(sizes), "notes": _notes(request), "rows": rows}
 
 
 def _cell(request: Request, method: str, task: str | None, device: torch.device, output: Path, command: str) -> Row:
@@ -101,9 +93,9 @@ def make_settings(
 
     Args:
         task: None for the embedded one.
-        point: of the grid; empty for the first of it.
+        point: the point of the grid; empty for its first one.
     """
-    scale, uses = request.size, METHODS[method].uses
+    scale = request.size
     values = {**{name: grid[0] for name, grid in recipe.grid.items()}, **recipe.settings, **point}
     if scale.name == PAPER:
         values |= {**request.paper.data, "keep": "best"}
@@ -116,11 +108,8 @@ def make_settings(
             values["interval"] = min(values["interval"], scale.interval)
     if request.steps is not None:
         values |= {"steps": request.steps, "eval_every": max(1, request.steps // 5)}
-    fields = {f.name for f in dataclasses.fields(Settings)}
-    foreign = {"eps", "rank", "interval", "momentum", "scaling"} - set(uses)
-    foreign |= set() if METHODS[method].trains else TRAINING_SETTINGS
     return Settings(
-        **{name: value for name, value in values.items() if name in fields - foreign},
+        **{name: value for name, value in values.items() if name not in METHODS[method].foreign},
         method=method,
         model=request.model,
         task=task or language.TASK_NAME,

@@ -21,6 +21,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...errors import InputError, require
+from ..models.checkpoint import first_line
+from ..models.image_reader import image_size
 
 _HEADS = (
     # ending of an architecture's name, class that builds it, what its loss compares with
@@ -42,7 +44,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
         self.alive = self.peak = 0
-        self._known = {t.untyped_storage()._cdata for t in known}
+        self._known = {id(t.untyped_storage()) for t in known}
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -54,7 +56,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = id(storage)
         if key not in self._known and key not in self._sizes:
             self._sizes[key] = storage.nbytes()
             self.alive += self._sizes[key]
@@ -67,7 +69,7 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclasses.dataclass(frozen=True)
 class DryForward:
-    """What a forward pass takes: ``bytes`` at once beyond weights and inputs, and ``flops`` of its matrix products."""
+    """What a forward pass takes: ``bytes`` alive at once beyond weights and inputs, and ``flops`` of its matrix products."""
 
     bytes: int
     flops: int
@@ -77,13 +79,13 @@ class DryModel:
     """A model of transformers made from its configuration alone, in evaluation mode, and a batch for it.
 
     Args:
-        config: of transformers.
-        dtype: of its weights.
+        config: a configuration of transformers.
+        dtype: dtype of its weights.
         batch_size: examples; ``sequence_length``: tokens of each, where it reads text.
 
     Attributes:
-        mode: within which the model may be called.
-        loss: a forward pass with the model's own loss.
+        mode: the context in which the model may be called.
+        model, batch: the model, and an input for it.
 
     Raises:
         InputError: transformers cannot build such a model, or it reads neither text nor images.
@@ -99,11 +101,11 @@ class DryModel:
             with torch.device("meta"):
                 self.model: nn.Module = getattr(transformers, auto).from_config(config, dtype=dtype).eval()
         except (ValueError, ImportError) as e:
-            raise InputError(f"no model can be built from this configuration: {str(e).strip().splitlines()[0]}") from None
+            raise InputError(f"no model can be built from this configuration: {first_line(e)}") from None
         finally:
             transformers.utils.logging.set_verbosity(level)
         with self.mode:
-            _realise(self.model, self.mode)
+            _realise(self.model)
             self.batch = self._make_batch(config, dtype, batch_size, sequence_length)
 
     @property
@@ -117,7 +119,7 @@ class DryModel:
         return next(iter(self.batch.values())).numel() if "input_ids" in self.batch else len(self.batch["labels"])
 
     def loss(self) -> Tensor:
-        """One forward pass."""
+        """The loss of a forward pass on the batch."""
         return self.model(**self.batch).loss
 
     def forward(self) -> DryForward:
@@ -162,9 +164,7 @@ class DryModel:
     def _make_batch(self, config: Any, dtype: torch.dtype, examples: int, length: int) -> dict[str, Tensor]:
         labels = torch.zeros(examples, dtype=torch.long)
         if getattr(self.model, "main_input_name", "") == "pixel_values":
-            side = config.image_size if hasattr(config, "image_size") else 224
-            height, width = (side, side) if isinstance(side, int) else side
-            pixels = torch.zeros(examples, getattr(config, "num_channels", 3), height, width, dtype=dtype)
+            pixels = torch.zeros(examples, getattr(config, "num_channels", 3), *image_size(config), dtype=dtype)
             return {"pixel_values": pixels, "labels": labels}
         if getattr(self.model, "main_input_name", "") != "input_ids":
             raise InputError(f"{type(self.model).__name__} reads neither text nor images")
@@ -189,17 +189,14 @@ def _head(config: Any) -> tuple[str, str]:
     return "AutoModelForSequenceClassification", "classes"
 
 
-def _realise(model: nn.Module, mode: FakeTensorMode) -> None:
+def _realise(model: nn.Module) -> None:
     """Puts tensors that claim to be on the CPU into the places of those on the meta device; tied ones stay tied."""
-    made: dict[int, Any] = {}
+    made: dict[Tensor, Tensor] = {}
     for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                if id(p) not in made:
-                    made[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
-                module._parameters[name] = made[id(p)]
-        for name, b in module._buffers.items():
-            if b is not None:
-                if id(b) not in made:
-                    made[id(b)] = torch.empty(b.shape, dtype=b.dtype)
-                module._buffers[name] = made[id(b)]
+        own = {"recurse": False, "remove_duplicate": False}
+        for name, old in [*module.named_parameters("", **own), *module.named_buffers("", **own)]:
+            if old not in made:
+                made[old] = torch.empty(old.shape, dtype=old.dtype)
+                if isinstance(old, nn.Parameter):
+                    made[old] = nn.Parameter(made[old], requires_grad=old.requires_grad)
+            setattr(module, name, made[old])

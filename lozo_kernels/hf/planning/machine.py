@@ -26,7 +26,7 @@ class Machine:
         bandwidth: bytes per second that a pass over memory reads and writes together.
         flops: floating-point operations per second of a large matrix product; None if unknown.
         passes: seconds per weight of what a step in place does beyond its forward passes.
-        costs: of a probe's two sides.
+        costs: what the two sides of a probe cost.
     """
 
     source: str
@@ -36,12 +36,12 @@ class Machine:
     costs: Costs
 
     def forward_seconds(self, flops: int, nbytes: int) -> float:
-        """Of a forward pass that computes so much and reads so many bytes of weights: the slower of the two."""
+        """Seconds of a forward pass, which waits for its operations or for reading the weights, whichever takes longer."""
         return max(nbytes / self.bandwidth, flops / self.flops if self.flops else 0.0)
 
 
 def given_machine(bandwidth: float, flops: float | None, dtype: torch.dtype) -> Machine:
-    """Everything at the speed of memory. ``bandwidth`` in bytes per second, ``flops`` in operations per second."""
+    """A machine that does everything at the speed of memory; bytes and floating-point operations per second."""
     size = dtype.itemsize
     # The activation side reads x, reads and writes y: 1.5 times each feature of a layer with as many outputs as inputs.
     costs = Costs(call=_LAUNCH, feature=1.5 * size / bandwidth, fill=_LAUNCH, element=2 * size / bandwidth)
@@ -51,10 +51,10 @@ def given_machine(bandwidth: float, flops: float | None, dtype: torch.dtype) -> 
 def measured_machine(
     device: torch.device, dtype: torch.dtype, rank: int, make_optimizer: Callable[[nn.Module], ZerothOrderOptimizer] | None
 ) -> Machine:
-    """Measures for about a second; the fastest of a few calls counts, as other load only ever adds.
+    """Measures this machine for about a second. The fastest of a few calls counts, since other load only ever adds.
 
     Args:
-        make_optimizer: of a model whose weights it moves in place; None where there is none to measure.
+        make_optimizer: makes an optimiser that moves the weights of a model in place; None: there is none to measure.
     """
     with torch.no_grad():
         x = torch.ones(_SIDE, _SIDE, dtype=dtype, device=device)

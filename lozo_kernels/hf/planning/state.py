@@ -33,7 +33,7 @@ class State:
     """Bytes beside the weights and a forward pass.
 
     Attributes:
-        factors: V (fp16), and of a probe B or what vectors learned (fp32); of SubZero U (fp16) and U S (fp32) besides.
+        factors: V (fp16); for a probe also B or what vectors learned (fp32); for SubZero also U (fp16) and U S (fp32).
         momentum: N or dense momentum, fp32.
         scratch: memory that modules share for perturbed weights.
         copies: perturbed weights and shifts with memory of their own.
@@ -48,7 +48,7 @@ class State:
 
     @property
     def total(self) -> int:
-        """In every step."""
+        """Bytes that are there in every step."""
         return self.factors + self.momentum + self.scratch + self.copies
 
 
@@ -78,19 +78,19 @@ def place_members(dry: DryModel, members: Sequence[Member], costs: Costs, config
 
 
 def side_seconds(member: Member, used: Uses, costs: Costs) -> float:
-    """Of what one evaluation computes for a member beside the forward pass."""
+    """Seconds of what one evaluation computes for a member beside the forward pass."""
     if member.side in ("activation", "scratch"):
         return cost_of(member, used, costs)
     return member.numel * costs.element if member.side == "copy" else 0.0
 
 
 def state_in_place(members: Sequence[Member], config: PatchConfig, *, momentum: bool) -> State:
-    """Of a method that moves weights."""
+    """The state of a method that moves weights."""
     return State(_factors(members, config), _left_factors(members, config.rank) if momentum else 0)
 
 
 def state_of_probe(model: nn.Module, members: Sequence[Member], config: PatchConfig, *, momentum: bool) -> State:
-    """Of a probe whose members have sides."""
+    """The state of a probe whose members have sides."""
     factors = _factors(members, config)
     if config.estimator != "dense":
         factors += _left_factors([m for m in members if m.side != "inplace"], config.rank)  # B
@@ -107,7 +107,7 @@ def state_of_probe(model: nn.Module, members: Sequence[Member], config: PatchCon
 
 
 def _factors(members: Sequence[Member], config: PatchConfig) -> int:
-    """Of V, and of what else a window or a step of SubZero keeps: U (fp16) and U S (fp32)."""
+    """Bytes of V, and of what else SubZero keeps for a window or a step: U (fp16) and U S (fp32)."""
     each = _FACTOR * config.rank
     factors = sum(each * batch * cols for batch, _, cols in _matrices(members))
     if config.estimator == "subspace":
@@ -120,13 +120,13 @@ def _matrices(members: Sequence[Member]) -> list[tuple[int, int, int]]:
 
 
 def _left_factors(members: Sequence[Member], rank: int) -> int:
-    """Of N, or of B: fp32, (rows, rank) of a matrix and every element of others."""
+    """Bytes of N, or of B: in fp32, (rows, rank) for a matrix and every element of other tensors."""
     factors = sum(_FLOAT * rank * batch * rows for batch, rows, _ in _matrices(members))
     return factors + sum(_FLOAT * m.numel for m in members if not m.parameter.low_rank)
 
 
 def _scratch(model: nn.Module, members: Sequence[Member]) -> int:
-    """The most that modules running inside each other take."""
+    """The most bytes that modules which run inside each other take at once."""
     scopes = {module: [m for m in some if m.side == "scratch"] for module, some in scopes_of(members).items()}
     by_name = dict(model.named_modules())
     most = 0

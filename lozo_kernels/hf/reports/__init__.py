@@ -1,1 +1,1 @@
-"""reports."""
+"""What a run of ``finetune`` reports: summary, model card and plots."""

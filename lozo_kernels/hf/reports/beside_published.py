@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import statistics
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from ...bench.published import PublishedStep
 from ..loop.building import build_optimizer
-from ..loop.measure import Clock, peak_memory
+from ..loop.measure import Stopwatch, peak_memory
 from ..methods import METHODS
 from ..objectives import Encoded, Objective
 from ..settings import Settings
 
 
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Medians over ``rounds`` interleaved rounds, and the peak memory of a published first step beyond the weights."""
-
-    rounds: int
-    two_forwards_ms: float
-    step_ms: float
-    published_step_ms: float
-    published_peak_bytes: int | None
-
-
 @torch.no_grad()
 def compare(
     model: torch.nn.Module, objective: Objective, examples: list[Encoded], settings: Settings, device: torch.device
-) -> Comparison:
-    """Times the three. The model itself is only read."""
+) -> dict[str, Any]:
+    """Times the three. The model itself is only read.
+
+    Returns:
+        How many interleaved rounds were counted, the medians over them in ms, and the peak memory of a published first step in
+        bytes, weights included; None where nothing counts them.
+    """
     method = METHODS[settings.method]
     ours = copy.deepcopy(model)
     optimizer = build_optimizer(ours, settings)
@@ -52,22 +47,18 @@ def compare(
             seed=settings.seed,
         )
         published.step(lambda: objective.loss(theirs, batch))
-    copied = sum(p.numel() * p.element_size() for p in model.parameters())
-    peak = None if memory.bytes is None else memory.bytes - copied
-    clock = Clock(device)
-    candidates = {
-        "forwards": lambda: [objective.loss(model, batch) for _ in range(2)],
-        "ours": lambda: optimizer.step(lambda: objective.loss(ours, batch)),
-        "published": lambda: published.step(lambda: objective.loss(theirs, batch)),
+    candidates: dict[str, Callable[[], object]] = {
+        "two_forwards_ms": lambda: [objective.loss(model, batch) for _ in range(2)],
+        "step_ms": lambda: optimizer.step(lambda: objective.loss(ours, batch)),
+        "published_step_ms": lambda: published.step(lambda: objective.loss(theirs, batch)),
     }
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for round_index in range(settings.compare_steps or 0):
         for name, run in candidates.items():
-            start = clock.mark()
-            run()
-            end = clock.mark()
+            watch = Stopwatch(device)
+            watch.timed(name, run)()
             if round_index >= 3:  # the first rounds warm up caches and allocators
-                times[name].append(clock.seconds(start, end) * 1e3)
+                times[name].append(1e3 * watch.seconds(name))
     optimizer.handle.restore()
     medians = {name: statistics.median(values) if values else float("nan") for name, values in times.items()}
-    return Comparison(len(times["ours"]), medians["forwards"], medians["ours"], medians["published"], peak)
+    return {"rounds": len(times["step_ms"]), **medians, "published_training_peak_bytes": memory.bytes}

@@ -9,19 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...model.files import write_whole
+from ...model.text_table import markdown_table, mebibytes, number
 from ..methods import METHODS
+from ..objectives import OBJECTIVES, ImageObjective, Objective
 
 _PAPERS = {
     "lozo": "Chen et al., *Enhancing zeroth-order fine-tuning for language models with low-rank structures*, ICLR 2025",
     "mezo": "Malladi et al., *Fine-tuning language models with just forward passes*, NeurIPS 2023",
     "subzero": "Yu et al., *Zeroth-order fine-tuning of LLMs in random subspaces*, 2024",
 }
-_AUTO = {
-    "image": ("image-classification", "AutoModelForImageClassification", "AutoImageProcessor"),
-    "classification": ("text-classification", "AutoModelForSequenceClassification", "AutoTokenizer"),
-    "masked": ("fill-mask", "AutoModelForMaskedLM", "AutoTokenizer"),
-}
-_CAUSAL = ("text-generation", "AutoModelForCausalLM", "AutoTokenizer")
 _SETTINGS = ("lr", "lr_schedule", "batch_size", "weight_decay", "momentum", "dtype", "max_length")
 
 
@@ -30,14 +27,14 @@ def write_card(folder: Path, summary: dict[str, Any], metrics: Sequence[str] = (
 
     Args:
         folder: where the model was saved.
-        summary: of its run, see :func:`lozo_kernels.hf.reports.summary.summarize`.
-        metrics: names of those that the task has.
+        summary: what :func:`lozo_kernels.hf.reports.summary.summarize` returned of its run.
+        metrics: names of the metrics that the task has.
 
     Returns:
         The file. Its header is what the Hub reads: library, base model, tags, data sets and metrics.
     """
     path = folder / "README.md"
-    path.write_text(f"---\n{_header(_metadata(summary, metrics))}\n---\n\n{_body(summary)}", encoding="utf-8")
+    write_whole(path, f"---\n{_header(_metadata(summary, metrics))}\n---\n\n{_body(summary)}")
     return path
 
 
@@ -46,7 +43,7 @@ def _metadata(summary: dict[str, Any], metrics: Sequence[str]) -> dict[str, Any]
     values: dict[str, Any] = {"library_name": "transformers"}
     if base is not None and not Path(base).exists():
         values["base_model"] = base
-    values["pipeline_tag"] = _auto(summary)[0]
+    values["pipeline_tag"] = OBJECTIVES[summary["objective"]].pipeline
     values["tags"] = ["lozo_kernels", summary["method"]]
     if METHODS[summary["method"]].kind == "zeroth-order":
         values["tags"].insert(1, "zeroth-order-optimization")
@@ -59,7 +56,7 @@ def _metadata(summary: dict[str, Any], metrics: Sequence[str]) -> dict[str, Any]
 
 
 def _header(values: dict[str, Any]) -> str:
-    """YAML: by the Hub's own library if it is there, else in the part of YAML that is JSON."""
+    """YAML, made by the Hub's own library if it is there. Without it, every value is written as JSON, which YAML contains."""
     if importlib.util.find_spec("huggingface_hub") is not None:
         from huggingface_hub import ModelCardData
 
@@ -68,86 +65,84 @@ def _header(values: dict[str, Any]) -> str:
 
 
 def _body(s: dict[str, Any]) -> str:
-    settings, method = s["settings"], METHODS[s["method"]]
+    settings, method, data = s["settings"], METHODS[s["method"]], s["data"]
     base = settings["model"]
     name = Path(s["output"]).name
-    origin = (
-        "the small model that lozo_kernels carries" if base is None else f"`{Path(base).name if Path(base).exists() else base}`"
-    )
-    data = s["data"]
-    task = s["task"] or "a file of the user"
-    lines = [
+    origin = "The small model that lozo_kernels carries"
+    if base is not None:
+        origin = f"`{Path(base).name if Path(base).exists() else base}`"
+    passes = ", with forward passes only" if method.kind == "zeroth-order" else ""
+    parts = [
         f"# {name}",
-        "",
-        f"{origin[0].upper()}{origin[1:]}, tuned on {task} ({s['objective']}) by {method.label} with "
-        "[lozo_kernels](https://pypi.org/project/lozo-kernels/)"
-        + (", with forward passes only." if method.kind == "zeroth-order" else "."),
+        f"{origin}, tuned on {s['task'] or 'a file of the user'} ({s['objective']}) by {method.label} with "
+        f"[lozo_kernels](https://pypi.org/project/lozo-kernels/){passes}.",
     ]
     paper = _PAPERS.get(s["method"].split("-")[0])
     if paper:
-        lines += ["", f"Method: {paper}."]
+        parts.append(f"Method: {paper}.")
     if s["stopped"] is not None:
-        lines += ["", f"The run stopped early, after {s['steps_done']} of {settings['steps']} steps: {s['stopped']}."]
-    lines += ["", "## Results", "", "| | before | after |", "|---|---|---|"]
-    lines.append(f"| dev loss per {s['loss_unit']} | {_number(s['loss_before'])} | {_number(s['loss_after'])} |")
+        parts.append(f"The run stopped early, after {s['steps_done']} of {settings['steps']} steps: {s['stopped']}.")
+    parts += [
+        "## Results",
+        _results(s),
+        f"On {data['dev_examples']} dev examples; trained on {data['train_examples']}. Data: {_source(data['source'])}.",
+        "## Training",
+        _training(s, [n for n in ("rank", "interval", "eps", "directions", "scaling", "placement") if n in method.uses]),
+        *(f"Note: {note}." for note in s["notes"]),
+        "## How to load",
+        _loading(name, OBJECTIVES[s["objective"]]),
+    ]
+    if s["command"]:
+        parts += [
+            "## How to have it again",
+            f"```\n{s['command']}\n```",
+            "The noise is the same bits on every device; forward passes differ by rounding between devices and versions.",
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _results(s: dict[str, Any]) -> str:
+    rows = [[f"dev loss per {s['loss_unit']}", *(number(s[f"loss_{when}"], ".4f") for when in ("before", "after"))]]
     if s["accuracy_before"] is not None:
-        lines.append(f"| dev accuracy | {_percent(s['accuracy_before'])} | {_percent(s['accuracy_after'])} |")
-    lines += [f"| test {name} | | {value:.4g} |" for name, value in _test_scores(s).items()]
-    lines += ["", f"On {data['dev_examples']} dev examples; trained on {data['train_examples']}. Data: {_source(data['source'])}."]
-    lines += ["", "## Training", "", "| | |", "|---|---|"]
-    used = [*(n for n in ("rank", "interval", "eps", "directions", "scaling", "placement") if n in method.uses), *_SETTINGS]
+        rows.append(["dev accuracy", *(number(s[f"accuracy_{when}"], ".1%") for when in ("before", "after"))])
+    scores = dict((s.get("test") or {}).get("metrics", {}))
+    return markdown_table(
+        ["", "before", "after"], rows + [[f"test {n}", "", f"{value:.4g}"] for n, value in scores.items()], left=3
+    )
+
+
+def _training(s: dict[str, Any], own: list[str]) -> str:
+    settings = s["settings"]
     rows: list[tuple[str, Any]] = [("steps", s["steps_done"])]
-    rows += [(n.replace("_", " "), settings[n]) for n in used if settings.get(n) is not None]
+    rows += [(n.replace("_", " "), settings[n]) for n in (*own, *_SETTINGS) if settings.get(n) is not None]
     rows += [
         ("seed", s["seed"]),
         ("parameters", f"{s['parameters']:,} ({s['trained_parameters']:,} trained)"),
-        ("peak memory of training", _mebibytes(s["training_peak_bytes"])),
-        ("peak memory of inference", _mebibytes(s["inference_peak_bytes"])),
-        ("time per step", "-" if s["step_ms"] is None else f"{s['step_ms']:.1f} ms"),
+        ("peak memory of training", mebibytes(s["training_peak_bytes"], ",.1f", " MiB")),
+        ("peak memory of inference", mebibytes(s["inference_peak_bytes"], ",.1f", " MiB")),
+        ("time per step", number(s["step_ms"], ".1f", " ms")),
         ("device", s["device"]),
         ("versions", ", ".join(f"{k} {v}" for k, v in s["versions"].items() if v)),
         ("commit", s["commit"]),
     ]
-    lines += [f"| {name} | {value} |" for name, value in rows if value is not None]
-    lines += [f"\nNote: {note}." for note in s["notes"]]
-    _, auto, reader = _auto(s)
-    lines += [
-        "",
-        "## How to load",
-        "",
-        "```python",
-        f"from transformers import {', '.join(sorted((auto, reader)))}",
-        "",
-        f'model = {auto}.from_pretrained("{name}")  # the folder with this file',
-        f'{"processor" if "Image" in reader else "tokenizer"} = {reader}.from_pretrained("{name}")',
-        "```",
-    ]
-    if s["command"]:
-        lines += ["", "## How to have it again", "", "```", s["command"], "```", ""]
-        lines += ["The noise is the same bits on every device; forward passes differ by rounding between devices and versions."]
-    return "\n".join(lines) + "\n"
+    return markdown_table(["", ""], [[name, str(value)] for name, value in rows if value is not None], left=2)
 
 
-def _test_scores(summary: dict[str, Any]) -> dict[str, float]:
-    return dict((summary.get("test") or {}).get("metrics", {}))
-
-
-def _auto(summary: dict[str, Any]) -> tuple[str, str, str]:
-    return _AUTO.get(summary["objective"], _CAUSAL)
+def _loading(name: str, objective: type[Objective]) -> str:
+    auto, images = objective.auto_model, objective is ImageObjective
+    reader, variable = ("AutoImageProcessor", "processor") if images else ("AutoTokenizer", "tokenizer")
+    return "\n".join(
+        [
+            "```python",
+            f"from transformers import {', '.join(sorted((auto, reader)))}",
+            "",
+            f'model = {auto}.from_pretrained("{name}")  # the folder with this file',
+            f'{variable} = {reader}.from_pretrained("{name}")',
+            "```",
+        ]
+    )
 
 
 def _source(source: str) -> str:
-    """Names of files, not where they lie on the machine of the run."""
+    """The source of the data with the names of files only, not where they lie on the machine of the run."""
     return ", ".join(Path(part).name if "/" in part and Path(part).exists() else part for part in source.split(", "))
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None or value != value else f"{value:.4f}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None or value != value else f"{value:.1%}"
-
-
-def _mebibytes(value: int | None) -> str:
-    return "-" if value is None else f"{value / 2**20:,.1f} MiB"

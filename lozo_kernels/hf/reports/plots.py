@@ -1,19 +1,21 @@
-"""Several runs side by side: curves against steps and against time, memory, and where the time of a step goes."""
+"""Pictures of one run, and of several side by side: losses and scores, memory, and where the time of a step goes."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...errors import InputError, require
-from .summary import smoothed
+from ...model.text_table import mebibytes, number, text_table
+from ..loop.records import MetricsLog
+from ..output import make_folder
 
 Row = dict[str, Any]
-
-FILES = ("metrics.jsonl", "summary.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +23,8 @@ class RunRecord:
     """A finished run, read back from its folder.
 
     Attributes:
-        label: how it is called in a legend.
-        summary: of :func:`lozo_kernels.hf.reports.summary.summarize`.
+        label: its name in a legend.
+        summary: what :func:`lozo_kernels.hf.reports.summary.summarize` returned.
         steps, evaluations: the lines of metrics.jsonl.
     """
 
@@ -34,11 +36,7 @@ class RunRecord:
     @property
     def seconds(self) -> list[float]:
         """Time in steps, without evaluations, at the end of each step."""
-        total, out = 0.0, []
-        for row in self.steps:
-            total += row["step_ms"] / 1e3
-            out.append(total)
-        return out
+        return list(itertools.accumulate(row["step_ms"] / 1e3 for row in self.steps))
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -47,7 +45,7 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         InputError: there is no whole run.
     """
-    for name in FILES:
+    for name in ("metrics.jsonl", "summary.json"):
         if not (folder / name).is_file():
             raise InputError(f"{folder} holds no finished run: there is no {name}")
     try:
@@ -70,16 +68,11 @@ def compare_runs(folders: Sequence[Path], output: Path) -> tuple[str, list[Path]
         InputError: a folder holds no run, or matplotlib is missing.
     """
     runs = [read_run(folder) for folder in folders]
-    pyplot = _pyplot()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"--output {output}: {e.strerror}") from None
+    require("matplotlib")
+    make_folder(output)
     files = [output / "curves.png", output / "costs.png"]
-    for path, draw in zip(files, (_curves, _costs), strict=True):
-        figure = draw(pyplot, runs)
-        figure.savefig(path, dpi=120)
-        pyplot.close(figure)
+    for path, draw in zip(files, (_draw_curves, _draw_costs), strict=True):
+        draw(runs, path)
     return runs_table(runs), files
 
 
@@ -89,67 +82,83 @@ def runs_table(runs: Sequence[RunRecord]) -> str:
     rows: list[tuple[str, ...]] = [header]
     for run in runs:
         s = run.summary
-        mebibytes = None if s["training_peak_bytes"] is None else s["training_peak_bytes"] / 2**20
-        numbers = (
-            (s["loss_before"], ".4f"),
-            (s["loss_after"], ".4f"),
-            (s["accuracy_before"], ".1%"),
-            (s["accuracy_after"], ".1%"),
-            (s["step_ms"], ".2f"),
-            (mebibytes, ".1f"),
-            (s["training_peak_over_inference"], ".3f"),
-        )
-        rows.append((run.label, str(s["steps_done"]), *("-" if v is None else format(v, spec) for v, spec in numbers)))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    cells = ([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in rows)
-    return "\n".join("  ".join(line) for line in cells)
+        losses = [number(s[key], ".4f") for key in ("loss_before", "loss_after")]
+        scores = [number(s[key], ".1%") for key in ("accuracy_before", "accuracy_after")]
+        costs = [number(s["step_ms"], ".2f"), mebibytes(s["training_peak_bytes"]), number(s["training_peak_over_inference"], ".3f")]
+        rows.append((run.label, str(s["steps_done"]), *losses, *scores, *costs))
+    return text_table(rows)
+
+
+def plot_losses(path: Path, log: MetricsLog, title: str) -> None:
+    """Training loss (every step, and smoothed), dev loss and dev accuracy of a run over steps, as a PNG."""
+    with _figure(path, figsize=(8, 4.5)) as axis:
+        steps, losses = [r.step + 1 for r in log.steps], [r.loss for r in log.steps]
+        axis.plot(steps, losses, color="tab:blue", alpha=0.2, linewidth=0.8)
+        axis.plot(steps, smoothed(losses), color="tab:blue", label="train loss (smoothed)")
+        at = [e.step for e in log.evaluations]
+        accuracies = [e.accuracy for e in log.evaluations if e.accuracy is not None]
+        axis.plot(at, [e.loss for e in log.evaluations], "o-", color="tab:orange", label="dev loss")
+        axis.set(xlabel="step", ylabel="loss", title=title)
+        lines, labels = axis.get_legend_handles_labels()
+        if accuracies:
+            right = axis.twinx()
+            right.plot(at, accuracies, "s--", color="tab:green", label="dev accuracy")
+            right.set(ylabel="accuracy", ylim=(0, 1.02))
+            more = right.get_legend_handles_labels()
+            lines, labels = lines + more[0], labels + more[1]
+        axis.legend(lines, labels, loc="best")
 
 
 def plot_memory(rows: Sequence[Row], title: str, path: Path) -> None:
     """Bars of the peak memory of methods (rows of :mod:`~lozo_kernels.hf.papers.memory`), with the weights in each, as a PNG."""
-    pyplot = _pyplot()
     rows = [row for row in rows if row["peak_bytes"] is not None]
-    figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    names = [row["method"] for row in rows]
-    _memory_bars(axis, names, [row["weights_bytes"] for row in rows], [row["peak_bytes"] for row in rows])
-    axis.set(title=title)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with _figure(path, figsize=(8, 4.5)) as axis:
+        names = [row["method"] for row in rows]
+        _memory_bars(axis, names, [row["weights_bytes"] for row in rows], [row["peak_bytes"] for row in rows])
+        axis.set(title=title)
 
 
-def _curves(pyplot: Any, runs: Sequence[RunRecord]) -> Any:
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    for run in runs:
-        steps, seconds = [row["step"] + 1 for row in run.steps], run.seconds
-        losses = smoothed([float("nan") if row["loss"] is None else row["loss"] for row in run.steps])
-        at = [0.0, *seconds]
-        scored = [row for row in run.evaluations if row["accuracy"] is not None]
-        color = axes[0, 0].plot(steps, losses, label=run.label, linewidth=1)[0].get_color()
-        axes[0, 1].plot(seconds, losses, color=color, linewidth=1)
-        scores = [row["accuracy"] for row in scored]
-        axes[1, 0].plot([row["step"] for row in scored], scores, "o-", color=color, markersize=3)
-        axes[1, 1].plot([at[min(row["step"], len(seconds))] for row in scored], scores, "o-", color=color, markersize=3)
-    for column, x in enumerate(("step", "seconds in steps")):
-        axes[0, column].set(xlabel=x, ylabel="train loss (smoothed)")
-        axes[1, column].set(xlabel=x, ylabel="dev accuracy")
-    axes[0, 0].legend(fontsize=8)
-    return figure
+def smoothed(values: Sequence[float], keep: float = 0.95) -> list[float]:
+    """Exponential average without the bias of its start; NaN values, which skipped steps have, are passed over."""
+    out, total, weight = [], 0.0, 0.0
+    for value in values:
+        if value == value:
+            total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        out.append(total / weight if weight else float("nan"))
+    return out
 
 
-def _costs(pyplot: Any, runs: Sequence[RunRecord]) -> Any:
-    figure, (time, memory) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+def _draw_curves(runs: Sequence[RunRecord], path: Path) -> None:
+    with _figure(path, 2, 2, figsize=(11, 7)) as axes:
+        for run in runs:
+            steps, seconds = [row["step"] + 1 for row in run.steps], run.seconds
+            losses = smoothed([float("nan") if row["loss"] is None else row["loss"] for row in run.steps])
+            at = [0.0, *seconds]
+            scored = [row for row in run.evaluations if row["accuracy"] is not None]
+            color = axes[0, 0].plot(steps, losses, label=run.label, linewidth=1)[0].get_color()
+            axes[0, 1].plot(seconds, losses, color=color, linewidth=1)
+            scores = [row["accuracy"] for row in scored]
+            axes[1, 0].plot([row["step"] for row in scored], scores, "o-", color=color, markersize=3)
+            axes[1, 1].plot([at[min(row["step"], len(seconds))] for row in scored], scores, "o-", color=color, markersize=3)
+        for column, x in enumerate(("step", "seconds in steps")):
+            axes[0, column].set(xlabel=x, ylabel="train loss (smoothed)")
+            axes[1, column].set(xlabel=x, ylabel="dev accuracy")
+        axes[0, 0].legend(fontsize=8)
+
+
+def _draw_costs(runs: Sequence[RunRecord], path: Path) -> None:
     labels = [run.label for run in runs]
     forwards = [run.summary["forwards_ms"] or 0.0 for run in runs]
     beyond = [max(0.0, (run.summary["step_ms"] or 0.0) - f) for run, f in zip(runs, forwards, strict=True)]
-    time.barh(labels, forwards, label="forward passes")
-    time.barh(labels, beyond, left=forwards, label="the rest: backward, passes over the weights")
-    time.set(xlabel="ms per step", title="where the time of a step goes")
-    time.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12))
-    time.invert_yaxis()
     known = [run for run in runs if run.summary["training_peak_bytes"] is not None]
     weights, peaks = ([run.summary[key] for run in known] for key in ("weight_bytes", "training_peak_bytes"))
-    _memory_bars(memory, [run.label for run in known], weights, peaks)
-    return figure
+    with _figure(path, 1, 2, figsize=(11, 4.5)) as (time, memory):
+        time.barh(labels, forwards, label="forward passes")
+        time.barh(labels, beyond, left=forwards, label="the rest: backward, passes over the weights")
+        time.set(xlabel="ms per step", title="where the time of a step goes")
+        time.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+        time.invert_yaxis()
+        _memory_bars(memory, [run.label for run in known], weights, peaks)
 
 
 def _memory_bars(axis: Any, names: list[str], weights: list[int], peaks: list[int]) -> None:
@@ -162,8 +171,15 @@ def _memory_bars(axis: Any, names: list[str], weights: list[int], peaks: list[in
     axis.invert_yaxis()
 
 
-def _pyplot() -> Any:
+@contextlib.contextmanager
+def _figure(path: Path, *grid: int, figsize: tuple[float, float]) -> Iterator[Any]:
+    """The axes of a figure, which is saved as a PNG at the end of the block."""
     require("matplotlib").use("Agg")
     from matplotlib import pyplot
 
-    return pyplot
+    figure, axes = pyplot.subplots(*grid, figsize=figsize, layout="constrained")
+    try:
+        yield axes
+        figure.savefig(path, dpi=120)
+    finally:
+        pyplot.close(figure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 from ..demo import language
@@ -14,9 +15,6 @@ GLUE, SUPER_GLUE, PARQUET = "nyu-mll/glue", "aps/super_glue", "refs/convert/parq
 
 SENTENCE = (("text", "sentence"),)
 PAIR = (("premise", "text_a", "sentence1"), ("hypothesis", "text_b", "sentence2"))
-NLI = ("entailment", "neutral", "contradiction")
-_NLI_PROMPT = "{0} Question: {1} Yes, no, or maybe?"
-_NLI_WORDS = (" Yes", " Maybe", " No")
 _IT_WAS = "{0} It was {mask}."
 _ENTAILS = "{0:open}? {mask}, {1:small}"
 
@@ -47,6 +45,20 @@ def _questions(row: Row) -> Iterable[Row]:
                 **({"label": answer["label"]} if "label" in answer else {}),
             }
 
+
+_SNLI = Task(
+    "snli",
+    "classification",
+    PAIR,
+    labels=("entailment", "neutral", "contradiction"),
+    prompt="{0} Question: {1} Yes, no, or maybe?",
+    words=(" Yes", " Maybe", " No"),
+    source=OWN,
+    masked=_ENTAILS,
+    masked_words=("Yes", "Maybe", "No"),
+    masked_source=LM_BFF,
+    hub=Hub("stanfordnlp/snli"),
+)
 
 ROWS = (
     Task(
@@ -117,32 +129,8 @@ ROWS = (
         masked_source=LM_BFF,
         hub=Hub(GLUE, "rte"),
     ),
-    Task(
-        "snli",
-        "classification",
-        PAIR,
-        labels=NLI,
-        prompt=_NLI_PROMPT,
-        words=_NLI_WORDS,
-        source=OWN,
-        masked=_ENTAILS,
-        masked_words=("Yes", "Maybe", "No"),
-        masked_source=LM_BFF,
-        hub=Hub("stanfordnlp/snli"),
-    ),
-    Task(
-        "mnli",
-        "classification",
-        PAIR,
-        labels=NLI,
-        prompt=_NLI_PROMPT,
-        words=_NLI_WORDS,
-        source=OWN,
-        masked=_ENTAILS,
-        masked_words=("Yes", "Maybe", "No"),
-        masked_source=LM_BFF,
-        hub=Hub(GLUE, "mnli", dev="validation_matched"),
-    ),
+    _SNLI,
+    dataclasses.replace(_SNLI, name="mnli", hub=Hub(GLUE, "mnli", dev="validation_matched")),
     Task(
         "cb",
         "classification",

@@ -27,7 +27,7 @@ def f1(predicted: str, answers: Sequence[str]) -> float:
 
 
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {"f1": f1, "exact_match": exact_match}
-"""Of one answer and all that count as right; a task's figure is the mean over its examples."""
+"""(a written answer, all answers that count as right) -> a score from 0 to 1. A task's figure is the mean over its examples."""
 
 
 def _f1(predicted: list[str], answer: list[str]) -> float:

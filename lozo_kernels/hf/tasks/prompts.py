@@ -10,24 +10,24 @@ PUNCTUATION = ".!?;:,"
 
 
 def _question(text: str) -> str:
-    """Starts with a capital and ends with a question mark."""
+    """The text with a capital at its start and a question mark at its end."""
     text = text if text.endswith("?") else text + "?"
     return text[:1].upper() + text[1:]
 
 
 def _clause(text: str) -> str:
-    """Without its full stop, so that the sentence can go on."""
+    """The text without its full stop, so that the sentence can go on."""
     return text.rstrip().removesuffix(".")
 
 
 def _open(text: str) -> str:
-    """Without the mark that ends the sentence, which the prompt puts itself."""
+    """The text without the mark that ends its sentence; the prompt has one of its own."""
     text = text.rstrip()
     return text[:-1].rstrip() if text.endswith(tuple(PUNCTUATION)) else text
 
 
 def _before(text: str) -> str:
-    """Up to the blank (_), without the space in front of it, which belongs to what follows."""
+    """The text up to the blank (_), without the space in front of it, which belongs to what follows."""
     return text.partition("_")[0].rstrip(" ")
 
 
@@ -53,6 +53,6 @@ def render(prompt: str, texts: Sequence[str], **named: str) -> str:
 
     Args:
         prompt: a field may name one of ``FORMS`` after a colon.
-        texts: for {0}, {1}, ...; braces in them mean nothing.
+        texts: what {0}, {1}, ... stand for; braces in them mean nothing.
     """
     return _Prompt().vformat(prompt, tuple(texts), named)

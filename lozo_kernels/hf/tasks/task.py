@@ -1,10 +1,12 @@
-"""What a task is: a row of the table."""
+"""One row of the table of tasks."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
+
+from ...errors import InputError, require
 
 Row = dict[str, Any]
 
@@ -16,11 +18,11 @@ class Hub:
     """Where the Hub keeps a data set.
 
     Attributes:
-        path, config: as ``datasets.load_dataset`` takes them.
-        train, dev: names of the splits.
+        path, config: its name and configuration, for ``datasets.load_dataset``.
+        train, dev: the splits' names.
         revision: "refs/convert/parquet" for a data set whose main branch is a script.
-        label_field: if other than the task's.
-        labels: what its integer labels stand for, if other than the task's order.
+        label_field: the field of its labels, where that is not the task's.
+        labels: the classes that its labels 0, 1, ... stand for, where their order is not the task's.
     """
 
     path: str
@@ -31,10 +33,23 @@ class Hub:
     label_field: str | None = None
     labels: tuple[str, ...] = ()
 
+    def load(self, task: str, **options: Any) -> Any:
+        """What ``datasets.load_dataset`` returns for the data set of a task, with these options.
+
+        Raises:
+            InputError: the library is not installed, or the data set cannot be had.
+        """
+        datasets = require("datasets", extra="hub")
+        try:
+            return datasets.load_dataset(self.path, self.config, revision=self.revision, **options)
+        except Exception as e:  # offline, renamed, gated: the library raises many kinds, and each is the user's to know
+            reason = " ".join(str(e).split())
+            raise InputError(f"task {task}: {self.path} could not be had from the Hub ({reason}); use --data-dir") from None
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One task.
+    """A task: where its examples are, how a model is asked, and how its answers are scored.
 
     Attributes:
         kind: "classification" (classes that all examples share), "choice" (each example has options of its own), "generation"

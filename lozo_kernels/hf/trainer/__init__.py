@@ -1,1 +1,1 @@
-"""trainer."""
+"""Training without gradients in the Trainer of transformers."""

@@ -9,63 +9,37 @@ from typing import Any
 from ...errors import require
 from ...kernels.checks import as_integer, check_number
 from ...model.config import PatchConfig
-from ...optim import optimizer as optim
-from ...optim.optimizer import ZerothOrderOptimizer
-from ..methods import METHODS
+from ..methods import ZEROTH_ORDER
 
 require("accelerate", extra="trainer")
 TrainingArguments = require("transformers").TrainingArguments
 
 _DEFAULT_OPTIM = TrainingArguments.__dataclass_fields__["optim"].default
+_LOW_RANK = ("rank", "interval", "scaling")
 
 
-@dataclasses.dataclass(frozen=True)
-class ZerothOrderMethod:
-    """A method by name.
-
-    Attributes:
-        optimizer: its class in :mod:`lozo_kernels.optim.optimizer`.
-        settings: which of :class:`ZOArguments` only some methods have.
-        momentum: default of beta, 0 for a method without.
-    """
-
-    optimizer: str
-    settings: tuple[str, ...] = ()
-    momentum: float = 0.0
-
-    def resolve(self) -> type[ZerothOrderOptimizer]:
-        """The class."""
-        return getattr(optim, self.optimizer)  # type: ignore[no-any-return]
-
-
-ZO_METHODS = {
-    "lozo": ZerothOrderMethod("LOZO", ("rank", "interval", "scaling")),
-    "lozo-m": ZerothOrderMethod("LOZO", ("rank", "interval", "scaling"), momentum=0.9),
-    "mezo": ZerothOrderMethod("MeZO"),
-    "mezo-m": ZerothOrderMethod("MeZO", momentum=0.9),
-    "subzero": ZerothOrderMethod("SubZero", ("rank", "interval")),
-}
-
-
-_OWN = ("rank", "interval", "scaling", "momentum")
+def check_method_name(method: Any) -> None:
+    """Raises ValueError unless it is the name of a zeroth-order method."""
+    if method not in ZEROTH_ORDER:
+        raise ValueError(f"method is one of {', '.join(map(repr, ZEROTH_ORDER))}, not {method!r}")
 
 
 def check_method_options(method: str, options: Mapping[str, Any]) -> None:
-    """Raises TypeError or ValueError for options, of those that only some methods have, that are not this method's.
+    """Raises TypeError or ValueError if one of the options belongs to other methods.
 
     Args:
-        method: a name of :data:`ZO_METHODS`.
+        method: the name of a zeroth-order method.
         options: only what was given.
     """
-    for name in _OWN[:3]:
-        if name in options and name not in ZO_METHODS[method].settings:
+    for name in _LOW_RANK:
+        if name in options and name not in ZEROTH_ORDER[method].uses:
             raise ValueError(f"method={method!r} has no {name}: leave it out")
     if "momentum" in options:
         momentum = options["momentum"]
         check_number("momentum", momentum, low=0.0, high=1.0)
-        other = METHODS[method].with_momentum(float(momentum))
+        other = ZEROTH_ORDER[method].with_momentum(float(momentum))
         if other != method:
-            way_out = f"use method={other!r}" if other in ZO_METHODS else "leave it out"
+            way_out = f"use method={other!r}" if other in ZEROTH_ORDER else "leave it out"
             raise ValueError(f"method={method!r} with momentum={float(momentum):g}: {way_out}")
 
 
@@ -73,52 +47,37 @@ def check_method_options(method: str, options: Mapping[str, Any]) -> None:
 class ZOArguments(TrainingArguments):  # type: ignore[misc, valid-type]
     """``TrainingArguments`` with the settings of zeroth-order methods.
 
-    Weight decay, batches, evaluation, logging and checkpoints are those of ``TrainingArguments``.
-
-    Attributes:
-        learning_rate: 1e-6, and lr_scheduler_type: "constant", as the papers have them for large models.
-        method: "lozo", "lozo-m", "mezo", "mezo-m" or "subzero".
-        rank, interval, scaling: of low-rank methods; None for the default of :func:`lozo_kernels.patch`.
-        eps: perturbation scale.
-        momentum: beta; None for the method's default, 0.9 of "lozo-m" and "mezo-m".
-        directions: directions per step, whose estimates are averaged.
-        two_sided: (F(+) - F(-)) / (2 eps), or (F(+) - F) / eps.
-        placement, side, rounding, include, exclude, keep_factors, backend: see :class:`lozo_kernels.PatchConfig`.
-        zo_seed: seed of the directions; ``seed`` is that of data and dropout.
-        max_nonfinite: steps in a row without a finite loss after which training ends with an error.
+    Weight decay, batches, evaluation, logging and checkpoints are those of ``TrainingArguments``. What the settings of the method
+    mean is said by :class:`lozo_kernels.LOZO`, :class:`lozo_kernels.PatchConfig` and the help of each field.
 
     Raises:
         ValueError: a setting is unknown or out of range, or contradicts training without gradients.
     """
 
-    method: str = dataclasses.field(default="lozo", metadata={"help": "lozo, lozo-m, mezo, mezo-m or subzero"})
-    rank: int | None = dataclasses.field(default=None, metadata={"help": "rank of the directions"})
-    interval: int | None = dataclasses.field(default=None, metadata={"help": "steps between two draws of V"})
+    method: str = dataclasses.field(default="lozo", metadata={"help": ", ".join(ZEROTH_ORDER)})
+    rank: int | None = dataclasses.field(default=None, metadata={"help": "columns of U and V; None: the default of patch()"})
+    interval: int | None = dataclasses.field(default=None, metadata={"help": "steps between two draws of V; None: likewise"})
     scaling: str | None = dataclasses.field(default=None, metadata={"help": "where 1/r goes: paper, card or published"})
-    eps: float = dataclasses.field(default=1e-3, metadata={"help": "perturbation scale"})
-    momentum: float | None = dataclasses.field(default=None, metadata={"help": "beta of lozo-m and mezo-m"})
-    directions: int = dataclasses.field(default=1, metadata={"help": "directions per step"})
-    two_sided: bool = dataclasses.field(default=True, metadata={"help": "two-sided differences"})
+    eps: float = dataclasses.field(default=1e-3, metadata={"help": "scale of the perturbation"})
+    momentum: float | None = dataclasses.field(default=None, metadata={"help": "beta; None: 0.9 for lozo-m and mezo-m"})
+    directions: int = dataclasses.field(default=1, metadata={"help": "directions per step, whose estimates are averaged"})
+    two_sided: bool = dataclasses.field(default=True, metadata={"help": "(F(+) - F(-)) / (2 eps), or (F(+) - F) / eps"})
     placement: str = dataclasses.field(default="inplace", metadata={"help": "inplace, probe or auto"})
     side: str = dataclasses.field(default="auto", metadata={"help": "of a probe: auto, activation, scratch or copy"})
     rounding: str = dataclasses.field(default="nearest", metadata={"help": "of updates in half precision: nearest or stochastic"})
     include: list[str] | None = dataclasses.field(default=None, metadata={"help": "patterns of parameters to train"})
     exclude: list[str] | None = dataclasses.field(default=None, metadata={"help": "patterns of parameters to leave alone"})
     keep_factors: bool = dataclasses.field(default=False, metadata={"help": "remember what a probe learned, for export_lora"})
-    backend: str | None = dataclasses.field(default=None, metadata={"help": "kernels; None for the best of the device"})
-    zo_seed: int = dataclasses.field(default=0, metadata={"help": "seed of the directions"})
+    backend: str | None = dataclasses.field(default=None, metadata={"help": "kernels; None: the best of the device"})
+    zo_seed: int = dataclasses.field(default=0, metadata={"help": "seed of the directions; seed is that of data and dropout"})
     max_nonfinite: int = dataclasses.field(default=10, metadata={"help": "steps in a row without a finite loss before an error"})
-    learning_rate: float = dataclasses.field(default=1e-6, metadata={"help": "1e-6 to 1e-7 in the papers"})
+    learning_rate: float = dataclasses.field(default=1e-6, metadata={"help": "1e-6 to 1e-7 in the papers, for large models"})
     lr_scheduler_type: str = dataclasses.field(default="constant", metadata={"help": "constant in the papers"})
     max_grad_norm: float = dataclasses.field(default=0.0, metadata={"help": "0: there is no gradient to clip"})
 
     def __post_init__(self) -> None:
-        if self.method not in ZO_METHODS:
-            raise ValueError(f"method is one of {', '.join(map(repr, ZO_METHODS))}, not {self.method!r}")
-        method = ZO_METHODS[self.method]
-        if not hasattr(optim, method.optimizer):
-            raise ValueError(f"this version of lozo_kernels has no method {self.method!r}")
-        self._check_method(method)
+        check_method_name(self.method)
+        self._check_method()
         if self.max_grad_norm:
             raise ValueError(
                 f"max_grad_norm={self.max_grad_norm} would clip the projected gradient, not a gradient's norm: leave it out"
@@ -128,27 +87,24 @@ class ZOArguments(TrainingArguments):  # type: ignore[misc, valid-type]
             raise ValueError(f"optim={str(self.optim)!r} is not used: the optimiser follows from method={self.method!r}")
         super().__post_init__()
 
-    def _check_method(self, method: ZerothOrderMethod) -> None:
-        own = {name: getattr(self, name) for name in _OWN}
+    def _check_method(self) -> None:
+        own = {name: getattr(self, name) for name in (*_LOW_RANK, "momentum")}
         check_method_options(self.method, {name: value for name, value in own.items() if value is not None})
         check_number("eps", self.eps, low=0.0, open_low=True)
         as_integer("directions", self.directions, 1)
         as_integer("max_nonfinite", self.max_nonfinite, 1)
-        PatchConfig(estimator=method.resolve().estimator, **self.patch_options())
+        PatchConfig(estimator=ZEROTH_ORDER[self.method].estimator, **self.patch_options())
 
     def patch_options(self) -> dict[str, Any]:
         """Arguments of :func:`lozo_kernels.patch`."""
         names = ("placement", "side", "rounding", "include", "exclude", "keep_factors", "backend")
         options = {name: getattr(self, name) for name in names} | {"seed": self.zo_seed}
-        for name in ZO_METHODS[self.method].settings:
-            if getattr(self, name) is not None:
-                options[name] = getattr(self, name)
-        return options
+        return options | {name: getattr(self, name) for name in _LOW_RANK if getattr(self, name) is not None}
 
     def optimizer_options(self) -> dict[str, Any]:
         """Arguments of the optimiser, without those of its groups."""
         options = {name: getattr(self, name) for name in ("eps", "directions", "two_sided", "max_nonfinite")}
-        momentum = ZO_METHODS[self.method].momentum if self.momentum is None else self.momentum
+        momentum = ZEROTH_ORDER[self.method].momentum if self.momentum is None else self.momentum
         return options | ({"momentum": momentum} if momentum else {})
 
 

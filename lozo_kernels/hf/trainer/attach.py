@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from ...model.backward import Backward
-from ...model.handle import Handle
 from ...model.config import OPTIONS
+from ...model.handle import Handle
 from ...model.patching import patch
 from ...optim.optimizer import ZerothOrderOptimizer
-from .arguments import ZO_METHODS, check_arguments, check_method_options
+from ..methods import ZEROTH_ORDER
+from .arguments import check_arguments, check_method_name, check_method_options
 
 _CALL_POINTS = ("compute_loss", "training_step", "create_optimizer", "get_decay_parameter_names")
 
@@ -29,7 +30,7 @@ class ProjectedLoss:
         self._compute_loss = compute_loss
 
     def __call__(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
-        """As ``Trainer.compute_loss``; the outputs are those of the last evaluation."""
+        """What ``Trainer.compute_loss`` returns; the outputs are those of the last evaluation."""
         if not (model.training and torch.is_grad_enabled()):
             return self._compute_loss(model, inputs, return_outputs=return_outputs, **more)
         outputs: Any = None
@@ -49,9 +50,9 @@ class Attachment:
     """What :func:`attach` made.
 
     Attributes:
-        trainer: whose optimiser it is.
-        optimizer: of the trainer.
-        handle: on the trainer's model.
+        trainer: the trainer.
+        optimizer: its optimiser.
+        handle: the patch on its model.
     """
 
     def __init__(self, trainer: Any, optimizer: ZerothOrderOptimizer) -> None:
@@ -59,12 +60,12 @@ class Attachment:
         self.optimizer = optimizer
         self.handle = optimizer.handle
         self._before = {name: trainer.__dict__.get(name) for name in ("compute_loss", "save_model")}
-        trainer.compute_loss = ProjectedLoss(_driven(self.handle), trainer.compute_loss)
+        trainer.compute_loss = ProjectedLoss(drive_on(self.handle), trainer.compute_loss)
         trainer.save_model = self._settled(trainer.save_model)
         trainer.optimizer = optimizer
 
     def restore(self) -> None:
-        """Gives the trainer its own loss back and the model its patch up; the trained weights stay. A second call does nothing."""
+        """Gives the trainer its own loss back and takes the patch off; the trained weights stay. A second call does nothing."""
         if isinstance(self.trainer.__dict__.get("compute_loss"), ProjectedLoss):
             for name, before in self._before.items():
                 if before is None:
@@ -75,7 +76,7 @@ class Attachment:
         self.handle.restore()
 
     def _settled(self, save: Callable[..., Any]) -> Callable[..., Any]:
-        """Saving, before which what a probe learned is merged on every process: one alone writes, and all go on with one model."""
+        """Saving that first merges what a probe learned, on every process: all go on with the model that one of them writes."""
 
         @functools.wraps(save)
         def settle_and_save(*args: Any, **kwargs: Any) -> Any:
@@ -92,9 +93,9 @@ def attach(trainer: Any, *, method: str = "lozo", **options: Any) -> Attachment:
     ``compute_loss_func``, an overridden ``compute_loss``, TRL's trainers.
 
     Args:
-        trainer: without an optimiser; learning rate, schedule and weight decay are those of its arguments.
+        trainer: it has no optimiser yet; learning rate, schedule and weight decay are those of its arguments.
         method: "lozo", "lozo-m", "mezo", "mezo-m" or "subzero".
-        options: of the optimiser (:class:`lozo_kernels.LOZO`) and of :func:`lozo_kernels.patch`.
+        options: settings of the optimiser (:class:`lozo_kernels.LOZO`) and of :func:`lozo_kernels.patch`.
 
     Returns:
         The attachment, whose ``restore()`` undoes it.
@@ -108,8 +109,7 @@ def attach(trainer: Any, *, method: str = "lozo", **options: Any) -> Attachment:
     if missing or not isinstance(getattr(trainer, "model", None), nn.Module):
         lacking = ", ".join(missing) or "a model"
         raise TypeError(f"attach() takes a transformers.Trainer with a model; {type(trainer).__name__} lacks {lacking}")
-    if method not in ZO_METHODS:
-        raise ValueError(f"method is one of {', '.join(map(repr, ZO_METHODS))}, not {method!r}")
+    check_method_name(method)
     if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
         raise ValueError("the trainer has an optimiser already; attach() gives it another: make the trainer without one")
     if trainer.model_init is not None:
@@ -137,8 +137,9 @@ def make_optimizer(trainer: Any, model: nn.Module, method: str, options: dict[st
     Raises:
         TypeError, ValueError, RuntimeError: an option or the model does not fit; the model is untouched.
     """
-    row = ZO_METHODS[method]
-    cls = row.resolve()
+    row = ZEROTH_ORDER[method]
+    assert row.optimizer is not None
+    cls = row.optimizer
     known = {*OPTIONS, *inspect.signature(ZerothOrderOptimizer).parameters, *inspect.signature(cls).parameters}
     unknown = [name for name in options if name not in known or name in ("target", "params", "model", "estimator", "drive")]
     if unknown:
@@ -148,13 +149,13 @@ def make_optimizer(trainer: Any, model: nn.Module, method: str, options: dict[st
     rest = {"lr": trainer.args.learning_rate, "weight_decay": trainer.args.weight_decay} | rest
     if row.momentum:
         rest.setdefault("momentum", row.momentum)
-    chosen = {name: value for name, value in options.items() if name in (*OPTIONS, "drive")}
-    handle = patch(model, estimator=cls.estimator, drive="loss", **chosen)
+    chosen = {name: value for name, value in options.items() if name in OPTIONS}
+    handle = patch(model, estimator=row.estimator, drive="loss", **chosen)
     try:
         optimizer = cls(handle, _groups(trainer, handle, rest["weight_decay"]), **rest)
         accelerator = trainer.accelerator
         if accelerator.num_processes > 1:
-            _driven(handle).average_when(lambda: accelerator.sync_gradients)
+            drive_on(handle).average_when(lambda: accelerator.sync_gradients)
     except BaseException:
         handle.restore()
         raise
@@ -162,7 +163,7 @@ def make_optimizer(trainer: Any, model: nn.Module, method: str, options: dict[st
 
 
 def _groups(trainer: Any, handle: Handle, weight_decay: float) -> list[dict[str, Any]] | None:
-    """As the Trainer: biases and norms do not decay. None where nothing does."""
+    """Parameter groups as the Trainer makes them: biases and norms do not decay. None where nothing does."""
     if not weight_decay:
         return None
     names = trainer.get_decay_parameter_names(handle.model)
@@ -174,7 +175,8 @@ def _groups(trainer: Any, handle: Handle, weight_decay: float) -> list[dict[str,
     return [group for group in groups if group["params"]]
 
 
-def _driven(handle: Handle) -> Backward:
+def drive_on(handle: Handle) -> Backward:
+    """The drive of a handle that was patched with one."""
     drive = handle.backward
     assert drive is not None
     return drive

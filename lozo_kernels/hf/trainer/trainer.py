@@ -11,9 +11,9 @@ from torch import nn
 
 from ...errors import require
 from ...optim.optimizer import ZerothOrderOptimizer
-from ..loop.measure import Clock
+from ..loop.measure import Stopwatch
 from .arguments import ZOArguments
-from .attach import ProjectedLoss, check_trainer, make_optimizer
+from .attach import ProjectedLoss, check_trainer, drive_on, make_optimizer
 
 Trainer = require("transformers").Trainer
 
@@ -64,7 +64,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc, valid-type]
         check_trainer(self)
         self.compute_objective = compute_objective
         self.zo_optimizer: ZerothOrderOptimizer | None = None
-        self._times = _Times(Clock(self.args.device))
+        self._watch = Stopwatch(self.args.device)
         self._parameters: int | None = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -73,52 +73,55 @@ class ZOTrainer(Trainer):  # type: ignore[misc, valid-type]
             model = self.model if model is None else model
             options = self.args.patch_options() | self.args.optimizer_options()
             optimizer = make_optimizer(self, model, self.args.method, options)
-            optimizer.register_step_pre_hook(lambda *_: self._times.start("step"))
-            optimizer.register_step_post_hook(lambda *_: self._times.stop("step"))
+            optimizer.register_step_pre_hook(lambda *_: self._watch.start("step"))
+            optimizer.register_step_post_hook(lambda *_: self._watch.stop("step"))
             self.optimizer = self.zo_optimizer = optimizer
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """All evaluations of a micro-batch; the Trainer's own step does the rest with what they give."""
+        """Evaluates a micro-batch at all points of the step; the Trainer's own step does the rest with what they give."""
         assert self.zo_optimizer is not None
-        drive = self.zo_optimizer.handle.backward
-        assert drive is not None
+        drive = drive_on(self.zo_optimizer.handle)
         loss = self.compute_loss if self.compute_objective is None else self._objective_loss
         if self.compute_objective is not None:
             num_items_in_batch = None  # what an objective returns is a mean of its own
         # An attribute of the instance goes before the method, for as long as the step takes.
-        self.compute_loss = self._times.timed("evaluations", ProjectedLoss(drive, self._times.timed("forwards", loss)))
+        self.compute_loss = self._watch.timed("evaluations", ProjectedLoss(drive, self._watch.timed("forwards", loss)))
         try:
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-any-return]
         finally:
             del self.compute_loss
 
     def save_model(self, *where: Any, **named: Any) -> None:
-        """As the Trainer. What a probe learned is merged on every process, although one alone writes: all go on with one model."""
+        """Saves as the Trainer does.
+
+        What a probe learned is merged before, on every process and not only on the one that writes, so that all go on with the
+        same model.
+        """
         if self.zo_optimizer is not None:
             self.zo_optimizer.handle.merge()
         super().save_model(*where, **named)
 
     def restore(self) -> None:
-        """Gives the model its patch up, after training; the trained weights stay."""
+        """Takes the patch off the model after training; the trained weights stay."""
         if self.zo_optimizer is not None:
             self.zo_optimizer.handle.restore()
             self.optimizer = None
             self.zo_optimizer = None
 
     def log(self, logs: dict[str, float], *more: Any, **named: Any) -> None:
-        """As the Trainer, with what is known of the last step."""
+        """Logs what the Trainer logs, and what is known of the last step."""
         info = None if self.zo_optimizer is None else self.zo_optimizer.info
         if "loss" in logs and info is not None:
             logs.pop("grad_norm", None)
             c = info.c.tolist()
             logs |= {"projected_gradient": c[0]} if len(c) == 1 else {f"projected_gradient_{d}": value for d, value in enumerate(c)}
             logs |= {"loss_plus": float(info.loss_plus.mean()), "loss_minus": float(info.loss_minus.mean())}
-            logs |= {"skipped": int(info.skipped_total), **self._times.drain()}
+            logs |= {"skipped": int(info.skipped_total), **self._drain_times()}
         super().log(logs, *more, **named)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Of the forward passes that the step made; there is no backward pass."""
+        """The operations of the forward passes that the step made; there is no backward pass."""
         main = getattr(self.model, "main_input_name", "input_ids")
         if self.zo_optimizer is None or main not in inputs or not hasattr(self.model, "num_parameters"):
             return 0
@@ -126,6 +129,13 @@ class ZOTrainer(Trainer):  # type: ignore[misc, valid-type]
             self._parameters = self.model.num_parameters(exclude_embeddings=True)
         directions = self.zo_optimizer.directions
         return 2 * inputs[main].numel() * self._parameters * (2 * directions if self.zo_optimizer.two_sided else 1 + directions)
+
+    def _drain_times(self) -> dict[str, float]:
+        """Milliseconds per step since the last log."""
+        steps = max(1, self._watch.count("step"))
+        evaluations, updates, forwards = (1e3 * self._watch.seconds(n) / steps for n in ("evaluations", "step", "forwards"))
+        self._watch.clear()
+        return {"step_ms": evaluations + updates, "forwards_ms": forwards, "weights_ms": evaluations + updates - forwards}
 
     def _objective_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
         objective = self.compute_objective
@@ -137,38 +147,3 @@ class ZOTrainer(Trainer):  # type: ignore[misc, valid-type]
             model.train()
         value = -value if getattr(objective, "maximize", False) else value
         return (value, None) if return_outputs else value
-
-
-class _Times:
-    """What steps spent since the last log: marks while they run, seconds when somebody asks."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        self._spans: dict[str, list[tuple[Any, Any]]] = {"evaluations": [], "forwards": [], "step": []}
-        self._started: dict[str, Any] = {}
-
-    def start(self, what: str) -> None:
-        self._started[what] = self.clock.mark()
-
-    def stop(self, what: str) -> None:
-        self._spans[what].append((self._started.pop(what), self.clock.mark()))
-
-    def timed(self, what: str, f: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, timed at each call."""
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.start(what)
-            result = f(*args, **kwargs)
-            self.stop(what)
-            return result
-
-        return call
-
-    def drain(self) -> dict[str, float]:
-        """Milliseconds per step."""
-        steps = max(1, len(self._spans["step"]))
-        total = {what: 1e3 * sum(self.clock.seconds(*span) for span in spans) / steps for what, spans in self._spans.items()}
-        for spans in self._spans.values():
-            spans.clear()
-        step = total["evaluations"] + total["step"]
-        return {"step_ms": step, "forwards_ms": total["forwards"], "weights_ms": step - total["forwards"]}

@@ -20,7 +20,7 @@ from ..registry import Backend
 from ..table import DTYPES, TensorTable
 from .packing import pack
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 
 class _Call(ctypes.Structure):
@@ -40,6 +40,8 @@ class _Call(ctypes.Structure):
         ("alpha", ctypes.c_void_p),
         ("beta", ctypes.c_void_p),
         ("decay", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("reproject", ctypes.c_int64),
         ("threads", ctypes.c_int64),
     )
 
@@ -115,12 +117,10 @@ class NativeBackend(Backend):
     def run(self, op: Op, table: TensorTable, call: TableCall) -> None:
         packed: _Packed = table.cache.get("native factors" if op.factors else "native") or _packed(table, op.factors)  # type: ignore[assignment]
         arguments = _arguments(packed.rank, call)
+        if call.out is not None:
+            arguments.out = _packed(call.out).address
         function = getattr(_library(), f"lozo_cpu_{op.kernel}")
-        if op.out:
-            assert call.out is not None
-            status = function(packed.address, packed.count, arguments, _packed(call.out).address)
-        else:
-            status = function(packed.address, packed.count, arguments)
+        status = function(packed.address, packed.count, arguments)
         if status:
             raise _STATUS[status](function.__name__)
         torch.autograd.graph.increment_version(op.written(table, call.out))
@@ -128,8 +128,9 @@ class NativeBackend(Backend):
     def resample_(self, table: TensorTable, seed: int, window: int, reproject: bool) -> None:
         assert table.v is not None
         packed, function = _packed(table), _library().lozo_cpu_resample
-        call = _Call(seed=seed, rank=packed.rank, num_draws=1, draw_steps=(window,), threads=torch.get_num_threads())
-        _check(function(packed.address, packed.count, call, reproject), function)
+        threads = torch.get_num_threads()
+        call = _Call(seed=seed, rank=packed.rank, num_draws=1, draw_steps=(window,), reproject=reproject, threads=threads)
+        _check(function(packed.address, packed.count, call), function)
         torch.autograd.graph.increment_version((*table.v, *(table.n or ())) if reproject else table.v)
 
     def lowrank_linear_(self, call: LayerCall) -> None:
@@ -235,13 +236,11 @@ def _load() -> ctypes.CDLL:
     library.lozo_use_openmp.restype = None
     library.lozo_use_openmp(_gomp_parallel())
     library.lozo_isa_supported.argtypes = library.lozo_set_isa.argtypes = (ctypes.c_char_p,)
-    pointers = (ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(_Call))
-    for op in OPS.values():
-        getattr(library, f"lozo_cpu_{op.kernel}").argtypes = (*pointers, ctypes.c_void_p) if op.out else pointers
+    for name in [*(op.kernel for op in OPS.values()), "resample"]:
+        getattr(library, f"lozo_cpu_{name}").argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(_Call))
     for name in ("lowrank_linear", "lowrank_embedding"):
         getattr(library, f"lozo_cpu_{name}").argtypes = (ctypes.POINTER(_Layer),)
     library.lozo_cpu_factor.argtypes = (ctypes.POINTER(Factor), ctypes.c_void_p)
-    library.lozo_cpu_resample.argtypes = (*pointers, ctypes.c_int64)
     return library
 
 

@@ -1,4 +1,4 @@
-"""The noise contract (lozo_kernels/noise.py) as Triton functions.
+"""The noise contract (lozo_kernels/kernels/noise.py) as Triton functions.
 
 Plain integer and fp32 operations only: no ``tl.rand``, no libdevice. Kernels that use them are compiled with
 ``enable_fp_fusion=False``, so that every operation is rounded by itself.

@@ -12,7 +12,7 @@ from typing import Any
 from ...errors import InputError, require
 from ..settings import Settings
 from ..tasks import TASKS, Hub, Task
-from .examples import DEV_NAMES, Example, TaskData
+from .examples import DEV_NAMES, Example, TaskData, relabelled
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -75,10 +75,9 @@ def _from_folder(task: Task, folder: Path, seed: int) -> TaskData:
     labels, examples = _read_folder(train)
     others, held = _read_folder(dev)
     if not set(others) <= set(labels):
-        odd = sorted(set(others) - set(labels))[0]
+        odd = min(set(others) - set(labels))
         raise InputError(f"{dev}: the class {odd!r} is not in {train}")
-    order = [labels.index(name) for name in others]
-    held = [dataclasses.replace(e, label=order[e.label]) for e in held if e.label is not None]
+    held = relabelled(held, others, labels)
     return TaskData(dataclasses.replace(task, labels=labels), examples, held, f"{train}, {dev}")
 
 
@@ -97,13 +96,8 @@ def _read_folder(folder: Path) -> tuple[tuple[str, ...], list[Example]]:
 
 
 def _from_hub(task: Task, hub: Hub) -> TaskData:
-    datasets = require("datasets", extra="hub")
     parts, labels = {}, task.labels
-    try:
-        whole = datasets.load_dataset(hub.path, hub.config, revision=hub.revision)
-    except Exception as e:  # offline, renamed, gated: the library raises many kinds, and each is the user's to know
-        reason = " ".join(str(e).split())
-        raise InputError(f"task {task.name}: {hub.path} could not be had from the Hub ({reason}); use --data-dir") from None
+    whole = hub.load(task.name)
     held = next((name for name in (hub.dev, *DEV_NAMES) if name in whole), None)
     if hub.train not in whole or held is None:
         raise InputError(f"{hub.path}: a set with {hub.train!r} and one of {', '.join(DEV_NAMES)} is needed, not {list(whole)}")

@@ -1,0 +1,114 @@
+"""What the journal of a run is good for: its model is made again, taken back to an earlier step, or verified."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import InputError, require
+from ..journal import RecordedRun, Verification, replay, revert, verify
+from ..journal.format import Header
+from ..model.files import replacing
+from .loop.journaling import JOURNAL, find_journal, read_run_journal, recorded_settings
+from .models.checkpoint import first_line, load_model, open_checkpoint, open_config
+from .objectives import OBJECTIVES
+from .output import make_folder
+from .tasks import Task
+
+
+def replay_run(model: str | None, journal: Path, output: Path, steps: int | None, *, reverting: bool = False) -> dict[str, Any]:
+    """Writes the model that a run had after so many steps, from the model that it started from.
+
+    Args:
+        model: name on the Hub or a folder; None: that of the run.
+        journal: the file, or the folder of its run.
+        reverting: also write the journal up to there, so that the run can go on from it.
+
+    Raises:
+        InputError, JournalError: the journal is damaged, of another model, or shorter.
+    """
+    run = _read(journal, steps)
+    base, tokenizer = _load(model, run)
+    make_folder(output)
+    done = revert(base, run, run.steps if steps is None else steps) if reverting else replay(base, run, steps)
+    if done.agrees is False:
+        raise InputError(f"{run.source}: the replayed weights are not those with which the run ended; nothing was saved")
+    base.save_pretrained(output / "model")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(output / "model")
+    if reverting:
+        kept = len(run.until(done.steps))
+        end = run.ends[kept - 1][0] if kept else run.start[0]
+        with replacing(output / JOURNAL) as part:
+            part.write_bytes(find_journal(journal).read_bytes()[:end])
+    return dataclasses.asdict(done) | {"output": str(output)}
+
+
+def verify_run(model: str | None, journal: Path, tuned: Path | None, steps: int | None = None) -> Verification:
+    """Replays so many steps of a run, or all, and compares with the tuned model in a folder.
+
+    Raises:
+        InputError, JournalError: as :func:`replay_run`.
+    """
+    run = _read(journal, steps)
+    base, _ = _load(model, run)
+    other = None
+    if tuned is not None:
+        folder = tuned / "model" if (tuned / "model").is_dir() else tuned
+        try:
+            other = type(base).from_pretrained(folder, dtype=_dtype(run.header))
+        except (OSError, ValueError) as e:
+            raise InputError(f"--checkpoint {tuned}: {first_line(e)}") from None
+    return verify(base, run, other, upto=steps, copied=False)
+
+
+def _read(journal: Path, steps: int | None) -> RecordedRun:
+    run = read_run_journal(journal)
+    if steps is not None and not 0 <= steps <= run.steps:
+        raise InputError(f"--step {steps}: {run.source} has {run.steps} steps")
+    return run
+
+
+def _load(model: str | None, run: RecordedRun) -> tuple[Any, Any]:
+    """The model that a run started from, and its tokenizer if there is one."""
+    about = run.header.about
+    if "settings" not in about:
+        return _load_plain(model, run)
+    settings = recorded_settings(run)
+    settings = dataclasses.replace(settings, model=model or settings.model)
+    checkpoint = open_checkpoint(settings)
+    try:
+        task = Task(about["task"]["name"], about["task"]["kind"], (), labels=tuple(about["task"]["labels"]))
+        objective = OBJECTIVES[about["objective"]].name
+    except (KeyError, TypeError):
+        raise InputError(f"{run.source} does not say which model it is of") from None
+    base, _ = load_model(checkpoint, objective, task, settings, torch.device("cpu"))
+    return base, checkpoint.tokenizer
+
+
+def _load_plain(model: str | None, run: RecordedRun) -> tuple[Any, Any]:
+    """The model for a journal that does not name one: of the class that its folder names, in the dtype of the journal."""
+    if model is None:
+        raise InputError("--model: give the model that the run started from, which the journal does not name")
+    transformers = require("transformers")
+    config = open_config(model)
+    try:
+        kind = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0])
+        base = kind.from_pretrained(model, dtype=_dtype(run.header)).eval()
+    except (OSError, ValueError, AttributeError) as e:
+        raise InputError(f"--model {model}: {first_line(e)}") from None
+    try:
+        return base, transformers.AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError):
+        return base, None
+
+
+def _dtype(header: Header) -> torch.dtype:
+    """The dtype of the first parameter."""
+    dtype = getattr(torch, header.parameters[0].dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise InputError(f"weights of {header.parameters[0].dtype} cannot be loaded from a folder")
+    return dtype

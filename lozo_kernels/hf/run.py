@@ -1,0 +1,98 @@
+"""What a run stands on: settings, data, checkpoint and objective, opened and checked before weights are read."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import random
+from collections.abc import Iterator
+
+import torch
+
+from ..bench.document import progress
+from ..errors import InputError, require
+from ..kernels.registry import choose_backend
+from .data.examples import TaskData
+from .data.load import load_data
+from .data.splits import draw_demonstrations
+from .loop.train import BatchSampler
+from .methods import METHODS
+from .models.checkpoint import Checkpoint, open_checkpoint, pick_device
+from .objectives import OBJECTIVES, Encoded, Objective, PromptedObjective, choose_objective
+from .settings import Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run stands on.
+
+    Attributes:
+        settings: resolved.
+        quiet: show no progress.
+    """
+
+    settings: Settings
+    device: torch.device
+    data: TaskData
+    checkpoint: Checkpoint
+    objective: Objective
+    quiet: bool = False
+
+    @functools.cached_property
+    def train_set(self) -> list[Encoded]:
+        """The train examples as the model takes them."""
+        return self.objective.encode_all(self.data.train)
+
+    @functools.cached_property
+    def dev_set(self) -> list[Encoded]:
+        """The dev examples that are evaluated during training, as the model takes them."""
+        dev = list(self.data.dev)
+        random.Random(0).shuffle(dev)  # not by the run's seed: every run is evaluated on the same examples
+        return self.objective.encode_all(dev[: self.settings.eval_size], evaluation=True)
+
+    def batches(self) -> BatchSampler:
+        """The batches of the run from its beginning."""
+        return BatchSampler(self.train_set, self.settings.batch_size, self.settings.seed)
+
+    def say(self, message: str) -> None:
+        if not self.quiet:
+            progress(message)
+
+
+def open_run(settings: Settings, *, quiet: bool) -> Run:
+    """Opens what resolved settings name, weights apart.
+
+    Raises:
+        InputError: something cannot be had, does not go together, or is not installed.
+    """
+    device = pick_device(settings.device)
+    try:
+        choose_backend(device, settings.backend)
+    except (ValueError, RuntimeError) as e:
+        raise InputError(f"--backend: {e}") from None
+    data = load_data(settings)
+    for package in ("tokenizers", "transformers", *(("tqdm", "matplotlib") if METHODS[settings.method].trains else ())):
+        require(package)
+    checkpoint = open_checkpoint(settings)
+    kind = OBJECTIVES[choose_objective(settings.objective, data.task, checkpoint.causal, checkpoint.masked)]
+    demonstrations = []
+    if settings.method == "icl":
+        if not issubclass(kind, PromptedObjective):
+            raise InputError(f"--method icl needs a causal model and a task with a prompt; the objective here is {kind.name}")
+        demonstrations = draw_demonstrations(data.train, settings)
+        if not demonstrations:
+            raise InputError(f"--method icl: {data.source} has no train examples to show")
+    objective = kind(checkpoint.tokenizer, data.task, checkpoint.max_length(settings.max_length), demonstrations)
+    return Run(settings, device, data, checkpoint, objective, quiet)
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Sets torch's number of CPU threads inside the block; None leaves it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,54 @@
+"""Files that are replaced whole: a crash, a kill or a full disk leaves the old file or the new one, never half of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, overwrite: bool = True, suffix: str = "part") -> Iterator[Path]:
+    """Gives a hidden file in the folder of ``path`` to write; after the block it is forced onto the disk and renamed to ``path``.
+
+    If the block raises, the hidden file is removed and ``path`` stays as it was. After a kill the hidden file stays, and the next
+    call with the same suffix writes over it.
+
+    Args:
+        overwrite: replace a file that exists already.
+        suffix: makes the name of the hidden file. Processes or threads that may write the same file at once need different ones.
+
+    Raises:
+        FileExistsError: ``path`` exists, or another process was faster, and ``overwrite`` is false.
+        OSError: the file cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{suffix}")
+    try:
+        yield part
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        if overwrite or not _link(part, path):
+            os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a file by one with this text, in UTF-8. If that fails, the file is as it was."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def _link(part: Path, path: Path) -> bool:
+    """Gives the file a second name, which no process has yet; False on a file system without links where the name is free."""
+    try:
+        os.link(part, path)
+        return True
+    except FileExistsError:
+        raise
+    except OSError:
+        if path.exists():
+            raise FileExistsError(str(path)) from None
+        return False

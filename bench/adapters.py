@@ -13,10 +13,11 @@ import torch
 
 from bench.evidence import CPU, made_by, result_parser, write_result
 from lozo_kernels.adapters import accelerate_trainer
-from lozo_kernels.bench.document import format_table, heading, progress, save_partial
+from lozo_kernels.bench.document import heading, progress, save_partial
 from lozo_kernels.bench.environment import OtherLoad
 from lozo_kernels.bench.models import build_model
 from lozo_kernels.bench.timing import Contender, interleave, median, paired_ratio, spread
+from lozo_kernels.model.text_table import text_table
 from python_tests.allocations import LargestNew
 from python_tests.miniatures import LozoLarge, LozoMedium, MezoLarge, MezoMedium, SubZeroMini
 from python_tests.miniatures_with_steps import Zo2Mini, ZoLlmMini
@@ -85,7 +86,7 @@ def render(document):
         ms, new = list(r["ms"].values()), [f"{b / 1e6:.3f} MB" for b in r["largest_new_tensor_bytes"].values()]
         faster = [f"{x:.1f}x" for x in r["speedup"].values()]
         lines.append((r["trainer"], f"{ms[0]}", f"{ms[1]}", faster[0], f"{ms[2]}", faster[1], *new))
-    return format_table(header, lines, left=1)
+    return text_table([header, *lines])
 
 
 def main(argv=None):

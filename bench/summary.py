@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.goals import SPEED, STEP, describe, judge_peak_memory, judge_speed, judge_step
-from lozo_kernels.bench.document import format_table
 from lozo_kernels.bench.memory import PUBLISHED_GB
+from lozo_kernels.model.text_table import text_table
 
 Row = dict[str, Any]
 
@@ -72,7 +72,7 @@ def table(summary: Row) -> str:
         )
         for r in summary["stages"]
     ]
-    widths = format_table(("stage", "status", "seconds", "exit", ""), [(*line[:4], "") for line in lines], left=2).splitlines()
+    widths = text_table([("stage", "status", "seconds", "exit", ""), *((*line[:4], "") for line in lines)], left=2).splitlines()
     text = [widths[0], *(f"{row.ljust(len(widths[0]))}  {line[4]}".rstrip() for row, line in zip(widths[1:], lines, strict=True))]
     text += ["", *(goal(t) for t in summary["targets"])] if summary["targets"] else []
     text += ["", summary["note"]] if summary.get("note") else []

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lozo_kernels.bench.document import format_table
+from lozo_kernels.model.text_table import text_table
 
 from .model import memory_bound_instructions
 from .targets import TARGETS, Target
@@ -61,7 +61,7 @@ def target_row(target: Target) -> dict[str, Any]:
 
 def table(document: Mapping[str, Any]) -> str:
     """Formats the rows as plain text."""
-    lines = format_table(_COLUMNS, [_cells(row) for row in document["rows"]], left=3)
+    lines = text_table([_COLUMNS, *(_cells(row) for row in document["rows"])], left=3)
     return "\n".join([_heading(document), "", lines, *_failures(document)])
 
 

@@ -15,9 +15,10 @@ from ..kernels import ops
 from ..kernels.calls import Draw
 from ..kernels.registry import Backend, backend_names, choose_backend
 from ..kernels.table import DTYPES
+from ..model.text_table import text_table
 from .arguments import positive, several
 from .cases import EXACT_MOMENTUM_RANK, OPS, Case, Op, compare, random_case
-from .document import first_line, format_table, progress
+from .document import first_line, progress
 
 Row = dict[str, Any]
 
@@ -225,7 +226,7 @@ def _wrong_factor(backend: Backend, truth: Backend, device: torch.device, seed: 
 def render(document: Row) -> str:
     """Formats the rows and the failures as text."""
     header = ("backend", "op", "cases", "values", "wrong", "errors")
-    text = [format_table(header, [[str(row[key]) for key in header] for row in document["rows"]], left=2)]
+    text = [text_table([header, *([str(row[key]) for key in header] for row in document["rows"])], left=2)]
     text.append(f"\n{document['cases_done']} of {document['cases']} cases against {document['truth']}, seed {document['seed']}")
     text += [f"not checked: {name}: {reason}" for name, reason in document["backends_not_run"].items()]
     return "\n".join([*text, *document["failures"]])

@@ -76,18 +76,6 @@ def heading(document: dict[str, Any]) -> str:
     return text
 
 
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> str:
-    """Formats columns of text: the first ``left`` are aligned to the left, the others, which are figures, to the right."""
-    cells = [list(header), *map(list, rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    )
-
-
 def gb(size: int) -> float:
     """Converts bytes to units of 10^9 bytes."""
     return round(size / 1e9, 2)

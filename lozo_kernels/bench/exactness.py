@@ -17,8 +17,9 @@ from ..kernels.calls import Draw
 from ..kernels.noise import MAX_RANK
 from ..kernels.registry import Backend, choose_backend
 from ..kernels.table import TensorTable
+from ..model.text_table import text_table
 from .arguments import positive, rank_number, several
-from .document import first_line, format_table
+from .document import first_line
 
 Row = dict[str, Any]
 
@@ -132,5 +133,5 @@ def render(document: Row) -> str:
     lines = [
         (str(row["rank"]), row["values"], *("-" if row[f] is None else str(row[f]) for f in fields)) for row in document["rows"]
     ]
-    text = format_table(header, lines, left=2)
+    text = text_table([header, *lines], left=2)
     return text + (f"\n\nmm not run: {document['mm_not_run']}" if document["mm_not_run"] else "")

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model.text_table import number, text_table
 from .arguments import DTYPE_NAMES, add_choice, add_model, positive
 from .batches import CausalBatch
-from .document import first_line, format_table, gb, progress
+from .document import first_line, gb, progress
 from .entrants import METHODS, make_optimizer
 from .memory_use import out_of_memory
 from .models import MODELS, build_model
@@ -107,10 +108,6 @@ def try_steps(model: nn.Module, forward: Callable[[nn.Module], Tensor], method: 
 
 def render(document: Row) -> str:
     """Formats the rows as text."""
-
-    def size(value: int | None) -> str:
-        return "-" if value is None else f"{gb(value):.2f}"
-
     header = ("model", "method", "fits", "fails at", "peak GB", "reserved GB", "device GB", "step s")
     memory = document.get("gpu", {}).get("memory_bytes")
     lines = [
@@ -119,11 +116,11 @@ def render(document: Row) -> str:
             row["method"],
             "yes" if row["fits"] else "no",
             row["failed_at"] or "-",
-            size(row["peak_bytes"]),
-            size(row["reserved_bytes"]),
-            size(memory),
+            number(row["peak_bytes"] and gb(row["peak_bytes"]), ".2f"),
+            number(row["reserved_bytes"] and gb(row["reserved_bytes"]), ".2f"),
+            number(memory and gb(memory), ".2f"),
             str(row["seconds"].get(f"step {_STEPS - 1}", "-")),
         )
         for row in document["rows"]
     ]
-    return format_table(header, lines, left=4)
+    return text_table([header, *lines], left=4)

@@ -16,8 +16,8 @@ from ..kernels.backends.triton.launcher import Launcher
 from ..kernels.registry import registered
 from ..model.handle import Handle
 from ..model.patching import patch
+from ..model.text_table import text_table
 from .arguments import add_choice, positive
-from .document import format_table
 from .models import MODELS, build_model
 from .timing import quantile
 
@@ -98,4 +98,4 @@ def render(document: dict[str, Any]) -> str:
     lines = [
         (r["model"], r["pass"], *(str(r[k]) for k in ("tensors", "launches", "median", "q25", "q75"))) for r in document["rows"]
     ]
-    return format_table(header, lines, left=2)
+    return text_table([header, *lines], left=2)

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model.text_table import mebibytes, text_table
 from ..optim.optimizer import ZerothOrderOptimizer
 from . import memory_cpu, memory_gpu
 from .arguments import DTYPE_NAMES, add_choice, add_model, positive
 from .batches import CausalBatch
-from .document import format_table, gb, progress, save_partial
+from .document import gb, progress, save_partial
 from .entrants import Entrant, add_placement, entrants, make_optimizer, make_published
 from .memory_use import MemoryUse, Step, out_of_memory
 from .models import MODELS, build_model
@@ -124,10 +125,6 @@ def parts(handle: Any) -> dict[str, int]:
 
 def render(document: Row) -> str:
     """Formats the rows as text."""
-
-    def mib(value: int | None) -> str:
-        return "-" if value is None else f"{value / 2**20:.2f}"
-
     on_gpu = any(row.get("peak_bytes") for row in document["rows"])
     sizes = ("weights", "forward", "persistent", "factor", "scratch", "extra", "first_step")
     header = ["method", "placement", "dtype", "rank", *(f"{size.replace('_', ' ')} MiB" for size in sizes), "of weights"]
@@ -138,10 +135,10 @@ def render(document: Row) -> str:
         if "out_of_memory" in row:
             lines.append([*line, "out of memory", *[""] * (len(header) - len(line) - 1)])
             continue
-        line += [mib(row[f"{size}_bytes"]) for size in sizes] + [f"{row['extra_percent']:.2f}%"]
+        line += [mebibytes(row[f"{size}_bytes"], ".2f") for size in sizes] + [f"{row['extra_percent']:.2f}%"]
         if on_gpu:
             line += [f"{gb(row['peak_bytes']):.2f}", f"{gb(row['reserved_bytes']):.2f}", str(row.get("published_gb") or "-")]
         else:
-            line.append(mib(row["resident_bytes"]))
+            line.append(mebibytes(row["resident_bytes"], ".2f"))
         lines.append(line)
-    return format_table(header, lines, left=3)
+    return text_table([header, *lines], left=3)

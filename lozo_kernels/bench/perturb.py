@@ -11,10 +11,11 @@ import torch
 
 from ..errors import InputError
 from ..kernels.registry import Backend, choose_backend
+from ..model.text_table import text_table
 from . import peers
 from .arguments import DTYPE_NAMES, add_choice, positive, rank_number, several, shape_label
 from .clock import Clock, clock_for
-from .document import first_line, format_table, progress, save_partial
+from .document import first_line, progress, save_partial
 from .environment import last_level_cache
 from .gate import check, check_small
 from .models import MODELS, parameter_shapes
@@ -245,4 +246,4 @@ def render(document: Row) -> str:
         + [ratio(detail, column, form) for column, _, form in columns]
         for row, detail in zip(document["rows"], document["details"], strict=True)
     ]
-    return format_table(header, lines, left=4)
+    return text_table([header, *lines], left=4)

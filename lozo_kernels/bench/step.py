@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model.text_table import text_table
 from ..optim.optimizer import ZerothOrderOptimizer
 from .arguments import DTYPE_NAMES, add_choice, add_model, positive, several
 from .batches import CausalBatch, TimedClosure
 from .clock import Clock, HostClock, clock_for
-from .document import format_table, progress, save_partial
+from .document import progress, save_partial
 from .entrants import INTERVAL, METHODS, Entrant, add_placement, entrants, make_optimizer, make_published, treatment
 from .models import MODELS, build_model
 from .timing import Contender, Seconds, interleave, median, paired_ratio, spread
@@ -246,4 +247,4 @@ def render(document: Row) -> str:
         )
         for row, detail in zip(document["rows"], document["details"], strict=True)
     ]
-    return format_table(header, lines, left=3)
+    return text_table([header, *lines], left=3)

@@ -25,6 +25,7 @@ bench: $(STAMP)
 	$(BIN)/lozo-kernels bench perturb --device cpu --output bench/results/perturb_cpu.json
 	$(BIN)/lozo-kernels bench step --device cpu --output bench/results/step_cpu.json
 	$(BIN)/lozo-kernels bench memory --device cpu --output bench/results/memory_cpu.json
+	$(BIN)/python -m bench.goals bench/results/perturb_cpu.json bench/results/step_cpu.json bench/results/memory_cpu.json
 
 # On a machine with a GPU, with an interpreter that has torch: PYTHON=python3 make bench-gpu. Sets up nothing, needs no network.
 bench-gpu:

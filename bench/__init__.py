@@ -1,1 +1,1 @@
-"""Measurements around the package: what needs the repository, many processes, or minutes."""
+"""Scripts that make the evidence in ``bench/results``. Each runs from the repository root as ``python -m bench.NAME``."""

@@ -1,31 +1,26 @@
-"""What serving other projects' trainers saves: the weight passes of their steps, published and with this library's kernels.
+"""What is saved where this library serves other trainers: the weight passes of their steps, as published and with its kernels.
 
 ``python -m bench.adapters`` writes ``bench/results/adapters_cpu.json``. The trainers are the miniatures of ``python_tests``, which
 make the published passes one torch expression after the other, on a model of the architecture of OPT-125M. Forward passes are left
 out: what is timed is all that a step does to the weights, three perturbations and an update.
 """
 
-import argparse
 import copy
 import itertools
-import shlex
 import sys
-from pathlib import Path
 
 import torch
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPO), str(REPO / "python_tests")]
-
-from allocations import LargestNew  # noqa: E402
-from miniatures import LozoLarge, LozoMedium, MezoLarge, MezoMedium, SubZeroMini  # noqa: E402
-from miniatures_with_steps import Zo2Mini, ZoLlmMini  # noqa: E402
-
-from lozo_kernels.adapters import accelerate_trainer  # noqa: E402
-from lozo_kernels.bench.document import dumps, format_table, heading, progress, save_partial, where  # noqa: E402
-from lozo_kernels.bench.environment import OtherLoad  # noqa: E402
-from lozo_kernels.bench.models import build_model  # noqa: E402
-from lozo_kernels.bench.timing import Contender, interleave, median, paired_ratio, spread  # noqa: E402
+from bench.evidence import CPU, made_by, result_parser, write_result
+from lozo_kernels.adapters import accelerate_trainer
+from lozo_kernels.bench.document import heading, progress, save_partial
+from lozo_kernels.bench.environment import OtherLoad
+from lozo_kernels.bench.models import build_model
+from lozo_kernels.bench.timing import Contender, interleave, median, paired_ratio, spread
+from lozo_kernels.model.text_table import text_table
+from python_tests.allocations import LargestNew
+from python_tests.miniatures import LozoLarge, LozoMedium, MezoLarge, MezoMedium, SubZeroMini
+from python_tests.miniatures_with_steps import Zo2Mini, ZoLlmMini
 
 TRAINERS = {
     "MeZO large": (MezoLarge, {}),
@@ -40,7 +35,7 @@ SERVED = {"served": None, "served, compat='published'": "published"}
 
 
 def trainer_of(kind, options, model):
-    """A trainer whose losses are given and whose forward passes do nothing."""
+    """Makes a trainer whose losses are given and whose forward passes do nothing."""
 
     class Unseeing(kind):
         def see(self, model):
@@ -51,7 +46,7 @@ def trainer_of(kind, options, model):
 
 
 def measure(name, model, rounds):
-    """One row: medians of seconds of a step's weight passes, ratios within rounds, and the largest tensor that a step makes."""
+    """Measures one row: medians of a step's weight passes, ratios within rounds, and the largest tensor that a step makes."""
     kind, options = TRAINERS[name]
     trainers = {"published": trainer_of(kind, options, copy.deepcopy(model))}
     for served, compat in SERVED.items():
@@ -74,7 +69,7 @@ def measure(name, model, rounds):
 
 
 def render(document):
-    """The rows as text."""
+    """Formats the rows as text."""
     header = (
         "trainer",
         "published ms",
@@ -91,12 +86,11 @@ def render(document):
         ms, new = list(r["ms"].values()), [f"{b / 1e6:.3f} MB" for b in r["largest_new_tensor_bytes"].values()]
         faster = [f"{x:.1f}x" for x in r["speedup"].values()]
         lines.append((r["trainer"], f"{ms[0]}", f"{ms[1]}", faster[0], f"{ms[2]}", faster[1], *new))
-    return format_table(header, lines, left=1)
+    return text_table([header, *lines])
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=REPO / "bench" / "results" / "adapters_cpu.json")
+    parser = result_parser(__doc__, "adapters_cpu.json")
     parser.add_argument("--model", default="opt-125m")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
@@ -105,9 +99,9 @@ def main(argv=None):
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    others, device = OtherLoad(), torch.device("cpu")
-    document = where(device, []) | {"command": shlex.join(["python", "-m", "bench.adapters", *argv])}
-    model = build_model(options.model, getattr(torch, options.dtype), device)
+    others = OtherLoad()
+    document = made_by("bench.adapters", argv)
+    model = build_model(options.model, getattr(torch, options.dtype), CPU)
     parameters = sum(p.numel() for p in model.parameters())
     document |= {
         "model": options.model,
@@ -125,7 +119,7 @@ def main(argv=None):
         rows.append(measure(name, model, options.rounds))
         save_partial(document, str(options.output), rows=rows)
     document |= {"cpus_used_by_others": others.mean(), "rows": rows}
-    options.output.write_text(dumps(document) + "\n")
+    write_result(document, options.output)
     print(f"{heading(document)}\n\n{render(document)}")
     return 0
 

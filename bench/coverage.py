@@ -6,22 +6,16 @@ architecture of ``python_tests/architecture_table.py``, tiny, a probe and a mode
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPO), str(REPO / "python_tests")]
+import torch
 
-import torch  # noqa: E402
-from architecture_table import ARCHITECTURES  # noqa: E402
-from coverage import check  # noqa: E402
-
-from lozo_kernels.bench.document import dumps  # noqa: E402
-from lozo_kernels.bench.environment import environment  # noqa: E402
+from bench.evidence import REPO, made_by, result_parser, write_result
+from python_tests.architecture_table import ARCHITECTURES
+from python_tests.coverage import check
 
 Row = dict[str, Any]
 
@@ -47,7 +41,7 @@ first step took from the side that was chosen first.
 
 
 def measure(name: str, side: str) -> Row:
-    """One architecture with a side asked for; an error is a result."""
+    """Checks one architecture with a side asked for. An error is a result too."""
     row: Row = {"name": name, "family": ARCHITECTURES[name].family, "side": side}
     try:
         found = dataclasses.asdict(check(name, side, seed=_SEED))
@@ -57,7 +51,7 @@ def measure(name: str, side: str) -> Row:
 
 
 def markdown(document: Row) -> str:
-    """The results as a page."""
+    """Formats the results as a page."""
     rows = document["rows"]
     table = [_line(name, {r["side"]: r for r in rows if r["name"] == name}) for name in dict.fromkeys(r["name"] for r in rows)]
     fields = {key: document[key] for key in ("command", "backend", "commit")} | {"date": document["date"][:10]}
@@ -92,21 +86,20 @@ def _summary(rows: list[Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result_parser(__doc__, "coverage.json")
     parser.add_argument("--only", type=lambda text: text.split(","), help="names of architectures (default: all)")
-    parser.add_argument("--output", type=Path, default=REPO / "bench" / "results" / "coverage.json")
     parser.add_argument("--page", type=Path, default=REPO / "docs" / "coverage.md")
     argv = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(argv)
     torch.set_num_threads(1)  # the models are too small for more
-    where = environment(torch.device("cpu"), []) | {"command": shlex.join(["python", "-m", "bench.coverage", *argv])}
+    where = made_by("bench.coverage", argv)
     rows = []
     for name in options.only or ARCHITECTURES:
         rows += [measure(name, side) for side in SIDES]
         if any("error" in r for r in rows[-len(SIDES) :]):
             print(f"{name}: {next(r['error'] for r in rows[-len(SIDES) :] if 'error' in r)}", flush=True)
     document = where | {"seed": _SEED, "rows": rows}
-    options.output.write_text(dumps(document) + "\n")
+    write_result(document, options.output)
     options.page.write_text(markdown(document), encoding="utf-8")
     print(_summary(rows))
     return 1 if any("error" in r for r in rows) else 0

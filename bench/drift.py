@@ -1,18 +1,15 @@
 """What the roundings of in-place perturbations do to weights: steps with a learning rate of zero, which should change nothing.
 
-``python bench/drift.py`` writes ``bench/results/drift_cpu.json``: after how many steps the weights of a 1024 x 1024 layer (standard
+``python -m bench.drift`` writes ``bench/results/drift_cpu.json``: after how many steps the weights of a 1024 x 1024 layer (standard
 deviation 0.02, rank 2, eps 1e-3) are how far from where they began, relative to their norm, by dtype, and with fused steps.
 """
 
-import argparse
-import json
 import sys
-from pathlib import Path
 
 import torch
 
+from bench.evidence import made_by, result_parser, write_result
 from lozo_kernels import LOZO
-from lozo_kernels.bench.environment import environment
 
 STEPS = (1, 10, 100)
 
@@ -44,14 +41,12 @@ def drift(dtype: torch.dtype, fuse_steps: bool) -> list[dict]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "drift_cpu.json")
-    args = parser.parse_args()
-    document = environment(torch.device("cpu"), []) | {"command": "python bench/drift.py"}
+    args = result_parser(__doc__, "drift_cpu.json").parse_args()
+    document = made_by("bench.drift", sys.argv[1:])
     rows = [r for d in (torch.float32, torch.bfloat16, torch.float16) for fused in (False, True) for r in drift(d, fused)]
     for r in rows:
         print(f"{r['dtype']:9} fused {r['fuse_steps']!s:5} {r['steps']:5} steps: {r['relative_distance']:.2e} of the norm")
-    args.output.write_text(json.dumps(document | {"rows": rows}, indent=2) + "\n")
+    write_result(document | {"rows": rows}, args.output)
     return 0
 
 

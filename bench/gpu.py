@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     document = {**found, "command": shlex.join(["python", "-m", "bench.gpu", *argv]), "smoke": options.smoke}
 
     def save(records: list[runner.Record]) -> None:
-        """After every stage, so that a run that is stopped leaves a summary of what it did."""
+        """Writes the summary after every stage, so that a run that is stopped leaves one of what it did."""
         last = records[-1]
         print(f"{last['stage']}: {last['status']}, {last['seconds']:.1f} s", file=sys.stderr, flush=True)
         (output / "summary.json").write_text(json.dumps(summarise(document, records, output), indent=2) + "\n")
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def choose_stages(options: argparse.Namespace, found: dict[str, Any], output: Path) -> list[stages.Stage] | None:
-    """The stages that the options ask for, None if they name one that there is not."""
+    """Returns the stages that the options ask for, or None if they name one that does not exist."""
     capability = found.get("gpu", {}).get("capability")
     chosen = stages.smoke_stages(output) if options.smoke else stages.gpu_stages(output, capability=capability)
     if options.only is None:
@@ -77,7 +77,7 @@ def choose_stages(options: argparse.Namespace, found: dict[str, Any], output: Pa
 
 
 def summarise(document: dict[str, Any], records: list[runner.Record], output: Path) -> dict[str, Any]:
-    """The document with the stages that were run and the goals that were met."""
+    """Adds the stages that were run and the goals that were met to the document."""
     documents = summary.load_documents(records, output)
     return document | {
         "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -89,7 +89,7 @@ def summarise(document: dict[str, Any], records: list[runner.Record], output: Pa
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Device, versions and commit. Asked of another process: a context of this one would take memory of the GPU all along."""
+    """Returns device, versions and commit. Another process finds them: a CUDA context here would take memory."""
     code = "import json, torch; from lozo_kernels.bench.document import where; "
     code += f"print(json.dumps(where(torch.device({device!r}), [])))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=subprocess_environment(), stdout=subprocess.PIPE, check=True)
@@ -99,21 +99,21 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def default_output(device_name: str) -> Path:
-    """A folder named after the device; for a smoke run one that git ignores."""
+    """Returns a folder named after the device, or for a smoke run one that git ignores."""
     if device_name == "cpu":
         return ROOT / "runs" / "bench-smoke"
     return ROOT / "bench" / "results" / slug(device_name)
 
 
 def subprocess_environment() -> dict[str, str]:
-    """This process's, with the clone first on the path, nothing from the network, and Triton's kernels compiled."""
+    """Returns this process's variables, with the clone first on the path, no network, and Triton's kernels compiled."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
     return environment | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def portable(record: runner.Record, output: Path) -> runner.Record:
-    """A record whose command names no path of this machine."""
+    """Makes a record whose command names no path of this machine."""
     places = {sys.executable: "python", str(output): "OUTPUT", str(ROOT): "."}
 
     def word(text: str) -> str:

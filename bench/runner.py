@@ -27,9 +27,9 @@ def run_stages(
     seconds: float,
     root: Path,
     environment: Mapping[str, str],
-    after_each: Callable[[list[Record]], object] = lambda records: None,
+    after_each: Callable[[list[Record]], object] = lambda _: None,
 ) -> list[Record]:
-    """A record for each stage, in order: name, status, reason, return code, seconds, seconds allowed, command, files.
+    """Returns a record for each stage, in order: name, status, reason, return code, seconds, seconds allowed, command, files.
 
     Args:
         output: folder of results; logs go to its folder ``logs``.
@@ -64,14 +64,14 @@ def run_stages(
 
 
 def remove_results(stage: Stage, output: Path) -> None:
-    """No result of an earlier run is taken for one of this."""
+    """Removes the results of an earlier run, so that none is taken for one of this run."""
     for name in (stage.output, stage.keep_log):
         if name is not None:
             (output / name).unlink(missing_ok=True)
 
 
 def run_stage(stage: Stage, output: Path, *, allowed: float, root: Path, environment: Mapping[str, str]) -> Record:
-    """What came of one command: status, reason, return code, seconds and files."""
+    """Runs one command; returns status, reason, return code, seconds and files."""
     command = [word.replace(ALLOWED, str(max(1, int(_MARGIN * allowed)))) for word in stage.command]
     log_path = output / "logs" / f"{stage.name}.txt"
     start = time.monotonic()
@@ -99,7 +99,7 @@ def run_stage(stage: Stage, output: Path, *, allowed: float, root: Path, environ
 
 @contextlib.contextmanager
 def started(command: Sequence[str], log: Any, root: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a group of its own, of which nothing is left afterwards."""
+    """Starts a process in a group of its own, and ends the whole group afterwards."""
     process = subprocess.Popen(
         command, cwd=root, env=dict(environment), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
     )

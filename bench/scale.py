@@ -1,12 +1,11 @@
-"""Step time of runs on many GPUs, predicted, and the same model of a step held against runs of several processes here.
+"""The predicted step time of runs on many GPUs, and the same model of a step compared with runs of several processes here.
 
-``python bench/scale.py`` writes ``bench/results/scale_cpu.json``: how long the parts of a step take on this machine in 1 to 5
+``python -m bench.scale`` writes ``bench/results/scale_cpu.json``: how long the parts of a step take on this machine in 1 to 5
 processes, the step that follows from them, the step that was measured, what was exchanged, how many bytes the journal has, and
 OPT-175B and a mixture of experts with 1e12 parameters on 8 to 4,096 GPUs under the assumptions of ``docs/scale.md``. Exit status 1
 if a prediction is more than a fifth off.
 """
 
-import argparse
 import dataclasses
 import json
 import multiprocessing
@@ -16,15 +15,14 @@ import tempfile
 import time
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPO)]
+import torch
+from torch import distributed, nn
 
-import torch  # noqa: E402
-from torch import distributed, nn  # noqa: E402
-
-from lozo_kernels import LOZO  # noqa: E402
-from lozo_kernels.bench.environment import OtherLoad, environment  # noqa: E402
-from lozo_kernels.journal import Journal  # noqa: E402
+from bench.evidence import made_by, result_parser, write_result
+from lozo_kernels import LOZO
+from lozo_kernels.bench.environment import OtherLoad
+from lozo_kernels.journal import Journal
+from lozo_kernels.optim.parallel.channel import Channel
 
 TOLERANCE = 0.2
 PROCESSES = (1, 2, 3, 5)
@@ -34,7 +32,7 @@ ROUNDS, EVALUATIONS, PASSES, EXCHANGES, STEPS = 9, 2, 3, 10, 3
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """Seconds of what a step is made of, in as many processes as run together; bandwidth in bytes read and written a second."""
+    """What a step is made of, in seconds, when so many processes run together; bandwidth in bytes read and written a second."""
 
     forward: float
     bandwidth: float
@@ -43,7 +41,7 @@ class Parts:
 
 
 def step_seconds(parts: Parts, weight_bytes: float, forwards: float, passes: float) -> float:
-    """A step: forward passes, passes that read and write the weights, one exchange, and what does not depend on the model."""
+    """Predicts a step: forward passes, passes over the weights, one exchange, and what does not depend on the model."""
     return forwards * parts.forward + passes * 2 * weight_bytes / parts.bandwidth + parts.exchange + parts.fixed
 
 
@@ -73,7 +71,7 @@ def timed(work, times):
 
 @torch.no_grad()
 def measure(rank, ranks, folder):
-    """Parts and steps in alternation, so that both see the same machine. Every block ends when the last process has finished."""
+    """Times parts and steps in turns, so that both see the same machine. Every block ends when the last process has finished."""
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", store=distributed.FileStore(str(folder / f"store-{ranks}"), ranks), rank=rank, world_size=ranks
@@ -82,21 +80,24 @@ def measure(rank, ranks, folder):
     settings = {"lr": 1e-6, "interval": 50, "parallel": "examples"}
     model, nothing = Model(), Model(8, 1)
     optimizer, light = LOZO(model, **settings), LOZO(nothing, **settings)
-    channel, handle = optimizer.parallel._channel, optimizer.handle
+    channel, handle = Channel(None, timeout=300.0), optimizer.handle
     x = torch.randn(EXAMPLES, TOKENS, HIDDEN).chunk(ranks)[rank]
     words = torch.zeros(7, dtype=torch.int64)
     zero = torch.zeros(len(x))
+
+    def answer(rows):
+        return rows[0].narrow(0, 0, 4)
+
+    def exchange():
+        channel.exchange(words, 4, answer)
 
     def together(work, times):
         def block():
             for _ in range(times):
                 work()
-            channel.exchange(words, 4, lambda rows: rows[0, :4])
+            exchange()
 
         return timed(block, 1)
-
-    def exchange():
-        channel.exchange(words, 4, lambda rows: rows[0, :4])
 
     found = {"exchange": [], "forward": [], "pass": [], "fixed": [], "step": []}
     for step in range(ROUNDS + 1):
@@ -121,7 +122,7 @@ def measure(rank, ranks, folder):
 
 
 def check(ranks, folder):
-    """Predicted and measured steps of so many processes here."""
+    """Compares predicted and measured steps of so many processes here."""
     context = multiprocessing.get_context("spawn")
     started = [context.Process(target=measure, args=(rank, ranks, folder)) for rank in range(ranks)]
     for process in started:
@@ -134,7 +135,7 @@ def check(ranks, folder):
     size = every[0]["weight_bytes"]
 
     def middle(key):
-        """Of the slowest process of each round, the median over rounds."""
+        """Returns the median over rounds of the slowest process of each."""
         return statistics.median(max(one[key][i] for one in every) for i in range(ROUNDS))
 
     parts = Parts(middle("forward"), 2 * size / middle("pass"), middle("exchange"), middle("fixed"))
@@ -152,7 +153,7 @@ def check(ranks, folder):
 
 
 def journal_bytes(steps=200, directions=1):
-    """(bytes of the header of a small model, bytes of each step) of a journal with a constant learning rate."""
+    """Returns the bytes of the header of a small model, and of each step, in a journal with a constant learning rate."""
     model = Model(8, 1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.journal"
@@ -209,7 +210,7 @@ TOKENS_PER_GPU = 16 * 256
 
 
 def forward_seconds(model, cluster, gpus):
-    """One forward pass of each GPU's own tokens; weights or tokens travel while others are computed with."""
+    """Predicts a forward pass of the tokens of each GPU. Weights or tokens travel while others are computed with."""
     replica = model.replica or gpus
     compute = 2 * model.active * TOKENS_PER_GPU / (cluster.flops * cluster.efficiency)
     share = 2 * model.parameters / replica
@@ -222,7 +223,7 @@ def forward_seconds(model, cluster, gpus):
 
 
 def at_scale(model, cluster, gpus, directions=1, steps=400):
-    """A step on so many GPUs, two-sided and in place: simulated, each forward of each GPU a little faster or slower."""
+    """Simulates a two-sided step in place on so many GPUs, each forward pass of each GPU a little faster or slower."""
     replica = model.replica or gpus
     share = 2 * model.parameters / replica
     if gpus < replica or share > 0.8 * cluster.memory:
@@ -256,8 +257,7 @@ def at_scale(model, cluster, gpus, directions=1, steps=400):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=REPO / "bench" / "results" / "scale_cpu.json")
+    parser = result_parser(__doc__, "scale_cpu.json")
     parser.add_argument("--no-runs", action="store_true", help="only what needs no measurement, printed")
     args = parser.parse_args()
     cluster = Cluster()
@@ -272,7 +272,7 @@ def main():
     if args.no_runs:
         return
     torch.set_num_threads(1)
-    document = environment(torch.device("cpu"), []) | {"command": "python bench/scale.py", "threads": 1}
+    document = made_by("bench.scale", sys.argv[1:])
     load, here = OtherLoad(), []
     with tempfile.TemporaryDirectory() as folder:
         for ranks in PROCESSES:
@@ -295,7 +295,7 @@ def main():
         "assumptions": dataclasses.asdict(cluster) | {"tokens_per_gpu": TOKENS_PER_GPU},
         "large": large,
     }
-    args.output.write_text(json.dumps(document, indent=2) + "\n")
+    write_result(document, args.output)
     print(f"journal: {per_step:.1f} bytes a step; saved {args.output}")
     if any(abs(row["error"]) > TOLERANCE for row in here):
         raise SystemExit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ Verdict = tuple[str, str | None]
 
 
 def by_return_code(code: int, log: str) -> Verdict:
-    """0 is well; the last line of the log says what was not."""
+    """Judges by the return code, where 0 is good. Otherwise the last line of the log says what was wrong."""
     if code == 0:
         return OK, None
     lines = [line for line in log.splitlines() if line.strip()]
@@ -59,12 +60,12 @@ class Stage:
 
 
 def pytest_verdict(code: int, log: str) -> Verdict:
-    """Exit status 5 of pytest: nothing was collected."""
+    """Knows that exit status 5 of pytest means that nothing was collected."""
     return (SKIPPED, "no test is marked gpu") if code == 5 else by_return_code(code, log)
 
 
 def profiler_verdict(code: int, log: str) -> Verdict:
-    """Performance counters are often for administrators only."""
+    """Knows that performance counters are often for administrators only."""
     if "ERR_NVGPUCTRPERM" in log:
         return SKIPPED, "performance counters are not permitted to this user"
     if "No kernels were profiled" in log:
@@ -73,14 +74,14 @@ def profiler_verdict(code: int, log: str) -> Verdict:
 
 
 def backend_verdict(code: int, log: str) -> Verdict:
-    """A backend that is asked for by name need not be there."""
+    """Knows that a backend that is asked for by name need not be there."""
     if code and "cannot serve" in log:
         return SKIPPED, log.strip().splitlines()[-1][:200]
     return by_return_code(code, log)
 
 
 def _bench(name: str, arguments: str, output: Path, *, device: str, **settings: Any) -> Stage:
-    """A stage that is a ``lozo-kernels bench`` command."""
+    """Makes a stage that is a ``lozo-kernels bench`` command."""
     file = f"{name}.json"
     command = (sys.executable, "-m", "lozo_kernels", "bench", *arguments.split("|"))
     command += ("--device", device, "--output", str(output / file))
@@ -101,7 +102,7 @@ _MACHINE = (
 
 
 def gpu_stages(output: Path, device: str = "cuda", capability: str | None = None) -> list[Stage]:
-    """All stages, for a machine with a GPU. What counts most comes first.
+    """Returns all stages for a machine with a GPU; what counts most comes first.
 
     Args:
         capability: as in "9.0"; CUDA code is built for it alone, which is quicker.
@@ -272,7 +273,7 @@ def gpu_stages(output: Path, device: str = "cuda", capability: str | None = None
 
 
 def smoke_stages(output: Path) -> list[Stage]:
-    """The same stages end to end on tiny CPU tensors; those that need a GPU say so."""
+    """Returns the same stages for tiny CPU tensors, with no limits of their own. Those that need a GPU are skipped and say so."""
     arguments = {
         "correctness": "correctness|--quick",
         "exactness": "exactness|--size|48|--draws|1|--rank|1,4,64",
@@ -285,7 +286,8 @@ def smoke_stages(output: Path) -> list[Stage]:
         "fits-opt-66b": "fits|--model|opt-tiny|--tokens|16",
     }
     stages = []
-    for stage in gpu_stages(output):
+    for full in gpu_stages(output):
+        stage = dataclasses.replace(full, limit=math.inf)
         if stage.name in arguments:
             small = _bench(stage.name, arguments[stage.name], output, device="cpu")
             stages.append(dataclasses.replace(stage, command=(*small.command, "--threads", "1"), environment={}))

@@ -1,4 +1,4 @@
-"""What a run of the stages comes to: the goals that were met, those that were not measured, and a table."""
+"""The summary of a run of the stages: the goals that were met, those that were not measured, and a table."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lozo_kernels.bench.document import format_table
-from lozo_kernels.bench.targets import PUBLISHED_MEMORY_GB, SPEED, STEP, describe, judge_peak_memory, judge_speed, judge_step
+from bench.goals import SPEED, STEP, describe, judge_peak_memory, judge_speed, judge_step
+from lozo_kernels.bench.memory import PUBLISHED_GB
+from lozo_kernels.model.text_table import text_table
 
 Row = dict[str, Any]
 
 
 def load_documents(records: Sequence[Row], output: Path) -> dict[str, Row]:
-    """The documents that the stages of a run wrote, by stage."""
+    """Loads the documents that the stages of a run wrote, by stage."""
     documents = {}
     for record in records:
         for name in record["files"]:
@@ -24,7 +25,7 @@ def load_documents(records: Sequence[Row], output: Path) -> dict[str, Row]:
 
 
 def judge(documents: Mapping[str, Row]) -> list[Row]:
-    """Every goal for a GPU, over all documents; ``met`` is None where nothing was measured."""
+    """Judges every goal for a GPU over all documents; ``met`` is None where nothing was measured."""
     details: list[Row] = []
     steps: list[Row] = []
     memory: list[Row] = []
@@ -45,12 +46,12 @@ def judge(documents: Mapping[str, Row]) -> list[Row]:
     judged += steps or [STEP["cuda"] | {"met": None}]
     methods = {t["method"] for t in memory}
     judged += memory
-    judged += [{"method": m, "target_gb": gb, "met": None} for m, gb in PUBLISHED_MEMORY_GB.items() if m not in methods]
+    judged += [{"method": m, "target_gb": gb, "met": None} for m, gb in PUBLISHED_GB.items() if m not in methods]
     return judged
 
 
 def goal(target: Row) -> str:
-    """A judged goal as one line."""
+    """Describes a judged goal in one line."""
     if target["met"] is not None:
         return describe(target)
     words = [str(target[key]) for key in ("op", "method", "shape", "model") if target.get(key)]
@@ -60,7 +61,7 @@ def goal(target: Row) -> str:
 
 
 def table(summary: Row) -> str:
-    """The stages and the goals as text."""
+    """Formats the stages and the goals as text."""
     lines = [
         (
             r["stage"],
@@ -71,7 +72,7 @@ def table(summary: Row) -> str:
         )
         for r in summary["stages"]
     ]
-    widths = format_table(("stage", "status", "seconds", "exit", ""), [(*line[:4], "") for line in lines], left=2).splitlines()
+    widths = text_table([("stage", "status", "seconds", "exit", ""), *((*line[:4], "") for line in lines)], left=2).splitlines()
     text = [widths[0], *(f"{row.ljust(len(widths[0]))}  {line[4]}".rstrip() for row, line in zip(widths[1:], lines, strict=True))]
     text += ["", *(goal(t) for t in summary["targets"])] if summary["targets"] else []
     text += ["", summary["note"]] if summary.get("note") else []

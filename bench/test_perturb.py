@@ -66,7 +66,7 @@ def test_dense_update(benchmark, case, backend):
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("peer", sorted({peer for op in LOWRANK for peer, _ in perturb.BESIDE[op].values()} - {"compiled lozo"}))
 def test_lowrank_peer(benchmark, case, peer, rank):
-    one_pass = perturb.lowrank_peers(case, rank)[peer]()
+    one_pass = peers.LOWRANK[peer](case.matrices, rank)
     report(benchmark, case, case.matrices, rounds=3 if peer.startswith("published") else 10)(one_pass)
 
 

@@ -5,7 +5,8 @@ import dataclasses
 from collections.abc import Iterator
 
 import torch
-from architecture_table import ARCHITECTURES
+
+from python_tests.architecture_table import ARCHITECTURES
 
 VOCABULARY, BATCH, TOKENS, LABELS, IMAGE, BANDS, FRAMES, SAMPLES = 61, 2, 12, 5, 32, 10, 48, 160
 NOISE = 0.1
@@ -68,7 +69,7 @@ INPUTS = {
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """The model of a row in evaluation mode, and its inputs; both depend on ``seed`` alone.
+    """Builds the model of a row in evaluation mode, and its inputs. Both depend on ``seed`` alone.
 
     Returns:
         The model, no parameter of which is constant, and the keyword arguments of its forward.
@@ -85,7 +86,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple
 
 
 def run(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss, a scalar, and the first output: the model's own loss, or a fixed projection of that output."""
+    """Returns the loss, a scalar, and the first output. The loss is the model's own, or a fixed projection of that output."""
     outputs = model(**inputs)
     logits = next(value for key, value in outputs.items() if key != "loss" and isinstance(value, torch.Tensor))
     loss = outputs.get("loss")
@@ -93,14 +94,14 @@ def run(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.
 
 
 def unused(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> list[str]:
-    """Names of the trainable parameters that the loss does not depend on."""
+    """Lists the trainable parameters that the loss does not depend on."""
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     gradients = torch.autograd.grad(run(model, inputs)[0], list(trainable.values()), allow_unused=True)
     return [name for name, gradient in zip(trainable, gradients, strict=True) if gradient is None]
 
 
 def summary() -> Iterator[str]:
-    """Lines of a Markdown table: what every model is made of."""
+    """Yields the lines of a Markdown table that says what every model is made of."""
     yield "| name | family | class | parameters | tensors by dimension | frozen | unused | owners of parameters |"
     yield "|---|---|---|---|---|---|---|---|"
     for name, row in ARCHITECTURES.items():
@@ -133,7 +134,7 @@ def _model(row, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def _config(kind, overrides: dict):
-    """A configuration with the shared sizes, no dropout, and the same for the configurations inside it."""
+    """Makes a configuration with the shared sizes and no dropout, also in the configurations inside it."""
     fields = {f.name: f.default for f in dataclasses.fields(kind)}
     values = {name: value for name, value in _SHARED.items() if name in fields and not isinstance(fields[name], (list, tuple))}
     values |= {name: 0.0 for name, default in fields.items() if "drop" in name and isinstance(default, float)}

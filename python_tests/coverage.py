@@ -3,10 +3,10 @@
 import dataclasses
 
 import torch
-from architecture_table import ARCHITECTURES
-from architectures import build, run
 
 from lozo_kernels import patch
+from python_tests.architecture_table import ARCHITECTURES
+from python_tests.architectures import build, run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def check(name: str, side: str, *, seed: int = 0, backend: str | None = None, es
 
 
 def _relative(probed: torch.Tensor, real: torch.Tensor, rest: torch.Tensor) -> float:
-    """Norm of the difference beyond the last bits of the values, in units of the norm of the shift."""
+    """Returns the norm of the difference beyond the last bits of the values, in units of the norm of the shift."""
     shift = (real.double() - rest).norm()
     last_bits = 4 * torch.finfo(real.dtype).eps * real.double().norm()
     difference = (probed.double() - real.double()).norm() - last_bits

@@ -3,10 +3,10 @@
 import copy
 
 import torch
-from models import Zoo, same, weights, zoo_loss
 
 from lozo_kernels import LOZO, MeZO, SubZero
 from lozo_kernels.journal import Journal, replay
+from python_tests.models import Zoo, same, weights, zoo_loss
 
 STEPS = 6
 KINDS = {
@@ -31,7 +31,7 @@ def zoo_of(kind, seed=0):
 
 
 def begun(kind, path, model, **more):
-    """The model before, and the optimiser of a run that has a journal."""
+    """Begins a run with a journal; returns a copy of the model before it, and the optimiser."""
     method, _, options = KINDS[kind]
     base = copy.deepcopy(model)
     optimizer = method(model, lr=1e-2, eps=1e-2, interval=4, **options, **more)
@@ -51,7 +51,7 @@ def finished(model, optimizer):
 
 
 def calm(kind, path, seed=0, **more):
-    """The weights that a run ends with that nothing disturbs."""
+    """Returns the weights at the end of a run that nothing disturbs."""
     model = zoo_of(kind, seed)
     _, optimizer = begun(kind, path, model, **more)
     take_steps(model, optimizer)
@@ -59,6 +59,6 @@ def calm(kind, path, seed=0, **more):
 
 
 def check_replay(base, path, expected, backend=None):
-    """The journal leads from the base to the weights that the run ended with, in every bit."""
+    """Checks that the journal leads from the base to the weights at the end of the run, in every bit."""
     assert replay(base, path, backend=backend).agrees is True
     assert same(weights(base), expected)

@@ -4,10 +4,10 @@ import contextlib
 import copy
 
 import torch
-from models import Zoo, zoo_loss
 
 from lozo_kernels import LOZO
 from lozo_kernels.journal import Journal
+from python_tests.models import Zoo, zoo_loss
 
 
 def zoo(dtype=torch.bfloat16):
@@ -15,7 +15,7 @@ def zoo(dtype=torch.bfloat16):
 
 
 def recorded(path, model, steps=9, optimizer=LOZO, lr=1e-2, odd=False, **options):
-    """A run. ``odd``: with an evaluation, a look at state_dict(), a closure that fails and a loss that is NaN in between.
+    """Records a run. If ``odd``, it has an evaluation, a call of state_dict(), a closure that fails and a loss of NaN in between.
 
     Returns:
         (base, trained): copies of the model before and after.

@@ -14,7 +14,7 @@ from lozo_kernels.kernels import noise
 
 
 class TinyLM(nn.Module):
-    """Matrices, biases and norms with names that decay rules look at; a tied decoder whose name comes first in the alphabet."""
+    """A model with names that rules of weight decay look at, and a tied decoder whose name comes first in the alphabet."""
 
     def __init__(self, width=9, vocabulary=17, tied=True):
         super().__init__()
@@ -37,7 +37,7 @@ def copy_of(model):
 
 
 class TorchNoise:
-    """What the trainers do: one global generator, read in their order."""
+    """The noise of the trainers: one global generator, read in their order."""
 
     def reset(self, seed):
         torch.manual_seed(seed)
@@ -65,7 +65,7 @@ class TorchNoise:
 
 
 class ContractNoise:
-    """This library's noise, materialised: the seed of the step for U, Z and S, a seed of its own for what lasts longer."""
+    """This library's noise as tensors. U, Z and S have the seed of the step; what lasts longer has a seed of its own."""
 
     def __init__(self, model, seed):
         names = {}
@@ -144,8 +144,12 @@ class Miniature:
         perturb(scaling_factor=1)
         return plus
 
+    def _perturb(self, p, scale, direction):
+        """Perturbs a weight with the published arithmetic."""
+        p.data = p.data + scale * direction * self.args.zo_eps
+
     def _descend(self, name, p, direction):
-        """Published arithmetic: every term a new tensor."""
+        """Updates a weight with the published arithmetic, in which every term is a new tensor."""
         decay = self.args.weight_decay * p.data if self._decays(name) else 0
         p.data = p.data - self._get_learning_rate() * (direction + decay)
 
@@ -162,7 +166,7 @@ class MezoLarge(Miniature):
     def zo_perturb_parameters(self, random_seed=None, scaling_factor=1):
         self.noise.reset(random_seed if random_seed is not None else self.zo_random_seed)
         for _, p in self.named_parameters_to_optim:
-            p.data = p.data + scaling_factor * self.noise.z(p) * self.args.zo_eps
+            self._perturb(p, scaling_factor, self.noise.z(p))
 
     def zo_step(self, model, inputs):
         self._list(model)
@@ -184,7 +188,7 @@ class MezoMedium(Miniature):
     def efficient_perturb_parameters(self, model, random_seed, scaling_factor=1):
         self.noise.reset(random_seed)
         for _, p in self.named_parameters_to_optim:
-            p.data = p.data + scaling_factor * self.noise.z(p) * self.args.zero_order_eps
+            self._perturb(p, scaling_factor, self.noise.z(p))
         return model
 
     def step_once(self):  # a stretch of their train()
@@ -231,7 +235,7 @@ class LozoLarge(Miniature):
                 direction = self.noise.u(p, self.rank) @ self.v[name].t()
             else:
                 direction = self.noise.z(p)
-            p.data = p.data + scaling_factor * direction * self.args.zo_eps
+            self._perturb(p, scaling_factor, direction)
 
     def lowrank_zo_update(self):
         self.noise.reset(self.zo_random_seed)
@@ -310,7 +314,7 @@ class SubZeroMini(Miniature):
     def zo_subspace_perturb_parameters(self, random_seed=None, scaling_factor=1):
         self.noise.reset(random_seed if random_seed is not None else self.zo_random_seed)
         for _, p, u, v in self.named_parameters_to_optim:
-            p.data = p.data + scaling_factor * self._direction(p, u, v) * self.args.zo_eps
+            self._perturb(p, scaling_factor, self._direction(p, u, v))
 
     def zo_subspace_update(self, model):
         self.noise.reset(self.zo_random_seed)

@@ -5,7 +5,8 @@ from collections import deque
 
 import numpy as np
 import torch
-from miniatures import Miniature, TorchNoise
+
+from python_tests.miniatures import Miniature, TorchNoise
 
 
 class ZoLlmMini(Miniature):
@@ -22,7 +23,7 @@ class ZoLlmMini(Miniature):
     def zo_perturb_parameters(self, random_seed=None, scaling_factor=1):
         self.noise.reset(random_seed if random_seed is not None else self.zo_random_seed)
         for _, p in self.named_parameters_to_optim:
-            p.data = p.data + scaling_factor * self.noise.z(p) * self.args.zo_eps
+            self._perturb(p, scaling_factor, self.noise.z(p))
 
     def _probe(self, model):
         if self.args.perturbation_mode == "two_side":
@@ -63,7 +64,7 @@ class ZoLlmMini(Miniature):
         return loss
 
     def zo_step_v2(self, model, inputs):
-        """What it sets out to do: v1 without gradients in memory. The published one loses track of its noise."""
+        """Does what v2 is meant to do, which is v1 without gradients in memory. The published code loses track of its noise."""
         return self.zo_step_v1(model, inputs)
 
     @torch.no_grad()
@@ -142,7 +143,7 @@ class Zo2Mini:
 
 
 class Zo2OffloadedMini(Zo2Mini):
-    """Block by block, each updated with what the previous step found just before it is perturbed."""
+    """zo2 with offloading: goes block by block, and updates each with the result of the previous step just before perturbing it."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -26,7 +26,7 @@ class Zoo(nn.Module):
 
 
 def zoo_loss(model, seed=0):
-    """A closure: cross-entropy of next tokens on a fixed batch."""
+    """Makes a closure: the cross-entropy of the next tokens of a fixed batch."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 11, (4, 9), generator=generator)
 
@@ -35,6 +35,11 @@ def zoo_loss(model, seed=0):
         return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
     return loss
+
+
+def full(p):
+    """Copies the whole of a parameter that may be sharded."""
+    return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
 
 
 def weights(model):

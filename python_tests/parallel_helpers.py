@@ -1,17 +1,18 @@
 """Processes of one run on this machine, forked from a server that has imported torch already, and a model for them."""
 
 import multiprocessing
-import time
 import traceback
 
 import torch
 from torch import distributed, nn
 
+from python_tests.machine import wait_until
+
 EXAMPLES, TOKENS = 15, 7
 
 
 class Model(nn.Module):
-    """Gives an example the same loss in any batch: it sees one after the other."""
+    """A model that gives an example the same loss in any batch, because it evaluates one after the other."""
 
     def __init__(self, dtype=torch.float32):
         super().__init__()
@@ -31,7 +32,7 @@ class Model(nn.Module):
 
 
 class Batched(Model):
-    """The same by whole batches, as modules that see the examples of several evaluations have to."""
+    """The same model on whole batches, as it has to be where one forward pass serves several evaluations."""
 
     forward = Model.together
 
@@ -41,7 +42,7 @@ def batch(step):
 
 
 def start(ranks, folder, work, *arguments):
-    """Processes that call ``work(rank, ranks, folder, *arguments)`` in a group."""
+    """Starts processes that call ``work(rank, ranks, folder, *arguments)`` in a group."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lozo_kernels"])
     started = []
@@ -52,12 +53,10 @@ def start(ranks, folder, work, *arguments):
     return started
 
 
-def finish(started, timeout=150):
-    """Their exit codes."""
-    end = time.monotonic() + timeout
+def finish(started, seconds=150.0):
+    """Waits for processes; returns their exit codes, None for one that did not end."""
     try:
-        for process in started:
-            process.join(max(0.1, end - time.monotonic()))
+        wait_until(lambda: all(process.exitcode is not None for process in started), seconds)
         return [process.exitcode for process in started]
     finally:
         for process in started:

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from miniatures import ContractNoise, LozoLarge, LozoMedium, MezoLarge, MezoMedium, SubZeroMini, TinyLM, copy_of
-from miniatures_with_steps import Zo2Mini, Zo2OffloadedMini, ZoLlmMini
 from torch import nn
 
 from lozo_kernels.adapters import DirectionBackend, accelerate_trainer
+from python_tests.miniatures import ContractNoise, LozoLarge, LozoMedium, MezoLarge, MezoMedium, SubZeroMini, TinyLM, copy_of
+from python_tests.miniatures_with_steps import Zo2Mini, Zo2OffloadedMini, ZoLlmMini
 
 LOZO = {"rank_r": 2, "step_interval": 3}
 MEDIUM = {"rank": 3, "step_interval": 3, "beta1": 0.8}

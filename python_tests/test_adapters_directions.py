@@ -1,16 +1,17 @@
 """The backend for new trainers: directions by seed, several at once, and back."""
 
 import re
+from itertools import starmap
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from miniatures import TinyLM, copy_of
 from torch import nn
 
 from lozo_kernels.adapters import DirectionBackend, PerturbationBackend
 from lozo_kernels.kernels import noise
+from python_tests.miniatures import TinyLM, copy_of
 
 
 def weights(model):
@@ -100,7 +101,7 @@ def test_storage_and_parameters_are_found_at_every_call(rng):
             backend.perturb(seed, 0.1)
         model.fc1.weight.data = model.fc1.weight.data.clone()
         model.fc2.weight = nn.Parameter(model.fc2.weight.detach().clone())
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    assert all(starmap(torch.equal, zip(model.parameters(), twin.parameters(), strict=True)))
 
 
 def test_inference_mode():
@@ -167,7 +168,7 @@ def test_what_is_no_parameters_is_refused(parameters, words):
 
 def test_the_example_of_the_documentation(rng):
     text = (Path(__file__).parent.parent / "docs" / "adapters.md").read_text(encoding="utf-8")
-    (example,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "DirectionBackend" in block)
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "DirectionBackend" in block)
     model, batches = nn.Linear(4, 3), [torch.randn(8, 4) for _ in range(150)]
 
     def loss(model, batch):

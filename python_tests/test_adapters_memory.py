@@ -1,13 +1,13 @@
 """What served trainers allocate: nothing as large as a weight, but for the dense noise of a published stream."""
 
 import pytest
-from allocations import LargestNew
-from miniatures import LozoLarge, LozoMedium, MezoLarge, MezoMedium, SubZeroMini, TinyLM
-from miniatures_with_steps import Zo2Mini, ZoLlmMini
-from test_adapters import LOZO, MEDIUM, SUBZERO, run
 
 from lozo_kernels.adapters import DirectionBackend, accelerate_trainer
 from lozo_kernels.kernels.registry import choose_backend
+from python_tests.allocations import LargestNew
+from python_tests.miniatures import LozoLarge, LozoMedium, MezoLarge, MezoMedium, SubZeroMini, TinyLM
+from python_tests.miniatures_with_steps import Zo2Mini, ZoLlmMini
+from python_tests.test_adapters import LOZO, MEDIUM, SUBZERO, run
 
 WIDTH, VOCABULARY = 150, 400
 LARGEST = WIDTH * VOCABULARY

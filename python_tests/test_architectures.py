@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from architecture_table import ARCHITECTURES, FLOAT32_ONLY
-from architectures import build, run, unused
+
+from python_tests.architecture_table import ARCHITECTURES, FLOAT32_ONLY
+from python_tests.architectures import build, run, unused
 
 pytest.importorskip("transformers")
 

@@ -5,11 +5,10 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from architecture_table import ARCHITECTURES  # noqa: E402
-from architectures import build, run  # noqa: E402
-from coverage import check  # noqa: E402
-
 from lozo_kernels import LOZO  # noqa: E402
+from python_tests.architecture_table import ARCHITECTURES  # noqa: E402
+from python_tests.architectures import build, run  # noqa: E402
+from python_tests.coverage import check  # noqa: E402
 
 RELATIVE = 1e-5  # of the shift, in fp32
 

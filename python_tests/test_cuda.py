@@ -8,20 +8,21 @@ import shlex
 import shutil
 import subprocess
 import types
+from itertools import starmap
 from pathlib import Path
 
 import pytest
 import torch
-from table_helpers import UNIT, Case, assert_same_bits, raw
-from test_ops import momentum_call, random_call
 
 from lozo_kernels import Draw, Rounding, TensorTable
+from lozo_kernels.bench.cases import OPS, UNIT, as_bits, random_case, storage_of
 from lozo_kernels.kernels import noise, ops, skinny
 from lozo_kernels.kernels.backends import launches
 from lozo_kernels.kernels.backends.cuda import CudaBackend
 from lozo_kernels.kernels.backends.launches import device_table
 from lozo_kernels.kernels.registry import choose_backend
 from lozo_kernels.kernels.table import DTYPES
+from python_tests.table_helpers import assert_same, random_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -77,44 +78,14 @@ def guard(library):
     controls.emulator_allow_all()
 
 
-class AlignedCase(Case):
-    """Tensors that the fast kernels take: multiples of eight everywhere, in poisoned storage all the same."""
-
-    def __init__(self, rng, rank, *, momentum=False, count=4, dtypes=DTYPES):
-        self.storages, xs = [], []
-        for _ in range(count):
-            batch, rows, cols = rng.choice((1, 1, 2)), rng.choice((1, 5, 16, 37, 70)), 8 * rng.choice((1, 3, 4, 9, 17, 33))
-            if rng.random() < 0.2:
-                cols = 2048 + 8 * rng.choice((0, 5))
-                rows = rng.choice((1, 9))
-            row_stride = cols + 8 * rng.choice((0, 0, 1, 3))
-            batch_stride = rows * row_stride + 8 * rng.choice((0, 1))
-            lead = 8 * rng.choice((0, 1))
-            storage = torch.full((lead + batch * batch_stride + 64,), float("nan"), dtype=rng.choice(dtypes))
-            x = torch.as_strided(storage, (batch, rows, cols), (batch_stride, row_stride, 1), lead)
-            x.copy_(torch.randn(x.shape) * rng.choice((1e-6, 0.1, 0.1)))
-            self.storages.append(storage)
-            xs.append(x)
-        self.ids = [rng.getrandbits(32) for _ in xs]
-        self.row_offsets = [rng.choice((0, 0, 7, 1000)) for _ in xs]
-        self.col_offsets = [8 * rng.choice((0, 0, 5)) for _ in xs]
-        self.global_cols = [x.shape[2] + c + 8 * rng.choice((0, 3)) for x, c in zip(xs, self.col_offsets, strict=True)]
-        vs = ns = None
-        if rank:
-            vs = [noise.to_grid(torch.randn(x.shape[0], rank, x.shape[2])).half() for x in xs]
-        if momentum:
-            ns = [torch.randn(*x.shape[:2], rank or x.shape[2]) for x in xs]
-        self.table = TensorTable(
-            xs, self.ids, v=vs, n=ns, row_offsets=self.row_offsets, col_offsets=self.col_offsets, global_cols=self.global_cols
-        )
-
-
-def both_kinds(rng, rank, momentum=False):
-    """An awkward case and an aligned one."""
-    aligned = AlignedCase(rng, rank, momentum=momentum)
+def both_kinds(rng, op, rank=0, count=4, **settings):
+    """An awkward case, and one that the fast kernels take: multiples of eight everywhere, in poisoned storage all the same."""
+    shapes = [(rng.choice((1, 1, 2)), rng.choice((1, 5, 16, 37, 70)), 8 * rng.choice((1, 3, 4, 9, 17, 33))) for _ in range(count)]
+    shapes[0] = (1, rng.choice((1, 9)), 2048 + 8 * rng.choice((0, 5))) if rng.random() < 0.6 else shapes[0]
+    aligned = random_case(rng, OPS[op], shapes, rank, step=8, **settings)
     tables = device_table(aligned.table)
     assert all(launch.aligned for launch in tables.launches("test", lambda dtype: launches.Tile(16, 16)))
-    return [Case(rng, rank, momentum=momentum), aligned]
+    return [random_case(rng, OPS[op], random_shapes(rng), rank, **settings), aligned]
 
 
 def peer():
@@ -125,64 +96,60 @@ def peer():
         return choose_backend("cpu", "eager").backend
 
 
+def check(emulated, guard, case):
+    """The bits of the compiled CPU kernels, with access confined to the tensors."""
+    expected = case.on()
+    expected.run(peer())
+    guard(case)
+    case.run(emulated)
+    assert_same(case, expected)
+
+
 @pytest.mark.parametrize("draws", [1, 2])
 @pytest.mark.parametrize("rank", RANKS)
 def test_lowrank_update(rng, emulated, guard, rank, draws):
-    for case in both_kinds(rng, rank):
-        expected = case.copy()
-        call = random_call(rng, len(case.table), draws) | {"rounding": rng.choice((None, Rounding(rng.getrandbits(28), 5)))}
-        ops.lowrank_update_(expected.table, **call, backend=peer())
-        guard(case)
-        ops.lowrank_update_(case.table, **call, backend=emulated)
-        assert_same_bits(case, expected)
+    for case in both_kinds(rng, "lowrank_update_", rank, call={"draws": draws}):
+        check(emulated, guard, case)
 
 
-@pytest.mark.parametrize("rounding", [None, Rounding(77, 5)])
+@pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("draws", [1, 2])
-def test_dense_update(rng, emulated, guard, draws, rounding):
-    for case in both_kinds(rng, 0):
-        expected = case.copy()
-        call = random_call(rng, len(case.table), draws) | {"rounding": rounding}
-        ops.dense_update_(expected.table, **call, backend=peer())
-        guard(case)
-        ops.dense_update_(case.table, **call, backend=emulated)
-        assert_same_bits(case, expected)
+@pytest.mark.parametrize("op", ["dense_update_", "dense_momentum_"])
+def test_dense(rng, emulated, guard, op, draws, stochastic):
+    for case in both_kinds(rng, op, call={"draws": draws, "stochastic": stochastic}):
+        check(emulated, guard, case)
 
 
 @pytest.mark.parametrize("draws", [1, 2])
 @pytest.mark.parametrize("rank", RANKS)
 def test_lowrank_momentum(rng, emulated, guard, rank, draws):
-    for case in both_kinds(rng, rank, momentum=True):
-        before, expected = case.copy(), case.copy()
-        call = random_call(rng, len(case.table), draws) | momentum_call(rng, len(case.table), draws)
+    for case in both_kinds(rng, "lowrank_momentum_", rank, call={"draws": draws, "stochastic": None if rank <= 8 else False}):
         if rank <= 8:
-            call["rounding"] = rng.choice((None, Rounding(rng.getrandbits(28), 5)))
-        ops.lowrank_momentum_(expected.table, **call, backend=peer())
+            check(emulated, guard, case)
+            continue
+        before, expected = case.on(), case.on()
+        expected.run(peer())
         guard(case)
-        ops.lowrank_momentum_(case.table, **call, backend=emulated)
-        if rank <= 8:
-            assert_same_bits(case, expected)
-        else:
-            assert all(torch.equal(a, b) for a, b in zip(case.table.n, expected.table.n, strict=True))
-            check_bounded(case, expected, before, call, rank)
+        case.run(emulated)
+        assert all(starmap(torch.equal, zip(case.table.n, expected.table.n, strict=True)))
+        check_bounded(case, expected, before, rank)
 
 
-def check_bounded(case, expected, before, call, rank):
+def check_bounded(case, expected, before, rank):
     """Of the peer's values: a rounding into the weight's dtype apart, and an error of the product bounded in its terms."""
     for t, (x, y) in enumerate(zip(case.table.x, expected.table.x, strict=True)):
         if not x.numel():
             continue
-        magnitude = (case.table.n[t].double().abs() @ case.table.v[t].double().abs()) * call["alpha"][t].abs().double()
+        magnitude = (case.table.n[t].double().abs() @ case.table.v[t].double().abs()) * case.call["alpha"][t].abs().double()
         # 22 bits of the largest value of a row of N; sums in an order of their own.
         largest = case.table.n[t].double().abs().amax(2, keepdim=True) @ torch.ones(1, 1, dtype=torch.float64)
-        split = largest * case.table.v[t].double().abs().sum(1, keepdim=True) * call["alpha"][t].abs().double()
+        split = largest * case.table.v[t].double().abs().sum(1, keepdim=True) * case.call["alpha"][t].abs().double()
         bound = 2.0**-24 * (rank + 4) * magnitude + 2.0**-22 * split
         bound += (2 * UNIT[x.dtype] + 2.0**-22) * y.double().abs() + 2.0**-24
         assert ((x.double() - y.double()).abs() <= bound).all()
-    for storage, old, x in zip(case.storages, before.storages, case.table.x, strict=True):
-        mask = torch.ones_like(storage, dtype=torch.bool)
-        torch.as_strided(mask, x.shape, x.stride(), x.storage_offset()).fill_(False)
-        assert torch.equal(raw(storage[mask]), raw(old[mask]))
+        inside = torch.zeros_like(storage_of(x), dtype=torch.bool)
+        inside.as_strided(x.shape, x.stride(), x.storage_offset()).fill_(True)
+        assert torch.equal(as_bits(storage_of(x))[~inside], as_bits(storage_of(before.table.x[t]))[~inside])
 
 
 def test_split_products_have_22_bits(emulated):
@@ -198,27 +165,13 @@ def test_split_products_have_22_bits(emulated):
     assert ((table.x[0].double() - exact).abs() <= 2.0**-21 * size + 2.0**-146).all()
 
 
-@pytest.mark.parametrize("rounding", [None, Rounding(77, 5)])
-@pytest.mark.parametrize("draws", [1, 2])
-def test_dense_momentum(rng, emulated, guard, draws, rounding):
-    for case in both_kinds(rng, 0, momentum=True):
-        expected = case.copy()
-        call = random_call(rng, len(case.table), draws) | momentum_call(rng, len(case.table), draws) | {"rounding": rounding}
-        ops.dense_momentum_(expected.table, **call, backend=peer())
-        guard(case)
-        ops.dense_momentum_(case.table, **call, backend=emulated)
-        assert_same_bits(case, expected)
-
-
 @pytest.mark.parametrize("op", ["factor_update_", "lowrank_merge_", "dense_merge_"])
 def test_ops_without_a_kernel(rng, emulated, op):
-    rank, shapes = 3 if op == "lowrank_merge_" else 0, [(1, 5, 24), (2, 3, 7)]
-    case = Case(rng, rank, momentum=op != "factor_update_", dtypes=(torch.float32,), shapes=shapes)
-    call = random_call(rng, len(shapes), 1)
-    expected = case.copy()
-    getattr(ops, op)(expected.table, **call, backend=choose_backend("cpu", "eager").backend)
-    getattr(ops, op)(case.table, **call, backend=emulated)
-    assert_same_bits(case, expected)
+    case = random_case(rng, OPS[op], [(1, 5, 24), (2, 3, 7)], 3, call={"draws": 1, "stochastic": False}, dtypes=(torch.float32,))
+    expected = case.on()
+    expected.run(choose_backend("cpu", "eager").backend)
+    case.run(emulated)
+    assert_same(case, expected)
 
 
 def test_products_of_activations(emulated):
@@ -236,13 +189,8 @@ def test_products_of_activations(emulated):
 @pytest.mark.parametrize("reproject", [False, True])
 @pytest.mark.parametrize("rank", RANKS)
 def test_resample(rng, emulated, guard, rank, reproject):
-    for case in both_kinds(rng, rank, momentum=reproject):
-        expected = case.copy()
-        call = {"seed": rng.getrandbits(64), "window": rng.getrandbits(28), "reproject": reproject}
-        ops.resample_(expected.table, **call, backend=peer())
-        guard(case)
-        ops.resample_(case.table, **call, backend=emulated)
-        assert_same_bits(case, expected)
+    for case in both_kinds(rng, "resample_", rank, n=reproject):
+        check(emulated, guard, case)
 
 
 @pytest.mark.parametrize("rank", RANKS)
@@ -270,7 +218,7 @@ def test_flat_positions_beyond_32_bits(rng, emulated, dtype, momentum):
         else:
             ops.dense_update_(table, **call, backend=backend)
         cases.append(table)
-    assert torch.equal(raw(cases[0].x[0]), raw(cases[1].x[0]))
+    assert torch.equal(as_bits(cases[0].x[0]), as_bits(cases[1].x[0]))
     assert not momentum or torch.equal(cases[0].n[0], cases[1].n[0])
 
 
@@ -293,7 +241,7 @@ def test_values_that_are_not_finite(emulated, op):
             getattr(ops, op)(table, **call, backend=backend)
             tables.append(table)
         for a, b in zip(tables[0].x, tables[1].x, strict=True):
-            assert torch.equal(raw(a), raw(b))
+            assert torch.equal(as_bits(a), as_bits(b))
 
 
 def test_empty_table(emulated):

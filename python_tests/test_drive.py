@@ -10,11 +10,11 @@ import types
 
 import pytest
 import torch
-from models import Zoo, same, weights
 from torch import nn
 
 from lozo_kernels import LOZO, MeZO, NonFiniteLossError, handle_of, patch
 from lozo_kernels.model.backward import SHRINK
+from python_tests.models import Zoo, same, weights
 
 
 class Scored(Zoo):

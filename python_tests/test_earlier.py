@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from earlier import make
 
 from lozo_kernels.journal import read_journal, replay
+from python_tests.earlier import make
 
 NAMES = json.loads((make.HERE / "public_names.json").read_text(encoding="utf-8"))
 SAVED = torch.load(make.HERE / "states.pt", weights_only=True)

@@ -6,13 +6,13 @@ import weakref
 
 import pytest
 import torch
-from models import Zoo, same, weights
 from torch import nn
 
 import lozo_kernels
 from lozo_kernels import handle_of, patch
 from lozo_kernels.kernels import noise
 from lozo_kernels.model.config import PatchConfig
+from python_tests.models import Zoo, same, weights
 
 
 def test_finds_every_parameter_once():

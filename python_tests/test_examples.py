@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from python_tests.machine import stretched
+
 pytest.importorskip("transformers")
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -75,7 +77,7 @@ def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("examples")
     offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99", "CUDA_VISIBLE_DEVICES": ""}
     paths = [str(EXAMPLES / name) for name in NAMES if not missing(name)]
-    subprocess.run([sys.executable, "-c", RUNNER, *paths], cwd=folder, env=os.environ | offline, check=True, timeout=600)
+    subprocess.run([sys.executable, "-c", RUNNER, *paths], cwd=folder, env=os.environ | offline, check=True, timeout=stretched(300))
     return folder
 
 

@@ -1,21 +1,17 @@
 """Generated cases over the public API in short, and what such cases found, each by itself."""
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from bench.api_fuzz import ENTRIES, fuzz
-from bench.api_fuzz_cases import Choices, Finding, Memory, attempt
 from lozo_kernels import LOZO, Draw, MeZO, PatchConfig, Rounding, TensorTable, choose_backend, patch
 from lozo_kernels.journal import Journal, read_journal, replay, verify
 from lozo_kernels.kernels import noise, ops, skinny
 from lozo_kernels.kernels.checks import check_number
-from lozo_kernels.model.estimators import gradients
+from python_tests import gradients
+from python_tests.fuzz.api import ENTRIES, fuzz
+from python_tests.fuzz.choices import Choices, Finding, Memory, attempt
 
 
 @pytest.mark.parametrize("name", ENTRIES)

@@ -4,12 +4,11 @@ import copy
 
 import pytest
 import torch
-from table_helpers import raw
 from torch import nn
 
-from lozo_kernels import LOZO, MeZO, TensorTable, capture_step
+from lozo_kernels import LOZO, Draw, MeZO, TensorTable, capture_step
+from lozo_kernels.bench.cases import as_bits
 from lozo_kernels.kernels import ops
-from lozo_kernels.kernels.calls import Draw
 from lozo_kernels.kernels.registry import backend_names, choose_backend
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
@@ -94,7 +93,7 @@ def test_a_run_of_given_losses_has_the_bits_of_the_cpu(name, dtype):
             optimizer.step(lambda given=given, device=device: torch.tensor(next(given), device=device))
         results.append([p.detach().cpu() for p in model.parameters()])
     for gpu, cpu in zip(*results, strict=True):
-        assert torch.equal(raw(gpu), raw(cpu))
+        assert torch.equal(as_bits(gpu), as_bits(cpu))
 
 
 def test_on_a_side_stream(name):

@@ -6,7 +6,7 @@ from torch import nn
 from torch.func import functional_call, grad
 
 from lozo_kernels import LOZO, MeZO, SubZero
-from lozo_kernels.model.estimators import gradients
+from python_tests import gradients
 
 
 def problem():

@@ -3,23 +3,20 @@
 import errno
 import os
 import random
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from hardening_helpers import KINDS, STEPS, begun, calm, check_replay, finished, leaves_rounding, take_steps, zoo_of
-from models import same, weights, zoo_loss
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
-
-from bench.journal_kills import forked  # noqa: E402
-from lozo_kernels import LOZO, patch  # noqa: E402
-from lozo_kernels.journal import Journal, JournalError, read_journal  # noqa: E402
-from lozo_kernels.journal import file as file_module  # noqa: E402
-from lozo_kernels.model.probe.choosing import cost  # noqa: E402
+from lozo_kernels import LOZO, patch
+from lozo_kernels.journal import Journal, JournalError, read_journal
+from lozo_kernels.journal import file as file_module
+from lozo_kernels.model.probe.choosing import cost
+from python_tests.hardening_helpers import KINDS, STEPS, begun, calm, check_replay, finished, leaves_rounding, take_steps, zoo_of
+from python_tests.machine import stretched, wait_until
+from python_tests.models import same, weights, zoo_loss
+from python_tests.processes import forked
 
 
 def in_threads(*works):
@@ -32,14 +29,14 @@ def in_threads(*works):
         except BaseException as error:
             failed.append(error)
 
-    threads = [threading.Thread(target=guarded, args=(work,)) for work in works]
+    # Those that wait for one that failed are left behind.
+    threads = [threading.Thread(target=guarded, args=(work,), daemon=True) for work in works]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert not any(thread.is_alive() for thread in threads)
+    ended = wait_until(lambda: failed or not any(thread.is_alive() for thread in threads), seconds=120)
     if failed:
         raise failed[0]
+    assert ended
 
 
 @pytest.mark.parametrize("pair", [("in place", "fused, momentum"), ("scratch, momentum", "activation"), ("copy", "subzero")])
@@ -48,7 +45,7 @@ def test_two_models_in_two_threads(tmp_path, backend, pair):
     alone = [calm(kind, tmp_path / "alone", seed=i, backend=backend.name) for i, kind in enumerate(pair)]
     for _ in range(3):
         models, bases = [zoo_of(kind, seed=i) for i, kind in enumerate(pair)], [None, None]
-        ends, together = [None, None], threading.Barrier(2, timeout=60)
+        ends, together = [None, None], threading.Barrier(2)
 
         def work(i, models=models, bases=bases, ends=ends, together=together):
             torch.set_num_threads(2)  # of this thread
@@ -63,7 +60,6 @@ def test_two_models_in_two_threads(tmp_path, backend, pair):
         for i in range(2):
             assert same(ends[i], alone[i])
             check_replay(bases[i], tmp_path / str(i), ends[i], backend=backend.name)
-    torch.set_num_threads(1)
 
 
 def test_one_is_patched_and_restored_while_another_steps(tmp_path):
@@ -99,7 +95,7 @@ def test_one_is_patched_and_restored_while_another_steps(tmp_path):
 def test_costs_are_measured_once(monkeypatch):
     """Threads that ask at the same time are told the same, so that they choose the same sides."""
     measured, asked = [], []
-    together = threading.Barrier(3, timeout=60)
+    together = threading.Barrier(3)
     monkeypatch.setattr(cost, "fastest", lambda call, device: measured.append(call) or random.random())
     cost._measured.cache_clear()
 
@@ -206,7 +202,7 @@ def test_a_file_that_may_not_grow(tmp_path):
         take_steps(model, optimizer)
         check_replay(base, path, finished(model, optimizer))
 
-    assert forked(work, limit=60.0)
+    assert forked(work)
 
 
 def test_clocks_that_jump(tmp_path, rng, monkeypatch):
@@ -230,30 +226,27 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_process_goes_on_by_itself(tmp_path, backend, kind, count):
     """With the bits of the process that it was forked from, to whom the journal belongs."""
     torch.set_num_threads(count)
-    try:
-        path, model = tmp_path / "run", zoo_of(kind)
-        base, optimizer = begun(kind, path, model, backend=backend.name)
-        take_steps(model, optimizer, 3)
-        recorded = path.read_bytes()
+    path, model = tmp_path / "run", zoo_of(kind)
+    base, optimizer = begun(kind, path, model, backend=backend.name)
+    take_steps(model, optimizer, 3)
+    recorded = path.read_bytes()
 
-        def work():
-            torch.set_num_threads(1)  # PyTorch's own threads, if it had some, are not there
-            if not leaves_rounding(kind):
-                with pytest.raises(JournalError, match="written by the process that this one was forked from"):
-                    optimizer.step(zoo_loss(model, 3))
-            optimizer.journal.close()
-            take_steps(model, optimizer)
-            optimizer.handle.restore()
-            torch.save(weights(model), tmp_path / "child")
-
-        assert forked(work, limit=60.0)
-        assert path.read_bytes() == recorded
+    def work():
+        torch.set_num_threads(1)  # PyTorch's own threads, if it had some, are not there
+        if not leaves_rounding(kind):
+            with pytest.raises(JournalError, match="written by the process that this one was forked from"):
+                optimizer.step(zoo_loss(model, 3))
+        optimizer.journal.close()
         take_steps(model, optimizer)
-        end = finished(model, optimizer)
-        assert same(torch.load(tmp_path / "child"), end)
-        check_replay(base, path, end, backend=backend.name)
-    finally:
-        torch.set_num_threads(1)
+        optimizer.handle.restore()
+        torch.save(weights(model), tmp_path / "child")
+
+    assert forked(work)
+    assert path.read_bytes() == recorded
+    take_steps(model, optimizer)
+    end = finished(model, optimizer)
+    assert same(torch.load(tmp_path / "child"), end)
+    check_replay(base, path, end, backend=backend.name)
 
 
 @needs_fork
@@ -295,7 +288,7 @@ def test_a_loader_with_workers(tmp_path):
         path, model = tmp_path / str(workers), zoo_of("scratch, momentum")
         base, optimizer = begun("scratch, momentum", path, model)
         take_steps(model, optimizer, 1)
-        options = {"multiprocessing_context": "fork", "timeout": 60} if workers else {}
+        options = {"multiprocessing_context": "fork", "timeout": stretched(60)} if workers else {}
         for tokens in torch.utils.data.DataLoader(_Rows(), batch_size=2, num_workers=workers, **options):
             optimizer.step(
                 lambda x=tokens, m=model: torch.nn.functional.cross_entropy(m(x[:, :-1]).float().flatten(0, 1), x[:, 1:].flatten())

@@ -19,6 +19,8 @@ from lozo_kernels.cli import command as cli  # noqa: E402
 from lozo_kernels.hf.loop import records  # noqa: E402
 from lozo_kernels.journal import StepTaken, read_journal  # noqa: E402
 from lozo_kernels.journal import file as file_module  # noqa: E402
+from python_tests.finetune_helpers import meaning, metrics, model_of  # noqa: E402
+from python_tests.machine import wait_until  # noqa: E402
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are ended that were forked")
 STEPS = 8
@@ -31,17 +33,6 @@ def finetune(folder, *more, steps=STEPS):
 
 def resume(folder):
     return cli.main(["finetune", "--resume", str(folder), "--quiet"])
-
-
-def model_of(folder):
-    return (folder / "model" / "model.safetensors").read_bytes()
-
-
-def meaning(folder):
-    """Metrics without what the clock said."""
-    timed = ("step_ms", "forwards_ms", "outside", "seconds")
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -176,9 +167,7 @@ def test_sigterm_leaves_a_run_that_goes_on(tmp_path, calm, capfd):
         finetune(run)
         os._exit(0)
     log = run / "metrics.jsonl"
-    until = time.monotonic() + 60
-    while time.monotonic() < until and not (log.exists() and log.read_text().count('"step"') > 3):
-        time.sleep(0.001)
+    wait_until(lambda: log.exists() and log.read_text().count('"step"') > 3, poll=0.001)
     os.kill(child, signal.SIGTERM)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
@@ -192,7 +181,7 @@ def test_clocks_that_jump(tmp_path, rng, monkeypatch, calm):
             patched.setattr(time, name, lambda: rng.uniform(-1e9, 3e9))
         assert finetune(tmp_path / "run") == 0
     assert model_of(tmp_path / "run") == model_of(calm) and meaning(tmp_path / "run") == meaning(calm)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(tmp_path / "run")
     assert all(line[key] >= 0 for line in lines for key in ("step_ms", "forwards_ms", "seconds") if key in line)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["train_seconds"] >= 0
 
@@ -215,17 +204,20 @@ def ranks(size, work, port):
     return started
 
 
-def ended(processes, seconds):
-    """Their exit codes, minus the signal of those that were ended by one; fails if they take longer."""
-    until, codes = time.monotonic() + seconds, {}
+def ended(processes):
+    """Their exit codes, minus the signal of those that were ended by one, "hangs" of those that did not end."""
+    codes = {}
+
+    def all_ended():
+        for child in processes:
+            if child not in codes:
+                done, status = os.waitpid(child, os.WNOHANG)
+                if done:
+                    codes[child] = os.waitstatus_to_exitcode(status)
+        return len(codes) == len(processes)
+
     try:
-        while len(codes) < len(processes) and time.monotonic() < until:
-            for child in processes:
-                if child not in codes:
-                    done, status = os.waitpid(child, os.WNOHANG)
-                    if done:
-                        codes[child] = os.waitstatus_to_exitcode(status)
-            time.sleep(0.005)
+        wait_until(all_ended)
     finally:
         for child in processes:
             if child not in codes:
@@ -256,17 +248,15 @@ def test_four_ranks_lose_one_and_three_go_on(tmp_path, capfd):
     assert finetune(alone, *more, steps=steps) == 0
     log = run / "metrics.jsonl"
     processes = ranks(4, lambda rank: finetune(run, *more, steps=steps), free_port())
-    until = time.monotonic() + 60
-    while time.monotonic() < until and not (log.exists() and log.read_text().count('"kind": "step"') > 5):
-        time.sleep(0.001)
+    wait_until(lambda: log.exists() and log.read_text().count('"kind": "step"') > 5, poll=0.001)
     os.kill(processes[2], signal.SIGKILL)
     capfd.readouterr()
-    assert ended(processes, 30) == [1, 1, -signal.SIGKILL, 1]
+    assert ended(processes) == [1, 1, -signal.SIGKILL, 1]
     said = capfd.readouterr().err
     assert "rank 2 is gone" in said and "The last complete step is" in said and "Traceback" not in said
     kept = scalars(run / "run.journal")
     assert 5 < len(kept) < steps
-    assert ended(ranks(3, lambda rank: resume(run), free_port()), 60) == [0, 0, 0]
+    assert ended(ranks(3, lambda rank: resume(run), free_port())) == [0, 0, 0]
     found = scalars(run / "run.journal")
     assert len(found) == steps and found[: len(kept)] == kept
     assert found == pytest.approx(scalars(alone / "run.journal"), abs=0.05)

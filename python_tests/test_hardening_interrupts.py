@@ -1,7 +1,6 @@
 """Ctrl-C at any line of a step, once or several times: what the books say is what the weights are."""
 
 import os
-import random
 import signal
 import sys
 import threading
@@ -10,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hardening_helpers import KINDS, begun, calm, check_replay, finished, leaves_rounding, take_steps, zoo_of
-from models import weights, zoo_loss
 
 import lozo_kernels
 from lozo_kernels import LOZO
 from lozo_kernels.model.interrupts import as_interruptible, deferred_interrupt, interruptible
+from python_tests.hardening_helpers import KINDS, begun, calm, check_replay, finished, leaves_rounding, take_steps, zoo_of
+from python_tests.models import weights, zoo_loss
 
 LIBRARY = str(Path(lozo_kernels.__file__).parent)
 
@@ -143,7 +142,7 @@ def test_somebody_who_presses_it_again_and_again(tmp_path, rng, kind):
 
 
 def test_an_interrupted_merge_is_not_made_twice(tmp_path, rng):
-    """``settle()``, as ``state_dict()`` calls it, outside of any step."""
+    """``merge()``, as ``state_dict()`` calls it, outside of any step."""
 
     def run(at):
         model = zoo_of("activation")
@@ -262,9 +261,13 @@ def test_a_closure_that_hangs_can_be_interrupted(rng):
     optimizer = LOZO(model, lr=1e-2, eps=1e-2)
     waiting = threading.Event()
     timer = threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT))
-    timer.start()
+
+    def hangs():
+        timer.start()
+        waiting.wait()
+
     with pytest.raises(KeyboardInterrupt):
-        optimizer.step(lambda: random.random() if waiting.wait(60) else 0.0)
+        optimizer.step(hangs)
     assert optimizer.steps_done == 0
     for name, p in weights(model).items():
         assert torch.allclose(p.float(), before[name].float(), atol=0.02, rtol=0.02)

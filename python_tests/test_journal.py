@@ -3,20 +3,15 @@
 import copy
 import errno
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from journal_helpers import recorded, zoo
-from models import same, weights, zoo_loss
 from torch import nn
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
-
-from bench.journal import elsewhere  # noqa: E402
-from lozo_kernels import LOZO, MeZO, SubZero, capture_step  # noqa: E402
-from lozo_kernels.journal import (  # noqa: E402
+from bench.journal import elsewhere
+from lozo_kernels import LOZO, MeZO, SubZero, capture_step
+from lozo_kernels.journal import (
     Detour,
     Flushed,
     Journal,
@@ -29,10 +24,12 @@ from lozo_kernels.journal import (  # noqa: E402
     revert,
     verify,
 )
-from lozo_kernels.journal import arrivals as arrivals_module  # noqa: E402
-from lozo_kernels.journal import file as file_module  # noqa: E402
-from lozo_kernels.kernels import noise  # noqa: E402
-from lozo_kernels.kernels.backends import native  # noqa: E402
+from lozo_kernels.journal import arrivals as arrivals_module
+from lozo_kernels.journal import file as file_module
+from lozo_kernels.kernels import noise
+from lozo_kernels.kernels.backends import native
+from python_tests.journal_helpers import recorded, zoo
+from python_tests.models import same, weights, zoo_loss
 
 RUNS = [
     (LOZO, {}),

@@ -1,17 +1,13 @@
 """The journal on the command line: runs that are killed and go on, and the commands that replay, verify, revert and compare."""
 
-import json
 import os
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
-
-from bench.journal_kills import forked  # noqa: E402
-from lozo_kernels.cli import command as cli  # noqa: E402
-from lozo_kernels.journal import read_journal  # noqa: E402
+from lozo_kernels.cli import command as cli
+from lozo_kernels.journal import read_journal
+from python_tests.finetune_helpers import meaning, model_of
+from python_tests.processes import forked
 
 pytest.importorskip("transformers")
 
@@ -19,16 +15,6 @@ pytest.importorskip("transformers")
 def _finetune(folder, *more):
     arguments = ["--steps", "30", "--interval", "7", "--eval-every", "8", "--compare-steps", "0", "--eval-size", "12"]
     return cli.main(["finetune", *arguments, "--lr-schedule", "linear", "--output", str(folder), "--quiet", *more])
-
-
-def _steps(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def _meaning(lines):
-    """Metrics without what the clock said."""
-    timed = ("step_ms", "forwards_ms", "outside", "seconds")
-    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are killed that were forked")
@@ -46,8 +32,8 @@ def test_finetune_goes_on_after_a_kill(tmp_path, rng, capsys, options):
     with log.open("a") as file:
         file.write('{"kind": "step", "st')  # as a kill within a line leaves it
     assert cli.main(["finetune", "--resume", str(killed), "--quiet"]) == 0
-    assert _meaning(_steps(killed)) == _meaning(_steps(calm))
-    assert (killed / "model" / "model.safetensors").read_bytes() == (calm / "model" / "model.safetensors").read_bytes()
+    assert meaning(killed) == meaning(calm)
+    assert model_of(killed) == model_of(calm)
     capsys.readouterr()
     assert cli.main(["diff", str(calm), str(killed)]) == 0
     assert capsys.readouterr().out == "the journals are equal\n"
@@ -59,7 +45,7 @@ def test_commands(tmp_path, rng, capsys):
     capsys.readouterr()
     assert cli.main(["replay", "--journal", str(run), "--output", str(again)]) == 0
     assert "30 steps (0 without an update)" in capsys.readouterr().out
-    assert (again / "model" / "model.safetensors").read_bytes() == (run / "model" / "model.safetensors").read_bytes()
+    assert model_of(again) == model_of(run)
     assert cli.main(["verify", "--journal", str(run), "--checkpoint", str(again)]) == 0
     assert capsys.readouterr().out.startswith("good: 30 steps replayed")
     assert cli.main(["revert", "--journal", str(run), "--step", "11", "--output", str(back)]) == 0

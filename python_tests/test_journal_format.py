@@ -3,17 +3,13 @@
 import itertools
 import json
 import struct
-import sys
 import zlib
-from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
-
-from bench.journal_fuzz import assemble, bodies, encode, fuzz, sample  # noqa: E402
-from lozo_kernels.journal import End, JournalError, Sides, StepTaken, diff, read_journal  # noqa: E402
-from lozo_kernels.journal.format import CRC, MAGIC, PREFIX, Header, encode_header  # noqa: E402
+from lozo_kernels.journal import End, JournalError, Sides, StepTaken, diff, read_journal
+from lozo_kernels.journal.format import CRC, MAGIC, PREFIX, Header, encode_header
+from python_tests.fuzz.journal_mutations import assemble, bodies, encode, fuzz, sample
 
 
 def test_what_was_written_is_read(rng):

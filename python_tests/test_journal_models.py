@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from models import same, weights
 
 from lozo_kernels import LOZO
 from lozo_kernels.journal import Journal, JournalError, read_journal, replay
+from python_tests.models import same, weights
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -15,7 +15,7 @@ pytest.importorskip("accelerate")
 
 def test_offloaded_weights(rng, tmp_path):
     """The journal of a model on disk and CPU replays on one in memory, and goes on on another one offloaded."""
-    from test_probe_offload import closure, make, offload
+    from python_tests.test_probe_offload import closure, make, offload
 
     def run(path, steps):
         model = offload(make("llama"), "cpu", tmp_path)
@@ -38,8 +38,8 @@ def test_offloaded_weights(rng, tmp_path):
 
 def test_quantised_layers(rng, tmp_path):
     """No weight can hold what they learned: the factors are rebuilt."""
-    from test_probe_offload import closure, llama
-    from test_probe_quantised import quantise, torchao_int8
+    from python_tests.test_probe_offload import closure, llama
+    from python_tests.test_probe_quantised import quantise, torchao_int8
 
     torch.manual_seed(5)
     base = quantise(llama(), torchao_int8)
@@ -70,8 +70,9 @@ def test_quantised_layers(rng, tmp_path):
 @pytest.mark.parametrize("options", [{}, {"placement": "probe", "momentum": 0.9}])
 def test_the_stock_trainer(rng, tmp_path, options):
     """Its groups decay or do not, its rate changes, and its checkpoints merge."""
-    from trainer_helpers import LENGTH, VOCABULARY, tiny_llama
     from transformers import Trainer, TrainingArguments
+
+    from python_tests.trainer_helpers import LENGTH, VOCABULARY, tiny_llama
 
     model = tiny_llama()
     base = copy.deepcopy(model)

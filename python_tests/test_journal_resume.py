@@ -2,20 +2,15 @@
 
 import copy
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from models import same, weights, zoo_loss
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
-
-from journal_helpers import zoo  # noqa: E402
-
-from bench.journal_kills import KINDS, kill_runs, small  # noqa: E402
-from lozo_kernels import LOZO  # noqa: E402
-from lozo_kernels.journal import End, Journal, JournalError, diff, read_journal  # noqa: E402
+from lozo_kernels import LOZO
+from lozo_kernels.journal import End, Journal, JournalError, diff, read_journal
+from python_tests.fuzz.journal_kills import KINDS, kill_runs, small
+from python_tests.journal_helpers import zoo
+from python_tests.models import same, weights, zoo_loss
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are killed that were forked")
 
@@ -30,7 +25,7 @@ def llama():
 @pytest.mark.parametrize(("build", "kills", "steps"), [(small, 10, 150), (llama, 3, 60)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_runs_end_in_the_bits_of_the_run_that_was_not(tmp_path, rng, kind, build, kills, steps):
-    """52 kills in all, of a model of torch and of one of transformers; ``python bench/journal.py --kills N`` makes more."""
+    """52 kills in all, of a model of torch and of one of transformers; ``python -m bench.journal --kills N`` makes more."""
     found = kill_runs(kind, kills, tmp_path, rng, steps=steps, build=build)
     assert found["kills"] == kills
 

@@ -12,10 +12,11 @@ if not distributed.is_available() or not distributed.is_gloo_available():
 import os
 import signal
 
-from parallel_helpers import finish, logs, start
-from test_sharded_parallel import Model, cut, ended, examples, full, fully, make, mesh_of, same, train
-
 from lozo_kernels.journal import Journal, diff, read_journal, replay
+from python_tests.machine import wait_until
+from python_tests.models import full
+from python_tests.parallel_helpers import finish, logs, start
+from python_tests.test_sharded_parallel import Model, cut, ended, examples, fully, make, mesh_of, same, train
 
 STEPS, LAST = 7, 4  # LAST: the step during which a process is killed
 WAYS = {
@@ -97,8 +98,7 @@ def test_a_sharded_run_is_replayed_anywhere(tmp_path):
 
 def test_a_sharded_run_that_lost_a_process_goes_on_with_fewer(tmp_path):
     processes = start(3, tmp_path, losing)
-    for rank in (0, 2):
-        processes[rank].join(60)
+    wait_until(lambda: all(p.exitcode is not None for p in processes))
     assert [p.exitcode for p in processes] == [3, -signal.SIGKILL, 3], logs(tmp_path)
     assert read_journal(tmp_path / "lost-0.journal").steps == LAST
     assert finish(start(2, tmp_path, going_on)) == [0] * 2, logs(tmp_path)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from models import Zoo
 from torch import nn
 
 from lozo_kernels import LOZO
@@ -10,6 +9,7 @@ from lozo_kernels.kernels.backends import launches
 from lozo_kernels.kernels.backends.launches import ANY_DTYPE, DeviceTable, Tile, device_table, merge_table
 from lozo_kernels.kernels.calls import Draw
 from lozo_kernels.kernels.table import TensorTable
+from python_tests.models import Zoo
 
 pytest.importorskip("triton")
 host = pytest.importorskip("lozo_kernels.bench.host")
@@ -65,7 +65,9 @@ def test_a_small_model_of_every_kind_is_two_launches():
 def test_tables_are_built_once_and_again_when_storage_moves(monkeypatch):
     built = []
     make = DeviceTable.__init__
-    monkeypatch.setattr(DeviceTable, "__init__", lambda self, table, **more: (built.append(len(table)), make(self, table, **more))[1])
+    monkeypatch.setattr(
+        DeviceTable, "__init__", lambda self, table, **more: (built.append(len(table)), make(self, table, **more))[1]
+    )
     model = nn.Linear(8, 8)
     with host.stubbed_handle(model) as (handle, _):
         for step in range(3):

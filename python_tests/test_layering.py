@@ -12,7 +12,17 @@ import lozo_kernels
 ROOT = Path(lozo_kernels.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 # Lower layers first; a file imports only from layers below its own, and from its own folder.
-LAYERS = [{"errors"}, {"kernels"}, {"model"}, {"optim", "adapters"}, {"journal"}, {"bench"}, {"hf"}, {"cli"}, {"__main__", "__init__"}]
+LAYERS = [
+    {"errors"},
+    {"kernels"},
+    {"model"},
+    {"optim", "adapters"},
+    {"journal"},
+    {"bench"},
+    {"hf"},
+    {"cli"},
+    {"__main__", "__init__"},
+]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
@@ -67,7 +77,8 @@ def test_layers(module):
     own = module[0]
     assert own in LEVEL, f"{own} has no layer; give it one"
     for other in GRAPH[module]:
-        assert other[0] == own or LEVEL[other[0]] < LEVEL[own], f"{'/'.join(module)} imports {'/'.join(other)}, which is not below it"
+        below = other[0] == own or LEVEL[other[0]] < LEVEL[own]
+        assert below, f"{'/'.join(module)} imports {'/'.join(other)}, which is not below it"
 
 
 def test_no_files_import_each_other_in_a_loop():

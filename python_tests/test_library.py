@@ -2,16 +2,15 @@
 
 import pytest
 import torch
-from table_helpers import Case, assert_same_bits, raw
 
-from lozo_kernels import LOZO, TensorTable
+from lozo_kernels import LOZO, Draw, TensorTable
+from lozo_kernels.bench.cases import OPS, as_bits, random_case
 from lozo_kernels.kernels import noise, ops, skinny
-from lozo_kernels.kernels.calls import Draw, Rounding
 from lozo_kernels.kernels.registry import choose_backend
-from lozo_kernels.kernels.table import DTYPES
+from python_tests.table_helpers import assert_same
 
 TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-OPS = torch.ops.lozo_kernels
+TORCH_OPS = torch.ops.lozo_kernels
 SHAPES = [(1, 5, 24), (2, 3, 7)]
 
 
@@ -23,12 +22,9 @@ def fresh_compiler():
 
 def case(rng, op):
     """A small table for an op, without poison: opcheck compares values."""
-    rank, dtypes = (0, (torch.float32,)) if op == "factor_update_" else (0 if "dense" in op else 3, DTYPES)
-    momentum = "momentum" in op or "merge" in op or op == "resample_"
-    made = Case(rng, rank, momentum=momentum, shapes=SHAPES, dtypes=dtypes)
-    place = list(zip(made.ids, made.row_offsets, made.col_offsets, made.global_cols, strict=True))
-    xs = [x.contiguous() for x in made.table.x]
-    return xs, made.table.v, made.table.n, [number for row in place for number in row]
+    table = random_case(rng, OPS[op], SHAPES, 3).table
+    place = zip(table.tensor_ids, table.row_offsets, table.col_offsets, table.global_cols, strict=True)
+    return [x.contiguous() for x in table.x], table.v, table.n, [number for row in place for number in row]
 
 
 def activations(op, backend):
@@ -42,11 +38,11 @@ def activations(op, backend):
 def arguments(rng, op, backend, rounding):
     if op in ("lowrank_linear_", "lowrank_embedding_"):
         return activations(op, backend)
+    if op == "factor":
+        return -5, 9, 3, 77, 4, 1, noise.STREAMS["V"], 2, torch.device("cpu"), backend
     xs, v, n, place = case(rng, op)
     if op == "resample_":
         return xs, v, n, place, -5, 7, backend
-    if op == "factor":
-        return -5, 9, 3, 77, 4, 1, noise.STREAMS["V"], 2, torch.device("cpu"), backend
     draws = 1 if "merge" in op else 2
     update = (-5, torch.tensor([3, 4][:draws]), [0, 1][:draws], torch.randn(draws, 2), torch.rand(2))
     update += (torch.tensor(6) if rounding else None, 1, backend)
@@ -65,31 +61,27 @@ def arguments(rng, op, backend, rounding):
 )
 def test_opcheck(rng, any_backend, op):
     for rounding in (False, True):
-        torch.library.opcheck(getattr(OPS, op).default, arguments(rng, op, any_backend.name, rounding), test_utils=TESTS)
+        torch.library.opcheck(getattr(TORCH_OPS, op).default, arguments(rng, op, any_backend.name, rounding), test_utils=TESTS)
 
 
 def test_weights_that_require_grad(rng, any_backend):
     x = torch.nn.Parameter(torch.randn(1, 4, 8))
     call = (0, torch.tensor([3]), [0], torch.ones(1, 1), None, None, 0, any_backend.name)
     with torch.no_grad():
-        torch.library.opcheck(OPS.dense_update_.default, ([x], [1, 0, 0, 8], *call), test_utils=("test_schema", "test_faketensor"))
-
-
-def random_update(rng, momentum):
-    call = {"draws": [Draw(5), Draw(6, 1)], "scales": [[0.1], [-0.2]], "decay": 0.9, "rounding": Rounding(2, 1)}
-    return call | ({"coefficients": [[1.0], [2.0]], "alpha": 0.1, "beta": 0.5} if momentum else {}) | {"seed": (1 << 64) - 3}
+        torch.library.opcheck(
+            TORCH_OPS.dense_update_.default, ([x], [1, 0, 0, 8], *call), test_utils=("test_schema", "test_faketensor")
+        )
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 @pytest.mark.parametrize("op", ["lowrank_update_", "dense_update_", "lowrank_momentum_", "dense_momentum_", "resample_"])
 def test_compiled_call_gives_the_same_bits(rng, op, compiler):
-    rank, momentum = 0 if "dense" in op else 3, "momentum" in op or op == "resample_"
-    ours = Case(rng, rank, momentum=momentum, shapes=SHAPES)
-    expected = ours.copy()
-    call = {"seed": 1, "window": 4, "reproject": True} if op == "resample_" else random_update(rng, momentum)
-    getattr(ops, op)(expected.table, **call)
-    torch.compile(lambda: getattr(ops, op)(ours.table, **call), backend=compiler, fullgraph=True)()
-    assert_same_bits(ours, expected)
+    ours = random_case(rng, OPS[op], SHAPES, 3)
+    ours.call["seed"] |= 1 << 63
+    expected = ours.on()
+    expected.run(None)
+    torch.compile(lambda: ours.run(None), backend=compiler, fullgraph=True)()
+    assert_same(ours, expected)
 
 
 def test_compiled_factor():
@@ -99,26 +91,12 @@ def test_compiled_factor():
 
 @pytest.mark.parametrize("op", ["factor_update_", "lowrank_merge_", "dense_merge_"])
 def test_compiled_merge_gives_the_same_bits(rng, op):
-    rank, merge = 3 if op == "lowrank_merge_" else 0, op != "factor_update_"
-    case = Case(rng, rank, momentum=merge, shapes=SHAPES, dtypes=DTYPES if merge else (torch.float32,))
-    outs = (
-        [[torch.zeros_like(x) for x in case.table.x] for _ in range(2)]
-        if merge
-        else [[x.clone() for x in case.table.x] for _ in "ab"]
-    )
-    call = {"seed": (1 << 64) - 3, "draws": [Draw(5)], "scales": 0.1, "decay": 0.9}
-
-    def run(out):
-        table = TensorTable(out, case.ids)
-        if merge:
-            getattr(ops, op)(case.table, **call, out=table)
-        else:
-            ops.factor_update_(table, **call)
-
-    run(outs[0])
-    torch.compile(run, backend="aot_eager", fullgraph=True)(outs[1])
-    for a, b in zip(*outs, strict=True):
-        assert torch.equal(raw(a), raw(b))
+    ours = random_case(rng, OPS[op], SHAPES, 3, call={"draws": 1, "stochastic": False}, apart=True)
+    ours.call["seed"] |= 1 << 63
+    expected = ours.on()
+    expected.run(None)
+    torch.compile(lambda: ours.run(None), backend="aot_eager", fullgraph=True)()
+    assert_same(ours, expected)
 
 
 def test_a_probed_layer_is_compiled_once(rng):
@@ -152,7 +130,7 @@ def test_ops_inside_a_compiled_function_see_each_other(rng):
 
     first, second = step(x)
     ops.dense_update_(TensorTable([before], ids), seed=1, draws=[Draw(0)], scales=0.5)
-    assert torch.equal(raw(x), raw(before))
+    assert torch.equal(as_bits(x), as_bits(before))
     assert torch.equal(second, x.sum()) and not torch.equal(first, second)
 
 
@@ -162,7 +140,7 @@ def test_packed_tables_are_reused(rng):
     x = torch.randn(1, 4, 8)
     call = (0, torch.tensor([3]), [0], torch.ones(1, 1), None, None, 0, "")
     for _ in range(2):
-        OPS.dense_update_([x], [1, 0, 0, 8], *call)
+        TORCH_OPS.dense_update_([x], [1, 0, 0, 8], *call)
     held = [packed for packed in library._packed.values() if packed]
     assert held and not any(isinstance(value, TensorTable) for packed in held for value in packed.values())
 
@@ -187,4 +165,4 @@ def test_backends_by_name(rng):
     assert choose_backend("cpu", "eager").backend.name == "eager"
     x = torch.zeros(1, 2, 8)
     with pytest.raises(ValueError, match="no backend 'nope'"):
-        OPS.dense_update_([x], [1, 0, 0, 8], 0, torch.tensor([3]), [0], torch.ones(1, 1), None, None, 0, "nope")
+        TORCH_OPS.dense_update_([x], [1, 0, 0, 8], 0, torch.tensor([3]), [0], torch.ones(1, 1), None, None, 0, "nope")

@@ -4,7 +4,6 @@ import json
 import math
 from pathlib import Path
 
-import noise_spec
 import numpy as np
 import pytest
 import torch
@@ -15,6 +14,7 @@ from lozo_kernels import Draw, TensorTable
 from lozo_kernels.kernels import noise, ops
 from lozo_kernels.kernels.backends import native
 from lozo_kernels.kernels.backends.eager import EagerBackend
+from python_tests import noise_spec
 
 NATIVE = native.NativeBackend()
 VECTORS = json.loads((Path(__file__).parent / "noise_vectors.json").read_text())
@@ -147,8 +147,7 @@ def kolmogorov_distance(values, probabilities):
 def test_streams_and_draws_are_uncorrelated(rng):
     seed, n = rng.getrandbits(64), 1 << 16
     z = [noise.dense(seed, n, tid, draw) for tid in (1, 2) for draw in (0, 1)]
-    z.append(noise.factor(seed, n, 1, 1, 0)[:, 0])
-    z.append(noise.factor(seed, n, 1, 1, 0, stream="V")[:, 0])
+    z += [noise.factor(seed, n, 1, 1, 0, stream=stream)[:, 0] for stream in "UV"]
     correlation = torch.corrcoef(torch.stack(z).double())
     off_diagonal = correlation - torch.eye(len(z))
     assert off_diagonal.abs().max() < 6 / n**0.5

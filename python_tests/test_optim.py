@@ -7,10 +7,10 @@ import warnings
 
 import pytest
 import torch
-from models import Zoo, same, weights, zoo_loss
 from torch import nn
 
 from lozo_kernels import LOZO, MeZO, NonFiniteLossError, handle_of, patch
+from python_tests.models import Zoo, same, weights, zoo_loss
 
 METHODS = {
     "lozo": (LOZO, {"rank": 3, "interval": 4}),

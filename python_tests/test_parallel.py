@@ -11,7 +11,7 @@ from lozo_kernels import LOZO, DivergenceError, MeZO, Parallel, SubZero
 if not distributed.is_available() or not distributed.is_gloo_available():
     pytest.skip("torch.distributed or its gloo backend is missing", allow_module_level=True)
 
-from parallel_helpers import EXAMPLES, Batched, Model, batch, finish, logs, start
+from python_tests.parallel_helpers import EXAMPLES, Batched, Model, batch, finish, logs, start
 
 STEPS = 6
 PROBE = {"placement": "probe", "side": "scratch"}
@@ -66,7 +66,7 @@ def state(model, optimizer):
 
 def run(case, mode=None, rank=0, ranks=1, directions=1):
     """(losses, weights, bytes of a step) of a run, in one process without a mode."""
-    model, optimizer, poison = build(case, mode and Parallel(mode, check_every=2, timeout=60.0), directions)
+    model, optimizer, poison = build(case, mode and Parallel(mode, check_every=2), directions)
     split = (ranks, rank) if mode == "examples" else (1, 0)
     seen = go_on(model, optimizer, poison, *split)
     traffic = optimizer.parallel.traffic if mode else None
@@ -110,9 +110,14 @@ def refusals(rank, ranks):
         except (ValueError, RuntimeError) as error:
             found[name] = type(error), str(error)
 
-    if ranks == 1:
-        return found
-    odd = rank == ranks - 1
+    if ranks > 1:
+        disagreements(rank == ranks - 1, ranks, attempt, found)
+        divergences(rank == ranks - 1, attempt, found)
+    return found
+
+
+def disagreements(odd, ranks, attempt, found):
+    """What the last rank does otherwise is found out before the first step."""
     attempt("seed", lambda: build("in place", "examples", seed=9 + odd))
     attempt("lr", lambda: build("in place", "examples", lr=1e-3 * (1 + odd)))
     attempt("mode", lambda: build("in place", "directions" if odd else "examples", directions=ranks))
@@ -124,6 +129,9 @@ def refusals(rank, ranks):
     found["usable"] = LOZO(model) is not None
     attempt("directions", lambda: build("in place", "directions", directions=ranks - 1))
 
+
+def divergences(odd, attempt, found):
+    """What the last rank does otherwise later is found out in a step."""
     for name, tensor, check_every in (("sample", "up.weight", 100), ("check", "big.weight", 4)):
         model = Model()
         model.big = nn.Linear(40, 40, bias=False)
@@ -151,7 +159,6 @@ def refusals(rank, ranks):
         state = behind.state_dict()
         behind.load_state_dict(state | {"step": 7})
     attempt("step", lambda: behind.step(lambda: other(batch(0)[:2]).mean()))
-    return found
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3, 5])

@@ -14,7 +14,9 @@ from lozo_kernels import LOZO, Parallel, PeerLostError
 if not distributed.is_available() or not distributed.is_gloo_available():
     pytest.skip("torch.distributed or its gloo backend is missing", allow_module_level=True)
 
-from parallel_helpers import Model, batch, finish, logs, start
+from python_tests.machine import stretched, wait_until
+from python_tests.models import same
+from python_tests.parallel_helpers import Model, batch, finish, logs, start
 
 STEPS, LAST = 7, 4  # LAST: the step during which a rank is lost
 PLACEMENTS = {"probe": {"placement": "probe", "side": "scratch"}, "in place": {"fuse_steps": True}}
@@ -33,7 +35,7 @@ def build(placement, parallel=None):
     return model, LOZO(model, **options, **PLACEMENTS[placement], parallel=parallel)
 
 
-def step(model, optimizer, parts=1, part=0, during=lambda calls: None):
+def step(model, optimizer, parts=1, part=0, during=lambda _: None):
     calls = []
 
     def closure(rows):
@@ -48,10 +50,11 @@ def checkpoint(model, optimizer):
     return copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": optimizer.steps_done})
 
 
-def lose(rank, ranks, folder, case):
+def lose(rank, ranks, folder, case, timeout):
     """Runs until a rank is lost, and saves what this one knows then."""
     placement, _, victim, number, _ = CASES[case]
-    model, optimizer = build(placement, Parallel("examples", timeout=3.0 if number == signal.SIGSTOP else 60.0))
+    distributed.barrier()  # the time that the slowest takes to get here is not part of the timeout
+    model, optimizer = build(placement, Parallel("examples", timeout=timeout))
 
     def die(calls):
         if rank == victim and optimizer.steps_done == LAST and calls == 2:
@@ -97,26 +100,23 @@ def undisturbed(placement):
     return taken[LAST], checkpoint(model, optimizer)
 
 
-def same(a, b):
-    return all(torch.equal(p, b[name]) for name, p in a.items())
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_the_others_stop_and_fewer_or_more_go_on(tmp_path, case):
     placement, ranks, victim, number, others = CASES[case]
-    started = start(ranks, tmp_path, lose, case)
+    # A rank that ends is noticed at once, one that hangs only when the timeout is over.
+    started = start(ranks, tmp_path, lose, case, stretched(1.5) if number == signal.SIGSTOP else 300.0)
     survivors = [rank for rank in range(ranks) if rank != victim]
-    for rank in survivors:
-        started[rank].join(60)
+    wait_until(lambda: all(started[rank].exitcode is not None for rank in survivors))
     stopped = [started[rank].exitcode for rank in survivors]
     lost_at = (tmp_path / "pid").stat().st_mtime
     started[victim].kill()
-    started[victim].join(10)
+    wait_until(lambda: started[victim].exitcode is not None)
     assert stopped == [3] * (ranks - 1) and started[victim].exitcode == -signal.SIGKILL, logs(tmp_path)
     before, end = undisturbed(placement)
     for rank in survivors:
         found = torch.load(tmp_path / f"lost-{rank}.pt", weights_only=False)
-        assert found["when"] - lost_at < 30
+        took = found["when"] - lost_at
+        assert took < 30 or took < stretched(30)
         assert f"The last complete step is {LAST - 1}" in found["message"] and "start again with the ranks" in found["message"]
         if victim and number == signal.SIGKILL:
             assert found["message"].startswith(f"rank {victim} is gone")

@@ -4,12 +4,12 @@ import gc
 
 import pytest
 import torch
-from models import Zoo, same, weights, zoo_loss
 from torch import nn
 
 import lozo_kernels
 from lozo_kernels import LOZO, MeZO, patch
 from lozo_kernels.kernels.registry import choose_backend
+from python_tests.models import Zoo, same, weights, zoo_loss
 
 SIDES = ("activation", "scratch", "copy", "auto")
 

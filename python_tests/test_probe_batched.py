@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from models import Zoo, same, weights
 from torch import nn
 
 from lozo_kernels import LOZO, BatchSplitError, MeZO
+from python_tests.models import Zoo, same, weights
 
 transformers = pytest.importorskip("transformers")
 
-from architectures import build, run  # noqa: E402
+from python_tests.architectures import build, run  # noqa: E402
 
 
 def example_losses(model):

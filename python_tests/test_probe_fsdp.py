@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import run_ranks
 from torch import distributed, nn
 
 from lozo_kernels import LOZO, MeZO, Parallel, patch
+from python_tests.models import full, same
+from python_tests.processes import refusals_of, run_ranks
 
 if not distributed.is_available() or not distributed.is_gloo_available():
     pytest.skip("torch.distributed or its gloo backend is missing", allow_module_level=True)
+from itertools import starmap
+
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -96,10 +99,6 @@ def run(model, loss, options):
     return found
 
 
-def full(p):
-    return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
-
-
 def shard(model, mesh, reshard=True, mixed=False):
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if mixed else MixedPrecisionPolicy()
     for module in (*model.blocks, model):
@@ -139,21 +138,15 @@ def work(rank, folder):
 
 
 def refusals(mesh):
-    found = []
     split = nn.Module()
     split.w = nn.Parameter(distribute_tensor(torch.randn(2, 3, 4), mesh, [Shard(1)], src_data_rank=None))
-    columns = fully_shard(nn.Linear(4, 4, bias=False), mesh=mesh, shard_placement_fn=lambda p: Shard(1))
+    columns = fully_shard(nn.Linear(4, 4, bias=False), mesh=mesh, shard_placement_fn=lambda _: Shard(1))
     sharded = shard(Model(), mesh)
-    for make in (
+    return refusals_of(
         lambda: MeZO(sharded, placement="probe"),
         lambda: LOZO(split, placement="probe"),
         lambda: LOZO(columns, placement="probe"),
-    ):
-        try:
-            make()
-        except TypeError as error:
-            found.append(str(error))
-    return found
+    )
 
 
 def written(mesh):
@@ -176,10 +169,6 @@ def results(tmp_path_factory):
     return run_ranks(__file__, RANKS, tmp_path_factory.mktemp("fsdp"))
 
 
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 def results_of(name, results):
     """Of the processes that took part in a case."""
     found = [result[name] for result in results if name in result]
@@ -193,7 +182,7 @@ def test_a_sharded_run_is_the_run_of_one_process(name, results):
     plain, sharded = found[0]["plain"], found[0]["sharded"]
     for other in found[1:]:
         assert sharded["losses"] == other["sharded"]["losses"] and sharded["sides"] == other["sharded"]["sides"]
-        assert equal(sharded["b"], other["sharded"]["b"]) and equal(sharded["weights"], other["sharded"]["weights"])
+        assert same(sharded["b"], other["sharded"]["b"]) and same(sharded["weights"], other["sharded"]["weights"])
     if "mixed" in CASES[name]:
         assert sharded["losses"] == pytest.approx(plain["losses"], rel=2e-2)
         assert {p.dtype for p in sharded["weights"].values()} == {torch.float32}
@@ -204,7 +193,7 @@ def test_a_sharded_run_is_the_run_of_one_process(name, results):
                 torch.testing.assert_close(sharded[kind][key], value, rtol=0, atol=1e-5)
     else:
         assert sharded["losses"] == plain["losses"] and sharded["after"] == plain["after"]
-        assert all(equal(sharded[kind], plain[kind]) for kind in ("saved", "weights", "b"))
+        assert all(same(sharded[kind], plain[kind]) for kind in ("saved", "weights", "b"))
     assert sharded["notes"] == ()
     sides = {side for side, _ in sharded["sides"].values()}
     assert sides <= {"activation", "scratch", "shift"} and "scratch" in sides
@@ -235,7 +224,7 @@ def test_what_cannot_be_done_is_refused(results):
 def test_a_perturbed_weight_can_be_had(results):
     for result in results:
         plain, sharded = result["written"][:3], result["written"][3:]
-        assert all(torch.equal(a, b) for a, b in zip(plain, sharded, strict=True))
+        assert all(starmap(torch.equal, zip(plain, sharded, strict=True)))
 
 
 if __name__ == "__main__":

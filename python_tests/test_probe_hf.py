@@ -5,10 +5,9 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from architectures import build, run  # noqa: E402
-from models import same, weights  # noqa: E402
-
 from lozo_kernels import LOZO, patch  # noqa: E402
+from python_tests.architectures import build, run  # noqa: E402
+from python_tests.models import same, weights  # noqa: E402
 
 
 def materialised_twin(name, handle, seed=0, **changes):

@@ -6,12 +6,12 @@ import warnings
 
 import pytest
 import torch
-from models import Zoo, zoo_loss
-from test_probe_offload import MODELS, TOKENS, closure, offload
 from torch import nn
 
 from lozo_kernels import LOZO, MeZO, export_lora, patch
 from lozo_kernels.model.probe.lora import truncate
+from python_tests.models import Zoo, zoo_loss
+from python_tests.test_probe_offload import MODELS, TOKENS, closure, offload
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from models import same
 from torch import nn
 
 from lozo_kernels import LOZO, MeZO, patch
 from lozo_kernels.model.offload import offloaded_weights
+from python_tests.models import same
 
 accelerate = pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")

@@ -1,105 +1,53 @@
 """The ops of a probe on every backend: factors and merges in the bits of the eager one, products within their bounds."""
 
+import dataclasses
+
 import pytest
 import torch
-from table_helpers import UNIT, Case, Product, assert_same_bits, random_shape, strided
 
 from lozo_kernels import Draw, Rounding, TensorTable
+from lozo_kernels.bench.cases import OPS, random_case, strided
 from lozo_kernels.kernels import ops, skinny
-from lozo_kernels.kernels.backends.eager import EagerBackend, dense_noise, row_factor
-from lozo_kernels.kernels.reference import dense_merge, factor_update, lowrank_merge
+from lozo_kernels.kernels.backends.eager import EagerBackend
 from lozo_kernels.kernels.table import DTYPES
+from python_tests.table_helpers import Product, assert_same, random_shapes
+from python_tests.truth import check_truth
 
 EAGER = EagerBackend()
 F64 = torch.float64
 RANKS = [1, 2, 3, 4, 8, 9, 64]
 
 
-def random_call(rng, count, draws):
-    return {
-        "seed": rng.getrandbits(64),
-        "draws": [Draw(rng.getrandbits(28), rng.choice((0, 0, 3))) for _ in range(draws)],
-        "scales": torch.randn(draws, count) * 1e-2,
-        "decay": rng.choice((None, 1 - torch.rand(count) * 0.1)),
-    }
-
-
-def factors(rng, rank):
-    return Case(rng, 0, dtypes=(torch.float32,), shapes=[(*random_shape(rng)[:2], rank) for _ in range(4)])
-
-
 @pytest.mark.parametrize("draws", [1, 2])
 @pytest.mark.parametrize("rank", RANKS)
 def test_factor_update(rng, any_backend, rank, draws):
-    case = factors(rng, rank)
-    before, expected, call = case.copy(), case.copy(), random_call(rng, 4, draws)
-    ops.factor_update_(case.table, **call, backend=any_backend)
-    ops.factor_update_(expected.table, **call, backend=EAGER)
-    assert_same_bits(case, expected)
-    for t, f in enumerate(case.table.x):
-        table = TensorTable([f], case.ids[t : t + 1], v=[torch.zeros(len(f), rank, rank).half()], row_offsets=[case.row_offsets[t]])
-        us = [row_factor(table, 0, call["seed"], d) for d in call["draws"]]
-        decay = None if call["decay"] is None else call["decay"][t]
-        exact = factor_update(before.table.x[t], us, list(call["scales"][:, t]), decay, dtype=F64)
-        assert torch.allclose(f.double(), exact, rtol=0, atol=8 * UNIT[torch.float32])
+    case = random_case(rng, OPS["factor_update_"], random_shapes(rng, 4), rank, call={"draws": draws})
+    before, expected = case.on(), case.on()
+    case.run(any_backend)
+    expected.run(EAGER)
+    assert_same(case, expected)
+    check_truth(before, case)
 
 
-def merged(case, out, call, backend):
-    op = ops.dense_merge_ if case.table.v is None else ops.lowrank_merge_
-    op(case.table, **call, out=None if out is None else out.table, backend=backend)
-
-
-def check_merge(rng, backend, case, draws, rounding):
+@pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize("draws", [0, 1])
+@pytest.mark.parametrize(
+    ("op", "rank", "kept"),
+    [*(("lowrank_merge_", rank, True) for rank in RANKS), ("dense_merge_", 0, False), ("dense_merge_", 0, True)],
+)
+def test_merge(rng, any_backend, op, rank, kept, draws, stochastic):
     """In place, and into other memory: the same bits as the eager backend, and what is only read stays."""
-    call = random_call(rng, len(case.table), draws) | {"rounding": rounding}
-    expected, elsewhere, before = case.copy(), case.elsewhere(rng), case.copy()
-    merged(expected, None, call, EAGER)
-    merged(case, elsewhere, call, backend)
-    assert_same_bits(case, before)
-    for x, wanted in zip(elsewhere.table.x, expected.table.x, strict=True):
-        assert torch.equal(x, wanted), f"{tuple(x.shape)} {x.dtype}, {draws} draws, {rounding}"
-    for storage, x in zip(elsewhere.storages, elsewhere.table.x, strict=True):
-        assert storage.isnan().sum() == storage.numel() - x.numel()
-    merged(case, None, call, backend)
-    assert_same_bits(case, expected)
-    return before, elsewhere, call
-
-
-@pytest.mark.parametrize("rounding", [None, Rounding(7, 2)], ids=["nearest", "stochastic"])
-@pytest.mark.parametrize("draws", [0, 1])
-@pytest.mark.parametrize("rank", RANKS)
-def test_lowrank_merge(rng, any_backend, rank, draws, rounding):
-    before, after, call = check_merge(rng, any_backend, Case(rng, rank, momentum=True, count=4), draws, rounding)
-    if rounding is None:
-        check_against_truth(before, after, call, lowrank_merge)
-
-
-@pytest.mark.parametrize("rounding", [None, Rounding(7, 2)], ids=["nearest", "stochastic"])
-@pytest.mark.parametrize("kept", [False, True], ids=["absent", "kept"])
-@pytest.mark.parametrize("draws", [0, 1])
-def test_dense_merge(rng, any_backend, draws, kept, rounding):
-    before, after, call = check_merge(rng, any_backend, Case(rng, 0, momentum=kept, count=4), draws, rounding)
-    if rounding is None:
-        check_against_truth(before, after, call, dense_merge)
-
-
-def check_against_truth(before, after, call, reference):
-    table = before.table
-    for t, (x, y) in enumerate(zip(table.x, after.table.x, strict=True)):
-        if not x.numel():
-            continue
-        make = dense_noise if table.v is None else row_factor
-        noises = [make(table, t, call["seed"], d) for d in call["draws"]]
-        v = () if table.v is None else (table.v[t],)
-        n = None if table.n is None else table.n[t]
-        decay = None if call["decay"] is None else call["decay"][t]
-        scales = list(call["scales"][:, t])
-        exact = reference(x, *v, n, noises, scales, decay, dtype=F64)
-        absolute = (z.abs() for z in (x, *v))
-        size = reference(*absolute, None if n is None else n.abs(), [z.abs() for z in noises], [s.abs() for s in scales], dtype=F64)
-        terms = 4 + (0 if table.v is None else table.rank)
-        bound = terms * UNIT[torch.float32] * size + 1.01 * UNIT[x.dtype] * exact.abs() + 2.0**-24
-        assert ((y.double() - exact).abs() <= bound).all()
+    call = {"draws": draws, "stochastic": stochastic}
+    apart = random_case(rng, OPS[op], random_shapes(rng, 4), rank, call=call, apart=True, n=kept)
+    for case in (apart, dataclasses.replace(apart.on(), out=None)):
+        before, expected = case.on(), case.on()
+        case.run(any_backend)
+        expected.run(EAGER)
+        assert_same(case, expected)
+        if case.out is not None:
+            assert_same(dataclasses.replace(case, out=None), dataclasses.replace(before, out=None), "what is only read")
+        if not stochastic:
+            check_truth(before, case)
 
 
 def test_merge_of_one_shape(rng, any_backend):
@@ -113,7 +61,7 @@ def test_merge_of_one_shape(rng, any_backend):
             call = {"seed": 3, "draws": [Draw(5)], "scales": 0.3, "rounding": rng.choice((None, Rounding(2)))}
             expected = TensorTable([torch.empty_like(x)], [9])
             op(table, **call, out=expected, backend=EAGER)
-            for y in (torch.empty_like(x), strided(rng, x.shape, dtype)[0]):
+            for y in (torch.empty_like(x), strided(rng, x.shape, dtype)):
                 op(table, **call, out=TensorTable([y], [9]), backend=any_backend)
                 assert torch.equal(y, expected.x[0])
 
@@ -146,12 +94,15 @@ def test_lowrank_embedding(rng, any_backend, rank, groups):
 def test_evaluations_together_are_evaluations_alone(rng, any_backend):
     """A group's rows are as if it were called by itself, but for the order of sums."""
     together = Product(rng, rank=4, tokens=12, rows=20, cols=24, groups=3, dtypes=(torch.float32,) * 2)
-    y = together.run(any_backend).as_strided(together.y.shape, together.y.stride(), together.y.storage_offset())
+    y = together.run(any_backend)
     for g in range(3):
         alone, rows = torch.clone(together.y[4 * g : 4 * g + 4]), slice(4 * g, 4 * g + 4)
         shift = None if together.shift is None else together.shift[g : g + 1]
         skinny.lowrank_linear_(
-            *(alone, together.x[rows], together.v, together.b),
+            alone,
+            together.x[rows],
+            together.v,
+            together.b,
             **together.place,
             draws=together.draws[g : g + 1],
             scales=together.scales[g : g + 1],

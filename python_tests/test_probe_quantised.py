@@ -5,12 +5,12 @@ import warnings
 
 import pytest
 import torch
-from test_probe_lora import load, shifted
-from test_probe_offload import closure, llama
 from torch import nn
 
 from lozo_kernels import LOZO, MeZO, export_lora, patch
 from lozo_kernels.model.parameters import is_quantised
+from python_tests.test_probe_lora import load, shifted
+from python_tests.test_probe_offload import closure, llama
 
 pytest.importorskip("transformers")
 

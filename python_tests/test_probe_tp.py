@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import run_ranks
 from torch import distributed, nn
 
 from lozo_kernels import LOZO, MeZO, Parallel, patch
 from lozo_kernels.model.probe.choosing import preparation
 from lozo_kernels.model.probe.choosing.cost import Costs, measure_costs
+from python_tests.models import full, same
+from python_tests.processes import refusals_of, run_ranks
 
 if not distributed.is_available() or not distributed.is_gloo_available():
     pytest.skip("torch.distributed or its gloo backend is missing", allow_module_level=True)
@@ -102,10 +103,6 @@ def losses_of(model):
 
 def batch():
     return torch.randint(0, 7, (4, TOKENS + 1), generator=torch.Generator().manual_seed(1))
-
-
-def full(p):
-    return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
 
 
 def weights(model):
@@ -228,24 +225,18 @@ def refusals(mesh):
     experts.w = nn.Parameter(distribute_tensor(torch.randn(2, 3, 4), mesh, [Shard(2)]))
     compiled, changed = (models("rows, columns", mesh)[1] for _ in range(2))
     compiled.compile(backend="eager")
-    found = []
 
     def changing(factor):
         optimizer = LOZO(changed, placement="probe")
         optimizer.step(lambda: losses_of(changed)(batch()).mean())
         optimizer.step(lambda: losses_of(changed)(batch()).mean() + changed.up.weight.detach().mul_(factor).numel())
 
-    for attempt in (
+    return refusals_of(
         lambda: MeZO(cut, placement="probe"),
         lambda: patch(experts, placement="probe"),
         lambda: patch(compiled, placement="probe").prepare(lambda: losses_of(compiled)(batch()).mean()),
         lambda: changing(1.001),
-    ):
-        try:
-            attempt()
-        except (TypeError, RuntimeError) as error:
-            found.append(str(error))
-    return found
+    )
 
 
 @pytest.fixture(scope="module")
@@ -253,16 +244,12 @@ def results(tmp_path_factory):
     return run_ranks(__file__, 3, tmp_path_factory.mktemp("tp"))
 
 
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 @pytest.mark.parametrize("name", MOVES)
 def test_the_same_steps_give_the_bits_of_one_process(name, results):
     for result in results[: MOVES[name][0]]:
         plain, cut = result["move", name]["plain"], result["move", name]["cut"]
         for what in ("b", "perturbed", "weights"):
-            assert equal(cut[what], plain[what]), what
+            assert same(cut[what], plain[what]), what
         assert cut["notes"] == ()
 
 
@@ -285,7 +272,7 @@ def test_processes_decide_alike(results):
     for result in results[1:]:
         found = result["differing"]
         assert all(found[what] == first[what] for what in ("notes", "sides", "losses"))
-        assert equal(found["b"], first["b"]) and equal(found["weights"], first["weights"])
+        assert same(found["b"], first["b"]) and same(found["weights"], first["weights"])
 
 
 def test_gradients_through_a_probe_are_those_of_one_process(results):
@@ -300,7 +287,7 @@ def test_a_run_follows_that_of_one_process(name, results):
     first = results[0]["run", name]["cut"]
     for result in results[: RUNS[name][0]]:
         plain, cut = result["run", name]["plain"], result["run", name]["cut"]
-        assert cut["losses"] == first["losses"] and equal(cut["b"], first["b"]) and equal(cut["weights"], first["weights"])
+        assert cut["losses"] == first["losses"] and same(cut["b"], first["b"]) and same(cut["weights"], first["weights"])
         assert cut["losses"] == pytest.approx(plain["losses"], abs=1e-5)
         torch.testing.assert_close(cut["weights"], plain["weights"], rtol=0, atol=1e-4)
         assert cut["notes"] == plain["notes"] == ()

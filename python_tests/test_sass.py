@@ -2,12 +2,9 @@
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is not in the package
 
 from bench.sass import amd, nvidia, report
 from bench.sass.__main__ import NAIVE, main
@@ -77,8 +74,19 @@ update:
 """
 
 JOB = {
-    **{"kernel": "update", "target": "sm_90", "dtype": "bfloat16", "rank": None, "aligned": True, "exact": True, "naive": False},
-    **{"default": True, "tile_elements": 16 * 128, "threads": 128, "iterations": 2, "itemsize": 2, "stored_bytes": 2},
+    "kernel": "update",
+    "target": "sm_90",
+    "dtype": "bfloat16",
+    "rank": None,
+    "aligned": True,
+    "exact": True,
+    "naive": False,
+    "default": True,
+    "tile_elements": 16 * 128,
+    "threads": 128,
+    "iterations": 2,
+    "itemsize": 2,
+    "stored_bytes": 2,
     "bytes_per_element": 4,
 }
 BUDGET = Budget("update", "bfloat16", (1, 64), "*", 16)

@@ -6,19 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import weights
-from processes import run_ranks
 from torch import distributed, nn
 
 from lozo_kernels import LOZO, MeZO, SubZero, patch
+from python_tests.models import full, same, weights
+from python_tests.processes import refusals_of, run_ranks
 
 if not distributed.is_available() or not distributed.is_gloo_available():
     pytest.skip("torch.distributed or its gloo backend is missing", allow_module_level=True)
-from test_probe_fsdp import Model, closure, full
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from python_tests.test_probe_fsdp import Model, closure
 
 STEPS = 5
 CASES = {
@@ -106,18 +107,12 @@ def refusals(mesh):
     sharded = fully(Model(), mesh)
     experts = nn.Module()
     experts.w = nn.Parameter(distribute_tensor(torch.randn(2, 3, 4), mesh, [Shard(2)]))
-    found = []
-    for make in (
+    return refusals_of(
         lambda: SubZero(sharded),
         lambda: LOZO(sharded, fuse_steps=True),
         lambda: LOZO(sharded, drive="backward"),
         lambda: patch(experts),
-    ):
-        try:
-            make()
-        except (TypeError, ValueError) as error:
-            found.append(str(error))
-    return found
+    )
 
 
 @pytest.fixture(scope="module", params=[2, 3, 5])
@@ -125,16 +120,12 @@ def results(request, tmp_path_factory):
     return run_ranks(__file__, request.param, tmp_path_factory.mktemp("sharded"))
 
 
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_a_sharded_run_has_the_bits_of_one_process(name, results):
     for result in results:
         sharded, plain = result[name]["sharded"], result[name]["plain"]
         assert sharded["losses"] == plain["losses"]
-        assert equal(sharded["weights"], plain["weights"])
+        assert same(sharded["weights"], plain["weights"])
     torch.manual_seed(3)
     start = weights(Model().to(CASES[name][1].get("dtype", torch.float32)))
     assert all(not torch.equal(p, plain["weights"][key]) for key, p in start.items())
@@ -145,7 +136,7 @@ def test_tensor_parallel_weights_have_the_bits_of_whole_ones(rank_of, results):
     """Rows of one layer, columns of the next; the momentum is carried into new V of which each process has some columns."""
     for result in results:
         found = result["tensor parallel", rank_of]
-        assert equal(found["sharded"], found["plain"])
+        assert same(found["sharded"], found["plain"])
         (rows, here), (columns, there) = found["shapes"]["up.weight"], found["shapes"]["down.weight"]
         assert here[0] < rows[0] and here[1] == rows[1] and there[1] < columns[1] and there[0] == columns[0]
 

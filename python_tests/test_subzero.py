@@ -1,11 +1,10 @@
 """SubZero: its bases and cores, its directions, and whole runs against the algorithm as written, in fp64."""
 
 import copy
+from itertools import starmap
 
 import pytest
 import torch
-from models import Zoo, same, weights, zoo_loss
-from test_algorithms import problem
 from torch import nn
 
 import lozo_kernels
@@ -14,6 +13,8 @@ from lozo_kernels.kernels import noise
 from lozo_kernels.model.estimators import ESTIMATORS
 from lozo_kernels.model.estimators.subspace import orthonormal
 from lozo_kernels.model.layout import most_square
+from python_tests.models import Zoo, same, weights, zoo_loss
+from python_tests.test_algorithms import problem
 
 GRID = 2.0**-8
 
@@ -88,9 +89,7 @@ def seen_weights(model):
         seen.update({f"{prefix}.{name}": p.detach().clone() for name, p in module._parameters.items()})
 
     names = {module: name for name, module in model.named_modules()}
-    for module in model:
-        if isinstance(module, nn.Linear):
-            hooks.append(module.register_forward_hook(look))
+    hooks = [module.register_forward_hook(look) for module in model if isinstance(module, nn.Linear)]
     model(torch.zeros(1, 12))
     for hook in hooks:
         hook.remove()
@@ -269,7 +268,7 @@ def test_the_published_interval_ends_at_step_1000(rng, placement):
     optimizer = SubZero(model, rank=rank, interval=1000, lr=1e-4, eps=1e-2, seed=seed, placement=placement)
     handle, tid = optimizer.handle, noise.tensor_id("weight")
     bases = [[basis(seed, n, rank, rank, tid, window, stream) for n, stream in ((rows, "U"), (cols, "V"))] for window in (0, 1)]
-    assert not any(torch.equal(old, new) for old, new in zip(*bases, strict=True))
+    assert not any(starmap(torch.equal, zip(*bases, strict=True)))
     known = {}
     for step in range(1003):
         optimizer.step(lambda: (model.weight - target).square().mean())

@@ -1,1 +1,1 @@
-"""Proof of the GPU kernels from their machine code, without a GPU: ``python -m bench.sass``."""
+"""Checks the machine code of the GPU kernels, without a GPU: ``python -m bench.sass``."""

@@ -26,7 +26,7 @@ from .pool import list_jobs, read_all
 from .rows import row_of
 from .targets import TARGETS
 
-CATALOGUE = "lozo_kernels.kernels.backends.triton.catalogue"
+CATALOGUE = "bench.sass.catalogue"
 NAIVE = "bench.sass.naive"
 
 
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _read(options: argparse.Namespace, cache: Cache) -> tuple[list[dict[str, Any]], list[Facts], list[str]]:
-    """The chosen kernels, their facts, and what is left out and why."""
+    """Reads the chosen kernels; returns them, their facts, and remarks about what is left out and why."""
     remarks: list[str] = []
     jobs: list[dict[str, Any]] = []
     if importlib.util.find_spec("triton") is None:
@@ -102,7 +102,7 @@ def _chosen(job: dict[str, Any], options: argparse.Namespace) -> bool:
 
 
 def _check(jobs: list[dict[str, Any]], facts: list[Facts]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows in order, and a line for every defect."""
+    """Returns the rows in order, and a line for every defect."""
     rows, failures = [], []
     for job, found in zip(jobs, facts, strict=True):
         budget = None if job["naive"] else budget_for(job)

@@ -27,7 +27,7 @@ _IDLE = re.compile(r"s_(?:waitcnt|nop|sleep|setprio|code_end|clause|sched)")
 
 
 def resources(text: str) -> Resources:
-    """Of the one kernel in the text."""
+    """Reads what the one kernel in the text needs."""
 
     def number(key: str) -> int:
         match = re.search(rf"^\s*(?:- )?{re.escape(key)}:?\s+(\d+)", text, re.MULTILINE)
@@ -46,7 +46,7 @@ def resources(text: str) -> Resources:
 
 
 def blocks(text: str) -> list[Block]:
-    """The blocks of the one kernel in the text."""
+    """Reads the blocks of the one kernel in the text."""
     files: dict[str, str] = {}
     source = ""
     found: list[Line] = []
@@ -78,7 +78,7 @@ def _line(opcode: str, operands: str, source: str) -> Line:
 
 
 def instruction_of(opcode: str, operands: str, source: str) -> Instruction:
-    """One instruction. A fused multiply-add to -0 is a rounded multiply: LLVM has no other with an fp16 argument."""
+    """Reads one instruction. A fused multiply-add to -0 is a rounded multiply: LLVM has no other with an fp16 argument."""
     bare = re.sub(r"_(?:e32|e64|dpp|sdwa)$", "", opcode)
     access = None
     pipe, work = _pipe(bare)

@@ -155,7 +155,7 @@ BUDGETS = (
 
 
 def budget_for(job: Mapping[str, Any]) -> Budget | None:
-    """The budget of a kernel on a target."""
+    """Finds the budget of a kernel on a target."""
     for budget in BUDGETS:
         names = all(fnmatch.fnmatchcase(job[key], getattr(budget, key)) for key in ("kernel", "dtype", "target"))
         if names and (job["rank"] is None or budget.ranks[0] <= job["rank"] <= budget.ranks[1]):

@@ -1,4 +1,4 @@
-"""What was read from machine code, kept in files named by a hash of everything that it depends on."""
+"""Keeps what was read from machine code in files named by a hash of everything that it depends on."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _READERS = ("program", "nvidia", "amd", "flow", "facts")
 
 
 class Cache:
-    """Answers by the fingerprint of what they were made from and a key that tells them from others of the same."""
+    """Answers, by the fingerprint of what they were made from and a key that is unique for that fingerprint."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def get(self, fingerprint: str, key: str) -> Any:
-        """None where there is none."""
+        """Returns an answer, or None where there is none."""
         try:
             return json.loads(self._path(fingerprint, key).read_text())
         except (OSError, ValueError):
@@ -42,7 +42,7 @@ class Cache:
 
 
 def fingerprint(compiler: str, driver: Path, sources: Iterable[Path]) -> str:
-    """Of a compiler's version, the file that runs it, the sources, and the code that reads what comes out."""
+    """Hashes a compiler's version, the file that runs it, the sources, and the code that reads what comes out."""
     digest = hashlib.sha256(compiler.encode())
     for file in (driver, *sources, *(Path(__file__).parent / f"{name}.py" for name in _READERS)):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())

@@ -10,7 +10,7 @@ from .facts import WIDE, Facts
 
 
 def defects(job: Mapping[str, Any], facts: Facts, row: Mapping[str, Any], budget: Budget | None) -> list[str]:
-    """Of one kernel on one target.
+    """Lists the defects of one kernel on one target.
 
     Args:
         job: what the catalogue says of it.
@@ -37,7 +37,7 @@ def _memory(facts: Facts) -> list[str]:
 
 
 def _vectors(job: Mapping[str, Any], facts: Facts) -> list[str]:
-    """Weights are loaded and stored by 128-bit accesses that add up to the whole tile; nothing else is stored more narrowly."""
+    """Checks that 128-bit accesses to weights add up to the whole tile, and that nothing is stored more narrowly."""
     found = []
     if facts.narrow and job["tile_elements"] is not None:
         found.append(f"weights are accessed with fewer than 128 bits: {_listed(facts.narrow)}")
@@ -56,7 +56,7 @@ def _vectors(job: Mapping[str, Any], facts: Facts) -> list[str]:
 
 
 def _trip(facts: Facts) -> list[str]:
-    """One trip of a CUDA C++ kernel. Updates are in place: what a trip stores, it has loaded, as widely.
+    """Checks one trip of a CUDA C++ kernel. Updates are in place: what a trip stores, it has loaded, as widely.
 
     Weights, V and N are loaded by the same function, so that narrow loads may be those of V or N, and are let pass.
     """

@@ -20,12 +20,12 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @functools.cache
 def compilations(catalogue: str, vendor: str) -> list[Any]:
-    """The catalogue's list for a vendor."""
+    """Returns the catalogue's list for a vendor."""
     return list(importlib.import_module(catalogue).compilations(vendor=vendor))
 
 
 def describe(compilation: Any, vendor: str) -> dict[str, Any]:
-    """What the parent must know of a compilation, as JSON."""
+    """Describes a compilation for the parent process, as JSON."""
     return {
         "kernel": compilation.kernel,
         "dtype": compilation.dtype,
@@ -79,7 +79,7 @@ def _threads(compilation: Any, lanes: int) -> int:
 
 
 def _key(compilation: Any) -> str:
-    """Tells a compilation from all others of the same sources."""
+    """Makes a key that tells a compilation from all others of the same sources."""
     parts = [compilation.kernel, compilation.dtype, compilation.rank, compilation.signature, compilation.divisible]
     parts += [compilation.constants, compilation.options, compilation.tile_elements, compilation.iterations, compilation.nested]
     return repr(parts)

@@ -36,7 +36,7 @@ _EXACT_MOMENTUM_RANK = 8
 
 
 def read(targets: Sequence[str], cache: Cache, processes: int) -> tuple[list[dict[str, Any]], list[Facts], list[str]]:
-    """Every kernel for every target: what is known of it, its facts, and remarks on what is left out."""
+    """Reads every kernel for every target; returns what is known of it, its facts, and remarks about what is left out."""
     files = sorted(_SOURCES.glob("*.cu"))
     nvcc = _nvcc()
     tools = _tools(nvcc)
@@ -69,7 +69,7 @@ def read(targets: Sequence[str], cache: Cache, processes: int) -> tuple[list[dic
 
 
 def describe(name: str) -> dict[str, Any]:
-    """What a mangled name tells of a kernel, as ``compiler.describe`` does; a file's name if it did not compile."""
+    """Describes a kernel by its mangled name, as ``compiler.describe`` does, or by the name of a file that did not compile."""
     match = _NAME.match(name)
     length = int(match[1]) if match else 0
     op, arguments = (match[2][:length], match[2][length:]) if match else (name, "")
@@ -104,14 +104,14 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def _nvcc() -> str | None:
-    """The compiler that setup.py would take."""
+    """Finds the compiler that setup.py would take."""
     home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
     names = (os.environ.get("NVCC"), str(Path(home) / "bin" / "nvcc"), "nvcc")
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
 def _tools(nvcc: str | None) -> Path | None:
-    """Where nvdisasm and cuobjdump are: beside nvcc, or in Triton's package."""
+    """Finds nvdisasm and cuobjdump: beside nvcc, or in Triton's package."""
     spec = importlib.util.find_spec("triton")
     folders = [Path(nvcc).resolve().parent] if nvcc else []
     if spec is not None and spec.origin is not None:
@@ -120,7 +120,7 @@ def _tools(nvcc: str | None) -> Path | None:
 
 
 def _read(nvcc: str, tools: Path, file: Path, target: str) -> dict[str, Any]:
-    """The facts, as JSON, of every kernel in a file; under the file's name what went wrong."""
+    """Returns the facts of every kernel in a file, as JSON; under the file's name, what went wrong."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "kernels.cubin"
         command = [nvcc, *_FLAGS, f"-arch={target}", "-I", str(_INCLUDE), "-o", str(out), str(file)]

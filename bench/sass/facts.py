@@ -1,10 +1,10 @@
-"""What the machine code of one kernel says, without judgement: numbers that checks, model and tables are made from."""
+"""What the machine code of one kernel says, as plain numbers, from which checks, model and tables are made."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from .flow import Loop, Path, heaviest_path
@@ -76,7 +76,7 @@ class Facts:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Facts:
-        """From ``dataclasses.asdict`` after a trip through JSON, which makes strings of the bits."""
+        """Reads what ``dataclasses.asdict`` wrote as JSON, which makes strings of the keys."""
         data = dict(data)
         for key in ("loads", "stores"):
             data[key] = {int(bits): count for bits, count in data.get(key, {}).items()}
@@ -148,41 +148,44 @@ def _waits(loop: Loop, blocks: Sequence[Block]) -> bool:
 def _set_trips(path: Path, stored: Sequence[int], every: Sequence[int], work: Work) -> Loop | None:
     """Finds the main loop and its trips. Compilers unroll and peel, so trips follow from the weights that a full tile stores."""
     loops = list(path.loops())
-    if not loops:
-        return None
     if work.bytes_per_thread == 0:
-        # Kernels that only read weights wait in further loops.
-        reading = [loop for loop in loops if any(every[block] for block in loop.path.visits())] or loops
-        if len(reading) == 1:
-            reading[0].trips = work.iterations
-            return reading[0]
-        return None
+        return _reading_loop(loops, every, work)
 
-    def bytes_of(visits: Counter[int]) -> int:
-        return sum(count * stored[block] for block, count in visits.items())
+    def bytes_of(way: Path) -> int:
+        return sum(count * stored[block] for block, count in way.visits().items())
 
-    # Innermost loops that store: the one that stores most is the main one, others are its remainders, which a full tile skips.
-    storing = [lp for lp in loops if bytes_of(lp.path.visits()) and not any(bytes_of(x.path.visits()) for x in lp.path.loops())]
-    if not storing:
+    main = _storing_loop(loops, bytes_of, work)
+    if main is None:
         return None
-    main = max(storing, key=lambda loop: bytes_of(loop.path.visits()))
+    for loop in loops:
+        if work.bytes_per_thread is None or (loop.trips is None and main in loop.path.loops()):
+            loop.trips = 1
+    if work.bytes_per_thread is None:
+        return main
+    trips, rest = divmod(work.bytes_per_thread - bytes_of(path), bytes_of(main.path))
+    if rest or trips < 0:
+        raise ValueError(
+            f"stores of weights do not add up: {bytes_of(main.path)} bytes a trip and "
+            f"{bytes_of(path)} outside the loop make no {work.bytes_per_thread:g} bytes"
+        )
+    main.trips = int(trips)
+    return main
+
+
+def _reading_loop(loops: Sequence[Loop], every: Sequence[int], work: Work) -> Loop | None:
+    """Finds the main loop of a kernel that only reads weights. Such a kernel waits in further loops."""
+    reading = [loop for loop in loops if any(every[block] for block in loop.path.visits())] or loops
+    if len(reading) != 1:
+        return None
+    reading[0].trips = work.iterations
+    return reading[0]
+
+
+def _storing_loop(loops: Sequence[Loop], bytes_of: Callable[[Path], int], work: Work) -> Loop | None:
+    """Finds the innermost loop that stores most. Others that store are its remainders, which a full tile skips."""
+    storing = [loop for loop in loops if bytes_of(loop.path) and not any(bytes_of(inner.path) for inner in loop.path.loops())]
     for loop in storing:
         loop.trips = 0
         for inner in loop.path.loops():
             inner.trips = work.nested
-    for loop in loops:
-        if loop.trips is None and main in loop.path.loops():
-            loop.trips = 1
-    if work.bytes_per_thread is None:
-        for loop in loops:
-            loop.trips = 1
-        return main
-    left = work.bytes_per_thread - bytes_of(path.visits())
-    trips, rest = divmod(left, bytes_of(main.path.visits()))
-    if rest or trips < 0:
-        raise ValueError(
-            f"stores of weights do not add up: {bytes_of(main.path.visits())} bytes a trip and "
-            f"{bytes_of(path.visits())} outside the loop make no {work.bytes_per_thread:g} bytes"
-        )
-    main.trips = int(trips)
-    return main
+    return max(storing, key=lambda loop: bytes_of(loop.path), default=None)

@@ -9,6 +9,7 @@ favour of code whose slow branches are rarely taken (the argument reductions of 
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
@@ -38,14 +39,14 @@ class Path:
     steps: list[int | Loop]
 
     def loops(self) -> Iterator[Loop]:
-        """All of them, outer before inner."""
+        """Yields all loops, outer before inner."""
         for step in self.steps:
             if isinstance(step, Loop):
                 yield step
                 yield from step.path.loops()
 
     def visits(self) -> Counter[int]:
-        """How often every block is run; a loop of unknown length once."""
+        """Counts how often every block is run; a loop of unknown length once."""
         found: Counter[int] = Counter()
         for step in self.steps:
             if isinstance(step, Loop):
@@ -58,7 +59,7 @@ class Path:
 
 
 def heaviest_path(blocks: Sequence[Block], moved: Callable[[Block], float], *, longest: bool = True) -> Path:
-    """The path from the first block to an end of the program.
+    """Finds the heaviest path from the first block to an end of the program.
 
     Args:
         moved: bytes of the weights that a block loads and stores.
@@ -74,7 +75,7 @@ def heaviest_path(blocks: Sequence[Block], moved: Callable[[Block], float], *, l
 
 
 def _best(nodes: set[int], start: int, goals: set[int], edges: list[list[int]], scores: list[Score]) -> tuple[Score, Path] | None:
-    """The path with the best score from ``start`` to a goal inside ``nodes``; edges back to ``start`` are not taken."""
+    """Finds the path with the best score from ``start`` to a goal inside ``nodes``; edges back to ``start`` are not taken."""
     inside = {n: [m for m in edges[n] if m in nodes and m != start] for n in nodes}
     components = _components(start, inside)
     of = {n: i for i, component in enumerate(components) for n in component}
@@ -85,7 +86,7 @@ def _best(nodes: set[int], start: int, goals: set[int], edges: list[list[int]], 
         for entry in entries:
             options = _options(component, entry, goals, inside, edges, scores, best)
             if options:
-                best[entry] = max(options, key=lambda option: option[0])
+                best[entry] = max(options, key=operator.itemgetter(0))
     return (best[start][0], Path(best[start][1])) if start in best else None
 
 
@@ -98,7 +99,7 @@ def _options(
     scores: list[Score],
     best: dict[int, tuple[Score, list[int | Loop]]],
 ) -> list[tuple[Score, list[int | Loop]]]:
-    """The ways from ``entry`` through its component and on to a goal."""
+    """Lists the ways from ``entry`` through its component and on to a goal."""
     looping = len(component) > 1 or entry in inside[entry]
     steps: list[int | Loop]
     if looping:
@@ -121,7 +122,7 @@ def _options(
 
 
 def _components(start: int, edges: dict[int, list[int]]) -> list[set[int]]:
-    """Strongly connected components that ``start`` leads to, each after all that it leads to (Tarjan, without recursion)."""
+    """Lists the strongly connected components reached from ``start``, each after all that it leads to (Tarjan, no recursion)."""
     index: dict[int, int] = {start: 0}
     low = {start: 0}
     stack, on_stack = [start], {start}

@@ -33,7 +33,7 @@ class Prediction:
 
 
 def predict(facts: Facts, target: Target, *, elements_per_thread: float, bytes_per_element: int) -> Prediction:
-    """What a pass waits for that moves so many bytes an element."""
+    """Predicts what a pass waits for that moves so many bytes an element."""
     clocks = {"issue": facts.instructions * target.clocks["issue"]} | _lanes(facts, target)
     for pipe, rate in (("shared", target.shared_bytes), ("global", target.global_bytes), ("tensor", target.multiply_adds)):
         if pipe in facts.pipes:
@@ -47,7 +47,7 @@ def predict(facts: Facts, target: Target, *, elements_per_thread: float, bytes_p
 
 
 def _lanes(facts: Facts, target: Target) -> dict[str, float]:
-    """Clocks of the units that compute."""
+    """Returns the clocks of the units that compute."""
     work = {pipe: facts.pipes.get(pipe, 0.0) for pipe in ("alu", "quarter", "special", "fma", "imad", "wide")}
     rate = target.clocks
     if target.vendor == "amd":

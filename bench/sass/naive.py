@@ -11,7 +11,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from lozo_kernels.kernels.backends.triton.catalogue import Compilation
+from bench.sass.catalogue import Compilation
 from lozo_kernels.kernels.backends.triton.noise import dense_any
 from lozo_kernels.kernels.backends.triton.weights import as_fp32, read_weights, store_weights
 
@@ -71,28 +71,22 @@ def compilations(vendor: str = "nvidia") -> list[Compilation]:
     for dtype, (pointer, itemsize) in _TYPES.items():
         common: dict[str, Any] = {"dtype": dtype, "itemsize": itemsize, "bytes_per_element": 2 * itemsize}
         scalars = {"scale": "fp32", "count": "i32"}
-        found.append(
-            _naive(
-                "naive_dense_randn",
-                dense_randn,
-                {"x": pointer, "seed": "i32", **scalars},
-                {"BLOCK": 1024},
-                ("x", "count"),
-                **common,
-            )
-        )
         keys = dict.fromkeys(("seed_low", "seed_high", "tensor_id", "step"), "i32")
+        randn, dense = {"x": pointer, "seed": "i32", **scalars}, {"x": pointer, **keys, **scalars}
         constants = {"BLOCK": 128, "DP4A": vendor == "nvidia"}
-        found.append(
-            _naive("naive_dense_scalar", dense_scalar, {"x": pointer, **keys, **scalars}, constants, ("x", "count"), **common)
-        )
+        found += [
+            _naive("naive_dense_randn", dense_randn, randn, {"BLOCK": 1024}, ("x", "count"), **common),
+            _naive("naive_dense_scalar", dense_scalar, dense, constants, ("x", "count"), **common),
+        ]
         matrix = {"x": pointer, "u": pointer, "v": pointer, "scale": "fp32", "rows": "i32", "cols": "i32", "stride": "i32"}
         aligned = ("x", "u", "v", "rows", "cols", "stride")
         for rank in _LOOP_RANKS:
             tile = {"RANK": rank, "ROWS": 32, "COLS": 64}
-            found.append(_naive("naive_lowrank_loop", lowrank_loop, matrix, tile, aligned, rank=rank, **common))
-            # Without the promise that columns and row stride are multiples of 16, every access is of one element.
-            found.append(_naive("naive_lowrank_narrow", lowrank_loop, matrix, tile, ("x", "u", "v"), rank=rank, **common))
+            found += [
+                _naive("naive_lowrank_loop", lowrank_loop, matrix, tile, aligned, rank=rank, **common),
+                # Without the promise that columns and row stride are multiples of 16, every access is of one element.
+                _naive("naive_lowrank_narrow", lowrank_loop, matrix, tile, ("x", "u", "v"), rank=rank, **common),
+            ]
     return found
 
 

@@ -37,7 +37,7 @@ _CONTROL = {
 
 
 def disassemble(cubin: bytes, tools: Path) -> tuple[str, str]:
-    """What nvdisasm and cuobjdump, found in ``tools``, say about a cubin."""
+    """Returns what nvdisasm and cuobjdump, found in ``tools``, say about a cubin."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -47,7 +47,7 @@ def disassemble(cubin: bytes, tools: Path) -> tuple[str, str]:
 
 
 def resources(usage: str) -> dict[str, Resources]:
-    """Of every function."""
+    """Reads what every function needs."""
     return {
         name: Resources(int(registers), int(stack) + int(local), int(shared))
         for name, registers, stack, shared, local in _USAGE.findall(usage)
@@ -55,7 +55,7 @@ def resources(usage: str) -> dict[str, Resources]:
 
 
 def functions(code: str) -> dict[str, list[Block]]:
-    """The blocks of every function."""
+    """Reads the blocks of every function."""
     sections: dict[str, list[str]] = {}
     lines: list[str] = []
     for text in code.splitlines():
@@ -67,8 +67,12 @@ def functions(code: str) -> dict[str, list[Block]]:
 
 
 def _lines(body: list[str]) -> list[Line]:
-    """ptxas leaves out a change of file where the number of the line stays the same: then what a line of another file does is
-    taken for weights.py's, or the other way round, and accesses to weights do not add up. Moving a function by a line helps."""
+    """Reads the lines of a function.
+
+    ptxas leaves out a change of file where the number of the line stays the same. Then what a line of another file does is
+    taken for a line of weights.py, or the other way round, and accesses to weights do not add up. Moving a function by a
+    line helps.
+    """
     source = ""
     found = []
     for text in body:
@@ -106,7 +110,7 @@ def _line(predicate: str | None, opcode: str, operands: str, source: str) -> Lin
 
 
 def instruction_of(opcode: str, operands: str, source: str) -> Instruction:
-    """One instruction. A fused multiply-add to -0 is a rounded multiply."""
+    """Reads one instruction. A fused multiply-add to -0 is a rounded multiply."""
     base, *modifiers = opcode.split(".")
     pipe, work = _pipe(base, modifiers)
     bits = _bits(modifiers)
@@ -136,34 +140,35 @@ def _bits(modifiers: list[str]) -> int:
     return 32
 
 
+_PIPES = (
+    (_FLOAT | _HALF, "fma"),
+    (_FLOAT_PAIR, "fma"),
+    ({"IDP"}, "imad"),
+    (_SPECIAL, "special"),
+    ({"HMMA", "HGMMA", "IMMA", "QGMMA", "UTCHMMA"}, "tensor"),
+    (_GLOBAL_LOADS | _GLOBAL_STORES, "global"),
+    (_SHARED | _SHARED_MATRICES, "shared"),
+    (_LOCAL | _CONSTANT | _CONTROL | {"R2UR", "S2UR", "LDTM", "STTM"}, "other"),
+)
+
+
 def _pipe(base: str, modifiers: list[str]) -> tuple[str, float]:
-    pipe, work = "alu", 1.0
-    if base in _FLOAT or base in _HALF:
-        pipe = "fma"
-    elif base in _FLOAT_PAIR:
-        pipe, work = "fma", 2.0
-    elif base == "IMAD":
-        pipe = "wide" if {"WIDE", "HI"} & set(modifiers) else "imad"
-    elif base == "IDP":
-        pipe = "imad"
-    elif base in _SPECIAL:
-        pipe = "special"
-    elif base in ("HMMA", "HGMMA", "IMMA", "QGMMA", "UTCHMMA"):
-        pipe, work = "tensor", _multiply_adds(modifiers)
-    elif base in _GLOBAL_LOADS | _GLOBAL_STORES:
+    """Returns the pipe that an instruction of a warp occupies, and how much work it is there."""
+    if base == "IMAD":
+        return "wide" if {"WIDE", "HI"} & set(modifiers) else "imad", 1.0
+    pipe = next((name for opcodes, name in _PIPES if base in opcodes), "other" if base.startswith("U") else "alu")
+    if pipe == "tensor":
+        return pipe, _multiply_adds(modifiers)
+    if base in _SHARED_MATRICES:
+        return pipe, 128.0 * (int(modifiers[-1]) if modifiers[-1].isdigit() else 1)  # matrices of 128 bytes
+    if pipe in ("global", "shared"):
         # A warp's narrow access occupies the pipe as 32 bits a thread do.
-        pipe, work = "global", max(_bits(modifiers), 32) / 8 * LANES
-    elif base in _SHARED:
-        pipe, work = "shared", max(_bits(modifiers), 32) / 8 * LANES
-    elif base in _SHARED_MATRICES:
-        pipe, work = "shared", 128.0 * (int(modifiers[-1]) if modifiers[-1].isdigit() else 1)  # matrices of 128 bytes
-    elif base in _LOCAL | _CONSTANT | _CONTROL or base.startswith("U") or base in ("R2UR", "S2UR", "LDTM", "STTM"):
-        pipe = "other"
-    return pipe, work
+        return pipe, max(_bits(modifiers), 32) / 8 * LANES
+    return pipe, 2.0 if base in _FLOAT_PAIR else 1.0
 
 
 def _multiply_adds(modifiers: list[str]) -> float:
-    """Of one warp. tcgen05 (UTC...) keeps its shape elsewhere; one thread of a block issues it, so it counts as nothing."""
+    """Counts the multiply-adds of one warp. tcgen05 (UTC...) is issued by one thread of a block and counts as nothing."""
     for modifier in modifiers:
         if modifier in ("16816", "1688"):
             return 16.0 * 8 * int(modifier[3:])

@@ -41,7 +41,7 @@ class Worker:
         threading.Thread(target=self._drain, daemon=True).start()
 
     def ask(self, request: dict[str, Any]) -> Any:
-        """The answer to a request.
+        """Returns the answer to a request.
 
         Raises:
             RuntimeError: the process ended.
@@ -75,7 +75,7 @@ class Worker:
 
 @functools.cache
 def _fingerprint(catalogue: str) -> str:
-    kernels = (ROOT / "lozo_kernels" / "backends" / "triton").rglob("*")
+    kernels = (ROOT / "lozo_kernels" / "kernels" / "backends" / "triton").rglob("*")
     files = sorted(path for path in kernels if path.suffix in (".py", ".json"))
     spec = importlib.util.find_spec(catalogue)
     if spec is not None and spec.origin is not None:
@@ -84,7 +84,7 @@ def _fingerprint(catalogue: str) -> str:
 
 
 def list_jobs(catalogue: str, vendors: Iterable[str], cache: Cache) -> list[dict[str, Any]]:
-    """What a catalogue can compile: the fields of ``compiler.describe`` with "catalogue", "vendor" and "index"."""
+    """Lists what a catalogue can compile: the fields of ``compiler.describe`` with "catalogue", "vendor" and "index"."""
     worker: Worker | None = None
     jobs = []
     try:
@@ -102,7 +102,7 @@ def list_jobs(catalogue: str, vendors: Iterable[str], cache: Cache) -> list[dict
 
 
 def read_all(jobs: Sequence[dict[str, Any]], cache: Cache, processes: int, done: Callable[[], None]) -> list[Facts]:
-    """The facts of every job (of :func:`list_jobs`, with a "target"), compiled by so many processes.
+    """Reads the facts of every job (of :func:`list_jobs`, with a "target"), compiled by so many processes.
 
     Args:
         done: called after each.
@@ -118,19 +118,14 @@ def read_all(jobs: Sequence[dict[str, Any]], cache: Cache, processes: int, done:
 
     def serve() -> None:
         worker: Worker | None = None
-        while True:
-            try:
-                i = waiting.get_nowait()
-            except queue.Empty:
-                break
-            job = jobs[i]
+        while (i := _next(waiting)) is not None:
             worker = worker or Worker()
             try:
-                answers[i] = worker.ask({"do": "read"} | {k: job[k] for k in ("catalogue", "vendor", "index", "target")})
-                if answers[i]["broken"] is None:  # what failed may have failed for want of memory
-                    cache.put(_fingerprint(job["catalogue"]), _job_key(job), answers[i])
+                answers[i] = worker.ask({"do": "read"} | {k: jobs[i][k] for k in ("catalogue", "vendor", "index", "target")})
             except RuntimeError as error:
                 answers[i], worker = {"broken": str(error)}, None
+            if answers[i]["broken"] is None:  # what failed may have failed for want of memory
+                cache.put(_fingerprint(jobs[i]["catalogue"]), _job_key(jobs[i]), answers[i])
             done()
         if worker is not None:
             worker.close()
@@ -141,6 +136,13 @@ def read_all(jobs: Sequence[dict[str, Any]], cache: Cache, processes: int, done:
     for thread in threads:
         thread.join()
     return [Facts.from_json(answer) for answer in answers]
+
+
+def _next(waiting: queue.SimpleQueue[int]) -> int | None:
+    try:
+        return waiting.get_nowait()
+    except queue.Empty:
+        return None
 
 
 def _job_key(job: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lozo_kernels.bench.document import format_table
+from lozo_kernels.model.text_table import text_table
 
 from .model import memory_bound_instructions
 from .targets import TARGETS, Target
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def target_row(target: Target) -> dict[str, Any]:
-    """The figures that the roofline of a target was predicted from."""
+    """Returns the figures that the roofline of a target was predicted from."""
     return {
         "target": target.name,
         "device": target.device,
@@ -60,13 +60,13 @@ def target_row(target: Target) -> dict[str, Any]:
 
 
 def table(document: Mapping[str, Any]) -> str:
-    """Plain text."""
-    lines = format_table(_COLUMNS, [_cells(row) for row in document["rows"]], left=3)
+    """Formats the rows as plain text."""
+    lines = text_table([_COLUMNS, *(_cells(row) for row in document["rows"])], left=3)
     return "\n".join([_heading(document), "", lines, *_failures(document)])
 
 
 def markdown(document: Mapping[str, Any]) -> str:
-    """The same as Markdown."""
+    """Formats them as Markdown."""
     lines = [_heading(document), "", _line(_COLUMNS), _line(["---"] * 3 + ["--:"] * (len(_COLUMNS) - 4) + ["---"])]
     return "\n".join([*lines, *(_line(_cells(row)) for row in document["rows"]), *_failures(document)])
 
@@ -82,11 +82,11 @@ def _line(cells: Sequence[str]) -> str:
 def _heading(document: Mapping[str, Any]) -> str:
     found = document["versions"]
     lines = [f"triton {found['triton']}, commit {document['commit']}, {document['date']}"]
-    for t in document["targets"]:
-        lines.append(
-            f"{t['target']}: {t['device']} ({t['figures']}), memory bound below {t['memory_bound_instr_16_bit']:g} instructions "
-            f"an element of 16 bits, {t['memory_bound_instr_32_bit']:g} of 32"
-        )
+    lines += [
+        f"{t['target']}: {t['device']} ({t['figures']}), memory bound below {t['memory_bound_instr_16_bit']:g} instructions "
+        f"an element of 16 bits, {t['memory_bound_instr_32_bit']:g} of 32"
+        for t in document["targets"]
+    ]
     return "\n".join([*lines, *document["remarks"]])
 
 
@@ -103,7 +103,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def draw(document: Mapping[str, Any], path: Path, target: str, dtype: str) -> None:
-    """Instructions per element of every kernel that moves weights, beside its budget and what memory leaves time for.
+    """Draws the instructions per element of every kernel that moves weights, beside its budget and what memory leaves time for.
 
     Raises:
         ValueError: the result has no such row.

@@ -12,7 +12,7 @@ from .targets import TARGETS
 
 
 def elements_per_thread(job: Mapping[str, Any], facts: Facts) -> float:
-    """That were counted: of a full tile, or where its size is not known, of one trip of the main loop; 0 if there is none."""
+    """Returns how many elements of a thread were counted: a full tile, or one trip of the main loop where its size is unknown."""
     if job["tile_elements"] is not None:
         return float(job["tile_elements"] / job["threads"])
     return facts.loop_bytes / (job["stored_bytes"] or 1)

@@ -33,7 +33,7 @@ class Target:
 
     @property
     def lanes(self) -> int:
-        """Threads that an instruction works for."""
+        """The threads that an instruction works for."""
         return 32 if self.vendor == "nvidia" else 64
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from ..errors import InputError
 from ..kernels.registry import choose_backend
 from . import correctness, exactness, fits, host, memory, perturb, step
-from .arguments import Parser
+from .arguments import Parser, add_common, check_output
+from .document import publish, where
+from .environment import OtherLoad
 from .gate import GateError
 
 _MEASUREMENTS = {
@@ -41,7 +45,8 @@ def main(argv: Sequence[str]) -> int:
         if options.device.type == "cuda":
             torch.cuda.set_device(options.device)
         _check_backend(options.device)
-        return _MEASUREMENTS[options.measurement][0].run(options, argv)
+        check_output(options.output)
+        return _run(_MEASUREMENTS[options.measurement][0], options, argv)
     except InputError as e:
         message, code = f"error: {e}", 2
     except GateError as e:
@@ -50,6 +55,16 @@ def main(argv: Sequence[str]) -> int:
         message, code = "interrupted; no figures", 130
     print(f"{f'lozo-kernels bench {name}'.rstrip()}: {message}", file=sys.stderr)
     return code
+
+
+def _run(module: Any, options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Makes a measurement, prints it and writes its document. The measurement gets the document at its start and may add to it."""
+    document = where(options.device, argv)
+    others = OtherLoad()
+    found = module.measure(options, document)
+    document |= {"cpus_used_by_others": others.mean()} | found
+    publish(document, module.render, as_json=options.json, output=options.output)
+    return 1 if hasattr(module, "failed") and module.failed(document) else 0
 
 
 def _check_backend(device: torch.device) -> None:
@@ -64,5 +79,7 @@ def _parser() -> Parser:
     parser = Parser(prog="lozo-kernels bench", description=__doc__)
     commands = parser.add_subparsers(dest="measurement", required=True, metavar="{" + ",".join(_MEASUREMENTS) + "}")
     for name, (module, text) in _MEASUREMENTS.items():
-        module.add_arguments(commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}."))
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        add_common(command)
+        module.add_arguments(command)
     return parser

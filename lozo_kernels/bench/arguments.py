@@ -1,4 +1,4 @@
-"""Command lines of the measurements: one clear line for a wrong one."""
+"""The command lines of the measurements. A wrong one is answered by one clear line."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from ..errors import InputError
 from ..kernels.noise import MAX_RANK
 from ..kernels.table import DTYPES
+from .batches import LENGTH
 from .models import MODELS
 
 DTYPE_NAMES = {str(d).removeprefix("torch."): d for d in DTYPES}
@@ -21,44 +22,50 @@ class Parser(argparse.ArgumentParser):
     """Reports a wrong command line as an :class:`InputError`."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises instead of printing the usage and exiting."""
         raise InputError(message)
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """What every measurement takes."""
+    """Adds the options that every measurement takes."""
     parser.add_argument("--device", type=device, default=torch.device("cpu"), help="where to measure (default: cpu)")
     parser.add_argument("--threads", type=positive, help="threads of torch, which are this library's too (default: torch's choice)")
     parser.add_argument("--json", action="store_true", help="print the JSON document instead of a table")
     parser.add_argument("--output", metavar="FILE", help="also write the JSON document to FILE")
 
 
-def add_model(parser: argparse.ArgumentParser, methods: Collection[str], default: Sequence[str]) -> None:
-    """What measurements of whole steps take besides: ``default`` of the ``methods`` unless others are named."""
-    parser.add_argument("--model", type=model_name, default="opt-125m", help="architecture (default: opt-125m); needs transformers")
-    parser.add_argument("--dtype", type=several(dtype_name), default=["bfloat16", "float32"], help="default: bfloat16,float32")
-    parser.add_argument(
-        "--methods",
-        type=several(method_of(methods)),
-        default=list(default),
-        help=f"of {', '.join(methods)} (default: {','.join(default)})",
-    )
+def add_model(parser: argparse.ArgumentParser, methods: Collection[str], default: Sequence[str], model: str = "opt-125m") -> None:
+    """Adds the options of measurements of whole steps; ``default`` are the methods that are measured unless others are named."""
+    add_choice(parser, "model", MODELS, model, f"architecture (default: {model}); needs transformers")
+    add_choice(parser, "methods", methods, list(default))
     parser.add_argument("--rank", type=rank_number, default=4, help="default: 4")
+    parser.add_argument(
+        "--length", type=positive, default=LENGTH, help=f"most tokens of a sequence, which divide --tokens (default: {LENGTH})"
+    )
 
 
-def method_of(methods: Collection[str]) -> Callable[[str], str]:
-    """The name of one of these methods."""
+def add_choice(
+    parser: argparse.ArgumentParser, name: str, choices: Collection[str], default: str | list[str] | None, text: str | None = None
+) -> None:
+    """Adds ``--NAME``, which takes one of the choices, or several separated by commas where the default is not a single one."""
+    parse = one_of(name.partition("-")[0].removesuffix("s"), choices)
+    shown = default if isinstance(default, str) else ",".join(default or ())
+    help_text = text or f"of {', '.join(choices)} (default: {shown})"
+    parser.add_argument(f"--{name}", type=parse if isinstance(default, str) else several(parse), default=default, help=help_text)
+
+
+def one_of(what: str, names: Collection[str]) -> Callable[[str], str]:
+    """Makes a parser of one of these names. The message for any other word says that a ``what`` is one of them."""
 
     def parse(text: str) -> str:
-        if text not in methods:
-            raise argparse.ArgumentTypeError(f"method is one of {', '.join(methods)}, not {text!r}")
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{what} is one of {', '.join(names)}, not {text!r}")
         return text
 
     return parse
 
 
 def check_output(path: str | None) -> None:
-    """Fails before a long measurement, not after it, if its result cannot be written.
+    """Checks before a long measurement that its result can be written after it.
 
     Raises:
         InputError: the folder does not exist or cannot be written to.
@@ -75,7 +82,7 @@ def check_output(path: str | None) -> None:
 
 
 def device(text: str) -> torch.device:
-    """A device that is here."""
+    """Parses a device that this machine has."""
     try:
         found = torch.device(text)
         found = torch.empty(1, device=found).device  # with its index
@@ -87,7 +94,7 @@ def device(text: str) -> torch.device:
 
 
 def positive(text: str) -> int:
-    """An integer of at least 1."""
+    """Parses an integer of at least 1."""
     try:
         value = int(text)
     except ValueError:
@@ -98,37 +105,23 @@ def positive(text: str) -> int:
 
 
 def rank_number(text: str) -> int:
-    """A rank that the ops take."""
+    """Parses a rank that the ops take."""
     value = positive(text)
     if value > MAX_RANK:
         raise argparse.ArgumentTypeError(f"rank is 1 to {MAX_RANK}, not {value}")
     return value
 
 
-def dtype_name(text: str) -> str:
-    """The name of a weight dtype."""
-    if text not in DTYPE_NAMES:
-        raise argparse.ArgumentTypeError(f"dtype is one of {', '.join(DTYPE_NAMES)}, not {text!r}")
-    return text
-
-
 def shape_label(text: str) -> str:
-    """ "RxC"."""
+    """Parses a shape such as "8192x8192"."""
     parts = text.split("x")
     if len(parts) != 2 or not all(p.isdecimal() and int(p) > 0 for p in parts):
         raise argparse.ArgumentTypeError(f"a shape is rows x columns as in 8192x8192, not {text!r}")
     return "x".join(str(int(p)) for p in parts)
 
 
-def model_name(text: str) -> str:
-    """The name of a known architecture."""
-    if text not in MODELS:
-        raise argparse.ArgumentTypeError(f"model is one of {', '.join(MODELS)}, not {text!r}")
-    return text
-
-
 def several(item: Callable[[str], object]) -> Callable[[str], list]:
-    """A list of items, separated by commas, without repetitions."""
+    """Makes a parser of items separated by commas; repeated ones count once."""
 
     def parse(text: str) -> list:
         return list(dict.fromkeys(item(part.strip()) for part in text.split(",")))

@@ -1,8 +1,9 @@
-"""The batch of a measured step, and a closure that knows how much of a step was spent in it."""
+"""The batch of a measured step, and a closure that times itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -19,13 +20,13 @@ _IGNORED = -100
 
 
 class CausalBatch:
-    """Called with a model: its own language modelling loss on a fixed random batch.
+    """A fixed random batch. Called with a model, it returns the model's own language modelling loss.
 
     Args:
-        tokens: of the batch, in sequences of one length that divides it.
-        positions: the longest sequence of the model.
-        length: the most tokens of a sequence.
-        sequences: the least number of sequences, where the tokens can be divided so.
+        tokens: how many the batch has. All sequences have the same length, which divides this number.
+        positions: the longest sequence that the model takes.
+        length: the most tokens that a sequence may have.
+        sequences: the least number of sequences, where the tokens can be divided in that way.
     """
 
     def __init__(self, tokens: int, device: torch.device, positions: int, length: int = LENGTH, sequences: int = 1) -> None:
@@ -37,12 +38,12 @@ class CausalBatch:
         self.ids = torch.randint(4, 1000, (tokens // length, length), generator=generator).to(device)
 
     def __call__(self, model: nn.Module) -> Tensor:
-        """The mean over tokens, as the model computes it."""
+        """Returns the mean loss of a token, as the model computes it."""
         return model(input_ids=self.ids, labels=self.ids).loss
 
     @staticmethod
     def losses(model: nn.Module, ids: Tensor) -> Tensor:
-        """The mean over the tokens of each sequence: (sequences,), whose mean is the model's loss."""
+        """Returns the mean loss of each sequence, (sequences,); the mean of these is the model's loss."""
         logits = model(input_ids=ids).logits.float()
         labels = F.pad(ids[:, 1:], (0, 1), value=_IGNORED)
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=_IGNORED, reduction="none")
@@ -50,10 +51,11 @@ class CausalBatch:
 
 
 class TimedClosure:
-    """A closure that knows how much of a step was spent in it.
+    """A closure that measures which part of a step is spent in it.
 
     Args:
-        inputs: what a step gets besides, to call the closure with; None: it is called without.
+        forward: computes the loss.
+        inputs: examples, which the step hands to the closure in parts; None for a step without them.
     """
 
     def __init__(self, forward: Forward, clock: Clock | None = None, inputs: Tensor | None = None) -> None:
@@ -64,22 +66,20 @@ class TimedClosure:
         self._steps: list[tuple[tuple[Any, Any], list[tuple[Any, Any]]]] = []
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """The loss, or with inputs the losses."""
+        """Returns the loss, or the losses of the given examples."""
         start = self._clock.mark()
         loss = self._forward(*inputs)
         self._inside.append((start, self._clock.mark()))
         return loss
 
     def step(self, optimizer: ZerothOrderOptimizer) -> None:
-        """One step of an optimiser."""
+        """Takes a step of an optimiser."""
         self._inside = []
         start = self._clock.mark()
         optimizer.step(self, *self._inputs)
         self._steps.append(((start, self._clock.mark()), self._inside))
 
     def shares(self) -> list[float]:
-        """For every step so far, what it took on top of its own forward passes, as a fraction of them. Waits for the device."""
+        """Returns what every step so far took beyond its own forward passes, as a fraction of them. Waits for the device."""
         self._clock.wait()
-        return [
-            self._clock.seconds(*whole) / sum(self._clock.seconds(*span) for span in inside) - 1.0 for whole, inside in self._steps
-        ]
+        return [self._clock.seconds(*whole) / sum(starmap(self._clock.seconds, inside)) - 1.0 for whole, inside in self._steps]

@@ -1,176 +1,235 @@
-"""Random tables of awkward tensors in poisoned storage, and random arguments for every op: what correctness is checked on."""
+"""Cases of every op: a table of awkward tensors in poisoned storage, and the arguments of a call.
+
+All that holds one backend to another takes its cases from here: ``bench correctness``, the check before figures (``gate.py``),
+``lozo-kernels doctor``, the fuzzer and the tests.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels import noise, ops
+from ..kernels import noise, op_table, ops
 from ..kernels.calls import Draw, Rounding
+from ..kernels.op_table import Op
 from ..kernels.registry import Backend
 from ..kernels.table import DTYPES, TensorTable
 
-LOWRANK = ("lowrank_update_", "lowrank_momentum_", "resample_")
-DENSE = ("dense_update_", "dense_momentum_")
-RANKS = (4, 1, 16, 2, 64, 8, 3, 9, 32, 5, 17, 33)
-"""Those that matter most first, so that a check that runs out of time has seen them."""
+OPS = {**op_table.OPS, "resample_": Op("resample_", v=True, n="optional", draws=(0, 0), rounding=False)}
+"""The ops that have cases, by name: those of the table of ops, and ``resample_``."""
 
-_ODD = ((1, 5, 3), (1, 33, 129), (2, 17, 64), (1, 1, 70), (1, 64, 1), (3, 16, 40), (1, 0, 5), (1, 257, 72))
-_LARGE = ((1, 1040, 2048), (1, 24, 8))  # enough aligned elements for the launches that move 128 bits at a time
-_FEW_ROWS = ((1, 33, 129), (1, 64, 64))
-_SPECIAL = (0.0, -0.0, float("inf"), float("-inf"), float("nan"))
+UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+"""Half the distance from 1 to the next value: the relative error of rounding to nearest."""
+
+EXACT_MOMENTUM_RANK = 8
+"""Momentum products of higher ranks are bounded, not promised in bits."""
+
+_SPECIAL = (0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-40, -3e-45, 3e38, 65504.0, 6e-8, 1e-5)
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """A case before its random inputs are drawn.
+@dataclasses.dataclass
+class Case:
+    """A call of an op.
 
     Attributes:
-        layout: "odd" (all dtypes in one table, gaps, offsets), "large" (aligned, contiguous) or "tiny".
-        dtype: of all tensors; None for a mixture.
-        rank: 0 for dense ops.
-        draws, decay, stochastic: which arguments the op gets. For ``resample_``, ``decay`` says whether momentum is carried over.
+        table: the weights, with V and N where the op wants them.
+        call: the other arguments, except ``out`` and ``backend``.
+        out: the table that it writes to, for an op that can; None to write into ``table``.
     """
 
-    op: str
-    layout: str
-    dtype: torch.dtype | None
-    rank: int
-    draws: int
-    decay: bool
-    stochastic: bool
+    op: Op
+    table: TensorTable
+    call: dict[str, Any]
+    out: TensorTable | None = None
 
-    def __str__(self) -> str:
-        dtype = "mixed dtypes" if self.dtype is None else str(self.dtype).removeprefix("torch.")
-        flags = [f"{self.draws} draws", *(["decay"] if self.decay else []), *(["stochastic"] if self.stochastic else [])]
-        return f"{self.op} {self.layout} {dtype}" + (f" rank {self.rank}" if self.rank else "") + f", {', '.join(flags)}"
+    def on(self, device: torch.device | str = "cpu") -> Case:
+        """Copies the case to a device, on storage of its own with the same layout."""
+        call = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.call.items()}
+        return Case(self.op, copy_table(self.table, device), call, None if self.out is None else copy_table(self.out, device))
+
+    def run(self, backend: Backend | None) -> None:
+        """Makes the call."""
+        into = {} if self.out is None else {"out": self.out}
+        getattr(ops, self.op.name)(self.table, **self.call, **into, backend=backend)
 
 
-_KINDS = ((1, False, False), (2, True, True), (2, False, False), (1, True, False))
+class Compared(NamedTuple):
+    """A comparison of one tensor: how many values it has, how many are wrong, and a text that says which tensor and which value."""
+
+    values: int
+    wrong: int
+    text: str
 
 
-def plans(*, quick: bool) -> list[Plan]:
-    """All cases, the most important first; ``quick`` for a few small ones, and one large enough for 128-bit access of each op."""
-    if quick:
-        small = [
-            Plan(op, "tiny", dtype, rank if op in LOWRANK else 0, *_KINDS[i % 2])
-            for op in (*LOWRANK, *DENSE)
-            for i, (dtype, rank) in enumerate(((torch.bfloat16, 4), (None, 1), (torch.float32, 17)))
-        ]
-        ranks = {op: 4 if op in LOWRANK else 0 for op in (*LOWRANK, *DENSE)}
-        return small + [Plan(op, "large", torch.bfloat16, rank, *_KINDS[1]) for op, rank in ranks.items()]
-    found: list[Plan] = []
-    for i, rank in enumerate(RANKS):
-        for op in LOWRANK:
-            found += [Plan(op, "odd", None, rank, *_KINDS[k]) for k in (0, 1)]
-            # Every dtype takes a turn at every rank, with arguments that change from rank to rank.
-            found += [Plan(op, "large", dtype, rank, *_KINDS[(i + d) % len(_KINDS)]) for d, dtype in enumerate(DTYPES)]
-        if i == 0:
-            found += _dense_plans()
+def compare(got: Case, want: Case, *, every_bit: bool = False) -> list[Compared]:
+    """Compares all storage of two cases after their calls bit for bit, gaps included. Any NaN equals any other.
+
+    Args:
+        every_bit: also compare momentum products above rank :data:`EXACT_MOMENTUM_RANK` so. Otherwise they may differ by the
+            rounding of two summations.
+    """
+    found = []
+    bounded = want.op.name == "lowrank_momentum_" and want.table.rank > EXACT_MOMENTUM_RANK and not every_bit
+    for name in ("x", "n", "v", "out"):
+        theirs, ours = (case.out and case.out.x if name == "out" else getattr(case.table, name) for case in (got, want))
+        for t, (x, y) in enumerate(zip(theirs or (), ours or (), strict=True)):
+            a, b = storage_of(x), storage_of(y)
+            wrong = as_bits(a) != as_bits(b)
+            if name == "x" and bounded:
+                wrong.as_strided(y.shape, y.stride(), y.storage_offset()).copy_(~_near(x, want, t))
+            text = f"{name}[{t}] {tuple(y.shape)} {str(y.dtype).removeprefix('torch.')}, strides {y.stride()}"
+            if bool(wrong.any()):
+                at = int(wrong.nonzero()[0])
+                text += f": {int(wrong.sum())} of {wrong.numel()} values differ, the first {a[at].item()!r}, not {b[at].item()!r}"
+            found.append(Compared(wrong.numel(), int(wrong.sum()), text))
     return found
 
 
-def _dense_plans() -> Iterator[Plan]:
-    for op in DENSE:
-        for kind in _KINDS:
-            yield Plan(op, "odd", None, 0, *kind)
-            for dtype in DTYPES:
-                yield Plan(op, "large", dtype, 0, *kind)
+def _near(x: Tensor, want: Case, t: int) -> Tensor:
+    """Says which values differ from those of another case by at most the rounding of two summations of the product."""
+    table = want.table
+    assert table.v is not None and table.n is not None
+    y = table.x[t].double()
+    alpha = torch.as_tensor(want.call["alpha"], device=y.device).expand(len(table))[t]
+    sums = alpha.double().abs() * (table.n[t].double().abs() @ table.v[t].double().abs()) + y.abs()
+    bound = 2 * table.rank * 2.0**-23 * sums + 4 * UNIT[x.dtype] * y.abs() + 2.0**-23
+    return (x.double() - y).abs() <= bound
 
 
-class Case:
-    """Random inputs for a plan. Everything that is not addressed, gaps included, is NaN.
+def as_bits(t: Tensor) -> Tensor:
+    """Views a tensor as integers, in which every NaN is the same."""
+    t = torch.where(t.isnan(), torch.full_like(t, float("nan")), t)
+    return t.contiguous().view(torch.int32 if t.element_size() == 4 else torch.int16)
 
-    Attributes:
-        storages: what the weights lie in.
-        table: the weights.
+
+def storage_of(x: Tensor) -> Tensor:
+    """Returns the whole storage that a tensor lies in, as a flat tensor of its dtype."""
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())  # type: ignore[call-overload]
+
+
+def copy_table(table: TensorTable, device: torch.device | str = "cpu") -> TensorTable:
+    """Copies a table to storage of its own with the same layout, gaps included."""
+
+    def copied(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [storage_of(t).to(device, copy=True).as_strided(t.shape, t.stride(), t.storage_offset()) for t in tensors]
+
+    v, n = (None if tensors is None else copied(tensors) for tensors in (table.v, table.n))
+    return dataclasses.replace(table, x=copied(table.x), v=v, n=n, cache={}, checked=False)
+
+
+def strided(
+    rng: random.Random, shape: Sequence[int], dtype: torch.dtype, *, step: int = 1, size: float | None = None, special: float = 0.0
+) -> Tensor:
+    """Makes a random tensor (batch, rows, cols) in storage full of NaN, with gaps before it, between rows and between matrices.
+
+    Args:
+        step: gaps are multiples of this; kernels that move 128 bits at a time want 8.
+        size: standard deviation of the values; None for one at random.
+        special: the share of values that are infinite, NaN, zeros of both signs, very large or very small.
     """
+    batch, rows, cols = shape
+    row_stride = cols + step * rng.choice((0, 0, 1, 3, 8))
+    batch_stride = rows * row_stride + step * rng.choice((0, 0, 5))
+    lead = step * rng.choice((0, 0, 1, 2))
+    storage = torch.full((lead + batch * batch_stride + 64,), float("nan"), dtype=dtype)
+    values = torch.randn(tuple(shape)) * (10 ** rng.uniform(-3, 0.5) if size is None else size)
+    if special:
+        chosen = torch.rand(values.shape) < special
+        values[chosen] = torch.tensor(_SPECIAL)[torch.randint(len(_SPECIAL), (int(chosen.sum()),))]
+    return storage.as_strided(tuple(shape), (batch_stride, row_stride, 1), lead).copy_(values)
 
-    def __init__(self, plan: Plan, seed: int) -> None:
-        self.plan, self.seed = plan, seed
-        rng = random.Random(seed)
-        self._generator = torch.Generator().manual_seed(seed)
-        odd = plan.layout != "large"
-        shapes = {"odd": _ODD, "large": _LARGE, "tiny": _FEW_ROWS}[plan.layout]
-        self.storages: list[Tensor] = []
-        xs = [self._weights(shape, plan.dtype or rng.choice(DTYPES), rng if odd else None) for shape in shapes]
-        offsets = [rng.choice((0, 7, 1000)) if odd else 0 for _ in xs]
-        cols = [rng.choice((0, 5, 64)) if odd else 0 for _ in xs]
-        widths = [x.shape[2] + c + (rng.choice((0, 3)) if odd else 0) for x, c in zip(xs, cols, strict=True)]
-        momentum = plan.op.endswith("momentum_") or (plan.op == "resample_" and plan.decay)
-        vs = ns = None
-        if plan.rank:
-            vs = [noise.to_grid(self._normal(x.shape[0], plan.rank, x.shape[2])).half() for x in xs]
-        if momentum:
-            ns = [self._normal(*x.shape[:2], plan.rank or x.shape[2]) for x in xs]
-        self.table = TensorTable(
-            xs, [rng.getrandbits(32) for _ in xs], v=vs, n=ns, row_offsets=offsets, col_offsets=cols, global_cols=widths
-        )
-        self._arguments = self._draw_arguments(rng)
 
-    def _normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self._generator)
+def random_table(
+    rng: random.Random,
+    op: Op,
+    shapes: Sequence[Sequence[int]],
+    rank: int = 0,
+    *,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    n: bool = True,
+    step: int = 1,
+    size: float | None = None,
+    special: float = 0.0,
+) -> TensorTable:
+    """Makes weights for an op, some of them shards of larger ones, with V and N as the op takes them.
 
-    def _weights(self, shape: tuple[int, int, int], dtype: torch.dtype, rng: random.Random | None) -> Tensor:
-        batch, rows, cols = shape
-        row_gap, batch_gap, lead = (rng.choice((0, 1, 3, 8)), rng.choice((0, 5)), rng.choice((0, 1, 2))) if rng else (0, 0, 0)
-        row_stride = cols + row_gap
-        batch_stride = rows * row_stride + batch_gap
-        storage = torch.full((lead + batch * batch_stride + 64,), float("nan"), dtype=dtype)
-        x = torch.as_strided(storage, shape, (batch_stride, row_stride, 1), lead)
-        values = self._normal(*shape) * 0.1
-        if rng and self.plan.rank <= 8:  # beyond it momentum products are compared within a bound, which needs numbers
-            flat = values.view(-1)
-            flat[: len(_SPECIAL)] = torch.tensor(_SPECIAL)[: flat.numel()]
-        x.copy_(values)
-        self.storages.append(storage)
-        return x
+    Args:
+        shapes: (batch, rows, cols) of each. Where the tensors are factors, the rank takes the place of cols.
+        n: whether there is N, for an op that can do without.
+        step, size, special: as for :func:`strided`, and columns begin at multiples of ``step``.
+    """
+    if op.factors:
+        shapes, dtypes = [(batch, rows, rank) for batch, rows, _ in shapes], (torch.float32,)
+    xs = [strided(rng, shape, rng.choice(dtypes), step=step, size=size, special=special) for shape in shapes]
+    firsts = [step * rng.choice((0, 0, 5, 64)) for _ in xs]
+    vs = ns = None
+    if op.v:
+        vs = [noise.to_grid(torch.randn(x.shape[0], rank, x.shape[2])).half() for x in xs]
+    if op.n == "needed" or (op.n == "optional" and n):
+        ns = [torch.randn(*x.shape[:2], rank if op.v else x.shape[2]) for x in xs]
+    return TensorTable(
+        xs,
+        [rng.getrandbits(32) for _ in xs],
+        v=vs,
+        n=ns,
+        row_offsets=[rng.choice((0, 0, 7, 1 << 20)) for _ in xs],
+        col_offsets=firsts,
+        global_cols=[x.shape[2] + first + step * rng.choice((0, 0, 3)) for x, first in zip(xs, firsts, strict=True)],
+    )
 
-    def _draw_arguments(self, rng: random.Random) -> dict[str, Any]:
-        plan, count = self.plan, len(self.table)
-        seed = rng.getrandbits(64)
-        if plan.op == "resample_":
-            return {"seed": seed, "window": rng.getrandbits(28), "reproject": plan.decay}
-        draws = [Draw(rng.getrandbits(28), rng.getrandbits(8)) for _ in range(plan.draws)]
-        found: dict[str, Any] = {
-            "seed": seed,
-            "draws": draws,
-            "scales": 1e-2 * self._normal(plan.draws, count),
-            "decay": 1.0 - 1e-2 * self._normal(count).abs() if plan.decay else None,
-            "rounding": Rounding(rng.getrandbits(28), rng.getrandbits(4)) if plan.stochastic else None,
-        }
-        if plan.op.endswith("momentum_"):
-            found |= {"coefficients": self._normal(plan.draws, count), "alpha": 1e-2 * self._normal(count)}
-            found["beta"] = torch.rand(count, generator=self._generator)
-        return found
 
-    def on(self, device: torch.device) -> Case:
-        """The same case on another device, with storage of its own in the same layout."""
-        other = object.__new__(Case)
-        other.plan, other.seed = self.plan, self.seed
-        other.storages = [s.to(device, copy=True) for s in self.storages]
-        xs = [
-            torch.as_strided(s, x.shape, x.stride(), x.storage_offset()) for s, x in zip(other.storages, self.table.x, strict=True)
-        ]
+def random_call(
+    rng: random.Random,
+    op: Op,
+    count: int,
+    *,
+    draws: int | None = None,
+    decay: bool | None = None,
+    stochastic: bool | None = None,
+    reproject: bool = True,
+) -> dict[str, Any]:
+    """Makes arguments for a table of ``count`` tensors. What is None is chosen at random."""
+    call: dict[str, Any] = {"seed": rng.getrandbits(64)}
+    if op.name == "resample_":
+        return call | {"window": rng.getrandbits(28), "reproject": reproject}
+    draws = rng.randint(*op.draws) if draws is None else draws
+    call["draws"] = [Draw(rng.getrandbits(28), rng.choice((0, 0, 3, rng.getrandbits(24)))) for _ in range(draws)]
+    call["scales"] = torch.randn(draws, count) * 10 ** rng.uniform(-4, 0)
+    call["decay"] = 1 - 0.1 * torch.rand(count) if (rng.random() < 0.5 if decay is None else decay) else None
+    if op.rounding:
+        rounds = rng.random() < 0.5 if stochastic is None else stochastic
+        call["rounding"] = Rounding(rng.getrandbits(28), rng.getrandbits(24)) if rounds else None
+    if op.momentum:
+        call |= {"coefficients": torch.randn(draws, count), "alpha": 1e-2 * torch.randn(count), "beta": torch.rand(count)}
+    return call
 
-        def moved(tensors: Sequence[Tensor] | None) -> list[Tensor] | None:
-            return None if tensors is None else [t.to(device, copy=True) for t in tensors]
 
-        table = self.table
-        other.table = dataclasses.replace(table, x=xs, v=moved(table.v), n=moved(table.n), cache={})
-        other._arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self._arguments.items()}
-        return other
+def random_case(
+    rng: random.Random,
+    op: Op,
+    shapes: Sequence[Sequence[int]],
+    rank: int = 0,
+    *,
+    call: dict[str, Any] | None = None,
+    apart: bool = False,
+    step: int = 1,
+    **tensors: Any,
+) -> Case:
+    """Makes a case of an op.
 
-    def run(self, backend: Backend) -> None:
-        """The op on the table."""
-        getattr(ops, self.plan.op)(self.table, backend=backend, **self._arguments)
-
-    @property
-    def alpha(self) -> Tensor | None:
-        """The factor of the momentum product, (tensors,), if the op has one."""
-        return self._arguments.get("alpha")
+    Args:
+        call: arguments of :func:`random_call`; None to leave everything to chance.
+        apart: whether the op, if it can, writes into other memory, which is laid out in another way.
+        tensors: as for :func:`random_table`.
+    """
+    table = random_table(rng, op, shapes, rank, step=step, **tensors)
+    out = None
+    if op.out and apart:
+        outs = [strided(rng, x.shape, x.dtype, step=step) for x in table.x]
+        out = TensorTable([y.fill_(float("nan")) for y in outs], table.tensor_ids)
+    return Case(op, table, random_call(rng, op, len(table), **(call or {"reproject": table.n is not None})), out)

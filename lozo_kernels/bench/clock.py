@@ -1,4 +1,4 @@
-"""What times a call: the host's clock, or events in the stream of a GPU, which are read only after the round."""
+"""The clocks that time a call: that of the host, or events in a GPU's stream, which are read only after a round."""
 
 from __future__ import annotations
 
@@ -34,27 +34,25 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """``time.perf_counter``: right where a call returns when its work is done."""
+    """``time.perf_counter``, which is right where a call returns only when its work is done."""
 
     cold = "not made cold: the weights are larger than the caches unless noted"
 
     def prepare(self) -> None:
-        """Nothing to do."""
+        pass
 
     def mark(self) -> float:
-        """Seconds of the host's clock."""
         return time.perf_counter()
 
     def wait(self) -> None:
-        """Nothing is pending."""
+        pass
 
     def seconds(self, start: float, end: float) -> float:
-        """Their difference."""
         return end - start
 
 
 class EventClock:
-    """Events in the current stream of the current CUDA device: time as it sees it. The host runs ahead, as in a training loop.
+    """Events in the current stream of the current CUDA device. They tell its own time; the host runs ahead, as in training.
 
     Args:
         overwrite: a tensor on the device, larger than the L2, that is overwritten before each timed call; the device is then kept
@@ -75,30 +73,26 @@ class EventClock:
             )
 
     def prepare(self) -> None:
-        """Overwrites the buffer, in the stream: the start event comes after it."""
         if self._overwrite is not None:
-            self._overwrite.zero_()
+            self._overwrite.zero_()  # in the stream, so that the start event comes after it
             if self._on_gpu:
-                torch.cuda._sleep(_AHEAD_CYCLES)
+                torch.cuda._sleep(_AHEAD_CYCLES)  # noqa: SLF001 - there is no public call that keeps a device busy
 
     def mark(self) -> Any:
-        """An event, recorded."""
         self._last = self._make_event()
         self._last.record()
         return self._last
 
     def wait(self) -> None:
-        """Waits for the last event."""
         if self._last is not None:
             self._last.synchronize()
 
     def seconds(self, start: Any, end: Any) -> float:
-        """What the device says passed between two events."""
         return start.elapsed_time(end) / 1e3
 
 
 def clock_for(device: torch.device, *, cold: bool = False) -> Clock:
-    """The clock of a device.
+    """Returns the clock for a device.
 
     Args:
         cold: on a GPU, make the L2 cold before each timed call.

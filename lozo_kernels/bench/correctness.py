@@ -1,4 +1,4 @@
-"""``lozo-kernels bench correctness``: every backend of a device held to the CPU, bit for bit, on fresh random inputs."""
+"""``lozo-kernels bench correctness``: compares every backend of a device with the CPU, bit for bit, on fresh random inputs."""
 
 from __future__ import annotations
 
@@ -6,60 +6,122 @@ import argparse
 import random
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from ..errors import InputError
 from ..kernels import ops
 from ..kernels.calls import Draw
 from ..kernels.registry import Backend, backend_names, choose_backend
-from .arguments import add_common, check_output, positive, several
-from .cases import Case, plans
-from .document import first_line, format_table, progress, publish, where
-from .environment import OtherLoad
+from ..kernels.table import DTYPES
+from ..model.text_table import text_table
+from .arguments import positive, several
+from .cases import EXACT_MOMENTUM_RANK, OPS, Case, Op, compare, random_case
+from .document import first_line, progress
 
 Row = dict[str, Any]
 
-_EXACT_MOMENTUM_RANK = 8  # above it momentum products are bounded, not promised in bits
+RANKS = (4, 1, 16, 2, 64, 8, 3, 9, 32, 5, 17, 33)
+"""The ranks that matter most come first, so that a check that runs out of time has seen them."""
+
+_SHAPES = {
+    "odd": ((1, 5, 3), (1, 33, 129), (2, 17, 64), (1, 1, 70), (1, 64, 1), (3, 16, 40), (1, 0, 5), (1, 257, 72)),
+    "large": ((1, 1040, 2048), (1, 24, 8)),  # enough aligned elements for the launches that move 128 bits at a time
+    "tiny": ((1, 33, 129), (1, 64, 64)),
+}
 _MOST_FAILURES = 20  # that a document lists
 
 
+class Plan(NamedTuple):
+    """A case before its random inputs are drawn.
+
+    Attributes:
+        op: its name.
+        layout: of :data:`_SHAPES`: "odd" (gaps and offsets of any size), "large" (aligned) or "tiny".
+        dtype: of all tensors; None for a mixture.
+        rank: 0 for ops without one.
+        draws: how many. A merge with a draw writes into other memory.
+        decay: whether there is weight decay; for ``resample_``, whether momentum is carried over.
+        stochastic: whether weights are rounded stochastically.
+    """
+
+    op: str
+    layout: str
+    dtype: torch.dtype | None
+    rank: int
+    draws: int
+    decay: bool
+    stochastic: bool
+
+    def __str__(self) -> str:
+        dtype = "mixed dtypes" if self.dtype is None else str(self.dtype).removeprefix("torch.")
+        flags = [f"{self.draws} draws", *(["decay"] if self.decay else []), *(["stochastic"] if self.stochastic else [])]
+        return f"{self.op} {self.layout} {dtype}" + (f" rank {self.rank}" if self.rank else "") + f", {', '.join(flags)}"
+
+    def case(self, seed: int) -> Case:
+        """Draws the case of a seed, on the CPU. The state of torch's generators stays as it is."""
+        call = {"draws": self.draws, "decay": self.decay, "stochastic": self.stochastic, "reproject": self.decay}
+        wide = OPS[self.op].momentum and self.rank > EXACT_MOMENTUM_RANK  # compared within a bound, which needs numbers
+        tensors: dict[str, Any] = {"n": self.decay, "size": 0.1, "special": 0.0 if wide else 1e-3}
+        tensors |= {"dtypes": DTYPES if self.dtype is None else (self.dtype,), "step": 8 if self.layout == "large" else 1}
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)
+            shapes, rng = _SHAPES[self.layout], random.Random(seed)
+            return random_case(rng, OPS[self.op], shapes, self.rank, call=call, apart=self.draws > 0, **tensors)
+
+
+def plans(*, quick: bool) -> list[Plan]:
+    """Lists all cases, the most important first; with ``quick`` a few small ones, and for each op one that fast kernels take."""
+    if quick:
+        kinds = ((torch.bfloat16, 4), (None, 1), (torch.float32, 17))
+        small = [_plan(op, "tiny", dtype, rank, i) for op in OPS.values() for i, (dtype, rank) in enumerate(kinds)]
+        return list(dict.fromkeys([*small, *(_plan(op, "large", torch.bfloat16, 4, 1) for op in OPS.values())]))
+    found: list[Plan] = []
+    for i, rank in enumerate(RANKS):
+        for op in OPS.values():
+            if op.along_rows:
+                found += [_plan(op, "odd", None, rank, kind) for kind in (0, 1)]
+                # Every dtype takes a turn at every rank, with arguments that change from rank to rank.
+                found += [_plan(op, "large", dtype, rank, i + d) for d, dtype in enumerate(DTYPES)]
+            elif i == 0:
+                found += [_plan(op, "odd", None, 0, kind) for kind in range(4)]
+                found += [_plan(op, "large", dtype, 0, kind) for kind in range(4) for dtype in DTYPES]
+    return list(dict.fromkeys(found))
+
+
+def _plan(op: Op, layout: str, dtype: torch.dtype | None, rank: int, kind: int) -> Plan:
+    """Plans a case with one of four kinds of arguments, as far as the op takes them."""
+    most, decay, stochastic = ((False, False, False), (True, True, True), (True, False, False), (False, True, False))[kind % 4]
+    dtype, rank = torch.float32 if op.factors else dtype, rank if op.along_rows else 0
+    return Plan(op.name, layout, dtype, rank, op.draws[most], decay, stochastic and op.rounding)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this measurement."""
-    add_common(parser)
+    """Adds the options of this measurement."""
     parser.add_argument("--quick", action="store_true", help="a few small cases")
     parser.add_argument("--backends", type=several(str), help="only these, also such as serve the device only when asked")
     parser.add_argument("--seconds", type=positive, help="begin no further case after so long (default: all cases)")
     parser.add_argument("--seed", type=int, help="of the inputs (default: fresh)")
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Checks and prints.
-
-    Returns:
-        0, or 1 if a bit differs or an op fails.
-
-    Raises:
-        InputError: the result cannot be written.
-    """
-    check_output(options.output)
-    document = where(options.device, argv)
-    others = OtherLoad()
+def measure(options: argparse.Namespace, document: Row) -> Row:
+    """Counts the values that differ from those of the CPU."""
     truth = cpu_backend()
     seed = random.SystemRandom().getrandbits(32) if options.seed is None else options.seed
     backends, not_run = candidates(options.device, truth, options.backends)
-    rows, failures, done, total = compare(backends, truth, options.device, seed, options.quick, options.seconds)
+    rows, failures, done, total = hold(backends, truth, options.device, seed, quick=options.quick, seconds=options.seconds)
     document |= {"truth": f"{truth.name} on cpu", "seed": seed, "cases_done": done, "cases": total, "backends_not_run": not_run}
-    document["cpus_used_by_others"] = others.mean()
-    document |= {"targets": [], "rows": rows, "failures": failures[:_MOST_FAILURES]}
-    publish(document, render, as_json=options.json, output=options.output)
-    return 1 if failures else 0
+    return {"rows": rows, "failures": failures[:_MOST_FAILURES]}
+
+
+def failed(document: Row) -> bool:
+    """Whether a bit differs or an op fails."""
+    return bool(document["failures"])
 
 
 def cpu_backend() -> Backend:
-    """What others are held to: the native backend, or plain PyTorch where it was not built."""
+    """Returns the backend that others are compared with: the native one, or plain PyTorch where that was not built."""
     try:
         return choose_backend("cpu", "native").backend
     except RuntimeError:
@@ -67,10 +129,11 @@ def cpu_backend() -> Backend:
 
 
 def candidates(device: torch.device, truth: Backend, names: Sequence[str] | None = None) -> tuple[list[Backend], dict[str, str]]:
-    """The backends that serve a device, less the truth itself, and why the others are not checked.
+    """Finds the backends of a device that are to be checked, and says why others are not.
 
     Args:
-        names: those asked for; None for all that serve without being asked.
+        truth: the backend that others are compared with, which is not checked on the CPU.
+        names: the backends that were asked for; None for all that serve the device without being asked for.
 
     Raises:
         InputError: there is no backend of that name.
@@ -96,107 +159,74 @@ def candidates(device: torch.device, truth: Backend, names: Sequence[str] | None
     return found, not_run
 
 
-def compare(
-    backends: Sequence[Backend], truth: Backend, device: torch.device, seed: int, quick: bool, seconds: float | None
+def hold(
+    backends: Sequence[Backend], truth: Backend, device: torch.device, seed: int, *, quick: bool, seconds: float | None = None
 ) -> tuple[list[Row], list[str], int, int]:
-    """A row for each backend and op, the failures in words, how many cases were checked, and how many there are."""
+    """Compares backends with ``truth`` on the CPU.
+
+    Returns:
+        A row for each backend and op, the failures in words, how many cases were checked, and how many there are.
+    """
     tally: dict[tuple[str, str], Row] = {}
     failures: list[str] = []
-    chosen = plans(quick=quick)
-    end = None if seconds is None else time.monotonic() + seconds
-    done = 0
+
+    def note(backend: Backend, op: str, what: str, counts: Row) -> None:
+        empty = {"backend": backend.name, "op": op, "cases": 0, "values": 0, "wrong": 0, "errors": 0}
+        row = tally.setdefault((backend.name, op), empty)
+        for key, count in ({"cases": 1} | counts).items():
+            if key != "text":
+                row[key] += count
+        if counts.get("wrong") or counts.get("errors"):
+            failures.append(f"{backend.name} {what}: {counts['text']}")
+            progress(failures[-1])
+
+    chosen, end, done = plans(quick=quick), None if seconds is None else time.monotonic() + seconds, 0
     for i, plan in enumerate(chosen):
         if end is not None and time.monotonic() > end:
             break
         done += 1
-        case = Case(plan, seed + i)
-        want = case.on(torch.device("cpu"))
+        case = plan.case(seed + i)
+        want = case.on()
         want.run(truth)
         for backend in backends:
-            key = (backend.name, plan.op.rstrip("_"))
-            row = tally.setdefault(key, {"backend": key[0], "op": key[1], "cases": 0, "values": 0, "wrong": 0, "errors": 0})
-            row["cases"] += 1
-            got = case.on(device)
-            try:
-                got.run(backend)
-                values, wrong = count_wrong(got.on(torch.device("cpu")), want)
-            except Exception as e:  # an op that cannot run is as wrong as one that gives other bits
-                row["errors"] += 1
-                failures.append(f"{backend.name} {plan}, seed {case.seed}: {type(e).__name__}: {first_line(e)}")
-                progress(failures[-1])
-                continue
-            row["values"] += values
-            row["wrong"] += wrong
-            if wrong:
-                failures.append(f"{backend.name} {plan}, seed {case.seed}: {wrong} of {values} values differ")
-                progress(failures[-1])
+            note(backend, plan.op.rstrip("_"), f"{plan}, seed {seed + i}", _differences(backend, case.on(device), want))
     for backend in backends:
-        row, wrong_factors = check_factors(backend, truth, device, seed)
-        tally[(backend.name, "factor")] = row
-        failures += wrong_factors
+        for i, (stream, rank) in enumerate((("U", 4), ("V", 1), ("S", 17), ("U", 64))):
+            found = _wrong_factor(backend, truth, device, seed + i, stream, rank)
+            note(backend, "factor", f"factor {stream} rank {rank}, seed {seed + i}", found)
     return list(tally.values()), failures, done, len(chosen)
 
 
-def check_factors(backend: Backend, truth: Backend, device: torch.device, seed: int) -> tuple[Row, list[str]]:
-    """U, V and S on their own."""
-    row: Row = {"backend": backend.name, "op": "factor", "cases": 0, "values": 0, "wrong": 0, "errors": 0}
-    failures = []
-    for i, (stream, rank) in enumerate((("U", 4), ("V", 1), ("S", 17), ("U", 64))):
-        arguments: dict[str, Any] = {"stream": stream, "row_offset": 3 * i}
-        position = (seed + i, 133, rank, 12345 + i, Draw(i, i))
-        want = ops.factor(*position, backend=truth, **arguments)
-        row["cases"] += 1
-        try:
-            got = ops.factor(*position, device=device, backend=backend, **arguments).cpu()
-        except Exception as e:
-            row["errors"] += 1
-            failures.append(f"{backend.name} factor {stream} rank {rank}: {type(e).__name__}: {first_line(e)}")
-            continue
-        row["values"] += want.numel()
-        wrong = int((got != want).sum())
-        row["wrong"] += wrong
-        if wrong:
-            failures.append(f"{backend.name} factor {stream} rank {rank}, seed {seed + i}: {wrong} values differ")
-    return row, failures
+def _differences(backend: Backend, case: Case, want: Case) -> Row:
+    """Runs and compares a case; returns its counts, and in words what is wrong."""
+    try:
+        case.run(backend)
+        found = compare(case.on(), want)
+    except Exception as e:  # an op that cannot run is as wrong as one that gives other bits
+        return {"errors": 1, "text": f"{type(e).__name__}: {first_line(e)}"}
+    wrong = [c for c in found if c.wrong]
+    text = "; ".join(c.text for c in wrong[:2])
+    return {"values": sum(c.values for c in found), "wrong": sum(c.wrong for c in wrong), "text": text}
 
 
-def count_wrong(got: Case, want: Case) -> tuple[int, int]:
-    """How many values were compared - all storage, V and the momentum - and how many of them differ."""
-    bounded = want.plan.op == "lowrank_momentum_" and want.plan.rank > _EXACT_MOMENTUM_RANK
-    pairs = [*zip(got.table.v or (), want.table.v or (), strict=True), *zip(got.table.n or (), want.table.n or (), strict=True)]
-    wrong = sum(int((_bits(g) != _bits(w)).sum()) for g, w in pairs)
-    values = sum(w.numel() for _, w in pairs)
-    for t, (g, w) in enumerate(zip(got.storages, want.storages, strict=True)):
-        values += w.numel()
-        wrong += _outside(got, want, t) if bounded else int((_bits(g) != _bits(w)).sum())
-    return values, wrong
+def _wrong_factor(backend: Backend, truth: Backend, device: torch.device, seed: int, stream: str, rank: int) -> Row:
+    """Does the same for U, V or S on its own."""
 
+    def make(by: Backend, where: torch.device | str) -> torch.Tensor:
+        return ops.factor(seed, 133, rank, 12345, Draw(rank, rank), stream=stream, row_offset=rank, device=where, backend=by).cpu()
 
-def _bits(t: Tensor) -> Tensor:
-    """Bits, with every NaN made the same."""
-    t = torch.where(t.isnan(), torch.full_like(t, float("nan")), t)
-    return t.contiguous().view(torch.int32 if t.element_size() == 4 else torch.int16)
-
-
-def _outside(got: Case, want: Case, t: int) -> int:
-    """How many values of a tensor differ by more than two summations of its momentum product may, or lie in a gap and changed."""
-    table = want.table
-    assert table.v is not None and table.n is not None and want.alpha is not None
-    x, y = table.x[t].double(), got.table.x[t].double()
-    sums = want.alpha[t].abs().double() * (table.n[t].abs().double() @ table.v[t].abs().double()) + x.abs()
-    unit = torch.finfo(table.x[t].dtype).eps
-    bound = 2 * table.rank * 2.0**-23 * sums + 2 * unit * x.abs() + 2.0**-23
-    gaps = int((got.storages[t].isnan() != want.storages[t].isnan()).sum())
-    return gaps + int((~((x - y).abs() <= bound)).sum())
+    want = make(truth, "cpu")
+    try:
+        wrong = int((make(backend, device) != want).sum())
+    except Exception as e:
+        return {"errors": 1, "text": f"{type(e).__name__}: {first_line(e)}"}
+    return {"values": want.numel(), "wrong": wrong, "text": f"{wrong} of {want.numel()} values differ"}
 
 
 def render(document: Row) -> str:
-    """The rows and the failures as text."""
+    """Formats the rows and the failures as text."""
     header = ("backend", "op", "cases", "values", "wrong", "errors")
-    lines = [
-        (r["backend"], r["op"], str(r["cases"]), str(r["values"]), str(r["wrong"]), str(r["errors"])) for r in document["rows"]
-    ]
-    text = [format_table(header, lines, left=2)]
+    text = [text_table([header, *([str(row[key]) for key in header] for row in document["rows"])], left=2)]
     text.append(f"\n{document['cases_done']} of {document['cases']} cases against {document['truth']}, seed {document['seed']}")
     text += [f"not checked: {name}: {reason}" for name, reason in document["backends_not_run"].items()]
     return "\n".join([*text, *document["failures"]])

@@ -1,4 +1,4 @@
-"""Results as a JSON document and as a plain table."""
+"""Results as JSON documents and as plain tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _QUIET = 0.1  # CPUs that others may use without a warning
 
 
 def where(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
-    """Where and how a measurement is made: :func:`~lozo_kernels.environment.environment`, and what a GPU is."""
+    """Describes where a measurement is made: :func:`~lozo_kernels.bench.environment.environment`, and the data of a GPU."""
     found = environment(device, argv)
     if device.type == "cuda":
         p = torch.cuda.get_device_properties(device)
@@ -31,7 +31,7 @@ def where(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line of limited length."""
+    """Returns what an error says, in one line of limited length."""
     lines = str(error).strip().splitlines() or [""]
     return lines[0][:200]
 
@@ -40,18 +40,18 @@ def publish(document: dict[str, Any], render: Callable[[dict[str, Any]], str], *
     """Prints the document, or the table that ``render`` makes of it, and writes the document to a file if one is named."""
     text = dumps(document)
     if output is not None:
-        Path(output).write_text(text + "\n")
+        Path(output).write_text(text + "\n", encoding="utf-8")
     print(text if as_json else f"{heading(document)}\n\n{render(document)}")
 
 
 def save_partial(document: dict[str, Any], output: str | None, **parts: Any) -> None:
-    """Writes what there is so far, marked as such, for a measurement that may be stopped."""
+    """Writes what was measured so far, marked as incomplete, because a measurement may be stopped."""
     if output is not None:
-        Path(output).write_text(dumps(document | {"complete": False} | parts) + "\n")
+        Path(output).write_text(dumps(document | {"complete": False} | parts) + "\n", encoding="utf-8")
 
 
 def dumps(document: dict[str, Any]) -> str:
-    """JSON with one line for each row, so that two results differ in the lines that differ."""
+    """Formats JSON with one line for each row, so that two results differ only in the lines of rows that differ."""
     lines = []
     for key, value in document.items():
         if isinstance(value, list) and value:
@@ -63,7 +63,7 @@ def dumps(document: dict[str, Any]) -> str:
 
 
 def heading(document: dict[str, Any]) -> str:
-    """Where the figures come from, and a warning if the machine was busy with other things."""
+    """Says where the figures come from, and warns if the machine was busy with other things."""
     versions = document["versions"]
     isa = f", {document['isa']}" if document["isa"] else ""
     text = (
@@ -76,18 +76,11 @@ def heading(document: dict[str, Any]) -> str:
     return text
 
 
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> str:
-    """Columns of text, the first ``left`` of them aligned to the left and the others, which are figures, to the right."""
-    cells = [list(header), *map(list, rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    )
+def gb(size: int) -> float:
+    """Converts bytes to units of 10^9 bytes."""
+    return round(size / 1e9, 2)
 
 
 def progress(text: str) -> None:
-    """A line for someone who waits; stdout stays for results."""
+    """Prints a line for someone who waits, on stderr, because stdout is for results."""
     print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What whole steps are measured of: this library's methods, each with its placements, and the published code of each method."""
+"""The methods whose steps are measured: those of this library with their placements, and the published code of each."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ..model.probe import ProbeHandle
 from ..optim.optimizer import LOZO, MeZO, ZerothOrderOptimizer
-from .arguments import several
+from .arguments import add_choice
 from .published import PublishedStep
 
 EPS, LR, BETA, INTERVAL = 1e-3, 1e-7, 0.9, 50
@@ -44,18 +43,19 @@ class Entrant:
 
     @property
     def probing(self) -> bool:
-        """Its weights are only read."""
+        """Whether its weights are only read."""
         return self.placement != "inplace"
 
     @property
     def batched(self) -> bool:
-        """Its evaluations share a forward pass."""
+        """Whether its evaluations share a forward pass."""
         return self.placement == "batched"
 
     @property
     def sensible(self) -> bool:
-        """There is such a thing: published code moves weights, fused steps save a pass that a probe does not make, and dense noise
-        has no factors, so that only the weight side is left, which gains nothing from a shared forward pass."""
+        """Whether the method makes sense in the placement. Published code moves weights. Fused steps save a pass
+        that a probe does not make. Dense noise has no factors, so that a probe has only the weight side, which gains nothing from a
+        shared forward pass."""
         if not self.probing:
             return True
         if self.method.startswith("published ") or self.method == "lozo-fused":
@@ -64,29 +64,18 @@ class Entrant:
 
 
 def entrants(methods: Sequence[str], placements: Sequence[str]) -> list[Entrant]:
-    """Every method in every placement that makes sense for it."""
+    """Lists every method in every placement that makes sense for it."""
     return [e for m in methods for e in (Entrant(m, p) for p in placements) if e.sensible]
 
 
 def add_placement(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
-    """The placements to measure."""
-    parser.add_argument(
-        "--placement",
-        type=several(placement_name),
-        default=list(default),
-        help=f"of {', '.join(PLACEMENTS)}, where they make sense for a method (default: {','.join(default)})",
-    )
-
-
-def placement_name(text: str) -> str:
-    """The name of a placement."""
-    if text not in PLACEMENTS:
-        raise argparse.ArgumentTypeError(f"placement is one of {', '.join(PLACEMENTS)}, not {text!r}")
-    return text
+    """Adds the option for the placements to measure."""
+    text = f"of {', '.join(PLACEMENTS)}, where they make sense for a method (default: {','.join(default)})"
+    add_choice(parser, "placement", PLACEMENTS, list(default), text)
 
 
 def make_optimizer(method: str, model: nn.Module, rank: int, placement: str = "inplace") -> ZerothOrderOptimizer:
-    """This library's optimiser of a method."""
+    """Makes this library's optimiser for a method."""
     momentum = BETA if method in _MOMENTUM else 0.0
     placed = PLACEMENTS[placement]
     if method.startswith("mezo"):
@@ -104,7 +93,7 @@ def make_optimizer(method: str, model: nn.Module, rank: int, placement: str = "i
 
 
 def make_published(method: str, model: nn.Module, rank: int) -> PublishedStep:
-    """The published code of a method."""
+    """Makes the published code of a method."""
     return PublishedStep(
         model,
         low_rank=not method.startswith("mezo"),
@@ -119,8 +108,9 @@ def make_published(method: str, model: nn.Module, rank: int) -> PublishedStep:
 
 
 def treatment(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
-    """For a row's details: how many parameters a probe has on each side, and what its check found; nothing without a probe."""
+    """Describes a probe: how many parameters it has on each side, and what its check found. Empty without one."""
     handle = optimizer.handle
-    if not isinstance(handle, ProbeHandle):
+    if handle.moves_weights:
         return {}
-    return {"sides": dict(collections.Counter(str(m.side) for m in handle.members)), "notes": list(handle.notes)}
+    sides = collections.Counter(p.side for p in handle.report().parameters if p.side is not None)
+    return {"sides": dict(sides), "notes": list(handle.notes)}

@@ -1,4 +1,4 @@
-"""Where and how a measurement was made: it goes into every result."""
+"""Where and how a measurement was made, which is a part of every result."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ PACKAGES = ("torch", "triton", "numpy", "transformers", "tokenizers", "safetenso
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def environment(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
-    """Device, CPU, threads, instruction set, backend, versions, commit, command line and date.
+def environment(device: torch.device, argv: Sequence[str], *, program: Sequence[str] = ("lozo-kernels", "bench")) -> dict[str, Any]:
+    """Describes device, CPU, threads, instruction set, backend, versions, commit, command line and date.
 
     Args:
-        argv: arguments of ``lozo-kernels bench``.
+        argv: arguments of the program that measures.
+        program: the words that start it.
     """
     backend = choose_backend(device).backend
     return {
@@ -41,30 +42,24 @@ def environment(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
         "versions": versions(),
         "system": f"{platform.system()} {platform.machine()}",
         "commit": commit(),
-        "command": shlex.join(["lozo-kernels", "bench", *argv]),
+        "command": shlex.join([*program, *argv]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of this package and of those it can use; None for what is not installed."""
-    found: dict[str, str | None] = {"lozo_kernels": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    """Returns the versions of this package and of those that it can use; None for one that is not installed."""
+    return {"lozo_kernels": __version__, "python": platform.python_version()} | {name: _installed(name) for name in PACKAGES}
 
 
 class OtherLoad:
-    """How many CPUs processes other than this one use from when this is made."""
+    """Measures how many CPUs other processes use from the moment that this is made."""
 
     def __init__(self) -> None:
         self._start = self._read()
 
     def mean(self) -> float | None:
-        """Their number on average, None where the system does not tell."""
+        """Returns their number on average, or None where the system does not tell."""
         if self._start is None:
             return None
         now = self._read()
@@ -74,9 +69,9 @@ class OtherLoad:
 
     @staticmethod
     def _read() -> tuple[float, float, float] | None:
-        """CPU seconds of the machine, those of this process and its children, and the time."""
+        """Reads the CPU seconds of the machine, those of this process and its children, and the time."""
         try:
-            fields = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+            fields = [int(n) for n in Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:]]
         except OSError:
             return None
         own = os.times()
@@ -87,9 +82,9 @@ class OtherLoad:
 
 
 def cpu_name() -> str:
-    """The CPU's own name for itself."""
+    """Returns the model name of the CPU."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except OSError:
@@ -98,10 +93,10 @@ def cpu_name() -> str:
 
 
 def last_level_cache() -> int | None:
-    """Bytes of the largest cache that the first CPU sees, None where the system does not say."""
+    """Returns the bytes of the largest cache of the first CPU, or None where the system does not say."""
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
+        text = path.read_text(encoding="utf-8").strip()
         if text.endswith("K"):
             sizes.append(int(text[:-1]) << 10)
         elif text.endswith("M"):
@@ -110,7 +105,7 @@ def last_level_cache() -> int | None:
 
 
 def commit() -> str | None:
-    """The commit that the package was run from, with "+changes" if its sources differ; None outside its repository."""
+    """Returns the commit that the package was run from, with "+changes" if its sources differ, or None outside its repository."""
     root = _PACKAGE.parent
     try:
         _git(root, "ls-files", "--error-unmatch", f"{_PACKAGE.name}/__init__.py")
@@ -122,3 +117,10 @@ def commit() -> str | None:
 
 def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

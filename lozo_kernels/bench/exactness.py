@@ -1,4 +1,4 @@
-"""``lozo-kernels bench exactness``: whether U V^T is the exact sum, whatever order matrix units add in.
+"""``lozo-kernels bench exactness``: checks that U V^T is the exact sum in whatever order matrix units add.
 
 U and V are multiples of 2**-8, so U V^T is an integer times 2**-16, and fp32 holds integers up to 2**24. Each product is compared
 with the integer sum: through ``torch.mm`` of fp16 with fp32 sums (matrix units), and as the kernels of the device add it to zeros.
@@ -7,7 +7,6 @@ with the integer sum: through ``torch.mm`` of fp16 with fp32 sums (matrix units)
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,9 +17,9 @@ from ..kernels.calls import Draw
 from ..kernels.noise import MAX_RANK
 from ..kernels.registry import Backend, choose_backend
 from ..kernels.table import TensorTable
-from .arguments import add_common, check_output, positive, rank_number, several
-from .document import first_line, format_table, publish, where
-from .environment import OtherLoad
+from ..model.text_table import text_table
+from .arguments import positive, rank_number, several
+from .document import first_line
 
 Row = dict[str, Any]
 
@@ -31,8 +30,7 @@ _KERNEL_RANKS = (1, 2, 3, 4, 5, 8, 15, 16, 17, 32, 33, 48, 64)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this measurement."""
-    add_common(parser)
+    """Adds the options of this measurement."""
     parser.add_argument("--size", type=positive, default=1024, help="rows and columns of a product (default: 1024)")
     parser.add_argument("--draws", type=positive, default=16, help="products a rank (default: 16)")
     parser.add_argument("--rank", type=several(rank_number), default=list(range(1, MAX_RANK + 1)), help="default: 1 to 64")
@@ -45,34 +43,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Counts and prints.
-
-    Returns:
-        0, or 1 if a sum within 2**24 is not exact.
-
-    Raises:
-        InputError: the result cannot be written.
-    """
-    check_output(options.output)
-    document = where(options.device, argv)
-    others = OtherLoad()
+def measure(options: argparse.Namespace, document: Row) -> Row:
+    """Counts the sums that are not exact."""
     backend = choose_backend(options.device).backend
     missing = mm_missing(options.device)
+    document["mm_not_run"] = missing
     rows = []
     for rank in options.rank:
         kernels = backend if rank in options.kernel_rank else None
         rows.append(count(rank, options.size, options.draws, options.device, kernels, missing is None))
         if rank * (_GREATEST * 256) ** 2 <= _LIMIT and missing is None:
             rows.append(extremes(rank, options.size, options.device))
-    document["cpus_used_by_others"] = others.mean()
-    document |= {"mm_not_run": missing, "greatest_sum": max(row["greatest_sum"] for row in rows), "targets": [], "rows": rows}
-    publish(document, render, as_json=options.json, output=options.output)
-    return 1 if any(row["mm_wrong"] or row["kernel_wrong"] for row in rows) else 0
+    return {"greatest_sum": max(row["greatest_sum"] for row in rows), "rows": rows}
+
+
+def failed(document: Row) -> bool:
+    """Whether a sum within 2**24 is not exact."""
+    return any(row["mm_wrong"] or row["kernel_wrong"] for row in document["rows"])
 
 
 def mm_missing(device: torch.device) -> str | None:
-    """Why torch cannot multiply fp16 into fp32 on a device, or None if it can."""
+    """Returns why torch cannot multiply fp16 into fp32 on a device, or None if it can."""
     try:
         mm(torch.zeros(16, 16, dtype=torch.float16, device=device), torch.zeros(16, 16, dtype=torch.float16, device=device))
     except (RuntimeError, TypeError, NotImplementedError) as e:
@@ -81,17 +72,17 @@ def mm_missing(device: torch.device) -> str | None:
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
-    """The product of fp16 matrices, summed and returned in fp32."""
+    """Multiplies fp16 matrices; the sums and the result are fp32."""
     return torch.mm(a, b, out_dtype=torch.float32)
 
 
 def count(rank: int, size: int, draws: int, device: torch.device, backend: Backend | None, with_mm: bool) -> Row:
-    """Inexact sums of a rank over fresh draws, of U V^T as the noise makes it.
+    """Counts the inexact sums of a rank over fresh draws of U and V.
 
     ``beyond`` counts sums of more than 2**24, which nothing promises; they are not in the other counts.
 
     Args:
-        backend: whose kernels to look at; None for none.
+        backend: whose kernels are checked too; None for none.
     """
     row: Row = {"rank": rank, "values": "noise", "sums": 0, "greatest_sum": 0, "beyond": 0}
     row |= {"mm_wrong": 0 if with_mm else None, "kernel_wrong": None if backend is None else 0}
@@ -109,7 +100,7 @@ def count(rank: int, size: int, draws: int, device: torch.device, backend: Backe
 
 
 def extremes(rank: int, size: int, device: torch.device) -> Row:
-    """The worst that the noise could ever be: every value the greatest, signs at random. Through ``torch.mm`` only."""
+    """Counts them for the worst that the noise could be: every value the greatest, with random signs. Checks ``torch.mm`` only."""
     row: Row = {"rank": rank, "values": "extremes", "sums": 0, "greatest_sum": 0, "beyond": 0, "mm_wrong": 0, "kernel_wrong": None}
     generator = torch.Generator().manual_seed(rank)
     u, v = (
@@ -121,7 +112,7 @@ def extremes(rank: int, size: int, device: torch.device) -> Row:
 
 
 def integer_sums(u: Tensor, v: Tensor) -> Tensor:
-    """U V^T in units of 2**-16, in fp64, which holds every sum."""
+    """Computes U V^T in units of 2**-16 in fp64, which holds every sum."""
     return (u.double() * 256) @ (v.double() * 256)
 
 
@@ -136,11 +127,11 @@ def _tally(row: Row, exact: Tensor, *, kernel: Tensor | None, product: Tensor | 
 
 
 def render(document: Row) -> str:
-    """The rows as text."""
+    """Formats the rows as text."""
     header = ("rank", "values", "sums", "greatest |sum|", "beyond 2^24", "mm wrong", "kernel wrong")
     fields = ("sums", "greatest_sum", "beyond", "mm_wrong", "kernel_wrong")
     lines = [
         (str(row["rank"]), row["values"], *("-" if row[f] is None else str(row[f]) for f in fields)) for row in document["rows"]
     ]
-    text = format_table(header, lines, left=2)
+    text = text_table([header, *lines], left=2)
     return text + (f"\n\nmm not run: {document['mm_not_run']}" if document["mm_not_run"] else "")

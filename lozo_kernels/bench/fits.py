@@ -1,25 +1,23 @@
-"""``lozo-kernels bench fits``: whether a model and a step on it fit into a device, and what they take."""
+"""``lozo-kernels bench fits``: finds out whether a model and a step fit into a device, and what they take."""
 
 from __future__ import annotations
 
 import argparse
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .arguments import DTYPE_NAMES, add_common, check_output, dtype_name, method_of, model_name, positive, rank_number, several
+from ..model.text_table import number, text_table
+from .arguments import DTYPE_NAMES, add_choice, add_model, positive
 from .batches import CausalBatch
-from .document import first_line, format_table, progress, publish, where
+from .document import first_line, gb, progress
 from .entrants import METHODS, make_optimizer
-from .environment import OtherLoad
 from .memory_use import out_of_memory
 from .models import MODELS, build_model
-from .step import add_length
-from .targets import gb
 
 Row = dict[str, Any]
 
@@ -27,46 +25,32 @@ _STEPS = 2  # the second is timed; the first loads code
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this measurement."""
-    add_common(parser)
-    parser.add_argument("--model", type=model_name, default="opt-66b", help="architecture (default: opt-66b); needs transformers")
-    parser.add_argument("--dtype", type=dtype_name, default="bfloat16", help="default: bfloat16")
-    parser.add_argument(
-        "--methods", type=several(method_of(METHODS)), default=["lozo"], help=f"of {', '.join(METHODS)} (default: lozo)"
-    )
-    parser.add_argument("--rank", type=rank_number, default=4, help="default: 4")
+    """Adds the options of this measurement."""
+    add_model(parser, METHODS, ["lozo"], model="opt-66b")
+    add_choice(parser, "dtype", DTYPE_NAMES, "bfloat16")
     parser.add_argument("--tokens", type=positive, default=512, help="tokens of a batch (default: 512)")
-    add_length(parser)
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Tries and prints. Running out of memory is a result, not an error.
+def measure(options: argparse.Namespace, document: Row) -> Row:
+    """Tries it. Running out of memory is a result, not an error.
 
     Raises:
-        InputError: transformers is missing, or the result cannot be written.
+        InputError: transformers is missing.
     """
-    check_output(options.output)
-    document = where(options.device, argv)
-    others = OtherLoad()
     document |= {"model": options.model, "dtype": options.dtype, "tokens": options.tokens}
     progress(f"{options.model} {options.dtype}: weights")
     attempt = Attempt(options.device)
     torch.manual_seed(0)
     model = attempt.run("weights", lambda: build_model(options.model, DTYPE_NAMES[options.dtype], options.device))
     if model is None:
-        rows = [{"method": method} | attempt.result() for method in options.methods]
-    else:
-        document["weights_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
-        forward = CausalBatch(options.tokens, options.device, MODELS[options.model].positions, options.length)
-        rows = [{"method": method} | try_steps(model, forward, method, options.rank) for method in options.methods]
-    document["cpus_used_by_others"] = others.mean()
-    document |= {"targets": [], "rows": rows}
-    publish(document, render, as_json=options.json, output=options.output)
-    return 0
+        return {"rows": [{"method": method} | attempt.result() for method in options.methods]}
+    document["weights_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
+    forward = CausalBatch(options.tokens, options.device, MODELS[options.model].positions, options.length)
+    return {"rows": [{"method": method} | try_steps(model, forward, method, options.rank) for method in options.methods]}
 
 
 class Attempt:
-    """Phases that may run out of memory, and what they took until then."""
+    """Runs phases that may run out of memory, and keeps what they took until then."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -77,7 +61,7 @@ class Attempt:
             torch.cuda.reset_peak_memory_stats(device)
 
     def run(self, phase: str, call: Callable[[], Any]) -> Any:
-        """What the call returns; None if memory ran out now or in a phase before."""
+        """Returns what the call returns, or None if memory ran out now or in an earlier phase."""
         if self.failed_at is not None:
             return None
         start = time.perf_counter()
@@ -94,7 +78,7 @@ class Attempt:
         return result
 
     def result(self) -> Row:
-        """For a row: whether all phases fitted, where not, and the peaks of torch's allocator on a GPU."""
+        """Returns the columns of a row: whether all phases fitted, which did not, and the peaks of torch's allocator on a GPU."""
         row: Row = {"fits": self.failed_at is None, "failed_at": self.failed_at, "error": self.error, "seconds": self.seconds}
         on_gpu = self.device.type == "cuda"
         row["peak_bytes"] = torch.cuda.max_memory_allocated(self.device) if on_gpu else None
@@ -103,7 +87,7 @@ class Attempt:
 
 
 def try_steps(model: nn.Module, forward: Callable[[nn.Module], Tensor], method: str, rank: int) -> Row:
-    """A forward pass, then steps of a method on a model that is already on its device."""
+    """Tries a forward pass, then steps of a method, on a model that is already on its device."""
     attempt = Attempt(next(model.parameters()).device)
     progress(f"forward, then steps of {method}")
 
@@ -123,11 +107,7 @@ def try_steps(model: nn.Module, forward: Callable[[nn.Module], Tensor], method: 
 
 
 def render(document: Row) -> str:
-    """The rows as text."""
-
-    def size(value: int | None) -> str:
-        return "-" if value is None else f"{gb(value):.2f}"
-
+    """Formats the rows as text."""
     header = ("model", "method", "fits", "fails at", "peak GB", "reserved GB", "device GB", "step s")
     memory = document.get("gpu", {}).get("memory_bytes")
     lines = [
@@ -136,11 +116,11 @@ def render(document: Row) -> str:
             row["method"],
             "yes" if row["fits"] else "no",
             row["failed_at"] or "-",
-            size(row["peak_bytes"]),
-            size(row["reserved_bytes"]),
-            size(memory),
+            number(row["peak_bytes"] and gb(row["peak_bytes"]), ".2f"),
+            number(row["reserved_bytes"] and gb(row["reserved_bytes"]), ".2f"),
+            number(memory and gb(memory), ".2f"),
             str(row["seconds"].get(f"step {_STEPS - 1}", "-")),
         )
         for row in document["rows"]
     ]
-    return format_table(header, lines, left=4)
+    return text_table([header, *lines], left=4)

@@ -1,11 +1,11 @@
-"""``lozo-kernels bench host``: what one pass over a model costs the host, in Python, before a GPU has anything to do."""
+"""``lozo-kernels bench host``: what one pass over a model costs the host in Python before a GPU has anything to do."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,10 +16,9 @@ from ..kernels.backends.triton.launcher import Launcher
 from ..kernels.registry import registered
 from ..model.handle import Handle
 from ..model.patching import patch
-from .arguments import add_common, check_output, model_name, positive
-from .document import format_table, publish
-from .environment import OtherLoad, environment
-from .models import build_model
+from ..model.text_table import text_table
+from .arguments import add_choice, positive
+from .models import MODELS, build_model
 from .timing import quantile
 
 TARGET = {"model": "opt-1.3b", "pass": "perturb", "microseconds": 150}
@@ -30,12 +29,12 @@ class NoLaunch(Launcher):
     """Counts launches and makes none."""
 
     def run(self, plan: Any, programs: int, arguments: tuple[Any, ...]) -> None:
-        """Nothing."""
+        pass
 
 
 @contextlib.contextmanager
 def stubbed_handle(model: nn.Module, **options: Any) -> Iterator[tuple[Handle, NoLaunch]]:
-    """A handle whose Triton backend prepares launches on the CPU and makes none. The weights are never touched."""
+    """Makes a handle whose Triton backend prepares launches on the CPU but makes none. The weights are never touched."""
     launcher = NoLaunch()
     backend = TritonBackend(launcher)
     backend.name = "no launch"
@@ -48,39 +47,36 @@ def stubbed_handle(model: nn.Module, **options: Any) -> Iterator[tuple[Handle, N
 
 
 def empty_model(name: str, dtype: torch.dtype) -> nn.Module:
-    """The real modules and parameters of a model, in memory that is never touched and so never taken."""
+    """Builds the real modules and parameters of a model in memory that is never touched, so that the system never provides it."""
     model = build_model(name, dtype, torch.device("meta")).to_empty(device="cpu")
     model.tie_weights()  # type: ignore[operator]
     return model
 
 
 def passes(handle: Handle) -> dict[str, Callable[[int], None]]:
-    """The passes of a step, the first for a step's number: the first of a step also looks at sizes and dtypes."""
+    """Returns the passes of a step, which take the number of the step. The first one of a step also checks sizes and dtypes."""
     c = torch.tensor(0.3, dtype=torch.float64)
     return {
         "perturb, first of a step": lambda step: handle.perturb_(step, 1e-3),
-        "perturb": lambda step: handle.perturb_(0, 1e-3),
-        "update and restore": lambda step: handle.update_(0, c, 1e-6, applied=-1e-3),
-        "update, restore and perturb": lambda step: handle.update_(0, c, 1e-6, applied=-1e-3, perturb_next=1e-3),
+        "perturb": lambda _: handle.perturb_(0, 1e-3),
+        "update and restore": lambda _: handle.update_(0, c, 1e-6, applied=-1e-3),
+        "update, restore and perturb": lambda _: handle.update_(0, c, 1e-6, applied=-1e-3, perturb_next=1e-3),
     }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this measurement."""
-    add_common(parser)
-    parser.add_argument("--model", type=model_name, default="opt-1.3b", help="whose parameters (default: opt-1.3b)")
+    """Adds the options of this measurement."""
+    add_choice(parser, "model", MODELS, "opt-1.3b", "whose parameters (default: opt-1.3b)")
     parser.add_argument("--repeats", type=positive, default=300, help="passes of each kind (default: 300)")
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Measures and prints.
+def measure(options: argparse.Namespace, document: dict[str, Any]) -> dict[str, Any]:
+    """Times passes on the host.
 
     Raises:
-        InputError: transformers or triton is missing, or the result cannot be written.
+        InputError: transformers or triton is missing.
     """
-    check_output(options.output)
-    document = environment(torch.device("cpu"), argv)
-    others = OtherLoad()
+    document["target"] = TARGET
     rows = []
     with stubbed_handle(empty_model(options.model, torch.bfloat16), rank=4, interval=1 << 20) as (handle, launcher):
         for name, make in passes(handle).items():
@@ -93,15 +89,13 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
             microseconds = {q: round(1e6 * quantile(seconds, p), 1) for q, p in (("q25", 0.25), ("median", 0.5), ("q75", 0.75))}
             rows.append({"model": options.model, "pass": name, "tensors": len(handle.names)} | microseconds)
             rows[-1]["launches"] = launcher.launches // options.repeats
-    document["cpus_used_by_others"] = others.mean()
-    publish(document | {"target": TARGET, "rows": rows}, render, as_json=options.json, output=options.output)
-    return 0
+    return {"rows": rows}
 
 
 def render(document: dict[str, Any]) -> str:
-    """The rows as text."""
+    """Formats the rows as text."""
     header = ("model", "pass", "tensors", "launches", "median us", "q25", "q75")
     lines = [
         (r["model"], r["pass"], *(str(r[k]) for k in ("tensors", "launches", "median", "q25", "q75"))) for r in document["rows"]
     ]
-    return format_table(header, lines, left=2)
+    return text_table([header, *lines], left=2)

@@ -5,32 +5,21 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..model.probe import ProbeHandle
+from ..model.text_table import mebibytes, text_table
 from ..optim.optimizer import ZerothOrderOptimizer
 from . import memory_cpu, memory_gpu
-from .arguments import DTYPE_NAMES, add_common, add_model, check_output, positive
+from .arguments import DTYPE_NAMES, add_choice, add_model, positive
 from .batches import CausalBatch
-from .document import format_table, progress, publish, save_partial, where
+from .document import gb, progress, save_partial
 from .entrants import Entrant, add_placement, entrants, make_optimizer, make_published
-from .environment import OtherLoad
 from .memory_use import MemoryUse, Step, out_of_memory
 from .models import MODELS, build_model
-from .step import add_length
-from .targets import (
-    PUBLISHED_MEMORY_GB,
-    PUBLISHED_MEMORY_MODEL,
-    gb,
-    goals,
-    judge_extra_memory,
-    judge_peak_memory,
-    judge_probe_memory,
-)
 from .weights import nbytes
 
 Row = dict[str, Any]
@@ -40,25 +29,25 @@ DENSE_MOMENTUM = ("mezo-m", "published mezo-m")
 """Measured only if asked for: their momentum is as large as the weights or twice that."""
 DEFAULT_PLACEMENTS = ("inplace", "probe", "probe-activation", "probe-scratch")
 
+PUBLISHED_GB = {"lozo": 27.0, "lozo-m": 27.4, "mezo": 27.4, "mezo-m": 51.7}
+"""Memory of a run on OPT-13B in half precision, RTE, as the authors of LOZO publish it (GB; they do not give the batch)."""
+PUBLISHED_MODEL = "opt-13b"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this measurement."""
-    add_common(parser)
+    """Adds the options of this measurement."""
     add_model(parser, (*METHODS, *DENSE_MOMENTUM), METHODS)
+    add_choice(parser, "dtype", DTYPE_NAMES, ["bfloat16", "float32"])
     add_placement(parser, DEFAULT_PLACEMENTS)
     parser.add_argument("--tokens", type=positive, default=32, help="tokens of the forward pass (default: 32)")
-    add_length(parser)
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Measures and prints.
+def measure(options: argparse.Namespace, document: Row) -> Row:
+    """Measures every method in every placement.
 
     Raises:
-        InputError: transformers is missing, or the result cannot be written.
+        InputError: transformers is missing.
     """
-    check_output(options.output)
-    document = where(options.device, argv)
-    others = OtherLoad()
     document["model"] = options.model
     on_gpu = options.device.type == "cuda"
     rows: list[Row] = []
@@ -80,21 +69,16 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
                 continue
             row |= {f"{key}_bytes": value for key, value in dataclasses.asdict(use).items()}
             row["extra_percent"] = round(100 * use.share, 4)
-            if on_gpu and options.model == PUBLISHED_MEMORY_MODEL:
-                row["published_gb"] = None if entrant.probing else PUBLISHED_MEMORY_GB.get(entrant.method)
+            if on_gpu and options.model == PUBLISHED_MODEL:
+                row["published_gb"] = None if entrant.probing else PUBLISHED_GB.get(entrant.method)
             rows.append(row)
             save_partial(document, options.output, rows=rows)
         del model
-    document["cpus_used_by_others"] = others.mean()
-    measured = [row for row in rows if "out_of_memory" not in row]
-    targets = judge_peak_memory(measured, options.model) if on_gpu else judge_extra_memory(measured)
-    targets += judge_probe_memory(measured)
-    publish(document | {"targets": targets, "rows": rows}, render, as_json=options.json, output=options.output)
-    return 0
+    return {"rows": rows}
 
 
 def measure_method(model: nn.Module, batch: Callable[[nn.Module], Tensor], entrant: Entrant, rank: int) -> MemoryUse:
-    """Memory use of a method of :data:`METHODS` or :data:`DENSE_MOMENTUM` on a model, which is changed.
+    """Measures the memory of a method of :data:`METHODS` or :data:`DENSE_MOMENTUM` on a model, which is changed.
 
     Args:
         batch: the loss of a model on a fixed batch; a :class:`~lozo_kernels.bench.batches.CausalBatch` where evaluations share a
@@ -127,8 +111,8 @@ def measure_method(model: nn.Module, batch: Callable[[nn.Module], Tensor], entra
 
 
 def parts(handle: Any) -> dict[str, int]:
-    """Bytes of what a probe holds, by their names in :class:`MemoryUse`; nothing of another handle."""
-    if not isinstance(handle, ProbeHandle):
+    """Returns the bytes of what a probe holds, by their names in :class:`MemoryUse`. Empty for another handle."""
+    if handle.moves_weights:
         return {}
     factors = [t for m in handle.members for t in (m.b, m.v, m.gain) if t is not None]
     copies = [t for m in handle.members for t in (*m.buffers, m.shift) if t is not None]
@@ -140,11 +124,7 @@ def parts(handle: Any) -> dict[str, int]:
 
 
 def render(document: Row) -> str:
-    """The rows and the targets as text."""
-
-    def mib(value: int | None) -> str:
-        return "-" if value is None else f"{value / 2**20:.2f}"
-
+    """Formats the rows as text."""
     on_gpu = any(row.get("peak_bytes") for row in document["rows"])
     sizes = ("weights", "forward", "persistent", "factor", "scratch", "extra", "first_step")
     header = ["method", "placement", "dtype", "rank", *(f"{size.replace('_', ' ')} MiB" for size in sizes), "of weights"]
@@ -155,10 +135,10 @@ def render(document: Row) -> str:
         if "out_of_memory" in row:
             lines.append([*line, "out of memory", *[""] * (len(header) - len(line) - 1)])
             continue
-        line += [mib(row[f"{size}_bytes"]) for size in sizes] + [f"{row['extra_percent']:.2f}%"]
+        line += [mebibytes(row[f"{size}_bytes"], ".2f") for size in sizes] + [f"{row['extra_percent']:.2f}%"]
         if on_gpu:
             line += [f"{gb(row['peak_bytes']):.2f}", f"{gb(row['reserved_bytes']):.2f}", str(row.get("published_gb") or "-")]
         else:
-            line.append(mib(row["resident_bytes"]))
+            line.append(mebibytes(row["resident_bytes"], ".2f"))
         lines.append(line)
-    return format_table(header, lines, left=3) + goals(document)
+    return text_table([header, *lines], left=3)

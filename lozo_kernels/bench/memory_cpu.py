@@ -1,4 +1,4 @@
-"""Memory of a step on the CPU: torch's profiler sees every allocation, the system the rest."""
+"""Memory of a step on the CPU. The profiler of torch sees every allocation of torch, and the system sees the rest."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _SPANS = (_FORWARD, _REALLOCATE, _FIRST, _FIRST_FORWARD)
 
 
 def measure_memory(model: nn.Module, closure: Closure, make_step: Callable[[], Step], *, prepares: bool = False) -> MemoryUse:
-    """Memory use of steps on a model on the CPU. The weights move by them.
+    """Measures the memory of steps on a model on the CPU, which change its weights.
 
     Args:
         closure: a forward pass of the model that returns its loss.
         make_step: makes an optimiser for the model and returns its step, which takes a closure; called twice.
-        prepares: a step before the others prepares the optimiser, and counts apart.
+        prepares: whether a step before the others prepares the optimiser; it is counted apart.
     """
     with torch.no_grad():
         closure()  # libraries keep workspaces after their first use
@@ -66,7 +66,7 @@ def measure_memory(model: nn.Module, closure: Closure, make_step: Callable[[], S
 
 
 def _allocations(call: Callable[[], object]) -> list[tuple[int, str | None]]:
-    """Every allocation (bytes) of torch during a call and its release (negative bytes), and the innermost marked span it was in.
+    """Lists what torch allocates (bytes) and releases (negative bytes) during a call, with the innermost marked span around it.
 
     What the call returns is alive until the end.
     """
@@ -94,7 +94,7 @@ def _allocations(call: Callable[[], object]) -> list[tuple[int, str | None]]:
 
 
 def _flatten(nodes: Iterable[Any]) -> list[Any]:
-    """The nodes of a profile and everything below them."""
+    """Lists the nodes of a profile and everything below them."""
     found, stack = [], list(nodes)
     while stack:
         node = stack.pop()
@@ -112,9 +112,9 @@ def _peak(events: Sequence[tuple[int, str | None]]) -> int:
 
 
 def _resident_growth(closure: Closure, make_step: Callable[[], Step], prepares: bool) -> int | None:
-    """Peak growth of the resident set over steps (Linux).
+    """Measures by how much the resident set grows at most during steps (Linux).
 
-    The closure computes nothing, so that a forward pass hides nothing. A probe's work is in its forward passes: what they take
+    The closure computes nothing, so that a forward pass hides nothing. A probe works inside its forward passes, so what these take
     without it is subtracted.
     """
     loss = torch.zeros(())
@@ -134,10 +134,10 @@ def _resident_growth(closure: Closure, make_step: Callable[[], Step], prepares: 
 
 
 def _begin() -> int:
-    """The resident set; its high-water mark starts anew."""
+    """Returns the resident set, and starts its high-water mark anew."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc holds on to would hide an allocation
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return _status_bytes("VmRSS")
 
 
@@ -148,5 +148,5 @@ def _high_water(before: int, *calls: Callable[[], object]) -> int:
 
 
 def _status_bytes(field: str) -> int:
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return int(lines[field].split()[0]) << 10

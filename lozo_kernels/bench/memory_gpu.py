@@ -1,4 +1,4 @@
-"""Memory of a step on a GPU: the peaks of torch's caching allocator."""
+"""Memory of a step on a GPU, from the peaks of torch's caching allocator."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .memory_use import STEPS, Closure, MemoryUse, Step
 
 
 def measure_memory(model: nn.Module, closure: Closure, make_step: Callable[[], Step], *, prepares: bool = False) -> MemoryUse:
-    """Memory use of steps on a model on a CUDA device. The weights move by them.
+    """Measures the memory of steps on a model on a CUDA device, which change its weights.
 
     Args:
         closure: a forward pass of the model that returns its loss.
         make_step: makes an optimiser for the model and returns its step, which takes a closure.
-        prepares: a step before the others prepares the optimiser, and counts apart.
+        prepares: whether a step before the others prepares the optimiser; it is counted apart.
     """
     device = next(model.parameters()).device
     with torch.no_grad():
@@ -33,7 +33,7 @@ def measure_memory(model: nn.Module, closure: Closure, make_step: Callable[[], S
     reserved = 0
 
     def close(span: str) -> None:
-        """Ends a span: its peak counts, and a new one begins. The allocator's peaks are the host's, so nothing waits."""
+        """Ends a span, keeps its peak and begins the next. The allocator keeps its peaks on the host, so nothing waits."""
         nonlocal reserved
         peaks[span] = max(peaks[span], torch.cuda.max_memory_allocated(device))
         reserved = max(reserved, torch.cuda.max_memory_reserved(device))
@@ -77,7 +77,7 @@ def measure_memory(model: nn.Module, closure: Closure, make_step: Callable[[], S
 
 
 def _settle(device: torch.device) -> int:
-    """Bytes that are allocated once everything unused is given back; the peaks begin anew."""
+    """Gives back everything unused and starts the peaks anew; returns the bytes that are allocated."""
     gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()

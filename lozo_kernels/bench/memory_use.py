@@ -54,5 +54,5 @@ class MemoryUse:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error of torch, or of a library under it, says that a device has no memory left."""
+    """Whether an error of torch or of a library below it says that a device has no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in ("out of memory", "ALLOC_FAILED"))

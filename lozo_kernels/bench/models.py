@@ -27,7 +27,7 @@ class Architecture:
 
     @property
     def positions(self) -> int:
-        """The longest sequence."""
+        """The longest sequence that the model takes."""
         return self.settings["max_position_embeddings"]
 
 
@@ -88,7 +88,7 @@ MODELS = {
 
 
 def build_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A model with random weights, in evaluation mode, made on the device in its dtype: no other copy exists at any time.
+    """Makes a model with random weights in evaluation mode, on the device and in the dtype, so that there is never a second copy.
 
     Raises:
         InputError: transformers is not installed.
@@ -108,7 +108,7 @@ def build_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Modul
 
 @functools.cache
 def parameter_shapes(name: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Name and shape of every parameter of a model, tied ones once, from the model itself without its memory.
+    """Returns name and shape of every parameter of a model, tied ones once. The model is built without memory for them.
 
     Raises:
         InputError: transformers is not installed.

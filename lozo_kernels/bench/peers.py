@@ -1,25 +1,22 @@
-"""What this library is measured against, one pass over the weights each.
-
-The published expressions are those of optsuite/LOZO (``LOZOtrainer.py``) and princeton-nlp/MeZO (``trainer.py``), written after
-them: noise from torch's global generator in the dtype of the weight, the direction formed, and every result a new tensor that
-replaces ``param.data``.
-"""
+"""What this library is measured against: each function makes one pass over the weights."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .published import column_noise, descended, perturbed_dense, perturbed_low_rank, row_noise
 from .weights import EPS
 
 Pass = Callable[[], None]
 
 
 def inplace_pass(buffer: Tensor) -> Pass:
-    """One read and one write of every byte in place: fp32 ``mul_`` by numbers near 1 whose product is 1."""
+    """Reads and writes every byte once in place: fp32 ``mul_`` by numbers near 1 whose product is 1."""
     factors = itertools.cycle((1.0 + 2.0**-10, 1.0 / (1.0 + 2.0**-10)))
 
     def run() -> None:
@@ -29,7 +26,7 @@ def inplace_pass(buffer: Tensor) -> Pass:
 
 
 def copy_pass(source: Tensor) -> Pass:
-    """One read of every byte of a buffer and one write of every byte of another."""
+    """Reads every byte of a buffer and writes every byte of another."""
     target = torch.empty_like(source)
 
     def run() -> None:
@@ -39,7 +36,7 @@ def copy_pass(source: Tensor) -> Pass:
 
 
 def addmm_pass(xs: Sequence[Tensor], rank: int) -> Pass:
-    """The best eager way to perturb: ``X.addmm_(U, V.T)`` with U and V materialised beforehand, no noise made."""
+    """The best eager way to perturb: ``X.addmm_(U, V.T)``, with U and V made beforehand."""
     factors = _factors(xs, rank)
     alphas = _alternating(EPS)
 
@@ -52,7 +49,7 @@ def addmm_pass(xs: Sequence[Tensor], rank: int) -> Pass:
 
 
 def addmm_momentum_pass(xs: Sequence[Tensor], rank: int) -> Pass:
-    """The eager update of LOZO-M with U and V materialised beforehand; restoring would take another pass."""
+    """The eager update of LOZO-M, with U and V made beforehand; restoring would take another pass."""
     factors = _factors(xs, rank)
     momenta = [torch.randn(u.shape, device=u.device) for u, _ in factors]
     fp32_us = [u.float() for u, _ in factors]
@@ -81,99 +78,90 @@ def foreach_pass(xs: Sequence[Tensor]) -> Pass:
 
 def published_lozo_pass(xs: Sequence[Tensor], rank: int) -> Pass:
     """LOZO's perturbation as published. Drawing U is part of it; V is kept, as in all but one of ``step_interval`` steps."""
-    vs = [v for _, v in _factors(xs, rank)]
-    param = nn.Parameter(torch.empty(0), requires_grad=False)
     scales = _alternating(1.0)
-
-    def run() -> None:
-        torch.manual_seed(0)
-        scale = next(scales)
-        for x, v in zip(xs, vs, strict=True):
-            param.data = x
-            u = torch.randn(param.data.size(0), rank, device=param.data.device, dtype=param.data.dtype)
-            param.data = param.data + scale * (u @ v.t()) * EPS
-
-    return run
+    return _replacing(list(zip(xs, _vs(xs, rank), strict=True)), lambda x, v, s: perturbed_low_rank(x, v, s, EPS), scales)
 
 
 def published_lozo_m_pass(xs: Sequence[Tensor], rank: int) -> Pass:
     """LOZO-M's update as published (medium-sized models), without the restoring pass before it. Drawing U is part of it."""
-    factors = _factors(xs, rank)
-    vs, momenta = [v for _, v in factors], [u for u, _ in factors]
-    param = nn.Parameter(torch.empty(0), requires_grad=False)
+    momenta = [row_noise(x, rank) for x in xs]
     lr, beta, c, weight_decay = 1e-6, 0.9, 1.0, 0.0
 
-    def run() -> None:
-        torch.manual_seed(0)
-        for i, (x, v) in enumerate(zip(xs, vs, strict=True)):
-            param.data = x
-            u = torch.randn(param.data.size(0), rank, device=param.data.device, dtype=param.data.dtype)
-            momenta[i] = beta * momenta[i] + (1 - beta) * c * u
-            param.data = param.data - lr * (momenta[i] @ v.t() + weight_decay * param.data)
+    def updated(x: Tensor, v: Tensor, i: int, _: float) -> Tensor:
+        momenta[i] = beta * momenta[i] + (1 - beta) * c * row_noise(x, rank)
+        return descended(x, momenta[i] @ v.t(), lr, weight_decay)
 
-    return run
+    return _replacing(list(zip(xs, _vs(xs, rank), range(len(xs)), strict=True)), updated)
 
 
 def published_mezo_pass(xs: Sequence[Tensor]) -> Pass:
     """MeZO's perturbation as published; drawing Z is part of it."""
-    param = nn.Parameter(torch.empty(0), requires_grad=False)
-    scales = _alternating(1.0)
-
-    def run() -> None:
-        torch.manual_seed(0)
-        scale = next(scales)
-        for x in xs:
-            param.data = x
-            z = torch.normal(mean=0.0, std=1.0, size=param.data.size(), device=param.data.device, dtype=param.data.dtype)
-            param.data = param.data + scale * z * EPS
-
-    return run
+    return _replacing([(x,) for x in xs], lambda x, s: perturbed_dense(x, s, EPS), _alternating(1.0))
 
 
 def compiled_lozo_pass(xs: Sequence[Tensor], rank: int) -> Pass:
     """LOZO's published perturbation through ``torch.compile``, its noise included."""
-    vs = [v for _, v in _factors(xs, rank)]
-
-    def perturbed(x: Tensor, v: Tensor) -> Tensor:
-        u = torch.randn(x.size(0), rank, device=x.device, dtype=x.dtype)
-        return x + (u @ v.t()) * EPS
-
-    return _compiled(perturbed, list(zip(xs, vs, strict=True)))
+    return _replacing(list(zip(xs, _vs(xs, rank), strict=True)), _compile(lambda x, v, _: x + (row_noise(x, rank) @ v.t()) * EPS))
 
 
 def compiled_mezo_pass(xs: Sequence[Tensor]) -> Pass:
     """MeZO's published perturbation through ``torch.compile``, its noise included."""
-
-    def perturbed(x: Tensor) -> Tensor:
-        return x + torch.randn(x.shape, device=x.device, dtype=x.dtype) * EPS
-
-    return _compiled(perturbed, [(x,) for x in xs])
+    return _replacing([(x,) for x in xs], _compile(lambda x, _: x + torch.randn_like(x) * EPS))
 
 
-def _compiled(function: Callable[..., Tensor], arguments: Sequence[tuple[Tensor, ...]]) -> Pass:
-    """A call for each of the arguments. Every shape gets code of its own, as long as there are no more than torch allows."""
-    torch._dynamo.reset()  # code of other calls counts against the limit of shapes
-    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+def _replacing(
+    arguments: Sequence[tuple[Any, ...]], expression: Callable[..., Tensor], scales: Iterator[float] | None = None
+) -> Pass:
+    """Makes a pass that evaluates an expression for each of the arguments and lets the value replace a parameter's data.
+
+    Args:
+        expression: called with one of the arguments and the scale of the pass.
+        scales: one for each pass; None for always 1.
+    """
     param = nn.Parameter(torch.empty(0), requires_grad=False)
 
     def run() -> None:
         torch.manual_seed(0)
-        for tensors in arguments:
-            param.data = compiled(*tensors)
+        scale = 1.0 if scales is None else next(scales)
+        for given in arguments:
+            param.data = expression(*given, scale)
 
     return run
 
 
+def _compile(expression: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compiles an expression. Every shape gets code of its own, as long as there are no more shapes than torch allows."""
+    torch.compiler.reset()  # code of other calls counts against the limit of shapes
+    return torch.compile(expression, fullgraph=True, dynamic=False)
+
+
 def _factors(xs: Sequence[Tensor], rank: int) -> list[tuple[Tensor, Tensor]]:
-    """U and V of every matrix in its own dtype."""
-    return [
-        (
-            torch.randn(x.shape[0], rank, device=x.device, dtype=x.dtype),
-            torch.randn(x.shape[1], rank, device=x.device, dtype=x.dtype),
-        )
-        for x in xs
-    ]
+    """Makes U and V of every matrix in its own dtype."""
+    return [(row_noise(x, rank), column_noise(x, rank)) for x in xs]
+
+
+def _vs(xs: Sequence[Tensor], rank: int) -> list[Tensor]:
+    return [column_noise(x, rank) for x in xs]
 
 
 def _alternating(value: float) -> itertools.cycle[float]:
     return itertools.cycle((value, -value))
+
+
+LOWRANK: dict[str, Callable[[Sequence[Tensor], int], Pass]] = {
+    "addmm": lambda xs, rank: addmm_pass(xs, rank),
+    # Two draws are one product of twice the rank, once [U0 U1] and [V V] lie side by side.
+    "addmm of twice the rank": lambda xs, rank: addmm_pass(xs, 2 * rank),
+    "addmm momentum": lambda xs, rank: addmm_momentum_pass(xs, rank),
+    "published lozo": lambda xs, rank: published_lozo_pass(xs, rank),
+    "published lozo-m": lambda xs, rank: published_lozo_m_pass(xs, rank),
+    "compiled lozo": lambda xs, rank: compiled_lozo_pass(xs, rank),
+}
+"""What the low-rank ops are compared with, on matrices and at a rank."""
+
+DENSE: dict[str, Callable[[Sequence[Tensor]], Pass]] = {
+    "published mezo": lambda xs: published_mezo_pass(xs),
+    "compiled mezo": lambda xs: compiled_mezo_pass(xs),
+    "foreach": lambda xs: foreach_pass(xs),
+}
+"""What the dense op is compared with."""

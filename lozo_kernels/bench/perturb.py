@@ -1,25 +1,24 @@
-"""``lozo-kernels bench perturb``: one pass over the weights, in GB/s, beside the floor and the peers."""
+"""``lozo-kernels bench perturb``: the speed of one pass over the weights in GB/s, beside the floor and the peers."""
 
 from __future__ import annotations
 
 import argparse
-import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ..errors import InputError
 from ..kernels.registry import Backend, choose_backend
+from ..model.text_table import text_table
 from . import peers
-from .arguments import DTYPE_NAMES, add_common, check_output, dtype_name, model_name, positive, rank_number, several, shape_label
+from .arguments import DTYPE_NAMES, add_choice, positive, rank_number, several, shape_label
 from .clock import Clock, clock_for
-from .document import first_line, format_table, progress, publish, save_partial, where
-from .environment import OtherLoad, last_level_cache
+from .document import first_line, progress, save_partial
+from .environment import last_level_cache
 from .gate import check, check_small
-from .models import parameter_shapes
-from .targets import goals, judge_speed
+from .models import MODELS, parameter_shapes
 from .timing import Contender, Seconds, interleave, median, paired_ratio, spread
 from .weights import OpCall, Weights, dense_calls, lowrank_calls, make_weights, nbytes
 
@@ -46,16 +45,12 @@ _NOISE_BYTES = 2 << 30  # on the CPU, where too much memory ends the process: wh
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this measurement."""
-    add_common(parser)
-    parser.add_argument("--dtype", type=several(dtype_name), default=["bfloat16", "float32"], help="default: bfloat16,float32")
+    """Adds the options of this measurement."""
+    add_choice(parser, "dtype", DTYPE_NAMES, ["bfloat16", "float32"])
     parser.add_argument("--rank", type=several(rank_number), default=[1, 2, 4, 8], help="default: 1,2,4,8")
     parser.add_argument("--shapes", type=several(shape_label), help="matrices, as in 8192x8192,32768x2048, which is the default")
-    parser.add_argument(
-        "--model-shapes",
-        type=several(model_name),
-        help="models whose weight list is one case; needs transformers; default without --shapes: opt-125m",
-    )
+    text = "models whose weight list is one case; needs transformers; default without --shapes: opt-125m"
+    add_choice(parser, "model-shapes", MODELS, None, text)
     parser.add_argument("--repeats", type=positive, default=20, help="interleaved rounds (default: 20)")
     parser.add_argument("--peer-repeats", type=positive, default=3, help="rounds that the slow published code joins (default: 3)")
     parser.add_argument(
@@ -66,19 +61,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile-rank", type=several(rank_number), default=[4], help="at these ranks (default: 4)")
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Measures and prints.
+def measure(options: argparse.Namespace, document: Row) -> Row:
+    """Measures every op on every set of weights.
 
     Raises:
-        InputError: the result cannot be written, or a model was asked for without transformers.
-        GateError: an op disagrees with its reference; nothing is printed.
+        InputError: a model was asked for without transformers.
+        GateError: an op disagrees with its reference.
     """
-    check_output(options.output)
     backend = choose_backend(options.device).backend
     clock = clock_for(options.device, cold=True)
     on_gpu = options.device.type == "cuda"
-    document = where(options.device, argv) | {"caches": clock.cold, "floor": "copy_" if on_gpu else "mul_"}
-    others = OtherLoad()
+    document |= {"caches": clock.cold, "floor": "copy_" if on_gpu else "mul_"}
     compiling = on_gpu if options.compile is None else options.compile
     bench = PerturbBench(
         options.device, backend, clock, options.repeats, options.peer_repeats, options.compile_rank if compiling else []
@@ -91,10 +84,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
                 rows.append(row)
                 details.append(detail)
                 save_partial(document, options.output, rows=rows, details=details)
-    document["cpus_used_by_others"] = others.mean()
-    document |= {"targets": judge_speed(details, options.device.type), "rows": rows, "details": details}
-    publish(document, render, as_json=options.json, output=options.output)
-    return 0
+    return {"rows": rows, "details": details}
 
 
 def _labels(options: argparse.Namespace) -> list[str]:
@@ -131,7 +121,7 @@ class PerturbBench:
         self.compile_ranks = compile_ranks
 
     def measure(self, label: str, dtype: torch.dtype, ranks: Sequence[int]) -> Iterator[tuple[Row, Row]]:
-        """The rows of one set of weights, each with its details: ratios within a round, and quantiles.
+        """Yields the rows of one set of weights, each with its details: ratios within a round, and quantiles.
 
         Args:
             label: as for :func:`~lozo_kernels.bench.weights.make_weights`.
@@ -147,12 +137,12 @@ class PerturbBench:
             progress(f"{label}: less than four times the last-level cache of {cache >> 20} MiB, so this is not memory speed")
         for rank in ranks:
             calls = lowrank_calls(weights.lowrank_table(rank, self.backend), self.backend)
-            yield from self._measure_calls(weights, calls, self._lowrank_peers(weights, rank), floors)
+            yield from self._measure_calls(weights, calls, rank, floors)
         calls = dense_calls(weights.dense_table(), self.backend)
-        yield from self._measure_calls(weights, calls, self._dense_peers(weights), floors)
+        yield from self._measure_calls(weights, calls, 0, floors)
 
     def _floors(self, size: int) -> dict[str, tuple[int, peers.Pass]]:
-        """By column: the bytes of its buffer, and a pass over it."""
+        """Returns for each floor the bytes of its buffer and a pass over it."""
         buffer = torch.ones(min(size, _FLOOR_BYTES) // 4, device=self.device)
         floors = {"inplace": peers.inplace_pass(buffer)}
         if self.device.type == "cuda":
@@ -160,50 +150,18 @@ class PerturbBench:
         floors["floor"] = floors.get("copy", floors["inplace"])
         return {column: (nbytes([buffer]), call) for column, call in floors.items()}
 
-    def _lowrank_peers(self, weights: Weights, rank: int) -> dict[str, Callable[[], peers.Pass] | str]:
-        """Makers of what the low-rank ops are compared with, or why there is none, by the names of :data:`BESIDE`."""
-        compiled = self._unless(self._not_compiled(rank), functools.partial(peers.compiled_lozo_pass, weights.matrices, rank))
-        return {**lowrank_peers(weights, rank), "compiled lozo": compiled}
-
-    def _dense_peers(self, weights: Weights) -> dict[str, Callable[[], peers.Pass] | str]:
-        """The same for the dense op."""
-        size = nbytes(weights.all)
-        too_much = None
-        if self.device.type == "cpu" and size > _NOISE_BYTES:
-            too_much = f"not tried: it holds noise of {size >> 20} MiB beside the weights"
-        return {
-            **dense_peers(weights),
-            "compiled mezo": self._unless(self._not_compiled(None), functools.partial(peers.compiled_mezo_pass, weights.all)),
-            "foreach": self._unless(too_much, functools.partial(peers.foreach_pass, weights.all)),
-        }
-
-    def _not_compiled(self, rank: int | None) -> str | None:
-        if not self.compile_ranks:
-            return "not asked for (--compile)"
-        if rank is not None and rank not in self.compile_ranks:
-            return f"not asked for at this rank (--compile-rank {','.join(map(str, self.compile_ranks))})"
-        return None
-
-    @staticmethod
-    def _unless(reason: str | None, make: Callable[[], peers.Pass]) -> Callable[[], peers.Pass] | str:
-        return make if reason is None else reason
-
     def _measure_calls(
-        self,
-        weights: Weights,
-        calls: dict[str, OpCall],
-        others: Mapping[str, Callable[[], peers.Pass] | str],
-        floors: Mapping[str, tuple[int, peers.Pass]],
+        self, weights: Weights, calls: dict[str, OpCall], rank: int, floors: Mapping[str, tuple[int, peers.Pass]]
     ) -> Iterator[tuple[Row, Row]]:
-        table = next(iter(calls.values())).table
+        table = next(iter(calls.values())).case.table
         dtype = str(table.x[0].dtype).removeprefix("torch.")
-        progress(f"{weights.label} {dtype}" + (f" rank {table.rank}" if table.rank else " dense"))
+        progress(f"{weights.label} {dtype}" + (f" rank {rank}" if rank else " dense"))
         for name, call in calls.items():
             check_small(name, table.x[0].dtype, call)
             check(name, weights.label, call)
         contenders = {column: Contender(call) for column, (_, call) in floors.items() if column != "floor"}
         contenders |= {name: Contender(call.run) for name, call in calls.items()}
-        ready, not_run = self._ready(others)
+        ready, not_run = self._peers(weights, rank)
         seconds = interleave(contenders | ready, self.repeats, clock=self.clock)
         seconds["floor"] = seconds["copy" if "copy" in seconds else "inplace"]
 
@@ -216,7 +174,7 @@ class PerturbBench:
                     missing[column] = not_run[other]
                 else:
                     beside[column] = (moved, {i: passes * s for i, s in seconds[other].items()})
-            key = {"op": name, "dtype": dtype, "rank": table.rank or None, "shape": weights.label}
+            key = {"op": name, "dtype": dtype, "rank": rank or None, "shape": weights.label}
             row: Row = key | {"gbps": gbps(moved, seconds[name])}
             row |= {f"{column}_gbps": gbps(*beside[column]) if column in beside else None for column in COLUMNS}
             row |= {"host_us": self._host_us(calls[name]), "not_run": missing}
@@ -225,7 +183,7 @@ class PerturbBench:
             yield row, key | {"ratios": ratios, "seconds": times}
 
     def _host_us(self, call: OpCall) -> float | None:
-        """Microseconds until a call returns where that is before its work is done, on a GPU: what a launch costs the host."""
+        """Returns the microseconds until a call on a GPU returns, before its work is done. None elsewhere."""
         if self.device.type != "cuda":
             return None
         seconds = []
@@ -236,17 +194,18 @@ class PerturbBench:
             seconds.append(time.perf_counter() - start)
         return round(1e6 * median(seconds), 1)
 
-    def _ready(self, others: Mapping[str, Callable[[], peers.Pass] | str]) -> tuple[dict[str, Contender], dict[str, str]]:
-        """The peers that run here, and why the others do not."""
+    def _peers(self, weights: Weights, rank: int) -> tuple[dict[str, Contender], dict[str, str]]:
+        """Prepares the peers that run here, and says why the others do not. Rank 0 means the dense op."""
         ready: dict[str, Contender] = {}
         not_run: dict[str, str] = {}
-        for name, make in others.items():
-            if isinstance(make, str):
-                not_run[name] = make
+        for name in peers.LOWRANK if rank else peers.DENSE:
+            reason = self._left_out(name, weights, rank)
+            if reason is not None:
+                not_run[name] = reason
                 continue
             slow = name.startswith("published")
             try:
-                call = make()
+                call = peers.LOWRANK[name](weights.matrices, rank) if rank else peers.DENSE[name](weights.all)
                 if not slow or self.device.type == "cuda":
                     call()
             except Exception as e:  # whatever a peer or its compiler dies of, this library is measured all the same
@@ -256,32 +215,24 @@ class PerturbBench:
             ready[name] = Contender(call, self.peer_repeats if slow else None, warm_up=False)
         return ready, not_run
 
-
-def lowrank_peers(weights: Weights, rank: int) -> dict[str, Callable[[], peers.Pass]]:
-    """Makers of the eager passes that the low-rank ops are compared with, by the names of :data:`BESIDE`."""
-    xs = weights.matrices
-    return {
-        "addmm": lambda: peers.addmm_pass(xs, rank),
-        # Two draws are one product of twice the rank, once [U0 U1] and [V V] lie side by side.
-        "addmm of twice the rank": lambda: peers.addmm_pass(xs, 2 * rank),
-        "addmm momentum": lambda: peers.addmm_momentum_pass(xs, rank),
-        "published lozo": lambda: peers.published_lozo_pass(xs, rank),
-        "published lozo-m": lambda: peers.published_lozo_m_pass(xs, rank),
-    }
-
-
-def dense_peers(weights: Weights) -> dict[str, Callable[[], peers.Pass]]:
-    """Makers of the eager passes that the dense op is compared with."""
-    return {"published mezo": lambda: peers.published_mezo_pass(weights.all)}
+    def _left_out(self, name: str, weights: Weights, rank: int) -> str | None:
+        """Returns why a peer is not tried, or None."""
+        if name == "foreach" and self.device.type == "cpu" and nbytes(weights.all) > _NOISE_BYTES:
+            return f"not tried: it holds noise of {nbytes(weights.all) >> 20} MiB beside the weights"
+        if name.startswith("compiled") and not self.compile_ranks:
+            return "not asked for (--compile)"
+        if name.startswith("compiled") and rank and rank not in self.compile_ranks:
+            return f"not asked for at this rank (--compile-rank {','.join(map(str, self.compile_ranks))})"
+        return None
 
 
 def gbps(size: int, seconds: Seconds) -> float:
-    """GB/s of a median pass that reads and writes ``size`` bytes."""
+    """Converts the median time of a pass that reads and writes ``size`` bytes to GB/s."""
     return round(2e-9 * size / median(seconds.values()), 2)
 
 
 def render(document: Row) -> str:
-    """The rows and the targets as text."""
+    """Formats the rows as text."""
 
     def ratio(detail: Row, peer: str, form: str) -> str:
         return form.format(detail["ratios"][peer]) if peer in detail["ratios"] else "-"
@@ -295,4 +246,4 @@ def render(document: Row) -> str:
         + [ratio(detail, column, form) for column, _, form in columns]
         for row, detail in zip(document["rows"], document["details"], strict=True)
     ]
-    return format_table(header, lines, left=4) + goals(document)
+    return text_table([header, *lines], left=4)

@@ -1,4 +1,4 @@
-"""``lozo-kernels bench step``: whole steps of a real architecture, beside their two forward passes and the published step."""
+"""``lozo-kernels bench step``: whole steps of a real architecture, beside two forward passes and the published step."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model.text_table import text_table
 from ..optim.optimizer import ZerothOrderOptimizer
-from .arguments import DTYPE_NAMES, add_common, add_model, check_output, positive, several
-from .batches import LENGTH, CausalBatch, TimedClosure
+from .arguments import DTYPE_NAMES, add_choice, add_model, positive, several
+from .batches import CausalBatch, TimedClosure
 from .clock import Clock, HostClock, clock_for
-from .document import format_table, progress, publish, save_partial, where
+from .document import progress, save_partial
 from .entrants import INTERVAL, METHODS, Entrant, add_placement, entrants, make_optimizer, make_published, treatment
-from .environment import OtherLoad
 from .models import MODELS, build_model
-from .targets import goals, judge_ratios, judge_step
 from .timing import Contender, Seconds, interleave, median, paired_ratio, spread
 from .weights import nbytes
 
@@ -35,34 +34,22 @@ _TOGETHER = "one forward of both"  # a plain one over the batch twice: the floor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this measurement."""
-    add_common(parser)
+    """Adds the options of this measurement."""
     add_model(parser, METHODS, list(METHODS))
+    add_choice(parser, "dtype", DTYPE_NAMES, ["bfloat16", "float32"])
     add_placement(parser, DEFAULT_PLACEMENTS)
     parser.add_argument("--tokens", type=several(positive), default=[32, 128, 512], help="tokens a batch (default: 32,128,512)")
-    add_length(parser)
     parser.add_argument("--repeats", type=positive, default=7, help="interleaved rounds (default: 7)")
     parser.add_argument("--peer-repeats", type=positive, default=2, help="rounds that the published step joins (default: 2)")
 
 
-def add_length(parser: argparse.ArgumentParser) -> None:
-    """How tokens are divided into sequences."""
-    parser.add_argument(
-        "--length", type=positive, default=LENGTH, help=f"most tokens of a sequence, which divide --tokens (default: {LENGTH})"
-    )
-
-
-def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Measures and prints.
+def measure(options: argparse.Namespace, document: Row) -> Row:
+    """Measures every method in every placement.
 
     Raises:
-        InputError: transformers is missing, or the result cannot be written.
+        InputError: transformers is missing.
     """
-    check_output(options.output)
-    document = where(options.device, argv)
-    others = OtherLoad()
-    document["model"] = options.model
-    document["parameters"] = None
+    document |= {"model": options.model, "parameters": None}
     rows: list[Row] = []
     details: list[Row] = []
     for name in options.dtype:
@@ -81,15 +68,11 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
                 save_partial(document, options.output, rows=rows, details=details)
             bench.close()
         del bench, model
-    document["cpus_used_by_others"] = others.mean()
-    judged = (judge(details, options.device.type, options.model) for judge in (judge_step, judge_ratios))
-    document |= {"targets": [target for some in judged for target in some], "rows": rows, "details": details}
-    publish(document, render, as_json=options.json, output=options.output)
-    return 0
+    return {"rows": rows, "details": details}
 
 
 def benches(model: nn.Module, chosen: Sequence[Entrant], rank: int) -> Iterator[StepBench]:
-    """One bench for all entrants; one after the other for each where a GPU has no room for so many copies. Close each."""
+    """Yields one bench for all entrants, or one for each where a GPU has no room for so many copies. The caller closes each."""
     device = next(model.parameters()).device
     copies = nbytes(list(model.parameters())) * (len(chosen) + 2)
     if device.type == "cuda" and copies > _COPIES_SHARE * torch.cuda.get_device_properties(device).total_memory:
@@ -100,10 +83,11 @@ def benches(model: nn.Module, chosen: Sequence[Entrant], rank: int) -> Iterator[
 
 
 class StepBench:
-    """One copy of a model for each entrant, so that none disturbs another, one for the published code and one at rest.
+    """Measures entrants in turns. Each has a copy of the model, so that none disturbs another; so has the published code.
 
     Args:
-        published_model: what the published code moves, ``model`` itself where memory is short; default: a copy.
+        model: stays at rest; plain forward passes are timed on it.
+        published_model: what the published code changes, which is ``model`` itself where memory is short; default: a copy.
     """
 
     def __init__(
@@ -123,13 +107,13 @@ class StepBench:
         }
 
     def close(self) -> None:
-        """Lets the copies go, so that the next bench finds their memory."""
+        """Frees the copies, so that the next bench finds their memory."""
         self.models.clear()
         self.published.clear()
         gc.collect()
 
     def measure(self, batch: CausalBatch, repeats: int, peer_repeats: int) -> list[tuple[Row, Row]]:
-        """A row for each entrant, with its details."""
+        """Returns a row for each entrant, with its details."""
         # Anew for each batch: a probe chooses its sides by the number of tokens.
         optimizers = {e: make_optimizer(e.method, model, self.rank, e.placement) for e, model in self.models.items()}
         closures = {e: self._closure(e, batch) for e in self.models}
@@ -153,7 +137,7 @@ class StepBench:
         return TimedClosure(functools.partial(batch, model), self.clock)
 
     def _forwards(self, batch: CausalBatch, each: bool) -> dict[str, Contender]:
-        """Two forward passes that nothing happens around, with the model's own loss and, if asked for, one for each sequence."""
+        """Returns two plain forward passes with the model's own loss and, if ``each``, with a loss for each sequence."""
 
         @torch.no_grad()
         def own() -> None:
@@ -183,7 +167,7 @@ class StepBench:
         }
 
     def _end(self, optimizer: ZerothOrderOptimizer) -> Row:
-        """Takes the patch off. For details: how a probe treated the parameters, and what merging costs it, once in an interval."""
+        """Removes the patch. Returns how a probe treated the parameters, and what a merge costs, once in an interval."""
         found = treatment(optimizer)
         if found:
             self.clock.wait()
@@ -197,7 +181,8 @@ class StepBench:
 
 
 def _twin(model: nn.Module, *, share: bool) -> nn.Module:
-    """A copy. A probe only reads weights and shares those at rest: their place in memory is worth some percent of a forward."""
+    """Copies a model. A probe only reads weights and shares those of the model at rest, because where weights lie in memory is
+    worth some percent of a forward pass."""
     twin = copy.deepcopy(model)
     if share:
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
@@ -206,7 +191,7 @@ def _twin(model: nn.Module, *, share: bool) -> nn.Module:
 
 
 def _faster(seconds: Mapping[str, Seconds]) -> str:
-    """The forward passes that all steps are compared with."""
+    """Chooses the forward passes that all steps are compared with."""
     return _EACH if _EACH in seconds and paired_ratio(seconds[_EACH], seconds[_OWN]) < 1.0 else _OWN
 
 
@@ -232,7 +217,7 @@ def _rows(entrant: Entrant, seconds: Mapping[str, Seconds], base: str, shares: S
 
 
 def render(document: Row) -> str:
-    """The rows and the targets as text."""
+    """Formats the rows as text."""
     header = (
         "method",
         "placement",
@@ -262,4 +247,4 @@ def render(document: Row) -> str:
         )
         for row, detail in zip(document["rows"], document["details"], strict=True)
     ]
-    return format_table(header, lines, left=3) + goals(document)
+    return text_table([header, *lines], left=3)

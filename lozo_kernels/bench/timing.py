@@ -1,4 +1,4 @@
-"""Interleaved timing: every contender is visited in every round, so that noise of the machine meets all of them alike."""
+"""Interleaved timing: every contender is called in every round, so that noise of the machine hits all of them alike."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .clock import Clock, HostClock
 
 
 def quantile(values: Iterable[float], q: float) -> float:
-    """The q-quantile, interpolated between neighbours.
+    """Returns the q-quantile, interpolated between neighbours.
 
     Raises:
         ValueError: no values, or q outside 0 to 1.
@@ -27,7 +27,7 @@ def quantile(values: Iterable[float], q: float) -> float:
 
 
 def median(values: Iterable[float]) -> float:
-    """The middle value, or the mean of the two middle ones."""
+    """Returns the middle value, or the mean of the two middle ones."""
     return quantile(values, 0.5)
 
 
@@ -51,12 +51,12 @@ Seconds = dict[int, float]
 
 
 def paired_ratio(numerator: Seconds, denominator: Seconds) -> float:
-    """The median of the ratios within a round, which a machine that is busier in some rounds than in others leaves alone."""
+    """Returns the median of the ratios within a round, which rounds in which the machine is busy do not change."""
     return median([s / denominator[i] for i, s in numerator.items() if i in denominator])
 
 
 def interleave(contenders: Mapping[str, Contender], rounds: int, *, clock: Clock | None = None) -> dict[str, Seconds]:
-    """Seconds of every call, by contender and round.
+    """Times every call, by contender and round, in seconds.
 
     A round calls each contender once, in an order that is shuffled anew (from a fixed seed), so that none always follows the
     same neighbour. The clock is read after a round, so that nothing waits for a device within one.
@@ -97,7 +97,7 @@ def interleave(contenders: Mapping[str, Contender], rounds: int, *, clock: Clock
 
 
 def spread(seconds: Seconds) -> dict[str, float]:
-    """Count and quantiles, for a result file."""
+    """Returns count and quantiles for a result file."""
     return {"count": len(seconds)} | {
         name: float(f"{quantile(seconds.values(), q):.4g}")
         for name, q in (("min", 0.0), ("q25", 0.25), ("median", 0.5), ("q75", 0.75))

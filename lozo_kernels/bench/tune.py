@@ -34,7 +34,7 @@ Timer = Callable[[Mapping[str, Callable[[], None]]], dict[str, float]]
 
 
 def candidates(kernel: str) -> list[TileSize]:
-    """Sizes worth measuring for a kernel."""
+    """Lists the sizes that are worth measuring for a kernel."""
     found = []
     rows = (1,) if kernel.startswith("dense") else (32, 64, 128)
     for r in rows:
@@ -58,7 +58,7 @@ def tune(
     sizes_of: Callable[[str], Sequence[TileSize]] = candidates,
     timer: Timer | None = None,
 ) -> list[dict[str, Any]]:
-    """The best size of every kernel, as entries of a tile-size file, with what was measured.
+    """Finds the best size for every kernel; returns entries of a tile-size file, with what was measured.
 
     Args:
         dtype: of the weights; sizes serve all dtypes.
@@ -89,7 +89,7 @@ def tune(
 
 
 def run(output: Path | None, seconds: float, command: str) -> int:
-    """The command.
+    """Tunes, and writes the file.
 
     Raises:
         InputError: there is no GPU that Triton serves.
@@ -119,7 +119,7 @@ def _cases() -> Iterator[tuple[str, int]]:
 def _calls(
     kernel: str, rank: int, sizes: Sequence[TileSize], device: torch.device, dtype: torch.dtype, shape: str, end: float
 ) -> Iterator[tuple[str, tuple[TileSize, OpCall]]]:
-    """A call of the kernel for every size that compiles and runs, by name; the first is the default."""
+    """Yields a call of the kernel for every size that compiles and runs, by name; the first is the default."""
     weights = make_weights(shape, dtype, device)
     for i, size in enumerate(sizes):
         if i and time.monotonic() > end:

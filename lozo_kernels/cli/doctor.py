@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ..bench.cases import Case, plans
-from ..bench.correctness import count_wrong
+from ..bench.cases import compare
+from ..bench.correctness import plans
 from ..bench.environment import commit, cpu_name, versions
 from ..kernels import noise
 from ..kernels.backends import native
@@ -150,13 +150,14 @@ def _test_backend(name: str, device: str) -> str | None:
     """Holds every op to eager on the CPU, bit for bit, on small tables of fresh random numbers."""
     eager, backend = choose_backend("cpu", "eager").backend, choose_backend(device, name).backend
     for plan in (plan for plan in plans(quick=True) if plan.layout == "tiny"):
-        case = Case(plan, random.SystemRandom().getrandbits(32))
-        want, got = case.on(torch.device("cpu")), case.on(torch.device(device))
+        seed = random.SystemRandom().getrandbits(32)
+        want = plan.case(seed)
+        got = want.on(device)
         want.run(eager)
         got.run(backend)
-        values, wrong = count_wrong(got.on(torch.device("cpu")), want)
+        wrong = [tensor.text for tensor in compare(got.on("cpu"), want) if tensor.wrong]
         if wrong:
-            return f"{plan}, seed {case.seed}: {wrong} of {values} values differ"
+            return f"{plan}, seed {seed}: {wrong[0]}"
     return None
 
 

@@ -1,7 +1,7 @@
 """Writes what ``test_earlier.py`` reads: journals, states and the weights that follow from them, with the package at hand.
 
-The files here were written by version 0.1.0 at commit 6fe3f91 (``python python_tests/earlier/make.py``, with that commit's package on
-the path). They are not written anew when the code changes: a later version has to read them.
+The files here were written by version 0.1.0 at commit 6fe3f91 (``python -m python_tests.earlier.make``, with the package of that
+commit on the path). They are not written anew when the code changes: a later version has to read them.
 """
 
 from __future__ import annotations

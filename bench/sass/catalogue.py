@@ -1,4 +1,4 @@
-"""Every kernel with its default constants and tile sizes, so that it can be compiled ahead of time (``bench/sass``)."""
+"""Every kernel with the constants and tile sizes that are launched by default, for compiling ahead of time."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from triton.runtime.jit import JITFunction
 
-from ...noise import STREAMS
-from ...table import DTYPES
-from . import plans
-from .plans import Plan, Target, UpdateKind
-from .tilesizes import TileSize, tile_sizes
+from lozo_kernels.kernels.backends.triton import plans
+from lozo_kernels.kernels.backends.triton.plans import Plan, Target, UpdateKind
+from lozo_kernels.kernels.backends.triton.tilesizes import TileSize, tile_sizes
+from lozo_kernels.kernels.noise import STREAMS
+from lozo_kernels.kernels.table import DTYPES
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 _EXACT_MOMENTUM_RANK = 8
@@ -32,31 +32,31 @@ _NUMBERS = dict.fromkeys(
     ),
     "i32",
 )
-_EXTENTS = ("inner", "outer", "stride")  # of activations; in real models they are divisible by 16
+_EXTENTS = ("inner", "outer", "stride")  # of activations; those of a model are divisible by 16
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Compilation:
-    """A kernel as it is launched, and what is expected of its machine code.
+    """A kernel as it is launched.
 
     Attributes:
         kernel: the op, with "_2" for two draws, "_stochastic", or "_any" for the variant of any dtype and alignment.
         function: the Triton function.
         signature: types of its runtime arguments; the others are constants.
         constants: its compile-time arguments.
-        divisible: arguments that are divisible by 16 (addresses, and extents of activations).
+        divisible: arguments that are divisible by 16 (addresses).
         options: launch options.
         dtype: of the weights, "any", or "none" where no weights are touched.
         rank: None for dense kernels.
         aligned: all access to weights must be 128 bits wide.
         exact: no fused multiply-add may occur.
         tile_elements: weights (or entries of a factor) that a program handles in a full tile.
-        iterations: trips of its main loop for a full tile.
+        iterations: of its main loop for a full tile.
         itemsize: bytes of a weight, 0 where no weights are touched.
-        bytes_per_element: the least that a pass must move: weights read and written, dense momentum too.
-        default: training uses this configuration by default; the others are variants for special cases.
-        writes: weights are written, not only read.
+        bytes_per_element: that a pass must move at least: weights read and written, dense momentum too.
+        default: a configuration that training uses by default, rather than a variant for special cases.
+        writes: weights are written too, not only read.
         nested: trips of a loop inside the main one.
     """
 
@@ -80,7 +80,7 @@ class Compilation:
 
 
 def compilations(vendor: str = "nvidia", ranks: Sequence[int] = RANKS) -> list[Compilation]:
-    """Returns everything that is launched on GPUs of a vendor, "nvidia" or "amd"."""
+    """Lists everything that is launched on GPUs of a vendor, "nvidia" or "amd"."""
     nvidia = vendor == "nvidia"
     target = Target(dp4a=nvidia, eights=not nvidia, emulate=False, tf32=nvidia)
     return [
@@ -160,7 +160,7 @@ def _vendor(target: Target) -> str:
 
 
 def _kinds(momentum: bool, dtype: torch.dtype | None) -> Iterator[tuple[str, UpdateKind]]:
-    """Yields the variants of an update by suffix: one draw, two draws, stochastic rounding; for any dtype all at once."""
+    """Yields one draw, two draws and stochastic rounding; for the variant for any dtype, everything at once."""
     if dtype is None:
         yield "_any", UpdateKind(2, True, True, momentum)
         return
@@ -171,7 +171,7 @@ def _kinds(momentum: bool, dtype: torch.dtype | None) -> Iterator[tuple[str, Upd
 
 
 def _merge_kinds(dtype: torch.dtype | None) -> Iterator[tuple[str, UpdateKind]]:
-    """Yields the variants of a merge with their suffixes: with a draw, without, without N (dense only), and stochastic rounding."""
+    """Yields a probed weight, a merged one, one without N, and stochastic rounding; everything at once for any dtype."""
     if dtype is None:
         yield "_any", UpdateKind(1, True, True, True)
         return
@@ -187,7 +187,7 @@ def _update(kernel: str, plan: Plan, dtype: torch.dtype | None, rank: int | None
     name = "any" if dtype is None else str(dtype).removeprefix("torch.")
     moved = 2 * itemsize + (8 if kernel.startswith("dense_momentum") else 4 if plan.constants.get("FACTOR") else 0)
     elements = size.rows * size.cols * size.blocks
-    # Merges of higher ranks are bound by arithmetic, not by memory.
+    # Merges of higher ranks wait for arithmetic.
     low = kernel == "lowrank_merge" and (rank or 0) <= _EXACT_MOMENTUM_RANK
     default = low or kernel in ("lowrank_update", "lowrank_momentum", "dense_update", "dense_momentum", "dense_merge")
     return _compilation(
@@ -207,7 +207,7 @@ def _update(kernel: str, plan: Plan, dtype: torch.dtype | None, rank: int | None
 
 
 def _activation(kernel: str, plan: Plan, dtype: torch.dtype, rank: int, size: TileSize) -> Compilation:
-    """A kernel on activations that allow 128-bit access. Their sums are bounded, not exact."""
+    """Describes a kernel on activations that allow 128-bit access. Its sums are bounded, not exact."""
     writes = kernel.startswith("expansion")
     return _compilation(
         kernel,
@@ -222,13 +222,13 @@ def _activation(kernel: str, plan: Plan, dtype: torch.dtype, rank: int, size: Ti
         bytes_per_element=dtype.itemsize * (2 if writes else 1),
         default=False,
         writes=writes,
-        nested=1,  # for a row of two parts
+        nested=1,  # a second part of a long row
         types=_POINTERS | {"x": _TYPES[dtype], "y": _TYPES[dtype]},
     )
 
 
 def _plain(kernel: str, plan: Plan, rank: int, elements: int) -> Compilation:
-    exact = kernel != "resample_reproject"  # its division is in fp64, which compiles to fused multiply-adds
+    exact = kernel != "resample_reproject"  # the division of its sums is in fp64, which fuses inside
     return _compilation(kernel, plan, "none", rank, False, exact, elements, 1, 0, bytes_per_element=0, default=False)
 
 

@@ -120,7 +120,7 @@ def _odd_header(rng: random.Random, header: Header) -> bytes:
     return json.dumps(values).encode() if rng.random() < 0.9 else b"[" * 100_000
 
 
-def fuzz(count: int, seed: int, progress: Callable[[int], None] = lambda done: None) -> dict[str, float]:
+def fuzz(count: int, seed: int, progress: Callable[[int], None] = lambda _: None) -> dict[str, float]:
     """Reads so many mutated journals.
 
     Returns:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.api_fuzz_cases import (
+from lozo_kernels import LOZO, MeZO, SubZero, handle_of
+from python_tests.fuzz.choices import (
     ANSWER,
     ODD_NUMBERS,
     ODD_THINGS,
@@ -21,8 +22,7 @@ from bench.api_fuzz_cases import (
     expect,
     reference_answer,
 )
-from bench.api_fuzz_models import UNIT, contents, loss_of, make_model, make_options, memory_of
-from lozo_kernels import LOZO, MeZO, SubZero, handle_of
+from python_tests.fuzz.models import UNIT, contents, loss_of, make_model, make_options, memory_of
 
 KINDS = (LOZO, MeZO, SubZero)
 
@@ -67,7 +67,7 @@ def make_settings(case: Choices, probing: bool) -> dict[str, Any]:
 
 def make_closure(case: Choices, model: nn.Module) -> Any:
     """What a step is called with: a loss, now and then something else."""
-    loss = loss_of(model, case)
+    loss = loss_of(model)
     good = case.of(loss, loss, lambda: float(loss()), lambda: (loss() * 3, 3), [loss, loss])
     for odd in case.odd(15, "raises", "thing", "nan", "shape", "complex", "no closure", "sometimes", note="closure"):
         case.notes[-1] = f"closure: {odd}"
@@ -183,7 +183,7 @@ def run_state(case: Choices) -> str:
     settings = {"lr": 1e-3, "momentum": case.of(0.0, 0.9), "directions": case.of(1, 2), "fuse_steps": False}
     if case.notes:
         case.notes.append("option")
-    loss, theirs = loss_of(model, case), None
+    loss, theirs = loss_of(model), None
     outcome, optimizer = attempt(case, memory_of(model), lambda: kind(model, **settings, **options))
     if outcome != ANSWER:
         return outcome

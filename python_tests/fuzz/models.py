@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.api_fuzz_cases import ANSWER, ODD_NUMBERS, ODD_THINGS, Choices, Memory, attempt, expect, reference_answer
 from lozo_kernels import Handle, PatchConfig, handle_of, patch
 from lozo_kernels.kernels import noise
 from lozo_kernels.model.config import ESTIMATORS, PLACEMENTS, ROUNDINGS, SCALINGS, SIDES
+from python_tests.fuzz.choices import ANSWER, ODD_NUMBERS, ODD_THINGS, Choices, Memory, attempt, expect, reference_answer
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -84,7 +84,7 @@ def memory_of(model: nn.Module) -> Memory:
     return Memory([p.detach() for p in model.parameters()])
 
 
-def loss_of(model: nn.Module, case: Choices) -> Any:
+def loss_of(model: nn.Module) -> Any:
     """A closure: cross-entropy of the model on fixed tokens."""
     tokens = torch.randint(0, model.embed.num_embeddings, (2, 5))  # type: ignore[union-attr,arg-type]
     return lambda: nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
@@ -140,7 +140,7 @@ def run_handle(case: Choices) -> str:
         expect(handle_of(model) is None, "a model whose patch failed is patched", case)
         return outcome
     memory.check("patch() worked")
-    closure = loss_of(model, case)
+    closure = loss_of(model)
     if handle.config.placement != "inplace" and case.chance(80):
         outcome, _ = attempt(case, memory, lambda: handle.prepare(closure))
     elif handle.config.placement != "inplace":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,25 +11,40 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.api_fuzz_cases import ANSWER, ODD_NUMBERS, ODD_THINGS, Choices, Memory, PlannedError, attempt, expect, reference_answer
-from bench.api_fuzz_models import loss_of, make_model, memory_of
 from lozo_kernels import LOZO, MeZO, SubZero, export_lora, patch
 from lozo_kernels.journal import Journal, diff, read_journal, replay, revert, verify
-from lozo_kernels.model.estimators import gradients
+from python_tests import gradients
+from python_tests.fuzz.choices import (
+    ANSWER,
+    ODD_NUMBERS,
+    ODD_THINGS,
+    Choices,
+    Memory,
+    PlannedError,
+    attempt,
+    expect,
+    reference_answer,
+)
+from python_tests.fuzz.models import loss_of, make_model, memory_of
+from python_tests.models import same, weights
 
 
-def _bits(model: nn.Module) -> dict[str, Any]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A model before and after some steps of an optimiser, and the journal of them."""
 
-
-def _equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    base: Any
+    model: nn.Module
+    path: Path
+    steps: int
+    kind: Any
+    options: dict[str, Any]
 
 
 def run_journal(case: Choices) -> str:
     """A short run and its journal, then something that is done with both."""
     model = make_model(case, 0)
-    base, loss = copy.deepcopy(model), loss_of(model, case)
+    base, loss = copy.deepcopy(model), loss_of(model)
     options: dict[str, Any] = {
         "momentum": case.of(0.0, 0.9), "directions": case.of(1, 2), "two_sided": case.chance(75), "rank": case.of(1, 3),
         "interval": case.of(1, 2, 50), "seed": case.integer(0, 2**63),
@@ -41,14 +57,13 @@ def run_journal(case: Choices) -> str:
         path = Path(folder) / "run.journal"
         kind = case.of(LOZO, LOZO, MeZO, SubZero)
         optimizer = kind(model, lr=case.of(1e-2, 0.0), weight_decay=case.of(0.0, 0.1), **options)
-        states = [_bits(model)]
         if case.chance(25):
             return _create(case, optimizer, path)
         with Journal.create(path, optimizer):
             for _ in range(steps):
                 optimizer.step(loss)
-        states.append(_bits(model))
-        return case.of(_replay, _replay, _verify, _diff, _resume)(case, base, model, path, steps, states[-1], (kind, options))
+        run = Run(base, model, path, steps, kind, options)
+        return case.of(_replay, _replay, _verify, _diff, _resume)(case, run)
 
 
 def _create(case: Choices, optimizer: Any, path: Path) -> str:
@@ -113,57 +128,57 @@ def _source(case: Choices, path: Path) -> Any:
     return case.of(path, str(path), read_journal(path))
 
 
-def _replay(case: Choices, base: Any, model: Any, path: Path, steps: int, end: Any, how: Any) -> str:
-    base, upto, source = _other(case, base), _upto(case, steps), _source(case, path)
+def _replay(case: Choices, run: Run) -> str:
+    base, upto, source = _other(case, run.base), _upto(case, run.steps), _source(case, run.path)
     backend = case.of(None, "native", *case.odd(4, "nothing", 3, "cuda", note="backend"))
     call = case.of(replay, revert if upto is not None else replay)
     outcome, done = attempt(case, _memory(base), lambda: call(base, source, upto, backend))
     if outcome == ANSWER:
-        expect(done.steps == steps and done.agrees is not False and _equal(_bits(base), end), "replayed to other weights", case)
+        good = done.steps == run.steps and done.agrees is not False and same(weights(base), weights(run.model))
+        expect(good, "replayed to other weights", case)
     return outcome
 
 
-def _verify(case: Choices, base: Any, model: Any, path: Path, steps: int, end: Any, how: Any) -> str:
-    base, tuned = _other(case, base), case.of(None, model)
+def _verify(case: Choices, run: Run) -> str:
+    base, tuned = _other(case, run.base), case.of(None, run.model)
     tame = case.tame
     for odd in case.odd(30, "moved", "thing", note="tuned"):
         if odd == "thing":
             tuned = case.of(*ODD_THINGS)
         else:
-            tuned = copy.deepcopy(model)
+            tuned = copy.deepcopy(run.model)
             with torch.no_grad():
                 tuned.embed.weight[0] += 1
-    outcome, found = attempt(case, _memory(base), lambda: verify(base, _source(case, path), tuned))
+    outcome, found = attempt(case, _memory(base), lambda: verify(base, _source(case, run.path), tuned))
     if outcome == ANSWER and tame:
-        moved = tuned is not None and tuned is not model
+        moved = tuned is not None and tuned is not run.model
         expect(found.good is not moved, "a verification that is wrong", case)
     return outcome
 
 
-def _diff(case: Choices, base: Any, model: Any, path: Path, steps: int, end: Any, how: Any) -> str:
-    sources = [_source(case, path), _source(case, path)]
+def _diff(case: Choices, run: Run) -> str:
+    sources = [_source(case, run.path), _source(case, run.path)]
     outcome, found = attempt(case, Memory(), lambda: diff(*sources))
     if outcome == ANSWER:
         expect(found is None, "a journal differs from itself", case)
     return outcome
 
 
-def _resume(case: Choices, base: Any, model: Any, path: Path, steps: int, end: Any, how: Any) -> str:
-    kind, options = how
-    options = dict(options)
+def _resume(case: Choices, run: Run) -> str:
+    kind, options, base, path = run.kind, dict(run.options), run.base, run.path
     for odd in case.odd(30, "seed", "rank", "momentum", "directions", "kind", note="other settings"):
         if odd == "kind":
             kind = MeZO if kind is not MeZO else LOZO
         else:
             options[odd] = {"momentum": 0.5, "directions": 5}.get(odd, 7)
-    optimizer, upto, content = kind(base, lr=1e-2, **options), _upto(case, steps), path.read_bytes()
+    optimizer, upto, content = kind(base, lr=1e-2, **options), _upto(case, run.steps), path.read_bytes()
     memory = memory_of(base)
     outcome, at = attempt(case, memory, lambda: Journal.resume(path, optimizer, upto=upto))
     if outcome == ANSWER:
-        expect(at == steps, "resumed at another step", case)
+        expect(at == run.steps, "resumed at another step", case)
         optimizer.flush()
         optimizer.handle.merge()
-        expect(_equal(_bits(base), end), "resumed to other weights", case)
+        expect(same(weights(base), weights(run.model)), "resumed to other weights", case)
         optimizer.journal.close()
     else:
         expect(path.read_bytes() == content and optimizer.journal is None, "a journal that was refused was changed", case)
@@ -229,7 +244,7 @@ def run_gradients(case: Choices) -> str:
             del part[key]
         elif odd == "loss":
             value = case.of(torch.zeros(3), torch.zeros((), dtype=torch.complex64), *ODD_THINGS[:-2])
-            function = lambda parameters, value=value: value  # noqa: E731
+            function = lambda _, value=value: value  # noqa: E731
         elif odd == "all":
             z = u = v = case.of(*ODD_THINGS)
         else:

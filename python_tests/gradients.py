@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
-from ..losses import as_loss
+from lozo_kernels.model.losses import as_loss
 
 Parameters = Mapping[str, Tensor]
 Loss = Callable[[dict[str, Tensor]], Tensor]

@@ -3,42 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.api_fuzz_cases import ANSWER, ODD_NUMBERS, ODD_THINGS, Choices, all_bytes, attempt, expect, reference_answer, same_bits
-from bench.api_fuzz_tables import Parts, make_parts, strided
 from lozo_kernels import Draw, Rounding, TensorTable, choose_backend
-from lozo_kernels.kernels import noise, ops, reference
-
-UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-EXACT_RANK = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Op:
-    """What a kind of op takes."""
-
-    name: str
-    low_rank: bool
-    momentum: bool = False
-    merge: bool = False
-    factors: bool = False
-
-
-OPS = (
-    Op("lowrank_update_", True),
-    Op("dense_update_", False),
-    Op("lowrank_momentum_", True, momentum=True),
-    Op("dense_momentum_", False, momentum=True),
-    Op("factor_update_", False, factors=True),
-    Op("lowrank_merge_", True, momentum=True, merge=True),
-    Op("dense_merge_", False, merge=True),
-    Op("resample_", True),
+from lozo_kernels.bench.cases import EXACT_MOMENTUM_RANK, OPS, UNIT, Case, Op
+from lozo_kernels.kernels import noise, ops
+from python_tests.fuzz.choices import (
+    ANSWER,
+    ODD_NUMBERS,
+    ODD_THINGS,
+    Choices,
+    all_bytes,
+    attempt,
+    expect,
+    reference_answer,
+    same_bits,
 )
+from python_tests.fuzz.tables import Parts, make_parts, strided
+from python_tests.truth import F64, bound, evaluate, promised
 
 
 class Shadow:
@@ -66,15 +53,15 @@ class Shadow:
 
 def run_op(case: Choices) -> str:
     """One op on one table."""
-    op = case.of(*OPS)
+    op = case.of(*OPS.values())
     carry = op.name == "resample_" and case.chance(50)
-    momentum = op.momentum or carry or (op.name == "dense_merge_" and case.chance(60))
-    parts = make_parts(case, low_rank=op.low_rank, momentum=momentum, factors=op.factors)
+    momentum = op.n == "needed" or carry or (op.name == "dense_merge_" and case.chance(60))
+    parts = make_parts(case, low_rank=op.v, momentum=momentum, factors=op.factors)
     if case.chance(2):
         case.notes.append("a table for another op")
-        op = case.of(*OPS)
+        op = case.of(*OPS.values())
     call = _arguments(case, op, len(parts.x) if isinstance(parts.x, list) else 0, carry)
-    out = _out(case, parts) if op.merge and isinstance(parts.x, list) else None
+    out = _out(case, parts) if op.out and isinstance(parts.x, list) else None
     memory, shadow = parts.memory(), Shadow()
     for t in out or ():
         memory.add(t)
@@ -91,7 +78,8 @@ def run_op(case: Choices) -> str:
     if outcome == ANSWER:
         expect("shared" not in case.notes, "tensors that share storage were taken", case)
         with reference_answer(case):
-            _expected(case, op, parts, copies, out_copies, call)
+            out_table = None if out_copies is None else TensorTable(out_copies, [0] * len(out_copies))
+            _expected(case, parts, Case(op, copies.table(), call, out_table))
         views = []
         for name in ("x", "v", "n"):
             pairs = zip(getattr(parts, name) or (), getattr(copies, name) or (), strict=True)
@@ -104,116 +92,26 @@ def _copy(shadow: Shadow, values: Any) -> Any:
     return [shadow.of(v) for v in values] if isinstance(values, list) else values
 
 
-def _expected(case: Choices, op: Op, parts: Parts, at: Parts, out_copies: Any, call: dict[str, Any]) -> None:
+def _expected(case: Choices, parts: Parts, at: Case) -> None:
     """Makes of the copies what the op has to make of the originals."""
-    for t, x in enumerate(at.x):
+    targets = at.table.x if at.out is None else at.out.x
+    for t, x in enumerate(at.table.x):
         if not x.numel():
             continue
-        row, col, width = (value[t] if value else 0 for value in (at.rows, at.cols, at.widths))
-        place = _Place(x, call["seed"], at.ids[t], row, col, width if at.widths else x.shape[2])
-        v = None if at.v is None else at.v[t]
-        n = None if at.n is None else at.n[t]
-        if op.name == "resample_":
-            new = place.right(v.shape[1], call["window"])
-            if call["reproject"]:
-                wanted = reference.reproject(n, v, new)
-                size = n.double().abs() @ (v.double() @ new.double().transpose(1, 2) / x.shape[2]).abs()
-                _near(case, parts.n[t], wanted, size, (v.shape[1] + 4) * 2.0**-23)
-                n.copy_(parts.n[t])
-            v.copy_(new)
-            continue
-        count, draws = len(at.x), call["draws"]
-        scales = _each(call["scales"], (len(draws), count))[:, t]
-        decay = None if call.get("decay") is None else _each(call["decay"], (count,))[t]
-        rank = x.shape[2] if op.factors else 0 if v is None else v.shape[1]
-        ds = [place.left(rank, d) if rank else place.dense(d) for d in draws]
-        if op.name.endswith("momentum_"):
-            coefficients, alpha, beta = (_each(call[k], s)[..., t] for k, s in _momentum_shapes(len(draws), count).items())
-            n.copy_(reference.momentum(n, ds, list(coefficients), beta))
-            y = _update(x, v, ds, scales, decay)
-            product = n if v is None else reference.momentum_product(n, v)
-            y = reference.apply_momentum(y, product, alpha)
-            if rank > EXACT_RANK:
-                size = x.double().abs() + sum(s.abs() * 5.0**2 * rank for s in scales) + alpha.abs() * (n.abs() @ v.float().abs())
-                bound = 8 * (rank + 8) * 2.0**-24
-                _near(case, parts.x[t], y, size, bound, 2 * UNIT[x.dtype])
-                x.copy_(parts.x[t])
-                continue
-        elif op.merge and v is not None:
-            y = reference.lowrank_merge(x, v, n, ds, list(scales), decay)
-        elif op.merge:
-            y = reference.dense_merge(x, n, ds, list(scales), decay)
-        else:
-            y = _update(x, v, ds, scales, decay)
-        rounding = call.get("rounding")
-        if rounding is None or x.dtype == torch.float32:
-            y = reference.round_nearest(y, x.dtype)
-        else:
-            y = reference.round_stochastic(y, place.bits(rounding), x.dtype)
-        (x if out_copies is None else out_copies[t]).copy_(y)
+        y, n, v = promised(at, t)
+        if at.op.momentum and at.table.rank > EXACT_MOMENTUM_RANK:
+            _near(case, parts.x[t], evaluate(at, t, F64)[0], functools.partial(bound, at, t))
+            y = parts.x[t]
+        for old, new in ((targets[t], y), (n is not None and at.table.n[t], n), (v is not None and at.table.v[t], v)):
+            if new is not None:
+                old.copy_(new)
 
 
-def _update(x: Tensor, v: Tensor | None, ds: list[Tensor], scales: Tensor, decay: Tensor | None) -> Tensor:
-    if v is None:
-        return reference.dense_update(x, ds, list(scales), decay)
-    return reference.lowrank_update(x, v, ds, list(scales), decay)
-
-
-def _near(case: Choices, now: Tensor, wanted: Tensor, size: Any, relative: float, unit: float = 0.0) -> None:
+def _near(case: Choices, now: Tensor, wanted: Tensor, bound_of: Callable[[Tensor], Tensor]) -> None:
     """Within a bound wherever nothing overflowed; bits are not promised here."""
-    wanted = wanted.double()
-    bound = relative * size + unit * wanted.abs() + 2.0**-24
-    fits = wanted.isfinite() & (bound + wanted.abs() < 3e4)
-    good = (now.double() - wanted).abs() <= bound
-    expect(bool((good | ~fits).all()), "a result is out of its bound", case)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where a tensor is in the noise, row by row."""
-
-    x: Tensor
-    seed: int
-    tensor_id: int
-    row: int
-    col: int
-    width: int
-
-    def left(self, rank: int, draw: Draw) -> Tensor:
-        batch, rows, _ = self.x.shape
-        u = noise.factor(
-            self.seed, batch * rows, rank, self.tensor_id, int(draw.step), row_offset=self.row, direction=draw.direction
-        )
-        return u.view(batch, rows, rank)
-
-    def right(self, rank: int, window: int) -> Tensor:
-        first = [self.col + b * self.width for b in range(len(self.x))]
-        made = [
-            noise.factor(self.seed, self.x.shape[2], rank, self.tensor_id, window, stream="V", row_offset=offset)
-            for offset in first
-        ]
-        return torch.stack(made).transpose(1, 2).half()
-
-    def dense(self, draw: Draw) -> Tensor:
-        return self._by_row(noise.dense, draw.step, draw.direction)
-
-    def bits(self, rounding: Rounding) -> Tensor:
-        return self._by_row(noise.rounding_bits, rounding.step, rounding.index)
-
-    def _by_row(self, make: Any, step: Any, direction: int) -> Tensor:
-        batch, rows, cols = self.x.shape
-        offsets = [(self.row + i) * self.width + self.col for i in range(batch * rows)]
-        made = [make(self.seed, cols, self.tensor_id, int(step), offset=o, direction=direction) for o in offsets]
-        return torch.stack(made).view(batch, rows, cols)
-
-
-def _each(value: Any, shape: tuple[int, ...]) -> Tensor:
-    value = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-    return value.detach().to(torch.float32).expand(shape)
-
-
-def _momentum_shapes(draws: int, count: int) -> dict[str, tuple[int, ...]]:
-    return {"coefficients": (draws, count), "alpha": (count,), "beta": (count,)}
+    most = bound_of(wanted) + UNIT[now.dtype] * wanted.abs()  # rounding at random may go to either neighbour
+    fits = wanted.isfinite() & (most + wanted.abs() < 3e4)
+    expect(bool((((now.double() - wanted).abs() <= most) | ~fits).all()), "a result is out of its bound", case)
 
 
 def _arguments(case: Choices, op: Op, count: int, carry: bool) -> dict[str, Any]:
@@ -223,7 +121,7 @@ def _arguments(case: Choices, op: Op, count: int, carry: bool) -> dict[str, Any]
         call["backend"] = odd
     if op.name == "resample_":
         return call | {"window": case.whole("window", noise.MAX_DRAW), "reproject": carry}
-    call["draws"] = draws = [_draw(case) for _ in range(case.of(0, 1, 1) if op.merge else case.of(1, 2))]
+    call["draws"] = draws = [_draw(case) for _ in range(case.of(0, 1, 1) if op.out else case.of(1, 2))]
     for odd in case.odd(3, [_draw(case) for _ in range(3)], [], None, [3], [None], note="draws"):
         call["draws"], draws = odd, odd or ()
     call["scales"] = _scalars(case, (len(draws), count), "scales")
@@ -233,8 +131,9 @@ def _arguments(case: Choices, op: Op, count: int, carry: bool) -> dict[str, Any]
         call["rounding"] = Rounding(_step(case), case.whole("rounding index", noise.MAX_DIRECTION, 3))
         for odd in case.odd(2, "stochastic", 3, note="rounding"):
             call["rounding"] = odd
-    if op.momentum and not op.merge:
-        call |= {name: _scalars(case, shape, name) for name, shape in _momentum_shapes(len(draws), count).items()}
+    if op.momentum:
+        shapes = {"coefficients": (len(draws), count), "alpha": (count,), "beta": (count,)}
+        call |= {name: _scalars(case, shape, name) for name, shape in shapes.items()}
     return call
 
 

@@ -1,9 +1,7 @@
 """Runs that are killed: each is gone on with from its journal, and has to end in the bits of the run that nobody killed."""
 
 import functools
-import os
 import random
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,7 @@ from torch import nn
 
 from lozo_kernels import LOZO
 from lozo_kernels.journal import Journal, diff, read_journal
+from python_tests.processes import forked
 
 KINDS: dict[str, dict[str, Any]] = {
     "in place": {"dtype": torch.bfloat16, "fuse_steps": True},
@@ -63,39 +62,6 @@ def _loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     output = model(tokens[:, :-1])
     logits = getattr(output, "logits", output)
     return nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
-
-
-def forked(function: Callable[[], None], enough: Callable[[], bool] | None = None, limit: float = 120.0) -> bool:
-    """Runs a function in a process of its own, which is killed as soon as ``enough()``; whether it came to its end.
-
-    Raises:
-        RuntimeError: it failed, or hangs.
-    """
-    child = os.fork()
-    if child == 0:
-        try:
-            function()
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    until = time.monotonic() + limit
-    while time.monotonic() < until:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            if status:
-                raise RuntimeError(f"the run failed with status {status}")
-            return True
-        if enough is not None and enough():
-            break
-        time.sleep(0.0005)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    if time.monotonic() >= until:
-        raise RuntimeError("the run hangs")
-    return False
 
 
 def instant(rng: random.Random, journal: Path, size: int) -> Callable[[], bool]:

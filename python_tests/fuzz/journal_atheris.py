@@ -1,11 +1,12 @@
 """The journal's parser under atheris, whose inputs follow the branches that they reach. Needs ``pip install atheris``.
 
-``python bench/journal.py --atheris 300000`` runs this file in a process of its own. What libFuzzer makes up is read twice: as the
+``python -m bench.journal --atheris 300000`` runs this file in a process of its own. What libFuzzer makes up is read twice: as the
 whole file, and as header and records below checksums that are right, which no mutation would hit.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import struct
@@ -17,11 +18,10 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from bench.journal_fuzz import assemble, bodies, encode, sample
+from bench.evidence import REPO
 from lozo_kernels.journal import JournalError, RecordedRun, Sides
 from lozo_kernels.journal.format import CRC, HEAD, MAGIC, PREFIX, VERSION
+from python_tests.fuzz.journal_mutations import assemble, bodies, encode, sample
 
 SEEDS = 20
 LIMITS = ("-max_len=8192", "-timeout=10", "-rss_limit_mb=4096")
@@ -47,9 +47,10 @@ def run(inputs: int, seed: int) -> dict[str, Any]:
             text = header.to_json().encode()
             parts = b"".join(_LENGTH.pack(len(body)) + body for body in bodies(records))
             (corpus / f"parts{i}").write_bytes(_LENGTH.pack(len(text)) + text + parts)
-        command = [sys.executable, __file__, str(corpus), f"-runs={inputs}", f"-seed={seed % (1 << 31) or 1}", *LIMITS]
+        command = [sys.executable, "-m", __spec__.name, str(corpus), f"-runs={inputs}", f"-seed={seed % (1 << 31) or 1}", *LIMITS]
         start = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=name)
+        here = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])}
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=name, env=here)
         seconds = time.perf_counter() - start
         reached = re.findall(r"cov: (\d+)", done.stderr)
         if done.returncode or not reached:

@@ -3,46 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import struct
+import types
+from itertools import starmap
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.api_fuzz_cases import ANSWER, ODD_THINGS, Choices, Memory, all_bytes, attempt, expect, reference_answer, same_bits
-from bench.api_fuzz_tables import OTHER_DTYPES, strided
 from lozo_kernels import Draw, choose_backend
-from lozo_kernels.kernels import noise, ops, reference, skinny
+from lozo_kernels.kernels import noise, ops, skinny
 from lozo_kernels.kernels.table import DTYPES
-
-STREAMS = {"U": 0, "V": 1, "Z": 2, "S": 3, "rounding": 8}
-COEFFICIENTS = (0x207C3B8F, 0xA9065B6E, 0x31B0C331, 0x3BD4A59C)
-LOW = 0xFFFFFFFF
-
-
-def word(seed: int, c0: int, c1: int, c2: int, c3: int, which: int) -> int:
-    """One word of Philox4x32-10."""
-    x, k0, k1 = (c0, c1, c2, c3), seed & LOW, seed >> 32
-    for _ in range(10):
-        a, b = x[0] * 0xD2511F53, x[2] * 0xCD9E8D57
-        x = ((b >> 32) ^ x[1] ^ k0, b & LOW, (a >> 32) ^ x[3] ^ k1, a & LOW)
-        k0, k1 = (k0 + 0x9E3779B9) & LOW, (k1 + 0xBB67AE85) & LOW
-    return x[which]
-
-
-def _f32(x: float) -> float:
-    return struct.unpack("<f", struct.pack("<f", x))[0]
-
-
-def normal(w: int) -> float:
-    """A word as a standard normal: fp64 holds a product and a sum of two fp32 closely enough to round them once."""
-    c3, c2, c1, c0 = (struct.unpack("<f", struct.pack("<I", bits))[0] for bits in COEFFICIENTS)
-    x = float(sum(w.to_bytes(4, "little")) - 510)
-    q = _f32(x * x)
-    p = _f32(q * c3)
-    for c in (c2, c1):
-        p = _f32(_f32(p + c) * q)
-    return _f32(x * _f32(p + c0))
+from python_tests import noise_spec
+from python_tests.fuzz.choices import ANSWER, ODD_THINGS, Choices, Memory, all_bytes, attempt, expect, reference_answer, same_bits
+from python_tests.fuzz.tables import OTHER_DTYPES, strided
+from python_tests.truth import product_bound
 
 
 def run_noise(case: Choices) -> str:
@@ -55,39 +29,44 @@ def run_noise(case: Choices) -> str:
     direction = case.whole("direction", noise.MAX_DIRECTION)
     if which == "cores":
         return _cores(case, seed, tensor_id, draw, direction)
-    limit = 1 << (32 if which in ("factor", "op") else 42)
-    count = case.of(0, 1, 2, 5, 33, 130)
-    offset = case.of(0, 1, 6, case.integer(0, limit - count), limit - count)
-    for odd in case.odd(4, -1, limit, limit + 1, *ODD_THINGS[:-1], note="place"):
-        count, offset = case.of((count, odd), (odd, offset) if not isinstance(odd, int) or odd < 200 else (count, odd))
+    count, offset = _count_and_offset(case, 1 << (32 if which in ("factor", "op") else 42))
     if which == "op":
         step: Any = Draw(draw, direction)
     elif isinstance(draw, int) and 0 <= draw < noise.MAX_DRAW and case.chance(10):
         draw = torch.tensor(draw)
         for odd in case.odd(20, draw.float(), draw.view(1), draw.to("meta"), note="draw tensor"):
             draw = odd
-    rank, stream = case.of(1, 2, 4, 5, 64), case.of("U", "V", "S")
-    if which in ("factor", "op"):
-        for odd in case.odd(4, 0, 65, -3, *ODD_THINGS[:-1], note="rank"):
-            rank = odd
-        for odd in case.odd(4, "Z", "rounding", None, 0, [], note="stream"):
-            stream = odd
+    rank, stream = _rank_and_stream(case) if which in ("factor", "op") else (1, "U")
+    place, where = {"stream": stream, "row_offset": offset}, {"offset": offset, "direction": direction}
+    backend = case.of(None, *(choose_backend("cpu", name).backend for name in ("native", "eager"))) if which == "op" else None
     calls = {
-        "factor": lambda: noise.factor(
-            seed, count, rank, tensor_id, draw, stream=stream, row_offset=offset, direction=direction
-        ),
-        "op": lambda: ops.factor(
-            *(seed, count, rank, tensor_id, step), stream=stream, row_offset=offset,
-            backend=case.of(None, *(choose_backend("cpu", name).backend for name in ("native", "eager"))),
-        ),
-        "dense": lambda: noise.dense(seed, count, tensor_id, draw, offset=offset, direction=direction),
-        "rounding_bits": lambda: noise.rounding_bits(seed, count, tensor_id, draw, offset=offset, direction=direction),
-    }  # fmt: skip
+        "factor": lambda: noise.factor(seed, count, rank, tensor_id, draw, **place, direction=direction),
+        "op": lambda: ops.factor(seed, count, rank, tensor_id, step, **place, backend=backend),
+        "dense": lambda: noise.dense(seed, count, tensor_id, draw, **where),
+        "rounding_bits": lambda: noise.rounding_bits(seed, count, tensor_id, draw, **where),
+    }
     outcome, found = attempt(case, Memory(), calls[which])
     if outcome == ANSWER:
         with reference_answer(case):
             _check_values(case, which, found, (seed, tensor_id, int(draw), direction), (offset, count, rank, stream))
     return outcome
+
+
+def _count_and_offset(case: Choices, limit: int) -> tuple[Any, Any]:
+    count = case.of(0, 1, 2, 5, 33, 130)
+    offset = case.of(0, 1, 6, case.integer(0, limit - count), limit - count)
+    for odd in case.odd(4, -1, limit, limit + 1, *ODD_THINGS[:-1], note="place"):
+        return case.of((count, odd), (odd, offset) if not isinstance(odd, int) or odd < 200 else (count, odd))
+    return count, offset
+
+
+def _rank_and_stream(case: Choices) -> tuple[Any, Any]:
+    rank, stream = case.of(1, 2, 4, 5, 64), case.of("U", "V", "S")
+    for odd in case.odd(4, 0, 65, -3, *ODD_THINGS[:-1], note="rank"):
+        rank = odd
+    for odd in case.odd(4, "Z", "rounding", None, 0, [], note="stream"):
+        stream = odd
+    return rank, stream
 
 
 def _check_values(case: Choices, which: str, found: Tensor, noise_of: tuple[int, ...], place: tuple[Any, ...]) -> None:
@@ -101,17 +80,15 @@ def _check_values(case: Choices, which: str, found: Tensor, noise_of: tuple[int,
     for i in {0, count - 1, case.integer(0, max(0, count - 1))} if count else ():
         e = offset + i
         if which == "dense":
-            q = e >> 2
-            w = word(seed, q & LOW, q >> 32 | direction << 8, tensor_id, STREAMS["Z"] << 28 | draw, e & 3)
-            expect(float(found[i]) == normal(w), f"Z of element {e} is wrong", case)
+            expect(
+                float(found[i]) == noise_spec.dense(seed, 1, tensor_id, draw, e, direction)[0], f"Z of element {e} is wrong", case
+            )
         elif which == "rounding_bits":
-            q = e >> 3
-            w = word(seed, q & LOW, q >> 32 | direction << 8, tensor_id, STREAMS["rounding"] << 28 | draw, (e & 7) >> 1)
-            expect(int(found[i]) == w >> 16 * (e & 1) & 0xFFFF, f"rounding bits of element {e} are wrong", case)
+            bits = noise_spec.rounding_bits(seed, 1, tensor_id, draw, e, direction)[0]
+            expect(int(found[i]) == bits, f"rounding bits of element {e} are wrong", case)
         else:
-            k = case.integer(0, rank - 1)
-            w = word(seed, e, k >> 2 | direction << 8, tensor_id, STREAMS[stream] << 28 | draw, k & 3)
-            expect(float(found[i, k]) == round(normal(w) * 256) / 256, f"{stream}[{e}, {k}] is wrong", case)
+            wanted = torch.from_numpy(noise_spec.factor(seed, 1, rank, tensor_id, draw, stream, e, direction)[0])
+            expect(torch.equal(found[i], wanted), f"{stream}[{e}] is wrong", case)
 
 
 def _cores(case: Choices, seed: Any, tensor_id: Any, draw: Any, direction: Any) -> str:
@@ -127,7 +104,7 @@ def _cores(case: Choices, seed: Any, tensor_id: Any, draw: Any, direction: Any) 
             rest = {"stream": "S", "direction": direction}
             wanted = [noise.factor(seed, rank, rank, t, draw, row_offset=b * rank, **rest) for t, b in owners]
             expect(found.shape == (len(owners), rank, rank), "cores have another shape", case)
-            expect(all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), "cores are not the rows of S", case)
+            expect(all(starmap(torch.equal, zip(found, wanted, strict=True))), "cores are not the rows of S", case)
     return outcome
 
 
@@ -188,26 +165,10 @@ def run_skinny(case: Choices) -> str:
 def _check_product(case: Choices, now: dict[str, Any], a: dict[str, Any], lookup: bool) -> None:
     for k in ("x", "v", "b", "draws", "scales"):
         expect(same_bits(now[k], a[k]), f"{k} was changed", case)
-    size = len(a["y"]) // len(a["draws"])
-    for g, (step, direction) in enumerate(a["draws"].tolist()):
-        place = slice(g * size, (g + 1) * size)
-        u = noise.factor(a["seed"], *a["b"].shape, a["tensor_id"], step, row_offset=a["row_offset"], direction=direction)
-        shift = None if a.get("shift") is None else a["shift"][g]
-        results = []
-        for view in (lambda t: t.double(), lambda t: t.double().abs()):
-            f = view(a["b"]) + view(a["scales"][g]) * view(u)
-            gain, y, v = None if a["gain"] is None else view(a["gain"]), view(a["y"][place]), view(a["v"])
-            if lookup:
-                results.append(reference.lowrank_embedding(y, a["x"][place].long(), v, f, gain=gain, dtype=torch.float64))
-                continue
-            more = {"transposed": a["transposed"], "gain": gain, "shift": None if shift is None else view(shift)}
-            results.append(reference.lowrank_linear(y, view(a["x"][place]), v, f, dtype=torch.float64, **more))
-        exact, total = results
-        unit = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[now["y"].dtype]
-        terms = len(a["v"]) + 8 + (0 if lookup else a["x"].shape[1])
-        bound = terms * 2.0**-23 * total + 1.01 * unit * exact.abs() + 2.0**-24
-        good = ((now["y"][place].double() - exact).abs() <= bound) | (exact.abs() + bound > 6e4)
-        expect(bool(good.all()), "y is out of its bound", case)
+    place = {k: a[k] for k in ("seed", "tensor_id", "row_offset")}
+    exact, bound = product_bound(types.SimpleNamespace(**{"shift": None} | a, place=place, lookup=lookup))
+    good = ((now["y"].double() - exact).abs() <= 2 * bound) | (exact.abs() + bound > 6e4)
+    expect(bool(good.all()), "y is out of its bound", case)
 
 
 def _spoil(case: Choices, a: dict[str, Any], lookup: bool) -> None:

@@ -1,23 +1,33 @@
-"""The project's goals, and which of them a measurement met."""
+"""The project's goals, and which of them a measurement met: ``python -m bench.goals FILE ...``.
+
+The files are documents of ``lozo-kernels bench perturb``, ``step`` or ``memory``.
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import json
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from lozo_kernels.bench.document import gb
+from lozo_kernels.bench.memory import PUBLISHED_GB, PUBLISHED_MODEL
 
 Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class SpeedTarget:
-    """A least ratio of speeds of one pass.
+    """The least ratio of two speeds of a pass over the weights.
 
     Attributes:
-        op, dtype, ranks: which rows; a rank of None is the dense op's.
+        op, dtype, ranks: the rows that it is about; the dense op has the rank None.
         peer: what it is compared with, a column of ``bench perturb``.
-        least: the ratio.
-        shape: on these weights only; None for any.
+        least: the ratio that is to be reached.
+        shape: the weights that it is about; None for any.
     """
 
     op: str
@@ -61,7 +71,7 @@ STEP = {
 
 @dataclasses.dataclass(frozen=True)
 class RatioTarget:
-    """The most that a step may take, in times of two plain forward passes."""
+    """The most that a step may take, as a multiple of two plain forward passes."""
 
     placement: str
     tokens: int
@@ -95,13 +105,9 @@ EXTRA_MEMORY = 0.01
 PROBE_SLACK = 0.01
 """What a probe's step may take beyond its factors and its scratch memory, as a share of the weights."""
 
-PUBLISHED_MEMORY_GB = {"lozo": 27.0, "lozo-m": 27.4, "mezo": 27.4, "mezo-m": 51.7}
-"""Memory of a run on OPT-13B in half precision, RTE, as the authors of LOZO publish it (GB; they do not give the batch)."""
-PUBLISHED_MEMORY_MODEL = "opt-13b"
-
 
 def judge_speed(details: Sequence[Row], device_type: str) -> list[Row]:
-    """Every speed target that was measured, with the worst ratio."""
+    """Judges every speed target that was measured by the worst ratio."""
     judged = []
     for target in SPEED.get(device_type, ()):
         found = [
@@ -123,7 +129,7 @@ def judge_speed(details: Sequence[Row], device_type: str) -> list[Row]:
 
 
 def judge_step(details: Sequence[Row], device_type: str, model: str) -> list[Row]:
-    """The target of a step, if its case was measured."""
+    """Judges the target of a step, if its case was measured."""
     target = STEP.get(device_type)
     if target is None or target["model"] != model:
         return []
@@ -135,7 +141,7 @@ def judge_step(details: Sequence[Row], device_type: str, model: str) -> list[Row
 
 
 def judge_ratios(details: Sequence[Row], device_type: str, model: str) -> list[Row]:
-    """The targets of steps that only read the weights, where their case was measured."""
+    """Judges the targets of steps that only read the weights, where their case was measured."""
     return [
         {"method": target.method, "placement": target.placement, "dtype": d["dtype"], "tokens": target.tokens, "model": model}
         | {"target_ratio": target.most, "measured": d["times_two_forwards"], "met": d["times_two_forwards"] <= target.most}
@@ -152,7 +158,7 @@ def _in_place(row: Row) -> bool:
 
 
 def judge_extra_memory(rows: Sequence[Row]) -> list[Row]:
-    """The CPU's memory target for every row of this library at rank 4 that moves weights."""
+    """Judges the memory target of the CPU for every row of this library at rank 4 that moves weights."""
     return [
         {"method": row["method"], "dtype": row["dtype"], "rank": 4, "target_percent": 100 * EXTRA_MEMORY}
         | {"measured_percent": row["extra_percent"], "met": row["extra_percent"] < 100 * EXTRA_MEMORY}
@@ -162,7 +168,7 @@ def judge_extra_memory(rows: Sequence[Row]) -> list[Row]:
 
 
 def judge_probe_memory(rows: Sequence[Row]) -> list[Row]:
-    """The memory target for every row of a probe whose forward passes are those of inference: factors, scratch, and a little."""
+    """Judges the memory target of every probe that evaluates one point at a time: factors, scratch, and a little."""
     judged = []
     for row in rows:
         if not _in_place(row) and row["placement"] != "batched":
@@ -173,25 +179,20 @@ def judge_probe_memory(rows: Sequence[Row]) -> list[Row]:
 
 
 def judge_peak_memory(rows: Sequence[Row], model: str) -> list[Row]:
-    """The peak of every method that the published table has, held to that table."""
-    if model != PUBLISHED_MEMORY_MODEL:
+    """Compares the peak of every method that the published table has with that table."""
+    if model != PUBLISHED_MODEL:
         return []
     return [
         {"method": row["method"], "dtype": row["dtype"], "rank": row["rank"], "tokens": row["tokens"]}
-        | {"target_gb": PUBLISHED_MEMORY_GB[row["method"]], "measured_gb": gb(row["peak_bytes"])}
-        | {"met": row["peak_bytes"] <= 1e9 * PUBLISHED_MEMORY_GB[row["method"]]}
+        | {"target_gb": PUBLISHED_GB[row["method"]], "measured_gb": gb(row["peak_bytes"])}
+        | {"met": row["peak_bytes"] <= 1e9 * PUBLISHED_GB[row["method"]]}
         for row in rows
-        if _in_place(row) and row["method"] in PUBLISHED_MEMORY_GB and row["dtype"] != "float32" and row.get("peak_bytes")
+        if _in_place(row) and row["method"] in PUBLISHED_GB and row["dtype"] != "float32" and row.get("peak_bytes")
     ]
 
 
-def gb(size: int) -> float:
-    """Bytes as 10^9 bytes."""
-    return round(size / 1e9, 2)
-
-
 def describe(target: Row) -> str:
-    """A judged target of any kind as one line."""
+    """Describes a judged target of any kind in one line."""
     ranks = target.get("measured_ranks") or [None]
     rank = f" rank {', '.join(map(str, ranks))}" if ranks != [None] else ""
     if "ratio_to" in target:
@@ -216,7 +217,27 @@ def describe(target: Row) -> str:
     return f"{'met   ' if target['met'] else 'missed'}  {text}"
 
 
-def goals(document: Row) -> str:
-    """The judged targets of a document as text, with an empty line before them; nothing without any."""
-    lines = [describe(target) for target in document["targets"]]
-    return "\n".join(["", "", *lines]) if lines else ""
+def judge(document: Row) -> list[Row]:
+    """Judges every goal that a document of the benchmark command has a measurement for."""
+    details, rows = document.get("details") or [], document.get("rows") or []
+    kind = "cuda" if "gpu" in document else "cpu"
+    if details and "op" in details[0]:
+        return judge_speed(details, kind)
+    if details:
+        return judge_step(details, kind, document["model"]) + judge_ratios(details, kind, document["model"])
+    measured = [row for row in rows if "extra_bytes" in row]
+    peaks = judge_peak_memory(measured, document.get("model", "")) if kind == "cuda" else judge_extra_memory(measured)
+    return peaks + judge_probe_memory(measured)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the goals of each file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path)
+    for path in parser.parse_args(argv).files:
+        print(path, *map(describe, judge(json.loads(path.read_text(encoding="utf-8")))), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

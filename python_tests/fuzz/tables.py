@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.api_fuzz_cases import ODD_THINGS, Choices, Memory
 from lozo_kernels import TensorTable
 from lozo_kernels.kernels import noise
 from lozo_kernels.kernels.table import DTYPES
+from python_tests.fuzz.choices import ODD_THINGS, Choices, Memory
 
 OTHER_DTYPES = (torch.float64, torch.int32, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn)
 FACTOR_LIMIT, FLAT_LIMIT = 1 << 32, 1 << 42

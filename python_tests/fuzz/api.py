@@ -1,44 +1,40 @@
 """Generated cases over the public API: each ends in the right answer, or in an error that the library raised on purpose.
 
-``python bench/api_fuzz.py --cases 10000`` writes ``bench/results/api_fuzz.json``: the cases of each entry, how many were answered,
-and which errors the others ended in. Answers are compared with ``reference.py``, ``noise.py`` or plain arithmetic, with everything
-in the storage around the tensors; after an error all of it must be what it was. A case that ends otherwise is shrunk and printed.
+``python -m python_tests.fuzz.api --cases 10000`` writes ``bench/results/api_fuzz.json``: the cases of each entry, how many were
+answered, and which errors the others ended in. Answers are compared with ``reference.py``, ``noise.py`` or plain arithmetic, with
+everything in the storage around the tensors; after an error all of it must be what it was. A case that ends otherwise is shrunk and
+printed.
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
 import json
 import random
-import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import hypothesis
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from bench import api_fuzz_journal, api_fuzz_models, api_fuzz_noise, api_fuzz_ops, api_fuzz_optim
-from bench.api_fuzz_cases import Choices
-from lozo_kernels.bench.environment import environment
+from bench.evidence import made_by, result_parser, write_result
+from python_tests.fuzz import journals, models, noise, ops, optimizers
+from python_tests.fuzz.choices import Choices
 
 ENTRIES: dict[str, tuple[Callable[[Choices], str], int]] = {
-    "TensorTable and the ops": (api_fuzz_ops.run_op, 38),
-    "noise functions": (api_fuzz_noise.run_noise, 8),
-    "products of activations": (api_fuzz_noise.run_skinny, 10),
-    "PatchConfig": (api_fuzz_models.run_config, 6),
-    "patch() and handles": (api_fuzz_models.run_handle, 12),
-    "optimisers": (api_fuzz_optim.run_optimizer, 12),
-    "states of optimisers": (api_fuzz_optim.run_state, 5),
-    "journals": (api_fuzz_journal.run_journal, 4),
-    "export_lora()": (api_fuzz_journal.run_export, 2),
-    "gradient estimators": (api_fuzz_journal.run_gradients, 3),
+    "TensorTable and the ops": (ops.run_op, 38),
+    "noise functions": (noise.run_noise, 8),
+    "products of activations": (noise.run_skinny, 10),
+    "PatchConfig": (models.run_config, 6),
+    "patch() and handles": (models.run_handle, 12),
+    "optimisers": (optimizers.run_optimizer, 12),
+    "states of optimisers": (optimizers.run_state, 5),
+    "journals": (journals.run_journal, 4),
+    "export_lora()": (journals.run_export, 2),
+    "gradient estimators": (journals.run_gradients, 3),
 }
 """What runs a case, and its share of the cases in percent."""
 
@@ -78,7 +74,7 @@ def fuzz(entry: Callable[[Choices], str], count: int, seed: int) -> collections.
     return outcomes
 
 
-def fuzz_all(cases: int, seed: int, progress: Callable[[str], None] = lambda line: None) -> list[dict]:
+def fuzz_all(cases: int, seed: int, progress: Callable[[str], None] = lambda _: None) -> list[dict]:
     """A row for each entry: its cases by outcome, and how long they took."""
     counts = {name: cases * share // 100 for name, (_, share) in ENTRIES.items()}
     counts[next(iter(counts))] += cases - sum(counts.values())
@@ -94,18 +90,16 @@ def fuzz_all(cases: int, seed: int, progress: Callable[[str], None] = lambda lin
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result_parser(__doc__, "api_fuzz.json")
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, help="default: a fresh one")
-    parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "api_fuzz.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     seed = random.SystemRandom().getrandbits(32) if arguments.seed is None else arguments.seed
     print(f"seed {seed}", flush=True)
     start = time.perf_counter()
     rows = fuzz_all(arguments.cases, seed, lambda line: print(line, flush=True))
-    where = environment(torch.device("cpu"), [])
-    where["command"] = f"python bench/api_fuzz.py --cases {arguments.cases} --seed {seed}"
+    where = made_by("python_tests.fuzz.api", ["--cases", str(arguments.cases), "--seed", str(seed)])
     document = {
         "cases": sum(row["cases"] for row in rows),
         "findings": 0,
@@ -115,7 +109,7 @@ def main() -> None:
         "entries": rows,
         **where,
     }
-    Path(arguments.output).write_text(json.dumps(document, indent=2) + "\n")
+    write_result(document, arguments.output)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def test_the_table_has_every_command_and_no_other():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(command, places, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(doctor, "self_test", lambda: [])  # of half a minute, which the tests of the command line run
+    monkeypatch.setattr(doctor, "self_test", list)  # of half a minute, which the tests of the command line run
     start = entry(command)
     words = shlex.split(command)[1:]
     if start.endswith("compare"):

@@ -8,7 +8,7 @@ import torch
 from lozo_kernels.bench.cases import OPS, UNIT, Case, as_bits, random_call, random_case
 from lozo_kernels.kernels import ops
 from lozo_kernels.kernels.backends import launches
-from lozo_kernels.kernels.backends.triton import TritonBackend, activations
+from lozo_kernels.kernels.backends.triton import TritonBackend
 from lozo_kernels.kernels.backends.triton.tilesizes import TileSize
 from lozo_kernels.kernels.calls import Draw, LayerCall
 from lozo_kernels.kernels.noise import dense, factor, to_grid
@@ -167,7 +167,7 @@ def product(rng, groups, rank, tokens, **kind):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_lowrank_linear_is_bounded(rng, backend, monkeypatch, groups, tokens, transposed):
     """Long rows in parts, or several blocks a program: both divisions of the work."""
-    monkeypatch.setattr(activations, "_PROGRAMS", rng.choice((1, 512)))
+    monkeypatch.setattr("lozo_kernels.kernels.backends.triton.activations._PROGRAMS", rng.choice((1, 512)))
     product(rng, groups, rng.choice((1, 3, 4, 8, 17, 64)), tokens, transposed=transposed).check(backend)
     assert backend.launcher.launches == 2
 
@@ -233,10 +233,10 @@ def test_a_table_of_everything(rng, backend):
 @pytest.mark.parametrize("op", ["lowrank_update_", "lowrank_momentum_"])
 def test_the_variant_for_amd(rng, backend, monkeypatch, op, kind):
     """Blocks are stored in another shape there."""
-    from lozo_kernels.kernels.backends.triton import backend as module
+    from lozo_kernels.kernels.backends.triton import work
     from lozo_kernels.kernels.backends.triton.plans import Target
 
-    monkeypatch.setattr(module, "_target", lambda device: Target(dp4a=False, eights=True, emulate=True))
+    monkeypatch.setattr(work, "target_of", lambda device: Target(dp4a=False, eights=True, emulate=True))
     check(example(rng, op, kind, rng.choice(EXACT_MOMENTUM_RANKS)), backend)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from triton.runtime.jit import JITFunction
 
-from lozo_kernels.kernels.backends.triton import plans
-from lozo_kernels.kernels.backends.triton.plans import Plan, Target, UpdateKind
+from lozo_kernels.kernels.backends.triton import activations, dense, dense_merge, lowrank, lowrank_merge, resample
+from lozo_kernels.kernels.backends.triton.plans import FACTOR_ROWS, Plan, Target, UpdateKind, factor_width, padded
 from lozo_kernels.kernels.backends.triton.tilesizes import TileSize, tile_sizes
 from lozo_kernels.kernels.noise import STREAMS
 from lozo_kernels.kernels.table import DTYPES
@@ -95,50 +95,52 @@ def compilations(vendor: str = "nvidia", ranks: Sequence[int] = RANKS) -> list[C
 def _lowrank(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
     for rank in ranks:
         for dtype in (*DTYPES, None):
-            for name, kind in _kinds(momentum=False, dtype=dtype):
+            for name, kind in _kinds(False, dtype, rank):
                 size = tile_sizes(None, _vendor(target)).find("lowrank_update", dtype is not None, rank, kind.stochastic)
-                plan = plans.lowrank_plan(dtype, rank, kind, size, target)
+                plan = lowrank.lowrank_plan(dtype, kind, size, target)
                 yield _update("lowrank_update" + name, plan, dtype, rank, size, exact=True)
-            for name, kind in _kinds(momentum=True, dtype=dtype):
+            for name, kind in _kinds(True, dtype, rank):
                 size = tile_sizes(None, _vendor(target)).find("lowrank_momentum", dtype is not None, rank, kind.stochastic)
-                plan = plans.lowrank_plan(dtype, rank, kind, size, target)
+                plan = lowrank.lowrank_plan(dtype, kind, size, target)
                 yield _update("lowrank_momentum" + name, plan, dtype, rank, size, exact=rank <= _EXACT_MOMENTUM_RANK)
 
 
 def _dense(target: Target) -> Iterator[Compilation]:
     for dtype in (*DTYPES, None):
         for op in ("dense_update", "dense_momentum"):
-            for name, kind in _kinds(momentum=op == "dense_momentum", dtype=dtype):
+            for name, kind in _kinds(op == "dense_momentum", dtype):
                 size = tile_sizes(None, _vendor(target)).find(op, dtype is not None, 0, kind.stochastic)
-                yield _update(op + name, plans.dense_plan(dtype, kind, size, target), dtype, None, size, exact=True)
+                yield _update(op + name, dense.dense_plan(dtype, kind, size, target), dtype, None, size, exact=True)
 
 
 def _factors(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
     for rank in ranks:
-        height, width = plans.FACTOR_ROWS, plans.factor_width(rank)
+        height, width = FACTOR_ROWS, factor_width(rank)
         for op in ("momentum_factor", "factor_update"):
             for draws in (1, 2):
                 name, momentum = op if draws == 1 else f"{op}_2", op == "momentum_factor"
-                plan = plans.factor_update_plan(rank, draws, momentum or draws == 2, momentum, target)
+                plan = lowrank.factor_update_plan(rank, draws, momentum or draws == 2, momentum, target)
                 yield _plain(name, plan, rank, height * width)
         for again in (False, True):
             name = "resample_reproject" if again else "resample"
-            yield _plain(name, plans.resample_plan(rank, again, target), rank, plans.RESAMPLE_COLS * plans.padded(rank))
-        yield _plain("reproject", plans.reproject_plan(rank), rank, height * width)
-        yield _plain("factor_rows", plans.factor_plan(STREAMS["U"], rank, target), rank, height * width)
-        if plans.is_wide(rank):
-            yield _plain("probed_factor", plans.probed_factor_plan(rank, target), rank, height * width)
-        yield _plain("lookup", plans.lookup_plan(rank, height, target), rank, height * plans.padded(rank))
+            yield _plain(name, resample.resample_plan(rank, again, target), rank, resample.RESAMPLE_COLS * padded(rank))
+        yield _plain("reproject", resample.reproject_plan(rank), rank, height * width)
+        yield _plain("factor_rows", resample.factor_plan(STREAMS["U"], rank, target), rank, height * width)
+        if lowrank_merge.is_wide(rank):
+            yield _plain("probed_factor", lowrank_merge.probed_factor_plan(rank, target), rank, height * width)
+        yield _plain("lookup", activations.lookup_plan(rank, height, target), rank, height * padded(rank))
 
 
 def _merges(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
     for dtype in (*DTYPES, None):
         for name, kind in _merge_kinds(dtype):
             size = tile_sizes(None, _vendor(target)).find("dense_merge", dtype is not None, 0, kind.stochastic)
-            yield _update("dense_merge" + name, plans.dense_merge_plan(dtype, kind, size, target), dtype, None, size, exact=True)
+            plan = dense_merge.dense_merge_plan(dtype, kind, size, target)
+            yield _update("dense_merge" + name, plan, dtype, None, size, exact=True)
             for rank in ranks if kind.momentum else ():
+                kind = dataclasses.replace(kind, rank=rank)
                 size = tile_sizes(None, _vendor(target)).find("lowrank_merge", dtype is not None, rank, kind.stochastic)
-                plan = plans.lowrank_merge_plan(dtype, rank, kind, size, target)
+                plan = lowrank_merge.lowrank_merge_plan(dtype, kind, size, target)
                 yield _update("lowrank_merge" + name, plan, dtype, rank, size, exact=True)
 
 
@@ -146,12 +148,12 @@ def _activations(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
     for dtype, rank, factor in itertools.product(DTYPES, ranks, (False, True)):
         name = "_factor" if factor else ""
         size = tile_sizes(None, _vendor(target)).find("contraction", True, rank)
-        yield _activation("contraction" + name, plans.contraction_plan(rank, factor, size, target), dtype, rank, size)
+        yield _activation("contraction" + name, activations.contraction_plan(rank, factor, size, target), dtype, rank, size)
         size = tile_sizes(None, _vendor(target)).find("expansion", True, rank)
-        plan = plans.expansion_plan(dtype, rank, factor, False, False, False, size, target)
+        plan = activations.expansion_plan(dtype, rank, factor, False, False, False, size, target)
         yield _activation("expansion" + name, plan, dtype, rank, size)
         if factor and dtype != torch.float32:
-            plan = plans.expansion_plan(dtype, rank, factor, True, True, True, size, target)
+            plan = activations.expansion_plan(dtype, rank, factor, True, True, True, size, target)
             yield _activation("expansion_all", plan, dtype, rank, size)
 
 
@@ -159,15 +161,15 @@ def _vendor(target: Target) -> str:
     return "nvidia" if target.dp4a else "amd"
 
 
-def _kinds(momentum: bool, dtype: torch.dtype | None) -> Iterator[tuple[str, UpdateKind]]:
+def _kinds(momentum: bool, dtype: torch.dtype | None, rank: int = 0) -> Iterator[tuple[str, UpdateKind]]:
     """Yields one draw, two draws and stochastic rounding; for the variant for any dtype, everything at once."""
     if dtype is None:
-        yield "_any", UpdateKind(2, True, True, momentum)
+        yield "_any", UpdateKind(2, True, True, momentum, rank)
         return
-    yield "", UpdateKind(1, False, False, momentum)
-    yield "_2", UpdateKind(2, True, False, momentum)
+    yield "", UpdateKind(1, False, False, momentum, rank)
+    yield "_2", UpdateKind(2, True, False, momentum, rank)
     if dtype != torch.float32:
-        yield "_stochastic", UpdateKind(1, False, True, momentum)
+        yield "_stochastic", UpdateKind(1, False, True, momentum, rank)
 
 
 def _merge_kinds(dtype: torch.dtype | None) -> Iterator[tuple[str, UpdateKind]]:

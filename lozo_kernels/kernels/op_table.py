@@ -1,7 +1,8 @@
-"""The ops over a table of tensors, each described by one row of :data:`OPS`.
+"""What describes an op over a table of tensors.
 
-From a row follow the checks of the arguments (``ops.py``), the torch operator with its schema (``torch_ops.py``), the loop of the
-eager backend, and the names under which the other backends find their kernels.
+``ops.py`` gives each op its :class:`Op`, its signature and its documentation. From these follow the checks of the arguments
+(``ops.py``), the torch operator with its schema (``torch_ops.py``), the loop of the eager backend, and the names under which the
+other backends find their kernels.
 """
 
 from __future__ import annotations
@@ -68,16 +69,6 @@ class Op:
         return (*x, *(table.n or ())) if self.momentum else x
 
 
-OPS = {
-    op.name: op
-    for op in (
-        Op("lowrank_update_", v=True),
-        Op("dense_update_"),
-        Op("lowrank_momentum_", v=True, n="needed", momentum=True),
-        Op("dense_momentum_", n="needed", momentum=True),
-        Op("factor_update_", factors=True, rounding=False),
-        Op("lowrank_merge_", v=True, n="needed", draws=(0, 1), out=True),
-        Op("dense_merge_", n="optional", draws=(0, 1), out=True),
-    )
-}
-"""The ops by name. ``resample_`` and ``factor``, which only make noise, and the ops on activations (``skinny.py``) are not rows."""
+OPS: dict[str, Op] = {}
+"""The ops by name, as ``ops.py`` describes them. ``resample_`` and ``factor``, which only make noise, and the ops on activations
+(``skinny.py``) are not among them."""

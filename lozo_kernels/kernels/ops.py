@@ -3,7 +3,7 @@
 Scalars that change from step to step (scales, learning rate, projected gradient) may be numbers or tensors on the table's
 device; nothing here reads a tensor's value, so nothing synchronises. Each op changes ``table.x`` (and momentum, V) in place,
 touches no other element, and gives the bits of ``reference.py`` on every backend, except that momentum products above rank 8
-are bounded, not promised. :mod:`.op_table` describes what each op takes and changes.
+are bounded, not promised.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
@@ -48,19 +48,23 @@ Scalars = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
 Signature = ParamSpec("Signature")
 
 
-def _described(function: Callable[Signature, None]) -> Callable[Signature, None]:
-    """Makes the op of the function's name, with the function's signature and docstring."""
-    op = OPS[function.__name__]
+def op(**takes: Any) -> Callable[[Callable[Signature, None]], Callable[Signature, None]]:
+    """Makes an op of a function's name, signature and docstring; ``takes`` are fields of :class:`Op`."""
 
-    @functools.wraps(function)
-    def call(*args: Signature.args, **kwargs: Signature.kwargs) -> None:
-        function(*args, **kwargs)  # its empty body only checks the arguments against the signature
-        run(op, *args, **kwargs)  # type: ignore[arg-type]
+    def decorate(function: Callable[Signature, None]) -> Callable[Signature, None]:
+        described = OPS[function.__name__] = Op(function.__name__, **takes)
 
-    return call
+        @functools.wraps(function)
+        def call(*args: Signature.args, **kwargs: Signature.kwargs) -> None:
+            function(*args, **kwargs)  # only checks the arguments against the signature
+            run(described, *args, **kwargs)  # type: ignore[arg-type]
+
+        return call
+
+    return decorate
 
 
-@_described
+@op(v=True)
 def lowrank_update_(
     table: TensorTable,
     *,
@@ -87,7 +91,7 @@ def lowrank_update_(
     """
 
 
-@_described
+@op()
 def dense_update_(
     table: TensorTable,
     *,
@@ -101,7 +105,7 @@ def dense_update_(
     """X <- decay * X + sum over draws of scale * Z (MeZO). Arguments as :func:`lowrank_update_`; a table without V."""
 
 
-@_described
+@op(v=True, n="needed", momentum=True)
 def lowrank_momentum_(
     table: TensorTable,
     *,
@@ -127,7 +131,7 @@ def lowrank_momentum_(
     """
 
 
-@_described
+@op(n="needed", momentum=True)
 def dense_momentum_(
     table: TensorTable,
     *,
@@ -147,7 +151,7 @@ def dense_momentum_(
     """
 
 
-@_described
+@op(factors=True, rounding=False)
 def factor_update_(
     table: TensorTable,
     *,
@@ -169,7 +173,7 @@ def factor_update_(
     """
 
 
-@_described
+@op(v=True, n="needed", draws=(0, 1), out=True)
 def lowrank_merge_(
     table: TensorTable,
     *,
@@ -193,7 +197,7 @@ def lowrank_merge_(
     """
 
 
-@_described
+@op(n="optional", draws=(0, 1), out=True)
 def dense_merge_(
     table: TensorTable,
     *,

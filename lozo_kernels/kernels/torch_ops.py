@@ -22,7 +22,7 @@ from torch import Tensor
 from . import ops, skinny
 from .calls import Draw, Rounding
 from .noise import STREAMS
-from .op_table import OPS, Op
+from .op_table import Op
 from .registry import Backend, choose_backend
 from .table import TensorTable
 
@@ -162,7 +162,7 @@ def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..
     torch.library.register_fake(f"lozo_kernels::{name}", fake, lib=_LIBRARY)
 
 
-for _op in OPS.values():
+for _op in ops.OPS.values():
     _register(_schema(_op), functools.partial(_run, _op))
 _register(
     "resample_(Tensor[] x, Tensor(a!)[] v, Tensor(b!)[] n, int[] place, int seed, SymInt window, str backend) -> ()", _resample_

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..calls import Draw, LayerCall, TableCall
 from ..noise import STREAMS
-from ..op_table import OPS, Op
+from ..op_table import Op
 from ..registry import Backend
 from ..table import TensorTable
 from .eager import EagerBackend
@@ -24,9 +24,9 @@ from .native import Factor
 ABI_VERSION = 1
 
 _BAD_ARGUMENT = 1  # a lozo_status
-_KERNELS = ("lowrank_update_", "dense_update_", "lowrank_momentum_", "dense_momentum_")
+_KERNELS = ("lowrank_update", "dense_update", "lowrank_momentum", "dense_momentum")
 """The ops over tables that have a CUDA kernel. The others run on the eager backend."""
-_FUNCTIONS = (*[OPS[name].kernel for name in _KERNELS], "lowrank_momentum_factor", "resample", "reproject")
+_FUNCTIONS = (*_KERNELS, "lowrank_momentum_factor", "resample", "reproject")
 
 _ROWS = Tile(256, 0)  # for passes over the rows of N
 _EAGER = EagerBackend()
@@ -110,11 +110,11 @@ class CudaBackend(Backend):
         return which + library.lozo_cuda_message(status).decode()
 
     def run(self, op: Op, table: TensorTable, call: TableCall) -> None:
-        if op.name not in _KERNELS:  # the Triton backend, which is preferred wherever Triton is installed, has kernels for these
+        if op.kernel not in _KERNELS:  # the Triton backend, which is preferred wherever Triton is installed, has kernels for these
             _EAGER.run(op, table, call)
             return
         with self._calling(table, call) as launches:
-            if op.name == "lowrank_momentum_":  # tiles side by side share rows of N, so N is updated before they start
+            if op.kernel == "lowrank_momentum":  # tiles side by side share rows of N, so N is updated before they start
                 launches.run("lowrank_momentum_factor", launches.tables.row_tiles(_ROWS.rows), _ROWS)
             launches.run_all(op.kernel, _lowrank_tile if op.v else _dense_tile)
         torch.autograd.graph.increment_version(op.written(table, call.out))

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...calls import LayerCall
+from .launcher import Launcher
+from .plans import ALL_REGISTERS, FACTOR_ROWS, Plan, Target, as_int32, padded, target_of
+from .skinny import contraction, expansion, lookup
 from .tilesizes import TileSize
-
-if TYPE_CHECKING:
-    from .launcher import Launcher
-    from .plans import Target
+from .work import SizeOf
 
 _PROGRAMS = 512
 """Programs that fill a large device a few times over. Work with fewer tiles is divided further."""
@@ -22,59 +20,85 @@ _PARTS = 16
 """The most parts that a long row is divided into, because the expansion adds the parts one after the other."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Activations:
-    """Launches the ops on activations.
+def contraction_plan(rank: int, factor: bool, size: TileSize, target: Target) -> Plan:
+    """The plan of the product of activations with V or, with ``factor``, with B + scale * U."""
+    constants = {
+        "FACTOR": factor,
+        "RANK": rank,
+        "PADDED": padded(rank),
+        "TOKENS": size.rows,
+        "COLS": size.cols,
+        "DP4A": target.dp4a,
+        "TF32": target.tf32,
+        "EMULATE": target.emulate,
+    }
+    return Plan(contraction, constants, size.num_warps, ALL_REGISTERS if target.dp4a else None)
 
-    Attributes:
-        size_of: returns the tile size of a kernel for a rank.
-    """
 
-    launcher: Launcher
-    target: Target
-    size_of: Callable[[str, int], TileSize]
+def lookup_plan(rank: int, tokens: int, target: Target) -> Plan:
+    """The plan that looks up rows of B + scale * U, ``tokens`` per program."""
+    return Plan(lookup, {"RANK": rank, "PADDED": padded(rank), "TOKENS": tokens, "DP4A": target.dp4a})
 
-    def linear(self, call: LayerCall) -> None:
-        from . import plans
 
-        rank = len(call.v)
-        inner = call.x.shape[1]
-        size = _fitted(self.size_of("contraction", rank), call)
-        across = -(-inner // size.cols)
-        tiles = _tiles(call, size)
-        blocks = max(_share(across, size.blocks, tiles), -(-across // _PARTS))
-        parts = max(1, -(-across // blocks))
-        sums = torch.empty(parts, len(call.y), plans.padded(rank), dtype=torch.float32, device=call.y.device)
-        plan = plans.contraction_plan(rank, call.transposed, size, self.target)
-        arguments = (call.x, call.v, call.b, call.draws, call.scales, sums, *_place(call), *_tokens(call))
-        self.launcher.launch(plan, tiles * parts, call.y.device, *arguments, parts, blocks, inner, call.x.stride(0))
-        self._expand(call, sums)
+def expansion_plan(
+    dtype: torch.dtype, rank: int, factor: bool, parts: bool, gain: bool, shift: bool, size: TileSize, target: Target
+) -> Plan:
+    """The plan that multiplies sums of a contraction or look-up (in ``parts``, or one) by V, or by B + scale * U, and adds to Y."""
+    constants = {
+        "FACTOR": factor,
+        "PARTS": parts,
+        "GAIN": gain,
+        "SHIFT": shift,
+        "RANK": rank,
+        "PADDED": padded(rank),
+        "TOKENS": size.rows,
+        "COLS": size.cols,
+        "DP4A": target.dp4a,
+        "EIGHTS": target.eights and dtype.itemsize == 2,
+        "TF32": target.tf32,
+        "EMULATE": target.emulate,
+    }
+    return Plan(expansion, constants, size.num_warps)
 
-    def embedding(self, call: LayerCall) -> None:
-        from . import plans
 
-        rank, (tokens, groups) = len(call.v), _tokens(call)
-        sums = torch.empty(1, len(call.y), plans.padded(rank), dtype=torch.float32, device=call.y.device)
-        plan = plans.lookup_plan(rank, plans.FACTOR_ROWS, self.target)
-        arguments = (call.x, call.b, call.draws, call.scales, sums, *_place(call), tokens, len(call.b))
-        self.launcher.launch(plan, groups * -(-tokens // plans.FACTOR_ROWS), call.y.device, *arguments)
-        self._expand(dataclasses.replace(call, transposed=True), sums)
+def launch_linear(call: LayerCall, launcher: Launcher, size_of: SizeOf) -> None:
+    """Launches lowrank_linear: a contraction, and the expansion of its sums."""
+    y, rank, inner = call.y, len(call.v), call.x.shape[1]
+    size = _fitted(size_of("contraction", y.device, True, rank, False), call)
+    across = -(-inner // size.cols)
+    tiles = _tiles(call, size)
+    blocks = max(_share(across, size.blocks, tiles), -(-across // _PARTS))
+    parts = max(1, -(-across // blocks))
+    sums = torch.empty(parts, len(y), padded(rank), dtype=torch.float32, device=y.device)
+    plan = contraction_plan(rank, call.transposed, size, target_of(y.device))
+    arguments = (call.x, call.v, call.b, call.draws, call.scales, sums, *_place(call), *_tokens(call))
+    launcher.launch(plan, tiles * parts, y.device, *arguments, parts, blocks, inner, call.x.stride(0))
+    _expand(call, sums, launcher, size_of)
 
-    def _expand(self, call: LayerCall, sums: Tensor) -> None:
-        from . import plans
 
-        y, rank = call.y, len(call.v)
-        size = _fitted(self.size_of("expansion", rank), call)
-        tokens, groups = _tokens(call)
-        down, across = -(-tokens // size.rows), -(-y.shape[1] // size.cols)
-        blocks = _share(down, size.blocks, groups * across)
-        factor, parts, unused = not call.transposed, len(sums), call.scales
-        gain, shift = (unused if t is None else t for t in (call.gain, call.shift))
-        kind = (parts > 1, call.gain is not None, call.shift is not None)
-        plan = plans.expansion_plan(y.dtype, rank, factor, *kind, size, self.target)
-        arguments = (y, sums, call.v, call.b, call.draws, call.scales, gain, shift, *_place(call), tokens, groups)
-        programs = groups * across * -(-down // blocks)
-        self.launcher.launch(plan, programs, y.device, *arguments, parts, blocks, y.shape[1], y.stride(0))
+def launch_embedding(call: LayerCall, launcher: Launcher, size_of: SizeOf) -> None:
+    """Launches lowrank_embedding: a look-up, and the expansion of its rows."""
+    y, rank, (tokens, groups) = call.y, len(call.v), _tokens(call)
+    sums = torch.empty(1, len(y), padded(rank), dtype=torch.float32, device=y.device)
+    plan = lookup_plan(rank, FACTOR_ROWS, target_of(y.device))
+    arguments = (call.x, call.b, call.draws, call.scales, sums, *_place(call), tokens, len(call.b))
+    launcher.launch(plan, groups * -(-tokens // FACTOR_ROWS), y.device, *arguments)
+    _expand(dataclasses.replace(call, transposed=True), sums, launcher, size_of)
+
+
+def _expand(call: LayerCall, sums: Tensor, launcher: Launcher, size_of: SizeOf) -> None:
+    y, rank = call.y, len(call.v)
+    size = _fitted(size_of("expansion", y.device, True, rank, False), call)
+    tokens, groups = _tokens(call)
+    down, across = -(-tokens // size.rows), -(-y.shape[1] // size.cols)
+    blocks = _share(down, size.blocks, groups * across)
+    factor, parts, unused = not call.transposed, len(sums), call.scales
+    gain, shift = (unused if t is None else t for t in (call.gain, call.shift))
+    kind = (parts > 1, call.gain is not None, call.shift is not None)
+    plan = expansion_plan(y.dtype, rank, factor, *kind, size, target_of(y.device))
+    arguments = (y, sums, call.v, call.b, call.draws, call.scales, gain, shift, *_place(call), tokens, groups)
+    programs = groups * across * -(-down // blocks)
+    launcher.launch(plan, programs, y.device, *arguments, parts, blocks, y.shape[1], y.stride(0))
 
 
 def _fitted(size: TileSize, call: LayerCall) -> TileSize:
@@ -102,7 +126,6 @@ def _tokens(call: LayerCall) -> tuple[int, int]:
     return len(call.y) // groups, groups
 
 
-def _place(call: LayerCall) -> tuple[int, int, int, int]:
-    """Seed (two words), tensor id and row offset as signed 32-bit words, which is what kernels take."""
-    words = (call.seed & 0xFFFFFFFF, call.seed >> 32, call.tensor_id, call.row_offset)
-    return tuple(w - (1 << 32) if w >= 1 << 31 else w for w in words)  # type: ignore[return-value]
+def _place(call: LayerCall) -> tuple[int, ...]:
+    """Seed (two words), tensor id and row offset."""
+    return tuple(map(as_int32, (call.seed & 0xFFFFFFFF, call.seed >> 32, call.tensor_id, call.row_offset)))

@@ -1,11 +1,15 @@
 """The kernel of dense_update and dense_momentum. A program works on a stretch of one row."""
 
+import torch
 import triton
 import triton.language as tl
 
 from .noise import STREAM_Z, dense_any, dense_block, draw_words, rounding_any, rounding_block, rounding_words, seed_words
+from .plans import WEIGHTS, Plan, Target, UpdateKind
 from .tables import dtype_at, extent_at, factors_at, place_at, tile_at, weights_at
+from .tilesizes import TileSize
 from .weights import as_fp32, read_any, read_bf16_pairs, read_weights, store_any, store_stochastic, store_weights
+from .work import Work
 
 
 @triton.jit
@@ -134,3 +138,27 @@ def dense_update(
                 scale0, scale1, factor_of_x, coefficient0, coefficient1, rate, keep,
                 WEIGHT, DRAWS, DECAY, MOMENTUM, STOCHASTIC, COUNT, DP4A, EMULATE, True,
             )  # fmt: skip
+
+
+def dense_plan(dtype: torch.dtype | None, kind: UpdateKind, size: TileSize, target: Target) -> Plan:
+    """The plan of the pass over dense tensors; ``dtype`` None means any dtype and alignment."""
+    constants = {
+        "WEIGHT": WEIGHTS[dtype],
+        "DRAWS": kind.draws,
+        "DECAY": kind.decay,
+        "MOMENTUM": kind.momentum,
+        "STOCHASTIC": kind.stochastic,
+        "COUNT": size.cols,
+        "BLOCKS": size.blocks,
+        "DP4A": target.dp4a,
+        "EMULATE": target.emulate,
+    }
+    return Plan(dense_update, constants, size.num_warps)
+
+
+def launch_dense(work: Work) -> None:
+    """Launches dense_update or dense_momentum."""
+    call = work.call
+    scalars = (call.scales, *[work.or_unused(x) for x in (call.decay, call.coefficients, call.alpha, call.beta)])
+    for plan, tiles in work.over_weights(dense_plan):
+        work.launch(plan, tiles, work.header, *scalars, len(work.table))

@@ -4,12 +4,18 @@ U is regenerated per tile; the product runs on tensor cores. Factors are multipl
 fp32 sums are exact in any order (docs/noise.md).
 """
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 
 from .noise import STREAM_U, draw_words, factor, rounding_any, rounding_rows, rounding_words, seed_words
+from .plans import ALL_REGISTERS, FACTOR_ROWS, WEIGHTS, Plan, Target, UpdateKind, factor_width, padded
 from .tables import dtype_at, extent_at, factors_at, place_at, tile_at, weights_at
+from .tilesizes import TileSize
 from .weights import as_fp32, read_any, read_weights, store_any, store_stochastic, store_weights
+from .work import Work
 
 
 @triton.jit
@@ -269,3 +275,62 @@ def factor_update(
         u = factor(first, tensor_id, direction, c3, k0, k1, ROWS, RANK, PADDED, DP4A)
         value = value + u * tl.load(scales + d * count + t)
     tl.store(pointer, value, mask=mask)
+
+
+def lowrank_plan(dtype: torch.dtype | None, kind: UpdateKind, size: TileSize, target: Target) -> Plan:
+    """The plan of the pass over low-rank tensors; ``dtype`` None means any dtype and alignment."""
+    rank = kind.rank
+    constants = {
+        "WEIGHT": WEIGHTS[dtype],
+        "RANK": rank,
+        "PADDED": padded(rank),
+        "DRAWS": kind.draws,
+        "DECAY": kind.decay,
+        "MOMENTUM": kind.momentum,
+        "STOCHASTIC": kind.stochastic,
+        "ROWS": size.rows,
+        "COLS": size.cols,
+        "BLOCKS": size.blocks,
+        "AHEAD": size.ahead and dtype is not None,
+        "EIGHTS": target.eights and dtype is not None and dtype.itemsize == 2,
+        "DP4A": target.dp4a,
+        "EMULATE": target.emulate,
+    }
+    large = kind.momentum and (kind.stochastic or kind.draws == 2 or rank > 8)
+    # N, two draws and the sums of each need more registers than four warps have.
+    crowded = kind.momentum and kind.draws == 2 and rank > 32 and target.dp4a and dtype is not None
+    num_warps = max(8, size.num_warps) if crowded else size.num_warps
+    return Plan(lowrank_update, constants, num_warps, ALL_REGISTERS if large and target.dp4a else None)
+
+
+@functools.cache
+def factor_update_plan(rank: int, draws: int, decay: bool, momentum: bool, target: Target) -> Plan:
+    """The plan that updates factors or, with ``momentum``, N before the pass over the weights."""
+    constants = {
+        "MOMENTUM": momentum,
+        "RANK": rank,
+        "PADDED": factor_width(rank),
+        "DRAWS": draws,
+        "DECAY": decay,
+        "ROWS": FACTOR_ROWS,
+        "DP4A": target.dp4a,
+    }
+    return Plan(factor_update, constants)
+
+
+def launch_lowrank(work: Work) -> None:
+    """Launches lowrank_update or lowrank_momentum."""
+    call, count = work.call, len(work.table)
+    if work.op.momentum:  # tiles side by side share rows of N, so N is updated before they start
+        plan = factor_update_plan(work.table.rank, len(call.draws), True, True, work.target)
+        work.launch(plan, work.rows(), work.header, call.coefficients, call.beta, count)
+    scalars = (call.scales, work.or_unused(call.decay), work.or_unused(call.alpha))
+    for plan, tiles in work.over_weights(lowrank_plan):
+        work.launch(plan, tiles, work.header, *scalars, count)
+
+
+def launch_factor_update(work: Work) -> None:
+    """Launches factor_update."""
+    call, rank = work.call, max((x.shape[2] for x in work.table.x), default=1)
+    plan = factor_update_plan(rank, len(call.draws), call.decay is not None, False, work.target)
+    work.launch(plan, work.rows(), work.header, call.scales, work.or_unused(call.decay), len(work.table))

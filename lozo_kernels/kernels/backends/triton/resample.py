@@ -1,9 +1,17 @@
 """The kernels that make the V of a window, re-project the momentum to it, and make a factor by itself."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ...calls import Draw
+from ...noise import STREAMS
+from ...table import TensorTable
+from ..launches import Headers, device_table
+from .launcher import Launcher
 from .noise import STREAM_V, draw_words, factor, seed_words
+from .plans import FACTOR_ROWS, Plan, Target, as_int32, factor_width, padded, target_of
 from .tables import extent_at, factors_at, place_at, tile_at
 
 
@@ -79,3 +87,50 @@ def factor_rows(
     index = row + tl.arange(0, ROWS)
     ks = tl.arange(0, PADDED)
     tl.store(out + index[:, None] * RANK + ks[None, :], u, mask=(index < rows)[:, None] & (ks < RANK)[None, :])
+
+
+RESAMPLE_COLS = 64  # columns at a time: few enough that the fp32 sums of their products are exact
+
+
+def resample_plan(rank: int, with_momentum: bool, target: Target) -> Plan:
+    """The plan that makes the V of a window and, with momentum, the ratios for :func:`reproject`."""
+    constants = {
+        "RANK": rank,
+        "PADDED": padded(rank),
+        "REPROJECT": with_momentum,
+        "COLS": RESAMPLE_COLS if padded(rank) <= 32 else RESAMPLE_COLS // 2,
+        "DP4A": target.dp4a,
+    }
+    return Plan(resample, constants, num_warps=8 if padded(rank) > 32 else 4)  # four warps have too few registers for the fp64 sums
+
+
+def reproject_plan(rank: int) -> Plan:
+    """The plan that re-projects the momentum to the new V."""
+    return Plan(reproject, {"RANK": rank, "PADDED": factor_width(rank), "ROWS": FACTOR_ROWS})
+
+
+def factor_plan(stream: int, rank: int, target: Target) -> Plan:
+    """The plan that makes one factor."""
+    constants = {"STREAM": stream, "RANK": rank, "PADDED": factor_width(rank), "ROWS": FACTOR_ROWS, "DP4A": target.dp4a}
+    return Plan(factor_rows, constants)
+
+
+def launch_resample(table: TensorTable, seed: int, window: int, with_momentum: bool, launcher: Launcher) -> None:
+    """Launches resample and, with momentum, reproject."""
+    on_device, rank, device = device_table(table), table.rank, table.device
+    matrices = on_device.matrices()
+    header = on_device.headers.words(seed, [Draw(window)])
+    ratios = torch.empty(len(matrices) * rank * rank if with_momentum else 1, dtype=torch.float32, device=device)
+    plan = resample_plan(rank, with_momentum, target_of(device))
+    launcher.launch(plan, len(matrices), device, matrices, on_device.tensors, header, ratios)
+    if with_momentum:
+        tiles = on_device.row_tiles(FACTOR_ROWS)
+        launcher.launch(reproject_plan(rank), len(tiles), device, tiles, on_device.tensors, ratios)
+
+
+def launch_factor(out: Tensor, seed: int, draw: Draw, tensor_id: int, row_offset: int, stream: str, launcher: Launcher) -> None:
+    """Launches factor_rows: fills ``out``, (rows, rank) fp32."""
+    rows, rank = out.shape
+    plan = factor_plan(STREAMS[stream], rank, target_of(out.device))
+    header = Headers(out.device).words(seed, [draw])
+    launcher.launch(plan, -(-rows // FACTOR_ROWS), out.device, out, header, as_int32(tensor_id), as_int32(row_offset), rows)

@@ -1,1 +1,1 @@
-"""Scripts that make the evidence in ``bench/results``. Each runs from the repository root as ``python -m bench.NAME``."""
+"""Scripts that make the evidence in ``bench/results``. Each runs from the repository root: ``python -m bench.NAME``."""

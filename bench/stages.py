@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lozo_kernels.bench import MEASUREMENTS
+
 OK, FAILED, TIMED_OUT, SKIPPED, NOT_RUN = "ok", "failed", "timed out", "skipped", "not run"
 
 ALLOWED = "{allowed}"
@@ -81,9 +83,10 @@ def backend_verdict(code: int, log: str) -> Verdict:
 
 
 def _bench(name: str, arguments: str, output: Path, *, device: str, **settings: Any) -> Stage:
-    """Makes a stage that is a ``lozo-kernels bench`` command."""
+    """Makes a stage that is a command of ``lozo-kernels bench`` or of ``python -m bench``."""
     file = f"{name}.json"
-    command = (sys.executable, "-m", "lozo_kernels", "bench", *arguments.split("|"))
+    words = arguments.split("|")
+    command = (sys.executable, "-m", *(("lozo_kernels", "bench") if words[0] in MEASUREMENTS else ("bench",)), *words)
     command += ("--device", device, "--output", str(output / file))
     return Stage(name, command, output=file, **settings)
 

@@ -12,6 +12,7 @@ import pytest
 
 import lozo_kernels.bench as measurements
 from bench import goals, gpu, runner, stages, summary
+from bench.__main__ import MEASUREMENTS
 from bench.evidence import REPO as ROOT
 from lozo_kernels.bench import arguments, models
 from python_tests.machine import stretched, wait_until
@@ -112,14 +113,18 @@ def test_verdicts(verdict, code, log, status):
 
 
 def test_the_commands_for_a_gpu_are_understood(tmp_path):
-    parser = measurements._parser()
+    parsers = {
+        "lozo_kernels": (4, measurements._parser(measurements.MEASUREMENTS, ("lozo-kernels", "bench"))),
+        "bench": (3, measurements._parser(MEASUREMENTS, ("python", "-m", "bench"))),
+    }
     names = [s.name for s in stages.gpu_stages(tmp_path)]
     assert len(set(names)) == len(names)
     for s in stages.gpu_stages(tmp_path):
         words = [w.replace(stages.ALLOWED, "5") for w in s.command]
-        if "bench" in words and words[1:3] == ["-m", "lozo_kernels"]:
+        if "bench" in words and words[2] in parsers:
             words[words.index("--device") + 1] = "cpu"
-            options = parser.parse_args(words[4:])
+            first, parser = parsers[words[2]]
+            options = parser.parse_args(words[first:])
             assert Path(options.output).name == s.output
     assert names.index("correctness") < min(i for i, s in enumerate(stages.gpu_stages(tmp_path)) if s.figures)
     assert set(goals.STEP["cuda"]["model"].split()) <= set(models.MODELS) and "float16" in arguments.DTYPE_NAMES

@@ -9,8 +9,10 @@ import types
 import pytest
 import torch
 
+from bench import exactness, fits
+from bench.__main__ import MEASUREMENTS
 from lozo_kernels import bench, choose_backend
-from lozo_kernels.bench import clock, correctness, document, exactness, memory_gpu, memory_use, models, peers, perturb, timing
+from lozo_kernels.bench import clock, correctness, document, memory_gpu, memory_use, models, peers, perturb, timing
 from lozo_kernels.bench import weights as bench_weights
 from lozo_kernels.bench.cases import compare
 from lozo_kernels.bench.correctness import plans
@@ -223,7 +225,7 @@ def test_sums_beyond_fp32_are_counted_apart():
 
 
 def test_exactness_of_the_kernels(capsys):
-    assert bench.main(["exactness", "--size", "40", "--draws", "1", "--rank", "1,6,64", "--json"]) == 0
+    assert bench.main(["exactness", "--size", "40", "--draws", "1", "--rank", "1,6,64", "--json"], MEASUREMENTS) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["kernel_wrong"] for row in found["rows"] if row["values"] == "noise"] == [0, None, 0]
     assert 0 < found["greatest_sum"] < 1 << 24
@@ -272,12 +274,12 @@ def test_memory_of_a_step_on_a_gpu_is_split_at_its_forward_passes(monkeypatch):
 
 
 def test_running_out_of_memory_is_a_result(monkeypatch, capsys):
-    monkeypatch.setattr(bench.fits, "build_model", no_memory)
-    assert bench.main(["fits", "--model", "opt-tiny", "--methods", "lozo,mezo", "--json"]) == 0
+    monkeypatch.setattr(fits, "build_model", no_memory)
+    assert bench.main(["fits", "--model", "opt-tiny", "--methods", "lozo,mezo", "--json"], MEASUREMENTS) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [(r["fits"], r["failed_at"]) for r in rows] == [(False, "weights")] * 2
     monkeypatch.undo()
-    assert bench.main(["fits", "--model", "opt-tiny", "--tokens", "16", "--json"]) == 0
+    assert bench.main(["fits", "--model", "opt-tiny", "--tokens", "16", "--json"], MEASUREMENTS) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert row["fits"] and row["error"] is None and set(row["seconds"]) == {"forward", "optimizer", "step 0", "step 1"}
     assert not memory_use.out_of_memory(RuntimeError("shapes do not match"))

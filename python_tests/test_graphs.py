@@ -90,7 +90,7 @@ def test_no_value_is_read(rng, method, options):
 @pytest.mark.parametrize(("method", "options"), METHODS, ids=str)
 def test_the_warm_up_makes_every_pass(rng, monkeypatch, method, options):
     """A capture finds all kernels compiled and all headers uploaded that a step needs."""
-    host = pytest.importorskip("lozo_kernels.bench.host")
+    host = pytest.importorskip("bench.host")
     model, loss = make_model("cpu"), make_loss("cpu")
     rounding = {"rounding": options["rounding"]} if "rounding" in options else {}
     estimator = "dense" if method is MeZO else "lowrank"

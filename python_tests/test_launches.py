@@ -12,7 +12,7 @@ from lozo_kernels.kernels.table import TensorTable
 from python_tests.models import Zoo
 
 pytest.importorskip("triton")
-host = pytest.importorskip("lozo_kernels.bench.host")
+host = pytest.importorskip("bench.host")
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from .environment import environment
+from .environment import PROGRAM, environment
 
 _QUIET = 0.1  # CPUs that others may use without a warning
 
 
-def where(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
+def where(device: torch.device, argv: Sequence[str], program: Sequence[str] = PROGRAM) -> dict[str, Any]:
     """Describes where a measurement is made: :func:`~lozo_kernels.bench.environment.environment`, and the data of a GPU."""
-    found = environment(device, argv)
+    found = environment(device, argv, program=program)
     if device.type == "cuda":
         p = torch.cuda.get_device_properties(device)
         found["gpu"] = {

@@ -19,12 +19,13 @@ from ..kernels.backends import native
 from ..kernels.registry import choose_backend
 from ..kernels.version import __version__
 
+PROGRAM = ("lozo-kernels", "bench")
 PACKAGES = ("torch", "triton", "numpy", "transformers", "tokenizers", "safetensors", "datasets")
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def environment(device: torch.device, argv: Sequence[str], *, program: Sequence[str] = ("lozo-kernels", "bench")) -> dict[str, Any]:
+def environment(device: torch.device, argv: Sequence[str], *, program: Sequence[str] = PROGRAM) -> dict[str, Any]:
     """Describes device, CPU, threads, instruction set, backend, versions, commit, command line and date.
 
     Args:

@@ -1,13 +1,59 @@
-"""The table of tasks, one file for each kind. A new task is a new row; nothing else in the package knows a task by its name."""
+"""The table of tasks. A new task is a new row of ``tasks.json``; nothing else in the package knows a task by its name."""
 
 from __future__ import annotations
 
-from . import choice, classification, generation, images
-from .task import KINDS, Hub, Row, Task
+import json
+from pathlib import Path
+from typing import Any
 
-TEXT = Task("text", "causal_lm", classification.SENTENCE, objective="lm", metrics=(), source="this project")
+from ..demo import language
+from .task import KINDS, Hub, Row, Task
+from .unpack import UNPACK
+
+_OWN = "this project"
+_SENTENCE = (("text", "sentence"),)
+
+
+def _go_again(seed: int) -> tuple[list[Row], list[Row]]:
+    train, dev = language.reviews(seed, train=1000, dev=500)
+    return [{"text": t, "label": y} for t, y in train], [{"text": t, "label": y} for t, y in dev]
+
+
+def _read(path: Path) -> dict[str, Task]:
+    """The tasks of a file by name. A row has fields of :class:`Task`; those that it lacks are of the row that it is "like"."""
+    rows: dict[str, dict[str, Any]] = {}
+    for row in json.loads(path.read_text(encoding="utf-8")):
+        rows[row["name"]] = {**rows.get(row.pop("like", ""), {}), **row}
+    return {name: _task(**row) for name, row in rows.items()}
+
+
+def _task(*, hub: dict[str, Any] | None = None, unpack: str | None = None, **fields: Any) -> Task:
+    kept = {name: _frozen(value) for name, value in fields.items()}
+    if hub is not None:
+        kept["hub"] = Hub(**{name: _frozen(value) for name, value in hub.items()})
+    return Task(**kept, unpack=UNPACK[unpack] if unpack is not None else None)
+
+
+def _frozen(value: Any) -> Any:
+    """The value with tuples in place of lists."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+TEXT = Task("text", "causal_lm", _SENTENCE, objective="lm", metrics=(), source=_OWN)
 """Language modelling on one field of any file."""
 
-TASKS = {t.name: t for t in (*classification.ROWS, *choice.ROWS, *generation.ROWS, *images.ROWS, TEXT)}
+GO_AGAIN = Task(
+    language.TASK_NAME,
+    "classification",
+    _SENTENCE,
+    labels=("no", "yes"),
+    prompt="{0}" + language.PROMPT,
+    words=language.LABEL_WORDS,
+    generate=_go_again,
+    source=_OWN,
+)
+"""The task of the embedded model, which needs no files."""
 
-__all__ = ["KINDS", "TASKS", "TEXT", "Hub", "Row", "Task"]
+TASKS = {GO_AGAIN.name: GO_AGAIN, **_read(Path(__file__).parent / "tasks.json"), TEXT.name: TEXT}
+
+__all__ = ["GO_AGAIN", "KINDS", "TASKS", "TEXT", "Hub", "Row", "Task"]

@@ -1,4 +1,4 @@
-"""``lozo-kernels bench fits``: finds out whether a model and a step fit into a device, and what they take."""
+"""``python -m bench fits``: finds out whether a model and a step fit into a device, and what they take."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.text_table import number, text_table
-from .arguments import DTYPE_NAMES, add_choice, add_model, positive
-from .batches import CausalBatch
-from .document import first_line, gb, progress
-from .entrants import METHODS, make_optimizer
-from .memory_use import out_of_memory
-from .models import MODELS, build_model
+from lozo_kernels.bench.arguments import DTYPE_NAMES, add_choice, add_model, positive
+from lozo_kernels.bench.batches import CausalBatch
+from lozo_kernels.bench.document import first_line, gb, progress
+from lozo_kernels.bench.entrants import METHODS, make_optimizer
+from lozo_kernels.bench.memory_use import out_of_memory
+from lozo_kernels.bench.models import MODELS, build_model
+from lozo_kernels.model.text_table import number, text_table
 
 Row = dict[str, Any]
 

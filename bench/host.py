@@ -1,4 +1,4 @@
-"""``lozo-kernels bench host``: what one pass over a model costs the host in Python before a GPU has anything to do."""
+"""``python -m bench host``: what one pass over a model costs the host in Python before a GPU has anything to do."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..kernels.backends.triton import TritonBackend
-from ..kernels.backends.triton.launcher import Launcher
-from ..kernels.registry import registered
-from ..model.handle import Handle
-from ..model.patching import patch
-from ..model.text_table import text_table
-from .arguments import add_choice, positive
-from .models import MODELS, build_model
-from .timing import quantile
+from lozo_kernels.bench.arguments import add_choice, positive
+from lozo_kernels.bench.models import MODELS, build_model
+from lozo_kernels.bench.timing import quantile
+from lozo_kernels.kernels.backends.triton import TritonBackend
+from lozo_kernels.kernels.backends.triton.launcher import Launcher
+from lozo_kernels.kernels.registry import registered
+from lozo_kernels.model.handle import Handle
+from lozo_kernels.model.patching import patch
+from lozo_kernels.model.text_table import text_table
 
 TARGET = {"model": "opt-1.3b", "pass": "perturb", "microseconds": 150}
 """The project's goal for a pass with its launches left out."""

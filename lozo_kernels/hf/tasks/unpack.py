@@ -1,12 +1,11 @@
-"""Tasks in which each example has options of its own, compared by the log-probability that a model gives to each."""
+"""The examples in a row of a file, for tasks whose rows are not examples as they are. A row of the Hub is unpacked too."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 
-from .classification import MEZO, PARQUET, SUPER_GLUE
-from .task import Hub, Row, Task
+from .task import Row
 
 _CONJUNCTIONS = {"effect": "so", "cause": "because"}
 _WINOGRANDE = re.compile(
@@ -14,7 +13,29 @@ _WINOGRANDE = re.compile(
 )
 
 
-def _copa(row: Row) -> Iterable[Row]:
+def spans(row: Row) -> Iterable[Row]:
+    """WSC: SuperGLUE keeps the two spans under ``target``, the Hub beside the text."""
+    yield {**row, **row.get("target", {})}
+
+
+def questions(row: Row) -> Iterable[Row]:
+    """MultiRC: SuperGLUE nests questions and answers in the passage, and each answer is an example; the Hub has them flat."""
+    if "passage" not in row:
+        yield row
+        return
+    passage = row["passage"]
+    for question in passage["questions"]:
+        for answer in question["answers"]:
+            yield {
+                "paragraph": passage["text"],
+                "question": question["question"],
+                "answer": answer["text"],
+                # The test set has no labels.
+                **({"label": answer["label"]} if "label" in answer else {}),
+            }
+
+
+def copa(row: Row) -> Iterable[Row]:
     """The right choice goes on after "so" or "because", and so starts with a small letter unless it is the word I."""
     options = [_continued(row[name]) for name in ("choice1", "choice2")]
     yield {"premise": row["premise"], "conjunction": _CONJUNCTIONS[row["question"]], "options": options, "right": _right(row, 2)}
@@ -25,7 +46,7 @@ def _continued(sentence: str) -> str:
     return " " + (first if first == "I" else first.lower()) + space + rest
 
 
-def _record(row: Row) -> Iterable[Row]:
+def record(row: Row) -> Iterable[Row]:
     """One example for each query; its options are the query with each entity in the place of the blank.
 
     SuperGLUE gives entities as spans of the passage whose end belongs to them, and several queries to a passage; the Hub gives
@@ -50,7 +71,7 @@ def _cloze(passage: str, query: str, entities: Iterable[str], answers: Iterable[
     }
 
 
-def _winogrande(row: Row) -> Iterable[Row]:
+def winogrande(row: Row) -> Iterable[Row]:
     """The sentence up to its blank goes on with either option and the rest of the sentence.
 
     The Hub has sentence, option1, option2 and answer "1" or "2"; a file may also have the question in one ``text`` ("... given
@@ -77,35 +98,18 @@ def _right(row: Row, count: int) -> list[int]:
     return [] if label == -1 else [int(label)]
 
 
-ROWS = (
-    Task(
-        "copa",
-        "choice",
-        (("premise",), ("conjunction",)),
-        prompt="{0:clause} {1}",
-        unpack=_copa,
-        objective="answer",
-        source=MEZO,
-        hub=Hub(SUPER_GLUE, "copa", revision=PARQUET),
-    ),
-    Task(
-        "record",
-        "choice",
-        (("passage",),),
-        prompt="{0}\n-",
-        unpack=_record,
-        objective="answer",
-        source=MEZO + " (the cloze of GPT-3's evaluation)",
-        hub=Hub(SUPER_GLUE, "record", revision=PARQUET),
-    ),
-    Task(
-        "winogrande",
-        "choice",
-        (("sentence",),),
-        prompt="{0:before}",
-        unpack=_winogrande,
-        objective="choice",
-        source="the code of SubZero (Yu et al. 2024): what follows the blank's left side is scored with either option",
-        hub=Hub("allenai/winogrande", "winogrande_m", revision=PARQUET),
-    ),
-)
+def squad(row: Row) -> Iterable[Row]:
+    """Answers as a list of texts, or as the Hub's {"text": [...]}. A title, where the row has one, heads the passage."""
+    title = f"Title: {row['title']}\n" if row.get("title") else ""
+    answers = row["answers"]["text"] if isinstance(row["answers"], dict) else row["answers"]
+    yield {"document": f"{title}Context: {row['context']}", "question": row["question"], "answers": list(answers)}
+
+
+def drop(row: Row) -> Iterable[Row]:
+    """Answers as a list of texts, or as the Hub's {"spans": [...]}."""
+    answers = row["answers_spans"]["spans"] if "answers_spans" in row else row["answers"]
+    yield {"passage": row["passage"], "question": row["question"], "answers": list(answers)}
+
+
+UNPACK = {call.__name__: call for call in (spans, questions, copa, record, winogrande, squad, drop)}
+"""The functions by the names that ``tasks.json`` has for them."""

@@ -1,4 +1,4 @@
-"""``lozo-kernels bench exactness``: checks that U V^T is the exact sum in whatever order matrix units add.
+"""``python -m bench exactness``: checks that U V^T is the exact sum in whatever order matrix units add.
 
 U and V are multiples of 2**-8, so U V^T is an integer times 2**-16, and fp32 holds integers up to 2**24. Each product is compared
 with the integer sum: through ``torch.mm`` of fp16 with fp32 sums (matrix units), and as the kernels of the device add it to zeros.
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import noise, ops
-from ..kernels.calls import Draw
-from ..kernels.noise import MAX_RANK
-from ..kernels.registry import Backend, choose_backend
-from ..kernels.table import TensorTable
-from ..model.text_table import text_table
-from .arguments import positive, rank_number, several
-from .document import first_line
+from lozo_kernels.bench.arguments import positive, rank_number, several
+from lozo_kernels.bench.document import first_line
+from lozo_kernels.kernels import noise, ops
+from lozo_kernels.kernels.calls import Draw
+from lozo_kernels.kernels.noise import MAX_RANK
+from lozo_kernels.kernels.registry import Backend, choose_backend
+from lozo_kernels.kernels.table import TensorTable
+from lozo_kernels.model.text_table import text_table
 
 Row = dict[str, Any]
 

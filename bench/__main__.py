@@ -1,0 +1,16 @@
+"""``python -m bench NAME``: measurements that serve those who change this library, with the options of ``lozo-kernels bench``."""
+
+import sys
+
+from lozo_kernels.bench import main
+
+from . import exactness, fits, host
+
+MEASUREMENTS = {
+    "host": (host, "what a pass over a model costs in Python, with its kernel launches left out"),
+    "fits": (fits, "whether a model and a step on it fit into a device"),
+    "exactness": (exactness, "whether U V^T is exact: on matrix units in fp16 with fp32 sums, and in the kernels"),
+}
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], MEASUREMENTS, ("python", "-m", "bench")))

@@ -193,7 +193,7 @@ def one_bit(table):
 
 @pytest.mark.parametrize("defect", [dies, writes_a_gap, one_bit])
 def test_correctness_turns_red(defect):
-    rows, failures, *_ = correctness.hold([Broken(defect)], choose_backend(CPU, "eager").backend, CPU, seed=1, quick=True)
+    rows, failures, *_ = correctness.hold([Broken(defect)], choose_backend(CPU, "eager").backend, CPU, 1, plans(quick=True))
     broken = [row for row in rows if row["op"] != "factor"]
     assert broken and all(row["errors"] if defect is dies else row["wrong"] for row in broken)
     assert failures and "seed" in failures[0]
@@ -201,8 +201,9 @@ def test_correctness_turns_red(defect):
 
 def test_correctness_ends_when_its_time_is_over():
     backend = choose_backend(CPU, "eager").backend
-    *_, done, total = correctness.hold([], backend, CPU, seed=0, quick=False, seconds=-1)
-    assert done == 0 < total
+    chosen = plans(quick=False)
+    *_, done = correctness.hold([], backend, CPU, 0, chosen, seconds=-1)
+    assert done == 0 < len(chosen)
 
 
 def test_every_plan_has_inputs(rng):

@@ -110,8 +110,15 @@ def measure(options: argparse.Namespace, document: Row) -> Row:
     truth = cpu_backend()
     seed = random.SystemRandom().getrandbits(32) if options.seed is None else options.seed
     backends, not_run = candidates(options.device, truth, options.backends)
-    rows, failures, done, total = hold(backends, truth, options.device, seed, quick=options.quick, seconds=options.seconds)
-    document |= {"truth": f"{truth.name} on cpu", "seed": seed, "cases_done": done, "cases": total, "backends_not_run": not_run}
+    chosen = plans(quick=options.quick)
+    rows, failures, done = hold(backends, truth, options.device, seed, chosen, seconds=options.seconds)
+    document |= {
+        "truth": f"{truth.name} on cpu",
+        "seed": seed,
+        "cases_done": done,
+        "cases": len(chosen),
+        "backends_not_run": not_run,
+    }
     return {"rows": rows, "failures": failures[:_MOST_FAILURES]}
 
 
@@ -160,12 +167,17 @@ def candidates(device: torch.device, truth: Backend, names: Sequence[str] | None
 
 
 def hold(
-    backends: Sequence[Backend], truth: Backend, device: torch.device, seed: int, *, quick: bool, seconds: float | None = None
-) -> tuple[list[Row], list[str], int, int]:
+    backends: Sequence[Backend],
+    truth: Backend,
+    device: torch.device,
+    seed: int,
+    chosen: Sequence[Plan],
+    seconds: float | None = None,
+) -> tuple[list[Row], list[str], int]:
     """Compares backends with ``truth`` on the CPU.
 
     Returns:
-        A row for each backend and op, the failures in words, how many cases were checked, and how many there are.
+        A row for each backend and op, the failures in words, and how many cases were checked.
     """
     tally: dict[tuple[str, str], Row] = {}
     failures: list[str] = []
@@ -180,7 +192,7 @@ def hold(
             failures.append(f"{backend.name} {what}: {counts['text']}")
             progress(failures[-1])
 
-    chosen, end, done = plans(quick=quick), None if seconds is None else time.monotonic() + seconds, 0
+    end, done = None if seconds is None else time.monotonic() + seconds, 0
     for i, plan in enumerate(chosen):
         if end is not None and time.monotonic() > end:
             break
@@ -194,7 +206,7 @@ def hold(
         for i, (stream, rank) in enumerate((("U", 4), ("V", 1), ("S", 17), ("U", 64))):
             found = _wrong_factor(backend, truth, device, seed + i, stream, rank)
             note(backend, "factor", f"factor {stream} rank {rank}, seed {seed + i}", found)
-    return list(tally.values()), failures, done, len(chosen)
+    return list(tally.values()), failures, done
 
 
 def _differences(backend: Backend, case: Case, want: Case) -> Row:

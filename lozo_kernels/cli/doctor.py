@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from ..bench.cases import compare
-from ..bench.correctness import plans
+from ..bench.correctness import hold, plans
 from ..bench.environment import commit, cpu_name, versions
 from ..kernels import noise
 from ..kernels.backends import native
@@ -149,16 +148,9 @@ def _noise_digest() -> str:
 def _test_backend(name: str, device: str) -> str | None:
     """Holds every op to eager on the CPU, bit for bit, on small tables of fresh random numbers."""
     eager, backend = choose_backend("cpu", "eager").backend, choose_backend(device, name).backend
-    for plan in (plan for plan in plans(quick=True) if plan.layout == "tiny"):
-        seed = random.SystemRandom().getrandbits(32)
-        want = plan.case(seed)
-        got = want.on(device)
-        want.run(eager)
-        got.run(backend)
-        wrong = [tensor.text for tensor in compare(got.on("cpu"), want) if tensor.wrong]
-        if wrong:
-            return f"{plan}, seed {seed}: {wrong[0]}"
-    return None
+    tiny = [plan for plan in plans(quick=True) if plan.layout == "tiny"]
+    _, failures, _ = hold([backend], eager, torch.device(device), random.SystemRandom().getrandbits(32), tiny)
+    return failures[0] if failures else None
 
 
 def _test_step(device: str) -> str | None:

@@ -108,9 +108,9 @@ def test_offloaded_ties_move_once_and_the_last_update_is_made(rng):
     late = trained(blocks)
     adapter.flush()
     assert (trained(blocks) - trained(whole)).abs().max() < 1e-5 < (late - trained(whole)).abs().max()
-    settled = trained(blocks)
+    made = trained(blocks)
     adapter.restore()
-    assert torch.equal(trained(blocks), settled), "the update was made twice"
+    assert torch.equal(trained(blocks), made), "the update was made twice"
     with accelerate_trainer(blocks):
         run(blocks, 1, seed)
         late = trained(blocks)

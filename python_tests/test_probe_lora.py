@@ -49,12 +49,12 @@ def shifted(base, adapted, tuned):
     return float((got - wanted).norm() / (wanted - rest).norm())
 
 
-@pytest.mark.parametrize("when", ["between steps", "settled", "restored"])
+@pytest.mark.parametrize("when", ["between steps", "merged", "restored"])
 @pytest.mark.parametrize("name", MODELS)
 def test_peft_gives_the_tuned_model(name, when, tmp_path):
     tuned = make(name)
     optimizer = train(tuned)
-    if when == "settled":
+    if when == "merged":
         optimizer.handle.merge()
     elif when == "restored":
         optimizer.handle.restore()

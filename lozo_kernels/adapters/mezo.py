@@ -70,7 +70,7 @@ class MediumMezoAdapter(TrainerAdapter):
     def serve(self) -> None:
         self._moved = self._weights()
         self._losses: list[Tensor] = []
-        self._standing: tuple[int | None, float] = (None, 0.0)
+        self._applied: tuple[int | None, float] = (None, 0.0)
         if self.settings.compat == "published":
             self._replace("efficient_perturb_parameters", self._published)
             return
@@ -91,20 +91,20 @@ class MediumMezoAdapter(TrainerAdapter):
 
     def _perturb(self, model: Any, random_seed: int, scaling_factor: float = 1) -> Any:
         t = self.trainer
-        seed, standing = self._standing
-        standing = scaling_factor + (standing if seed == random_seed else 0.0)
+        seed, applied = self._applied
+        applied = scaling_factor + (applied if seed == random_seed else 0.0)
         pairs, scale = t.named_parameters_to_optim, scaling_factor * t.args.zero_order_eps
         if seed != random_seed:
             self._losses.clear()
-        if standing or seed != random_seed or len(self._losses) < 2:
+        if applied or seed != random_seed or len(self._losses) < 2:
             self._moved.perturb(pairs, random_seed, scale)
-            self._standing = random_seed, standing
+            self._applied = random_seed, applied
             return model
         plus, minus = self._losses[-2:]
         lr, c = t.args.learning_rate, (plus - minus) / (2 * t.args.zero_order_eps)
         decay = 1.0 - lr * t.args.weight_decay if t.args.weight_decay else None
         self._moved.update(pairs, random_seed, -lr * c, decay=decay, restore=scale)
-        self._standing = None, 0.0
+        self._applied = None, 0.0
         self._losses.clear()
         t.named_parameters_to_optim = []
         return model

@@ -66,8 +66,8 @@ class ZoLlmAdapter(TrainerAdapter):
         t = self.trainer
         pairs = self._start(model)
         sgd = read_sgd(t.optimizer, pairs)
-        loss, standing = self._probe(model, inputs)
-        self._apply(pairs, sgd, [t.zo_random_seed], [t.projected_grad / t.args.q], restore=-standing)
+        loss, applied = self._probe(model, inputs)
+        self._apply(pairs, sgd, [t.zo_random_seed], [t.projected_grad / t.args.q], restore=-applied)
         return loss
 
     def _mean_step(self, model: Any, inputs: Any) -> Tensor:
@@ -75,9 +75,9 @@ class ZoLlmAdapter(TrainerAdapter):
         pairs, seeds, cs = self._start(model), [], []
         sgd = read_sgd(t.optimizer, pairs)
         for _ in range(t.args.q):
-            loss, standing = self._probe(model, inputs)
-            if standing:
-                self._moved.perturb(pairs, t.zo_random_seed, -standing)
+            loss, applied = self._probe(model, inputs)
+            if applied:
+                self._moved.perturb(pairs, t.zo_random_seed, -applied)
             seeds.append(t.zo_random_seed)
             cs.append(t.projected_grad / t.args.q)
         self._apply(pairs, sgd, seeds, cs)
@@ -89,9 +89,9 @@ class ZoLlmAdapter(TrainerAdapter):
         pairs = self._start(model)
         sgd = read_sgd(t.optimizer, pairs)
         start = t.zo_forward(model, inputs)
-        _, standing = self._probe(model, inputs)
+        _, applied = self._probe(model, inputs)
         seeds, c = [t.zo_random_seed], t.projected_grad
-        self._apply(pairs, sgd, seeds, [c], restore=-standing)
+        self._apply(pairs, sgd, seeds, [c], restore=-applied)
         forward = t.zo_forward(model, inputs)
         self._apply(pairs, sgd, seeds, [-2.0 * c])
         back = t.zo_forward(model, inputs)

@@ -31,7 +31,7 @@ class StorageWatch:
         resident = [p.storage.owners[0] for p in parameters if p.storage.resident]
         self._places = [(own_parameters(owner.module), owner.attribute) for owner in resident]
         self._shapes = [p.tensor.shape for p in parameters]
-        self._seen: Seen = ([], [], [], [])
+        self._seen: Seen | None = None
         self._seen_at: Step | None = None
 
     def look(self, more: list[Tensor], step: Step | None, moved: Callable[[], None]) -> None:
@@ -57,7 +57,7 @@ class StorageWatch:
             addresses = [p.data_ptr() for p in tensors]
         if more:
             tensors, addresses = tensors + more, addresses + [t.data_ptr() for t in more]
-        if again and addresses == self._seen[0]:
+        if again and self._seen is not None and addresses == self._seen[0]:
             return
         contiguous = list(map(Tensor.is_contiguous, tensors))
         seen = (addresses, list(map(Tensor.numel, tensors)), contiguous, [t.dtype for t in tensors])

@@ -20,6 +20,7 @@ from ..table import TensorTable
 from .eager import EagerBackend
 from .launches import ANY_DTYPE, DeviceTable, Tile, TileOf, device_table
 from .native import Factor
+from .structs import int64s, pointers
 
 ABI_VERSION = 1
 
@@ -47,10 +48,7 @@ class _Tiles(ctypes.Structure):
 
     _fields_ = (
         ("tiles", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-        ("rows", ctypes.c_int64),
-        ("cols", ctypes.c_int64),
-        ("dtype", ctypes.c_int64),
+        *int64s("count rows cols dtype"),
     )
 
 
@@ -61,15 +59,8 @@ class _Call(ctypes.Structure):
         ("tensors", ctypes.c_void_p),
         ("count", ctypes.c_int64),
         ("header", ctypes.c_void_p),
-        ("rank", ctypes.c_int64),
-        ("num_draws", ctypes.c_int64),
-        ("rounding", ctypes.c_int64),
-        ("scales", ctypes.c_void_p),
-        ("coefficients", ctypes.c_void_p),
-        ("alpha", ctypes.c_void_p),
-        ("beta", ctypes.c_void_p),
-        ("decay", ctypes.c_void_p),
-        ("ratios", ctypes.c_void_p),
+        *int64s("rank num_draws rounding"),
+        *pointers("scales coefficients alpha beta decay ratios"),
         ("device", ctypes.c_int64),
         ("stream", ctypes.c_void_p),
     )

@@ -19,6 +19,7 @@ from ..op_table import MAX_DRAWS, OPS, Op
 from ..registry import Backend
 from ..table import DTYPES, TensorTable
 from .packing import pack
+from .structs import int64s, pointers
 
 ABI_VERSION = 3
 
@@ -28,21 +29,12 @@ class _Call(ctypes.Structure):
 
     _fields_ = (
         ("seed", ctypes.c_uint64),
-        ("rank", ctypes.c_int64),
-        ("num_draws", ctypes.c_int64),
+        *int64s("rank num_draws"),
         ("draw_steps", ctypes.c_int64 * MAX_DRAWS),
         ("directions", ctypes.c_int64 * MAX_DRAWS),
-        ("rounding", ctypes.c_int64),
-        ("rounding_step", ctypes.c_int64),
-        ("rounding_index", ctypes.c_int64),
-        ("scales", ctypes.c_void_p),
-        ("coefficients", ctypes.c_void_p),
-        ("alpha", ctypes.c_void_p),
-        ("beta", ctypes.c_void_p),
-        ("decay", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("reproject", ctypes.c_int64),
-        ("threads", ctypes.c_int64),
+        *int64s("rounding rounding_step rounding_index"),
+        *pointers("scales coefficients alpha beta decay out"),
+        *int64s("reproject threads"),
     )
 
 
@@ -51,13 +43,7 @@ class Factor(ctypes.Structure):
 
     _fields_ = (
         ("seed", ctypes.c_uint64),
-        ("stream", ctypes.c_int64),
-        ("tensor_id", ctypes.c_int64),
-        ("draw", ctypes.c_int64),
-        ("direction", ctypes.c_int64),
-        ("row_offset", ctypes.c_int64),
-        ("rows", ctypes.c_int64),
-        ("rank", ctypes.c_int64),
+        *int64s("stream tensor_id draw direction row_offset rows rank"),
     )
 
 
@@ -65,28 +51,9 @@ class _Layer(ctypes.Structure):
     """The struct ``lozo_skinny`` of csrc/include/lozo/abi.h."""
 
     _fields_ = (
-        ("y", ctypes.c_void_p),
-        ("x", ctypes.c_void_p),
-        ("v", ctypes.c_void_p),
-        ("b", ctypes.c_void_p),
-        ("draws", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("gain", ctypes.c_void_p),
-        ("shift", ctypes.c_void_p),
+        *pointers("y x v b draws scales gain shift"),
         ("seed", ctypes.c_uint64),
-        ("tensor_id", ctypes.c_int64),
-        ("row_offset", ctypes.c_int64),
-        ("y_dtype", ctypes.c_int64),
-        ("x_dtype", ctypes.c_int64),
-        ("y_stride", ctypes.c_int64),
-        ("x_stride", ctypes.c_int64),
-        ("tokens", ctypes.c_int64),
-        ("groups", ctypes.c_int64),
-        ("rows", ctypes.c_int64),
-        ("cols", ctypes.c_int64),
-        ("rank", ctypes.c_int64),
-        ("transposed", ctypes.c_int64),
-        ("threads", ctypes.c_int64),
+        *int64s("tensor_id row_offset y_dtype x_dtype y_stride x_stride tokens groups rows cols rank transposed threads"),
     )
 
 

@@ -40,14 +40,10 @@ def main() -> int:
     args = parser.parse_args()
     document = made_by("bench.overhead", sys.argv[1:])
     before, after = args.before.resolve(), REPO
-    commit = subprocess.run(
-        ["git", "-C", str(before), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
-    )
-    calls = [(place, run(place, str(CALLS))) for place in (before, after)]
-    rows = [
-        {"measured": "calls of a step", "row": name, "before": calls[0][1][name], "after": calls[1][1][name]}
-        for name in calls[1][1]
-    ]
+    head = ("git", "-C", str(before), "rev-parse", "--short=12", "HEAD")
+    commit = subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
+    was, now = (run(place, str(CALLS)) for place in (before, after))
+    rows = [{"measured": "calls of a step", "row": name, "before": was[name], "after": now[name]} for name in now]
     rounds: dict[Path, list[dict[str, float]]] = {before: [], after: []}
     for i in range(args.rounds):
         for place in (before, after) if i % 2 == 0 else (after, before):

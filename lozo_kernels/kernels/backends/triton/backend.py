@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,7 +33,9 @@ class TritonBackend(Backend):
 
     def __init__(self, launcher: Launcher | None = None, sizes: dict[str, TileSize] | None = None) -> None:
         self._launcher = launcher
+        self._kernels: ModuleType | None = None
         self._sizes = sizes or {}
+        self._size_of = self._size  # one object, by which tables keep what was prepared for these sizes
 
     def unavailable(self, device: torch.device) -> str | None:
         if device.type not in ("cuda", "cpu"):
@@ -61,13 +64,11 @@ class TritonBackend(Backend):
         return self._launcher
 
     def run(self, op: Op, table: TensorTable, call: TableCall) -> None:
-        from .kernels import LAUNCH
-        from .work import Work
+        if self._kernels is None:
+            from . import kernels
 
-        launch = LAUNCH.get(op.kernel)
-        if launch is None:
-            raise NotImplementedError(f"the triton backend has no kernel for {op.name}; backend='eager' runs every op")
-        launch(Work(op, table, call, self.launcher, self._size))
+            self._kernels = kernels
+        self._kernels.launch(op, table, call, self.launcher, self._size_of)
         torch.autograd.graph.increment_version(op.written(table, call.out))
 
     def resample_(self, table: TensorTable, seed: int, window: int, reproject: bool) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ...calls import TableCall
+from ...op_table import Op
+from ...table import TensorTable
 from .dense import launch_dense
 from .dense_merge import launch_dense_merge
+from .launcher import Launcher
 from .lowrank import launch_factor_update, launch_lowrank
 from .lowrank_merge import launch_lowrank_merge
-from .work import Work
+from .work import SizeOf, Work
 
-LAUNCH: dict[str, Callable[[Work], None]] = {
+_LAUNCH: dict[str, Callable[[Work], None]] = {
     "lowrank_update": launch_lowrank,
     "lowrank_momentum": launch_lowrank,
     "dense_update": launch_dense,
@@ -19,3 +23,15 @@ LAUNCH: dict[str, Callable[[Work], None]] = {
     "lowrank_merge": launch_lowrank_merge,
     "dense_merge": launch_dense_merge,
 }
+
+
+def launch(op: Op, table: TensorTable, call: TableCall, launcher: Launcher, size_of: SizeOf) -> None:
+    """Launches the kernels of an op.
+
+    Raises:
+        NotImplementedError: it has none.
+    """
+    of_op = _LAUNCH.get(op.kernel)
+    if of_op is None:
+        raise NotImplementedError(f"the triton backend has no kernel for {op.name}; backend='eager' runs every op")
+    of_op(Work(op, table, call, launcher, size_of))

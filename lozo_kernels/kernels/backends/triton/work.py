@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -27,7 +26,7 @@ class Work:
 
     Attributes:
         on_device: the table in the form that kernels read; for a merge also the weights that are written.
-        target: what the kernels are compiled for.
+        header: the words that say which noise the call makes (``launches.HEADER``).
     """
 
     def __init__(self, op: Op, table: TensorTable, call: TableCall, launcher: Launcher, size_of: SizeOf) -> None:
@@ -35,14 +34,15 @@ class Work:
         self.table = table
         self.call = call
         self.on_device: DeviceTable = device_table(table, op.factors) if call.out is None else merge_table(table, call.out)
-        self.target = target_of(table.device)
+        self.header: Tensor = self.on_device.header(call)
+        self.device = table.device
         self._launcher = launcher
         self._size_of = size_of
 
-    @functools.cached_property
-    def header(self) -> Tensor:
-        """The words that say which noise the call makes (``launches.HEADER``)."""
-        return self.on_device.header(self.call)
+    @property
+    def target(self) -> Target:
+        """What the kernels are compiled for."""
+        return target_of(self.device)
 
     def rows(self) -> Tensor:
         """The tiles of a pass over the rows of factors."""
@@ -54,7 +54,7 @@ class Work:
 
     def launch(self, plan: Plan, tiles: Tensor, *arguments: object) -> None:
         """Launches a kernel on tiles. Its first arguments are the tiles and the table, then come ``arguments``."""
-        self._launcher.launch(plan, len(tiles), self.table.device, tiles, self.on_device.tensors, *arguments)
+        self._launcher.launch(plan, len(tiles), self.device, tiles, self.on_device.tensors, *arguments)
 
     def over_weights(self, plan_of: PlanOf) -> list[tuple[Plan, Tensor]]:
         """Returns the plans and tiles of the pass over the weights. The table keeps them, since a pass may not cost much Python."""

@@ -8,7 +8,7 @@ import sys
 import torch
 
 from lozo_kernels import choose_backend
-from lozo_kernels.bench import weights
+from lozo_kernels.bench import op_calls
 from lozo_kernels.bench.arguments import DTYPE_NAMES
 
 
@@ -23,11 +23,11 @@ def main() -> int:
     options = parser.parse_args()
     device = torch.device(options.device)
     backend = choose_backend(device).backend
-    case = weights.make_weights(options.shape, DTYPE_NAMES[options.dtype], device)
+    case = op_calls.make_weights(options.shape, DTYPE_NAMES[options.dtype], device)
     if options.op == "dense_update":
-        calls = weights.dense_calls(case.dense_table(), backend)
+        calls = op_calls.dense_calls(case.dense_table(), backend)
     else:
-        calls = weights.lowrank_calls(case.lowrank_table(options.rank, backend), backend)
+        calls = op_calls.lowrank_calls(case.lowrank_table(options.rank, backend), backend)
     for _ in range(options.times):
         calls[options.op].run()
     if device.type == "cuda":

@@ -12,8 +12,7 @@ import torch
 from bench import exactness, fits
 from bench.__main__ import MEASUREMENTS
 from lozo_kernels import bench, choose_backend
-from lozo_kernels.bench import clock, correctness, document, memory_gpu, memory_use, models, peers, perturb, timing
-from lozo_kernels.bench import weights as bench_weights
+from lozo_kernels.bench import clock, correctness, document, memory_gpu, memory_use, models, op_calls, peers, perturb, timing
 from lozo_kernels.bench.cases import compare
 from lozo_kernels.bench.correctness import plans
 from lozo_kernels.kernels.table import TensorTable
@@ -139,7 +138,7 @@ def test_what_is_compiled_are_the_published_expressions(monkeypatch):
 def test_many_tensors_are_each_checked_somewhere():
     tensors = [torch.zeros(40, 8, dtype=torch.bfloat16) for _ in range(70)]
     backend = choose_backend(CPU).backend
-    table = bench_weights.Weights("many", tensors).lowrank_table(2, backend)
+    table = op_calls.Weights("many", tensors).lowrank_table(2, backend)
     pieces = [bench.gate._pieces(40, table, t) for t in range(len(table))]
     assert {len(p) for p in pieces} == {1} and {p[0].start for p in pieces} == {0, 17, 37}
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..model.config import PatchConfig
 from ..model.passes import Scalar
-from .weights import Pairs, Weights
+from .listed import Pairs, Weights
 
 COMPAT = (None, "published")
 

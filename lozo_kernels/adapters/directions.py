@@ -13,7 +13,7 @@ from ..kernels import ops
 from ..kernels.checks import check_number, check_scale
 from ..model.config import PatchConfig
 from ..model.passes import decay_of
-from .weights import Pairs, Weights
+from .listed import Pairs, Weights
 
 _ESTIMATORS = ("lowrank", "dense")
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .base import Settings, TrainerAdapter, learning_rate
+from .listed import decay_of_names
 from .mezo import WITHOUT_DECAY
 from .streams import decay, decay_factor, draw_dense
-from .weights import decay_of_names
 
 
 class LozoAdapter(TrainerAdapter):

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from .base import Settings, TrainerAdapter, learning_rate
+from .listed import decay_of_names
 from .streams import perturb_dense, update_dense
-from .weights import decay_of_names
 
 WITHOUT_DECAY = ("bias", "layer_norm", "layernorm")
 """Words in names of parameters that MeZO and LOZO do not decay."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .weights import Pairs
+from .listed import Pairs
 
 
 def draw_dense(p: Tensor) -> Tensor:

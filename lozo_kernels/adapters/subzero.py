@@ -13,8 +13,8 @@ from torch import Tensor
 from ..kernels.noise import MAX_RANK
 from ..model.estimators import Subspace
 from .base import SGD, Settings, TrainerAdapter, read_sgd
+from .listed import Pairs, Weights
 from .streams import draw_dense
-from .weights import Pairs, Weights
 
 RESHAPED = ("lora", "prefix", "prompt")
 """Values of ``args.mode`` for which a parameter is seen as the most nearly square matrix of its size."""

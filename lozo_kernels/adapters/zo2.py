@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..model.modules import own_parameters
 from .base import Settings, TrainerAdapter
+from .listed import Pairs, decay_of_names
 from .streams import perturb_dense, update_dense
-from .weights import Pairs, decay_of_names
 
 WITHOUT_DECAY = ("bias", "layer_norm", "layernorm", "ln")
 """Words in names, as seen from the module that is updated, of parameters that zo2 does not decay."""

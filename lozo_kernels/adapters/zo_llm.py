@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..errors import require
 from .base import SGD, Settings, TrainerAdapter, read_sgd
+from .listed import Pairs, Weights
 from .streams import perturb_dense
-from .weights import Pairs, Weights
 
 STEPS = ("zo_step", "zo_step_v1", "zo_step_v2", "zo_conserv_step")
 _MODULE_WISE = ("zo_step_with_module_wise_perturbation", "zo_step_with_module_wise_perturbation_coordinate")

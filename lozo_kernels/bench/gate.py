@@ -9,7 +9,7 @@ from ..kernels import ops
 from ..kernels.registry import choose_backend
 from ..kernels.table import TensorTable
 from .cases import Case, compare
-from .weights import SEED, WINDOW, OpCall, Weights, dense_calls, lowrank_calls
+from .op_calls import SEED, WINDOW, OpCall, Weights, dense_calls, lowrank_calls
 
 _ROWS, _ELEMENTS = 3, 512  # of a piece: whole rows of a matrix, elements of a dense tensor
 _FEW = 64  # up to so many tensors are checked at the beginning, in the middle and at the end; of more, each at one of them

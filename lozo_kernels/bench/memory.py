@@ -20,7 +20,7 @@ from .document import gb, progress, save_partial
 from .entrants import Entrant, add_placement, entrants, make_optimizer, make_published
 from .memory_use import MemoryUse, Step, out_of_memory
 from .models import MODELS, build_model
-from .weights import nbytes
+from .op_calls import nbytes
 
 Row = dict[str, Any]
 

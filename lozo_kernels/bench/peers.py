@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .op_calls import EPS
 from .published import column_noise, descended, perturbed_dense, perturbed_low_rank, row_noise
-from .weights import EPS
 
 Pass = Callable[[], None]
 

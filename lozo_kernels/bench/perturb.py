@@ -19,8 +19,8 @@ from .document import first_line, progress, save_partial
 from .environment import last_level_cache
 from .gate import check, check_small
 from .models import MODELS, parameter_shapes
+from .op_calls import OpCall, Weights, dense_calls, lowrank_calls, make_weights, nbytes
 from .timing import Contender, Seconds, interleave, median, paired_ratio, spread
-from .weights import OpCall, Weights, dense_calls, lowrank_calls, make_weights, nbytes
 
 Row = dict[str, Any]
 
@@ -124,7 +124,7 @@ class PerturbBench:
         """Yields the rows of one set of weights, each with its details: ratios within a round, and quantiles.
 
         Args:
-            label: as for :func:`~lozo_kernels.bench.weights.make_weights`.
+            label: as for :func:`~lozo_kernels.bench.op_calls.make_weights`.
 
         Raises:
             GateError: an op disagrees with its reference.

@@ -21,8 +21,8 @@ from .clock import Clock, HostClock, clock_for
 from .document import progress, save_partial
 from .entrants import INTERVAL, METHODS, Entrant, add_placement, entrants, make_optimizer, make_published, treatment
 from .models import MODELS, build_model
+from .op_calls import nbytes
 from .timing import Contender, Seconds, interleave, median, paired_ratio, spread
-from .weights import nbytes
 
 Row = dict[str, Any]
 

@@ -18,8 +18,8 @@ from ..kernels.backends.triton.tilesizes import TileSize, tile_sizes, user_file
 from .clock import clock_for
 from .document import progress
 from .environment import environment
+from .op_calls import OpCall, dense_calls, lowrank_calls, make_weights
 from .timing import Contender, interleave, median
-from .weights import OpCall, dense_calls, lowrank_calls, make_weights
 
 SHAPE = "8192x8192"
 RANK_LIMITS = {"lowrank_update": (16, 64), "lowrank_momentum": (8, 64)}

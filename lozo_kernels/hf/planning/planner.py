@@ -18,7 +18,7 @@ from ...optim.optimizer import ZerothOrderOptimizer
 from ..methods import ZEROTH_ORDER, Method
 from ..models.checkpoint import open_config
 from .machine import Machine, given_machine, measured_machine
-from .state import State, find_members, place_members, side_seconds, state_in_place, state_of_probe
+from .state_bytes import State, find_members, place_members, side_seconds, state_in_place, state_of_probe
 from .workload import Workload
 
 if TYPE_CHECKING:

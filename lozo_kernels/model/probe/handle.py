@@ -20,7 +20,7 @@ from ..parameters import Parameter
 from ..passes import Group, Term, Update, run_pass, run_update
 from ..report import ParameterReport, report_of
 from ..sharding import reshard
-from .batches import check_batches
+from .batch_split import check_batches
 from .choosing.preparation import Preparation
 from .forward.probed import ProbedModel
 from .learned.factors import StateGroup, make_groups

@@ -17,7 +17,7 @@ from ...model.sharding import ranks_of, reshard
 from ..steps import StepInfo
 from .agreement import check_agreement
 from .channel import Channel
-from .fingerprint import combine, fingerprints, place_of_shards, sample, starting_weights, trained_shards, trained_state
+from .tensor_hash import combine, fingerprints, place_of_shards, sample, starting_weights, trained_shards, trained_state
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

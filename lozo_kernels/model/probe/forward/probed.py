@@ -15,8 +15,8 @@ from ..members import Member, factors_of
 from ..runtime import REST, Point, Runtime
 from .guards import Guards
 from .install import Installation
+from .perturbed import PerturbedWeights
 from .swapping import Arena
-from .weights import PerturbedWeights
 
 
 class ProbedModel:

@@ -421,6 +421,7 @@ class Handle:
             raise RuntimeError("this handle was restored; patch the model again")
 
     def _start(self, step: Step) -> None:
+        torch.clear_autocast_cache()  # it holds casts of weights as they were
         if not isinstance(step, Tensor):
             self.enter_window(step)
             return

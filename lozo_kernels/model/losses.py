@@ -30,10 +30,16 @@ class Randomness:
             torch.cuda.set_rng_state(state, device)
 
 
-def mean_loss(closures: Sequence[Closure], randomness: Randomness | None) -> Tensor:
-    """Returns the mean loss of the closures, evaluated with the given randomness, as a 0-dim fp64 tensor."""
+def begin_evaluation(randomness: Randomness | None) -> None:
+    """Called before every evaluation, so that it sees the weights as they are now and the random numbers of the others."""
+    torch.clear_autocast_cache()  # which holds casts of the weights as they were
     if randomness is not None:
         randomness.replay()
+
+
+def mean_loss(closures: Sequence[Closure], randomness: Randomness | None) -> Tensor:
+    """Returns the mean loss of the closures, evaluated with the given randomness, as a 0-dim fp64 tensor."""
+    begin_evaluation(randomness)
     losses = [as_loss(closure()) for closure in closures]
     return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
@@ -61,8 +67,7 @@ def mean_totals(closures: Sequence[Closure], randomness: Randomness | None) -> T
 
     A closure that returns a mean has the number of its examples as its weight, or 1 if that is not known.
     """
-    if randomness is not None:
-        randomness.replay()
+    begin_evaluation(randomness)
     found = [closure.totals() if isinstance(closure, BoundClosure) else _totals(closure(), 1) for closure in closures]
     if len(found) == 1:
         return found[0]
@@ -110,8 +115,7 @@ def batch_totals(closures: Sequence[BatchClosure], batches: Sequence[Any], times
 def _batch_totals(
     closures: Sequence[BatchClosure], batches: Sequence[Any], times: int, randomness: Randomness | None
 ) -> list[tuple[Tensor, Tensor]]:
-    if randomness is not None:
-        randomness.replay()
+    begin_evaluation(randomness)
     found = []
     for closure, inputs in zip(closures, batches, strict=True):
         examples = count_examples(inputs)

@@ -203,7 +203,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         closures, batches = pair_closures(closure, inputs)
         if self.evaluation == "batched" and batches is None:
             raise TypeError("evaluation='batched' needs step(closure, inputs), with a closure that takes the inputs")
-        with deferred_interrupt():
+        with stepper.alone(), deferred_interrupt():
             try:
                 plus, minus = stepper.evaluate([as_interruptible(one) for one in closures], batches)
                 info = self._conclude(stepper.differences(plus, minus), plus, minus)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -34,6 +35,9 @@ from ..model.passes import Update
 from .parallel import Parallel
 from .readback import Readback
 from .steps import Rates, StepInfo, StepLog, StepSettings
+
+_LARGEST_DIRECTION = 2.0**20
+"""Above the elements of any direction: |u v| < 1537 at rank 64, and SubZero's have a factor of sqrt(rows * columns) besides."""
 
 
 class Stepper:
@@ -67,6 +71,19 @@ class Stepper:
         self._moves = 0
         self._batches_checked = False
         self._watched = Readback()
+        self._running = threading.Lock()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """While the body takes a step or a part of one, no other may. Raises RuntimeError if one is under way."""
+        if not self._running.acquire(blocking=False):
+            raise RuntimeError(
+                "a step of this optimiser is under way: its closure calls step(), or two threads do; take one step at a time"
+            )
+        try:
+            yield
+        finally:
+            self._running.release()
 
     def twin(self, step: Tensor) -> Stepper:
         """Makes a stepper for the same steps whose step is a tensor, without a pending update or a journal. Its settings are a copy
@@ -133,7 +150,7 @@ class Stepper:
         Returns:
             (3, directions) fp64: c, F(+) and F(-); and the loss of the step.
         """
-        with deferred_interrupt():
+        with self.alone(), deferred_interrupt():
             try:
                 plus, minus = self.evaluate(closures)
             finally:
@@ -141,13 +158,15 @@ class Stepper:
         return torch.stack((self.differences(plus, minus), plus, minus)), self.mean(plus, minus)
 
     def conclude(self, c: Tensor, plus: Tensor, minus: Tensor, rates: Rates) -> tuple[Update, StepInfo]:
-        """Returns the update that a step's losses ask for. No value is read, since a skipped update is an update by zero.
+        """Returns the update that a step's losses ask for. No value is read, since a skipped update is an update by zero. It is
+        skipped if c is not finite, or what it does to weights would not be in fp32.
 
         Args:
             c: as :meth:`differences` makes it; a number that is not finite skips the update.
             plus, minus: what :meth:`evaluate` returned.
         """
-        good = torch.isfinite(c).all()
+        moved = c * torch.clamp(rates.lr.max() * _LARGEST_DIRECTION, min=1.0)
+        good = torch.isfinite(moved.to(torch.float32)).all()  # kernels compute in fp32: a loss of 1e38 is finite, its update is not
         c = torch.where(good, c, 0.0)
         beta = None
         if self.settings.momentum:  # rounded to fp32, whatever torch's default dtype is
@@ -263,12 +282,13 @@ class Stepper:
         if in_a_row >= self.settings.max_nonfinite:
             self.flush()
             raise NonFiniteLossError(
-                f"the loss was not finite {in_a_row} steps in a row (last: {float(loss)} at step {self.count - 1}); "
-                "the weights are those of the last good step. Lower lr or eps, or look for overflow in half precision"
+                f"the loss, or the step that it asks for, was not finite {in_a_row} steps in a row (last loss: {float(loss)}, at "
+                f"step {self.count - 1}); the weights are those of the last good step. Lower lr or eps, or look for overflow in "
+                "half precision"
             )
         if in_a_row:
             warnings.warn(
-                f"step {self.count - 1}: the loss was not finite; update skipped ({total} in all)",
+                f"step {self.count - 1}: the loss, or the step that it asks for, was not finite; update skipped ({total} in all)",
                 stacklevel=4,
             )
 

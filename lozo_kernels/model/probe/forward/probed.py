@@ -88,6 +88,7 @@ class ProbedModel:
         Args:
             examples: of each evaluation, when several share a forward pass.
         """
+        torch.clear_autocast_cache()  # it holds casts of perturbed weights as they were
         self.runtime.live = self.learned or any(m.past is not None for m in self.members) or any(p.scale for p in points)
         self.runtime.write(points, examples)
         self._weights.refresh()

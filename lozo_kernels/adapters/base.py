@@ -167,4 +167,4 @@ def read_sgd(optimizer: Any, pairs: Pairs) -> SGD:
 
 def _one_or_all(values: Sequence[Any]) -> Scalar:
     numbers = [float(v) for v in values]
-    return numbers[0] if len(set(numbers)) == 1 else torch.tensor(numbers, dtype=torch.float64)
+    return numbers[0] if len(set(numbers)) == 1 else torch.tensor(numbers, dtype=torch.float64, device="cpu")

@@ -223,4 +223,4 @@ def decay_of_names(names: Iterable[str], without: Sequence[str], lr: Scalar, wei
     if not weight_decay:
         return None
     decays = [0.0 if any(word in name for word in without) else weight_decay for name in names]
-    return 1.0 - lr * torch.tensor(decays, dtype=torch.float64)
+    return 1.0 - lr * torch.tensor(decays, dtype=torch.float64, device="cpu")

@@ -85,7 +85,7 @@ def device(text: str) -> torch.device:
     """Parses a device that this machine has."""
     try:
         found = torch.device(text)
-        found = torch.empty(1, device=found).device  # with its index
+        found = torch.empty(1, device=found, dtype=torch.float32).device  # with its index
     except (RuntimeError, AssertionError) as e:  # an unknown word, no such accelerator, or a torch built without it
         raise argparse.ArgumentTypeError(str(e).splitlines()[0]) from None
     if found.type == "meta":

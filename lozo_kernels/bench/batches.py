@@ -35,7 +35,9 @@ class CausalBatch:
         shared = [n for n in range(2, min(most, tokens // sequences) + 1) if tokens % n == 0]
         length = max(shared or [n for n in range(1, most + 1) if tokens % n == 0])
         generator = torch.Generator().manual_seed(0)
-        self.ids = torch.randint(4, 1000, (tokens // length, length), generator=generator).to(device)
+        self.ids = torch.randint(4, 1000, (tokens // length, length), generator=generator, dtype=torch.int64, device="cpu").to(
+            device
+        )
 
     def __call__(self, model: nn.Module) -> Tensor:
         """Returns the mean loss of a token, as the model computes it."""

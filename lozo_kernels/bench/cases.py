@@ -95,7 +95,7 @@ def _near(x: Tensor, want: Case, t: int) -> Tensor:
     table = want.table
     assert table.v is not None and table.n is not None
     y = table.x[t].double()
-    alpha = torch.as_tensor(want.call["alpha"], device=y.device).expand(len(table))[t]
+    alpha = torch.as_tensor(want.call["alpha"], device=y.device, dtype=torch.float32).expand(len(table))[t]
     sums = alpha.double().abs() * (table.n[t].double().abs() @ table.v[t].double().abs()) + y.abs()
     bound = 2 * table.rank * 2.0**-23 * sums + 4 * UNIT[x.dtype] * y.abs() + 2.0**-23
     return (x.double() - y).abs() <= bound
@@ -136,11 +136,13 @@ def strided(
     row_stride = cols + step * rng.choice((0, 0, 1, 3, 8))
     batch_stride = rows * row_stride + step * rng.choice((0, 0, 5))
     lead = step * rng.choice((0, 0, 1, 2))
-    storage = torch.full((lead + batch * batch_stride + 64,), float("nan"), dtype=dtype)
-    values = torch.randn(tuple(shape)) * (10 ** rng.uniform(-3, 0.5) if size is None else size)
+    storage = torch.full((lead + batch * batch_stride + 64,), float("nan"), dtype=dtype, device="cpu")
+    values = torch.randn(tuple(shape), dtype=torch.float32, device="cpu") * (10 ** rng.uniform(-3, 0.5) if size is None else size)
     if special:
-        chosen = torch.rand(values.shape) < special
-        values[chosen] = torch.tensor(_SPECIAL)[torch.randint(len(_SPECIAL), (int(chosen.sum()),))]
+        chosen = torch.rand(values.shape, dtype=torch.float32, device="cpu") < special
+        values[chosen] = torch.tensor(_SPECIAL, dtype=torch.float32, device="cpu")[
+            torch.randint(len(_SPECIAL), (int(chosen.sum()),), dtype=torch.int64, device="cpu")
+        ]
     return storage.as_strided(tuple(shape), (batch_stride, row_stride, 1), lead).copy_(values)
 
 
@@ -169,9 +171,9 @@ def random_table(
     firsts = [step * rng.choice((0, 0, 5, 64)) for _ in xs]
     vs = ns = None
     if op.v:
-        vs = [noise.to_grid(torch.randn(x.shape[0], rank, x.shape[2])).half() for x in xs]
+        vs = [noise.to_grid(torch.randn(x.shape[0], rank, x.shape[2], dtype=torch.float32, device="cpu")).half() for x in xs]
     if op.n == "needed" or (op.n == "optional" and n):
-        ns = [torch.randn(*x.shape[:2], rank if op.v else x.shape[2]) for x in xs]
+        ns = [torch.randn(*x.shape[:2], rank if op.v else x.shape[2], dtype=torch.float32, device="cpu") for x in xs]
     return TensorTable(
         xs,
         [rng.getrandbits(32) for _ in xs],
@@ -199,13 +201,19 @@ def random_call(
         return call | {"window": rng.getrandbits(28), "reproject": reproject}
     draws = rng.randint(*op.draws) if draws is None else draws
     call["draws"] = [Draw(rng.getrandbits(28), rng.choice((0, 0, 3, rng.getrandbits(24)))) for _ in range(draws)]
-    call["scales"] = torch.randn(draws, count) * 10 ** rng.uniform(-4, 0)
-    call["decay"] = 1 - 0.1 * torch.rand(count) if (rng.random() < 0.5 if decay is None else decay) else None
+    call["scales"] = torch.randn(draws, count, dtype=torch.float32, device="cpu") * 10 ** rng.uniform(-4, 0)
+    call["decay"] = (
+        1 - 0.1 * torch.rand(count, dtype=torch.float32, device="cpu") if (rng.random() < 0.5 if decay is None else decay) else None
+    )
     if op.rounding:
         rounds = rng.random() < 0.5 if stochastic is None else stochastic
         call["rounding"] = Rounding(rng.getrandbits(28), rng.getrandbits(24)) if rounds else None
     if op.momentum:
-        call |= {"coefficients": torch.randn(draws, count), "alpha": 1e-2 * torch.randn(count), "beta": torch.rand(count)}
+        call |= {
+            "coefficients": torch.randn(draws, count, dtype=torch.float32, device="cpu"),
+            "alpha": 1e-2 * torch.randn(count, dtype=torch.float32, device="cpu"),
+            "beta": torch.rand(count, dtype=torch.float32, device="cpu"),
+        }
     return call
 
 

@@ -117,7 +117,7 @@ def _resident_growth(closure: Closure, make_step: Callable[[], Step], prepares: 
     The closure computes nothing, so that a forward pass hides nothing. A probe works inside its forward passes, so what these take
     without it is subtracted.
     """
-    loss = torch.zeros(())
+    loss = torch.zeros((), dtype=torch.float32, device="cpu")
     try:
         with torch.no_grad():
             before = _begin()

@@ -43,7 +43,7 @@ class Weights:
             [x.unsqueeze(0) for x in self.matrices],
             [noise.tensor_id(f"{self.label}.{i}") for i in range(len(self.matrices))],
             v=[torch.zeros(1, rank, x.shape[1], dtype=torch.float16, device=device) for x in self.matrices],
-            n=[torch.randn(1, x.shape[0], rank, device=device) for x in self.matrices],
+            n=[torch.randn(1, x.shape[0], rank, device=device, dtype=torch.float32) for x in self.matrices],
         )
         ops.resample_(table, seed=SEED, window=WINDOW, backend=backend)
         return table

@@ -51,7 +51,7 @@ def addmm_pass(xs: Sequence[Tensor], rank: int) -> Pass:
 def addmm_momentum_pass(xs: Sequence[Tensor], rank: int) -> Pass:
     """The eager update of LOZO-M, with U and V made beforehand; restoring would take another pass."""
     factors = _factors(xs, rank)
-    momenta = [torch.randn(u.shape, device=u.device) for u, _ in factors]
+    momenta = [torch.randn(u.shape, device=u.device, dtype=torch.float32) for u, _ in factors]
     fp32_us = [u.float() for u, _ in factors]
     alphas = _alternating(1e-4)
 
@@ -118,7 +118,7 @@ def _replacing(
         expression: called with one of the arguments and the scale of the pass.
         scales: one for each pass; None for always 1.
     """
-    param = nn.Parameter(torch.empty(0), requires_grad=False)
+    param = nn.Parameter(torch.empty(0, dtype=torch.float32, device="cpu"), requires_grad=False)
 
     def run() -> None:
         torch.manual_seed(0)

@@ -143,7 +143,7 @@ class PerturbBench:
 
     def _floors(self, size: int) -> dict[str, tuple[int, peers.Pass]]:
         """Returns for each floor the bytes of its buffer and a pass over it."""
-        buffer = torch.ones(min(size, _FLOOR_BYTES) // 4, device=self.device)
+        buffer = torch.ones(min(size, _FLOOR_BYTES) // 4, device=self.device, dtype=torch.float32)
         floors = {"inplace": peers.inplace_pass(buffer)}
         if self.device.type == "cuda":
             floors["copy"] = peers.copy_pass(buffer)

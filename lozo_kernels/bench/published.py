@@ -81,7 +81,7 @@ class PublishedStep:
     def step(self, closure: Callable[[], Tensor]) -> float:
         """Takes a step and returns the first of its two losses."""
         self.step_count += 1
-        seed = int(torch.randint(1_000_000_000, (), generator=self.seeds))
+        seed = int(torch.randint(1_000_000_000, (), generator=self.seeds, dtype=torch.int64, device="cpu"))
         self._perturb(seed, 1)
         plus = closure()
         self._perturb(seed, -2)

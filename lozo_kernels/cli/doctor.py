@@ -122,7 +122,7 @@ def _check(name: str, test: Callable[[], str | None]) -> Check:
 
 
 def _test_noise() -> str | None:
-    words = noise.philox(0, torch.zeros(1, dtype=torch.int64), 0, 0, 0)[0].tolist()
+    words = noise.philox(0, torch.zeros(1, dtype=torch.int64, device="cpu"), 0, 0, 0)[0].tolist()
     if tuple(words) != _PHILOX_ZERO:
         return f"Philox gives {[hex(w) for w in words]}, its authors {[hex(w) for w in _PHILOX_ZERO]}"
     digest = _noise_digest()
@@ -157,7 +157,10 @@ def _test_step(device: str) -> str | None:
     """Checks that a step moves a small model along its own direction by as much as the projected gradient says."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.Tanh(), torch.nn.Linear(20, 4)).to(device)
-    inputs, targets = torch.randn(8, 12).to(device), torch.randn(8, 4).to(device)
+    inputs, targets = (
+        torch.randn(8, 12, dtype=torch.float32, device="cpu").to(device),
+        torch.randn(8, 4, dtype=torch.float32, device="cpu").to(device),
+    )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     lr, rank = 1e-2, 2
     optimizer = LOZO(model, lr=lr, eps=1e-3, rank=rank)

@@ -17,7 +17,7 @@ def call_operator(op: Op, table: TensorTable, call: TableCall, backend: Backend 
         raise NotImplementedError("compiled code can merge into other memory only: give out")
     device, rounding = table.device, call.rounding
     tensors = {"out": None if call.out is None else call.out.x, "x": table.x, "v": table.v, "n": table.n}
-    steps = [torch.as_tensor(draw.step, device=device) for draw in call.draws]
+    steps = [torch.as_tensor(draw.step, device=device, dtype=torch.int64) for draw in call.draws]
     getattr(torch.ops.lozo_kernels, op.name)(
         *[tensors[name] or [] for name in op.lists],
         table.positions,
@@ -26,7 +26,7 @@ def call_operator(op: Op, table: TensorTable, call: TableCall, backend: Backend 
         [draw.direction for draw in call.draws],
         call.scales,
         call.decay,
-        None if rounding is None else torch.as_tensor(rounding.step, device=device),
+        None if rounding is None else torch.as_tensor(rounding.step, device=device, dtype=torch.int64),
         0 if rounding is None else rounding.index,
         name_of(backend),
         *([call.coefficients, call.alpha, call.beta] if op.momentum else []),

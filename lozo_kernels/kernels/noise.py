@@ -119,7 +119,7 @@ def factor(
     stream: str = "U",
     row_offset: int = 0,
     direction: int = 0,
-    device: torch.device | str | None = None,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Makes a random factor: U (one per step), V (one per window) or S (SubZero's core).
 
@@ -144,8 +144,8 @@ def factor(
     chunk = max(1, _CHUNK // groups)
     for start in range(0, rows, chunk):
         size = min(chunk, rows - start)
-        i = torch.arange(row_offset + start, row_offset + start + size, device=device).repeat_interleave(groups)
-        k = torch.arange(groups, device=device).repeat(size) | direction << 8
+        i = torch.arange(row_offset + start, row_offset + start + size, device=device, dtype=torch.int64).repeat_interleave(groups)
+        k = torch.arange(groups, device=device, dtype=torch.int64).repeat(size) | direction << 8
         words = philox(seed, i, k, tensor_id, STREAMS[stream] << 28 | draw)
         out[start : start + size] = to_grid(normal(words)).view(size, groups * 4)[:, :rank]
     return out
@@ -158,7 +158,7 @@ def cores(
     draw: int,
     *,
     direction: int = 0,
-    device: torch.device | str | None = None,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Makes the cores S of SubZero for many matrices at once. Raises as :func:`factor`.
 
@@ -176,9 +176,9 @@ def cores(
         check_integer("the index of a matrix", batch)
         check_factor(seed, rank, rank, tensor, draw, stream="S", row_offset=batch * rank, direction=direction)
     groups = (rank + 3) // 4
-    places = torch.tensor(owners, dtype=torch.int64).reshape(-1, 2).to(device)
-    i = (places[:, 1:] * rank + torch.arange(rank, device=device)).flatten().repeat_interleave(groups)
-    k = torch.arange(groups, device=device).repeat(len(owners) * rank) | direction << 8
+    places = torch.tensor(owners, dtype=torch.int64, device="cpu").reshape(-1, 2).to(device)
+    i = (places[:, 1:] * rank + torch.arange(rank, device=device, dtype=torch.int64)).flatten().repeat_interleave(groups)
+    k = torch.arange(groups, device=device, dtype=torch.int64).repeat(len(owners) * rank) | direction << 8
     words = philox(seed, i, k, places[:, 0].repeat_interleave(rank * groups), STREAMS["S"] << 28 | draw)
     return to_grid(normal(words)).view(len(owners), rank, groups * 4)[..., :rank].contiguous()
 
@@ -191,7 +191,7 @@ def dense(
     *,
     offset: int = 0,
     direction: int = 0,
-    device: torch.device | str | None = None,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Makes dense Gaussian noise Z (MeZO, and every one-dimensional tensor). Raises as :func:`factor`.
 
@@ -217,7 +217,7 @@ def rounding_bits(
     *,
     offset: int = 0,
     direction: int = 0,
-    device: torch.device | str | None = None,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Makes uniform 16-bit integers for stochastic rounding. Raises as :func:`factor`.
 
@@ -243,13 +243,13 @@ def _flat_words(
     offset: int,
     direction: int,
     per: int,
-    device: torch.device | str | None,
+    device: torch.device | str,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yields (slice of the range, its int64 values), with ``per`` values from each counter: 4 words of 32 bits or 8 of 16."""
     end = offset + numel
     for start in range(offset // per, -(-end // per), _CHUNK):
         stop = min(start + _CHUNK, -(-end // per))
-        q = torch.arange(start, stop, device=device)
+        q = torch.arange(start, stop, device=device, dtype=torch.int64)
         values = philox(seed, q & _MASK, (q >> 32) | direction << 8, tensor_id, c3)
         if per == 8:
             values = torch.stack((values & 0xFFFF, values >> 16), -1)

@@ -378,7 +378,7 @@ def _broadcast(value: Scalars, shape: tuple[int, ...], device: torch.device, nam
         return torch.full(shape, value, dtype=torch.float32, device=device)
     if not isinstance(value, Tensor):
         try:
-            value = torch.tensor(value, dtype=torch.float32, pin_memory=device.type == "cuda")
+            value = torch.tensor(value, dtype=torch.float32, pin_memory=device.type == "cuda", device="cpu")
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"{name} is a number, a tensor or a nest of numbers that has a shape, not {value!r}") from None
     if value.is_complex() or value.layout != torch.strided or value.device.type == "meta":

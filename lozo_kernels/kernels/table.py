@@ -244,11 +244,11 @@ def _runs(t: Tensor) -> tuple[Tensor, int]:
     """Returns the addresses at which the contiguous runs of a tensor begin, ascending, and the bytes of each run."""
     size = t.element_size()
     if t.is_contiguous():
-        return torch.tensor([t.data_ptr()]), t.numel() * size
+        return torch.tensor([t.data_ptr()], dtype=torch.int64, device="cpu"), t.numel() * size
     whole = t.stride(-1) == 1
-    starts, run = torch.tensor([0]), t.shape[-1] if whole else 1
+    starts, run = torch.tensor([0], dtype=torch.int64, device="cpu"), t.shape[-1] if whole else 1
     for length, stride in zip(t.shape[:-1] if whole else t.shape, t.stride(), strict=False):
-        starts = (starts.unsqueeze(1) + torch.arange(length) * stride).flatten()
+        starts = (starts.unsqueeze(1) + torch.arange(length, dtype=torch.int64, device="cpu") * stride).flatten()
     return (starts * size + t.data_ptr()).sort().values, run * size
 
 

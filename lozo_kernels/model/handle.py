@@ -495,7 +495,7 @@ class Handle:
             global_cols=[shard.global_cols for shard in shards],
         )
         backend = choose_backend(device, self.config.backend).backend
-        return Group(kind, torch.tensor(index, device=device), table, backend, self.estimator, self.config)
+        return Group(kind, torch.tensor(index, device=device, dtype=torch.int64), table, backend, self.estimator, self.config)
 
     def _describe(self, p: Parameter, backend: str) -> ParameterReport:
         return report_of(p, self.config.rank, backend)

@@ -57,7 +57,7 @@ def as_loss(value: Any) -> Tensor:
             )
         return value.detach().reshape(()).to(torch.float64)
     try:
-        return torch.tensor(float(value), dtype=torch.float64)
+        return torch.tensor(float(value), dtype=torch.float64, device="cpu")
     except (TypeError, ValueError):
         raise TypeError(f"the closure must return the loss, a tensor or a number; it returned {type(value).__name__}") from None
 

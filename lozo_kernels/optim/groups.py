@@ -104,7 +104,7 @@ def _per_parameter(key: str, groups: Groups, handle: Handle, device: torch.devic
     owner = {name: i for i, group in enumerate(groups) for name in group["param_names"]}
     index = [owner[name] for name in handle.names]
     if any(isinstance(value, Tensor) for value in values):
-        tensors = [torch.as_tensor(v, dtype=torch.float64).to(device, non_blocking=True) for v in values]
+        tensors = [torch.as_tensor(v, dtype=torch.float64, device="cpu").to(device, non_blocking=True) for v in values]
         return torch.stack([tensors[i] for i in index])
     numbers = torch.tensor([values[i] for i in index], dtype=torch.float64, device="cpu", pin_memory=device.type == "cuda")
     return numbers.to(device, non_blocking=True)

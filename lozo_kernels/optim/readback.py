@@ -31,7 +31,7 @@ class Readback:
         tensor = make()
         if tensor.device.type == "cpu":
             return tensor.tolist()
-        self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True, device="cpu")
         self._copy.copy_(tensor, non_blocking=True)
         self._arrived = torch.cuda.Event()
         self._arrived.record(torch.cuda.current_stream(tensor.device))
@@ -42,7 +42,7 @@ def to_host(values: Tensor) -> tuple[Tensor, Any]:
     """Returns a copy on the host and an event that tells when it has arrived, or None instead of the event if it is there."""
     if values.device.type != "cuda":
         return values.cpu(), None
-    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True, device="cpu")
     copy.copy_(values, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record(torch.cuda.current_stream(values.device))

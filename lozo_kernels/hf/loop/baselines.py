@@ -39,7 +39,7 @@ class FirstOrder(CountingDriver):
             loss = closure()
             loss.backward()  # type: ignore[no-untyped-call]
         try:
-            return self.finish_step(loss.detach(), torch.zeros(0, device=loss.device), self.optimizer.step)
+            return self.finish_step(loss.detach(), torch.zeros(0, device=loss.device, dtype=torch.float64), self.optimizer.step)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
 

@@ -90,8 +90,8 @@ def generate_answers(
     for start in range(0, len(examples), batch_size):
         prompts = [objective.place(objective.prompt(e), room=room)[0] for e in examples[start : start + batch_size]]
         longest = max(map(len, prompts))
-        ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+        ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(p)) + p for p in prompts], device=device, dtype=torch.int64)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device, dtype=torch.int64)
         written = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
         texts = tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
         answers += [text.split("\n")[0].strip() for text in texts]

@@ -59,7 +59,7 @@ class BatchSampler:
 
 def _endless(count: int, generator: torch.Generator) -> Iterator[int]:
     while True:
-        yield from torch.randperm(count, generator=generator).tolist()
+        yield from torch.randperm(count, generator=generator, dtype=torch.int64, device="cpu").tolist()
 
 
 @torch.no_grad()

@@ -148,7 +148,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device, dtype=torch.float32)
     except (RuntimeError, AssertionError) as e:  # an unknown word, no such accelerator, or a torch built without it
         raise InputError(f"--device {name}: {first_line(e)}") from None
     if device.type == "meta":

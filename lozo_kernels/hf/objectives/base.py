@@ -146,7 +146,7 @@ def inputs(batch: Batch) -> Batch:
 def pad(rows: Sequence[list[int]], fill: int) -> Tensor:
     """(rows, longest) from lists of unequal length."""
     longest = max(map(len, rows))
-    return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
+    return torch.tensor([row + [fill] * (longest - len(row)) for row in rows], dtype=torch.int64, device="cpu")
 
 
 def right_options(example: Example) -> tuple[int, ...]:

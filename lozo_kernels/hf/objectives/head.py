@@ -47,7 +47,7 @@ class ImageObjective(ClassObjective):
     def collate(self, encoded: Sequence[Encoded], device: torch.device) -> Batch:
         """Pixels as the model takes them, (examples, channels, height, width), and classes (examples, 1)."""
         pixels = self.tokenizer([e["image"].read() for e in encoded])
-        labels = torch.tensor([e["labels"] for e in encoded])
+        labels = torch.tensor([e["labels"] for e in encoded], dtype=torch.int64, device="cpu")
         return {"pixel_values": pixels.to(device, non_blocking=True), "labels": labels.to(device, non_blocking=True)}
 
     def scores(self, model: Any, batch: Batch) -> Tensor:

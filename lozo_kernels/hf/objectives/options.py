@@ -48,7 +48,7 @@ class OptionsObjective(PromptedObjective):
         ]
         firsts = [sum(len(e["options"]) for e in encoded[:i]) for i in range(len(encoded))]
         taught = {first + e["right"].index(1) for first, e in zip(firsts, encoded, strict=True)}
-        row, position, target = torch.tensor(where).unbind(1)
+        row, position, target = torch.tensor(where, dtype=torch.int64, device="cpu").unbind(1)
         batch = {
             "input_ids": pad([option["input_ids"] for option in options], self.tokenizer.pad_token_id),
             "attention_mask": pad([[1] * length for length in lengths], 0),
@@ -57,7 +57,7 @@ class OptionsObjective(PromptedObjective):
             "target": target,
             "slot": pad([[first + i for i in range(len(e["options"]))] for first, e in zip(firsts, encoded, strict=True)], -1),
             "right": pad([e["right"] for e in encoded], 0),
-            "answer": torch.tensor([int(i in taught) for i in range(len(options))]),
+            "answer": torch.tensor([int(i in taught) for i in range(len(options))], dtype=torch.int64, device="cpu"),
         }
         return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 

@@ -99,7 +99,7 @@ class MaskedPromptObjective(ClassObjective):
 def _word_logits(model: torch.nn.Module, batch: Batch, positions: Tensor, words: Tensor) -> Tensor:
     """(examples, words): the logits of some tokens at one position of each example."""
     logits: Tensor = model(**inputs(batch)).logits
-    return logits[torch.arange(len(logits), device=logits.device), positions][:, words.to(logits.device)]
+    return logits[torch.arange(len(logits), device=logits.device, dtype=torch.int64), positions][:, words.to(logits.device)]
 
 
 def _distinct(tokens: list[int], objective: str, task: Task, words: Sequence[str], instead: str) -> Tensor:
@@ -108,4 +108,4 @@ def _distinct(tokens: list[int], objective: str, task: Task, words: Sequence[str
             f"--objective {objective}: two label words of {task.name} ({', '.join(map(repr, words))}) begin with the "
             f"same token in this tokenizer; use --objective {instead}"
         )
-    return torch.tensor(tokens)
+    return torch.tensor(tokens, dtype=torch.int64, device="cpu")

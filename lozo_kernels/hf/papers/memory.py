@@ -30,7 +30,9 @@ def token_loss(model: nn.Module, sequences: int, length: int) -> Closure:
     """The loss of a causal model on random tokens, which are the same for every model."""
     generator = torch.Generator().manual_seed(0)
     most = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
-    ids = torch.randint(4, min(most, 1000), (sequences, length), generator=generator).to(_device(model))
+    ids = torch.randint(4, min(most, 1000), (sequences, length), generator=generator, dtype=torch.int64, device="cpu").to(
+        _device(model)
+    )
     return lambda: model(input_ids=ids, labels=ids, use_cache=False).loss  # type: ignore[no-any-return]
 
 

@@ -162,16 +162,16 @@ class DryModel:
         return result, live.peak
 
     def _make_batch(self, config: Any, dtype: torch.dtype, examples: int, length: int) -> dict[str, Tensor]:
-        labels = torch.zeros(examples, dtype=torch.long)
+        labels = torch.zeros(examples, dtype=torch.long, device="cpu")
         if getattr(self.model, "main_input_name", "") == "pixel_values":
-            pixels = torch.zeros(examples, getattr(config, "num_channels", 3), *image_size(config), dtype=dtype)
+            pixels = torch.zeros(examples, getattr(config, "num_channels", 3), *image_size(config), dtype=dtype, device="cpu")
             return {"pixel_values": pixels, "labels": labels}
         if getattr(self.model, "main_input_name", "") != "input_ids":
             raise InputError(f"{type(self.model).__name__} reads neither text nor images")
         limit = getattr(config, "max_position_embeddings", None)
         if limit is not None and length > limit:
             raise InputError(f"--sequence-length is at most {limit} for this model, not {length}")
-        ids = torch.zeros(examples, length, dtype=torch.long)
+        ids = torch.zeros(examples, length, dtype=torch.long, device="cpu")
         return {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
@@ -196,7 +196,7 @@ def _realise(model: nn.Module) -> None:
         own = {"recurse": False, "remove_duplicate": False}
         for name, old in [*module.named_parameters("", **own), *module.named_buffers("", **own)]:
             if old not in made:
-                made[old] = torch.empty(old.shape, dtype=old.dtype)
+                made[old] = torch.empty(old.shape, dtype=old.dtype, device="cpu")
                 if isinstance(old, nn.Parameter):
                     made[old] = nn.Parameter(made[old], requires_grad=old.requires_grad)
             setattr(module, name, made[old])

@@ -65,7 +65,7 @@ def measured_machine(
         if make_optimizer is not None:
             model = nn.Module()
             model.weight = nn.Parameter(x)
-            optimizer, loss = make_optimizer(model), torch.zeros((), device=device)
+            optimizer, loss = make_optimizer(model), torch.zeros((), device=device, dtype=torch.float32)
             passes = fastest(lambda: optimizer.step(lambda: loss), device) / x.numel()
             optimizer.handle.restore()
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"

@@ -234,7 +234,7 @@ def _flatten(rows: Tensor, flat: Tensor) -> Tensor:
     b, r, c, ro, gc = (rows[:, _AT[name]].clone() for name in ("batch", "rows", "cols", "row_offset", "global_cols"))
     for name, value in (("batch", 1), ("rows", 1), ("cols", b * r * c), ("row_offset", 0), ("col_offset", ro * gc)):
         column = rows[:, _AT[name]]
-        rows[:, _AT[name]] = torch.where(flat, torch.as_tensor(value), column)
+        rows[:, _AT[name]] = torch.where(flat, torch.as_tensor(value, dtype=torch.int64, device="cpu"), column)
     return rows
 
 
@@ -270,8 +270,8 @@ def _tiles(rows: Tensor, chosen: Tensor, tile: Tile) -> Tensor:
     batch, height, cols = (rows[index, _AT[name]] for name in ("batch", "rows", "cols"))
     down, across = parts(height, tile.rows), parts(cols, tile.cols)
     count = batch * down * across
-    owner = torch.repeat_interleave(torch.arange(len(index)), count)
-    local = torch.arange(len(owner)) - (count.cumsum(0) - count)[owner]
+    owner = torch.repeat_interleave(torch.arange(len(index), dtype=torch.int64, device="cpu"), count)
+    local = torch.arange(len(owner), dtype=torch.int64, device="cpu") - (count.cumsum(0) - count)[owner]
     matrix, local = local // (down * across)[owner], local % (down * across)[owner]
     row, col = local // across[owner], local % across[owner]
     return torch.stack((index[owner], matrix, row * tile.rows, col), 1).to(torch.int32)
@@ -293,5 +293,5 @@ def _upload(words: Sequence[int], device: torch.device) -> Tensor:
     """Unsigned words as int32 on a device, copied from pinned memory, whose allocator waits for the copy before it reuses it."""
     signed = [w - (1 << 32) if w >= 1 << 31 else w for w in words]
     if device.type == "cpu":
-        return torch.tensor(signed, dtype=torch.int32)
-    return torch.tensor(signed, dtype=torch.int32, pin_memory=True).to(device, non_blocking=True)
+        return torch.tensor(signed, dtype=torch.int32, device="cpu")
+    return torch.tensor(signed, dtype=torch.int32, pin_memory=True, device="cpu").to(device, non_blocking=True)

@@ -26,7 +26,7 @@ def pack(table: TensorTable, factors: bool = False) -> Tensor:
     low_rank = factors or table.v is not None
     table.check_positions(factors=low_rank, flat=not low_rank)
     rows = [_row(table, t) for t in range(len(table))]
-    return torch.tensor(rows, dtype=torch.int64).view(len(table), len(FIELDS))
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").view(len(table), len(FIELDS))
 
 
 def redirect(rows: Tensor, out: TensorTable) -> Tensor:

@@ -377,7 +377,7 @@ class ProbeHandle(Handle):
         """A group for one offloaded weight, for as long as it is here."""
         p, backend = member.parameter, self.probed.backends[member.device]
         momentum = [self._momentum[p.name]] if self._momentum else None
-        index = torch.tensor([member.index], device=member.device)
+        index = torch.tensor([member.index], device=member.device, dtype=torch.int64)
         return Group(p.kind, index, TensorTable([x], [p.tensor_id], n=momentum), backend, self.estimator, self.config)
 
     def _describe(self, p: Parameter, backend: str) -> ParameterReport:

@@ -228,7 +228,7 @@ def _factors(handle: ProbeHandle, member: Member) -> tuple[Tensor, Tensor]:
     pairs = list(parts.values())
     if member.past is not None:
         pairs.append((member.past.b.cpu(), member.past.v.T.cpu()))
-    none = [torch.zeros(n, 0, dtype=torch.float32) for n in member.extent[1:]]
+    none = [torch.zeros(n, 0, dtype=torch.float32, device="cpu") for n in member.extent[1:]]
     return torch.cat([none[0], *(b for b, _ in pairs)], 1), torch.cat([none[1], *(v for _, v in pairs)], 1)
 
 

@@ -48,10 +48,12 @@ class PointTensors:
                 self.draws[g, 0].copy_(point.step, non_blocking=True)
         numbers = [(0 if isinstance(p.step, Tensor) else p.step, p.direction) for p in points]
         if any(isinstance(p.step, Tensor) for p in points):
-            self.draws[:, 1].copy_(torch.tensor([direction for _, direction in numbers]), non_blocking=True)
+            self.draws[:, 1].copy_(
+                torch.tensor([direction for _, direction in numbers], dtype=torch.int64, device="cpu"), non_blocking=True
+            )
         else:
-            self.draws.copy_(torch.tensor(numbers), non_blocking=True)
-        self.scales.copy_(torch.tensor([p.scale * factor for p in points], dtype=torch.float32), non_blocking=True)
+            self.draws.copy_(torch.tensor(numbers, dtype=torch.int64, device="cpu"), non_blocking=True)
+        self.scales.copy_(torch.tensor([p.scale * factor for p in points], dtype=torch.float32, device="cpu"), non_blocking=True)
 
 
 class Runtime:

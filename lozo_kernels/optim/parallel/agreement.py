@@ -18,7 +18,9 @@ def check_agreement(channel: Channel, facts: dict[str, Any]) -> None:
     """Compares facts, nested dictionaries that JSON can hold, between ranks.
     Raises ValueError if they differ. Every rank raises the same message, which says in which facts and how."""
     text = json.dumps(facts).encode()
-    longest = int(channel.exchange(torch.tensor([len(text)]), 1, lambda rows: rows.max().reshape(1)))
+    longest = int(
+        channel.exchange(torch.tensor([len(text)], dtype=torch.int64, device="cpu"), 1, lambda rows: rows.max().reshape(1))
+    )
     words = _pack(text, -(-longest // 8) * 8)
     report = _unpack(channel.exchange(words, _REPORT_BYTES // 8, _compare)).decode(errors="ignore")
     if report:

@@ -75,7 +75,7 @@ class Channel:
         return self._lead(words, answer, reduce) if self.rank == 0 else self._follow(words, answer)
 
     def _lead(self, words: Tensor, answer: int, reduce: Reduce) -> Tensor:
-        rows = torch.empty(self.size, len(words), dtype=torch.int64)
+        rows = torch.empty(self.size, len(words), dtype=torch.int64, device="cpu")
         rows[0] = words
         start, rank = time.monotonic(), 1
         try:
@@ -88,11 +88,11 @@ class Channel:
                 rank += 1
                 work.wait(self._timeout)  # type: ignore[union-attr]
         except RuntimeError as error:
-            self._tell(torch.tensor([_LOST, rank, *[0] * answer]), skip=rank, seconds=_GRACE)
+            self._tell(torch.tensor([_LOST, rank, *[0] * answer], dtype=torch.int64, device="cpu"), skip=rank, seconds=_GRACE)
             raise _lost(f"rank {rank}", start, error) from None
         self.received += rows[1:].nbytes
         result = reduce(rows)
-        message = torch.cat((torch.tensor([_GOOD, 0]), result))
+        message = torch.cat((torch.tensor([_GOOD, 0], dtype=torch.int64, device="cpu"), result))
         failed = self._tell(message, skip=0, seconds=self._timeout.total_seconds())
         if failed is not None:
             raise _lost(f"rank {failed[0]}", start, failed[1])
@@ -119,7 +119,7 @@ class Channel:
         return failed
 
     def _follow(self, words: Tensor, answer: int) -> Tensor:
-        message, start = torch.empty(answer + 2, dtype=torch.int64), time.monotonic()
+        message, start = torch.empty(answer + 2, dtype=torch.int64, device="cpu"), time.monotonic()
         try:
             # Receiving starts before anything is sent: news of a lost rank then arrives, whatever became of this rank's words.
             arriving = distributed.irecv(message, self.peers[0], self._group, _TAG)

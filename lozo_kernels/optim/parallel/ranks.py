@@ -135,12 +135,16 @@ class Parallel:
     def _compare_shards(self) -> None:
         """Finds the ranks that have the same shards, and compares their shards."""
         channel = self._connected
-        places = channel.exchange(torch.tensor([place_of_shards(self._handle)]), channel.size, Tensor.flatten).tolist()
+        places = channel.exchange(
+            torch.tensor([place_of_shards(self._handle)], dtype=torch.int64, device="cpu"), channel.size, Tensor.flatten
+        ).tolist()
         if not any(places) or len(set(places)) == len(places):
             return
         self._places = places
         shards = trained_shards(self._handle)
-        found = channel.exchange(torch.tensor(fingerprints([*shards.values()])), 2, lambda rows: self._odd_shard(rows))
+        found = channel.exchange(
+            torch.tensor(fingerprints([*shards.values()]), dtype=torch.int64, device="cpu"), 2, lambda rows: self._odd_shard(rows)
+        )
         column, rank = found.tolist()
         if column:
             self._channel = None
@@ -154,8 +158,8 @@ class Parallel:
             ranks = [rank for rank, other in enumerate(self._places) if other == place]
             column, odd = _odd_one(rows[ranks])
             if column:
-                return torch.tensor([column, ranks[odd]])
-        return torch.tensor([0, 0])
+                return torch.tensor([column, ranks[odd]], dtype=torch.int64, device="cpu")
+        return torch.tensor([0, 0], dtype=torch.int64, device="cpu")
 
     def evaluates(self, direction: int, directions: int) -> bool:
         """Whether this rank evaluates a direction."""
@@ -180,7 +184,7 @@ class Parallel:
         if self.mode == "examples":
             payload = losses.flatten()
         else:
-            share = torch.zeros(2, -(-directions // channel.size), dtype=torch.float64)
+            share = torch.zeros(2, -(-directions // channel.size), dtype=torch.float64, device="cpu")
             share[:, : losses.shape[1]] = losses[..., 0] / losses[..., 1]
             payload = share.flatten()
         if self._first is None:
@@ -191,7 +195,7 @@ class Parallel:
             header.append(sample(trained_shards(self._handle)))
 
         def reduce(rows: Tensor) -> Tensor:
-            odd = torch.tensor(_odd_one(rows[:, :3]))
+            odd = torch.tensor(_odd_one(rows[:, :3]), dtype=torch.int64, device="cpu")
             if moving and not odd[0]:
                 odd = self._odd_shard(rows[:, 3:4])
                 odd[0] += 3 if odd[0] else 0
@@ -200,7 +204,11 @@ class Parallel:
             return torch.cat((odd, joined.flatten().view(torch.int64)))
 
         try:
-            answer = channel.exchange(torch.cat((torch.tensor(header), payload.view(torch.int64))), 2 + 2 * directions, reduce)
+            answer = channel.exchange(
+                torch.cat((torch.tensor(header, dtype=torch.int64, device="cpu"), payload.view(torch.int64))),
+                2 + 2 * directions,
+                reduce,
+            )
         except PeerLostError as error:
             raise PeerLostError(f"{error}. {self._how_to_go_on(step)}") from None
         column, rank = answer[:2].tolist()
@@ -231,13 +239,19 @@ class Parallel:
         state = trained_state(self._handle)
         words = fingerprints([*state.values()])
         try:
-            both = torch.tensor([len(words), combine(words)])
-            answer = channel.exchange(both, 2, lambda rows: torch.tensor(_odd_one(rows)))
+            both = torch.tensor([len(words), combine(words)], dtype=torch.int64, device="cpu")
+            answer = channel.exchange(both, 2, lambda rows: torch.tensor(_odd_one(rows), dtype=torch.int64, device="cpu"))
             if answer[0] == 2:  # all ranks have as many tensors, so the one that differs can be found
-                answer = 2 + channel.exchange(torch.tensor(words), 2, lambda rows: torch.tensor(_odd_one(rows)))
+                answer = 2 + channel.exchange(
+                    torch.tensor(words, dtype=torch.int64, device="cpu"),
+                    2,
+                    lambda rows: torch.tensor(_odd_one(rows), dtype=torch.int64, device="cpu"),
+                )
             elif self._places is not None and not answer[0]:
                 state = trained_shards(self._handle)
-                answer = channel.exchange(torch.tensor(fingerprints([*state.values()])), 2, self._odd_shard)
+                answer = channel.exchange(
+                    torch.tensor(fingerprints([*state.values()]), dtype=torch.int64, device="cpu"), 2, self._odd_shard
+                )
                 answer = answer + 2 if answer[0] else answer
         except PeerLostError as error:
             raise PeerLostError(f"{error}. {self._how_to_go_on(None if step is None else step + 1)}") from None

@@ -68,7 +68,7 @@ def _measured(device: torch.device, dtype: torch.dtype, rank: int, backend_name:
         x, y = (torch.ones(tokens, features, dtype=dtype, device=device) for _ in range(2))
         v = torch.zeros(rank, features, dtype=torch.float16, device=device)
         b = torch.zeros(features, rank, dtype=torch.float32, device=device)
-        draws, scales = torch.zeros(1, 2, dtype=torch.int64, device=device), torch.ones(1, device=device)
+        draws, scales = torch.zeros(1, 2, dtype=torch.int64, device=device), torch.ones(1, device=device, dtype=torch.float32)
         call = LayerCall(y, x, v, b, 0, 0, 0, draws, scales)
         return fastest(lambda: skinny.dispatch(call, backend, lookup=False), device)
 

@@ -125,7 +125,7 @@ def _make_group(
     kind: str, members: list[Member], momentum: Mapping[str, Tensor], backend: Backend, estimator: Estimator, config: PatchConfig
 ) -> StateGroup:
     device, ids = members[0].device, [m.parameter.tensor_id for m in members]
-    index = torch.tensor([m.index for m in members], device=device)
+    index = torch.tensor([m.index for m in members], device=device, dtype=torch.int64)
     bs = [m.b for m in members if m.b is not None]
     ns = [momentum[m.name] for m in members] if momentum else None
     gains = torch.ones(len(members), dtype=torch.float32, device=device)

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from ..errors import NonFiniteLossError
 from ..kernels.calls import Step
+from ..model.conditions import Conditions
 from ..model.handle import Handle, Perturbation
 from ..model.interrupts import deferred_interrupt
 from ..model.losses import (
     BatchClosure,
     Closure,
-    Randomness,
     batch_losses,
     batch_totals,
     bind_inputs,
@@ -122,14 +122,18 @@ class Stepper:
             (directions,) fp64 each, on the device of the loss; with ``parallel`` those of all processes.
         """
         settings = self.settings
-        randomness = Randomness(self.handle.devices) if settings.common_random_numbers else None
+        conditions = self.handle.conditions(randomness=settings.common_random_numbers)
         alone = closures if batches is None else bind_inputs(closures, batches)
-        self.handle.prepare(alone, randomness, step=0 if isinstance(self.step, Tensor) else self.step)
-        if settings.evaluation == "batched":
-            assert batches is not None
-            plus, minus = self._evaluate_together(closures, batches, randomness)
-        else:
-            plus, minus = self._evaluate_in_turn(alone, randomness)
+        self.handle.prepare(alone, conditions, step=0 if isinstance(self.step, Tensor) else self.step)
+        try:
+            if settings.evaluation == "batched":
+                assert batches is not None
+                plus, minus = self._evaluate_together(closures, batches, conditions)
+            else:
+                plus, minus = self._evaluate_in_turn(alone, conditions)
+        except BaseException:
+            conditions.put_back()  # the step was not taken
+            raise
         if self.parallel is None:
             return torch.stack(plus), torch.stack(minus)
         return self.parallel.combine(self.count, plus, minus, settings.directions)
@@ -303,7 +307,7 @@ class Stepper:
         """Whether this process evaluates a direction."""
         return self.parallel is None or self.parallel.evaluates(direction, self.settings.directions)
 
-    def _evaluate_in_turn(self, closures: Sequence[Closure], randomness: Randomness | None) -> tuple[list[Tensor], list[Tensor]]:
+    def _evaluate_in_turn(self, closures: Sequence[Closure], conditions: Conditions) -> tuple[list[Tensor], list[Tensor]]:
         plus: list[Tensor] = []
         minus: list[Tensor] = []
         evaluate = mean_loss if self.parallel is None else mean_totals
@@ -311,21 +315,21 @@ class Stepper:
         if not two_sided:
             if self.pending is not None:
                 self.make(self.pending)
-            minus = [evaluate(closures, randomness)] * sum(map(self._is_mine, range(directions)))
+            minus = [evaluate(closures, conditions)] * sum(map(self._is_mine, range(directions)))
         for d in range(directions):
             # Other processes' directions are moved along too: every move rounds the weights, and all processes have to round alike.
             mine = self._is_mine(d)
             self.move((d, eps))
             if mine:
-                plus.append(evaluate(closures, randomness))
+                plus.append(evaluate(closures, conditions))
             if two_sided:
                 self.move((d, -eps))
                 if mine:
-                    minus.append(evaluate(closures, randomness))
+                    minus.append(evaluate(closures, conditions))
         return plus, minus
 
     def _evaluate_together(
-        self, closures: Sequence[BatchClosure], batches: Sequence[Any], randomness: Randomness | None
+        self, closures: Sequence[BatchClosure], batches: Sequence[Any], conditions: Conditions
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Makes all evaluations in one call of each closure."""
         handle, two_sided = self.handle, self.settings.two_sided
@@ -333,7 +337,7 @@ class Stepper:
         if len(examples) > 1:
             raise ValueError(f"micro-batches that are evaluated together have one number of examples, not {sorted(examples)}")
         if not self._batches_checked:
-            handle.check_batches(closures, batches, randomness, step=self.count)
+            handle.check_batches(closures, batches, conditions, step=self.count)
             self._batches_checked = True
         offsets = [point for point in self.points if self._is_mine(point[0])]
         if not two_sided:
@@ -341,7 +345,7 @@ class Stepper:
         try:
             handle.spread_(self.step, offsets, examples.pop())
             evaluate = batch_losses if self.parallel is None else batch_totals
-            losses = evaluate(closures, batches, len(offsets), randomness)
+            losses = evaluate(closures, batches, len(offsets), conditions)
         finally:
             handle.rest_()
         if two_sided:

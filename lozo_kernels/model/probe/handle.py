@@ -13,9 +13,10 @@ from ...kernels.calls import Draw, Rounding, Step
 from ...kernels.checks import check_range, check_scale
 from ...kernels.noise import MAX_DIRECTION
 from ...kernels.table import TensorTable
+from ..conditions import Conditions
 from ..handle import Handle, Perturbation
 from ..interrupts import deferred_interrupt
-from ..losses import BatchClosure, Closure, Randomness
+from ..losses import BatchClosure, Closure
 from ..parameters import Parameter
 from ..passes import Group, Term, Update, run_pass, run_update
 from ..report import ParameterReport, report_of
@@ -88,7 +89,7 @@ class ProbeHandle(Handle):
     def device_of(self, p: Parameter) -> torch.device:
         return p.storage.device
 
-    def prepare(self, closures: Closure | Sequence[Closure], randomness: Randomness | None = None, *, step: int = 0) -> None:
+    def prepare(self, closures: Closure | Sequence[Closure], conditions: Conditions | None = None, *, step: int = 0) -> None:
         """Finds where an evaluation uses each weight, chooses sides, and checks one loss both ways. A second call does nothing.
 
         An optimiser does this in its first step. It costs three evaluations, and some more if a weight has to be treated in another
@@ -96,7 +97,7 @@ class ProbeHandle(Handle):
 
         Args:
             closures: as :meth:`lozo_kernels.LOZO.step` takes them.
-            randomness: is replayed before every evaluation.
+            conditions: what every evaluation starts from; None: the buffers and random numbers as they are now.
             step: the step that follows.
         """
         if self.prepared:
@@ -104,8 +105,10 @@ class ProbeHandle(Handle):
         self.enter_window(step)
         some = [closures] if callable(closures) else list(closures)
         first = step - step % self.config.interval
-        preparation = Preparation(self.probed, self.install, some, randomness, first)
+        conditions = conditions or self.conditions(randomness=True)
+        preparation = Preparation(self.probed, self.install, some, conditions, first)
         self._notes += preparation.run()
+        conditions.put_back()
         self.precision = preparation.precision
         self.prepared = True
 
@@ -181,10 +184,8 @@ class ProbeHandle(Handle):
             run_pass(self._groups, [Term(Draw(applied.step, applied.direction), perturb=-applied.scale)])
         self._move_to(REST)
 
-    def check_batches(
-        self, closures: Sequence[BatchClosure], batches: Sequence[Any], randomness: Randomness | None, *, step: int
-    ) -> None:
-        check_batches(self, self.members, closures, batches, randomness, step=step)
+    def check_batches(self, closures: Sequence[BatchClosure], batches: Sequence[Any], conditions: Conditions, *, step: int) -> None:
+        check_batches(self, self.members, closures, batches, conditions, step=step)
 
     def take(self, update: Update, applied: float = 0.0, perturb_next: float | None = None) -> None:
         assert perturb_next is None

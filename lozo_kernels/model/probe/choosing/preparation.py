@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ...losses import Closure, Randomness, mean_loss
+from ...conditions import Conditions
+from ...losses import Closure, mean_loss
 from ...modules import is_compiled
 from ...sharding import Peers, reshard
 from ..forward.probed import ProbedModel
@@ -42,10 +43,10 @@ class Preparation:
         probed: ProbedModel,
         install: Callable[[], None],
         closures: Sequence[Closure],
-        randomness: Randomness | None,
+        conditions: Conditions,
         step: int,
     ) -> None:
-        self.probed, self.install, self.closures, self.randomness, self.step = probed, install, closures, randomness, step
+        self.probed, self.install, self.closures, self.conditions, self.step = probed, install, closures, conditions, step
         self.members = probed.members
         reshard(probed.model)
         self.peers = Peers(m.parameter.tensor for m in self.members)
@@ -71,7 +72,7 @@ class Preparation:
 
     def loss(self) -> float:
         """The loss of the model as it is now."""
-        return float(mean_loss(self.closures, self.randomness))
+        return float(mean_loss(self.closures, self.conditions))
 
     def _costs(self) -> dict[Member, Costs]:
         config = self.probed.config

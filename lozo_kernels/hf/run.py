@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -16,6 +16,7 @@ from ..kernels.registry import choose_backend
 from .data.examples import TaskData
 from .data.load import load_data
 from .data.splits import draw_demonstrations
+from .loop.processes import part
 from .loop.train import BatchSampler
 from .methods import METHODS
 from .models.checkpoint import Checkpoint, open_checkpoint, pick_device
@@ -54,6 +55,13 @@ class Run:
     def batches(self) -> BatchSampler:
         """The batches of the run from its beginning."""
         return BatchSampler(self.train_set, self.settings.batch_size, self.settings.seed)
+
+    def first_batches(self, start: int) -> list[Sequence[Encoded]]:
+        """This process's part of the batches of the two steps after so many, whose memory is measured; of one if it is the last."""
+        batches = self.batches()
+        for _ in range(start):
+            batches.next()
+        return [part(batches.next(), self.settings.parallel) for _ in range(min(2, max(1, (self.settings.steps or 0) - start)))]
 
     def say(self, message: str) -> None:
         if not self.quiet:

@@ -76,7 +76,7 @@ class Settings:
         None, "on the CPU (default: torch's; one for the embedded model, which is too small to share)", low=1
     )
     seed: int = _run(0, low=0, high=2**63 - 1)
-    output: str | None = _run(None, "folder for the results (default: runs/TASK-METHOD)")
+    output: str | None = _run(None, "folder for the results (default: runs/TASK-METHOD, or with -2, -3, ... if a run is there)")
 
     def resolved(self) -> Settings:
         """These settings, checked, with every None replaced that has a fixed default and that the method uses.

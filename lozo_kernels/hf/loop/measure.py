@@ -8,10 +8,12 @@ import dataclasses
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
+
+from ..objectives import Encoded, Objective
 
 T = TypeVar("T")
 
@@ -133,6 +135,14 @@ def forward_peak(closure: Callable[[], object], device: torch.device) -> int | N
     with peak_memory(device) as memory:
         closure()
     return memory.bytes
+
+
+def inference_peak(
+    objective: Objective, model: torch.nn.Module, batches: Sequence[Sequence[Encoded]], device: torch.device
+) -> int | None:
+    """The most memory of a forward pass of any of these batches, see :func:`forward_peak`; the batch itself counts as in a step."""
+    peaks = [forward_peak(lambda b=batch: objective.loss(model, objective.collate(b, device)), device) for batch in batches]  # type: ignore[misc]
+    return max((p for p in peaks if p is not None), default=None)
 
 
 def _peak_of_events(profile: torch.profiler.profile) -> tuple[int, int]:

@@ -36,6 +36,7 @@ class Outcome:
         peak_bytes: most memory alive at once in the first two steps beyond the weights, with V, momentum and activations.
         seconds: duration with evaluations.
         backends: names of the backends that changed the weights.
+        kept_step: steps after which the model had the weights that it has at the end.
     """
 
     steps_done: int = 0
@@ -43,6 +44,7 @@ class Outcome:
     peak_bytes: int | None = None
     seconds: float = 0.0
     backends: list[str] = dataclasses.field(default_factory=list)
+    kept_step: int = 0
 
 
 class BatchSampler:
@@ -130,9 +132,10 @@ def train(
                 if driver.steps_done > first + 1:
                     steps.take()
                     continue
-                with peak_memory(device) as second:
+                with peak_memory(device) as next_step:
                     steps.take()
-                outcome.peak_bytes = memory.then(second).bytes
+                memory = memory.then(next_step)
+                outcome.peak_bytes = memory.bytes
         except KeyboardInterrupt:
             outcome.stopped = "interrupted"
         except (NonFiniteLossError, PeerLostError, DivergenceError) as e:

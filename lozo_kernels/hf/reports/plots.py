@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError, require
+from ...model.files import replacing
 from ...model.text_table import mebibytes, number, text_table
 from ..loop.records import MetricsLog
 from ..output import make_folder
@@ -180,6 +181,7 @@ def _figure(path: Path, *grid: int, figsize: tuple[float, float]) -> Iterator[An
     figure, axes = pyplot.subplots(*grid, figsize=figsize, layout="constrained")
     try:
         yield axes
-        figure.savefig(path, dpi=120)
+        with replacing(path) as part:
+            figure.savefig(part, dpi=120, format="png")
     finally:
         pyplot.close(figure)

@@ -297,10 +297,11 @@ def test_no_stale_best(own, tmp_path, monkeypatch, value):
     run, plain = tmp_path / "run", tmp_path / "plain"
     finetune(settings(own, plain), quiet=True)
     run.mkdir()
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
 
-    stale = {name: torch.full_like(p, 7.0) for name, p in load_file(plain / "model" / "model.safetensors").items()}
-    save_file(stale, run / "best.safetensors")
+    state = AutoModelForCausalLM.from_pretrained(plain / "model").state_dict()
+    save_file({name: torch.full_like(p, 7.0) for name, p in state.items()}, run / "best.safetensors")
     nan_from(monkeypatch, 1, value)
     summary = finetune(settings(own, run, keep="best"), quiet=True)
     assert model_of(run) == model_of(plain)

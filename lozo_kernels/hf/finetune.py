@@ -15,7 +15,7 @@ from .loop.building import build_driver
 from .loop.folder import METRICS, MODEL, PLOT, SUMMARY, begin, claimed, find_run
 from .loop.journaling import Keeper, new_keeper, resumed_keeper
 from .loop.kept_weights import KeptWeights
-from .loop.measure import inference_peak
+from .loop.measure import inference_peaks
 from .loop.processes import first_does, is_first, joined, own_folder
 from .loop.records import MetricsLog
 from .loop.scoring import score
@@ -80,18 +80,17 @@ def finetune(
 
 def _run(settings: Settings, command: str, quiet: bool, resume: bool) -> dict[str, Any]:
     run, output = open_run(settings, quiet=quiet), Path(str(settings.output))
-    examples = f"{len(run.train_set)} train and {len(run.dev_set)} dev examples from {run.data.source}"
     keeper = new_keeper(output, settings, run.data, run.objective.name, run.train_set, run.dev_set)
     if resume:
         keeper = resumed_keeper(keeper)
     model, notes = load_model(run.checkpoint, run.objective.name, run.data.task, settings, run.device)
-    run.say(f"{run.data.task.name}: {examples}")
-    for note in notes:
-        run.say(note)
+    notes = [*run.notes(), *notes]
+    for line in (*run.describe(), *notes):
+        run.say(line)
     measured = run.first_batches(keeper.goes_on_at or 0)
-    forward_bytes = inference_peak(run.objective, model, measured, run.device)
+    inference = inference_peaks(run.objective, model, measured, run.device)
     comparison = None
-    if settings.compare_steps:
+    if settings.compare_steps and measured:
         run.say(f"timing {settings.compare_steps} steps of the published way beside this library's, on copies of the model")
         comparison = compare(model, run.objective, measured, settings, run.device)
     begin(output, going_on=resume, extended=keeper.extended)
@@ -101,7 +100,7 @@ def _run(settings: Settings, command: str, quiet: bool, resume: bool) -> dict[st
         outcome, test = _train(run, model, keeper, log, kept)
     finally:
         log.close()
-    summary = summarize(run, model, outcome, log, forward_bytes, comparison)
+    summary = summarize(run, model, outcome, log, inference, comparison)
     notes = [*notes, *([kept.note] if kept.note else [])]
     summary |= {"notes": notes, "command": command, "output": str(output), "test": test, "kept_step": outcome.kept_step}
     if is_first():

@@ -28,16 +28,21 @@ def read_examples(path: Path, task: Task, labelled: bool = True) -> list[Example
     return examples
 
 
-def load_texts(settings: Settings) -> TaskData:
+def load_texts(settings: Settings, own: Task | None = None) -> TaskData:
     """The examples that resolved settings ask for, as train and dev.
+
+    Args:
+        own: the task of a file that comes without one; None: what its rows say.
 
     Raises:
         InputError: a file is missing or malformed, a label is none of the classes, or there are no examples.
     """
     labelled = settings.objective != "lm"
     if settings.train_file is not None:
-        return _from_files(settings, labelled)
-    task = TASKS[settings.task or ""]
+        return _from_files(settings, labelled, own)
+    if settings.task is None and own is None:
+        raise InputError("--dev-file goes with --task, or with the --checkpoint of a run")
+    task = own if settings.task is None and own is not None else TASKS[settings.task or ""]
     needs_train = METHODS[settings.method].trains or settings.method == "icl"
     if settings.dev_file is not None:  # zero-shot
         return TaskData(task, [], read_examples(Path(settings.dev_file), task, labelled), settings.dev_file)
@@ -53,9 +58,9 @@ def load_texts(settings: Settings) -> TaskData:
     return _from_hub(task, task.hub, labelled, needs_train)
 
 
-def _from_files(settings: Settings, labelled: bool) -> TaskData:
+def _from_files(settings: Settings, labelled: bool, own: Task | None) -> TaskData:
     train_path = Path(settings.train_file or "")
-    task = TASKS[settings.task] if settings.task else task_of(train_path, labelled=labelled)
+    task = TASKS[settings.task] if settings.task else own or task_of(train_path, labelled=labelled)
     train = read_examples(train_path, task, labelled)
     if settings.dev_file is not None:
         return TaskData(task, train, read_examples(Path(settings.dev_file), task, labelled), f"{train_path}, {settings.dev_file}")

@@ -137,12 +137,15 @@ def forward_peak(closure: Callable[[], object], device: torch.device) -> int | N
     return memory.bytes
 
 
-def inference_peak(
+def inference_peaks(
     objective: Objective, model: torch.nn.Module, batches: Sequence[Sequence[Encoded]], device: torch.device
-) -> int | None:
-    """The most memory of a forward pass of any of these batches, see :func:`forward_peak`; the batch itself counts as in a step."""
-    peaks = [forward_peak(lambda b=batch: objective.loss(model, objective.collate(b, device)), device) for batch in batches]  # type: ignore[misc]
-    return max((p for p in peaks if p is not None), default=None)
+) -> list[int | None]:
+    """The peak memory of a forward pass of each batch, see :func:`forward_peak`; the batch itself counts, as in a step."""
+
+    def peak(batch: Sequence[Encoded]) -> int | None:
+        return forward_peak(lambda: objective.loss(model, objective.collate(batch, device)), device)
+
+    return [peak(batch) for batch in batches]
 
 
 def _peak_of_events(profile: torch.profiler.profile) -> tuple[int, int]:

@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, JournalError) as e:
         print(f"lozo-kernels {args.subcommand}: error: {e}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print(f"lozo-kernels {args.subcommand}: interrupted; nothing was saved", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print(f"lozo-kernels {args.subcommand}: interrupted; {str(e) or 'nothing was saved'}", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
@@ -101,8 +101,11 @@ def _add_training(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     groups = add_options(finetune, Settings)
     groups["run"].add_argument(
-        "--resume", metavar="RUN_DIR", help="go on with a run that was ended or killed, by its journal; no other setting"
+        "--resume",
+        metavar="RUN_DIR",
+        help="go on with a run that was ended or killed, by its journal; no other setting but --steps, to take more than it had",
     )
+    groups["run"].add_argument("--overwrite", action="store_true", help="replace the run that is in --output")
     groups["run"].add_argument("--json", action="store_true", help="print the summary as JSON, and nothing else, on stdout")
     groups["run"].add_argument("--quiet", action="store_true", help="no progress on stderr")
 
@@ -143,6 +146,7 @@ def _add_journal(add: Callable[..., argparse.ArgumentParser]) -> None:
     revert.add_argument("--step", type=int, required=True, help="steps to take")
     for command in (replay, revert):
         command.add_argument("--output", required=True, type=Path, help="folder to write")
+        command.add_argument("--overwrite", action="store_true", help="replace the run or the model that is in it")
     difference = add("diff", _diff, "where the journals of two runs part: the first record and field")
     difference.add_argument("journals", nargs=2, metavar="JOURNAL", type=Path, help="a journal or the folder of its run")
 
@@ -155,12 +159,12 @@ def _finetune(args: argparse.Namespace) -> int:
 
     settings = read_options(Settings, args)
     if args.resume is not None:
-        if settings != Settings():
-            raise InputError("--resume takes all settings from the run: leave the others out")
-        settings = settings_of(Path(args.resume))
+        if settings != Settings(steps=settings.steps) or args.overwrite:
+            raise InputError("--resume takes all settings from the run: leave the others out, but --steps to take more")
+        settings = settings_of(Path(args.resume), settings.steps)
     if args.method in EVALUATIONS:
         return _print_evaluation(settings, args)
-    summary = finetune(settings, command=args.command, quiet=args.quiet, resume=args.resume is not None)
+    summary = finetune(settings, command=args.command, quiet=args.quiet, resume=args.resume is not None, overwrite=args.overwrite)
     if is_first():
         _print(summary, args, render_summary)
     if summary["stopped"] is None:
@@ -211,7 +215,8 @@ def _compare(args: argparse.Namespace) -> int:
 def _replay(args: argparse.Namespace) -> int:
     from ..hf.audit import replay_run
 
-    done = replay_run(args.model, args.journal, args.output, args.step, reverting=args.subcommand == "revert")
+    reverting = args.subcommand == "revert"
+    done = replay_run(args.model, args.journal, args.output, args.step, reverting=reverting, overwrite=args.overwrite)
     agrees = {True: "as the run ended", False: "", None: "the run recorded no fingerprint here"}[done["agrees"]]
     steps = f"{done['steps']} steps ({done['skipped']} without an update)"
     print(f"{steps} in {done['output']}; weights {done['fingerprint'][:16]}, {agrees}")

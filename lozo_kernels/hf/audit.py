@@ -11,39 +11,47 @@ import torch
 from ..errors import InputError, require
 from ..journal import RecordedRun, Verification, replay, revert, verify
 from ..journal.format import Header
-from ..model.files import replacing
-from .loop.journaling import JOURNAL, find_journal, read_run_journal, recorded_settings
+from ..model.files import replacing, replacing_folder
+from .loop.folder import JOURNAL, MODEL, begin, claimed
+from .loop.journaling import find_journal, read_run_journal, recorded_settings
 from .models.checkpoint import first_line, load_model, open_checkpoint, open_config
 from .objectives import OBJECTIVES
-from .output import make_folder
 from .tasks import Task
 
 
-def replay_run(model: str | None, journal: Path, output: Path, steps: int | None, *, reverting: bool = False) -> dict[str, Any]:
+def replay_run(
+    model: str | None, journal: Path, output: Path, steps: int | None, *, reverting: bool = False, overwrite: bool = False
+) -> dict[str, Any]:
     """Writes the model that a run had after so many steps, from the model that it started from.
 
     Args:
         model: name on the Hub or a folder; None: that of the run.
         journal: the file, or the folder of its run.
         reverting: also write the journal up to there, so that the run can go on from it.
+        overwrite: replace the run or the model that is in the output folder.
 
     Raises:
-        InputError, JournalError: the journal is damaged, of another model, or shorter.
+        InputError, JournalError: the journal is damaged, of another model, or shorter; the output folder is in use, holds a run or
+            a model, or is that of the journal or the model.
     """
     run = _read(journal, steps)
-    base, tokenizer = _load(model, run)
-    make_folder(output)
-    done = revert(base, run, run.steps if steps is None else steps) if reverting else replay(base, run, steps)
-    if done.agrees is False:
-        raise InputError(f"{run.source}: the replayed weights are not those with which the run ended; nothing was saved")
-    base.save_pretrained(output / "model")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(output / "model")
-    if reverting:
-        kept = len(run.until(done.steps))
-        end = run.ends[kept - 1][0] if kept else run.start[0]
-        with replacing(output / JOURNAL) as part:
-            part.write_bytes(find_journal(journal).read_bytes()[:end])
+    settings = run.header.about.get("settings")
+    base_name = model or (settings.get("model") if isinstance(settings, dict) else None)
+    with claimed(output, inputs=(base_name, str(find_journal(journal))), overwrite=overwrite):
+        base, tokenizer = _load(model, run)
+        done = revert(base, run, run.steps if steps is None else steps) if reverting else replay(base, run, steps)
+        if done.agrees is False:
+            raise InputError(f"{run.source}: the replayed weights are not those with which the run ended; nothing was saved")
+        begin(output, going_on=False)
+        with replacing_folder(output / MODEL) as folder:
+            base.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+        if reverting:
+            kept = len(run.until(done.steps))
+            end = run.ends[kept - 1][0] if kept else run.start[0]
+            with replacing(output / JOURNAL) as part:
+                part.write_bytes(find_journal(journal).read_bytes()[:end])
     return dataclasses.asdict(done) | {"output": str(output)}
 
 

@@ -76,7 +76,7 @@ class Settings:
         None, "on the CPU (default: torch's; one for the embedded model, which is too small to share)", low=1
     )
     seed: int = _run(0, low=0, high=2**63 - 1)
-    output: str | None = _run(None, "folder for the results (default: runs/TASK-METHOD)")
+    output: str | None = _run(None, "folder for the results (default: runs/TASK-METHOD, or with -2, -3, ... if a run is there)")
 
     def resolved(self) -> Settings:
         """These settings, checked, with every None replaced that has a fixed default and that the method uses.
@@ -91,13 +91,14 @@ class Settings:
         self._check_method(method)
         demo = self.model is None and self.task is None and self.train_file is None
         comparable = demo and self.directions == 1 and method.published
-        task = self.task or (None if self.train_file else next(iter(TASKS)))
+        file = self.train_file or self.dev_file
+        task = self.task or (None if file else next(iter(TASKS)))
         common = dataclasses.replace(
             self,
             task=task,
             momentum=self._resolved_momentum(method),
             threads=1 if self.threads is None and self.model is None else self.threads,
-            output=self.output or f"runs/{task or Path(str(self.train_file)).stem}-{self.method}",
+            output=self.output or f"runs/{task or Path(str(file)).stem}-{self.method}",
         )
         if not method.trains:
             return common
@@ -151,15 +152,14 @@ class Settings:
         images = self.task is not None and TASKS[self.task].kind == "image"
         if self.data_dir is not None and not Path(self.data_dir).is_dir() and not (images and _is_hub_name(self.data_dir)):
             raise InputError(f"--data-dir: there is no folder {self.data_dir}")
-        if self.dev_file is not None and self.train_file is None and (self.method != "zero-shot" or self.task is None):
-            needs = "--task" if self.method == "zero-shot" else "--train-file"
-            raise InputError(f"--dev-file goes with {needs}")
+        if self.dev_file is not None and self.train_file is None and self.method != "zero-shot":
+            raise InputError("--dev-file goes with --train-file")
         if self.train_file is not None and self.data_dir is not None:
             raise InputError("give --train-file or --data-dir, not both")
         if self.data_dir is not None and self.task is None:
             raise InputError(f"--data-dir goes with --task ({', '.join(TASKS)})")
         if self.model is not None:
-            if self.task is None and self.train_file is None:
+            if self.task is None and self.train_file is None and self.dev_file is None:
                 raise InputError(f"--model needs something to learn: --task ({', '.join(TASKS)}) or --train-file")
             _check_model_path(self.model)
         if self.output is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,34 @@ def replacing(path: Path, *, overwrite: bool = True, suffix: str = "part") -> It
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Gives a hidden folder beside ``path`` to fill; after the block its files are forced onto the disk, and it gets the name.
+
+    If the block raises, the hidden folder is removed and ``path`` stays as it was. No system exchanges two folders in one step
+    everywhere, so a kill between the two renames leaves the old folder under its hidden name, which the next call removes.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    part, old = (path.with_name(f".{path.name}.{suffix}") for suffix in ("part", "old"))
+    for left in (part, old):
+        shutil.rmtree(left, ignore_errors=True)
+    part.mkdir()
+    try:
+        yield part
+        for file in part.rglob("*"):
+            if file.is_file():
+                with file.open("rb+") as opened:
+                    os.fsync(opened.fileno())
+        if path.exists():
+            os.rename(path, old)
+        os.rename(part, path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_whole(path: Path, text: str) -> None:

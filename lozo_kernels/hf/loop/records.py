@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,11 @@ def _record(line: str) -> StepRecord | EvalRecord | None:
     try:
         values = json.loads(line)
         kind = StepRecord if values["kind"] == "step" else EvalRecord
-        return kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)})
+        found = {f.name: values[f.name] for f in dataclasses.fields(kind)}
+        # JSON has no NaN: a number that was not finite was written as null.
+        found |= {name: math.nan for name, value in found.items() if value is None and name != "accuracy"}
+        if kind is StepRecord:
+            found["c"] = [math.nan if c is None else c for c in found["c"]]
+        return kind(**found)
     except (ValueError, KeyError, TypeError):
         return None

@@ -19,6 +19,9 @@ _ROBERTAS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm",
 POSITIONS_AFTER_PADDING = (*_ROBERTAS, "data2vec-text", "mpnet", "longformer")
 """Kinds of models that number the first token after the padding token, and so have that many positions fewer for tokens."""
 
+EMBEDDED = "the embedded model of 0.3M parameters"
+"""What is trained or scored where no model is named."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:

@@ -73,7 +73,10 @@ class Request:
     device: str = option("auto", "cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     threads: int | None = option(None, "on the CPU (default: torch's)", low=1)
     seed: int = option(0)
-    output: str | None = option(None, "folder for results.json, table.md, runs and plots (default: runs/reproduce-TABLE)")
+    output: str | None = option(
+        None, "folder for results.json, table.md, runs and plots (default: runs/reproduce-TABLE, or with -2, ... if one is there)"
+    )
+    overwrite: bool = option(False, "replace what is in --output")
     quiet: bool = option(False, "no progress on stderr")
 
     @property

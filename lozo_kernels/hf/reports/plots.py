@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError, require
+from ...model.files import replacing
 from ...model.text_table import mebibytes, number, text_table
 from ..loop.records import MetricsLog
+from ..models.checkpoint import EMBEDDED
 from ..output import make_folder
 
 Row = dict[str, Any]
@@ -78,14 +80,27 @@ def compare_runs(folders: Sequence[Path], output: Path) -> tuple[str, list[Path]
 
 def runs_table(runs: Sequence[RunRecord]) -> str:
     """One line a run: where it began and ended, and what it cost."""
-    header = ("run", "steps", "loss before", "after", "score before", "after", "ms/step", "peak MiB", "in times of inference")
+    header = (
+        "run",
+        "model",
+        "steps",
+        "loss before",
+        "after",
+        "score before",
+        "after",
+        "ms/step",
+        "peak MiB",
+        "in times of inference",
+    )
     rows: list[tuple[str, ...]] = [header]
     for run in runs:
         s = run.summary
         losses = [number(s[key], ".4f") for key in ("loss_before", "loss_after")]
         scores = [number(s[key], ".1%") for key in ("accuracy_before", "accuracy_after")]
         costs = [number(s["step_ms"], ".2f"), mebibytes(s["training_peak_bytes"]), number(s["training_peak_over_inference"], ".3f")]
-        rows.append((run.label, str(s["steps_done"]), *losses, *scores, *costs))
+        model = s.get("model") or s["settings"]["model"] or EMBEDDED
+        model = Path(model).name if Path(model).exists() else model
+        rows.append((run.label, model, str(s["steps_done"]), *losses, *scores, *costs))
     return text_table(rows)
 
 
@@ -180,6 +195,7 @@ def _figure(path: Path, *grid: int, figsize: tuple[float, float]) -> Iterator[An
     figure, axes = pyplot.subplots(*grid, figsize=figsize, layout="constrained")
     try:
         yield axes
-        figure.savefig(path, dpi=120)
+        with replacing(path) as part:
+            figure.savefig(part, dpi=120, format="png")
     finally:
         pyplot.close(figure)

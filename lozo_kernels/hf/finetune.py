@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..journal import JournalError
-from ..model.files import write_whole
+from ..model.files import unwritable, write_whole
 from .loop.building import build_driver
 from .loop.journaling import JOURNAL, Keeper, new_keeper, resumed_keeper
 from .loop.kept_weights import KeptWeights
@@ -17,7 +17,7 @@ from .loop.records import MetricsLog
 from .loop.scoring import score
 from .loop.train import Outcome, eval_batch_size, evaluate, train
 from .models.checkpoint import load_model
-from .output import make_folder, to_json, unwritable
+from .output import make_folder, to_json
 from .reports.beside_published import compare
 from .reports.card import write_card
 from .reports.plots import plot_losses

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +21,6 @@ def make_folder(output: Path) -> Path:
     except OSError as e:
         raise InputError(f"--output {output}: {e.strerror}") from None
     return output
-
-
-_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-
-
-def unwritable(error: BaseException) -> str | None:
-    """Why results could not be written, if the error says so: a disk is full or read-only, or a quota is used up."""
-    if isinstance(error, OSError) and error.errno in _NO_PLACE:
-        return error.strerror
-    if type(error).__name__ == "SafetensorError":  # has no number, only the operating system's words and "(os error 28)"
-        return next((os.strerror(code) for code in _NO_PLACE if f"os error {code})" in str(error)), None)
-    return None
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
-from ..kernels.checks import as_integer, check_flag
+from ..kernels.checks import as_integer, check_flag, suggestion
 from ..kernels.noise import MAX_RANK
 
 ESTIMATORS = ("lowrank", "dense", "subspace")
@@ -168,9 +167,7 @@ def check_names(taker: str, given: Iterable[str], known: Sequence[str]) -> None:
     """
     for name in given:
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise TypeError(f"{taker} got an unexpected keyword argument {name!r}{hint}")
+            raise TypeError(f"{taker} got an unexpected keyword argument {name!r}{suggestion(name, known)}")
 
 
 def _sides(value: Any) -> str | tuple[tuple[str, str], ...]:

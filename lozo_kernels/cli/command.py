@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import shlex
 import sys
@@ -17,6 +18,7 @@ from ..hf.methods import EVALUATIONS
 from ..hf.papers.scales import Request
 from ..hf.planning.workload import Workload
 from ..hf.settings import Settings
+from ..kernels.registry import choose_backend
 from ..kernels.version import __version__
 from ..model.files import file_trouble
 
@@ -66,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.command = shlex.join(["lozo-kernels", *argv])
     run: Callable[[argparse.Namespace], int] = args.run
     try:
+        _check_environment(args)
         code = run(args)
         sys.stdout.flush()
         return code
@@ -81,6 +84,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"lozo-kernels {args.subcommand}: error: {trouble}", file=sys.stderr)
         return EXIT_FAILED
+
+
+def _check_environment(args: argparse.Namespace) -> None:
+    """Raises InputError if a variable LOZO_KERNELS_* names a backend or an instruction set that is not there; doctor reports it."""
+    with contextlib.suppress(RuntimeError):  # a backend for another device than the CPU
+        try:
+            if args.run is not _doctor:
+                choose_backend("cpu")
+        except ValueError as e:
+            raise InputError(str(e)) from None
 
 
 def make_parser() -> argparse.ArgumentParser:

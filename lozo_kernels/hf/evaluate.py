@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from .loop.scoring import score
 from .methods import EVALUATIONS
 from .models.checkpoint import load_adapter, load_model
 from .objectives import PromptedObjective
+from .output import read_object
 from .run import open_run, threads
 from .settings import Settings
 
@@ -101,22 +101,15 @@ def _with_checkpoint(settings: Settings, checkpoint: str | None) -> tuple[Settin
     folder = Path(checkpoint)
     summary = folder / "summary.json"
     if settings.task is None and summary.is_file():
-        settings = dataclasses.replace(settings, task=_read(summary).get("task"))
+        settings = dataclasses.replace(settings, task=read_object(summary, "--checkpoint: ").get("task"))
     if settings.task is None and settings.train_file is None and folder.is_dir():
         raise InputError(f"--checkpoint {checkpoint} does not say which task it is for: give --task or --train-file")
     for place in (folder, folder / "model"):
         if (place / "adapter_config.json").is_file():
-            base = _read(place / "adapter_config.json").get("base_model_name_or_path")
+            base = read_object(place / "adapter_config.json", "--checkpoint: ").get("base_model_name_or_path")
             if settings.model is None and not base:
                 raise InputError(f"--checkpoint {checkpoint}: an adapter that does not say of which model; give --model too")
             return dataclasses.replace(settings, model=settings.model or base), place
         if (place / "config.json").is_file():
             return dataclasses.replace(settings, model=str(place)), None
     raise InputError(f"--checkpoint {checkpoint}: no config.json or adapter_config.json there, nor in a folder model in it")
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as e:
-        raise InputError(f"--checkpoint: {file} is not a JSON object: {e}") from None

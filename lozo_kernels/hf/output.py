@@ -23,6 +23,24 @@ def make_folder(output: Path) -> Path:
     return output
 
 
+def read_object(file: Path, named: str = "") -> dict[str, Any]:
+    """A JSON object from a file that may be anybody's.
+
+    Args:
+        named: what goes before the file's name in the message.
+
+    Raises:
+        InputError: it cannot be read, or is something else.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"{named}{file} is not a JSON object: {e!s:.200}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{named}{file} is not a JSON object but a {type(found).__name__}")
+    return found
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """JSON that every reader takes: a number that is not finite becomes null."""
     return json.dumps(finite(value), indent=indent, allow_nan=False)

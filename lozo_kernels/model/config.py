@@ -147,7 +147,7 @@ class PatchConfig:
         """The inverse of :meth:`to_json`; raises TypeError or ValueError for anything else."""
         try:
             fields = json.loads(text)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise ValueError(f"this is no JSON: {e}") from None
         if not isinstance(fields, dict):
             raise TypeError(f"a config is an object, not {text:.200}")

@@ -14,6 +14,7 @@ from .data.splits import TEST_SIZE
 from .loop.scoring import score
 from .methods import EVALUATIONS
 from .models.checkpoint import load_adapter, load_model
+from .models.pretrained import computing
 from .objectives import PromptedObjective
 from .output import read_object
 from .run import open_run, threads
@@ -70,7 +71,8 @@ def _evaluate(settings: Settings, adapter: Path | None, command: str, quiet: boo
     if adapter is not None:
         model = load_adapter(model, adapter)
     run.say(f"{data.task.name}: {len(data.test)} examples from {data.source}")
-    scores = score(model, objective, data.test, settings.batch_size, settings.max_new_tokens, run.device)
+    with computing(run.checkpoint.path):
+        scores = score(model, objective, data.test, settings.batch_size, settings.max_new_tokens, run.device)
     counts = list(objective.shown.elements()) if isinstance(objective, PromptedObjective) else []
     if counts and min(counts) < len(objective.demonstrations):
         notes = [*notes, f"some prompts have room for {min(counts)} of the {len(objective.demonstrations)} demonstrations only"]

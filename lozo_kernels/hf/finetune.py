@@ -17,6 +17,7 @@ from .loop.records import MetricsLog
 from .loop.scoring import score
 from .loop.train import Outcome, eval_batch_size, evaluate, train
 from .models.checkpoint import load_model
+from .models.pretrained import computing
 from .output import make_folder, to_json
 from .reports.beside_published import compare
 from .reports.card import write_card
@@ -73,7 +74,8 @@ def _run(settings: Settings, command: str, quiet: bool, resume: bool) -> dict[st
         run.say(note)
     first_batch = run.batches().next()
     batch = run.objective.collate(first_batch, run.device)
-    forward_bytes = forward_peak(lambda: run.objective.loss(model, batch), run.device)
+    with computing(run.checkpoint.path):
+        forward_bytes = forward_peak(lambda: run.objective.loss(model, batch), run.device)
     comparison = None
     if settings.compare_steps:
         run.say(f"timing {settings.compare_steps} steps of the published way beside this library's, on copies of the model")

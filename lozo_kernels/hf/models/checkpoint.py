@@ -107,6 +107,9 @@ def load_model(
             f"e.g. {lacking[0]}; give --allow-missing-weights to start from random ones there"
         )
     notes = [f"not in the checkpoint, starting from random weights: {', '.join(fresh)}"] if fresh else []
+    unused = sorted(name for name in info["unexpected_keys"] if _in_body(model, name))
+    if unused:
+        notes.append(f"in the checkpoint and not in the model: {len(unused)} weights, e.g. {unused[0]}")
     return model.to(device).eval(), notes
 
 

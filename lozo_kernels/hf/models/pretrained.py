@@ -3,6 +3,8 @@ and whatever is wrong with it is said in one line."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,21 @@ def unreadable(error: Exception, named: str, what: str, place: str) -> InputErro
             "read the code, and give --trust-remote-code if you trust it"
         )
     return InputError(f"{named}: no usable {what} {place}: {in_one_line(error)}")
+
+
+@contextlib.contextmanager
+def computing(path: str) -> Iterator[None]:
+    """Around the first forward passes of a model, which show whether its files fit each other.
+
+    Raises:
+        InputError: they fail, whatever the reason is.
+    """
+    try:
+        yield
+    except (InputError, OSError):
+        raise
+    except Exception as e:  # as in read_pretrained
+        raise InputError(f"--model {path}: a forward pass of it fails: {in_one_line(e)}") from e
 
 
 def open_config(path: str, what: str = "model", *, trusted: bool = False) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,9 @@ from .loop.folder import METRICS, MODEL, SUMMARY
 from .loop.scoring import score
 from .methods import EVALUATIONS
 from .models.checkpoint import load_adapter, load_model
+from .models.pretrained import computing
 from .objectives import OBJECTIVES, PromptedObjective
+from .output import read_object
 from .run import open_run, threads
 from .settings import Settings
 from .tasks import Task
@@ -75,7 +76,8 @@ def _evaluate(tuned: _Tuned, command: str, quiet: bool) -> dict[str, Any]:
         model = load_adapter(model, adapter)
     run.say(f"model: {adapter or run.model_name}")
     run.say(f"{data.task.name} ({objective.name}): {len(data.test)} examples from {data.source}")
-    scores = score(model, objective, data.test, settings.batch_size, settings.max_new_tokens, run.device)
+    with computing(run.checkpoint.path):
+        scores = score(model, objective, data.test, settings.batch_size, settings.max_new_tokens, run.device)
     counts = list(objective.shown.elements()) if isinstance(objective, PromptedObjective) else []
     if counts and min(counts) < len(objective.demonstrations):
         notes = [*notes, f"some prompts have room for {min(counts)} of the {len(objective.demonstrations)} demonstrations only"]
@@ -118,7 +120,7 @@ def _open_tuned(settings: Settings, checkpoint: str | None) -> _Tuned:
     if checkpoint is None:
         return _Tuned(settings)
     folder = Path(checkpoint)
-    summary = _read(folder / SUMMARY) if (folder / SUMMARY).is_file() else {}
+    summary = read_object(folder / SUMMARY, "--checkpoint: ") if (folder / SUMMARY).is_file() else {}
     if not summary and (folder / METRICS).is_file():
         raise InputError(f"--checkpoint {checkpoint}: its run has not ended; lozo-kernels finetune --resume {checkpoint} goes on")
     settings = _of_run(settings, summary)
@@ -127,14 +129,14 @@ def _open_tuned(settings: Settings, checkpoint: str | None) -> _Tuned:
         raise InputError(f"--checkpoint {checkpoint} does not say which task it is for: give --task, --dev-file or --train-file")
     for place in (folder, folder / MODEL):
         if (place / "adapter_config.json").is_file():
-            base = _read(place / "adapter_config.json").get("base_model_name_or_path")
+            base = read_object(place / "adapter_config.json", "--checkpoint: ").get("base_model_name_or_path")
             if settings.model is None and not base:
                 raise InputError(f"--checkpoint {checkpoint}: an adapter that does not say of which model; give --model too")
             settings = dataclasses.replace(settings, model=settings.model or base)
             return _Tuned(settings, place, _own_task(settings, ()))
         if (place / "config.json").is_file():
             settings = dataclasses.replace(settings, model=str(place))
-            return _Tuned(settings, None, _own_task(settings, _classes(_read(place / "config.json"))))
+            return _Tuned(settings, None, _own_task(settings, _classes(read_object(place / "config.json", "--checkpoint: "))))
     raise InputError(f"--checkpoint {checkpoint}: no config.json or adapter_config.json there, nor in a folder model in it")
 
 
@@ -176,10 +178,3 @@ def _own_task(settings: Settings, classes: tuple[str, ...]) -> Task | None:
     if classes and task.kind != "classification":
         raise InputError(f"{name}: the model tells {len(classes)} classes apart, and the file has no field 'label'")
     return task
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as e:
-        raise InputError(f"--checkpoint: {file} is not a JSON object: {e}") from None

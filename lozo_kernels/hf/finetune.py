@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..journal import JournalError
-from ..model.files import replacing_folder, write_whole
+from ..model.files import replacing_folder, unwritable, write_whole
 from ..model.interrupts import deferred_interrupt
 from .loop.building import build_driver
 from .loop.folder import METRICS, MODEL, PLOT, SUMMARY, begin, claimed, find_run
@@ -21,7 +21,8 @@ from .loop.records import MetricsLog
 from .loop.scoring import score
 from .loop.train import Outcome, eval_batch_size, evaluate, train
 from .models.checkpoint import load_model
-from .output import to_json, unwritable
+from .models.pretrained import computing
+from .output import to_json
 from .reports.beside_published import compare
 from .reports.card import write_card
 from .reports.plots import plot_losses
@@ -88,7 +89,8 @@ def _run(settings: Settings, command: str, quiet: bool, resume: bool) -> dict[st
     for line in (*run.describe(), *notes):
         run.say(line)
     measured = run.first_batches(keeper.goes_on_at or 0)
-    inference = inference_peaks(run.objective, model, measured, run.device)
+    with computing(run.checkpoint.path):
+        inference = inference_peaks(run.objective, model, measured, run.device)
     comparison = None
     if settings.compare_steps and measured:
         run.say(f"timing {settings.compare_steps} steps of the published way beside this library's, on copies of the model")

@@ -18,6 +18,8 @@ from .tasks import TASKS
 
 DTYPES = ("float32", "bfloat16", "float16")
 SCHEDULES = ("constant", "linear", "cosine")
+MAX_THREADS = 1024
+"""More than any machine gains from; at some tens of thousands the system ends the process."""
 
 _data, _method, _run = (functools.partial(option, group=group) for group in ("model and data", "method", "run"))
 
@@ -30,6 +32,8 @@ class Settings:
     """
 
     model: str | None = _data(None, "name on the Hub or a folder (default: the embedded model)")
+    trust_remote_code: bool = _data(False, "run Python code that comes with the model: only if you have read it")
+    allow_missing_weights: bool = _data(False, "train layers that the checkpoint lacks from random weights")
     task: str | None = _data(None, "a task by name; an unknown name lists them", choices=tuple(TASKS))
     train_file: str | None = _data(None, "jsonl with text and, for classification, label; or text, one example a line")
     dev_file: str | None = _data(None, "as --train-file (default: a tenth of that file is held out)")
@@ -42,7 +46,7 @@ class Settings:
         None, "draw so many dev examples from the train ones (500 in the papers; default: those of the data)", low=1
     )
     num_eval: int | None = _data(None, "score so many test examples at the end (default: 1000 with --k-shot, --num-dev)", low=1)
-    data_seed: int | None = _data(None, "seed of these draws (default: --seed)", low=0)
+    data_seed: int | None = _data(None, "seed of these draws (default: --seed)", low=0, high=2**63 - 1)
     num_shots: int = _data(32, "demonstrations of icl", hidden=True, low=1)
     max_new_tokens: int = _data(50, "tokens of a generated answer at most", low=1)
     objective: str = _data("auto", choices=("auto", *(name for name in OBJECTIVES if name != ImageObjective.name)))
@@ -73,7 +77,7 @@ class Settings:
     device: str = _run("auto", "cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     backend: str | None = _run(None, "backend of the kernels (default: the best for the device)")
     threads: int | None = _run(
-        None, "on the CPU (default: torch's; one for the embedded model, which is too small to share)", low=1
+        None, "on the CPU (default: torch's; one for the embedded model, which is too small to share)", low=1, high=MAX_THREADS
     )
     seed: int = _run(0, low=0, high=2**63 - 1)
     output: str | None = _run(None, "folder for the results (default: runs/TASK-METHOD, or with -2, -3, ... if a run is there)")

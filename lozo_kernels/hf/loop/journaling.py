@@ -10,6 +10,7 @@ from typing import Any
 
 from ...errors import InputError, JournalError
 from ...journal import Journal, RecordedRun, read_journal
+from ..command_line import check_options
 from ..data.examples import TaskData
 from ..objectives import Encoded
 from ..settings import Settings
@@ -139,13 +140,21 @@ def read_run_journal(path: Path) -> RecordedRun:
 def recorded_settings(run: RecordedRun) -> Settings:
     """The settings that a journal records.
 
+    It may be anybody's: they are checked here, and it cannot say that code is trusted. Weights that a checkpoint lacks are
+    allowed, because fingerprints tell whether a model is the one that the run started from.
+
     Raises:
-        InputError: it records none.
+        InputError: it records none, or one is of the wrong type or out of range.
     """
     try:
-        return Settings(**run.header.about["settings"])
+        settings = Settings(**run.header.about["settings"] | {"trust_remote_code": False, "allow_missing_weights": True})
     except (KeyError, TypeError):
         raise InputError(f"{run.source} was not written by lozo-kernels finetune, so it does not say how to go on") from None
+    try:
+        check_options(settings)
+    except InputError as e:
+        raise InputError(f"{run.source} holds settings that no run has: {e}") from None
+    return settings
 
 
 def _digest(data: TaskData, encoded: list[Encoded]) -> str | None:

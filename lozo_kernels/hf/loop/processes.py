@@ -16,6 +16,7 @@ from torch import distributed
 
 from ...errors import InputError
 from ..methods import METHODS
+from .meeting import join
 
 if TYPE_CHECKING:
     from ..settings import Settings
@@ -25,7 +26,10 @@ T = TypeVar("T")
 
 def counted() -> tuple[int, int]:
     """(rank, number) of this process among those that torchrun started; (0, 1) without it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    except ValueError as e:
+        raise InputError(f"the variables RANK and WORLD_SIZE, which torchrun sets, are numbers: {e}") from None
 
 
 def is_first() -> bool:
@@ -52,7 +56,7 @@ def joined(settings: Settings) -> Iterator[Settings]:
     Raises:
         InputError: these settings cannot be run by several processes.
     """
-    size = counted()[1]
+    rank, size = counted()
     if size == 1:
         yield dataclasses.replace(settings, parallel=None)
         return
@@ -62,7 +66,7 @@ def joined(settings: Settings) -> Iterator[Settings]:
     if device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{local % torch.cuda.device_count()}"
     settings = dataclasses.replace(settings, parallel=settings.parallel or "examples", device=device, compare_steps=0)
-    distributed.init_process_group("gloo")
+    join(rank, size)
     try:
         yield settings
     finally:

@@ -112,6 +112,7 @@ def make_settings(
         **{name: value for name, value in values.items() if name not in METHODS[method].foreign},
         method=method,
         model=request.model,
+        trust_remote_code=request.trust_remote_code,
         task=task or language.TASK_NAME,
         data_dir=None if task is None else request.data_dir,
         dtype=request.chosen_dtype(method, device),

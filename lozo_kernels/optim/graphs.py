@@ -13,6 +13,7 @@ from torch import Tensor
 from ..model.interrupts import deferred_interrupt
 from ..model.losses import Closure
 from ..model.passes import Update
+from ..model.weighed import StepClosure
 from .groups import rates_of
 from .optimizer import ZerothOrderOptimizer
 from .steps import Rates, StepInfo
@@ -132,7 +133,7 @@ class CapturedStep:
         if pending is not None:
             twin.pending = dataclasses.replace(pending, step=twin.step - 1)
             twin.applied = twin.last_point
-        plus, minus = twin.evaluate(self._closures)
+        plus, minus = twin.evaluate([StepClosure(closure) for closure in self._closures])
         return twin.conclude(twin.differences(plus, minus), plus, minus, self._rates)
 
     @torch.no_grad()

@@ -283,8 +283,8 @@ class Stepper:
             self.flush()
             raise NonFiniteLossError(
                 f"the loss, or the step that it asks for, was not finite {in_a_row} steps in a row (last loss: {float(loss)}, at "
-                f"step {self.count - 1}); the weights are those of the last good step. Lower lr or eps, or look for overflow in "
-                "half precision"
+                f"step {self.count - 1}); the weights are those of the last good step. Lower lr or eps, look for overflow in "
+                "half precision, or, if closures return (sum, weight), for weights that are no counts"
             )
         if in_a_row:
             warnings.warn(

@@ -127,7 +127,10 @@ def test_lightning_without_a_drive():
         fit(Lit(inside, drive_net))
 
 
-@pytest.mark.parametrize("options", [{}, {"avg_fn": get_ema_avg_fn(0.9)}, {"use_buffers": False}], ids=["all", "moving", "no buffers"])
+AVERAGES = {"all": {}, "moving": {"avg_fn": get_ema_avg_fn(0.9)}, "no buffers": {"use_buffers": False}}
+
+
+@pytest.mark.parametrize("options", AVERAGES.values(), ids=AVERAGES)
 def test_lightning_averages_a_driven_model(options):
     with pytest.raises(TypeError, match=r"do not match: an average .* needs step\(closure\)"):
         fit(Lit(inside, drive_net), WeightAveraging(**options))

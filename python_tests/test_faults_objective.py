@@ -11,7 +11,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lozo_kernels import LOZO, MeZO, capture_step, patch
 from lozo_kernels.hf import attach
-from lozo_kernels.model.outputs import refuse_gradients
 from python_tests.trainer_helpers import arguments, tiny_llama, token_rows, trained
 
 
@@ -67,6 +66,8 @@ def test_what_is_not_differentiated_may_be_looked_at():
 
 
 def test_outputs_of_every_form():
+    from lozo_kernels.model.outputs import refuse_gradients
+
     refused = []
 
     def refusal(grad):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -18,15 +17,10 @@ DRIVEN = (
 )
 
 
-@contextmanager
-def explained(advice: str) -> Iterator[None]:
-    """Raises RuntimeError with the advice where torch says that a loss has no graph."""
-    try:
-        yield
-    except RuntimeError as e:
-        if "does not require grad" in str(e):
-            raise RuntimeError(advice) from e
-        raise
+def explain(error: BaseException, advice: str) -> None:
+    """Raises RuntimeError with the advice if the error is torch's, of a loss that has no graph."""
+    if isinstance(error, RuntimeError) and "does not require grad" in str(error):
+        raise RuntimeError(advice) from error
 
 
 class FirstStep:

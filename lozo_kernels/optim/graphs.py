@@ -118,6 +118,7 @@ class CapturedStep:
         if stepper.skipped_total is not info.skipped_total:  # steps were taken outside of the graphs
             info.skipped_total.copy_(stepper.skipped_total, non_blocking=True)
             info.skipped_in_a_row.copy_(stepper.skipped_in_a_row, non_blocking=True)
+            info.flat.copy_(stepper.flat, non_blocking=True)
         values = [(group["lr"], group["weight_decay"]) for group in self._optimizer.param_groups]
         if any(isinstance(v, Tensor) for pair in values for v in pair) or values != self._uploaded:
             rates = rates_of(self._optimizer.param_groups, stepper.handle, self._device)
@@ -157,6 +158,7 @@ class CapturedStep:
                 "model.eval(), or give the optimiser common_random_numbers=False"
             )
         self._twin.skipped_total, self._twin.skipped_in_a_row = static.skipped_total, static.skipped_in_a_row
+        self._twin.flat = static.flat
         return static, None if pending is None else _clone(pending)
 
     def _record(self, pending: Update | None) -> Callable[[], None]:

@@ -17,7 +17,7 @@ from ..model.interrupts import deferred_interrupt
 from ..model.losses import Closure, pair_closures
 from ..model.patching import DriveOptions, patch
 from ..model.weighed import StepClosure
-from .advice import DRIVEN, IN_A_CLOSURE, FirstStep, explained
+from .advice import DRIVEN, IN_A_CLOSURE, FirstStep, explain
 from .groups import check_cover, groups_of, named_group, rates_of, trained_names
 from .parallel import Parallel, as_parallel, shared_shards
 from .state import load_state, state_of
@@ -211,11 +211,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         first = None if self._stepped else FirstStep(self.handle.parameters)
         with stepper.alone(), deferred_interrupt():
             try:
-                with explained(IN_A_CLOSURE):
-                    plus, minus = stepper.evaluate([StepClosure(one) for one in closures], batches)
+                plus, minus = stepper.evaluate([StepClosure(one) for one in closures], batches)
                 info = self._conclude(stepper.differences(plus, minus), plus, minus)
-            except BaseException:
+            except BaseException as e:
                 stepper.go_back()
+                explain(e, IN_A_CLOSURE)
                 raise
             if stepper.parallel is not None:
                 settings = [float(group[key]) for group in self.param_groups for key in ("lr", "weight_decay")]
@@ -236,8 +236,12 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if inputs is not None:
             raise TypeError("with drive='backward' the model is called with its inputs before step()")
         if closure is not None:
-            with torch.enable_grad(), explained(DRIVEN):
-                closure()
+            try:
+                with torch.enable_grad():
+                    closure()
+            except RuntimeError as e:
+                explain(e, DRIVEN)
+                raise
         info = self._conclude(*backward.take())
         self.stepper.watch(info.loss)
         return info.loss

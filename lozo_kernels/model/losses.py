@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .conditions import Conditions
 from .sharding import gather
+from .weighed import keep_where
 
 Loss = Tensor | float
 Closure = Callable[[], Loss]
@@ -125,7 +126,8 @@ def _as_totals(value: Any, times: int, examples: int) -> tuple[Tensor, Tensor]:
     sums = parts[0].detach().to(torch.float64).view(times, examples).sum(1)
     if len(parts) == 1:
         return sums, torch.full_like(sums, examples)
-    return sums, parts[1].detach().to(torch.float64).view(times, examples).sum(1)
+    weights = parts[1].detach().to(torch.float64).view(times, examples)
+    return sums, keep_where(weights == weights[:1], weights).sum(1)
 
 
 def pair_closures(closure: Any, inputs: Any) -> tuple[list[Any], list[Any] | None]:
@@ -134,7 +136,10 @@ def pair_closures(closure: Any, inputs: Any) -> tuple[list[Any], list[Any] | Non
     single = callable(closure)
     closures = [closure] if single else list(closure) if isinstance(closure, Iterable) else []
     if not closures or not all(map(callable, closures)):
-        raise TypeError("step() needs a closure that returns the loss (or a sequence of them): optimizer.step(lambda: loss_fn())")
+        raise TypeError(
+            "step() needs a closure that returns the loss (or a sequence of them): optimizer.step(lambda: loss_fn()); in a loop "
+            "that calls loss.backward(), build the optimiser with drive='backward'"
+        )
     if inputs is None:
         return closures, None
     batches = [inputs] if single else list(inputs)

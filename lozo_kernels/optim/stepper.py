@@ -32,6 +32,7 @@ from ..model.losses import (
     mean_totals,
 )
 from ..model.passes import Update
+from .flat import FLAT_STEPS, why_flat
 from .parallel import Parallel
 from .readback import Readback
 from .steps import Rates, StepInfo, StepLog, StepSettings
@@ -54,7 +55,7 @@ class Stepper:
         info: what the last step saw.
         pending: the update of the last step, if it is left for the next pass over the weights (``fuse_steps``).
         applied: the perturbation that is in the weights now, or None. While an update is pending it is that of the update's step.
-        skipped_total, skipped_in_a_row: 0-dim integers, as in :class:`StepInfo`.
+        skipped_total, skipped_in_a_row, flat: 0-dim integers, as in :class:`StepInfo`.
     """
 
     def __init__(self, handle: Handle, settings: StepSettings, parallel: Parallel | None = None) -> None:
@@ -68,6 +69,8 @@ class Stepper:
         self.applied: Perturbation | None = None
         self.skipped_total = torch.zeros((), dtype=torch.int64, device="cpu")
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device="cpu")
+        self.flat = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._warned_flat = False
         self._moves = 0
         self._batches_checked = False
         self._watched = Readback()
@@ -171,6 +174,8 @@ class Stepper:
         """
         moved = c * torch.clamp(rates.lr.max() * _LARGEST_DIRECTION, min=1.0)
         good = torch.isfinite(moved.to(torch.float32)).all()  # kernels compute in fp32: a loss of 1e38 is finite, its update is not
+        flat = self.flat.to(c.device, non_blocking=True)
+        flat = torch.where(c.any(), flat - 1, flat + 1).clamp(min=0)  # a c that is not a number is not zero
         c = torch.where(good, c, 0.0)
         beta = None
         if self.settings.momentum:  # rounded to fp32, whatever torch's default dtype is
@@ -180,7 +185,7 @@ class Stepper:
         total = self.skipped_total.to(c.device, non_blocking=True) + ~good
         in_a_row = (self.skipped_in_a_row.to(c.device, non_blocking=True) + 1) * ~good
         number = -1 if isinstance(self.step, Tensor) else self.step
-        return update, StepInfo(number, self.mean(plus, minus), plus, minus, c, ~good, total, in_a_row)
+        return update, StepInfo(number, self.mean(plus, minus), plus, minus, c, ~good, total, in_a_row, flat)
 
     def commit(self, update: Update, info: StepInfo) -> None:
         """Takes the step: makes the update or leaves it pending. A journal records the step before the weights change."""
@@ -278,18 +283,21 @@ class Stepper:
             self.applied = target
 
     def watch(self, loss: Tensor) -> None:
-        """Warns if losses were not finite, and raises NonFiniteLossError after ``max_nonfinite`` in a row. On a GPU this is some
-        steps late, because it does not wait for the device."""
-        counts = self._watched.read(lambda: torch.stack((self.skipped_in_a_row, self.skipped_total)))
+        """Warns if losses were not finite, and raises NonFiniteLossError after ``max_nonfinite`` in a row. Warns once if F(+) and
+        F(-) are equal step after step. On a GPU this is some steps late, because it does not wait for the device."""
+        counts = self._watched.read(lambda: torch.stack((self.skipped_in_a_row, self.skipped_total, self.flat)))
         if counts is None:
             return
-        in_a_row, total = counts
+        in_a_row, total, flat = counts
+        if flat >= FLAT_STEPS and not self._warned_flat and self.info is not None:
+            self._warned_flat = True
+            warnings.warn(why_flat(self.info, self.handle, self.settings.eps), stacklevel=4)
         if in_a_row >= self.settings.max_nonfinite:
             self.flush()
             raise NonFiniteLossError(
                 f"the loss, or the step that it asks for, was not finite {in_a_row} steps in a row (last loss: {float(loss)}, at "
-                f"step {self.count - 1}); the weights are those of the last good step. Lower lr or eps, or look for overflow in "
-                "half precision"
+                f"step {self.count - 1}); the weights are those of the last good step. Lower lr or eps, look for overflow in "
+                "half precision, or, if closures return (sum, weight), for weights that are no counts"
             )
         if in_a_row:
             warnings.warn(
@@ -301,7 +309,7 @@ class Stepper:
         self.step = self.count + 1
         self._moves = 0
         self.info = info
-        self.skipped_total, self.skipped_in_a_row = info.skipped_total, info.skipped_in_a_row
+        self.skipped_total, self.skipped_in_a_row, self.flat = info.skipped_total, info.skipped_in_a_row, info.flat
 
     def _is_mine(self, direction: int) -> bool:
         """Whether this process evaluates a direction."""

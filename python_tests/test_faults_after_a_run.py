@@ -168,3 +168,28 @@ def test_extensions_that_cannot_be(places, tmp_path, capsys, first, steps, words
 def test_other_settings_stay_those_of_the_run(places, tmp_path, capsys):
     assert cli.main(["finetune", "--resume", str(tmp_path), "--steps", "9", "--lr", "1"]) == 2
     assert "takes all settings from the run: leave the others out, but --steps" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_from_where_it_was_reverted_to(places, tmp_path):
+    """Without the metrics of the steps that were kept, it began at step 0 again."""
+    long, run, back = tmp_path / "long", tmp_path / "run", tmp_path / "back"
+    assert finetune(places, "llama", "lines.txt", long, steps=6) == 0
+    assert finetune(places, "llama", "lines.txt", run, steps=6) == 0
+    assert cli.main(["revert", "--journal", str(run), "--step", "3", "--output", str(back)]) == 0
+    assert [line["step"] for line in meaning(back) if line["kind"] == "step"] == [0, 1, 2]
+    assert cli.main(["finetune", "--resume", str(back), "--quiet"]) == 0
+    assert model_of(back) == model_of(long) and meaning(back) == meaning(long)
+
+
+def test_a_journal_alone_is_enough_to_go_on(places, tmp_path, monkeypatch):
+    """None of the steps in it is taken again, whatever became of the metrics."""
+    from lozo_kernels.hf.loop import train
+
+    run = tmp_path / "run"
+    assert finetune(places, "llama", "lines.txt", run, steps=5) == 0
+    whole = model_of(run)
+    (run / "metrics.jsonl").unlink()
+    (run / "summary.json").unlink()
+    monkeypatch.setattr(train._Steps, "take", None)
+    assert cli.main(["finetune", "--resume", str(run), "--quiet"]) == 0
+    assert model_of(run) == whole and read_journal(run / "run.journal").steps == 5

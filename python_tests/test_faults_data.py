@@ -367,3 +367,18 @@ def test_the_model_is_named_first_and_classes_are_counted(tmp_path, capsys, mode
     assert cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "c")]) == 0
     table = capsys.readouterr().out
     assert "the embedded model" in table and "plain" in table
+
+
+def test_notes_of_what_is_likely_not_meant_so(tmp_path, models):
+    from lozo_kernels.hf.run import open_run
+
+    rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(20)]
+    train = write_jsonl(tmp_path / "train.jsonl", [*rows, {"text": "word " * 400, "label": "a"}])
+    dev = write_jsonl(tmp_path / "dev.jsonl", [*rows[:3], {"text": "new", "label": "b"}])
+    given = {"model": str(models["plain"]), "train_file": str(train), "dev_file": str(dev), "device": "cpu"}
+    notes = open_run(Settings(**given).resolved(), quiet=True).notes()
+    assert notes[0] == "3 of the 4 dev examples have the texts of train examples"
+    assert notes[1].startswith("1 of the 21 train examples have 256 tokens or more") and len(notes) == 2
+    only = write_jsonl(tmp_path / "only.jsonl", [{"sentence": f"s {i}", "label": 1} for i in range(12)])
+    run = open_run(Settings(**given | {"train_file": str(only), "dev_file": str(only), "task": "sst2"}).resolved(), quiet=True)
+    assert "no train example is of the class negative" in run.notes()

@@ -264,6 +264,21 @@ def test_every_result_has_another_name_until_it_is_whole(own, tmp_path, monkeypa
         assert not (run / path).exists() and not list(run.glob(".*part*"))
 
 
+@needs_fork
+@pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="torch.distributed is missing"
+)
+def test_all_of_several_processes_are_refused(capfd, own, run):
+    """The first one looks at the folder, and none of the others waits for it."""
+    from python_tests.test_hardening_cli import ended, free_port, ranks
+
+    before = contents(run)
+    assert ended(ranks(2, lambda rank: start(own, "--output", run), free_port())) == [2, 2]
+    assert capfd.readouterr().err.count("holds a finished run") == 2 and contents(run) == before
+    assert ended(ranks(2, lambda rank: start(own, "--output", run, "--overwrite"), free_port())) == [0, 0]
+    assert json.loads((run / "summary.json").read_text())["settings"]["parallel"] == "examples"
+
+
 # --- what was kept of the best evaluation, edited data, and Ctrl-C
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -40,6 +41,9 @@ _EVALUATED_OTHERWISE: dict[str, dict[str, Any]] = {
 }
 """What differs in their options."""
 
+_TALKATIVE = ("torchao", "torch.utils._pytree")
+"""Loggers of packages that transformers imports where they are installed, and that warn of parts which nothing here uses."""
+
 
 class _Parser(argparse.ArgumentParser):
     """Reports a bad argument in one line."""
@@ -55,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ..bench import main as bench
 
         return bench(argv[1:])
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     args = make_parser().parse_args(argv)
     args.command = shlex.join(["lozo-kernels", *argv])
     run: Callable[[argparse.Namespace], int] = args.run

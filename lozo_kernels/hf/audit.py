@@ -11,9 +11,10 @@ import torch
 from ..errors import InputError, require
 from ..journal import RecordedRun, Verification, replay, revert, verify
 from ..journal.format import Header
-from ..model.files import replacing, replacing_folder
-from .loop.folder import JOURNAL, MODEL, begin, claimed
+from ..model.files import replacing, replacing_folder, write_whole
+from .loop.folder import JOURNAL, METRICS, MODEL, begin, claimed
 from .loop.journaling import find_journal, read_run_journal, recorded_settings
+from .loop.records import read_metrics
 from .models.checkpoint import first_line, load_model, open_checkpoint, open_config
 from .objectives import OBJECTIVES
 from .tasks import Task
@@ -27,7 +28,7 @@ def replay_run(
     Args:
         model: name on the Hub or a folder; None: that of the run.
         journal: the file, or the folder of its run.
-        reverting: also write the journal up to there, so that the run can go on from it.
+        reverting: also write the journal and the metrics up to there, so that the run can go on from it.
         overwrite: replace the run or the model that is in the output folder.
 
     Raises:
@@ -52,6 +53,9 @@ def replay_run(
             end = run.ends[kept - 1][0] if kept else run.start[0]
             with replacing(output / JOURNAL) as part:
                 part.write_bytes(find_journal(journal).read_bytes()[:end])
+            logged = [line for line, record in read_metrics(find_journal(journal).with_name(METRICS)) if record.step < done.steps]
+            if logged:
+                write_whole(output / METRICS, "".join(line + "\n" for line in logged))
     return dataclasses.asdict(done) | {"output": str(output)}
 
 

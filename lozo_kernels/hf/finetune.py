@@ -84,7 +84,7 @@ def _run(settings: Settings, command: str, quiet: bool, resume: bool) -> dict[st
     if resume:
         keeper = resumed_keeper(keeper)
     model, notes = load_model(run.checkpoint, run.objective.name, run.data.task, settings, run.device)
-    notes = [*run.notes(), *notes]
+    notes = [*notes, *run.notes()]
     for line in (*run.describe(), *notes):
         run.say(line)
     measured = run.first_batches(keeper.goes_on_at or 0)

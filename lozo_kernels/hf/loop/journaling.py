@@ -79,7 +79,8 @@ def resumed_keeper(keeper: Keeper) -> Keeper:
     if run.fingerprint is not None and run.steps >= wanted and summary is not None and summary.get("stopped") is None:
         raise InputError(f"--resume {folder}: the run has taken all of its {wanted} steps; --steps N goes on to N steps")
     logged = {record.step for _, record in read_metrics(folder / METRICS) if isinstance(record, StepRecord)}
-    whole = next((i for i in range(len(logged) + 1) if i not in logged), 0)
+    # Without its metrics, the journal alone says how far it was.
+    whole = next((i for i in range(len(logged) + 1) if i not in logged), 0) if (folder / METRICS).exists() else run.steps
     extended = None if wanted == recorded_settings(run).steps else wanted
     return dataclasses.replace(keeper, goes_on_at=min(run.steps, whole), extended=extended)
 

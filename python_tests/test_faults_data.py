@@ -290,6 +290,24 @@ def test_chats_are_written_by_the_template_of_the_model(tmp_path, models, form):
     assert read.count("<s>") == 1  # by the template, and not by the tokenizer again
 
 
+@pytest.mark.parametrize("form", ["prompt and completion", "chat"])
+def test_the_tokens_are_those_that_trl_trains(tmp_path, models, form):
+    """TRL's SFTTrainer on the same rows: the same tokens are read, and the same ones are learned."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    rows, model = PROMPTS, models["plain"]
+    if form == "chat":
+        rows, model = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in CHATS], models["chat"]
+    run, _, _ = taught(write(tmp_path, "jsonl", rows), model)
+    arguments = trl.SFTConfig(output_dir=str(tmp_path / "trl"), report_to=[], use_cpu=True, max_length=None, bf16=False)
+    trainer = trl.SFTTrainer(str(model), args=arguments, train_dataset=datasets.Dataset.from_list(rows))
+    theirs = {tuple(row["input_ids"]): sum(label != -100 for label in row["labels"]) for row in trainer.train_dataset}
+    ours = {}
+    for example in (*run.data.train, *run.data.dev):
+        (option,) = run.objective.encode(example)["options"]
+        ours[tuple(option["input_ids"])] = sum(option["count"])
+    assert ours == theirs
+
+
 @pytest.mark.parametrize(
     ("model", "more", "words"),
     [

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..model.files import write_whole
 from .environment import PROGRAM, environment
 
 _QUIET = 0.1  # CPUs that others may use without a warning
@@ -40,14 +41,14 @@ def publish(document: dict[str, Any], render: Callable[[dict[str, Any]], str], *
     """Prints the document, or the table that ``render`` makes of it, and writes the document to a file if one is named."""
     text = dumps(document)
     if output is not None:
-        Path(output).write_text(text + "\n", encoding="utf-8")
+        write_whole(Path(output), text + "\n")
     print(text if as_json else f"{heading(document)}\n\n{render(document)}")
 
 
 def save_partial(document: dict[str, Any], output: str | None, **parts: Any) -> None:
     """Writes what was measured so far, marked as incomplete, because a measurement may be stopped."""
     if output is not None:
-        Path(output).write_text(dumps(document | {"complete": False} | parts) + "\n", encoding="utf-8")
+        write_whole(Path(output), dumps(document | {"complete": False} | parts) + "\n")
 
 
 def dumps(document: dict[str, Any]) -> str:

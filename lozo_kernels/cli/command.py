@@ -147,7 +147,7 @@ def _add_journal(add: Callable[..., argparse.ArgumentParser]) -> None:
         command.add_argument("--model", help="the model that the run started from (default: what the journal names)")
         command.add_argument("--journal", required=True, type=Path, help="the journal, or the folder of its run")
     verify.add_argument("--checkpoint", type=Path, help="the tuned model or its run (default: the journal's fingerprint)")
-    verify.add_argument("--step", type=int, help="the tuned model is that after so many steps (default: all)")
+    verify.add_argument("--step", type=int, help="the tuned model is that after so many steps (default: those of the run's model)")
     replay.add_argument("--step", type=int, help="steps to take (default: all)")
     revert.add_argument("--step", type=int, required=True, help="steps to take")
     for command in (replay, revert):

@@ -12,7 +12,7 @@ from ..errors import InputError, require
 from ..journal import RecordedRun, Verification, replay, revert, verify
 from ..journal.format import Header
 from ..model.files import replacing, replacing_folder, write_whole
-from .loop.folder import JOURNAL, METRICS, MODEL, begin, claimed
+from .loop.folder import JOURNAL, METRICS, MODEL, begin, claimed, read_summary
 from .loop.journaling import find_journal, read_run_journal, recorded_settings
 from .loop.records import read_metrics
 from .models.checkpoint import first_line, load_model, open_checkpoint, open_config
@@ -60,12 +60,18 @@ def replay_run(
 
 
 def verify_run(model: str | None, journal: Path, tuned: Path | None, steps: int | None = None) -> Verification:
-    """Replays so many steps of a run, or all, and compares with the tuned model in a folder.
+    """Replays so many steps of a run and compares with the tuned model in a folder.
+
+    Args:
+        tuned: a model, or the folder of a run.
+        steps: None: as many as the model of a run had, which with ``--keep best`` are not all; otherwise all.
 
     Raises:
         InputError, JournalError: as :func:`replay_run`.
     """
     run = _read(journal, steps)
+    kept = (read_summary(tuned) or {}).get("kept_step") if tuned is not None and steps is None else None
+    steps = kept if isinstance(kept, int) and 0 <= kept < run.steps else steps
     base, _ = _load(model, run)
     other = None
     if tuned is not None:

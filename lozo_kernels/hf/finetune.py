@@ -96,6 +96,7 @@ def _run(settings: Settings, command: str, quiet: bool, resume: bool) -> dict[st
     begin(output, going_on=resume, extended=keeper.extended)
     log = MetricsLog(output / METRICS, keeper.goes_on_at or 0)
     kept = KeptWeights(model, output, best=settings.keep == "best", earlier=log.evaluations)
+    kept.complete(lambda step: keeper.model_after(model, step))
     try:
         outcome, test = _train(run, model, keeper, log, kept)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -9,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError, JournalError
-from ...journal import Journal, RecordedRun, read_journal
+from ...journal import Journal, RecordedRun, read_journal, replay
 from ..data.examples import TaskData
 from ..objectives import Encoded
 from ..settings import Settings
 from .drivers import Driver, ZerothOrder
-from .folder import BEST, EXTENDED, JOURNAL, METRICS, MODEL, read_object, read_summary
+from .folder import EXTENDED, JOURNAL, METRICS, MODEL, read_object, read_summary
 from .records import StepRecord, read_metrics
 
 
@@ -50,6 +51,12 @@ class Keeper:
                 driver.close()
                 raise InputError(str(e)) from None
         return driver
+
+    def model_after(self, base: Any, steps: int) -> Any:
+        """A copy of the model that the run started from, with the weights that its journal has after so many steps."""
+        model = copy.deepcopy(base)
+        replay(model, read_run_journal(self.path), steps)
+        return model
 
 
 def new_keeper(
@@ -112,11 +119,6 @@ def settings_of(folder: Path, steps: int | None = None) -> Settings:
         )
     if steps < run.steps:
         raise InputError(f"--resume {folder} --steps {steps}: the run has taken {run.steps} steps; lozo-kernels revert goes back")
-    if settings.keep == "best" and read_summary(folder) is not None and not (folder / BEST).exists():
-        raise InputError(
-            f"--resume {folder} --steps {steps}: the run ended with --keep best and has only the best of its weights: "
-            f"begin a run with --model {folder / MODEL}"
-        )
     return dataclasses.replace(settings, steps=steps)
 
 

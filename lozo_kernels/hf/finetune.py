@@ -85,7 +85,7 @@ def _run(settings: Settings, command: str, quiet: bool, resume: bool) -> dict[st
     if resume:
         keeper = resumed_keeper(keeper)
     model, notes = load_model(run.checkpoint, run.objective.name, run.data.task, settings, run.device)
-    notes = [*run.notes(), *notes]
+    notes = [*notes, *run.notes()]
     for line in (*run.describe(), *notes):
         run.say(line)
     measured = run.first_batches(keeper.goes_on_at or 0)
@@ -98,6 +98,7 @@ def _run(settings: Settings, command: str, quiet: bool, resume: bool) -> dict[st
     begin(output, going_on=resume, extended=keeper.extended)
     log = MetricsLog(output / METRICS, keeper.goes_on_at or 0)
     kept = KeptWeights(model, output, best=settings.keep == "best", earlier=log.evaluations)
+    kept.complete(lambda step: keeper.model_after(model, step))
     try:
         outcome, test = _train(run, model, keeper, log, kept)
     finally:

@@ -17,7 +17,7 @@ from .loop.records import MetricsLog
 from .loop.scoring import score
 from .loop.train import Outcome, eval_batch_size, evaluate, train
 from .models.checkpoint import load_model
-from .models.pretrained import computing
+from .models.pretrained import computing, first_line
 from .output import make_folder, to_json
 from .reports.beside_published import compare
 from .reports.card import write_card
@@ -93,6 +93,11 @@ def _run(settings: Settings, command: str, quiet: bool, resume: bool) -> dict[st
         run.checkpoint.tokenizer.save_pretrained(output / "model")
         write_card(output / "model", summary, run.data.task.metrics)
         plot_losses(output / "loss.png", log, f"{run.data.task.name}, {settings.method}")
+        if outcome.unended is not None:
+            raise InputError(
+                f"the model is saved in {output / 'model'}, but its journal has no end: {first_line(outcome.unended)}; "
+                f"lozo-kernels finetune --resume {output} writes it"
+            ) from outcome.unended
         write_whole(output / "summary.json", to_json(summary, indent=2) + "\n")  # last: where it is, all the rest is
         kept.discard()
     return summary

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ...errors import NonFiniteLossError, require
+from ...errors import JournalError, NonFiniteLossError, require
 from ...model.interrupts import deferred_interrupt, interruptible
 from ...optim.parallel import DivergenceError, PeerLostError
 from ...optim.steps import StepInfo
@@ -36,6 +36,7 @@ class Outcome:
         peak_bytes: most memory alive at once in the first two steps beyond the weights, with V, momentum and activations.
         seconds: duration with evaluations.
         backends: names of the backends that changed the weights.
+        unended: why the journal got no end, if it did not. The model is whole all the same.
     """
 
     steps_done: int = 0
@@ -43,6 +44,7 @@ class Outcome:
     peak_bytes: int | None = None
     seconds: float = 0.0
     backends: list[str] = dataclasses.field(default_factory=list)
+    unended: Exception | None = None
 
 
 class BatchSampler:
@@ -138,7 +140,10 @@ def train(
         except (NonFiniteLossError, PeerLostError, DivergenceError) as e:
             outcome.stopped = str(e)
         failing.pop_all()
-    driver.close()
+    try:
+        driver.close()
+    except (JournalError, OSError, RuntimeError, MemoryError) as e:  # the model is saved before this is said
+        outcome.unended = e
     reader.flush()
     outcome.steps_done, outcome.seconds = driver.steps_done, since(start)
     return outcome

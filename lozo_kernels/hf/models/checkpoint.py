@@ -131,7 +131,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
     Raises:
         InputError: peft is not installed, or the adapter does not fit the model.
     """
-    peft = require("peft", extra="peft")
+    peft = require("peft")
     try:
         return peft.PeftModel.from_pretrained(model, str(folder)).eval()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, require("safetensors").SafetensorError) as e:

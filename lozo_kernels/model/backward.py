@@ -29,6 +29,7 @@ SHRINK = 2.0**-40
 """The factor by which gradients are stored, which is exact. It makes them too small for any clipping norm to act on, because
 clipping a projected gradient, which is not a gradient's norm, would change the algorithm."""
 
+CHECKPOINTING_IS_IN_VAIN = "it spares what a backward pass needs, and forward passes without a graph keep nothing"
 _OF_AN_OUTPUT = (
     "the loss depends on an output of shape {shape} besides the loss that the driven model returned, and only that loss is "
     "trained: for a loss that is computed outside of the model (auxiliary terms, distillation, an own compute_loss) use "
@@ -301,6 +302,6 @@ def _stop_checkpointing(model: nn.Module) -> None:
         state = getattr(model, f"is_{word}_checkpointing", None)
         if state:
             getattr(model, f"{word}_checkpointing_disable")()
-            warnings.warn("gradient checkpointing was switched off: forward passes without a graph keep nothing", stacklevel=4)
+            warnings.warn(f"gradient checkpointing was switched off: {CHECKPOINTING_IS_IN_VAIN}", stacklevel=4)
         if state is not None:
             return

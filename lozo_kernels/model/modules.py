@@ -39,6 +39,13 @@ def is_compiled(model: nn.Module) -> bool:
     return any(compiled_call(module) is not None or isinstance(module, wrapped) for module in model.modules())
 
 
+def has_pre_hooks(module: nn.Module) -> bool:
+    """Whether a module has forward pre-hooks that are not of this package."""
+    package = __name__.split(".", maxsplit=1)[0]
+    hooks = module._forward_pre_hooks.values()  # noqa: SLF001
+    return any(getattr(hook, "__module__", "").split(".", maxsplit=1)[0] != package for hook in hooks)
+
+
 def version_of(t: Tensor) -> int:
     """A number that grows whenever a tensor is changed in place. For tensors made in inference mode it is always 0."""
     return 0 if t.is_inference() else t._version  # noqa: SLF001

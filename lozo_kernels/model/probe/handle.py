@@ -19,9 +19,11 @@ from ..losses import BatchClosure, Closure, Randomness
 from ..parameters import Parameter
 from ..passes import Group, Term, Update, run_pass, run_update
 from ..report import ParameterReport, report_of
-from ..sharding import reshard
+from ..sharding import Peers, reshard
 from .batch_split import check_batches
+from .choosing.lookout import Lookout
 from .choosing.preparation import Preparation
+from .choosing.verify import Doubts
 from .forward.probed import ProbedModel
 from .learned.factors import StateGroup, make_groups
 from .learned.ledger import Ledger
@@ -56,6 +58,8 @@ class ProbeHandle(Handle):
         self._last_step = 0
         self._warned = False
         self._notes: list[str] = []
+        self._doubts = Doubts()
+        self._lookout = Lookout(self.model, self.members, self._reinstall)
         super()._begin()
         self.probed.guards.check_adapters()
 
@@ -71,7 +75,7 @@ class ProbeHandle(Handle):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return tuple(self._notes)
+        return (*self._notes, *self._doubts.notes)
 
     @property
     def moves_weights(self) -> bool:
@@ -90,25 +94,36 @@ class ProbeHandle(Handle):
         return p.storage.device
 
     def prepare(self, closures: Closure | Sequence[Closure], randomness: Randomness | None = None, *, step: int = 0) -> None:
-        """Finds where an evaluation uses each weight, chooses sides, and checks one loss both ways. A second call does nothing.
+        """Finds where an evaluation uses each weight, chooses sides, and checks one loss both ways.
 
         An optimiser does this in its first step. It costs three evaluations, and some more if a weight has to be treated in another
-        way than expected; :meth:`report` names these weights.
+        way than expected; :meth:`report` names these weights. A later call looks again if a module ran for the first time or
+        modules are in another mode, and checks again what no loss has proved yet; otherwise it does nothing.
 
         Args:
             closures: as :meth:`lozo_kernels.LOZO.step` takes them.
             randomness: is replayed before every evaluation.
             step: the step that follows.
         """
-        if self.prepared:
+        look = not self.prepared or self._sees_news()
+        if not look and not self._doubts.due():
             return
         self.enter_window(step)
         some = [closures] if callable(closures) else list(closures)
         first = step - step % self.config.interval
-        preparation = Preparation(self.probed, self.install, some, randomness, first)
-        self._notes += preparation.run()
-        self.precision = preparation.precision
-        self.prepared = True
+        preparation = Preparation(self.probed, self._lookout, self._doubts, self.install, some, randomness, first)
+        if not self.prepared:
+            self._notes += preparation.choose()
+            self.precision = preparation.precision
+            self.prepared = True
+        else:
+            self._notes += preparation.look_again() if look else preparation.check()
+        self._lookout.stand()
+
+    def _sees_news(self) -> bool:
+        """Whether the next evaluation may use weights in a way that was not seen yet, in any process that shares them."""
+        seen = self._lookout.due()
+        return Peers(self.parameters).any(seen) if self.sharded and self._lookout.asleep else seen
 
     def describe_sides(self) -> dict[str, Any] | None:
         return describe_sides(self.probed, self.precision) if self.prepared else None
@@ -127,6 +142,7 @@ class ProbeHandle(Handle):
         if install:
             self.precision = precision
             self.install()
+            self._lookout.stand()
         else:
             self._rebuild_groups()
         self.prepared = True
@@ -305,6 +321,7 @@ class ProbeHandle(Handle):
             )
         self.rest_()
         self.merge()
+        self._lookout.leave()
         self.probed.remove()
         super().restore()
 
@@ -322,8 +339,13 @@ class ProbeHandle(Handle):
 
     def install(self) -> None:
         """Puts the chosen sides into the model's modules, in place of earlier ones."""
-        self.probed.remove()
+        if any(m.side == "inplace" and m.b is not None for m in self.members):
+            self.merge()  # a member in place has no factors
         self._rebuild_groups()
+        self._reinstall()
+
+    def _reinstall(self) -> None:
+        self.probed.remove()
         self.probed.install(self.before_state_dict, self.merge)
 
     def _move_to(self, point: Point) -> None:

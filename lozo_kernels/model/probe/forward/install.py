@@ -14,6 +14,7 @@ from ....kernels.registry import Backend
 from ..members import Member, scopes_of
 from ..runtime import Runtime
 from .activation import layer_kind, probed_forward
+from .fast_paths import close_fast_paths
 from .swapping import Arena, Fill, scoped_forward
 
 _MISSING = object()
@@ -53,6 +54,7 @@ class Installation:
             for device in {m.device for m in some}:
                 arenas.setdefault(device, Arena(device))
             self._replace(module, names[module], functools.partial(scoped_forward, runtime, some, arenas, fill))
+        self._hooks += close_fast_paths(model, members)
         before_save, before_load = _weakly(save), _weakly(load)
         for module in model.modules():
             self._hooks += [

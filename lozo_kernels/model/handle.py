@@ -47,6 +47,7 @@ class Handle:
         probes: evaluations only read the weights.
         state_in_pieces: a process has the momentum of its shards only.
         precision: the coarsest dtype that evaluations are known to compute with.
+        choices: how often a probe chose sides, so that others see that it did again.
 
     Args:
         estimator: makes the directions; None: the one that the config names.
@@ -65,6 +66,7 @@ class Handle:
         self.backward: Backward | None = None
         self.on_merge: Callable[[], None] | None = None
         self.precision = torch.float32
+        self.choices = 0
         self._aliases = {alias: p for p in self.trained for alias in (p.name, *p.aliases)}
         self._sharded = [p for p in self.trained if p.storage.sharded]
         self._watch = StorageWatch(self.trained)
@@ -243,8 +245,11 @@ class Handle:
         randomness: Randomness | None,  # noqa: ARG002
         *,
         step: int,  # noqa: ARG002
-    ) -> None:
+    ) -> bool:
         """Checks that evaluations of a probe which share a forward pass give the losses that they give one by one.
+
+        Returns:
+            Whether that proves something, which it does if some loss is finite and moves.
 
         Raises:
             BatchSplitError: they do not.

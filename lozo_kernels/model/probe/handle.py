@@ -199,8 +199,8 @@ class ProbeHandle(Handle):
 
     def check_batches(
         self, closures: Sequence[BatchClosure], batches: Sequence[Any], randomness: Randomness | None, *, step: int
-    ) -> None:
-        check_batches(self, self.members, closures, batches, randomness, step=step)
+    ) -> bool:
+        return check_batches(self, self.members, closures, batches, randomness, step=step)
 
     def take(self, update: Update, applied: float = 0.0, perturb_next: float | None = None) -> None:
         assert perturb_next is None
@@ -300,6 +300,9 @@ class ProbeHandle(Handle):
         if p.storage.sharded:
             reshard(self.model)
         member = self.probed.member(p)
+        if member.side == "inplace":  # the weight is where it was moved to
+            out.copy_(p.tensor)
+            return
         self.probed.fill(member, out, None if p.storage.resident else p.storage.load(member.device))
 
     def restore(self, *, discard: bool = False) -> None:
@@ -341,6 +344,7 @@ class ProbeHandle(Handle):
         """Puts the chosen sides into the model's modules, in place of earlier ones."""
         if any(m.side == "inplace" and m.b is not None for m in self.members):
             self.merge()  # a member in place has no factors
+        self.choices += 1
         self._rebuild_groups()
         self._reinstall()
 

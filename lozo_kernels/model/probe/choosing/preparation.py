@@ -105,7 +105,8 @@ class Preparation:
             self.lookout.survey(watch.ran)
             self.lookout.settle(watch)
             woken, moved = self.lookout.take()
-            self.install()
+            if moved:
+                self.install()
             concerned = watch.ran if new_mode else woken
             self.doubts.add(m for m in self.members if m in moved or not concerned.isdisjoint(modules_of(m)))
             return [f"{m.name}: {m.reason}; now {m.side}" for m in moved] + self._check(None)

@@ -43,7 +43,9 @@ def full(p):
 
 
 def weights(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+    """The weights as they are stored; ``model.named_parameters()`` would bring them up to date first."""
+    found = ((f"{path}.{key}" if path else key, p) for path, m in model.named_modules() for key, p in m._parameters.items())
+    return {name: p.detach().clone() for name, p in found if p is not None}
 
 
 def same(a, b):

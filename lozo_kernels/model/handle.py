@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,15 @@ from .config import PatchConfig
 from .estimators import ESTIMATORS, Estimator, FactorSpec
 from .losses import BatchClosure, Closure, Randomness
 from .momentum import piece_of, spread
+from .overriding import Overrides
 from .parameters import LeftAlone, Parameter, find_parameters
 from .passes import Group, Scalar, Term, Update, check_update, run_pass, run_update
+from .reading import ReadHooks
 from .registered import forget_handle
 from .report import ParameterReport, Report, report_of
 from .sharding import reshard
-from .watching import StorageWatch
+from .structure import Structure
+from .watching import StorageWatch, WeightVersions
 
 _ONE_POINT = "weights that are moved are at one point at a time: evaluations in one forward pass need placement='probe'"
 
@@ -70,12 +73,16 @@ class Handle:
         self._aliases = {alias: p for p in self.trained for alias in (p.name, *p.aliases)}
         self._sharded = [p for p in self.trained if p.storage.sharded]
         self._watch = StorageWatch(self.trained)
+        self._structure = Structure(model, self.trained, self._left, strict=self.probes)
+        self._versions = WeightVersions(self.trained)
         self._v: dict[str, Tensor] = {}
         self._momentum: dict[str, Tensor] = {}
         self._window: int | None = None
+        self._checked_at: int | None = None
         self._groups: list[Group] = []
-        self._flush: Callable[[], None] | None = None
-        self._guards: list[torch.utils.hooks.RemovableHandle] = []
+        self._flush: Callable[[], object] | None = None
+        self._reads: ReadHooks | None = None
+        self._overrides = Overrides()
         self._restored = False
         self._begin()
 
@@ -218,9 +225,12 @@ class Handle:
         self.move(step, remove, add)
 
     def move(self, step: Step, before: Perturbation | None, after: Perturbation | None) -> None:
-        """As :meth:`shift_`, without checks. None stands for no perturbation."""
+        """As :meth:`shift_`, without checks of arguments. None stands for no perturbation."""
+        if before is not None:
+            self._check_weights()
         self._start(step)
         self._move_groups(step, before, after)
+        self._versions.look()
 
     def _move_groups(self, step: Step, before: Perturbation | None, after: Perturbation | None) -> None:
         if before is not None and after is not None and before[0] != after[0]:
@@ -299,10 +309,13 @@ class Handle:
         self.take(update, applied, perturb_next)
 
     def take(self, update: Update, applied: float = 0.0, perturb_next: float | None = None) -> None:
-        """As :meth:`update_`, without checks."""
+        """As :meth:`update_`, without checks of arguments."""
+        if applied:
+            self._check_weights()
         self._start(update.step)
         fits = perturb_next is None or self._same_window(update.step)
         run_update(self._groups, update, applied, perturb_next if fits else None)
+        self._versions.look()
         if not fits:
             assert not isinstance(update.step, Tensor) and perturb_next is not None
             self.move(update.step + 1, None, (0, perturb_next))
@@ -349,8 +362,8 @@ class Handle:
     def merge(self) -> None:
         """Merges what a probe learned into the weights. In place they are always up to date."""
 
-    def guard(self, flush: Callable[[], None]) -> None:
-        """Calls ``flush`` before any forward pass, ``state_dict()`` or ``load_state_dict()`` of the model or a part of it.
+    def guard(self, flush: Callable[[], object]) -> None:
+        """Calls ``flush`` before weights of the model are read: by a forward pass, ``state_dict()``, a copy, ...
 
         An optimiser that leaves a perturbation in the weights between steps needs this.
         """
@@ -358,12 +371,11 @@ class Handle:
         if self._flush is not None:
             raise RuntimeError("the handle is guarded already; use one optimiser per handle")
         self._flush = flush
-        for module in self.model.modules():
-            self._guards += [
-                module.register_forward_pre_hook(lambda *_: flush()),
-                module.register_state_dict_pre_hook(lambda *_: flush()),
-                module.register_load_state_dict_pre_hook(lambda *_: flush()),
-            ]
+        self._reads = ReadHooks(self.model, self.before_read, self._overrides, forwards=True)
+
+    def before_read(self, use: str) -> bool:  # noqa: ARG002  (for probes)
+        """Brings the weights up to date before something reads them (:data:`~lozo_kernels.model.reading.BeforeRead`)."""
+        return self._flush is not None and bool(self._flush())
 
     def restore(self) -> None:
         """Undoes the patch: applies pending updates and removes hooks. The trained weights stay. A second call does nothing."""
@@ -372,9 +384,9 @@ class Handle:
         if self._flush is not None:
             self._flush()
             self._flush = None  # it would keep the optimiser alive, which holds the model
-        for hook in self._guards:
-            hook.remove()
-        self._guards.clear()
+        if self._reads is not None:
+            self._reads.remove()
+            self._overrides.remove()
         if self.backward is not None:
             self.backward.remove()
         self._restored = True
@@ -421,9 +433,26 @@ class Handle:
         if window != self._window:
             self._resample(window, reproject=bool(self._momentum) and self._window is not None)
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "a handle cannot be copied or pickled, because its model would not be patched again: copy the model, which copies its "
+            "weights as they are now without the patch, and patch the copy"
+        )
+
     def _check_usable(self) -> None:
         if self._restored:
             raise RuntimeError("this handle was restored; patch the model again")
+
+    def _check_weights(self) -> None:
+        """Raises RuntimeError, once, if weights changed since our last pass, which left a perturbation in them."""
+        name = self._versions.changed()
+        if name is not None:
+            self._versions.look()
+            raise RuntimeError(
+                f"{name!r} was changed while it is perturbed, and evaluations must only read weights. If its module changes it "
+                "(Embedding(max_norm=...)), exclude it; if the model rescales weights when its mode changes (RWKV), call it once "
+                "in that mode before step(); if you change weights between steps with fuse_steps, call flush() first"
+            )
 
     def _start(self, step: Step) -> None:
         torch.clear_autocast_cache()  # it holds casts of weights as they were
@@ -460,7 +489,10 @@ class Handle:
             table.v[t].copy_(new[..., shard.col_offset : shard.col_offset + shard.x.shape[2]])
 
     def _refresh_groups(self, step: Step | None = None) -> None:
-        """Rebuilds the groups if storage moved since the last pass."""
+        """Rebuilds the groups if storage moved since the last pass. At the first pass of a step, looks at the structure too."""
+        if isinstance(step, int) and step != self._checked_at:
+            self._structure.check(flags=self.backward is None)
+            self._checked_at = step
         self._watch.look(self._shards(), step, self._rebuild_groups)
 
     def _shards(self) -> list[Tensor]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+
+_version = operator.attrgetter("_version")
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
@@ -39,16 +42,17 @@ def is_compiled(model: nn.Module) -> bool:
     return any(compiled_call(module) is not None or isinstance(module, wrapped) for module in model.modules())
 
 
-def has_pre_hooks(module: nn.Module) -> bool:
-    """Whether a module has forward pre-hooks that are not of this package."""
-    package = __name__.split(".", maxsplit=1)[0]
-    hooks = module._forward_pre_hooks.values()  # noqa: SLF001
-    return any(getattr(hook, "__module__", "").split(".", maxsplit=1)[0] != package for hook in hooks)
+def has_pre_hooks(module: nn.Module, kind: type) -> bool:
+    """Whether a module has forward pre-hooks that are not of a class."""
+    return any(not isinstance(hook, kind) for hook in module._forward_pre_hooks.values())  # noqa: SLF001
 
 
-def version_of(t: Tensor) -> int:
-    """A number that grows whenever a tensor is changed in place. For tensors made in inference mode it is always 0."""
-    return 0 if t.is_inference() else t._version  # noqa: SLF001
+def versions_of(tensors: Sequence[Any]) -> list[int]:
+    """Numbers that grow whenever a tensor is changed in place. For tensors made in inference mode, and None, it is always 0."""
+    try:
+        return list(map(_version, tensors))
+    except (AttributeError, RuntimeError):
+        return [0 if t is None or t.is_inference() else t._version for t in tensors]  # noqa: SLF001
 
 
 def storage_of(t: Tensor) -> int:
@@ -67,3 +71,13 @@ def is_convolution(module: nn.Module) -> bool:
 def unsaved_buffers(module: nn.Module) -> set[str]:
     """Names of the buffers that ``state_dict()`` leaves out."""
     return module._non_persistent_buffers_set  # type: ignore[return-value]  # noqa: SLF001
+
+
+def hooks_without(state: dict[str, Any], kind: type) -> dict[str, Any]:
+    """A module's ``__dict__`` without those hooks for forwards, ``state_dict()`` and ``load_state_dict()`` that are of a class."""
+    cleaned = dict(state)
+    for name in ("_forward_pre_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks"):
+        hooks = state[name]
+        kept = ((key, hook) for key, hook in hooks.items() if not isinstance(getattr(hook, "hook", hook), kind))
+        cleaned[name] = type(hooks)(kept)
+    return cleaned

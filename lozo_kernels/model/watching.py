@@ -1,7 +1,8 @@
-"""Noticing that the storage of trained parameters moved since the last pass."""
+"""Noticing what happens to trained parameters between passes: their storage moves, or their values change."""
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..kernels.calls import Step
-from .modules import own_parameters
+from .modules import own_parameters, versions_of
 from .parameters import Parameter
+from .sharding import is_sharded, local_of
 
 Seen = tuple[list[int], list[int], list[bool], list[torch.dtype]]
 """Addresses, sizes, whether contiguous, and dtypes."""
@@ -73,3 +75,40 @@ class StorageWatch:
                 raise ValueError(
                     f"parameter {p.name!r} was {tuple(shape)}, now is {tuple(p.tensor.shape)}: restore() and patch again"
                 )
+
+
+class WeightVersions:
+    """Notices that something other than a pass of ours changed weights in place.
+
+    Changes through ``p.data`` are not seen: torch does not count them.
+    """
+
+    def __init__(self, parameters: Sequence[Parameter]) -> None:
+        here = [p for p in parameters if p.storage.always_here]
+        self._names = [p.name for p in here]
+        self._owned = [own_parameters(p.storage.owners[0].module) for p in here]
+        self._keys = [p.storage.owners[0].attribute for p in here]
+        self._in_blocks = any(p.storage.in_blocks for p in here)
+        self._seen: list[Any] = []
+        self._versions: list[int] = []
+
+    def look(self) -> None:
+        """Remembers the weights as they are now."""
+        self._seen = list(map(dict.get, self._owned, self._keys))
+        self._versions = (_blocks_too if self._in_blocks else versions_of)(self._seen)
+
+    def changed(self) -> str | None:
+        """The name of a weight that was changed in place since the last look, or None. A parameter that was replaced is followed
+        by :class:`StorageWatch`."""
+        now = list(map(dict.get, self._owned, self._keys))
+        versions = (_blocks_too if self._in_blocks else versions_of)(now)
+        if versions == self._versions or not self._seen:
+            return None
+        rows = zip(self._names, self._seen, now, self._versions, versions, strict=True)
+        return next((name for name, old, new, before, after in rows if old is new and before != after), None)
+
+
+def _blocks_too(tensors: list[Any]) -> list[int]:
+    """Versions of weights and of this process's blocks of DTensors, through which they change as well."""
+    blocks = [local_of(t) if t is not None and is_sharded(t) else t for t in tensors]
+    return list(map(operator.add, versions_of(tensors), versions_of(blocks)))

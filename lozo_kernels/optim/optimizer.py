@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -147,7 +147,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             if together is not None:
                 together.connect(handle, settings.directions, self._facts())
             if settings.fuse_steps:
-                handle.guard(self.flush)
+                handle.guard(self.stepper.flush)
         except BaseException:
             if handle is not target:
                 handle.restore()
@@ -260,6 +260,12 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             RuntimeError: the optimiser has a journal; nothing was changed.
         """
         load_state(state_dict, self.stepper, self.param_groups, self.defaults, kind=type(self).__name__)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "an optimiser that is bound to a model cannot be copied or pickled: copy the model, build an optimiser for the copy, "
+            "and load state_dict() into it"
+        )
 
     def _check_handle(self, handle: Handle, settings: StepSettings, parallel: Parallel | None) -> None:
         """Raises ValueError if a handle is for another algorithm, or does not allow what the settings ask for."""

@@ -222,14 +222,15 @@ class Stepper:
         if self.log is not None:
             self.log.add_step(info)
 
-    def flush(self) -> None:
-        """Makes an update that is pending. Without one this does nothing."""
+    def flush(self) -> bool:
+        """Makes an update that is pending. Returns whether there was one."""
         if self.pending is None:
-            return
+            return False
         with torch.no_grad(), deferred_interrupt():
             if self.log is not None:
                 self.log.add_flush()
             self.make(self.pending)
+        return True
 
     def go_back(self) -> None:
         """Takes the perturbation of a step that is not taken, or not yet, out of the weights."""

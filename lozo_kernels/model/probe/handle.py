@@ -61,7 +61,6 @@ class ProbeHandle(Handle):
         self._doubts = Doubts()
         self._lookout = Lookout(self.model, self.members, self._reinstall)
         super()._begin()
-        self.probed.guards.check_adapters()
 
     @property
     def members(self) -> list[Member]:
@@ -108,10 +107,12 @@ class ProbeHandle(Handle):
         look = not self.prepared or self._sees_news()
         if not look and not self._doubts.due():
             return
+        self._check_between_steps()
         self.enter_window(step)
         some = [closures] if callable(closures) else list(closures)
         first = step - step % self.config.interval
-        preparation = Preparation(self.probed, self._lookout, self._doubts, self.install, some, randomness, first)
+        seen = self._lookout, self._doubts, self._versions
+        preparation = Preparation(self.probed, *seen, self.install, some, randomness, first)
         if not self.prepared:
             self._notes += preparation.choose()
             self.precision = preparation.precision
@@ -119,6 +120,7 @@ class ProbeHandle(Handle):
         else:
             self._notes += preparation.look_again() if look else preparation.check()
         self._lookout.stand()
+        self._versions.look()  # a check changes weights and puts them back
 
     def _sees_news(self) -> bool:
         """Whether the next evaluation may use weights in a way that was not seen yet, in any process that shares them."""
@@ -166,9 +168,10 @@ class ProbeHandle(Handle):
         self._check_prepared()
         self._start(step)
         if before is None:
-            self.probed.guards.look()
+            self._check_between_steps()
         if self._groups:
             self._move_groups(step, before, after)
+            self._versions.look()
         self._move_to(REST if after is None else Point(step, after[0], after[1]))
 
     @torch.no_grad()
@@ -186,7 +189,7 @@ class ProbeHandle(Handle):
         if self._groups:
             name = self.names[int(self._groups[0].index[0])]
             raise RuntimeError(f"{name!r} is perturbed in place, which one forward pass can do in one way only: see report()")
-        self.probed.guards.look()
+        self._check_between_steps()
         self._applied = Point(step, 0, 0.0)
         self.probed.write([Point(step, direction, scale) for direction, scale in offsets], examples)
 
@@ -205,7 +208,7 @@ class ProbeHandle(Handle):
     def take(self, update: Update, applied: float = 0.0, perturb_next: float | None = None) -> None:
         assert perturb_next is None
         self._check_prepared()
-        self.probed.guards.check_weights()
+        self._check_weights()
         self._start(update.step)
         for state in self._states:
             state.update(update)
@@ -217,7 +220,7 @@ class ProbeHandle(Handle):
         run_update(self._groups, update, applied)
         self._last_step = self._last_step + 1 if isinstance(update.step, Tensor) else update.step
         self.probed.learned = self.probed.learned or bool(self._states)
-        self.probed.guards.look()  # weights that are updated in place changed
+        self._versions.look()  # weights that are updated in place changed
         self._move_to(REST)
 
     def merge(self) -> None:
@@ -246,7 +249,7 @@ class ProbeHandle(Handle):
             rounding = Rounding(self._last_step) if self.config.rounding == "stochastic" else None
             for state in self._states:
                 self._ledger.merge(state, self._window, rounding)
-            self.probed.guards.look()  # these changes are our own
+            self._versions.look()  # these changes are our own
             self.probed.learned = False
             self.probed.write()
 
@@ -328,17 +331,29 @@ class ProbeHandle(Handle):
         self.probed.remove()
         super().restore()
 
-    def before_state_dict(self) -> None:
-        """Merges, and warns once if the model's ``state_dict()`` lacks what quantised layers learned."""
+    def before_read(self, use: str) -> bool:
+        learned, names = self.probed.learned, self._ledger.unmergeable(self.probed.learned)
+        if use == "parameters" and self._applied is not None:
+            return False  # a closure reads weights, which is checked once: see prepare()
+        if use == "copy" and names:
+            raise RuntimeError(
+                f"a copy would be without what {len(names)} quantised layers learned (e.g. {names[0]!r}): save it with "
+                "lozo_kernels.export_lora() and load it as an adapter of the copy, which is made before patching"
+            )
+        if self._applied is not None:
+            raise RuntimeError(
+                f"the weights are needed ({use}) during an evaluation at a perturbed point, which only forward passes see: do this "
+                "outside of the closure, or call rest_() before"
+            )
         self.merge()
-        names = self._ledger.unmergeable(self.probed.learned)
-        if names and not self._warned:
+        if use == "state_dict" and names and not self._warned:
             self._warned = True
             warnings.warn(
                 f"state_dict() is without what {len(names)} quantised layers learned (e.g. {names[0]!r}), which cannot be merged "
                 "into their weights: save it with lozo_kernels.export_lora(), or with the optimiser's state_dict() to go on later",
                 stacklevel=3,
             )
+        return learned
 
     def install(self) -> None:
         """Puts the chosen sides into the model's modules, in place of earlier ones."""
@@ -347,10 +362,30 @@ class ProbeHandle(Handle):
         self.choices += 1
         self._rebuild_groups()
         self._reinstall()
+        self._versions.look()
 
     def _reinstall(self) -> None:
         self.probed.remove()
-        self.probed.install(self.before_state_dict, self.merge)
+        self.probed.install(self.before_read)
+
+    def _check_between_steps(self) -> None:
+        """Raises RuntimeError if somebody changed weights while a part of what was learned is not in them."""
+        name = self._versions.changed() if self.probed.learned else None
+        if name is not None:
+            self._versions.look()
+            raise RuntimeError(
+                f"{name!r} was changed between steps, but what was learned lately is not in it yet and would be added to the "
+                "change: call merge() of the handle before you change weights. To go on with the sum of both, call step() again"
+            )
+        self._versions.look()
+
+    def _check_weights(self) -> None:
+        name = self._versions.changed()
+        if name is not None:
+            self._versions.look()
+            raise RuntimeError(
+                f"{name!r} was changed during the evaluations of a step: a probe only reads weights, and so must the closure"
+            )
 
     def _move_to(self, point: Point) -> None:
         self._applied = point if point.scale else None
@@ -364,7 +399,7 @@ class ProbeHandle(Handle):
     def _start(self, step: Step) -> None:
         super()._start(step)
         if self.prepared:
-            self.probed.guards.check_modules()
+            self.probed.check_forwards()
 
     def _shards(self) -> list[Tensor]:
         """Blocks of tensor-parallel weights only. Shards of FSDP are looked up when there is something to merge."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ...overriding import Hook
 from ..forward.fast_paths import all_swapped
 from ..members import Member
 from .before import Before
@@ -71,7 +72,7 @@ class Lookout:
         self._hooks: dict[nn.Module, torch.utils.hooks.RemovableHandle] = {}
         self._root: torch.utils.hooks.RemovableHandle | None = None
         self._surveyed = False
-        self._hook = _weakly(self._enter)
+        self._hook = _Seen(self._enter)
         self._looking = contextlib.ExitStack()
         self._at: nn.Module | None = None  # whose forward is traced
 
@@ -203,14 +204,14 @@ def _is_covered(member: Member, running: Sequence[nn.Module]) -> bool:
     return True
 
 
-def _weakly(method: Callable[[nn.Module, tuple[Any, ...]], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    """Makes a forward pre-hook that calls a bound method for as long as its object lives, and not in compiled code."""
-    reference = weakref.WeakMethod(method)
+class _Seen(Hook):
+    """A forward pre-hook that calls a bound method for as long as its object lives, and not in compiled code."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def __init__(self, method: Callable[[nn.Module, tuple[Any, ...]], None]) -> None:
+        self._method = weakref.WeakMethod(method)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if not torch.compiler.is_compiling():
-            found = reference()
-            if found is not None:
-                found(module, args)
-
-    return hook
+            method = self._method()
+            if method is not None:
+                method(module, args)

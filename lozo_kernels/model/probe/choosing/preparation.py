@@ -13,7 +13,9 @@ import torch
 
 from ...losses import Closure, Randomness, mean_loss
 from ...modules import has_pre_hooks, is_compiled
+from ...overriding import Hook
 from ...sharding import Peers, reshard
+from ...watching import WeightVersions
 from ..forward.probed import ProbedModel
 from ..members import Member, modules_of
 from ..runtime import Point
@@ -39,6 +41,7 @@ class Preparation:
     Args:
         lookout: notices later what the first evaluation did not show.
         doubts: the members that no check has proved yet.
+        versions: notices changes of weights.
         install: puts the chosen sides into the model, in place of earlier ones. It merges what was learned where it has to.
         step: a step of the window whose V is in memory.
 
@@ -51,12 +54,13 @@ class Preparation:
         probed: ProbedModel,
         lookout: Lookout,
         doubts: Doubts,
+        versions: WeightVersions,
         install: Callable[[], None],
         closures: Sequence[Closure],
         randomness: Randomness | None,
         step: int,
     ) -> None:
-        self.probed, self.lookout, self.doubts = probed, lookout, doubts
+        self.probed, self.lookout, self.doubts, self.versions = probed, lookout, doubts, versions
         self.install, self.closures, self.step = install, closures, step
         self.members = probed.members
         reshard(probed.model)
@@ -117,9 +121,14 @@ class Preparation:
             return self._check(None)
 
     def loss(self) -> float:
-        """The loss of the model as it is now."""
+        """The loss of the model as it is now. Raises RuntimeError if the closure changes weights whose factors hold something."""
         self._before.put_back()
-        return float(mean_loss(self.closures, self._before.randomness))
+        self.versions.look()
+        loss = float(mean_loss(self.closures, self._before.randomness))
+        changed = self.versions.changed() if self.probed.learned else None
+        if changed is not None:
+            raise RuntimeError(f"{changed!r} was changed by an evaluation: a probe only reads weights, and so must the closure")
+        return loss
 
     def _costs(self) -> dict[Member, Costs]:
         config = self.probed.config
@@ -166,7 +175,7 @@ class Preparation:
         """Settles members that no loss can prove, since it is not the same twice. What a hook may read before a module runs is
         moved in place."""
         unproved = [m for m in self.members if m in self.doubts.members]
-        moved = [m for m in unproved if any(map(has_pre_hooks, modules_of(m)))]
+        moved = [m for m in unproved if any(has_pre_hooks(module, Hook) for module in modules_of(m))]
         for member in moved:
             member.settle_on("inplace", "no loss can prove its probe")
         if moved:

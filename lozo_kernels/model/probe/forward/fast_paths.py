@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...overriding import Hook
 from ..members import Member
 
 _WITH_FAST_PATH = (nn.TransformerEncoderLayer,)
@@ -20,7 +21,7 @@ def close_fast_paths(model: nn.Module, members: Sequence[Member]) -> list[torch.
     does nothing, and the path is open again when it is removed.
     """
     layers = [module for module in model.modules() if isinstance(module, _WITH_FAST_PATH)]
-    return [layer.register_forward_pre_hook(_do_nothing) for layer in layers if not all_swapped(layer, members)]
+    return [layer.register_forward_pre_hook(_Nothing()) for layer in layers if not all_swapped(layer, members)]
 
 
 def all_swapped(module: nn.Module, members: Sequence[Member]) -> bool:
@@ -36,5 +37,7 @@ def _is_swapped_for(module: nn.Module, member: Member) -> bool:
     return member.side in ("scratch", "copy") and any(module is inner for scope in member.scopes for inner in scope.modules())
 
 
-def _do_nothing(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """The hook."""
+class _Nothing(Hook):
+    """A forward pre-hook that does nothing."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None: ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,9 @@ from ....kernels.registry import Backend, choose_backend
 from ...config import PatchConfig
 from ...estimators import Estimator
 from ...parameters import Parameter
+from ...reading import BeforeRead
 from ..members import Member, factors_of
 from ..runtime import REST, Point, Runtime
-from .guards import Guards
 from .install import Installation
 from .perturbed import PerturbedWeights
 from .swapping import Arena
@@ -26,7 +26,6 @@ class ProbedModel:
         model: the model; config: how it was patched.
         members: the state of every trained parameter, in the order of ``Handle.names``.
         runtime: the points.
-        guards: notices changes of the model.
         learned: some factor is not zero, so that the model differs from its weights also between steps.
         backends: the backend of each device.
     """
@@ -35,7 +34,6 @@ class ProbedModel:
         self.model, self.config = model, config
         self.members = [Member(p, i, p.extent, p.storage.device) for i, p in enumerate(parameters)]
         self.runtime = Runtime(config)
-        self.guards = Guards(model, self.members)
         self.learned = False
         self.backends: dict[torch.device, Backend] = {}
         self._low_rank = estimator.low_rank
@@ -68,15 +66,16 @@ class ProbedModel:
         self._weights.rebuild(self.members, self.backends)
         self._weights.refresh()
 
-    def install(self, save: Callable[[], None], load: Callable[[], None]) -> None:
-        """Puts the chosen sides into the model's modules.
+    def install(self, before_read: BeforeRead) -> None:
+        """Puts the chosen sides into the model's modules. ``before_read`` is called before its weights are read from outside."""
+        weights = self._weights
+        self._installation.add(self.model, self.members, self.runtime, self._arenas, weights.fill, self.backends, before_read)
 
-        Args:
-            save: called before ``state_dict()`` of the model or a part of it; load: before ``load_state_dict()``. Both are bound
-                methods, whose object is not kept alive.
-        """
-        self._installation.add(self.model, self.members, self.runtime, self._arenas, self._weights.fill, self.backends, save, load)
-        self.guards.installed(self._installation)
+    def check_forwards(self) -> None:
+        """Raises RuntimeError if others replaced a forward that was put into a module."""
+        lost = self._installation.lost()
+        if lost is not None:
+            raise RuntimeError(f"the forward of module {lost!r} was replaced after patching: restore() and patch the model again")
 
     def remove(self) -> None:
         """Gives every module its own forward back."""

@@ -526,13 +526,18 @@ class Handle:
             [shard.x for shard in shards],
             [p.tensor_id for p in some],
             v=[self._v[p.name] for p in some] if kind == "lowrank" else None,
-            n=[self._momentum[p.name] for p in some] if self._momentum else None,
+            n=[self._momentum_as(kind, p, shard.x) for p, shard in zip(some, shards, strict=True)] if self._momentum else None,
             row_offsets=[shard.row_offset for shard in shards],
             col_offsets=[shard.col_offset for shard in shards],
             global_cols=[shard.global_cols for shard in shards],
         )
         backend = choose_backend(device, self.config.backend).backend
         return Group(kind, torch.tensor(index, device=device, dtype=torch.int64), table, backend, self.estimator, self.config)
+
+    def _momentum_as(self, kind: str, p: Parameter, x: Tensor) -> Tensor:
+        """The momentum of a parameter, seen as its weight is: a vector that is not contiguous is a column."""
+        momentum = self._momentum[p.name]
+        return momentum if kind == "lowrank" else momentum.view(x.shape)
 
     def _describe(self, p: Parameter, backend: str) -> ParameterReport:
         return report_of(p, self.config.rank, backend)

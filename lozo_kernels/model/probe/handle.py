@@ -241,6 +241,7 @@ class ProbeHandle(Handle):
             if self._applied is not None:
                 self.rest_()
             self._ledger.check_decay()
+            self._refresh_groups()  # weights may have been replaced since the last step
             if self.sharded:
                 reshard(self.model)
             assert self._window is not None
@@ -312,10 +313,11 @@ class ProbeHandle(Handle):
         """Merges, and gives the model its own forwards back. A second call does nothing.
 
         Args:
-            discard: give up what quantised layers learned, which no weight can hold.
+            discard: give up what quantised layers learned, which no weight can hold, and what weights cannot hold any more.
 
         Raises:
             RuntimeError: quantised layers learned something, and ``discard`` is False; nothing was changed.
+            TypeError: weights cannot be changed any more (quantised, or on the meta device), and ``discard`` is False.
         """
         if self._restored:
             return
@@ -326,7 +328,11 @@ class ProbeHandle(Handle):
                 "lost: save it with lozo_kernels.export_lora() and call restore(discard=True)"
             )
         self.rest_()
-        self.merge()
+        try:
+            self.merge()
+        except TypeError as error:
+            if not discard:
+                raise TypeError(f"{error}. restore(discard=True) gives up what was learned since the last merge") from None
         self._lookout.leave()
         self.probed.remove()
         super().restore()

@@ -94,7 +94,7 @@ def in_tmp(tmp_path, monkeypatch):
         ("--train-file latin.txt", "latin.txt: not UTF-8 text"),
         ("--output file.txt", "--output: file.txt is a file"),
         ("--output file.txt/deeper", "--output: file.txt is a file"),
-        ("--bogus 1", "unrecognized arguments: --bogus 1"),
+        ("--bogus 1", "unrecognized arguments: --bogus"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(in_tmp, capsys, argv, message):

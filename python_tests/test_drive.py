@@ -1,7 +1,6 @@
 """Models that are driven by ``loss.backward(); optimizer.step()``: the run of a closure, whatever a loop does to gradients."""
 
 import collections
-import contextlib
 import copy
 import inspect
 import io
@@ -131,7 +130,8 @@ def test_kinds_of_output(kind):
     assert loss.shape == at_rest.shape and loss.requires_grad and torch.allclose(loss, at_rest, atol=1e-3)
     if kind != "tensor":
         logits = output[1] if isinstance(output, tuple) else output["logits"] if kind == "dict" else output.logits
-        assert not logits.requires_grad
+        with pytest.raises(RuntimeError, match="only that loss is trained"):
+            logits.sum().backward()
     loss.backward()
     c = optimizer.projected_gradient.clone()
     assert float(optimizer.step()) == pytest.approx(loss.item(), abs=1e-6)
@@ -322,10 +322,13 @@ def test_only_training_calls_are_driven():
     optimizer = LOZO(model, drive="backward", include="up.*")
     assert inspect.signature(model.forward) == signature
     (tokens,) = batches(1)
-    assert not model.up(torch.randn(2, 5)).requires_grad
-    for context, mode in ((torch.no_grad, True), (torch.inference_mode, True), (contextlib.nullcontext, False)):
+    with pytest.raises(RuntimeError, match="from a call of Linear"):
+        model.up(torch.randn(2, 5)).sum().backward()
+    for context in (torch.no_grad, torch.inference_mode):
         with context():
-            assert not model.train(mode)(tokens)["loss"].requires_grad
+            assert not model(tokens)["loss"].requires_grad
+    with pytest.raises(RuntimeError, match="in eval mode"):
+        model.eval()(tokens)["loss"].backward()
     assert optimizer.projected_gradient is None
     assert model.train()(tokens)["loss"].requires_grad
 

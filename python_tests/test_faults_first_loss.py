@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -198,6 +199,20 @@ def test_dropout_without_common_random_numbers_can_be_checked():
         warnings.simplefilter("error")
         optimizer.step(lambda: model(x).square().mean())
     assert next(m for m in optimizer.handle.members if m.name == "0.weight").side == "inplace"
+
+
+def test_numpy_masks_are_no_noise_for_a_check():
+    """As SpecAugment of Wav2Vec2 masks with numpy."""
+    model = nn.Sequential(Hidden(), nn.Linear(5, 1))
+    x = torch.randn(64, 6)
+
+    def loss():
+        return model(x)[torch.from_numpy(np.random.rand(64) < 0.9)].square().mean()
+
+    optimizer = LOZO(model, placement="probe", **OPTIONS)
+    optimizer.step(loss)
+    assert next(m for m in optimizer.handle.members if m.name == "0.weight").side == "inplace"
+    assert not any("not the same" in note for note in optimizer.handle.notes)
 
 
 def another_batch_each_time(model):

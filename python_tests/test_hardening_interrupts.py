@@ -12,7 +12,7 @@ import torch
 
 import lozo_kernels
 from lozo_kernels import LOZO
-from lozo_kernels.model.interrupts import as_interruptible, deferred_interrupt, interruptible
+from lozo_kernels.model.interrupts import deferred_interrupt, interruptible
 from python_tests.hardening_helpers import KINDS, begun, calm, check_replay, finished, leaves_rounding, take_steps, zoo_of
 from python_tests.models import weights, zoo_loss
 
@@ -209,8 +209,8 @@ def test_where_an_interrupt_is_raised():
             press()
             seen.append("undone")
     assert seen[3:] == ["within", "undone"] and isinstance(first.value.__context__, KeyboardInterrupt)
-    with deferred_interrupt(), pytest.raises(KeyboardInterrupt):
-        as_interruptible(press)()
+    with deferred_interrupt(), pytest.raises(KeyboardInterrupt), interruptible():
+        press()
     with pytest.raises(KeyboardInterrupt):
         press()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -238,7 +238,7 @@ def test_a_roberta_has_as_many_tokens_as_positions_after_the_padding(roberta, da
         ("--checkpoint BROKEN", "summary.json is not a JSON object"),
         ("--checkpoint LLAMA", "does not say which task it is for: give --task or --train-file"),
         ("--checkpoint ADAPTER --task sst2 --data-dir DATA", "no usable adapter"),
-        ("--task sst2 --data-dir DATA --model DAMAGED", "its weights cannot be read"),
+        ("--task sst2 --data-dir DATA --model DAMAGED", "no usable weights in that folder"),
         ("--task sst2 --data-dir DATA --model WORDLESS", "no usable tokenizer in that folder"),
         ("--task sst2 --data-dir DATA --model ROBERTA --objective prompt", "is no causal language model; use --objective class"),
         ("--dev-file UNLABELLED", "--dev-file goes with --task"),

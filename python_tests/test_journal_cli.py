@@ -65,7 +65,16 @@ def test_commands(tmp_path, rng, capsys):
         assert message in capsys.readouterr().err
 
     fails("--step 31: ", "replay", "--journal", str(run), "--step", "31", "--output", str(again))
-    fails("starts from other weights", "replay", "--journal", str(run), "--model", str(run / "model"), "--output", str(again))
+    fails(
+        "starts from other weights",
+        "replay",
+        "--journal",
+        str(run),
+        "--model",
+        str(run / "model"),
+        "--output",
+        str(tmp_path / "other"),
+    )
     fails("cannot read the journal", "verify", "--journal", str(tmp_path / "none"))
     fails("there is no run.journal", "finetune", "--resume", str(tmp_path / "none"))
     fails("takes all settings from the run", "finetune", "--resume", str(run), "--lr", "1")

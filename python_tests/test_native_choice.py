@@ -39,7 +39,6 @@ from lozo_kernels.kernels.backends import native
 try:
     print(native.isa(), native.NativeBackend().unavailable(torch.device("cpu")))
 except ValueError as error:
-    assert str(error) == native.NativeBackend().unavailable(torch.device("cpu"))
     print("ValueError", error)
 """
     environment = os.environ | {"LOZO_KERNELS_ISA": name}

@@ -72,12 +72,12 @@ def test_parts_are_the_batch(torchrun, size, count):
 )
 def test_what_several_processes_cannot_run(torchrun, given, words):
     torchrun(0, 3)
-    with pytest.raises(InputError, match=words), joined(Settings(**given), False):
+    with pytest.raises(InputError, match=words), joined(Settings(**given)):
         raise AssertionError("not reached")
 
 
 def test_alone_parallel_means_nothing():
-    with joined(Settings(parallel="directions"), False) as settings:
+    with joined(Settings(parallel="directions")) as settings:
         assert settings == Settings()
     with pytest.raises(InputError, match="--parallel"):
         Settings(parallel="weights").resolved()

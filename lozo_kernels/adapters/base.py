@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -49,6 +50,7 @@ class TrainerAdapter:
         self.settings = settings
         self._replaced: list[tuple[Any, str, bool, Any]] = []
         self._restored = False
+        self._called: set[str] = set()
 
     @property
     def served(self) -> tuple[str, ...]:
@@ -62,10 +64,14 @@ class TrainerAdapter:
         """Leaves in the trainer what its own methods need to go on. By default that is nothing."""
 
     def restore(self) -> None:
-        """Gives every method back. The weights stay as they are. A second call does nothing."""
+        """Gives every method back. The weights stay as they are. A second call does nothing.
+
+        Warns if the trainer called none of them, or perturbed through them and updated in some other way.
+        """
         if self._restored:
             return
         self._restored = True
+        self._warn_of_what_was_not_called()
         for target, name, own, before in reversed(self._replaced):
             if own:
                 setattr(target, name, before)
@@ -78,8 +84,24 @@ class TrainerAdapter:
     def __enter__(self) -> TrainerAdapter:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:  # the run ended early, and says why itself
+            self._called.update(self.served)
         self.restore()
+
+    def _warn_of_what_was_not_called(self) -> None:
+        updates = [name for name in self.served if "update" in name or "step" in name]
+        if not self._called:
+            which = "none of the methods that were served"
+        elif updates and not self._called.intersection(updates):
+            which = f"no served update ({', '.join(updates)}), although it perturbed with served methods"
+        else:
+            return
+        warnings.warn(
+            f"the {self.family} trainer called {which}: its steps are its own, and nothing was gained; look at the settings by "
+            "which it chooses its steps, or at methods that a subclass replaces",
+            stacklevel=3,
+        )
 
     def _replace(self, name: str, method: Method, target: Any = None) -> None:
         """Replaces a method on the trainer's instance. The new one works in any gradient or inference mode that it is called in."""
@@ -88,6 +110,7 @@ class TrainerAdapter:
 
         @functools.wraps(original)
         def served(*args: Any, **kwargs: Any) -> Any:
+            self._called.add(name)
             with torch.inference_mode(False), torch.no_grad():  # tensors made here outlive the call
                 return method(*args, **kwargs)
 

@@ -58,14 +58,13 @@ class MediumMezoAdapter(TrainerAdapter):
 
     def __init__(self, trainer: Any, settings: Settings) -> None:
         super().__init__(trainer, settings)
-        if settings.compat == "published":
-            self.notes = ("the update is the trainer's own",)
-            return
         args = trainer.args
-        if getattr(args, "zero_order_use_trainer_optim", False):
-            raise self._refuse("zero_order_use_trainer_optim stores a gradient as large as the weights; turn it off")
         if not getattr(args, "efficient_zero_order", True):
             raise self._refuse("without efficient_zero_order it keeps Z in memory; turn it on")
+        if settings.compat == "published":
+            self.notes = ("the update is the trainer's own",)
+        elif getattr(args, "zero_order_use_trainer_optim", False):
+            raise self._refuse("zero_order_use_trainer_optim stores a gradient as large as the weights; turn it off")
 
     def serve(self) -> None:
         self._moved = self._weights()

@@ -9,7 +9,7 @@ from ..model.config import ROUNDINGS
 from .base import COMPAT, Settings, TrainerAdapter
 from .lozo import LozoAdapter, PublishedLozoAdapter
 from .mezo import MediumMezoAdapter, MezoAdapter
-from .subzero import SubZeroAdapter
+from .subzero import DenseSubZeroAdapter, SubZeroAdapter
 from .zo2 import Zo2Adapter
 from .zo_llm import ZoLlmAdapter
 
@@ -22,30 +22,75 @@ class Family:
         name: of its repository.
         methods: the object has all of these methods.
         adapter: serves it; ``published`` serves it with compat="published".
+        switch: settings of ``trainer.args`` by which it chooses its steps, and the values with which these call the methods. The
+            first setting that it has counts; a trainer that has none of them is taken to call the methods.
     """
 
     name: str
     methods: tuple[str, ...]
     adapter: type[TrainerAdapter]
     published: type[TrainerAdapter]
+    switch: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+
+    def is_off(self, trainer: Any) -> str | None:
+        """Returns why the steps of a trainer do not call the methods, or None if they do."""
+        args = getattr(trainer, "args", None)
+        for setting, values in self.switch:
+            if hasattr(args, setting):
+                found = getattr(args, setting)
+                wanted = " or ".join(map(repr, values))
+                return (
+                    None if found in values else f"its args.{setting} is {found!r}, and {wanted} calls the methods that are served"
+                )
+        return None
 
 
 FAMILIES = (
-    Family("zimingyy/SubZero", ("zo_subspace_perturb_parameters", "zo_subspace_update"), SubZeroAdapter, SubZeroAdapter),
+    Family(
+        "zimingyy/SubZero",
+        ("zo_subspace_perturb_parameters", "zo_subspace_update"),
+        SubZeroAdapter,
+        SubZeroAdapter,
+        (("trainer", ("subzero_sgd",)),),
+    ),
+    Family(
+        "zimingyy/SubZero, its MeZO",
+        ("zo_subspace_perturb_parameters", "zo_perturb_parameters", "zo_step", "zo_update"),
+        DenseSubZeroAdapter,
+        DenseSubZeroAdapter,
+        (("trainer", ("zo_sgd", "zo_adam")),),
+    ),
     Family(
         "optsuite/LOZO",
         ("lowrank_zo_perturb_parameters", "lowrank_zo_step", "lowrank_zo_update"),
         LozoAdapter,
         PublishedLozoAdapter,
+        (("lowrank_zo", (True,)), ("trainer", ("LOZO",))),
     ),
     Family("liangyuwang/zo2", ("zo_perturb_parameters", "zo_perturb_shifts", "zo_forward", "zo_update"), Zo2Adapter, Zo2Adapter),
-    Family("ZO-Bench/ZO-LLM", ("zo_perturb_parameters", "zo_step", "zo_step_v1", "zo_forward"), ZoLlmAdapter, ZoLlmAdapter),
-    Family("princeton-nlp/MeZO, large_models", ("zo_perturb_parameters", "zo_step", "zo_update"), MezoAdapter, MezoAdapter),
     Family(
-        "princeton-nlp/MeZO, medium_models", ("efficient_perturb_parameters", "zo_forward"), MediumMezoAdapter, MediumMezoAdapter
+        "ZO-Bench/ZO-LLM",
+        ("zo_perturb_parameters", "zo_step", "zo_step_v1", "zo_forward"),
+        ZoLlmAdapter,
+        ZoLlmAdapter,
+        (("trainer", ("zo_sgd", "zo_sign_opt", "zo_conserv", "zo_adam")),),
+    ),
+    Family(
+        "princeton-nlp/MeZO, large_models",
+        ("zo_perturb_parameters", "zo_step", "zo_update"),
+        MezoAdapter,
+        MezoAdapter,
+        (("trainer", ("zo",)),),
+    ),
+    Family(
+        "princeton-nlp/MeZO, medium_models",
+        ("efficient_perturb_parameters", "zo_forward"),
+        MediumMezoAdapter,
+        MediumMezoAdapter,
+        (("zero_order_optim", (True,)),),
     ),
 )
-"""The first family whose methods are all there is taken, because some trainers have another's methods too."""
+"""The first family whose methods are all there, and called, is taken: some trainers have another's methods too."""
 
 
 def accelerate_trainer(
@@ -75,7 +120,8 @@ def accelerate_trainer(
 
     Raises:
         TypeError: the object has the methods of no known trainer.
-        ValueError: an argument or a setting of the trainer is not served; nothing was changed.
+        ValueError: an argument or a setting of the trainer is not served, or its steps call none of the methods; nothing was
+            changed.
         RuntimeError: the trainer is served already.
     """
     if compat not in COMPAT:
@@ -94,10 +140,18 @@ def accelerate_trainer(
 
 
 def recognise(trainer: Any) -> Family:
-    """Returns the family of a trainer. Raises TypeError if it is none of :data:`FAMILIES`."""
-    for family in FAMILIES:
-        if all(callable(getattr(trainer, name, None)) for name in family.methods):
+    """Returns the family of a trainer. Raises TypeError if it is none of :data:`FAMILIES`, ValueError if its settings choose steps
+    that call nothing of what would be served."""
+    found = [family for family in FAMILIES if all(callable(getattr(trainer, name, None)) for name in family.methods)]
+    off = {family.name: family.is_off(trainer) for family in found}
+    for family in found:
+        if off[family.name] is None:
             return family
+    if found:
+        raise ValueError(
+            f"{type(trainer).__name__} is that of {found[0].name}, but nothing of it would be served: "
+            + "; ".join(f"{name}: {why}" if len(off) > 1 else str(why) for name, why in off.items())
+        )
     looked = "; ".join(f"{family.name}: {', '.join(family.methods)}" for family in FAMILIES)
     raise TypeError(
         f"{type(trainer).__name__} has the methods of no known zeroth-order trainer ({looked}). "

@@ -14,7 +14,7 @@ from ..kernels.noise import MAX_RANK
 from ..model.estimators import Subspace
 from .base import SGD, Settings, TrainerAdapter, read_sgd
 from .listed import Pairs, Weights
-from .streams import draw_dense
+from .streams import draw_dense, perturb_dense
 
 RESHAPED = ("lora", "prefix", "prompt")
 """Values of ``args.mode`` for which a parameter is seen as the most nearly square matrix of its size."""
@@ -134,6 +134,53 @@ class SubZeroAdapter(TrainerAdapter):
         s = torch.normal(mean=0, std=1, size=(u.shape[1], v.shape[0]), device=x.device, dtype=x.dtype)
         a = (u @ s).mul_(math.sqrt(x.numel() / s.numel()))
         x.view(u.shape[0], v.shape[1]).addmm_(a, v, alpha=scale)
+
+
+class DenseSubZeroAdapter(TrainerAdapter):
+    """Serves ``zo_perturb_parameters`` and ``zo_update`` of the same trainer, its MeZO (``args.trainer="zo_sgd"``), which updates
+    with ``torch.optim.SGD``. With ``compat="published"`` the update is the trainer's own, so that its zo_adam can be used too.
+    """
+
+    family = "SubZero (MeZO)"
+
+    def __init__(self, trainer: Any, settings: Settings) -> None:
+        super().__init__(trainer, settings)
+        if settings.compat == "published":
+            self.notes = ("the update is the trainer's own",)
+        elif getattr(trainer.args, "trainer", None) == "zo_adam":
+            raise self._refuse(
+                "zo_adam keeps state of the size of the weights; use zo_sgd, or give compat='published', which leaves it the update"
+            )
+
+    def serve(self) -> None:
+        if self.settings.compat == "published":
+            self._replace("zo_perturb_parameters", self._published)
+            return
+        self._moved = self._weights()
+        self._replace("zo_perturb_parameters", self._perturb)
+        self._replace("zo_update", self._update)
+
+    def _perturb(self, random_seed: int | None = None, scaling_factor: float = 1) -> None:
+        t = self.trainer
+        read_sgd(t.optimizer, t.named_parameters_to_optim)  # refused before a weight moves
+        seed = t.zo_random_seed if random_seed is None else random_seed
+        self._moved.perturb(t.named_parameters_to_optim, seed, scaling_factor * t.args.zo_eps)
+
+    def _published(self, random_seed: int | None = None, scaling_factor: float = 1) -> None:
+        t = self.trainer
+        seed = t.zo_random_seed if random_seed is None else random_seed
+        perturb_dense(t.named_parameters_to_optim, seed, scaling_factor * t.args.zo_eps)
+
+    def _update(self, model: Any = None) -> None:  # noqa: ARG002  (the trainer gives its model)
+        t = self.trainer
+        pairs, seed, c = t.named_parameters_to_optim, t.zo_random_seed, t.projected_grad
+        sgd = read_sgd(t.optimizer, pairs)
+        if sgd.momentum:
+            self._moved.update_momentum(pairs, seed, c, beta=sgd.momentum, lr=sgd.lr)
+        else:
+            self._moved.update(pairs, seed, -sgd.lr * c, decay=sgd.decay)
+        t.update_steps += 1
+        t.lr_scheduler.step()
 
 
 def _squeezed(pairs: Pairs) -> Pairs:

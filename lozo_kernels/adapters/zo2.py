@@ -75,6 +75,7 @@ class Zo2Adapter(TrainerAdapter):
                 owed = [pair for pair in self._pairs(t.model) if id(pair[1]) in self._probed]
                 if owed:
                     self._move(owed, seed, t, c, None)
+                    self._called.add("zo_update")
         t.projected_grad = 0.0
 
     def restore(self) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from ..errors import InputError
 from ..kernels.registry import choose_backend
+from ..model.files import file_trouble
 from . import correctness, memory, perturb, step
 from .arguments import Parser, add_common, check_output
 from .document import publish, where
@@ -49,6 +50,8 @@ def main(argv: Sequence[str], measurements: Measurements = MEASUREMENTS, program
         return _run(measurements[options.measurement][0], options, argv, program)
     except InputError as e:
         message, code = f"error: {e}", 2
+    except OSError as e:
+        message, code = f"error: {file_trouble(e)}", 1
     except GateError as e:
         message, code = f"no figures, because an op is wrong: {e}", 1
     except KeyboardInterrupt:

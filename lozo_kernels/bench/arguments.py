@@ -4,25 +4,48 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Collection, Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
 from ..errors import InputError
+from ..kernels.checks import check_text, suggestion
 from ..kernels.noise import MAX_RANK
 from ..kernels.table import DTYPES
 from .batches import LENGTH
 from .models import MODELS
 
+_LONGEST = 1000  # characters of a message, which repeats what was given
+
 DTYPE_NAMES = {str(d).removeprefix("torch."): d for d in DTYPES}
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as an :class:`InputError`."""
+    """Reports a wrong command line as an :class:`InputError`, with the word that may have been meant."""
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(message)
+        raise InputError(message if len(message) <= _LONGEST else f"{message[:_LONGEST]}...")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuses an unknown option before it looks for those that are required, whose lack would be the lesser news."""
+        words = list(sys.argv[1:] if args is None else args)
+        for word in words:
+            name = word.partition("=")[0]
+            if word == "--" or (self._subparsers is not None and not word.startswith("-")):
+                break
+            if word.startswith("--") and not any(option.startswith(name) for option in self._option_string_actions):
+                self.error(f"unrecognized arguments: {word}{suggestion(name, self._option_string_actions)}")
+        return super().parse_known_args(words, namespace)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as e:
+            e.message += suggestion(str(value), map(str, action.choices or ()))
+            raise
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +53,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=device, default=torch.device("cpu"), help="where to measure (default: cpu)")
     parser.add_argument("--threads", type=positive, help="threads of torch, which are this library's too (default: torch's choice)")
     parser.add_argument("--json", action="store_true", help="print the JSON document instead of a table")
-    parser.add_argument("--output", metavar="FILE", help="also write the JSON document to FILE")
+    parser.add_argument("--output", metavar="FILE", type=path, help="also write the JSON document to FILE")
 
 
 def add_model(parser: argparse.ArgumentParser, methods: Collection[str], default: Sequence[str], model: str = "opt-125m") -> None:
@@ -58,13 +81,13 @@ def one_of(what: str, names: Collection[str]) -> Callable[[str], str]:
 
     def parse(text: str) -> str:
         if text not in names:
-            raise argparse.ArgumentTypeError(f"{what} is one of {', '.join(names)}, not {text!r}")
+            raise argparse.ArgumentTypeError(f"{what} is one of {', '.join(names)}, not {text!r}{suggestion(text, names)}")
         return text
 
     return parse
 
 
-def check_output(path: str | None) -> None:
+def check_output(path: str | Path | None) -> None:
     """Checks before a long measurement that its result can be written after it.
 
     Raises:
@@ -91,6 +114,15 @@ def device(text: str) -> torch.device:
     if found.type == "meta":
         raise argparse.ArgumentTypeError("there is nothing to measure on 'meta'")
     return found
+
+
+def path(text: str) -> Path:
+    """Parses what can be a path."""
+    try:
+        check_text("path", text)
+    except InputError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+    return Path(text)
 
 
 def positive(text: str) -> int:

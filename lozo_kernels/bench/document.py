@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..model.files import write_whole
 from .environment import PROGRAM, environment
 
 _QUIET = 0.1  # CPUs that others may use without a warning
@@ -36,18 +37,18 @@ def first_line(error: BaseException) -> str:
     return lines[0][:200]
 
 
-def publish(document: dict[str, Any], render: Callable[[dict[str, Any]], str], *, as_json: bool, output: str | None) -> None:
+def publish(document: dict[str, Any], render: Callable[[dict[str, Any]], str], *, as_json: bool, output: str | Path | None) -> None:
     """Prints the document, or the table that ``render`` makes of it, and writes the document to a file if one is named."""
     text = dumps(document)
     if output is not None:
-        Path(output).write_text(text + "\n", encoding="utf-8")
-    print(text if as_json else f"{heading(document)}\n\n{render(document)}")
+        write_whole(Path(output), text + "\n")
+    print(text if as_json else f"{heading(document)}\n\n{render(document)}", flush=True)
 
 
-def save_partial(document: dict[str, Any], output: str | None, **parts: Any) -> None:
+def save_partial(document: dict[str, Any], output: str | Path | None, **parts: Any) -> None:
     """Writes what was measured so far, marked as incomplete, because a measurement may be stopped."""
     if output is not None:
-        Path(output).write_text(dumps(document | {"complete": False} | parts) + "\n", encoding="utf-8")
+        write_whole(Path(output), dumps(document | {"complete": False} | parts) + "\n")
 
 
 def dumps(document: dict[str, Any]) -> str:

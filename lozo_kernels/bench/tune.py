@@ -15,6 +15,7 @@ import torch
 from ..errors import InputError
 from ..kernels.backends.triton import TritonBackend
 from ..kernels.backends.triton.tilesizes import TileSize, tile_sizes, user_file
+from ..model.files import write_whole
 from .clock import clock_for
 from .document import progress
 from .environment import environment
@@ -104,7 +105,7 @@ def run(output: Path | None, seconds: float, command: str) -> int:
     path = output or user_file(name)
     document = {"device": name} | {"environment": environment(device, command.split())} | {"tiles": tune(device, seconds=seconds)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=2) + "\n")
+    write_whole(path, json.dumps(document, indent=2) + "\n")
     print(f"tile sizes for {name} are in {path}")
     return 0
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
+from ..bench.arguments import Parser, path
 from ..errors import InputError, JournalError
 from ..hf.command_line import add_options, read_options
 from ..hf.data.splits import TEST_SIZE
@@ -16,15 +18,17 @@ from ..hf.methods import EVALUATIONS
 from ..hf.papers.scales import Request
 from ..hf.planning.workload import Workload
 from ..hf.settings import Settings
+from ..kernels.registry import choose_backend
 from ..kernels.version import __version__
+from ..model.files import file_trouble
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 _EVALUATED = (
-    *("model", "task", "data_dir", "train_file", "dev_file", "method", "num_shots", "num_eval", "objective"),
-    *("max_length", "max_new_tokens", "batch_size", "dtype", "device", "threads", "seed"),
+    *("model", "trust_remote_code", "allow_missing_weights", "task", "data_dir", "train_file", "dev_file", "method", "num_shots"),
+    *("num_eval", "objective", "max_length", "max_new_tokens", "batch_size", "dtype", "device", "threads", "seed"),
 )
 """The settings of ``finetune`` that ``evaluate`` has too."""
 _EVALUATED_OTHERWISE: dict[str, dict[str, Any]] = {
@@ -41,16 +45,21 @@ _EVALUATED_OTHERWISE: dict[str, dict[str, Any]] = {
 """What differs in their options."""
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a bad argument in one line."""
+class _Parser(Parser):
+    """Reports a bad argument in one line, and ends the program."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message}\n")
+        try:
+            super().error(message)
+        except InputError as e:
+            self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {e}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, 1 (it failed), 2 (bad input) or 130 (Ctrl-C)."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: names in files may have what a terminal has not
     if argv[:1] == ["bench"]:  # all that follows is for the benchmarks, options such as --help included
         from ..bench import main as bench
 
@@ -59,13 +68,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.command = shlex.join(["lozo-kernels", *argv])
     run: Callable[[argparse.Namespace], int] = args.run
     try:
-        return run(args)
+        _check_environment(args)
+        code = run(args)
+        sys.stdout.flush()
+        return code
     except (InputError, JournalError) as e:
         print(f"lozo-kernels {args.subcommand}: error: {e}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print(f"lozo-kernels {args.subcommand}: interrupted; nothing was saved", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print(f"lozo-kernels {args.subcommand}: interrupted; {str(e) or 'nothing was saved'}", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception as e:
+        trouble = file_trouble(e)
+        if trouble is None:
+            raise
+        print(f"lozo-kernels {args.subcommand}: error: {trouble}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def _check_environment(args: argparse.Namespace) -> None:
+    """Raises InputError if a variable LOZO_KERNELS_* names a backend or an instruction set that is not there; doctor reports it."""
+    with contextlib.suppress(RuntimeError):  # a backend for another device than the CPU
+        try:
+            if args.run is not _doctor:
+                choose_backend("cpu")
+        except ValueError as e:
+            raise InputError(str(e)) from None
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -85,7 +113,9 @@ def make_parser() -> argparse.ArgumentParser:
     doctor = add("doctor", _doctor, "versions, devices, backends, and a self-test")
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     tiles = add("tune", _tune, "measure tile sizes of the Triton kernels on this GPU, and use the fastest from then on")
-    tiles.add_argument("--output", help="file to write (default: one for this device in the user's cache, which is then used)")
+    tiles.add_argument(
+        "--output", type=path, help="file to write (default: one for this device in the user's cache, which is then used)"
+    )
     tiles.add_argument(
         "--seconds", type=float, default=float("inf"), help="measure no more after these (default: until all is done)"
     )
@@ -101,13 +131,17 @@ def _add_training(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     groups = add_options(finetune, Settings)
     groups["run"].add_argument(
-        "--resume", metavar="RUN_DIR", help="go on with a run that was ended or killed, by its journal; no other setting"
+        "--resume",
+        metavar="RUN_DIR",
+        type=path,
+        help="go on with a run that was ended or killed, by its journal; no other setting but --steps, to take more than it had",
     )
+    groups["run"].add_argument("--overwrite", action="store_true", help="replace the run that is in --output")
     groups["run"].add_argument("--json", action="store_true", help="print the summary as JSON, and nothing else, on stdout")
     groups["run"].add_argument("--quiet", action="store_true", help="no progress on stderr")
 
     evaluate = add("evaluate", _evaluate, "score a model on a task: zero-shot, in-context, or after a run")
-    evaluate.add_argument("--checkpoint", help="folder of a run, of a tuned model or of an adapter, to score instead")
+    evaluate.add_argument("--checkpoint", type=path, help="folder of a run, of a tuned model or of an adapter, to score instead")
     add_options(evaluate, Settings, _EVALUATED, _EVALUATED_OTHERWISE)
     evaluate.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else, on stdout")
     evaluate.add_argument("--quiet", action="store_true", help="nothing on stderr")
@@ -124,8 +158,10 @@ def _add_papers(add: Callable[..., argparse.ArgumentParser]) -> None:
     table.add_argument("--json", action="store_true", help="print the results as JSON, and nothing else, on stdout")
 
     runs = add("compare", _compare, "runs of finetune side by side: a table and plots of curves, memory and time")
-    runs.add_argument("runs", nargs="+", metavar="RUN_DIR", type=Path, help="folders that finetune wrote")
-    runs.add_argument("--output", default="runs/compare", help="folder for curves.png and costs.png (default: %(default)s)")
+    runs.add_argument("runs", nargs="+", metavar="RUN_DIR", type=path, help="folders that finetune wrote")
+    runs.add_argument(
+        "--output", type=path, default="runs/compare", help="folder for curves.png and costs.png (default: %(default)s)"
+    )
 
 
 def _add_journal(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -135,16 +171,26 @@ def _add_journal(add: Callable[..., argparse.ArgumentParser]) -> None:
     revert = add("revert", _replay, "the model that a run had after some steps, and its journal up to there")
     verify = add("verify", _verify, "whether a tuned model is what the journal of its run says, bit for bit")
     for command in (replay, revert, verify):
-        command.add_argument("--model", help="the model that the run started from (default: what the journal names)")
-        command.add_argument("--journal", required=True, type=Path, help="the journal, or the folder of its run")
-    verify.add_argument("--checkpoint", type=Path, help="the tuned model or its run (default: the journal's fingerprint)")
+        command.add_argument("--model", type=_name, help="the model that the run started from (default: what the journal names)")
+        command.add_argument(
+            "--trust-remote-code", action="store_true", help="run Python code that comes with the model: only if you have read it"
+        )
+        command.add_argument("--journal", required=True, type=path, help="the journal, or the folder of its run")
+    verify.add_argument("--checkpoint", type=path, help="the tuned model or its run (default: the journal's fingerprint)")
     verify.add_argument("--step", type=int, help="the tuned model is that after so many steps (default: all)")
     replay.add_argument("--step", type=int, help="steps to take (default: all)")
     revert.add_argument("--step", type=int, required=True, help="steps to take")
     for command in (replay, revert):
-        command.add_argument("--output", required=True, type=Path, help="folder to write")
+        command.add_argument("--output", required=True, type=path, help="folder to write")
+        command.add_argument("--overwrite", action="store_true", help="replace the run or the model that is in it")
     difference = add("diff", _diff, "where the journals of two runs part: the first record and field")
-    difference.add_argument("journals", nargs=2, metavar="JOURNAL", type=Path, help="a journal or the folder of its run")
+    difference.add_argument("journals", nargs=2, metavar="JOURNAL", type=path, help="a journal or the folder of its run")
+
+
+def _name(text: str) -> str:
+    """Parses what can be the name of a model, or a path."""
+    path(text)
+    return text
 
 
 def _finetune(args: argparse.Namespace) -> int:
@@ -155,12 +201,13 @@ def _finetune(args: argparse.Namespace) -> int:
 
     settings = read_options(Settings, args)
     if args.resume is not None:
-        if settings != Settings():
-            raise InputError("--resume takes all settings from the run: leave the others out")
-        settings = settings_of(Path(args.resume))
+        if settings != Settings(steps=settings.steps, trust_remote_code=settings.trust_remote_code) or args.overwrite:
+            raise InputError("--resume takes all settings from the run: leave the others out, but --steps to take more")
+        resumed = settings_of(args.resume, settings.steps)
+        settings = dataclasses.replace(resumed, trust_remote_code=settings.trust_remote_code)
     if args.method in EVALUATIONS:
         return _print_evaluation(settings, args)
-    summary = finetune(settings, command=args.command, quiet=args.quiet, resume=args.resume is not None)
+    summary = finetune(settings, command=args.command, quiet=args.quiet, resume=args.resume is not None, overwrite=args.overwrite)
     if is_first():
         _print(summary, args, render_summary)
     if summary["stopped"] is None:
@@ -175,7 +222,8 @@ def _finetune(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    return _print_evaluation(read_options(Settings, args), args, checkpoint=args.checkpoint)
+    checkpoint = None if args.checkpoint is None else str(args.checkpoint)
+    return _print_evaluation(read_options(Settings, args), args, checkpoint=checkpoint)
 
 
 def _print_evaluation(settings: Any, args: argparse.Namespace, checkpoint: str | None = None) -> int:
@@ -202,7 +250,7 @@ def _reproduce(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from ..hf.reports.plots import compare_runs
 
-    text, files = compare_runs(args.runs, Path(args.output))
+    text, files = compare_runs(args.runs, args.output)
     print(text)
     print(f"saved: {', '.join(map(str, files))}")
     return 0
@@ -211,7 +259,15 @@ def _compare(args: argparse.Namespace) -> int:
 def _replay(args: argparse.Namespace) -> int:
     from ..hf.audit import replay_run
 
-    done = replay_run(args.model, args.journal, args.output, args.step, reverting=args.subcommand == "revert")
+    done = replay_run(
+        args.model,
+        args.journal,
+        args.output,
+        args.step,
+        reverting=args.subcommand == "revert",
+        overwrite=args.overwrite,
+        trusted=args.trust_remote_code,
+    )
     agrees = {True: "as the run ended", False: "", None: "the run recorded no fingerprint here"}[done["agrees"]]
     steps = f"{done['steps']} steps ({done['skipped']} without an update)"
     print(f"{steps} in {done['output']}; weights {done['fingerprint'][:16]}, {agrees}")
@@ -221,7 +277,7 @@ def _replay(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from ..hf.audit import verify_run
 
-    found = verify_run(args.model, args.journal, args.checkpoint, args.step)
+    found = verify_run(args.model, args.journal, args.checkpoint, args.step, trusted=args.trust_remote_code)
     steps = found.replayed.steps
     if found.good:
         compared = f"{found.compared} parameters of the tuned model" if found.compared else "the fingerprint at its end"
@@ -254,7 +310,7 @@ def _doctor(args: argparse.Namespace) -> int:
 def _tune(args: argparse.Namespace) -> int:
     from ..bench.tune import run
 
-    return run(Path(args.output) if args.output else None, args.seconds, args.command)
+    return run(args.output, args.seconds, args.command)
 
 
 def _print(result: dict[str, Any], args: argparse.Namespace, render: Callable[[dict[str, Any]], str]) -> int:

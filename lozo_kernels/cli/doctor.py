@@ -91,7 +91,16 @@ def _reason_against(backend: str, device: str) -> str | None:
         choose_backend(device, backend)
     except RuntimeError as e:
         return str(e).split(": ", 1)[1]
+    except ValueError as e:  # LOZO_KERNELS_ISA
+        return str(e)
     return None
+
+
+def _backend_in_use(device: str) -> str | None:
+    try:
+        return choose_backend(device).backend.name
+    except (RuntimeError, ValueError):
+        return None
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
@@ -101,9 +110,10 @@ def _lines(found: dict[str, Any]) -> list[str]:
     lines += ["devices", *(f"  {name:14}{description}" for name, description in found["devices"].items())]
     lines += [f"  {'threads':14}{found['threads']}"]
     for device, status in found["backends"].items():
-        used = choose_backend(device).backend.name
+        used = _backend_in_use(device)
         words = {name: f"does not work: {reason}" if reason else "works" for name, reason in status.items()}
-        words[used] += ", in use"
+        if used is not None:
+            words[used] += ", in use"
         lines += [f"backends for {device}", *(f"  {name:14}{text}" for name, text in words.items())]
     isa = found["native"]
     lines += ["native library", f"  {'file':14}{isa['library']}"]

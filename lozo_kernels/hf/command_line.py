@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import numbers
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from ..errors import InputError
+from ..kernels.checks import check_text, shortened, suggestion
 
 T = TypeVar("T")
+
+LARGEST_INTEGER = 2**31 - 1
+"""What integers of C hold that libraries keep such settings in."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Option:
         group: the heading under which ``--help`` lists it.
         hidden: ``--help`` does not list it.
         choices: the words that it may be; of a tuple, each of its items.
-        low, high: bounds that it may reach; a float ``low`` also says that it is finite.
+        low, high: bounds that it may reach; a float ``low`` also says that it is finite. Integers reach 2^31 - 1 at most.
         above, below: bounds that it may not reach.
     """
 
@@ -87,22 +92,33 @@ def read_options(settings: type[T], args: argparse.Namespace) -> T:
 
 
 def check_options(settings: Any) -> None:
-    """Holds every field of a dataclass of settings that is not None to its choices and bounds.
+    """Holds every field of a dataclass of settings to its type, and one that is not None to its choices and bounds.
 
     Raises:
-        InputError: one is none of its choices, or out of bounds.
+        InputError: one is of another type, none of its choices, out of bounds, or text that names nothing.
     """
+    hints = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         value, about = getattr(settings, field.name), field.metadata.get("option")
-        if value is None or about is None:
+        if about is None:
+            continue
+        if not _is_of(value, hints[field.name]):
+            raise InputError(f"{flag(field.name)} is {_described(hints[field.name])}, not {shortened(value)}")
+        if value is None:
             continue
         words = value if isinstance(value, tuple) else (value,)
+        for word in words:
+            if isinstance(word, str):
+                check_text(flag(field.name), word)
         unknown = [word for word in words if about.choices and word not in about.choices]
         if unknown:
-            raise InputError(f"{flag(field.name)} {unknown[0]!r} is not known; there are {', '.join(about.choices)}")
+            raise InputError(
+                f"{flag(field.name)} {shortened(unknown[0])} is not known; there are {', '.join(about.choices)}"
+                + suggestion(unknown[0], about.choices)
+            )
         bound = _missed_bound(value, about)
         if bound is not None:
-            raise InputError(f"{flag(field.name)} is {bound}, not {value}")
+            raise InputError(f"{flag(field.name)} is {bound}, not {shortened(value)}")
 
 
 def _how_to_parse(hint: Any, default: Any) -> dict[str, Any]:
@@ -118,7 +134,34 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
+_KINDS = {
+    bool: (bool, "True or False"),
+    int: (numbers.Integral, "an integer"),
+    float: (numbers.Real, "a number"),
+    str: (str, "text"),
+}
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type that a field of settings can have."""
+    if isinstance(hint, types.UnionType):
+        return any(_is_of(value, one) for one in typing.get_args(hint))
+    if hint is type(None):
+        return value is None
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(isinstance(word, str) for word in value)
+    return isinstance(value, _KINDS[hint][0]) and (hint is bool or not isinstance(value, bool))
+
+
+def _described(hint: Any) -> str:
+    kinds = [kind for kind in (typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)) if kind is not type(None)]
+    return " or ".join(_KINDS[kind][1] if kind in _KINDS else "a tuple of words" for kind in kinds)
+
+
 def _missed_bound(value: Any, about: Option) -> str | None:
+    most = about.high if about.high is not None else LARGEST_INTEGER
+    if isinstance(value, numbers.Integral) and int(value) > most:
+        return f"at most {most}"
     if isinstance(about.low, float) and not (math.isfinite(value) and value >= about.low):
         return f"a finite number of at least {about.low:g}"
     if about.low is not None and value < about.low:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
 from ..journal import JournalError
-from ..model.files import write_whole
+from ..model.files import replacing_folder, unwritable, write_whole
+from ..model.interrupts import deferred_interrupt
 from .loop.building import build_driver
-from .loop.journaling import JOURNAL, Keeper, new_keeper, resumed_keeper
+from .loop.folder import METRICS, MODEL, PLOT, SUMMARY, begin, claimed, find_run
+from .loop.journaling import Keeper, new_keeper, resumed_keeper
 from .loop.kept_weights import KeptWeights
-from .loop.measure import forward_peak
-from .loop.processes import is_first, joined
+from .loop.measure import inference_peaks
+from .loop.processes import first_does, is_first, joined, own_folder
 from .loop.records import MetricsLog
 from .loop.scoring import score
 from .loop.train import Outcome, eval_batch_size, evaluate, train
 from .models.checkpoint import load_model
-from .output import make_folder, to_json, unwritable
+from .models.pretrained import computing
+from .output import to_json
 from .reports.beside_published import compare
 from .reports.card import write_card
 from .reports.plots import plot_losses
@@ -26,78 +31,103 @@ from .run import Run, open_run, threads
 from .settings import Settings
 
 
-def finetune(settings: Settings, *, command: str = "", quiet: bool = False, resume: bool = False) -> dict[str, Any]:
-    """Runs the settings and leaves model, metrics, plot and summary in their output folder.
+def finetune(
+    settings: Settings, *, command: str = "", quiet: bool = False, resume: bool = False, overwrite: bool = False
+) -> dict[str, Any]:
+    """Runs the settings and leaves model, metrics, plot and summary in their output folder, which is this run's alone meanwhile.
 
     Args:
-        settings: resolved here.
+        settings: resolved here. Without an output, the folder is runs/TASK-METHOD, or the first of runs/TASK-METHOD-2, -3, ...
+            where no run is.
         command: how this run was asked for, for the summary.
         quiet: no progress on stderr.
         resume: go on with the run in the output folder, whose settings these are (:func:`~.journaling.settings_of`). Its end is
             that of a run that was never stopped, in every bit.
+        overwrite: replace the run that is in the output folder, once model and data of this one were read.
 
     Returns:
         The summary, see :func:`lozo_kernels.hf.reports.summary.summarize`. Its "stopped" is None if all steps were taken.
 
     Raises:
-        InputError: something that the user can put right, before any training.
-        KeyboardInterrupt: before the first step; later ones end the training and everything is saved.
+        InputError: something that the user can put right, before any training; the folder is in use, or another run is in it.
+        KeyboardInterrupt: before the first step, or once everything is saved; its message says what the folder holds. Between
+            them it ends the training and everything is saved.
     """
-    settings = settings.resolved()
-    with joined(settings, resume) as own, threads(own.threads):
+    numbered, settings = settings.output is None, settings.resolved()
+    inputs = (settings.model, settings.train_file, settings.dev_file, settings.data_dir)
+    with joined(settings) as own, threads(own.threads), contextlib.ExitStack() as stack:
+
+        def claim() -> Path:
+            folder = Path(str(settings.output))
+            return stack.enter_context(
+                claimed(folder, inputs=inputs, going_on=resume, overwrite=overwrite, numbered=numbered and not resume)
+            )
+
+        shared = first_does(claim)
+        folder = stack.enter_context(own_folder(shared, copied=resume))
         try:
-            return _run(own, command, quiet or not is_first(), resume)
+            return _run(dataclasses.replace(own, output=str(folder)), command, quiet or not is_first(), resume)
         except JournalError as e:
-            raise InputError(f"{e}; lozo-kernels finetune --resume {settings.output} goes on from there") from None
+            raise InputError(f"{e}; lozo-kernels finetune --resume {shared} goes on from there") from None
+        except KeyboardInterrupt:
+            found = find_run(shared)
+            raise KeyboardInterrupt(f"{shared} {found}" if found else "") from None
         except Exception as e:
             why = unwritable(e)
             if why is None:
                 raise
-            raise InputError(
-                f"--output {own.output}: {why}; make room, and lozo-kernels finetune --resume {settings.output} goes on"
-            ) from e
+            raise InputError(f"--output {own.output}: {why}; make room, and lozo-kernels finetune --resume {shared} goes on") from e
 
 
 def _run(settings: Settings, command: str, quiet: bool, resume: bool) -> dict[str, Any]:
-    run = open_run(settings, quiet=quiet)
-    examples = f"{len(run.train_set)} train and {len(run.dev_set)} dev examples from {run.data.source}"
-    output = _make_output(settings)
-    keeper = new_keeper(output, settings, run.data, run.objective.name, run.train_set)
+    run, output = open_run(settings, quiet=quiet), Path(str(settings.output))
+    keeper = new_keeper(output, settings, run.data, run.objective.name, run.train_set, run.dev_set)
     if resume:
         keeper = resumed_keeper(keeper)
-    else:
-        keeper.path.unlink(missing_ok=True)
     model, notes = load_model(run.checkpoint, run.objective.name, run.data.task, settings, run.device)
-    run.say(f"{run.data.task.name}: {examples}")
-    for note in notes:
-        run.say(note)
-    first_batch = run.batches().next()
-    batch = run.objective.collate(first_batch, run.device)
-    forward_bytes = forward_peak(lambda: run.objective.loss(model, batch), run.device)
+    notes = [*run.notes(), *notes]
+    for line in (*run.describe(), *notes):
+        run.say(line)
+    measured = run.first_batches(keeper.goes_on_at or 0)
+    with computing(run.checkpoint.path):
+        inference = inference_peaks(run.objective, model, measured, run.device)
     comparison = None
-    if settings.compare_steps:
+    if settings.compare_steps and measured:
         run.say(f"timing {settings.compare_steps} steps of the published way beside this library's, on copies of the model")
-        comparison = compare(model, run.objective, first_batch, settings, run.device)
-    log = MetricsLog(output / "metrics.jsonl", keeper.goes_on_at or 0)
+        comparison = compare(model, run.objective, measured, settings, run.device)
+    begin(output, going_on=resume, extended=keeper.extended)
+    log = MetricsLog(output / METRICS, keeper.goes_on_at or 0)
     kept = KeptWeights(model, output, best=settings.keep == "best", earlier=log.evaluations)
     try:
         outcome, test = _train(run, model, keeper, log, kept)
     finally:
         log.close()
-    summary = summarize(run, model, outcome, log, forward_bytes, comparison)
-    summary |= {"notes": notes, "command": command, "output": str(output), "test": test, "kept_step": kept.step}
+    summary = summarize(run, model, outcome, log, inference, comparison)
+    notes = [*notes, *([kept.note] if kept.note else [])]
+    summary |= {"notes": notes, "command": command, "output": str(output), "test": test, "kept_step": outcome.kept_step}
     if is_first():
-        model.save_pretrained(output / "model")
-        run.checkpoint.tokenizer.save_pretrained(output / "model")
-        write_card(output / "model", summary, run.data.task.metrics)
-        plot_losses(output / "loss.png", log, f"{run.data.task.name}, {settings.method}")
-        write_whole(output / "summary.json", to_json(summary, indent=2) + "\n")  # last: where it is, all the rest is
-        kept.discard()
+        with deferred_interrupt():
+            _save(run, model, summary, log, output)
+            if outcome.stopped is None:
+                kept.discard()
     return summary
 
 
+def _save(run: Run, model: Any, summary: dict[str, Any], log: MetricsLog, output: Path) -> None:
+    """Each result under another name first. The summary comes last: where it is, all the rest is whole."""
+    with replacing_folder(output / MODEL) as folder:
+        model.save_pretrained(folder)
+        run.checkpoint.tokenizer.save_pretrained(folder)
+        write_card(folder, summary, run.data.task.metrics)
+    plot_losses(output / PLOT, log, f"{run.data.task.name}, {run.settings.method}")
+    write_whole(output / SUMMARY, to_json(summary, indent=2) + "\n")
+
+
 def _train(run: Run, model: Any, keeper: Keeper, log: MetricsLog, kept: KeptWeights) -> tuple[Outcome, dict[str, Any] | None]:
-    """Trains between two evaluations; the scores on the test examples come with a run that took all its steps."""
+    """Trains between two evaluations; the scores on the test examples come with a run that took all its steps.
+
+    Ctrl-C after the last step leaves out what is not scored yet.
+    """
     settings, objective, device = run.settings, run.objective, run.device
     batch_size = eval_batch_size(settings)
     if not log.evaluations:
@@ -114,27 +144,19 @@ def _train(run: Run, model: Any, keeper: Keeper, log: MetricsLog, kept: KeptWeig
         quiet=run.quiet,
         evaluated=kept.offer,
     )
+    outcome.kept_step = outcome.steps_done
     if outcome.stopped is not None:
         return outcome, None
-    evaluation = evaluate(model, objective, run.dev_set, outcome.steps_done, batch_size, device)
-    log.add_evaluation(evaluation)
-    kept.offer(evaluation)
-    kept.load()
-    if not run.data.test or not is_first():
-        return outcome, None
-    run.say(f"scoring {len(run.data.test)} test examples")
-    return outcome, score(model, objective, run.data.test, batch_size, settings.max_new_tokens, device).to_dict()
-
-
-def _make_output(settings: Settings) -> Path:
-    """The folder of the results, made if it is not there; nothing in it is in the way of a result."""
-    output = make_folder(Path(str(settings.output)))
-    for name in ("metrics.jsonl", JOURNAL, "summary.json", "loss.png", "model"):
-        if (output / name).exists() and (output / name).is_dir() != (name == "model"):
-            kind = "a folder" if name == "model" else "a file"
-            raise InputError(f"--output {output}: {name} is in the way, where {kind} of that name is to be written")
     try:
-        (output / "metrics.jsonl").touch()
-    except OSError as e:
-        raise InputError(f"--output {output}: {e.strerror}") from None
-    return output
+        evaluation = evaluate(model, objective, run.dev_set, outcome.steps_done, batch_size, device)
+        with deferred_interrupt():
+            log.add_evaluation(evaluation)
+            kept.offer(evaluation)
+            outcome.kept_step = kept.load(outcome.steps_done)
+        if not run.data.test or not is_first():
+            return outcome, None
+        run.say(f"scoring {len(run.data.test)} test examples")
+        return outcome, score(model, objective, run.data.test, batch_size, settings.max_new_tokens, device).to_dict()
+    except KeyboardInterrupt:
+        outcome.stopped = "interrupted"
+        return outcome, None

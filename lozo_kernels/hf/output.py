@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +23,22 @@ def make_folder(output: Path) -> Path:
     return output
 
 
-_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+def read_object(file: Path, named: str = "") -> dict[str, Any]:
+    """A JSON object from a file that may be anybody's.
 
+    Args:
+        named: what goes before the file's name in the message.
 
-def unwritable(error: BaseException) -> str | None:
-    """Why results could not be written, if the error says so: a disk is full or read-only, or a quota is used up."""
-    if isinstance(error, OSError) and error.errno in _NO_PLACE:
-        return error.strerror
-    if type(error).__name__ == "SafetensorError":  # has no number, only the operating system's words and "(os error 28)"
-        return next((os.strerror(code) for code in _NO_PLACE if f"os error {code})" in str(error)), None)
-    return None
+    Raises:
+        InputError: it cannot be read, or is something else.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"{named}{file} is not a JSON object: {e!s:.200}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{named}{file} is not a JSON object but a {type(found).__name__}")
+    return found
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

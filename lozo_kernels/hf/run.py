@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -16,11 +16,13 @@ from ..kernels.registry import choose_backend
 from .data.examples import TaskData
 from .data.load import load_data
 from .data.splits import draw_demonstrations
-from .loop.train import BatchSampler
+from .loop.processes import part
+from .loop.train import MEASURED_STEPS, BatchSampler
 from .methods import METHODS
-from .models.checkpoint import Checkpoint, open_checkpoint, pick_device
+from .models.checkpoint import EMBEDDED, Checkpoint, open_checkpoint, pick_device
 from .objectives import OBJECTIVES, Encoded, Objective, PromptedObjective, choose_objective
 from .settings import Settings
+from .tasks import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,28 @@ class Run:
     objective: Objective
     quiet: bool = False
 
+    @property
+    def model_name(self) -> str:
+        """The model as a reader knows it."""
+        return self.settings.model or EMBEDDED
+
+    def describe(self) -> list[str]:
+        """What is trained on what: the model first, the examples, and classes with their numbers."""
+        found = f"{len(self.train_set)} train and {len(self.dev_set)} dev examples from {self.data.source}"
+        lines = [f"model: {self.model_name}", f"{self.data.task.name} ({self.objective.name}): {found}"]
+        counts = [f"{name} {count}" for name, count in self.data.counts().items()]
+        if counts:
+            lines.append(f"{len(counts)} classes: {', '.join(counts[:20])}{', ...' if len(counts) > 20 else ''}")
+        return lines
+
+    def notes(self) -> list[str]:
+        """What is likely not meant so."""
+        settings, lacking = self.settings, self.data.without_examples()
+        notes = [f"no train example is of the class {', '.join(lacking[:5])}"] if lacking else []
+        if settings.model is None and (settings.train_file or settings.data_dir):
+            notes.append(f"no --model was given, so that this is of {EMBEDDED}, which is made for the demo and knows little")
+        return notes
+
     @functools.cached_property
     def train_set(self) -> list[Encoded]:
         """The train examples as the model takes them."""
@@ -55,13 +79,25 @@ class Run:
         """The batches of the run from its beginning."""
         return BatchSampler(self.train_set, self.settings.batch_size, self.settings.seed)
 
+    def first_batches(self, start: int) -> list[Sequence[Encoded]]:
+        """This process's part of the batches of the next two steps after so many, whose memory is measured; fewer at the end."""
+        batches = self.batches()
+        for _ in range(start):
+            batches.next()
+        return [
+            part(batches.next(), self.settings.parallel) for _ in range(min(MEASURED_STEPS, (self.settings.steps or 0) - start))
+        ]
+
     def say(self, message: str) -> None:
         if not self.quiet:
             progress(message)
 
 
-def open_run(settings: Settings, *, quiet: bool) -> Run:
+def open_run(settings: Settings, *, quiet: bool, own: Task | None = None) -> Run:
     """Opens what resolved settings name, weights apart.
+
+    Args:
+        own: see :func:`~.data.load.load_data`.
 
     Raises:
         InputError: something cannot be had, does not go together, or is not installed.
@@ -71,7 +107,7 @@ def open_run(settings: Settings, *, quiet: bool) -> Run:
         choose_backend(device, settings.backend)
     except (ValueError, RuntimeError) as e:
         raise InputError(f"--backend: {e}") from None
-    data = load_data(settings)
+    data = load_data(settings, own)
     for package in ("tokenizers", "transformers", *(("tqdm", "matplotlib") if METHODS[settings.method].trains else ())):
         require(package)
     checkpoint = open_checkpoint(settings)

@@ -18,6 +18,8 @@ from .tasks import TASKS
 
 DTYPES = ("float32", "bfloat16", "float16")
 SCHEDULES = ("constant", "linear", "cosine")
+MAX_THREADS = 1024
+"""More than any machine gains from; at some tens of thousands the system ends the process."""
 
 _data, _method, _run = (functools.partial(option, group=group) for group in ("model and data", "method", "run"))
 
@@ -30,6 +32,8 @@ class Settings:
     """
 
     model: str | None = _data(None, "name on the Hub or a folder (default: the embedded model)")
+    trust_remote_code: bool = _data(False, "run Python code that comes with the model: only if you have read it")
+    allow_missing_weights: bool = _data(False, "train layers that the checkpoint lacks from random weights")
     task: str | None = _data(None, "a task by name; an unknown name lists them", choices=tuple(TASKS))
     train_file: str | None = _data(None, "jsonl with text and, for classification, label; or text, one example a line")
     dev_file: str | None = _data(None, "as --train-file (default: a tenth of that file is held out)")
@@ -42,7 +46,7 @@ class Settings:
         None, "draw so many dev examples from the train ones (500 in the papers; default: those of the data)", low=1
     )
     num_eval: int | None = _data(None, "score so many test examples at the end (default: 1000 with --k-shot, --num-dev)", low=1)
-    data_seed: int | None = _data(None, "seed of these draws (default: --seed)", low=0)
+    data_seed: int | None = _data(None, "seed of these draws (default: --seed)", low=0, high=2**63 - 1)
     num_shots: int = _data(32, "demonstrations of icl", hidden=True, low=1)
     max_new_tokens: int = _data(50, "tokens of a generated answer at most", low=1)
     objective: str = _data("auto", choices=("auto", *(name for name in OBJECTIVES if name != ImageObjective.name)))
@@ -73,10 +77,10 @@ class Settings:
     device: str = _run("auto", "cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     backend: str | None = _run(None, "backend of the kernels (default: the best for the device)")
     threads: int | None = _run(
-        None, "on the CPU (default: torch's; one for the embedded model, which is too small to share)", low=1
+        None, "on the CPU (default: torch's; one for the embedded model, which is too small to share)", low=1, high=MAX_THREADS
     )
     seed: int = _run(0, low=0, high=2**63 - 1)
-    output: str | None = _run(None, "folder for the results (default: runs/TASK-METHOD)")
+    output: str | None = _run(None, "folder for the results (default: runs/TASK-METHOD, or with -2, -3, ... if a run is there)")
 
     def resolved(self) -> Settings:
         """These settings, checked, with every None replaced that has a fixed default and that the method uses.
@@ -91,13 +95,14 @@ class Settings:
         self._check_method(method)
         demo = self.model is None and self.task is None and self.train_file is None
         comparable = demo and self.directions == 1 and method.published
-        task = self.task or (None if self.train_file else next(iter(TASKS)))
+        file = self.train_file or self.dev_file
+        task = self.task or (None if file else next(iter(TASKS)))
         common = dataclasses.replace(
             self,
             task=task,
             momentum=self._resolved_momentum(method),
             threads=1 if self.threads is None and self.model is None else self.threads,
-            output=self.output or f"runs/{task or Path(str(self.train_file)).stem}-{self.method}",
+            output=self.output or f"runs/{task or Path(str(file)).stem}-{self.method}",
         )
         if not method.trains:
             return common
@@ -151,15 +156,14 @@ class Settings:
         images = self.task is not None and TASKS[self.task].kind == "image"
         if self.data_dir is not None and not Path(self.data_dir).is_dir() and not (images and _is_hub_name(self.data_dir)):
             raise InputError(f"--data-dir: there is no folder {self.data_dir}")
-        if self.dev_file is not None and self.train_file is None and (self.method != "zero-shot" or self.task is None):
-            needs = "--task" if self.method == "zero-shot" else "--train-file"
-            raise InputError(f"--dev-file goes with {needs}")
+        if self.dev_file is not None and self.train_file is None and self.method != "zero-shot":
+            raise InputError("--dev-file goes with --train-file")
         if self.train_file is not None and self.data_dir is not None:
             raise InputError("give --train-file or --data-dir, not both")
         if self.data_dir is not None and self.task is None:
             raise InputError(f"--data-dir goes with --task ({', '.join(TASKS)})")
         if self.model is not None:
-            if self.task is None and self.train_file is None:
+            if self.task is None and self.train_file is None and self.dev_file is None:
                 raise InputError(f"--model needs something to learn: --task ({', '.join(TASKS)}) or --train-file")
             _check_model_path(self.model)
         if self.output is not None:

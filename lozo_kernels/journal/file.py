@@ -8,8 +8,8 @@ import os
 import weakref
 from pathlib import Path
 
-from ..errors import JournalError
-from ..kernels.checks import as_integer
+from ..errors import InputError, JournalError
+from ..kernels.checks import as_integer, check_text
 from ..model.files import replacing
 from .format import CRC, Record, Sides, StepTaken, encode_record, frame
 
@@ -134,6 +134,15 @@ def check_fsync(fsync: int | None) -> None:
     """Raises TypeError or ValueError unless ``fsync`` is None or an integer of at least 1."""
     if fsync is not None:
         as_integer("fsync", fsync, 1)
+
+
+def as_path(path: str | os.PathLike[str]) -> Path:
+    """The path of a journal. Raises JournalError if there can be no such path."""
+    try:
+        check_text("the journal", str(path))
+    except InputError as e:
+        raise JournalError(f"cannot open {e}") from None
+    return Path(path)
 
 
 def already_there(path: Path) -> JournalError:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import struct
 import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ..errors import JournalError
+from ..kernels.checks import LARGEST, check_range
+from ..kernels.noise import MAX_DRAW
 from ..model.config import PatchConfig
 
 MAGIC = b"LOZOJRNL"
@@ -194,23 +195,32 @@ def _checked_header(
             raise TypeError(f"{name} is {type(value).__name__}")
     found = tuple(_checked_parameter(*row) for row in parameters)
     members = tuple(tuple(group) for group in groups)
-    if sorted(i for group in members for i in group) != list(range(len(found))) or not all(members) or not members:
+    positions = [i for group in members for i in group]
+    each_once = all(type(i) is int for i in positions) and sorted(positions) == list(range(len(found)))
+    if not each_once or not all(members) or not members:
         raise ValueError("the groups are not those of the parameters")
-    if first_step < 0:
-        raise ValueError(f"first_step is {first_step}")
+    check_range("first_step", first_step, MAX_DRAW)
+    _check_made_with(**made_with)
     return Header(PatchConfig(**config), _checked_settings(**settings), found, members, noise_version, first_step, made_with, about)
+
+
+def _check_made_with(torch: Any = "", backends: Any = (), **_: Any) -> None:
+    if not isinstance(torch, str) or not isinstance(backends, (list, tuple)) or not all(isinstance(name, str) for name in backends):
+        raise TypeError("made_with does not name torch's version and the backends")
 
 
 def _checked_parameter(name: Any, shape: Any, dtype: Any, kind: Any, tensor_id: Any, fingerprint: Any) -> RecordedParameter:
     if not all(isinstance(v, str) for v in (name, dtype, kind, fingerprint)) or kind not in ("lowrank", "dense"):
         raise TypeError("a parameter is not described as one")
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in (*shape, tensor_id)):
+    name.encode()  # a lone surrogate is in no name
+    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 1 << 63 for n in shape):
         raise TypeError(f"the shape of {name[:80]!r} is no shape")
+    check_range("tensor_id", tensor_id, 1 << 32)
     return RecordedParameter(name, tuple(shape), dtype, kind, tensor_id, fingerprint)
 
 
 def _checked_settings(eps: Any, momentum: Any, directions: Any, two_sided: Any, fuse_steps: Any, evaluation: Any) -> dict[str, Any]:
-    if type(eps) not in (int, float) or not 0 < eps < math.inf or type(momentum) not in (int, float) or not 0 <= momentum <= 1:
+    if type(eps) not in (int, float) or not 0 < eps <= LARGEST or type(momentum) not in (int, float) or not 0 <= momentum <= 1:
         raise ValueError("eps or momentum is out of range")
     if type(directions) is not int or not 1 <= directions <= _MOST_DIRECTIONS:
         raise ValueError("directions is out of range")

@@ -106,6 +106,8 @@ def read_journal(source: str | os.PathLike[str] | bytes) -> RecordedRun:
         return _read(Path(source).read_bytes(), str(source))
     except OSError as e:
         raise JournalError(f"cannot read the journal {source}: {e.strerror}") from None
+    except ValueError as e:  # a NUL or a lone surrogate
+        raise JournalError(f"cannot read the journal {os.fspath(source)!r}: {e}") from None
 
 
 def _read(data: bytes, source: str) -> RecordedRun:
@@ -182,6 +184,8 @@ class _Parser:
             if not 1 <= record.moves <= 2 * self._directions:
                 raise JournalError(f"a detour of {record.moves} moves")
         elif kind == SIDES:
+            if self.records and isinstance(self.records[-1], Sides):  # later in a run they may change
+                raise JournalError("the sides are there already")
             record = self._sides()
         elif kind == END:
             record = End(bytes(self._take(1 + DIGEST_BYTES)[1:]).hex())

@@ -146,7 +146,11 @@ def revert(model: nn.Module, journal: Source, step: int, backend: str | None = N
 
 @torch.no_grad()
 def retake(optimizer: ZerothOrderOptimizer, records: Iterable[Record]) -> None:
-    """Takes recorded steps with an optimiser, from the weights at their start. The settings of its groups stay as they are."""
+    """Takes recorded steps with an optimiser, from the weights at their start. The settings of its groups stay as they are.
+
+    Raises:
+        JournalError: a record is none of this model. Steps before it were taken.
+    """
     kept = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     stepper, handle = optimizer.stepper, optimizer.handle
     try:
@@ -164,6 +168,8 @@ def retake(optimizer: ZerothOrderOptimizer, records: Iterable[Record]) -> None:
                     handle.adopt_sides(record.described, install=False)
                 case _:
                     raise AssertionError(f"{record} is not replayed")
+    except (TypeError, ValueError) as e:
+        raise JournalError(f"the journal has a record that this model cannot take: {e}") from e
     finally:
         for group, (lr, decay) in zip(optimizer.param_groups, kept, strict=True):
             group["lr"], group["weight_decay"] = lr, decay

@@ -16,7 +16,7 @@ from ..optim.optimizer import ZerothOrderOptimizer
 from ..optim.steps import StepInfo
 from .arrivals import Arrival, send
 from .describe import describe_groups, describe_parameters, made_with
-from .file import JournalFile, Tail, already_there, check_fsync, open_alone
+from .file import JournalFile, Tail, already_there, as_path, check_fsync, open_alone
 from .fingerprint import fingerprint
 from .format import Detour, End, Flushed, Header, Record, Settled, Sides, StepTaken, encode_header
 from .reader import read_journal
@@ -92,7 +92,7 @@ class Journal:
             JournalError: the file is there already or cannot be written, or the run cannot be rebuilt from a journal (momentum is
                 there already).
         """
-        path, handle = Path(path), optimizer.handle
+        path, handle = as_path(path), optimizer.handle
         check_fsync(fsync)
         if optimizer.journal is not None:
             raise JournalError("the optimiser has a journal already")
@@ -144,7 +144,7 @@ class Journal:
             JournalError: the journal is damaged, of another run, or in use; weights and file are untouched.
             ValueError: it has fewer steps than ``upto``.
         """
-        path = Path(path)
+        path = as_path(path)
         check_fsync(fsync)
         descriptor = open_alone(path)
         try:

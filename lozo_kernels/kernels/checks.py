@@ -1,17 +1,23 @@
-"""Checks of numbers that users give. Each kind of number has one check and one message."""
+"""Checks of numbers and text that users give. Each kind has one check and one message."""
 
 from __future__ import annotations
 
+import difflib
 import math
 import operator
+from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import InputError
+
 LARGEST = torch.finfo(torch.float32).max
 """The largest number that fp32 holds; all scalars reach the ops in fp32."""
+_LONGEST_PATH, _LONGEST_NAME = 4095, 255  # in bytes, on all usual file systems of Linux
+_SHOWN = 100
 
 
 def as_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -78,3 +84,40 @@ def check_scale(scale: Any) -> None:
         raise TypeError(f"scale is a number, not {scale!r}")
     if not abs(scale) <= LARGEST:  # type: ignore[operator]
         raise ValueError(f"scale is a finite number, not {scale}, in fp32")
+
+
+def check_text(named: str, text: str) -> None:
+    """Holds text of a user to what names and paths can be.
+
+    Args:
+        named: the option, for the message.
+
+    Raises:
+        InputError: it has a NUL or a character that is not in UTF-8, or is longer than a path can be.
+    """
+    try:
+        length = max(len(text.encode()) / _LONGEST_PATH, *(len(part.encode()) / _LONGEST_NAME for part in text.split("/")))
+    except UnicodeEncodeError:
+        raise InputError(f"{named} {shortened(text)} is not text in UTF-8") from None
+    if "\0" in text:
+        raise InputError(f"{named} {shortened(text)} has a NUL character in it")
+    if length > 1:
+        raise InputError(
+            f"{named} {shortened(text)} is too long: a path has at most {_LONGEST_PATH} bytes, and each name in it {_LONGEST_NAME}"
+        )
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """The word that may have been meant, as the end of a message; nothing if no known word is like it."""
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def shortened(value: Any) -> str:
+    """A value as Python writes it, which any terminal takes; its beginning if it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, lists in lists without end
+        return f"a {type(value).__name__} that is too large to show"
+    text = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return text.encode("ascii", "backslashreplace").decode() if not text.isprintable() else text

@@ -89,7 +89,7 @@ def choose_backend(device: torch.device | str, name: str | None = None) -> Choic
         name: use this backend or fail. Default: the environment variable LOZO_KERNELS_BACKEND, else the first that can serve.
 
     Raises:
-        ValueError: there is no backend of that name.
+        ValueError: there is no backend of that name, or LOZO_KERNELS_ISA names no instruction set of this machine.
         RuntimeError: the named backend, or without a name every backend, cannot serve the device.
     """
     device = torch.device(device)

@@ -8,25 +8,40 @@ is done to it. Nothing else of the model requires a gradient, so no graph is bui
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_leaves
 
 from .modules import children_by_name, compiled_call
+from .outputs import loss_of, refuse_gradients, with_loss
+from .projected import NAME, ProjectedGradient
 
 DRIVES = ("closure", "backward", "loss")
-NAME = "projected_gradient"
-"""The name of the module that is added to a driven model; its parameter is ``projected_gradient.value``."""
-
 SHRINK = 2.0**-40
 """The factor by which gradients are stored, which is exact. It makes them too small for any clipping norm to act on, because
 clipping a projected gradient, which is not a gradient's norm, would change the algorithm."""
+
+_OF_AN_OUTPUT = (
+    "the loss depends on an output of shape {shape} besides the loss that the driven model returned, and only that loss is "
+    "trained: for a loss that is computed outside of the model (auxiliary terms, distillation, an own compute_loss) use "
+    "lozo_kernels.hf.attach(trainer) or step(closure)"
+)
+_OF_A_PART = (
+    "the loss was made from a call of {part}, which is no call of the driven {model}, and only calls of the module that was given "
+    "to patch() are evaluated: drive the module that returns the loss, or use lozo_kernels.hf.attach(trainer) or step(closure)"
+)
+_OF_EVAL_MODE = (
+    "the driven model was called in eval mode, where nothing is trained: call model.train() before (dropout is switched off in the "
+    "configuration of the model)"
+)
 
 
 class EstimatingOptimizer(Protocol):
@@ -42,41 +57,6 @@ class EstimatingOptimizer(Protocol):
             (3, directions) fp64: projected gradients, F(+) and F(-); and the loss of the step, 0-dim fp64.
         """
         ...
-
-
-class ProjectedGradient(nn.Module):
-    """Holds the parameter. It is the last child of a driven model, so that ``model.dtype`` and the like look at real weights first.
-
-    ``value`` is (3, directions) fp64 zeros. Its gradient is c, F(+) and F(-) times :data:`SHRINK`, so that the losses of
-    micro-batches and processes are averaged as their projected gradients are. Checkpoints do not contain it.
-    """
-
-    def __init__(self, directions: int, device: torch.device) -> None:
-        super().__init__()
-        self.value = nn.Parameter(torch.zeros(3, directions, dtype=torch.float64, device=device))
-
-    def forward(self, x: Any) -> Any:
-        """Returns its input, because a driven ``nn.Sequential`` runs all of its children."""
-        return x
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ProjectedGradient:
-        super()._apply(fn, recurse)
-        if self.value.dtype != torch.float64:  # model.half() is meant for the model's own parameters
-            self.value.data, grad = self.value.data.double(), self.value.grad
-            self.value.grad = None if grad is None else grad.double()
-        return self
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        pass
-
-    def _load_from_state_dict(self, *_: Any) -> None:
-        pass
-
-    def _replicate_for_data_parallel(self) -> NoReturn:
-        raise RuntimeError(
-            "torch.nn.DataParallel copies a model for each call, and a driven model cannot be copied: start one process per device "
-            "(torchrun) with DistributedDataParallel"
-        )
 
 
 class Backward:
@@ -108,8 +88,13 @@ class Backward:
         self._place = "_call_impl" if compiled_call(model) is None else "_compiled_call_impl"
         self._before = model.__dict__.get(self._place)
         self._call: Callable[..., Any] = getattr(model, self._place)
+        self._inside = False
+        self._depth = 0
         if intercept:
             model.__dict__[self._place] = self
+        for part in _parts(model) if intercept else (model, *_parts(model)):
+            self._hooks.append(part.register_forward_pre_hook(self._enter_part, prepend=True))
+            self._hooks.append(part.register_forward_hook(self._leave_part, prepend=True, always_call=True))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model; in train mode with gradients enabled, makes all evaluations of a step.
@@ -119,10 +104,22 @@ class Backward:
 
         Raises:
             RuntimeError: no optimiser was built on the handle.
-            TypeError: the model did not return a loss.
+            TypeError: the model did not return a loss, or an input requires a gradient.
+
+        All other outputs raise RuntimeError when they are differentiated, and so do outputs of the model in eval mode and of a part
+        of it that is called by itself, because nothing would be learned from them.
         """
-        if not (self.model.training and torch.is_grad_enabled()):
+        if not torch.is_grad_enabled():
             return self._call(*args, **kwargs)
+        if not self.model.training:
+            with self._inner():
+                output = self._call(*args, **kwargs)
+            return refuse_gradients(output, self._refuse_evaluation)
+        if any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves((args, kwargs))):
+            raise TypeError(
+                "an input of the driven model requires a gradient, and evaluations without a graph give it none: detach() it, and "
+                "train what made it together with the model, or use step(closure)"
+            )
         if "torch._dynamo" in sys.modules:  # torch.compile(model) would trace the code that moves the weights
             return torch.compiler.disable(self._evaluate)(*args, **kwargs)
         return self._evaluate(*args, **kwargs)
@@ -133,10 +130,10 @@ class Backward:
         def closure() -> Any:
             nonlocal output
             output = self._call(*args, **kwargs)
-            return _loss_of(output)
+            return loss_of(output)
 
         loss = self.project(closure)
-        return _with_loss(output, loss)
+        return refuse_gradients(with_loss(output, loss), self._refuse_output)
 
     def project(self, closure: Callable[[], Any]) -> Tensor:
         """Evaluates a loss at the points of the current step.
@@ -163,13 +160,49 @@ class Backward:
             last = closure()
             return last
 
-        gradient, loss = optimizer.estimate(evaluated)
+        with self._inner():
+            gradient, loss = optimizer.estimate(evaluated)
         if isinstance(last, Tensor):
             dtype = torch.promote_types(last.dtype, torch.float32) if last.is_floating_point() else torch.float32
             loss = loss.to(dtype).reshape(last.shape)
         else:
             loss = loss.float().to(self.value.device)
         return _Hang.apply(self.value, loss, gradient * SHRINK)  # type: ignore[no-any-return]
+
+    @contextlib.contextmanager
+    def _inner(self) -> Iterator[None]:
+        """While the body runs, parts of the model are called by the model."""
+        before, self._inside = self._inside, True
+        try:
+            yield
+        finally:
+            self._inside = before
+
+    def _enter_part(self, *_: Any) -> None:
+        """A hook on parts of the model: counts those that are called by themselves with gradients enabled, and what they call."""
+        if not self._inside and torch.is_grad_enabled():
+            self._depth += 1
+
+    def _leave_part(self, module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG002  (the arguments of a hook)
+        """A hook on parts of the model: what one returns that was called by itself is not to be differentiated."""
+        if self._inside or not torch.is_grad_enabled():
+            return None
+        self._depth -= 1
+        if self._depth:
+            return None
+        model, part = type(self.model).__name__, type(module).__name__
+        return refuse_gradients(output, lambda _: self._refuse(_OF_A_PART.format(model=model, part=part)))
+
+    def _refuse_output(self, grad: Tensor) -> RuntimeError:
+        return self._refuse(_OF_AN_OUTPUT.format(shape=tuple(grad.shape)))
+
+    def _refuse_evaluation(self, _: Tensor) -> RuntimeError:
+        return self._refuse(_OF_EVAL_MODE)
+
+    def _refuse(self, why: str) -> RuntimeError:
+        """Drops what this backward has accumulated, so that no step follows from a part of the loss."""
+        self.value.grad = None
+        return RuntimeError(why)
 
     @property
     def value(self) -> nn.Parameter:
@@ -253,42 +286,14 @@ class _Hang(torch.autograd.Function):
         return gradient * grad.reshape(()).to(gradient), None, None
 
 
-def _loss_of(output: Any) -> Tensor:
-    """Returns the loss in a model's output. Raises TypeError if there is none."""
-    loss = output
-    if isinstance(output, Mapping):
-        loss = output.get("loss")
-    elif hasattr(output, "loss"):
-        loss = output.loss
-    elif isinstance(output, (tuple, list)) and output:
-        loss = output[0]
-    if isinstance(loss, Tensor) and loss.numel() == 1:
-        return loss
-    if isinstance(output, Mapping):
-        what = "only " + ", ".join(map(str, output))
-    elif isinstance(loss, Tensor):
-        what = f"a tensor of shape {tuple(loss.shape)}"
-    else:
-        what = type(output).__name__
-    raise TypeError(
-        f"in train mode a driven model must return its loss, one number, as .loss or first; it returned {what}: pass labels, or, "
-        "for a loss that is computed outside of the model, use lozo_kernels.hf.attach(trainer) or step(closure)"
-    )
-
-
-def _with_loss(output: Any, loss: Tensor) -> Any:
-    """Returns a model's output with another loss in it."""
-    if isinstance(output, Tensor):
-        return loss
-    if isinstance(output, Mapping):
-        output["loss"] = loss  # type: ignore[index]
-    elif hasattr(output, "_replace"):
-        return output._replace(loss=loss) if hasattr(output, "loss") else output._replace(**{output._fields[0]: loss})
-    elif hasattr(output, "loss"):
-        output.loss = loss
-    else:
-        return type(output)((loss, *output[1:]))
-    return output
+def _parts(model: nn.Module, depth: int = 3) -> list[nn.Module]:
+    """The modules near the top of a model that a loop may call by themselves. Members of lists are left out: they are many."""
+    found = []
+    for part in model.children():
+        found.append(part)
+        if depth > 1 and not isinstance(part, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+            found += _parts(part, depth - 1)
+    return found
 
 
 def _stop_checkpointing(model: nn.Module) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
-from ..kernels.checks import as_integer, check_flag
+from ..kernels.checks import as_integer, check_flag, suggestion
 from ..kernels.noise import MAX_RANK
 
 ESTIMATORS = ("lowrank", "dense", "subspace")
@@ -148,7 +147,7 @@ class PatchConfig:
         """The inverse of :meth:`to_json`; raises TypeError or ValueError for anything else."""
         try:
             fields = json.loads(text)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise ValueError(f"this is no JSON: {e}") from None
         if not isinstance(fields, dict):
             raise TypeError(f"a config is an object, not {text:.200}")
@@ -168,9 +167,7 @@ def check_names(taker: str, given: Iterable[str], known: Sequence[str]) -> None:
     """
     for name in given:
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise TypeError(f"{taker} got an unexpected keyword argument {name!r}{hint}")
+            raise TypeError(f"{taker} got an unexpected keyword argument {name!r}{suggestion(name, known)}")
 
 
 def _sides(value: Any) -> str | tuple[tuple[str, str], ...]:

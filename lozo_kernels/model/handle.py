@@ -15,9 +15,10 @@ from ..kernels.noise import MAX_DIRECTION, MAX_DRAW, dense
 from ..kernels.registry import choose_backend
 from ..kernels.table import TensorTable
 from .backward import Backward
+from .conditions import Buffers, Conditions
 from .config import PatchConfig
 from .estimators import ESTIMATORS, Estimator, FactorSpec
-from .losses import BatchClosure, Closure, Randomness
+from .losses import BatchClosure, Closure
 from .momentum import piece_of, spread
 from .overriding import Overrides
 from .parameters import LeftAlone, Parameter, find_parameters
@@ -75,6 +76,7 @@ class Handle:
         self._watch = StorageWatch(self.trained)
         self._structure = Structure(model, self.trained, self._left, strict=self.probes)
         self._versions = WeightVersions(self.trained)
+        self._buffers = Buffers(model)
         self._v: dict[str, Tensor] = {}
         self._momentum: dict[str, Tensor] = {}
         self._window: int | None = None
@@ -252,7 +254,7 @@ class Handle:
         self,
         closures: Sequence[BatchClosure],  # noqa: ARG002  (for probes, as all of them)
         batches: Sequence[Any],  # noqa: ARG002
-        randomness: Randomness | None,  # noqa: ARG002
+        conditions: Conditions,  # noqa: ARG002
         *,
         step: int,  # noqa: ARG002
     ) -> bool:
@@ -356,8 +358,12 @@ class Handle:
             rows.append(ParameterReport(left.name, (), tuple(t.shape), t.dtype, t.device, "left alone", None, left.reason))
         return Report(tuple(rows), {str(device): choice.rejected for device, choice in serving.items()}, self.notes)
 
-    def prepare(self, closures: Closure | Sequence[Closure], randomness: Randomness | None = None, *, step: int = 0) -> None:
+    def prepare(self, closures: Closure | Sequence[Closure], conditions: Conditions | None = None, *, step: int = 0) -> None:
         """Called before the first step with what it will evaluate. In place there is nothing to prepare."""
+
+    def conditions(self, *, randomness: bool) -> Conditions:
+        """What evaluations that begin now start from: buffers as they are now, and with ``randomness`` the same random numbers."""
+        return Conditions(self.devices, self._buffers, randomness=randomness)
 
     def merge(self) -> None:
         """Merges what a probe learned into the weights. In place they are always up to date."""

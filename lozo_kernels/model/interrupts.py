@@ -7,9 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 
 class _Gate:
@@ -73,16 +71,6 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         _Gate.open = False
-
-
-def as_interruptible(function: Callable[..., T]) -> Callable[..., T]:
-    """Wraps a function so that each of its calls is an :func:`interruptible` part."""
-
-    def call(*args: Any, **kwargs: Any) -> T:
-        with interruptible():
-            return function(*args, **kwargs)
-
-    return call
 
 
 def _receive(number: int, frame: FrameType | None) -> None:

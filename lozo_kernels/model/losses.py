@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .conditions import Conditions
 from .sharding import gather
+from .weighed import keep_where
 
 Loss = Tensor | float
 Closure = Callable[[], Loss]
@@ -17,29 +19,9 @@ BatchClosure = Callable[[Any], Any]
 """Takes a batch and returns a loss per example, (examples,), or (sums, weights), where the loss is total sum / total weight."""
 
 
-class Randomness:
-    """The state of torch's generators when it was made. ``replay`` restores it, so that all evaluations draw the same numbers."""
-
-    def __init__(self, devices: Sequence[torch.device]) -> None:
-        self._cpu = torch.get_rng_state()
-        self._cuda = {d: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"}
-
-    def replay(self) -> None:
-        torch.set_rng_state(self._cpu)
-        for device, state in self._cuda.items():
-            torch.cuda.set_rng_state(state, device)
-
-
-def begin_evaluation(randomness: Randomness | None) -> None:
-    """Called before every evaluation, so that it sees the weights as they are now and the random numbers of the others."""
-    torch.clear_autocast_cache()  # which holds casts of the weights as they were
-    if randomness is not None:
-        randomness.replay()
-
-
-def mean_loss(closures: Sequence[Closure], randomness: Randomness | None) -> Tensor:
-    """Returns the mean loss of the closures, evaluated with the given randomness, as a 0-dim fp64 tensor."""
-    begin_evaluation(randomness)
+def mean_loss(closures: Sequence[Closure], conditions: Conditions) -> Tensor:
+    """Returns the mean loss of the closures, evaluated under the given conditions, as a 0-dim fp64 tensor."""
+    conditions.begin_evaluation()
     losses = [as_loss(closure()) for closure in closures]
     return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
@@ -62,12 +44,12 @@ def as_loss(value: Any) -> Tensor:
         raise TypeError(f"the closure must return the loss, a tensor or a number; it returned {type(value).__name__}") from None
 
 
-def mean_totals(closures: Sequence[Closure], randomness: Randomness | None) -> Tensor:
+def mean_totals(closures: Sequence[Closure], conditions: Conditions) -> Tensor:
     """As :func:`mean_loss`, but returns (sum, weight) for a mean over processes: (2,) fp64, on the device of the losses.
 
     A closure that returns a mean has the number of its examples as its weight, or 1 if that is not known.
     """
-    begin_evaluation(randomness)
+    conditions.begin_evaluation()
     found = [closure.totals() if isinstance(closure, BoundClosure) else _totals(closure(), 1) for closure in closures]
     if len(found) == 1:
         return found[0]
@@ -97,15 +79,15 @@ def repeat_examples(inputs: Any, times: int) -> Any:
     return tree_map(lambda x: torch.cat([x] * times) if isinstance(x, Tensor) else x, inputs)
 
 
-def batch_losses(closures: Sequence[BatchClosure], batches: Sequence[Any], times: int, randomness: Randomness | None) -> Tensor:
+def batch_losses(closures: Sequence[BatchClosure], batches: Sequence[Any], times: int, conditions: Conditions) -> Tensor:
     """Makes ``times`` evaluations in one call of each closure. Returns their losses, (times,) fp64, as means over the closures."""
-    losses = [sums / weights for sums, weights in _batch_totals(closures, batches, times, randomness)]
+    losses = [sums / weights for sums, weights in _batch_totals(closures, batches, times, conditions)]
     return losses[0] if len(losses) == 1 else torch.stack(losses).mean(0)
 
 
-def batch_totals(closures: Sequence[BatchClosure], batches: Sequence[Any], times: int, randomness: Randomness | None) -> Tensor:
+def batch_totals(closures: Sequence[BatchClosure], batches: Sequence[Any], times: int, conditions: Conditions) -> Tensor:
     """As :func:`batch_losses`, but returns (sum, weight) for a mean over processes: (times, 2) fp64."""
-    found = _batch_totals(closures, batches, times, randomness)
+    found = _batch_totals(closures, batches, times, conditions)
     if len(found) == 1:
         return torch.stack(found[0], 1)
     weight = torch.stack([weights for _, weights in found]).sum(0)
@@ -113,9 +95,9 @@ def batch_totals(closures: Sequence[BatchClosure], batches: Sequence[Any], times
 
 
 def _batch_totals(
-    closures: Sequence[BatchClosure], batches: Sequence[Any], times: int, randomness: Randomness | None
+    closures: Sequence[BatchClosure], batches: Sequence[Any], times: int, conditions: Conditions
 ) -> list[tuple[Tensor, Tensor]]:
-    begin_evaluation(randomness)
+    conditions.begin_evaluation()
     found = []
     for closure, inputs in zip(closures, batches, strict=True):
         examples = count_examples(inputs)
@@ -144,7 +126,8 @@ def _as_totals(value: Any, times: int, examples: int) -> tuple[Tensor, Tensor]:
     sums = parts[0].detach().to(torch.float64).view(times, examples).sum(1)
     if len(parts) == 1:
         return sums, torch.full_like(sums, examples)
-    return sums, parts[1].detach().to(torch.float64).view(times, examples).sum(1)
+    weights = parts[1].detach().to(torch.float64).view(times, examples)
+    return sums, keep_where(weights == weights[:1], weights).sum(1)
 
 
 def pair_closures(closure: Any, inputs: Any) -> tuple[list[Any], list[Any] | None]:
@@ -153,7 +136,10 @@ def pair_closures(closure: Any, inputs: Any) -> tuple[list[Any], list[Any] | Non
     single = callable(closure)
     closures = [closure] if single else list(closure) if isinstance(closure, Iterable) else []
     if not closures or not all(map(callable, closures)):
-        raise TypeError("step() needs a closure that returns the loss (or a sequence of them): optimizer.step(lambda: loss_fn())")
+        raise TypeError(
+            "step() needs a closure that returns the loss (or a sequence of them): optimizer.step(lambda: loss_fn()); in a loop "
+            "that calls loss.backward(), build the optimiser with drive='backward'"
+        )
     if inputs is None:
         return closures, None
     batches = [inputs] if single else list(inputs)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..model.interrupts import deferred_interrupt
 from ..model.losses import Closure
 from ..model.passes import Update
+from ..model.weighed import StepClosure
 from .groups import rates_of
 from .optimizer import ZerothOrderOptimizer
 from .steps import Rates, StepInfo
@@ -117,6 +118,7 @@ class CapturedStep:
         if stepper.skipped_total is not info.skipped_total:  # steps were taken outside of the graphs
             info.skipped_total.copy_(stepper.skipped_total, non_blocking=True)
             info.skipped_in_a_row.copy_(stepper.skipped_in_a_row, non_blocking=True)
+            info.flat.copy_(stepper.flat, non_blocking=True)
         values = [(group["lr"], group["weight_decay"]) for group in self._optimizer.param_groups]
         if any(isinstance(v, Tensor) for pair in values for v in pair) or values != self._uploaded:
             rates = rates_of(self._optimizer.param_groups, stepper.handle, self._device)
@@ -132,7 +134,7 @@ class CapturedStep:
         if pending is not None:
             twin.pending = dataclasses.replace(pending, step=twin.step - 1)
             twin.applied = twin.last_point
-        plus, minus = twin.evaluate(self._closures)
+        plus, minus = twin.evaluate([StepClosure(closure) for closure in self._closures])
         return twin.conclude(twin.differences(plus, minus), plus, minus, self._rates)
 
     @torch.no_grad()
@@ -156,6 +158,7 @@ class CapturedStep:
                 "model.eval(), or give the optimiser common_random_numbers=False"
             )
         self._twin.skipped_total, self._twin.skipped_in_a_row = static.skipped_total, static.skipped_in_a_row
+        self._twin.flat = static.flat
         return static, None if pending is None else _clone(pending)
 
     def _record(self, pending: Update | None) -> Callable[[], None]:

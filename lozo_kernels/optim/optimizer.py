@@ -13,9 +13,11 @@ from ..kernels.checks import check_number
 from ..model.backward import Backward
 from ..model.config import OPTIONS, check_names
 from ..model.handle import Handle
-from ..model.interrupts import as_interruptible, deferred_interrupt
+from ..model.interrupts import deferred_interrupt
 from ..model.losses import Closure, pair_closures
 from ..model.patching import DriveOptions, patch
+from ..model.weighed import StepClosure
+from .advice import DRIVEN, IN_A_CLOSURE, FirstStep, explain
 from .groups import check_cover, groups_of, named_group, rates_of, trained_names
 from .parallel import Parallel, as_parallel, shared_shards
 from .state import load_state, state_of
@@ -140,6 +142,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             if together is None and handle.backward is None:
                 together = shared_shards(handle.model)
             self.stepper = Stepper(handle, settings, together)
+            self._stepped = False
             super().__init__(groups_of(handle, params), {"lr": lr, "weight_decay": weight_decay})
             check_cover(self.param_groups, handle)
             if settings.momentum:
@@ -178,7 +181,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         Args:
             closure: returns the loss of a batch as a one-element tensor or a number, without calling backward; it is called
                 once per evaluation and must mean the same batch each time. Several closures are micro-batches: their mean is
-                the objective of the step.
+                the objective of the step. A closure may also return (sum, weight), a sum of losses and how many they are: their
+                quotient is the loss, and the weight is a whole number that is the same at all evaluations.
             inputs: what the closure is called with, a tensor or any nest of tensors, examples first; one for each of several
                 closures. The closure may then return one loss per example, or (sums, weights) of the examples, and must for
                 ``evaluation="batched"``, where it gets the examples once for each evaluation. None: it is called without.
@@ -190,6 +194,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
         Raises:
             TypeError: no closure, or one that does not return a loss.
+            ValueError: a closure returned two values, of which the second counts nothing (an accuracy).
             RuntimeError: with ``drive="backward"``, nothing was backpropagated since the last step.
             BatchSplitError: the model cannot evaluate several points in one forward pass.
             NonFiniteLossError: see ``max_nonfinite``.
@@ -203,16 +208,21 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         closures, batches = pair_closures(closure, inputs)
         if self.evaluation == "batched" and batches is None:
             raise TypeError("evaluation='batched' needs step(closure, inputs), with a closure that takes the inputs")
+        first = None if self._stepped else FirstStep(self.handle.parameters)
         with stepper.alone(), deferred_interrupt():
             try:
-                plus, minus = stepper.evaluate([as_interruptible(one) for one in closures], batches)
+                plus, minus = stepper.evaluate([StepClosure(one) for one in closures], batches)
                 info = self._conclude(stepper.differences(plus, minus), plus, minus)
-            except BaseException:
+            except BaseException as e:
                 stepper.go_back()
+                explain(e, IN_A_CLOSURE)
                 raise
             if stepper.parallel is not None:
                 settings = [float(group[key]) for group in self.param_groups for key in ("lr", "weight_decay")]
                 stepper.parallel.committed(info, settings)
+        if first is not None:
+            first.check()
+            self._stepped = True
         stepper.watch(info.loss)
         return info.loss
 
@@ -226,15 +236,19 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if inputs is not None:
             raise TypeError("with drive='backward' the model is called with its inputs before step()")
         if closure is not None:
-            with torch.enable_grad():
-                closure()
+            try:
+                with torch.enable_grad():
+                    closure()
+            except RuntimeError as e:
+                explain(e, DRIVEN)
+                raise
         info = self._conclude(*backward.take())
         self.stepper.watch(info.loss)
         return info.loss
 
     @torch.no_grad()
     def estimate(self, closure: Closure) -> tuple[Tensor, Tensor]:
-        return self.stepper.estimate([as_interruptible(closure)])
+        return self.stepper.estimate([StepClosure(closure)])
 
     def flush(self) -> None:
         """Makes an update that ``fuse_steps`` left pending. Without one this does nothing."""

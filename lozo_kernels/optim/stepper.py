@@ -18,12 +18,12 @@ from torch import Tensor
 
 from ..errors import NonFiniteLossError
 from ..kernels.calls import Step
+from ..model.conditions import Conditions
 from ..model.handle import Handle, Perturbation
 from ..model.interrupts import deferred_interrupt
 from ..model.losses import (
     BatchClosure,
     Closure,
-    Randomness,
     batch_losses,
     batch_totals,
     bind_inputs,
@@ -32,6 +32,7 @@ from ..model.losses import (
     mean_totals,
 )
 from ..model.passes import Update
+from .flat import FLAT_STEPS, why_flat
 from .parallel import Parallel
 from .readback import Readback
 from .steps import Rates, StepInfo, StepLog, StepSettings
@@ -54,7 +55,7 @@ class Stepper:
         info: what the last step saw.
         pending: the update of the last step, if it is left for the next pass over the weights (``fuse_steps``).
         applied: the perturbation that is in the weights now, or None. While an update is pending it is that of the update's step.
-        skipped_total, skipped_in_a_row: 0-dim integers, as in :class:`StepInfo`.
+        skipped_total, skipped_in_a_row, flat: 0-dim integers, as in :class:`StepInfo`.
     """
 
     def __init__(self, handle: Handle, settings: StepSettings, parallel: Parallel | None = None) -> None:
@@ -68,6 +69,8 @@ class Stepper:
         self.applied: Perturbation | None = None
         self.skipped_total = torch.zeros((), dtype=torch.int64, device="cpu")
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device="cpu")
+        self.flat = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._warned_flat = False
         self._moves = 0
         self._batches_checked = False
         self._watched = Readback()
@@ -122,14 +125,18 @@ class Stepper:
             (directions,) fp64 each, on the device of the loss; with ``parallel`` those of all processes.
         """
         settings = self.settings
-        randomness = Randomness(self.handle.devices) if settings.common_random_numbers else None
+        conditions = self.handle.conditions(randomness=settings.common_random_numbers)
         alone = closures if batches is None else bind_inputs(closures, batches)
-        self.handle.prepare(alone, randomness, step=0 if isinstance(self.step, Tensor) else self.step)
-        if settings.evaluation == "batched":
-            assert batches is not None
-            plus, minus = self._evaluate_together(closures, batches, randomness)
-        else:
-            plus, minus = self._evaluate_in_turn(alone, randomness)
+        self.handle.prepare(alone, conditions, step=0 if isinstance(self.step, Tensor) else self.step)
+        try:
+            if settings.evaluation == "batched":
+                assert batches is not None
+                plus, minus = self._evaluate_together(closures, batches, conditions)
+            else:
+                plus, minus = self._evaluate_in_turn(alone, conditions)
+        except BaseException:
+            conditions.put_back()  # the step was not taken
+            raise
         if self.parallel is None:
             return torch.stack(plus), torch.stack(minus)
         return self.parallel.combine(self.count, plus, minus, settings.directions)
@@ -167,6 +174,8 @@ class Stepper:
         """
         moved = c * torch.clamp(rates.lr.max() * _LARGEST_DIRECTION, min=1.0)
         good = torch.isfinite(moved.to(torch.float32)).all()  # kernels compute in fp32: a loss of 1e38 is finite, its update is not
+        flat = self.flat.to(c.device, non_blocking=True)
+        flat = torch.where(c.any(), flat - 1, flat + 1).clamp(min=0)  # a c that is not a number is not zero
         c = torch.where(good, c, 0.0)
         beta = None
         if self.settings.momentum:  # rounded to fp32, whatever torch's default dtype is
@@ -176,7 +185,7 @@ class Stepper:
         total = self.skipped_total.to(c.device, non_blocking=True) + ~good
         in_a_row = (self.skipped_in_a_row.to(c.device, non_blocking=True) + 1) * ~good
         number = -1 if isinstance(self.step, Tensor) else self.step
-        return update, StepInfo(number, self.mean(plus, minus), plus, minus, c, ~good, total, in_a_row)
+        return update, StepInfo(number, self.mean(plus, minus), plus, minus, c, ~good, total, in_a_row, flat)
 
     def commit(self, update: Update, info: StepInfo) -> None:
         """Takes the step: makes the update or leaves it pending. A journal records the step before the weights change."""
@@ -274,18 +283,21 @@ class Stepper:
             self.applied = target
 
     def watch(self, loss: Tensor) -> None:
-        """Warns if losses were not finite, and raises NonFiniteLossError after ``max_nonfinite`` in a row. On a GPU this is some
-        steps late, because it does not wait for the device."""
-        counts = self._watched.read(lambda: torch.stack((self.skipped_in_a_row, self.skipped_total)))
+        """Warns if losses were not finite, and raises NonFiniteLossError after ``max_nonfinite`` in a row. Warns once if F(+) and
+        F(-) are equal step after step. On a GPU this is some steps late, because it does not wait for the device."""
+        counts = self._watched.read(lambda: torch.stack((self.skipped_in_a_row, self.skipped_total, self.flat)))
         if counts is None:
             return
-        in_a_row, total = counts
+        in_a_row, total, flat = counts
+        if flat >= FLAT_STEPS and not self._warned_flat and self.info is not None:
+            self._warned_flat = True
+            warnings.warn(why_flat(self.info, self.handle, self.settings.eps), stacklevel=4)
         if in_a_row >= self.settings.max_nonfinite:
             self.flush()
             raise NonFiniteLossError(
                 f"the loss, or the step that it asks for, was not finite {in_a_row} steps in a row (last loss: {float(loss)}, at "
-                f"step {self.count - 1}); the weights are those of the last good step. Lower lr or eps, or look for overflow in "
-                "half precision"
+                f"step {self.count - 1}); the weights are those of the last good step. Lower lr or eps, look for overflow in "
+                "half precision, or, if closures return (sum, weight), for weights that are no counts"
             )
         if in_a_row:
             warnings.warn(
@@ -297,13 +309,13 @@ class Stepper:
         self.step = self.count + 1
         self._moves = 0
         self.info = info
-        self.skipped_total, self.skipped_in_a_row = info.skipped_total, info.skipped_in_a_row
+        self.skipped_total, self.skipped_in_a_row, self.flat = info.skipped_total, info.skipped_in_a_row, info.flat
 
     def _is_mine(self, direction: int) -> bool:
         """Whether this process evaluates a direction."""
         return self.parallel is None or self.parallel.evaluates(direction, self.settings.directions)
 
-    def _evaluate_in_turn(self, closures: Sequence[Closure], randomness: Randomness | None) -> tuple[list[Tensor], list[Tensor]]:
+    def _evaluate_in_turn(self, closures: Sequence[Closure], conditions: Conditions) -> tuple[list[Tensor], list[Tensor]]:
         plus: list[Tensor] = []
         minus: list[Tensor] = []
         evaluate = mean_loss if self.parallel is None else mean_totals
@@ -311,21 +323,21 @@ class Stepper:
         if not two_sided:
             if self.pending is not None:
                 self.make(self.pending)
-            minus = [evaluate(closures, randomness)] * sum(map(self._is_mine, range(directions)))
+            minus = [evaluate(closures, conditions)] * sum(map(self._is_mine, range(directions)))
         for d in range(directions):
             # Other processes' directions are moved along too: every move rounds the weights, and all processes have to round alike.
             mine = self._is_mine(d)
             self.move((d, eps))
             if mine:
-                plus.append(evaluate(closures, randomness))
+                plus.append(evaluate(closures, conditions))
             if two_sided:
                 self.move((d, -eps))
                 if mine:
-                    minus.append(evaluate(closures, randomness))
+                    minus.append(evaluate(closures, conditions))
         return plus, minus
 
     def _evaluate_together(
-        self, closures: Sequence[BatchClosure], batches: Sequence[Any], randomness: Randomness | None
+        self, closures: Sequence[BatchClosure], batches: Sequence[Any], conditions: Conditions
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Makes all evaluations in one call of each closure."""
         handle, two_sided = self.handle, self.settings.two_sided
@@ -333,14 +345,14 @@ class Stepper:
         if len(examples) > 1:
             raise ValueError(f"micro-batches that are evaluated together have one number of examples, not {sorted(examples)}")
         if not self._batches_checked:
-            self._batches_checked = handle.check_batches(closures, batches, randomness, step=self.count)
+            self._batches_checked = handle.check_batches(closures, batches, conditions, step=self.count)
         offsets = [point for point in self.points if self._is_mine(point[0])]
         if not two_sided:
             offsets.append((0, 0.0))
         try:
             handle.spread_(self.step, offsets, examples.pop())
             evaluate = batch_losses if self.parallel is None else batch_totals
-            losses = evaluate(closures, batches, len(offsets), randomness)
+            losses = evaluate(closures, batches, len(offsets), conditions)
         finally:
             handle.rest_()
         if two_sided:

@@ -54,6 +54,7 @@ class StepInfo:
         c: (directions,) projected gradients; 0 when the update was skipped.
         skipped: 0-dim bool: a loss was not finite and the update was skipped.
         skipped_total, skipped_in_a_row: 0-dim integers: skipped updates so far, and those since the last that was made.
+        flat: 0-dim integer: by how many the recent steps in which F(+) and F(-) were equal in every bit outnumber the others.
     """
 
     step: int
@@ -64,6 +65,7 @@ class StepInfo:
     skipped: Tensor
     skipped_total: Tensor
     skipped_in_a_row: Tensor
+    flat: Tensor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 
@@ -42,3 +43,12 @@ class TaskData:
     dev: list[Example]
     source: str
     test: list[Example] = dataclasses.field(default_factory=list)
+
+    def counts(self) -> dict[str, int]:
+        """Train examples of each class by name; empty for a task without classes, or where labels were not read."""
+        counts = collections.Counter(e.label for e in self.train if e.label is not None)
+        return {name: counts[i] for i, name in enumerate(self.task.labels)} if counts else {}
+
+    def without_examples(self) -> list[str]:
+        """Classes of which no train example is left."""
+        return [name for name, count in self.counts().items() if not count]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,10 @@ from typing import Any
 from ...errors import InputError
 from ..methods import METHODS
 from ..settings import Settings
-from ..tasks import TASKS, TEXT, Hub, Row, Task
+from ..tasks import TASKS, Hub, Row, Task
 from .examples import DEV_NAMES, Example, TaskData, relabelled
+from .files import read_rows, spell
+from .own import hold_out, task_of
 
 
 def read_examples(path: Path, task: Task, labelled: bool = True) -> list[Example]:
@@ -22,22 +22,27 @@ def read_examples(path: Path, task: Task, labelled: bool = True) -> list[Example
     Args:
         labelled: read the labels of a classification task; otherwise only its texts.
     """
-    examples = _examples(_read_rows(path), task, labelled)
+    examples = _examples(read_rows(path), task, labelled)
     if not examples:
         raise InputError(f"{path}: no examples")
     return examples
 
 
-def load_texts(settings: Settings) -> TaskData:
+def load_texts(settings: Settings, own: Task | None = None) -> TaskData:
     """The examples that resolved settings ask for, as train and dev.
+
+    Args:
+        own: the task of a file that comes without one; None: what its rows say.
 
     Raises:
         InputError: a file is missing or malformed, a label is none of the classes, or there are no examples.
     """
     labelled = settings.objective != "lm"
     if settings.train_file is not None:
-        return _from_files(settings, labelled)
-    task = TASKS[settings.task or ""]
+        return _from_files(settings, labelled, own)
+    if settings.task is None and own is None:
+        raise InputError("--dev-file goes with --task, or with the --checkpoint of a run")
+    task = own if settings.task is None and own is not None else TASKS[settings.task or ""]
     needs_train = METHODS[settings.method].trains or settings.method == "icl"
     if settings.dev_file is not None:  # zero-shot
         return TaskData(task, [], read_examples(Path(settings.dev_file), task, labelled), settings.dev_file)
@@ -53,46 +58,14 @@ def load_texts(settings: Settings) -> TaskData:
     return _from_hub(task, task.hub, labelled, needs_train)
 
 
-def _from_files(settings: Settings, labelled: bool) -> TaskData:
+def _from_files(settings: Settings, labelled: bool, own: Task | None) -> TaskData:
     train_path = Path(settings.train_file or "")
-    task = TASKS[settings.task] if settings.task else _task_of(train_path)
+    task = TASKS[settings.task] if settings.task else own or task_of(train_path, labelled=labelled)
     train = read_examples(train_path, task, labelled)
     if settings.dev_file is not None:
         return TaskData(task, train, read_examples(Path(settings.dev_file), task, labelled), f"{train_path}, {settings.dev_file}")
-    # Equal texts stay on one side, or the dev loss would be that of examples seen in training.
-    texts = sorted({e.texts for e in train})
-    if len(texts) < 2:
-        raise InputError(f"{train_path}: one example is too few to hold some out; give --dev-file")
-    random.Random(settings.drawing_seed).shuffle(texts)
-    held_out = set(texts[: max(1, len(texts) // 10)])
-    return TaskData(
-        task,
-        [e for e in train if e.texts not in held_out],
-        [e for e in train if e.texts in held_out],
-        f"{train_path}, a tenth of it held out",
-    )
-
-
-def _task_of(path: Path) -> Task:
-    """The task of a file that comes without one: classification where its rows have labels, else language modelling."""
-    values = [(where, row["label"]) for where, row in _read_rows(path) if "label" in row]
-    if not values:
-        return TEXT
-    where, first = values[0]
-    if type(first) in (int, str) and all(type(v) is type(first) for _, v in values):
-        labels = tuple(sorted({str(v) for _, v in values}, key=type(first)))
-        if type(first) is str or labels == tuple(map(str, range(len(labels)))):
-            fields = _fields_of(next(row for _, row in _read_rows(path)), where)
-            return Task(path.stem, "classification", fields, labels=labels)
-    raise InputError(f"{where}: labels are either all names or the numbers 0, 1, 2, ... without a gap; give --task for others")
-
-
-def _fields_of(row: Row, where: str) -> tuple[tuple[str, ...], ...]:
-    pair, single = TASKS["rte"].fields, TEXT.fields
-    for fields in (single, pair):
-        if all(any(name in row for name in names) for names in fields):
-            return fields
-    raise InputError(f"{where}: no text field ({_spell(single)}, or for pairs {_spell(pair)})")
+    train, dev, source = hold_out(train_path, train, settings.drawing_seed)
+    return TaskData(task, train, dev, source)
 
 
 def _find(folder: Path, task: Task, needs_train: bool) -> tuple[Path | None, Path]:
@@ -120,29 +93,6 @@ def _from_hub(task: Task, hub: Hub, labelled: bool, needs_train: bool) -> TaskDa
 
 def _numbered(rows: Iterable[Row], name: str) -> Iterator[tuple[str, Row]]:
     return ((f"{name}, row {i}", row) for i, row in enumerate(rows))
-
-
-def _read_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """(file and line, row) of a jsonl file; of any other file, each line that is not blank as the field ``text``."""
-    jsonl = path.suffix in (".jsonl", ".json")
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                where = f"{path}, line {number}"
-                if not line.strip():
-                    continue
-                if not jsonl:
-                    yield where, {"text": line.strip()}
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as e:
-                    raise InputError(f"{where}: not JSON ({e})") from None
-                if not isinstance(row, dict):
-                    raise InputError(f"{where}: a JSON object is needed, this is {type(row).__name__}")
-                yield where, row
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path}: not UTF-8 text ({e})") from None
 
 
 def _examples(rows: Iterable[tuple[str, Row]], task: Task, labelled: bool, skip_unlabelled: bool = False) -> list[Example]:
@@ -193,21 +143,19 @@ def _text(row: Row, names: tuple[str, ...], where: str) -> str:
             if not isinstance(row[name], str) or not row[name].strip():
                 raise InputError(f"{where}: {name!r} is {row[name]!r}, a text is needed")
             return row[name]
-    raise InputError(f"{where}: no field {_spell((names,))}")
+    raise InputError(f"{where}: no field {spell(names)}")
 
 
 def _class_index(value: Any, task: Task, where: str) -> int:
-    if isinstance(value, bool):
+    if isinstance(value, bool) or value in ("True", "False"):  # the latter as tables have them
         value = str(value).lower()
     if isinstance(value, str) and value in task.labels:
         return task.labels.index(value)
+    if isinstance(value, str) and value.isascii() and value.isdecimal():
+        value = int(value)
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(task.labels):
         return value
     raise InputError(
         f"{where}: label {value!r} is none of the {len(task.labels)} classes of {task.name}: "
         + ", ".join(f"{i} {name}" if name != str(i) else name for i, name in enumerate(task.labels))
     )
-
-
-def _spell(fields: Iterable[tuple[str, ...]]) -> str:
-    return " and ".join(" or ".join(map(repr, names)) for names in fields)

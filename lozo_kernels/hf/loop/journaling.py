@@ -10,14 +10,13 @@ from typing import Any
 
 from ...errors import InputError, JournalError
 from ...journal import Journal, RecordedRun, read_journal
+from ..command_line import check_options
 from ..data.examples import TaskData
 from ..objectives import Encoded
 from ..settings import Settings
 from .drivers import Driver, ZerothOrder
+from .folder import BEST, EXTENDED, JOURNAL, METRICS, MODEL, read_object, read_summary
 from .records import StepRecord, read_metrics
-
-JOURNAL = "run.journal"
-"""Its name in the folder of a run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +27,13 @@ class Keeper:
         path: the file.
         about: what it says of the run.
         goes_on_at: steps that a resumed run keeps; None for a new one.
+        extended: steps that it is to take in all, where that is not what its journal says.
     """
 
     path: Path
     about: dict[str, Any]
     goes_on_at: int | None = None
+    extended: int | None = None
 
     def attach(self, driver: Driver) -> Driver:
         """Begins the journal of a zeroth-order driver, or brings it to where its run was. Other methods have none.
@@ -52,10 +53,13 @@ class Keeper:
         return driver
 
 
-def new_keeper(output: Path, settings: Settings, data: TaskData, objective: str, encoded: list[Encoded]) -> Keeper:
-    """The keeper of a run that begins in a folder with these train examples."""
+def new_keeper(
+    output: Path, settings: Settings, data: TaskData, objective: str, encoded: list[Encoded], dev: list[Encoded]
+) -> Keeper:
+    """The keeper of a run that begins in a folder with these train and dev examples."""
     task = {"name": data.task.name, "kind": data.task.kind, "labels": list(data.task.labels)}
     about = {"settings": settings.to_dict(), "objective": objective, "task": task, "data": _digest(data, encoded)}
+    about["scored"] = _digest_scored(data, dev)
     return Keeper(output / JOURNAL, about)
 
 
@@ -63,31 +67,57 @@ def resumed_keeper(keeper: Keeper) -> Keeper:
     """The keeper of a run that goes on after the last step that both its journal and its metrics have.
 
     Raises:
-        InputError: the data are not those of the run, or it is done.
+        InputError: the data are not those of the run, or it has taken all its steps.
     """
     run = read_run_journal(keeper.path)
     folder = keeper.path.parent
     if run.header.about.get("data") != keeper.about["data"]:
         raise InputError(f"--resume {folder}: the train examples are not those that the run had")
+    if run.header.about.get("scored", keeper.about["scored"]) != keeper.about["scored"]:
+        raise InputError(f"--resume {folder}: the dev or test examples are not those that the run had")
     wanted = keeper.about["settings"]["steps"]
-    if run.fingerprint is not None and run.steps >= wanted and (folder / "summary.json").exists():
-        raise InputError(f"--resume {folder}: the run has taken all of its {wanted} steps")
-    logged = {record.step for _, record in read_metrics(folder / "metrics.jsonl") if isinstance(record, StepRecord)}
+    summary = read_summary(folder)
+    if run.fingerprint is not None and run.steps >= wanted and summary is not None and summary.get("stopped") is None:
+        raise InputError(f"--resume {folder}: the run has taken all of its {wanted} steps; --steps N goes on to N steps")
+    logged = {record.step for _, record in read_metrics(folder / METRICS) if isinstance(record, StepRecord)}
     whole = next((i for i in range(len(logged) + 1) if i not in logged), 0)
-    return dataclasses.replace(keeper, goes_on_at=min(run.steps, whole))
+    extended = None if wanted == recorded_settings(run).steps else wanted
+    return dataclasses.replace(keeper, goes_on_at=min(run.steps, whole), extended=extended)
 
 
-def settings_of(folder: Path) -> Settings:
+def settings_of(folder: Path, steps: int | None = None) -> Settings:
     """The settings of a run that was ended, from its journal.
 
+    Args:
+        steps: the run is to take so many steps in all; None: as many as it was to take.
+
     Raises:
-        InputError: the folder has none.
+        InputError: the folder has no journal, or the run cannot take more steps.
     """
     if not (folder / JOURNAL).is_file():
         raise InputError(
             f"--resume {folder}: there is no {JOURNAL}; a run has one from its first step on, if its method is zeroth-order"
         )
-    return dataclasses.replace(recorded_settings(read_run_journal(folder / JOURNAL)), output=str(folder))
+    run = read_run_journal(folder / JOURNAL)
+    settings = dataclasses.replace(recorded_settings(run), output=str(folder))
+    extended = (read_object(folder / EXTENDED) or {}).get("steps")
+    if isinstance(extended, int):
+        settings = dataclasses.replace(settings, steps=extended)
+    if steps is None or steps == settings.steps:
+        return settings
+    if settings.lr_schedule not in (None, "constant"):
+        raise InputError(
+            f"--resume {folder} --steps {steps}: the {settings.lr_schedule} schedule of the run ends after {settings.steps} steps, "
+            f"and a run of {steps} has other rates from its first step on: begin one with --model {folder / MODEL}"
+        )
+    if steps < run.steps:
+        raise InputError(f"--resume {folder} --steps {steps}: the run has taken {run.steps} steps; lozo-kernels revert goes back")
+    if settings.keep == "best" and read_summary(folder) is not None and not (folder / BEST).exists():
+        raise InputError(
+            f"--resume {folder} --steps {steps}: the run ended with --keep best and has only the best of its weights: "
+            f"begin a run with --model {folder / MODEL}"
+        )
+    return dataclasses.replace(settings, steps=steps)
 
 
 def find_journal(path: Path) -> Path:
@@ -110,13 +140,21 @@ def read_run_journal(path: Path) -> RecordedRun:
 def recorded_settings(run: RecordedRun) -> Settings:
     """The settings that a journal records.
 
+    It may be anybody's: they are checked here, and it cannot say that code is trusted. Weights that a checkpoint lacks are
+    allowed, because fingerprints tell whether a model is the one that the run started from.
+
     Raises:
-        InputError: it records none.
+        InputError: it records none, or one is of the wrong type or out of range.
     """
     try:
-        return Settings(**run.header.about["settings"])
+        settings = Settings(**run.header.about["settings"] | {"trust_remote_code": False, "allow_missing_weights": True})
     except (KeyError, TypeError):
         raise InputError(f"{run.source} was not written by lozo-kernels finetune, so it does not say how to go on") from None
+    try:
+        check_options(settings)
+    except InputError as e:
+        raise InputError(f"{run.source} holds settings that no run has: {e}") from None
+    return settings
 
 
 def _digest(data: TaskData, encoded: list[Encoded]) -> str | None:
@@ -124,3 +162,12 @@ def _digest(data: TaskData, encoded: list[Encoded]) -> str | None:
     if data.task.kind == "image":
         return None
     return hashlib.blake2b(json.dumps([repr(e) for e in encoded]).encode(), digest_size=16).hexdigest()
+
+
+def _digest_scored(data: TaskData, dev: list[Encoded]) -> str:
+    """A digest of what a run is scored on: dev examples as the model sees them, and test examples. Images by name and class."""
+    if data.task.kind == "image":
+        seen = [[Path(e.texts[0]).name, str(e.label)] for e in (*data.dev, *data.test)]
+    else:
+        seen = [[repr(e)] for e in (*dev, *data.test)]
+    return hashlib.blake2b(json.dumps(seen).encode(), digest_size=16).hexdigest()

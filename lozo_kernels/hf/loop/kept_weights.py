@@ -9,6 +9,7 @@ import torch
 
 from ...errors import require
 from ...model.files import replacing
+from .folder import BEST
 from .processes import is_first
 from .records import EvalRecord
 
@@ -23,33 +24,61 @@ class KeptWeights:
         earlier: evaluations that a run that goes on has behind it; the file of the best of them is there.
 
     Attributes:
-        step: steps after which the model had these weights; None before the first evaluation.
+        note: what the user should know of the weights that the run ended with; None if they are those that were asked for.
     """
 
     def __init__(self, model: torch.nn.Module, folder: Path, *, best: bool, earlier: Sequence[EvalRecord] = ()) -> None:
-        self._model, self._path, self._best = model, folder / "best.safetensors", best
-        trained = [e for e in earlier if e.step > 0] if best else []
-        lowest = min(trained, key=lambda e: e.loss, default=None)
-        self._lowest = float("inf") if lowest is None else lowest.loss
-        self.step: int | None = None if lowest is None else lowest.step
+        self._model, self._path, self._best = model, folder / BEST, best
+        self._lowest = float("inf")
+        self._step: int | None = None
+        self.note: str | None = None
+        for evaluation in earlier:
+            self._improves(evaluation)
 
     def offer(self, evaluation: EvalRecord) -> None:
         """Keeps the weights as they are now if no evaluation was better. Every process calls this; the first one writes."""
-        if not self._best:
-            self.step = evaluation.step
-        elif evaluation.loss < self._lowest:
-            self._lowest, self.step = evaluation.loss, evaluation.step
+        if self._best and self._improves(evaluation):
             state = self._model.state_dict()
             if is_first():
                 tensors = {name: p.detach().cpu().clone().contiguous() for name, p in state.items()}
                 with replacing(self._path) as part:
-                    require("safetensors.torch").save_file(tensors, str(part))
+                    require("safetensors.torch").save_file(tensors, str(part), metadata={"step": str(evaluation.step)})
 
-    def load(self) -> None:
-        """Puts the kept weights into the model of the first process, which saves it."""
-        if self._best and self._path.exists() and is_first():
+    def load(self, steps_done: int) -> int:
+        """Puts the kept weights into the model of the first process, which saves it.
+
+        Returns:
+            Steps after which the model had the weights that it has now: ``steps_done`` where none are kept.
+        """
+        if not self._best:
+            return steps_done
+        if self._step is None:
+            self.note = "no dev loss was a finite number, so that none was the best: the weights are those of the last step"
+            return steps_done
+        if is_first() and not self._is_of(self._step):
+            self.note = (
+                f"the weights of the lowest dev loss, after {self._step} steps, are no longer in {self._path}; those of the "
+                f"last step were saved; lozo-kernels replay --journal {self._path.parent} --step {self._step} makes them"
+            )
+            return steps_done
+        if is_first():
             self._model.load_state_dict(require("safetensors.torch").load_file(str(self._path)))
+        return self._step
 
     def discard(self) -> None:
-        """Removes the file, once the model is saved."""
+        """Removes the file, once the model is saved and the run is over."""
         self._path.unlink(missing_ok=True)
+
+    def _improves(self, evaluation: EvalRecord) -> bool:
+        """Takes note of an evaluation; whether none before had a lower loss. NaN is no loss, and step 0 no training."""
+        if evaluation.step == 0 or not evaluation.loss < self._lowest:
+            return False
+        self._lowest, self._step = evaluation.loss, evaluation.step
+        return True
+
+    def _is_of(self, step: int) -> bool:
+        """Whether the file has the weights after so many steps. A file of an earlier version does not say."""
+        if not self._path.exists():
+            return False
+        with require("safetensors").safe_open(str(self._path), framework="pt") as file:
+            return (file.metadata() or {}).get("step", str(step)) == str(step)

@@ -8,10 +8,12 @@ import dataclasses
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
+
+from ..objectives import Encoded, Objective
 
 T = TypeVar("T")
 
@@ -133,6 +135,17 @@ def forward_peak(closure: Callable[[], object], device: torch.device) -> int | N
     with peak_memory(device) as memory:
         closure()
     return memory.bytes
+
+
+def inference_peaks(
+    objective: Objective, model: torch.nn.Module, batches: Sequence[Sequence[Encoded]], device: torch.device
+) -> list[int | None]:
+    """The peak memory of a forward pass of each batch, see :func:`forward_peak`; the batch itself counts, as in a step."""
+
+    def peak(batch: Sequence[Encoded]) -> int | None:
+        return forward_peak(lambda: objective.loss(model, objective.collate(batch, device)), device)
+
+    return [peak(batch) for batch in batches]
 
 
 def _peak_of_events(profile: torch.profiler.profile) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,6 +16,7 @@ from torch import distributed
 
 from ...errors import InputError
 from ..methods import METHODS
+from .meeting import join
 
 if TYPE_CHECKING:
     from ..settings import Settings
@@ -25,7 +26,10 @@ T = TypeVar("T")
 
 def counted() -> tuple[int, int]:
     """(rank, number) of this process among those that torchrun started; (0, 1) without it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    except ValueError as e:
+        raise InputError(f"the variables RANK and WORLD_SIZE, which torchrun sets, are numbers: {e}") from None
 
 
 def is_first() -> bool:
@@ -44,11 +48,10 @@ def part(rows: Sequence[T], parallel: str | None) -> Sequence[T]:
 
 
 @contextlib.contextmanager
-def joined(settings: Settings, resume: bool) -> Iterator[Settings]:
-    """Joins the group of processes and gives the settings of this one.
+def joined(settings: Settings) -> Iterator[Settings]:
+    """Joins the group of processes and gives the settings of this one, which have a device of their own.
 
-    They have a device of their own and, on all but the first process, an output folder that is thrown away at the end. A process
-    that is alone gets the settings as they are, without ``parallel``.
+    A process that is alone gets the settings as they are, without ``parallel``.
 
     Raises:
         InputError: these settings cannot be run by several processes.
@@ -63,18 +66,53 @@ def joined(settings: Settings, resume: bool) -> Iterator[Settings]:
     if device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{local % torch.cuda.device_count()}"
     settings = dataclasses.replace(settings, parallel=settings.parallel or "examples", device=device, compare_steps=0)
-    distributed.init_process_group("gloo")
+    join(rank, size)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            if rank:
-                output = Path(folder) / "run"
-                if resume:
-                    shutil.copytree(str(settings.output), output, ignore=shutil.ignore_patterns("model"))
-                settings = dataclasses.replace(settings, output=str(output))
-            distributed.barrier()  # the first process writes only now to what the others have copied
-            yield settings
+        yield settings
     finally:
         distributed.destroy_process_group()
+
+
+def first_does(work: Callable[[], T]) -> T:
+    """What a call returns in the first process, which alone makes it.
+
+    Raises:
+        InputError: the call raised it, in every process.
+    """
+    if counted()[1] == 1:
+        return work()
+    told: list[tuple[T | None, str | None]] = [(None, None)]
+    if is_first():
+        try:
+            told = [(work(), None)]
+        except InputError as e:
+            told = [(None, str(e))]
+    distributed.broadcast_object_list(told)
+    result, error = told[0]
+    if error is not None:
+        raise InputError(error)
+    return result  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def own_folder(shared: Path, *, copied: bool) -> Iterator[Path]:
+    """The folder that this process writes: the shared one in the first process, elsewhere one that is thrown away at the end.
+
+    Args:
+        copied: what is in the shared folder is in the others too, to go on with.
+    """
+    if counted()[1] == 1:
+        yield shared
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        own = shared
+        if not is_first():
+            own = Path(folder) / "run"
+            own.mkdir()
+            if copied:
+                shutil.copytree(shared, own, ignore=shutil.ignore_patterns("model", ".*"), dirs_exist_ok=True)
+        distributed.barrier()  # the first process writes only now to what the others have copied
+        yield own
 
 
 def _check(settings: Settings, size: int) -> None:

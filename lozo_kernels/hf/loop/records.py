@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ...errors import InputError
 from ...model.files import write_whole
 from ..output import to_json
 
@@ -75,20 +78,60 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[tuple[str, StepRecord | EvalRecord]]:
-    """The lines of a metrics file with what they say, up to one that a killed process left unfinished. Without a file, nothing."""
+    """The lines of a metrics file with what they say, without one at the end that a killed process left unfinished. Without a
+    file, nothing.
+
+    Raises:
+        InputError: a line before the last one is damaged.
+    """
     found: list[tuple[str, StepRecord | EvalRecord]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for line in lines:
         record = _record(line)
-        if record is None:
-            break
-        found.append((line, record))
+        if record is not None:
+            found.append((line, record))
+        elif len(found) + 1 < len(lines):
+            raise InputError(
+                f"{path}, line {len(found) + 1}: this is no line of a run's metrics; without it and those after it, "
+                "finetune --resume goes on from there"
+            )
     return found
 
 
 def _record(line: str) -> StepRecord | EvalRecord | None:
+    """What a line says; None if it is damaged."""
     try:
         values = json.loads(line)
-        kind = StepRecord if values["kind"] == "step" else EvalRecord
-        return kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)})
-    except (ValueError, KeyError, TypeError):
+        kind = {"step": StepRecord, "eval": EvalRecord}[values["kind"]]
+        return kind(**{f.name: _READERS[f.type](values[f.name]) for f in dataclasses.fields(kind)})
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+
+
+def _number(value: Any) -> float:
+    """A number, or NaN where the file has null."""
+    if value is not None and type(value) not in (int, float):
+        raise TypeError
+    return math.nan if value is None else float(value)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise TypeError
+    return value
+
+
+_READERS: dict[Any, Callable[[Any], Any]] = {
+    "int": _count,
+    "float": _number,
+    "bool": _flag,
+    "float | None": lambda value: None if value is None else _number(value),
+    "list[float]": lambda values: [_number(value) for value in values],
+}
+"""How a field is read, by the words of its type."""

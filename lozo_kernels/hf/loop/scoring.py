@@ -73,7 +73,7 @@ def generate_answers(
     max_new_tokens: int,
     device: torch.device,
 ) -> list[str]:
-    """What a causal model writes after the prompts, greedily, up to the end of the line (MeZO's generation).
+    """What a causal model writes after the prompts, greedily, up to the end of the line (MeZO's generation) where answers have one.
 
     Raises:
         InputError: the prompt and ``max_new_tokens`` do not fit in the objective's length together.
@@ -82,7 +82,8 @@ def generate_answers(
     if room < 1:
         raise InputError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in {objective.max_length} tokens")
     tokenizer = objective.tokenizer
-    ends = [t for t in (tokenizer.eos_token_id, _line_end(tokenizer)) if t is not None]
+    one_line = objective.task.answer.endswith("\n")
+    ends = [t for t in (tokenizer.eos_token_id, _line_end(tokenizer) if one_line else None) if t is not None]
     config = require("transformers").GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id, **_GREEDY
     )
@@ -94,7 +95,7 @@ def generate_answers(
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device, dtype=torch.int64)
         written = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
         texts = tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
-        answers += [text.split("\n")[0].strip() for text in texts]
+        answers += [(text.split("\n")[0] if one_line else text).strip() for text in texts]
     return answers
 
 

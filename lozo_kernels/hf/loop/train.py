@@ -25,6 +25,9 @@ from .measure import Stopwatch, peak_memory, since
 from .processes import part
 from .records import EvalRecord, MetricsLog, StepRecord
 
+MEASURED_STEPS = 2
+"""Steps whose memory is measured: some optimisers make their state at the end of the first."""
+
 
 @dataclasses.dataclass
 class Outcome:
@@ -33,16 +36,20 @@ class Outcome:
     Attributes:
         steps_done: steps taken.
         stopped: None if it ran to the end, else "interrupted" or the reason why it could not go on.
-        peak_bytes: most memory alive at once in the first two steps beyond the weights, with V, momentum and activations.
+        peak_bytes: most memory alive at once in the first steps beyond the weights, with V, momentum and activations.
+        measured_steps: how many steps that is of.
         seconds: duration with evaluations.
         backends: names of the backends that changed the weights.
+        kept_step: steps after which the model had the weights that it has at the end.
     """
 
     steps_done: int = 0
     stopped: str | None = None
     peak_bytes: int | None = None
+    measured_steps: int = 0
     seconds: float = 0.0
     backends: list[str] = dataclasses.field(default_factory=list)
+    kept_step: int = 0
 
 
 class BatchSampler:
@@ -108,8 +115,7 @@ def train(
         # Skipped updates are in the log and on the bar, and torch cannot know that step() is called inside take().
         warnings.filterwarnings("ignore", message=".*update skipped|.*lr_scheduler.step", category=UserWarning)
         reader = _StepReader(log, bar, device)
-        # The first step is measured together with the making of the driver, whose V and momentum are part of the peak, and the
-        # second because some optimisers make their state at the end of the first.
+        # The first step is measured together with the making of the driver, whose V and momentum are part of the peak.
         with peak_memory(device) as memory:
             driver = make_driver()
             failing.callback(_give_up, driver)
@@ -119,6 +125,7 @@ def train(
             if first == 0:
                 steps.take()
         outcome.peak_bytes, outcome.backends = memory.bytes, driver.backends
+        outcome.measured_steps = driver.steps_done - first
         try:
             while driver.steps_done < settings.steps:
                 if driver.steps_done % settings.eval_every == 0:
@@ -127,12 +134,13 @@ def train(
                     log.add_evaluation(evaluation)
                     if evaluated is not None:
                         evaluated(evaluation)
-                if driver.steps_done > first + 1:
+                if driver.steps_done >= first + MEASURED_STEPS:
                     steps.take()
                     continue
-                with peak_memory(device) as second:
+                with peak_memory(device) as next_step:
                     steps.take()
-                outcome.peak_bytes = memory.then(second).bytes
+                memory = memory.then(next_step)
+                outcome.peak_bytes, outcome.measured_steps = memory.bytes, driver.steps_done - first
         except KeyboardInterrupt:
             outcome.stopped = "interrupted"
         except (NonFiniteLossError, PeerLostError, DivergenceError) as e:

@@ -14,10 +14,14 @@ from ..objectives import OBJECTIVES, ImageObjective, MaskedPromptObjective
 from ..settings import Settings
 from ..tasks import TASKS, Task
 from .image_reader import make_image_reader
+from .pretrained import first_line, open_config, read_pretrained, unreadable
 
 _ROBERTAS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "xmod")
 POSITIONS_AFTER_PADDING = (*_ROBERTAS, "data2vec-text", "mpnet", "longformer")
 """Kinds of models that number the first token after the padding token, and so have that many positions fewer for tokens."""
+
+EMBEDDED = "the embedded model of 0.3M parameters"
+"""What is trained or scored where no model is named."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,40 +60,20 @@ def open_checkpoint(settings: Settings) -> Checkpoint:
     Raises:
         InputError: they cannot be had, or the model does not read what the task has.
     """
-    path = settings.model or str(MODEL)
+    path, trusted = settings.model or str(MODEL), settings.trust_remote_code
     if settings.task is not None and TASKS[settings.task].kind == "image":
         if settings.model is None:
             raise InputError(f"--task {settings.task} needs --model: the embedded model reads text")
         require("PIL")
-        config = open_config(path)
-        return Checkpoint(path, config, make_image_reader(path, config))
-    config = open_config(path)
-    try:
-        tokenizer = require("transformers").AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as e:
-        raise InputError(f"--model {path}: no usable tokenizer {_where(path)}: {first_line(e).rstrip(':')}") from None
+        config = open_config(path, trusted=trusted)
+        return Checkpoint(path, config, make_image_reader(path, config, trusted=trusted))
+    config = open_config(path, trusted=trusted)
+    tokenizer = read_pretrained(require("transformers").AutoTokenizer, path, "tokenizer", trusted=trusted)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise InputError(f"--model {path}: its tokenizer has neither a padding nor an end token")
         tokenizer.pad_token = tokenizer.eos_token
     return Checkpoint(path, config, tokenizer)
-
-
-def open_config(path: str, what: str = "model") -> Any:
-    """The configuration of a model on the Hub or in a folder.
-
-    Args:
-        what: what is looked for, for the message.
-
-    Raises:
-        InputError: there is none.
-    """
-    transformers = require("transformers")
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        return transformers.AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as e:
-        raise InputError(f"--model {path}: no usable {what} {_where(path)}: {first_line(e)}") from None
 
 
 def load_model(
@@ -98,10 +82,10 @@ def load_model(
     """The model for an objective, in evaluation mode (zeroth-order training runs without dropout).
 
     Returns:
-        The model, and notes for the user: a head that starts from random weights.
+        The model, and notes for the user: what starts from random weights.
 
     Raises:
-        InputError: the weights cannot be read, or have no such head.
+        InputError: the weights cannot be read, have no such head, or, without ``allow_missing_weights``, lack those of a layer.
     """
     transformers = require("transformers")
     kind = OBJECTIVES[objective]
@@ -112,16 +96,23 @@ def load_model(
         options |= {"num_labels": len(names), "id2label": names, "label2id": label2id, "ignore_mismatched_sizes": True}
     torch.manual_seed(settings.seed)  # a fresh head is drawn from torch's global stream
     transformers.utils.logging.disable_progress_bar()
-    try:
-        model, info = getattr(transformers, kind.auto_model).from_pretrained(checkpoint.path, **options)
-    except (OSError, ValueError, RuntimeError, require("safetensors").SafetensorError) as e:
-        raise InputError(f"--model {checkpoint.path}: its weights cannot be read: {first_line(e)}") from None
+    loader = getattr(transformers, kind.auto_model)
+    model, info = read_pretrained(loader, checkpoint.path, "weights", trusted=settings.trust_remote_code, **options)
     if objective != ImageObjective.name and model.config.pad_token_id is None:
         model.config.pad_token_id = checkpoint.tokenizer.pad_token_id
     fresh = sorted({*info["missing_keys"], *(key[0] for key in info.get("mismatched_keys", ()))})
     if not kind.fresh_head:
         _check_head(checkpoint, masked=objective == MaskedPromptObjective.name, fresh=fresh)
+    lacking = [name for name in fresh if not kind.fresh_head or _in_body(model, name)]
+    if lacking and not settings.allow_missing_weights:
+        raise InputError(
+            f"--model {checkpoint.path}: the checkpoint lacks {len(lacking)} of the model's weights, or has them in another shape, "
+            f"e.g. {lacking[0]}; give --allow-missing-weights to start from random ones there"
+        )
     notes = [f"not in the checkpoint, starting from random weights: {', '.join(fresh)}"] if fresh else []
+    unused = sorted(name for name in info["unexpected_keys"] if _in_body(model, name))
+    if unused:
+        notes.append(f"in the checkpoint and not in the model: {len(unused)} weights, e.g. {unused[0]}")
     return model.to(device).eval(), notes
 
 
@@ -134,8 +125,8 @@ def load_adapter(model: Any, folder: Path) -> Any:
     peft = require("peft", extra="peft")
     try:
         return peft.PeftModel.from_pretrained(model, str(folder)).eval()
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, require("safetensors").SafetensorError) as e:
-        raise InputError(f"--checkpoint {folder}: no usable adapter: {first_line(e)}") from None
+    except Exception as e:  # as in read_pretrained
+        raise unreadable(e, f"--checkpoint {folder}", "adapter", "there") from e
 
 
 def pick_device(name: str) -> torch.device:
@@ -156,15 +147,6 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, up to the end of its first line that is not blank; its kind if it says nothing."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _where(path: str) -> str:
-    return "in that folder" if Path(path).is_dir() else "as a folder or on the Hub"
-
-
 def _check_head(checkpoint: Checkpoint, *, masked: bool, fresh: list[str]) -> None:
     """Raises InputError if a language model has no head that was trained.
 
@@ -175,3 +157,9 @@ def _check_head(checkpoint: Checkpoint, *, masked: bool, fresh: list[str]) -> No
         lack = f" (it lacks {fresh[0]})" if fresh else ""
         kind = "masked" if masked else "causal"
         raise InputError(f"--model {checkpoint.path} is no {kind} language model{lack}; use --objective classification")
+
+
+def _in_body(model: Any, name: str) -> bool:
+    """Whether a weight is one that a pretrained model has: not of a new head, and not of the pooler in front of it."""
+    parts = name.split(".")
+    return parts[0] == model.base_model_prefix and "pooler" not in parts

@@ -42,7 +42,7 @@ class ImageReader:
         self.processor.save_pretrained(folder)
 
 
-def make_image_reader(path: str, config: Any) -> ImageReader:
+def make_image_reader(path: str, config: Any, *, trusted: bool = False) -> ImageReader:
     """The reader of a checkpoint, with its processor.
 
     A checkpoint without one gets a processor that scales images to the model's size and pixels to -1 ... 1, as ViT's does.
@@ -55,7 +55,7 @@ def make_image_reader(path: str, config: Any) -> ImageReader:
         raise InputError(f"--model {path}: {config.model_type} models do not classify images")
     channels = getattr(config, "num_channels", 3)
     try:
-        return ImageReader(transformers.AutoImageProcessor.from_pretrained(path), channels)
+        return ImageReader(transformers.AutoImageProcessor.from_pretrained(path, trust_remote_code=trusted), channels)
     except (OSError, ValueError):
         height, width = image_size(config)
     half = [0.5] * channels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,12 +39,17 @@ class PromptedObjective(Objective):
 
     def prompt(self, example: Example) -> str:
         """What the model is asked."""
+        if self.task.chat:
+            return self._chat(json.loads(example.texts[0]), open_answer=True)
         return render(self.task.prompt, example.texts)
 
     def continuations(self, example: Example) -> tuple[str, ...]:
         """What can follow the prompt: the options of the example, or the words of the classes; of a generation, its answer."""
+        if example.answers and self.task.chat:
+            return (self._chat_answer(example),)
         if example.answers:
-            return (f" {example.answers[0]}\n",)
+            form = self.task.answer.replace("{eos}", self.tokenizer.eos_token or "")
+            return (form.replace("{0}", example.answers[0]),)
         return example.options or self.task.words
 
     def solved(self, example: Example) -> str:
@@ -86,8 +92,27 @@ class PromptedObjective(Objective):
         self.shown[len(self._shown) - first] += 1
         return "".join(text + SEPARATOR for text in self._shown[first:]) + prompt
 
+    def _chat_answer(self, example: Example) -> str:
+        """What follows the prompt where the model's template writes the answer, the end of its turn included."""
+        messages = json.loads(example.texts[0])
+        prompt = self._chat(messages, open_answer=True)
+        whole = self._chat([*messages, {"role": "assistant", "content": example.answers[0]}], open_answer=False)
+        if not whole.startswith(prompt):
+            raise InputError("the chat template of this model writes an answered prompt otherwise than an open one: use texts")
+        return whole[len(prompt) :]
+
+    def _chat(self, messages: list[dict[str, str]], *, open_answer: bool) -> str:
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise InputError("the data are chats, and this model has no chat template: use a chat model, or prompt and completion")
+        try:
+            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_answer)
+        except Exception as e:  # a template is a program of the model's, which raises what it likes
+            raise InputError(f"the chat template of this model refuses a chat: {' '.join(str(e).split())}") from None
+        return text
+
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text)["input_ids"]
+        # A chat template writes the special tokens itself.
+        ids: list[int] = self.tokenizer(text, add_special_tokens=not self.task.chat)["input_ids"]
         return ids
 
 

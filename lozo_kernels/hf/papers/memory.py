@@ -17,6 +17,7 @@ from ..loop.building import build_driver
 from ..loop.drivers import Closure
 from ..loop.measure import forward_peak, peak_memory
 from ..methods import METHODS
+from ..models.pretrained import read_pretrained
 from ..reports.plots import plot_memory
 from ..settings import Settings
 from .scales import Request, Row
@@ -36,8 +37,11 @@ def token_loss(model: nn.Module, sequences: int, length: int) -> Closure:
     return lambda: model(input_ids=ids, labels=ids, use_cache=False).loss  # type: ignore[no-any-return]
 
 
-def open_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def open_model(name: str, dtype: torch.dtype, device: torch.device, *, trusted: bool = False) -> nn.Module:
     """A causal model: with random weights for a name of the benchmarks' architectures, otherwise from a folder or the Hub.
+
+    Args:
+        trusted: run Python code that comes with it.
 
     Raises:
         InputError: there is no such model.
@@ -45,11 +49,9 @@ def open_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module
     torch.manual_seed(0)
     if name in MODELS:
         return build_model(name, dtype, device)
-    transformers = require("transformers")
-    try:
-        model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError) as e:
-        raise InputError(f"--model {name}: no usable causal model there, and no architecture of {', '.join(MODELS)}: {e}") from None
+    what = f"causal model, nor an architecture of {', '.join(MODELS)},"
+    loader = require("transformers").AutoModelForCausalLM
+    model: nn.Module = read_pretrained(loader, name, what, trusted=trusted, dtype=dtype)
     return model.to(device).eval()
 
 
@@ -137,7 +139,7 @@ def measure_memory(request: Request, device: torch.device, output: Path) -> Row:
     rows: list[Row] = []
     parameters = 0
     for dtype, methods in dtypes.items():
-        model = open_model(name, getattr(torch, dtype), device)
+        model = open_model(name, getattr(torch, dtype), device, trusted=request.trust_remote_code)
         parameters = sum(p.numel() for p in model.parameters())
         request.say(f"{name} {dtype}: {INFERENCE}")
         closure = token_loss(model, 1, scale.length)

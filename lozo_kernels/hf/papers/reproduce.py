@@ -13,9 +13,10 @@ from ...bench.document import dumps
 from ...bench.environment import OtherLoad, environment
 from ...model.files import write_whole
 from ...model.text_table import markdown_table, number
+from ..loop.folder import claimed, find_run
 from ..methods import METHODS
 from ..models.checkpoint import pick_device
-from ..output import finite, make_folder
+from ..output import finite
 from .memory import INFERENCE, measure_memory
 from .results import TABLES
 from .scales import Request, Row
@@ -33,14 +34,24 @@ def reproduce(request: Request, command: str = "") -> tuple[Row, str]:
         The document, and its table as Markdown.
 
     Raises:
-        InputError: something that the user can put right.
+        InputError: something that the user can put right; the output folder is in use or has other results.
+        KeyboardInterrupt: its message says what the folder holds.
     """
     request.check()
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     device = pick_device(request.device)
+    output, numbered = Path(request.output or f"runs/reproduce-{request.table}"), request.output is None
+    with claimed(output, overwrite=request.overwrite, numbered=numbered, contents=_find_results) as folder:
+        try:
+            return _measure(request, device, folder, command)
+        except KeyboardInterrupt:
+            found = _find_results(folder)
+            raise KeyboardInterrupt(f"{folder} {found}" if found else "") from None
+
+
+def _measure(request: Request, device: torch.device, output: Path, command: str) -> tuple[Row, str]:
     table, scale = request.paper, request.size
-    output = make_folder(Path(request.output or f"runs/reproduce-{table.name}"))
     others = OtherLoad()
     measure = measure_memory if table.name == "memory" else functools.partial(measure_scores, command=command)
     found = measure(request, device, output)
@@ -51,6 +62,14 @@ def reproduce(request: Request, command: str = "") -> tuple[Row, str]:
     text = render(document)
     write_whole(output / "table.md", text + "\n")
     return document, text
+
+
+def _find_results(folder: Path) -> str | None:
+    """What an earlier reproduction left in a folder, for a message; None if nothing would be lost."""
+    if (folder / "results.json").is_file():
+        return "holds the results of a reproduction"
+    runs = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and find_run(path) is not None]
+    return f"holds {len(runs)} runs of a reproduction that was stopped" if runs else None
 
 
 def render(document: Row) -> str:

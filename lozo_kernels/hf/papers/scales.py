@@ -11,7 +11,7 @@ from ...bench.document import progress
 from ...errors import InputError
 from ..command_line import check_options, option
 from ..methods import METHODS
-from ..settings import DTYPES
+from ..settings import DTYPES, MAX_THREADS
 from .results import TABLES, PaperTable
 
 PAPER = "paper"
@@ -60,6 +60,7 @@ class Request:
     table: str = option(choices=tuple(TABLES))
     scale: str | None = option(None, f"{', '.join(SCALES)} (default: {PAPER} with --model, otherwise small)", choices=tuple(SCALES))
     model: str | None = option(None, "name on the Hub or a folder (default: a small one, as the scale says)")
+    trust_remote_code: bool = option(False, "run Python code that comes with the model: only if you have read it")
     methods: tuple[str, ...] | None = option(
         None, f"separated by commas, of {', '.join(METHODS)} (default: the table's)", choices=tuple(METHODS)
     )
@@ -71,9 +72,12 @@ class Request:
         None, f"{', '.join(DTYPES)} (default: float32; without backward float16 on a GPU at scale {PAPER})", choices=DTYPES
     )
     device: str = option("auto", "cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    threads: int | None = option(None, "on the CPU (default: torch's)", low=1)
-    seed: int = option(0)
-    output: str | None = option(None, "folder for results.json, table.md, runs and plots (default: runs/reproduce-TABLE)")
+    threads: int | None = option(None, "on the CPU (default: torch's)", low=1, high=MAX_THREADS)
+    seed: int = option(0, low=0, high=2**63 - 1)
+    output: str | None = option(
+        None, "folder for results.json, table.md, runs and plots (default: runs/reproduce-TABLE, or with -2, ... if one is there)"
+    )
+    overwrite: bool = option(False, "replace what is in --output")
     quiet: bool = option(False, "no progress on stderr")
 
     @property

@@ -61,7 +61,7 @@ def _cell(request: Request, method: str, task: str | None, device: torch.device,
         if not METHODS[method].trains:
             result = evaluate(settings, command=command, quiet=True)
             return _row(result, result) | {"demonstrations": result["demonstrations"]}
-        found.append((finetune(settings, command=command, quiet=True), folder))
+        found.append((finetune(settings, command=command, quiet=True, overwrite=request.overwrite), folder))
         if found[-1][0]["stopped"] == "interrupted":
             raise KeyboardInterrupt
     result, folder = max(found, key=lambda pair: _dev_score(pair[0]))
@@ -112,6 +112,7 @@ def make_settings(
         **{name: value for name, value in values.items() if name not in METHODS[method].foreign},
         method=method,
         model=request.model,
+        trust_remote_code=request.trust_remote_code,
         task=task or language.TASK_NAME,
         data_dir=None if task is None else request.data_dir,
         dtype=request.chosen_dtype(method, device),

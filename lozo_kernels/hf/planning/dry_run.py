@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...errors import InputError, require
-from ..models.checkpoint import first_line
 from ..models.image_reader import image_size
+from ..models.pretrained import in_one_line, unreadable
 
 _HEADS = (
     # ending of an architecture's name, class that builds it, what its loss compares with
@@ -82,6 +82,7 @@ class DryModel:
         config: a configuration of transformers.
         dtype: dtype of its weights.
         batch_size: examples; ``sequence_length``: tokens of each, where it reads text.
+        trusted: build it with the Python code that comes with its configuration, if there is some.
 
     Attributes:
         mode: the context in which the model may be called.
@@ -91,7 +92,7 @@ class DryModel:
         InputError: transformers cannot build such a model, or it reads neither text nor images.
     """
 
-    def __init__(self, config: Any, dtype: torch.dtype, batch_size: int, sequence_length: int) -> None:
+    def __init__(self, config: Any, dtype: torch.dtype, batch_size: int, sequence_length: int, *, trusted: bool = False) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         auto, self._target = _head(config)
         transformers = require("transformers")
@@ -99,9 +100,10 @@ class DryModel:
         transformers.utils.logging.set_verbosity_error()
         try:
             with torch.device("meta"):
-                self.model: nn.Module = getattr(transformers, auto).from_config(config, dtype=dtype).eval()
-        except (ValueError, ImportError) as e:
-            raise InputError(f"no model can be built from this configuration: {first_line(e)}") from None
+                loader = getattr(transformers, auto)
+                self.model: nn.Module = loader.from_config(config, dtype=dtype, trust_remote_code=trusted).eval()
+        except Exception as e:  # an odd configuration can make a model's code raise anything
+            raise unreadable(e, type(config).__name__, "model", "can be built from this configuration") from e
         finally:
             transformers.utils.logging.set_verbosity(level)
         with self.mode:
@@ -159,6 +161,8 @@ class DryModel:
         except RuntimeError as e:  # an operator that is not known to take this dtype, such as the products of experts
             dtype = next(self.model.parameters()).dtype
             raise InputError(f"{type(self.model).__name__}: no dry run in {dtype}: {e}; try --dtype bfloat16") from None
+        except Exception as e:  # as in the constructor
+            raise InputError(f"{type(self.model).__name__}: a forward pass fails: {in_one_line(e)}") from e
         return result, live.peak
 
     def _make_batch(self, config: Any, dtype: torch.dtype, examples: int, length: int) -> dict[str, Tensor]:

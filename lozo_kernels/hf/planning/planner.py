@@ -16,7 +16,7 @@ from ...model.probe.members import Member
 from ...model.text_table import mebibytes
 from ...optim.optimizer import ZerothOrderOptimizer
 from ..methods import ZEROTH_ORDER, Method
-from ..models.checkpoint import open_config
+from ..models.pretrained import open_config
 from .machine import Machine, given_machine, measured_machine
 from .state_bytes import State, find_members, place_members, side_seconds, state_in_place, state_of_probe
 from .workload import Workload
@@ -101,7 +101,7 @@ def plan(model: str | Any, **workload: Any) -> Plan:
     Args:
         model: name on the Hub, a folder with config.json, or a configuration of transformers.
         workload: fields of :class:`~lozo_kernels.hf.planning.workload.Workload`: method, rank, interval, dtype, batch_size,
-            sequence_length, placement, device_bandwidth, device_tflops.
+            sequence_length, placement, trust_remote_code, device_bandwidth, device_tflops.
 
     Raises:
         TypeError: the model is neither a name nor a configuration, or a keyword is no field of a workload.
@@ -111,8 +111,8 @@ def plan(model: str | Any, **workload: Any) -> Plan:
     from .dry_run import DryModel
 
     dtype = getattr(torch, asked.dtype)
-    name, config = _config_of(model)
-    dry = DryModel(config, dtype, asked.batch_size, asked.sequence_length)
+    name, config = _config_of(model, asked.trust_remote_code)
+    dry = DryModel(config, dtype, asked.batch_size, asked.sequence_length, trusted=asked.trust_remote_code)
     forward = dry.forward()
     parameters = list(dry.model.parameters())
     weight_bytes = sum(p.nbytes for p in parameters)
@@ -212,10 +212,10 @@ def _machine(asked: Workload, dtype: torch.dtype, method: Method | None) -> Mach
     return measured_machine(device, dtype, asked.rank, None if method is None else make_optimizer)
 
 
-def _config_of(model: Any) -> tuple[str, Any]:
+def _config_of(model: Any, trusted: bool) -> tuple[str, Any]:
     """The name of a model, and its configuration."""
     if isinstance(model, (str, os.PathLike)) and isinstance(os.fspath(model), str):
-        return os.fspath(model), open_config(os.fspath(model), "configuration")
+        return os.fspath(model), open_config(os.fspath(model), "configuration", trusted=trusted)
     if isinstance(model, require("transformers").PretrainedConfig):
         return type(model).__name__, model
     raise TypeError(f"plan() takes a name on the Hub, a folder or a configuration of transformers, not {model!r}")

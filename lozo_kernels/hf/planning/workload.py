@@ -30,6 +30,7 @@ class Workload:
     batch_size: int = option(16, "examples of one forward pass", low=1)
     sequence_length: int = option(256, "tokens of each example", low=1)
     placement: str = option("auto", "probe, inplace or auto", choices=PLACEMENTS)
+    trust_remote_code: bool = option(False, "run Python code that comes with the model: only if you have read it")
     device_bandwidth: float | None = option(None, "GB/s of the device that is meant (default: measured here)", low=0.0, above=0)
     device_tflops: float | None = option(
         None,

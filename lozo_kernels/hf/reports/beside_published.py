@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,19 +19,22 @@ from ..settings import Settings
 
 @torch.no_grad()
 def compare(
-    model: torch.nn.Module, objective: Objective, examples: list[Encoded], settings: Settings, device: torch.device
+    model: torch.nn.Module, objective: Objective, batches: Sequence[Sequence[Encoded]], settings: Settings, device: torch.device
 ) -> dict[str, Any]:
-    """Times the three. The model itself is only read.
+    """Times the three on the first of the batches. The model itself is only read.
+
+    Args:
+        batches: of the first steps.
 
     Returns:
-        How many interleaved rounds were counted, the medians over them in ms, and the peak memory of a published first step in
-        bytes, weights included; None where nothing counts them.
+        How many interleaved rounds were counted, the medians over them in ms, and the peak memory of published steps on all the
+        batches in bytes, weights included; None where nothing counts them.
     """
     method = METHODS[settings.method]
     ours = copy.deepcopy(model)
     optimizer = build_optimizer(ours, settings)
     update_factor = optimizer.handle.config.update_factor if method.low_rank else 1.0
-    batch = objective.collate(examples, device)
+    batch = objective.collate(batches[0], device)
     # The copy is made inside the measured block: the published step replaces its tensors, and only then is their release seen.
     with peak_memory(device) as memory:
         theirs = copy.deepcopy(model)
@@ -46,7 +49,9 @@ def compare(
             weight_decay=settings.weight_decay,
             seed=settings.seed,
         )
-        published.step(lambda: objective.loss(theirs, batch))
+        for examples in batches:
+            measured = objective.collate(examples, device)
+            published.step(lambda b=measured: objective.loss(theirs, b))  # type: ignore[misc]
     candidates: dict[str, Callable[[], object]] = {
         "two_forwards_ms": lambda: [objective.loss(model, batch) for _ in range(2)],
         "step_ms": lambda: optimizer.step(lambda: objective.loss(ours, batch)),

@@ -5,17 +5,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...errors import InputError, require
+from ...model.files import replacing
 from ...model.text_table import mebibytes, number, text_table
-from ..loop.records import MetricsLog
-from ..output import make_folder
+from ..loop.records import EvalRecord, MetricsLog, StepRecord, read_metrics
+from ..models.checkpoint import EMBEDDED
+from ..output import make_folder, read_object
 
 Row = dict[str, Any]
+_COUNTS = ("steps_done", "weight_bytes")
+_FIGURES = (
+    *("loss_before", "loss_after", "accuracy_before", "accuracy_after", "step_ms", "forwards_ms"),
+    *("training_peak_bytes", "training_peak_over_inference"),
+)
+"""What a comparison shows of a summary; figures may be null."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +38,13 @@ class RunRecord:
 
     label: str
     summary: Row
-    steps: list[Row]
-    evaluations: list[Row]
+    steps: list[StepRecord]
+    evaluations: list[EvalRecord]
 
     @property
     def seconds(self) -> list[float]:
         """Time in steps, without evaluations, at the end of each step."""
-        return list(itertools.accumulate(row["step_ms"] / 1e3 for row in self.steps))
+        return list(itertools.accumulate(record.step_ms / 1e3 for record in self.steps))
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -48,14 +56,18 @@ def read_run(folder: Path) -> RunRecord:
     for name in ("metrics.jsonl", "summary.json"):
         if not (folder / name).is_file():
             raise InputError(f"{folder} holds no finished run: there is no {name}")
-    try:
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        of_kind = {kind: [row for row in lines if row["kind"] == kind] for kind in ("step", "eval")}
-        label = f"{summary['method']} ({folder.name})"
-    except (ValueError, KeyError, TypeError) as e:
-        raise InputError(f"{folder}: not the files of a run: {e}") from None
-    return RunRecord(label, summary, of_kind["step"], of_kind["eval"])
+    summary, records = read_object(folder / "summary.json"), [record for _, record in read_metrics(folder / "metrics.jsonl")]
+    odd = [name for name in (*_COUNTS, *_FIGURES) if not _is_figure(summary.get(name), needed=name in _COUNTS)]
+    if odd or not isinstance(summary.get("method"), str):
+        raise InputError(f"{folder}: not the files of a run: summary.json does not say {(odd or ['method'])[0]}")
+    steps = [record for record in records if isinstance(record, StepRecord)]
+    evaluations = [record for record in records if isinstance(record, EvalRecord)]
+    return RunRecord(f"{summary['method']} ({folder.name})", summary, steps, evaluations)
+
+
+def _is_figure(value: Any, *, needed: bool) -> bool:
+    """Whether a value of a summary can be shown: a number that fp64 holds, or null where it is not needed."""
+    return (value is None and not needed) or (type(value) in (int, float) and abs(value) <= sys.float_info.max)
 
 
 def compare_runs(folders: Sequence[Path], output: Path) -> tuple[str, list[Path]]:
@@ -78,14 +90,27 @@ def compare_runs(folders: Sequence[Path], output: Path) -> tuple[str, list[Path]
 
 def runs_table(runs: Sequence[RunRecord]) -> str:
     """One line a run: where it began and ended, and what it cost."""
-    header = ("run", "steps", "loss before", "after", "score before", "after", "ms/step", "peak MiB", "in times of inference")
+    header = (
+        "run",
+        "model",
+        "steps",
+        "loss before",
+        "after",
+        "score before",
+        "after",
+        "ms/step",
+        "peak MiB",
+        "in times of inference",
+    )
     rows: list[tuple[str, ...]] = [header]
     for run in runs:
         s = run.summary
         losses = [number(s[key], ".4f") for key in ("loss_before", "loss_after")]
         scores = [number(s[key], ".1%") for key in ("accuracy_before", "accuracy_after")]
         costs = [number(s["step_ms"], ".2f"), mebibytes(s["training_peak_bytes"]), number(s["training_peak_over_inference"], ".3f")]
-        rows.append((run.label, str(s["steps_done"]), *losses, *scores, *costs))
+        model = s.get("model") or s["settings"]["model"] or EMBEDDED
+        model = Path(model).name if Path(model).exists() else model
+        rows.append((run.label, model, str(s["steps_done"]), *losses, *scores, *costs))
     return text_table(rows)
 
 
@@ -131,15 +156,15 @@ def smoothed(values: Sequence[float], keep: float = 0.95) -> list[float]:
 def _draw_curves(runs: Sequence[RunRecord], path: Path) -> None:
     with _figure(path, 2, 2, figsize=(11, 7)) as axes:
         for run in runs:
-            steps, seconds = [row["step"] + 1 for row in run.steps], run.seconds
-            losses = smoothed([float("nan") if row["loss"] is None else row["loss"] for row in run.steps])
+            steps, seconds = [record.step + 1 for record in run.steps], run.seconds
+            losses = smoothed([record.loss for record in run.steps])
             at = [0.0, *seconds]
-            scored = [row for row in run.evaluations if row["accuracy"] is not None]
+            scored = [e for e in run.evaluations if e.accuracy is not None]
             color = axes[0, 0].plot(steps, losses, label=run.label, linewidth=1)[0].get_color()
             axes[0, 1].plot(seconds, losses, color=color, linewidth=1)
-            scores = [row["accuracy"] for row in scored]
-            axes[1, 0].plot([row["step"] for row in scored], scores, "o-", color=color, markersize=3)
-            axes[1, 1].plot([at[min(row["step"], len(seconds))] for row in scored], scores, "o-", color=color, markersize=3)
+            scores = [e.accuracy for e in scored]
+            axes[1, 0].plot([e.step for e in scored], scores, "o-", color=color, markersize=3)
+            axes[1, 1].plot([at[min(e.step, len(seconds))] for e in scored], scores, "o-", color=color, markersize=3)
         for column, x in enumerate(("step", "seconds in steps")):
             axes[0, column].set(xlabel=x, ylabel="train loss (smoothed)")
             axes[1, column].set(xlabel=x, ylabel="dev accuracy")
@@ -180,6 +205,7 @@ def _figure(path: Path, *grid: int, figsize: tuple[float, float]) -> Iterator[An
     figure, axes = pyplot.subplots(*grid, figsize=figsize, layout="constrained")
     try:
         yield axes
-        figure.savefig(path, dpi=120)
+        with replacing(path) as part:
+            figure.savefig(part, dpi=120, format="png")
     finally:
         pyplot.close(figure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,12 +20,17 @@ from ..run import Run
 
 
 def summarize(
-    run: Run, model: nn.Module, outcome: Outcome, log: MetricsLog, forward_bytes: int | None, comparison: dict[str, Any] | None
+    run: Run,
+    model: nn.Module,
+    outcome: Outcome,
+    log: MetricsLog,
+    inference_peaks: Sequence[int | None],
+    comparison: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """The machine-readable summary. A number that could not be had is None.
 
     Args:
-        forward_bytes: most memory alive at once in one forward pass beyond the weights.
+        inference_peaks: most memory alive at once beyond the weights in a forward pass of each of the batches of the first steps.
         comparison: what :func:`~.beside_published.compare` returned.
     """
     steady = log.steps[min(5, len(log.steps) // 2) :]  # without the first, profiled and cold ones
@@ -35,15 +41,20 @@ def summarize(
     after = log.evaluations[-1] if len(log.evaluations) > 1 else None
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     peak = None if outcome.peak_bytes is None else weight_bytes + outcome.peak_bytes
-    inference = None if forward_bytes is None else weight_bytes + forward_bytes
+    # Of the batches whose steps were measured, and of no other: a longer one takes more memory in either.
+    forwards = [p for p in inference_peaks[: outcome.measured_steps] if p is not None]
+    inference = weight_bytes + max(forwards) if forwards else None
+    if comparison is not None and outcome.measured_steps < len(inference_peaks):
+        comparison = comparison | {"published_training_peak_bytes": None}
     return {
+        "model": run.model_name,
         "method": settings.method,
         "task": settings.task,
         "objective": run.objective.name,
         "loss_unit": run.objective.unit,
         "settings": settings.to_dict(),
         "seed": settings.seed,
-        "data": {"source": run.data.source, "train_examples": len(run.train_set), "dev_examples": len(run.dev_set)},
+        "data": _data(run),
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "steps_done": outcome.steps_done,
@@ -72,6 +83,11 @@ def summarize(
     }
 
 
+def _data(run: Run) -> dict[str, Any]:
+    found: dict[str, Any] = {"source": run.data.source, "train_examples": len(run.train_set), "dev_examples": len(run.dev_set)}
+    return found | ({"classes": run.data.counts()} if run.data.counts() else {})
+
+
 def render_summary(summary: dict[str, Any]) -> str:
     """The summary for a reader."""
     s, settings = summary, summary["settings"]
@@ -85,8 +101,9 @@ def render_summary(summary: dict[str, Any]) -> str:
     if s["accuracy_before"] is not None:
         scores.append(["dev accuracy", *(number(s[key], ".1%") for key in ("accuracy_before", "accuracy_after"))])
     lines = [
+        f"model: {s['model']}, {s['parameters']:,} parameters",
         f"{s['task'] or s['data']['source']} ({s['objective']}), {s['method']}: {details}, seed {s['seed']}",
-        f"{s['steps_done']} steps in {s['train_seconds']:.0f} s, {s['parameters']:,} parameters on {s['device']}, "
+        f"{s['steps_done']} steps in {s['train_seconds']:.0f} s on {s['device']}, "
         f"{s['data']['train_examples']} train and {s['data']['dev_examples']} dev examples",
         "",
         text_table(scores, gap=4),
@@ -124,7 +141,8 @@ def _costs(summary: dict[str, Any], forwards: int) -> list[list[str]]:
     ]
 
     def cells(name: str, ms: float | None, peak: int | None) -> list[str]:
-        beyond = None if not ms or forwards_ms is None else max(0.0, 1 - forwards_ms / ms)
+        # A step that is faster than these passes, as one batched evaluation can be, has no share beyond them.
+        beyond = None if not ms or forwards_ms is None or ms < forwards_ms else 1 - forwards_ms / ms
         over = None if peak is None or not inference else peak / inference - 1
         times = [number(ms, ".2f"), number(forwards_ms, ".2f"), number(beyond, ".0%")]
         return [name, *times, mebibytes(peak, ".2f"), mebibytes(inference, ".2f"), number(over, "+.1%")]

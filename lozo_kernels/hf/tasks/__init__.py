@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..demo import language
+from .own import CHAT, COMPLETION, COMPLETION_TEXT, OWN, SENTENCE, TEXT
 from .task import KINDS, Hub, Row, Task
 from .unpack import UNPACK
-
-_OWN = "this project"
-_SENTENCE = (("text", "sentence"),)
 
 
 def _go_again(seed: int) -> tuple[list[Row], list[Row]]:
@@ -39,21 +37,18 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
-TEXT = Task("text", "causal_lm", _SENTENCE, objective="lm", metrics=(), source=_OWN)
-"""Language modelling on one field of any file."""
-
 GO_AGAIN = Task(
     language.TASK_NAME,
     "classification",
-    _SENTENCE,
+    SENTENCE,
     labels=("no", "yes"),
     prompt="{0}" + language.PROMPT,
     words=language.LABEL_WORDS,
     generate=_go_again,
-    source=_OWN,
+    source=OWN,
 )
 """The task of the embedded model, which needs no files."""
 
 TASKS = {GO_AGAIN.name: GO_AGAIN, **_read(Path(__file__).parent / "tasks.json"), TEXT.name: TEXT}
 
-__all__ = ["GO_AGAIN", "KINDS", "TASKS", "TEXT", "Hub", "Row", "Task"]
+__all__ = ["CHAT", "COMPLETION", "COMPLETION_TEXT", "GO_AGAIN", "KINDS", "TASKS", "TEXT", "Hub", "Row", "Task"]

@@ -60,6 +60,8 @@ class Task:
         words: the answer of each class; they follow the prompt directly, so they start with a space unless it ends a line.
         masked: how a masked model is asked; {mask} is where it answers.
         masked_words: its answer for each class.
+        chat: the prompt is messages as JSON, which the model's chat template writes.
+        answer: how the answer of a generation follows the prompt: {0} is the answer, {eos} the model's end token.
         unpack: the examples in a row of a file, as rows with ``fields``; a choice has ``options`` (continuations of the prompt)
             and ``right`` (indices of the right ones), a generation ``answers`` (all that count as right; the first is trained).
         metrics: "accuracy", or names in :mod:`lozo_kernels.hf.tasks.metrics`, the main one first.
@@ -78,6 +80,8 @@ class Task:
     words: tuple[str, ...] = ()
     hub: Hub | None = None
     generate: Callable[[int], tuple[list[Row], list[Row]]] | None = None
+    chat: bool = False
+    answer: str = " {0}\n"
     masked: str = ""
     masked_words: tuple[str, ...] = ()
     unpack: Callable[[Row], Iterable[Row]] | None = None

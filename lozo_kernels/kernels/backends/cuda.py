@@ -20,6 +20,7 @@ from ..table import TensorTable
 from .eager import EagerBackend
 from .launches import ANY_DTYPE, DeviceTable, Tile, TileOf, device_table
 from .native import Factor
+from .shared_library import open_library
 from .structs import int64s, pointers
 
 ABI_VERSION = 1
@@ -190,13 +191,8 @@ def library_path() -> Path:
 
 @functools.cache
 def _load(path: Path) -> ctypes.CDLL:
-    if not path.exists():
-        raise RuntimeError("not built (reinstall lozo_kernels where nvcc is)")
-    library = ctypes.CDLL(str(path))
-    library.lozo_cuda_abi_version.restype = ctypes.c_int64
-    version = library.lozo_cuda_abi_version()
-    if version != ABI_VERSION:
-        raise RuntimeError(f"{path} has ABI version {version}, this package needs {ABI_VERSION}; rebuild it")
+    missing = "not built (reinstall lozo_kernels where nvcc is)"
+    library = open_library(path, "lozo_cuda_abi_version", ABI_VERSION, missing)
     library.lozo_cuda_architectures.restype = library.lozo_cuda_message.restype = ctypes.c_char_p
     library.lozo_cuda_probe.argtypes = (ctypes.c_int64,)
     for name in _FUNCTIONS:

@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import functools
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ..op_table import MAX_DRAWS, OPS, Op
 from ..registry import Backend
 from ..table import DTYPES, TensorTable
 from .packing import pack
+from .shared_library import open_library
 from .structs import int64s, pointers
 
 ABI_VERSION = 3
@@ -73,11 +75,15 @@ class NativeBackend(Backend):
     name = "native"
 
     def unavailable(self, device: torch.device) -> str | None:
+        """Returns why this backend cannot serve the device, or None if it can. Raises ValueError if LOZO_KERNELS_ISA names an
+        instruction set that this machine has not: another backend in its place would be slow without a word."""
         if device.type != "cpu":
             return "it serves cpu only"
         try:
             _library()
-        except (OSError, RuntimeError, ValueError, AttributeError) as error:
+        except (OSError, RuntimeError, AttributeError) as error:
+            if library_path().exists():
+                warnings.warn(f"the compiled kernels are not used, and slower ones are: {error}", stacklevel=2)
             return str(error)
         return None
 
@@ -190,14 +196,8 @@ def _library() -> ctypes.CDLL:
 
 @functools.cache
 def _load() -> ctypes.CDLL:
-    path = library_path()
-    if not path.exists():
-        raise RuntimeError("not built (reinstall lozo_kernels where a C++ compiler is)")
-    library = ctypes.CDLL(str(path))
-    library.lozo_abi_version.restype = ctypes.c_int64
-    version = library.lozo_abi_version()
-    if version != ABI_VERSION:
-        raise RuntimeError(f"{path} has ABI version {version}, this package needs {ABI_VERSION}; rebuild it")
+    missing = "not built (reinstall lozo_kernels where a C++ compiler is)"
+    library = open_library(library_path(), "lozo_abi_version", ABI_VERSION, missing)
     library.lozo_isa_list.restype = library.lozo_isa_name.restype = ctypes.c_char_p
     library.lozo_use_openmp.argtypes = (ctypes.c_void_p,)
     library.lozo_use_openmp.restype = None

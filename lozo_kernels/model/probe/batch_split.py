@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from ...errors import BatchSplitError
+from ..conditions import Conditions
 from ..handle import Handle
-from ..losses import BatchClosure, Randomness, batch_losses, count_examples
+from ..losses import BatchClosure, batch_losses, count_examples
 from ..sharding import Peers, reshard
 from .choosing.verify import Losses, typical_scale
 from .members import Member
@@ -21,7 +22,7 @@ def check_batches(
     members: Sequence[Member],
     closures: Sequence[BatchClosure],
     batches: Sequence[Any],
-    randomness: Randomness | None,
+    conditions: Conditions,
     *,
     step: int,
 ) -> bool:
@@ -39,15 +40,15 @@ def check_batches(
     scale = typical_scale(members, handle.config.rank)
     try:
         handle.rest_()
-        rest = float(batch_losses(closures, batches, 1, randomness))
+        rest = float(batch_losses(closures, batches, 1, conditions))
         alone = []
         for side in (scale, -scale):
             handle.perturb_(step, side)
-            alone.append(float(batch_losses(closures, batches, 1, randomness)))
+            alone.append(float(batch_losses(closures, batches, 1, conditions)))
             handle.rest_()
         handle.spread_(step, [(0, scale), (0, -scale)], count_examples(batches[0]))
         try:
-            together = batch_losses(closures, batches, 2, randomness).tolist()
+            together = batch_losses(closures, batches, 2, conditions).tolist()
         except (RuntimeError, IndexError, ValueError) as error:
             if isinstance(error, BatchSplitError):
                 raise

@@ -13,9 +13,10 @@ from ...kernels.calls import Draw, Rounding, Step
 from ...kernels.checks import check_range, check_scale
 from ...kernels.noise import MAX_DIRECTION
 from ...kernels.table import TensorTable
+from ..conditions import Conditions
 from ..handle import Handle, Perturbation
 from ..interrupts import deferred_interrupt
-from ..losses import BatchClosure, Closure, Randomness
+from ..losses import BatchClosure, Closure
 from ..parameters import Parameter
 from ..passes import Group, Term, Update, run_pass, run_update
 from ..report import ParameterReport, report_of
@@ -92,7 +93,7 @@ class ProbeHandle(Handle):
     def device_of(self, p: Parameter) -> torch.device:
         return p.storage.device
 
-    def prepare(self, closures: Closure | Sequence[Closure], randomness: Randomness | None = None, *, step: int = 0) -> None:
+    def prepare(self, closures: Closure | Sequence[Closure], conditions: Conditions | None = None, *, step: int = 0) -> None:
         """Finds where an evaluation uses each weight, chooses sides, and checks one loss both ways.
 
         An optimiser does this in its first step. It costs three evaluations, and some more if a weight has to be treated in another
@@ -101,10 +102,14 @@ class ProbeHandle(Handle):
 
         Args:
             closures: as :meth:`lozo_kernels.LOZO.step` takes them.
-            randomness: is replayed before every evaluation.
+            conditions: what every evaluation starts from; None: the buffers and random numbers as they are now.
             step: the step that follows.
         """
-        look = not self.prepared or self._sees_news()
+        look = not self.prepared or self._lookout.due()
+        if (
+            self._sharded and self._lookout.asleep
+        ):  # processes that share weights may run other modules (experts), and look together
+            look = Peers(self.parameters).any(look)
         if not look and not self._doubts.due():
             return
         self._check_between_steps()
@@ -112,7 +117,9 @@ class ProbeHandle(Handle):
         some = [closures] if callable(closures) else list(closures)
         first = step - step % self.config.interval
         seen = self._lookout, self._doubts, self._versions
-        preparation = Preparation(self.probed, *seen, self.install, some, randomness, first)
+        if conditions is None or not conditions.randomness:
+            conditions = self.conditions(randomness=True)  # a check compares losses, which have to see the same numbers
+        preparation = Preparation(self.probed, *seen, self.install, some, conditions, first)
         if not self.prepared:
             self._notes += preparation.choose()
             self.precision = preparation.precision
@@ -121,11 +128,6 @@ class ProbeHandle(Handle):
             self._notes += preparation.look_again() if look else preparation.check()
         self._lookout.stand()
         self._versions.look()  # a check changes weights and puts them back
-
-    def _sees_news(self) -> bool:
-        """Whether the next evaluation may use weights in a way that was not seen yet, in any process that shares them."""
-        seen = self._lookout.due()
-        return Peers(self.parameters).any(seen) if self.sharded and self._lookout.asleep else seen
 
     def describe_sides(self) -> dict[str, Any] | None:
         return describe_sides(self.probed, self.precision) if self.prepared else None
@@ -200,10 +202,8 @@ class ProbeHandle(Handle):
             run_pass(self._groups, [Term(Draw(applied.step, applied.direction), perturb=-applied.scale)])
         self._move_to(REST)
 
-    def check_batches(
-        self, closures: Sequence[BatchClosure], batches: Sequence[Any], randomness: Randomness | None, *, step: int
-    ) -> bool:
-        return check_batches(self, self.members, closures, batches, randomness, step=step)
+    def check_batches(self, closures: Sequence[BatchClosure], batches: Sequence[Any], conditions: Conditions, *, step: int) -> bool:
+        return check_batches(self, self.members, closures, batches, conditions, step=step)
 
     def take(self, update: Update, applied: float = 0.0, perturb_next: float | None = None) -> None:
         assert perturb_next is None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...errors import require
 from ...kernels.registry import choose_backend
 from ..estimators import FactorSpec
+from ..files import replacing, write_whole
 from ..handle import Handle
 from ..modules import own_buffers, own_parameters, unsaved_buffers
 from ..parameters import canonical
@@ -53,8 +54,9 @@ class LoraAdapter:
         save_file = require("safetensors.torch").save_file
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
-        (folder / "adapter_config.json").write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+        with replacing(folder / "adapter_model.safetensors") as part:
+            save_file(self.tensors, str(part), metadata={"format": "pt"})
+        write_whole(folder / "adapter_config.json", json.dumps(self.config, indent=2) + "\n")
 
 
 @torch.no_grad()

@@ -101,7 +101,7 @@ def read(path: Path) -> TileSizes:
     default = Path(__file__).parent / "tiles" / "default.json"
     try:
         entries = [_entry(e) for e in json.loads(path.read_text(encoding="utf-8"))["tiles"]]
-    except (OSError, KeyError, TypeError, ValueError) as e:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as e:
         raise ValueError(f"{path} does not hold tile sizes ({type(e).__name__}: {e})") from None
     if path != default:
         covered: dict[tuple[str, str], int] = {}

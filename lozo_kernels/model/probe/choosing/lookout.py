@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ...conditions import Buffers, Conditions
 from ...overriding import Hook
 from ..forward.fast_paths import all_swapped
 from ..members import Member
-from .before import Before
 from .choice import widen
 from .trace import Watch, watching
 
@@ -160,7 +160,8 @@ class Lookout:
             self._stop()  # of a forward that was interrupted
         if self._quiet or self._at is not None or not (module in self._hooks or self.is_new_mode()):
             return
-        watch, before = Uncovered(self._members), Before(module, list(dict.fromkeys(m.device for m in self._members)))
+        watch, devices = Uncovered(self._members), list(dict.fromkeys(m.device for m in self._members))
+        before = Conditions(devices, Buffers(module), randomness=True)
         self._looking.enter_context(watching(self._model, watch))
         self._at = module
         watch.enter(module, args)
@@ -181,7 +182,7 @@ class Lookout:
         self._looking.close()
         self._at = None
 
-    def _make_again(self, module: nn.Module, args: Any, kwargs: Any, before: Before) -> Any:
+    def _make_again(self, module: nn.Module, args: Any, kwargs: Any, before: Conditions) -> Any:
         reinstall = self._reinstall()
         assert reinstall is not None
         reinstall()

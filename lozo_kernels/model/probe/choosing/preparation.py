@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from ...losses import Closure, Randomness, mean_loss
+from ...conditions import Conditions
+from ...losses import Closure, mean_loss
 from ...modules import has_pre_hooks, is_compiled
 from ...overriding import Hook
 from ...sharding import Peers, reshard
@@ -19,7 +20,6 @@ from ...watching import WeightVersions
 from ..forward.probed import ProbedModel
 from ..members import Member, modules_of
 from ..runtime import Point
-from .before import Before
 from .choice import choose_sides
 from .cost import Costs, free_bytes, measure_costs
 from .lookout import Lookout, Uncovered
@@ -57,17 +57,16 @@ class Preparation:
         versions: WeightVersions,
         install: Callable[[], None],
         closures: Sequence[Closure],
-        randomness: Randomness | None,
+        conditions: Conditions,
         step: int,
     ) -> None:
         self.probed, self.lookout, self.doubts, self.versions = probed, lookout, doubts, versions
-        self.install, self.closures, self.step = install, closures, step
+        self.install, self.closures, self.conditions, self.step = install, closures, conditions, step
         self.members = probed.members
         reshard(probed.model)
         self.peers = Peers(m.parameter.tensor for m in self.members)
         self.scale = doubts.scale * typical_scale(self.members, probed.config.rank)
         self.precision = torch.float32
-        self._before = Before(probed.model, probed.devices, randomness)
         self._noise = 0.0
 
     @contextlib.contextmanager
@@ -77,7 +76,7 @@ class Preparation:
             try:
                 yield
             finally:
-                self._before.put_back()
+                self.conditions.put_back()
 
     def choose(self) -> list[str]:
         """Chooses, installs and checks the sides. Returns notes for the report."""
@@ -122,9 +121,8 @@ class Preparation:
 
     def loss(self) -> float:
         """The loss of the model as it is now. Raises RuntimeError if the closure changes weights whose factors hold something."""
-        self._before.put_back()
         self.versions.look()
-        loss = float(mean_loss(self.closures, self._before.randomness))
+        loss = float(mean_loss(self.closures, self.conditions))
         changed = self.versions.changed() if self.probed.learned else None
         if changed is not None:
             raise RuntimeError(f"{changed!r} was changed by an evaluation: a probe only reads weights, and so must the closure")

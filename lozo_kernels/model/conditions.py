@@ -26,9 +26,13 @@ class Conditions:
         devices: of the model.
         buffers: of the model.
         randomness: put the state of random generators back too: those of torch, Python's ``random`` and ``numpy.random``.
+
+    Attributes:
+        randomness: as given.
     """
 
     def __init__(self, devices: Sequence[torch.device], buffers: Buffers, *, randomness: bool) -> None:
+        self.randomness = randomness
         self._generators = _Generators(devices) if randomness else None
         self._buffers = buffers
         self._fresh = True

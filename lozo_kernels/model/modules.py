@@ -42,6 +42,11 @@ def is_compiled(model: nn.Module) -> bool:
     return any(compiled_call(module) is not None or isinstance(module, wrapped) for module in model.modules())
 
 
+def has_pre_hooks(module: nn.Module, kind: type) -> bool:
+    """Whether a module has forward pre-hooks that are not of a class."""
+    return any(not isinstance(hook, kind) for hook in module._forward_pre_hooks.values())  # noqa: SLF001
+
+
 def versions_of(tensors: Sequence[Any]) -> list[int]:
     """Numbers that grow whenever a tensor is changed in place. For tensors made in inference mode, and None, it is always 0."""
     try:

@@ -12,6 +12,7 @@ from ...config import PatchConfig
 from ...estimators import Estimator
 from ...parameters import Parameter
 from ...reading import BeforeRead
+from ...storage import check_trainable
 from ..members import Member, factors_of
 from ..runtime import REST, Point, Runtime
 from .install import Installation
@@ -98,6 +99,8 @@ class ProbedModel:
 
     def _follow(self, member: Member) -> None:
         member.device = device = member.storage.device
+        if device.type == "meta":
+            check_trainable(member.name, member.parameter.tensor)
         batch, rows, cols = member.extent
         if member.parameter.low_rank:
             if member.v is None:

@@ -20,7 +20,7 @@ from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
 
-from .modules import children_by_name, compiled_call
+from .modules import children_by_name, compiled_call, forward_hooks
 from .outputs import loss_of, refuse_gradients, with_loss
 from .projected import NAME, ProjectedGradient
 
@@ -91,6 +91,7 @@ class Backward:
         self._call: Callable[..., Any] = getattr(model, self._place)
         self._inside = False
         self._depth = 0
+        self._hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         if intercept:
             model.__dict__[self._place] = self
         for part in _parts(model) if intercept else (model, *_parts(model)):
@@ -153,6 +154,7 @@ class Backward:
             raise RuntimeError("the model is driven by backward() but has no optimiser: build one on the handle, e.g. LOZO(handle)")
         if not self._checked:
             _stop_checkpointing(self.model)
+            self._watch_hooks()
             self._checked = True
         last: Any = None
 
@@ -193,6 +195,17 @@ class Backward:
             return None
         model, part = type(self.model).__name__, type(module).__name__
         return refuse_gradients(output, lambda _: self._refuse(_OF_A_PART.format(model=model, part=part)))
+
+    def _watch_hooks(self) -> None:
+        """What forward hooks of the user keep of an evaluation is not to be differentiated either."""
+        ours = set(_parts(self.model)) | {self.model}
+        for module in self.model.modules():
+            if forward_hooks(module) > (module in ours) and module not in self._hooked:
+                self._hooked.add(module)
+                self._hooks.append(module.register_forward_hook(self._refuse_hooked, prepend=True))
+
+    def _refuse_hooked(self, module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG002  (the arguments of a hook)
+        return refuse_gradients(output, self._refuse_output) if self._inside else None
 
     def _refuse_output(self, grad: Tensor) -> RuntimeError:
         return self._refuse(_OF_AN_OUTPUT.format(shape=tuple(grad.shape)))

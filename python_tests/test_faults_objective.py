@@ -91,7 +91,7 @@ def test_outputs_of_every_form():
         assert torch.equal(find(found), find(output)), form
         with pytest.raises(RuntimeError, match="refused"):
             find(found).sum().backward()
-        assert not find(output).requires_grad or form == "tensor", form
+        assert not find(output).requires_grad or form in ("tensor", "output"), form
     assert len(refused) == len(forms)
     for output in (whole, (whole, None, "text"), {"a": 1}, x.clone().requires_grad_(True)):
         assert refuse_gradients(output, refusal) is output
@@ -103,6 +103,8 @@ def test_inputs_that_require_a_gradient():
     prompt = torch.randn(4, 9, 24, requires_grad=True)
     with pytest.raises(TypeError, match="input of the driven model requires a gradient"):
         model(inputs_embeds=prompt, labels=batch["labels"])
+    with pytest.raises(TypeError, match="input of the driven model requires a gradient"):
+        model(batch["input_ids"], None, None, [(prompt, prompt)])
     model(inputs_embeds=prompt.detach(), labels=batch["labels"]).loss.backward()
 
 

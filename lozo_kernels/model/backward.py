@@ -117,7 +117,7 @@ class Backward:
             with self._inner():
                 output = self._call(*args, **kwargs)
             return refuse_gradients(output, self._refuse_evaluation)
-        if any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves((args, kwargs))):
+        if any(map(_requires_gradient, (*args, *kwargs.values()))):
             raise TypeError(
                 "an input of the driven model requires a gradient, and evaluations without a graph give it none: detach() it, and "
                 "train what made it together with the model, or use step(closure)"
@@ -298,6 +298,13 @@ class _Hang(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         gradient = ctx.gradient.to(ctx.device)
         return gradient * grad.reshape(()).to(gradient), None, None
+
+
+def _requires_gradient(x: Any) -> bool:
+    """Whether an argument is, or holds, a tensor that requires a gradient."""
+    if isinstance(x, Tensor):
+        return x.requires_grad
+    return isinstance(x, (dict, list, tuple)) and any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(x))
 
 
 def _parts(model: nn.Module, depth: int = 3) -> list[nn.Module]:

@@ -1,8 +1,9 @@
 """What the package costs the host, beside another checkout of it, in one run: ``python -m bench.overhead --before DIR``.
 
-It writes ``bench/results/overhead.json``: the calls of a step (``bench/calls.py``), and the passes of ``python -m bench host`` in
-rounds that take turns, each a process of its own; of the medians of the rounds the median, and the ratio of this checkout to the
-other one. DIR is a clone at another commit, in which the native library is built.
+It writes ``bench/results/overhead.json``: the calls of a step (``bench/calls.py``); the passes of ``python -m bench host`` in
+rounds that take turns, each a process of its own, and of the medians of the rounds the median; and steps of the OPT-125m
+architecture at 16 tokens on one thread, step by step in turn, of which the ratios are the medians of those of neighbours. DIR is a
+clone at another commit, in which the native library is built.
 """
 
 import json
@@ -10,12 +11,15 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.evidence import REPO, made_by, result_parser, write_result
+from bench.step_in_turn import PLACEMENTS
 
 CALLS = REPO / "bench" / "calls.py"
+STEPS = REPO / "bench" / "step_in_turn.py"
 
 
 def run(checkout: Path, *words: str) -> Any:
@@ -32,11 +36,38 @@ def host(checkout: Path, repeats: int) -> dict[str, float]:
     return {row["pass"]: row["median"] for row in found["rows"]}
 
 
+def steps_in_turn(checkouts: Sequence[Path], repeats: int) -> dict[str, list[list[float]]]:
+    """For each placement the milliseconds of pairs of steps, one on each checkout."""
+    workers = []
+    for checkout in checkouts:
+        environment = {**os.environ, "PYTHONPATH": str(checkout)}
+        words = (sys.executable, str(STEPS))
+        workers.append(
+            subprocess.Popen(words, cwd=checkout, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        )
+    found: dict[str, list[list[float]]] = {}
+    for name in PLACEMENTS:
+        pairs = found.setdefault(name, [])
+        for i in range(repeats):
+            pair = [0.0, 0.0]
+            for k in (0, 1) if i % 2 == 0 else (1, 0):
+                into, out = workers[k].stdin, workers[k].stdout
+                assert into is not None and out is not None
+                into.write(f"{name}\n")
+                into.flush()
+                pair[k] = float(out.readline())
+            pairs.append(pair)
+    for worker in workers:
+        worker.communicate()
+    return found
+
+
 def main() -> int:
     parser = result_parser(__doc__, "overhead.json")
     parser.add_argument("--before", type=Path, required=True, help="the other checkout")
     parser.add_argument("--rounds", type=int, default=7, help="(default: 7)")
     parser.add_argument("--repeats", type=int, default=300, help="passes of each kind in a round (default: 300)")
+    parser.add_argument("--steps", type=int, default=200, help="of OPT-125m, for each placement (default: 200)")
     args = parser.parse_args()
     words = ["DIR" if word == str(args.before) else word for word in sys.argv[1:]]  # a path means nothing elsewhere
     document = made_by("bench.overhead", words)
@@ -52,8 +83,12 @@ def main() -> int:
     for name in rounds[after][0]:
         was, now = (statistics.median(found[name] for found in rounds[place]) for place in (before, after))
         rows.append({"measured": "host microseconds of a pass", "row": name, "before": was, "after": now})
+    for name, pairs in steps_in_turn((before, after), args.steps).items():
+        was, now = (statistics.median(pair[k] for pair in pairs) for k in (0, 1))
+        ratio = round(statistics.median(pair[1] / pair[0] for pair in pairs), 4)
+        rows.append({"measured": "milliseconds of a step of OPT-125m", "row": name, "before": was, "after": now, "ratio": ratio})
     for row in rows:
-        row["ratio"] = round(row["after"] / row["before"], 3)
+        row.setdefault("ratio", round(row["after"] / row["before"], 3))
         print(f"{row['measured']}: {row['row']}: {row['before']:g} -> {row['after']:g} ({row['ratio']:g})")
     write_result(document | {"commit_before": commit, "rounds": args.rounds, "rows": rows}, args.output)
     return 0

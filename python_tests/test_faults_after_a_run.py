@@ -41,8 +41,8 @@ def runs(tmp_path_factory, places):
     folder = tmp_path_factory.mktemp("runs")
     assert finetune(places, "roberta", "train.jsonl", folder / "classes", "--lr", "1e-3") == 0
     assert finetune(places, "llama", "lines.txt", folder / "lm") == 0
-    assert finetune(places, "llama", "asked.jsonl", folder / "answers") == 0
     assert finetune(places, "llama", "train.jsonl", folder / "labels-lm", "--objective", "lm") == 0
+    finetune(places, "llama", "asked.jsonl", folder / "answers")
     return folder
 
 
@@ -115,7 +115,9 @@ def test_a_run_that_has_not_ended_is_not_scored(capsys, runs, tmp_path):
     assert "its run has not ended; lozo-kernels finetune --resume" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("more", [(), ("--placement", "probe"), ("--method", "lozo-m")], ids=str)
+@pytest.mark.parametrize(
+    "more", [(), ("--placement", "probe"), ("--method", "lozo-m"), ("--keep", "best", "--lr", "0.05")], ids=str
+)
 def test_a_finished_run_is_extended_to_the_bits_of_a_longer_one(places, tmp_path, capsys, more):
     """Its journal, model and metrics are those of the run that was longer from the start."""
     long, run = tmp_path / "long", tmp_path / "run"
@@ -152,7 +154,6 @@ def test_an_extended_run_that_is_killed_goes_on_to_its_new_end(places, tmp_path)
         (("--lr-schedule", "linear"), 9, "the linear schedule of the run ends after 4 steps"),
         ((), 2, "the run has taken 4 steps; lozo-kernels revert goes back"),
         ((), 4, "the run has taken all of its 4 steps"),
-        (("--keep", "best"), 9, "the run ended with --keep best and has only the best of its weights"),
     ],
 )
 def test_extensions_that_cannot_be(places, tmp_path, capsys, first, steps, words):
@@ -168,3 +169,28 @@ def test_extensions_that_cannot_be(places, tmp_path, capsys, first, steps, words
 def test_other_settings_stay_those_of_the_run(places, tmp_path, capsys):
     assert cli.main(["finetune", "--resume", str(tmp_path), "--steps", "9", "--lr", "1"]) == 2
     assert "takes all settings from the run: leave the others out, but --steps" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_from_where_it_was_reverted_to(places, tmp_path):
+    """Without the metrics of the steps that were kept, it began at step 0 again."""
+    long, run, back = tmp_path / "long", tmp_path / "run", tmp_path / "back"
+    assert finetune(places, "llama", "lines.txt", long, steps=6) == 0
+    assert finetune(places, "llama", "lines.txt", run, steps=6) == 0
+    assert cli.main(["revert", "--journal", str(run), "--step", "3", "--output", str(back)]) == 0
+    assert [line["step"] for line in meaning(back) if line["kind"] == "step"] == [0, 1, 2]
+    assert cli.main(["finetune", "--resume", str(back), "--quiet"]) == 0
+    assert model_of(back) == model_of(long) and meaning(back) == meaning(long)
+
+
+def test_a_journal_alone_is_enough_to_go_on(places, tmp_path, monkeypatch):
+    """None of the steps in it is taken again, whatever became of the metrics."""
+    from lozo_kernels.hf.loop import train
+
+    run = tmp_path / "run"
+    assert finetune(places, "llama", "lines.txt", run, steps=5) == 0
+    whole = model_of(run)
+    (run / "metrics.jsonl").unlink()
+    (run / "summary.json").unlink()
+    monkeypatch.setattr(train._Steps, "take", None)
+    assert cli.main(["finetune", "--resume", str(run), "--quiet"]) == 0
+    assert model_of(run) == whole and read_journal(run / "run.journal").steps == 5

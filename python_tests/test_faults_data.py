@@ -290,6 +290,24 @@ def test_chats_are_written_by_the_template_of_the_model(tmp_path, models, form):
     assert read.count("<s>") == 1  # by the template, and not by the tokenizer again
 
 
+@pytest.mark.parametrize("form", ["prompt and completion", "chat"])
+def test_the_tokens_are_those_that_trl_trains(tmp_path, models, form):
+    """TRL's SFTTrainer on the same rows: the same tokens are read, and the same ones are learned."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    rows, model = PROMPTS, models["plain"]
+    if form == "chat":
+        rows, model = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in CHATS], models["chat"]
+    run, _, _ = taught(write(tmp_path, "jsonl", rows), model)
+    arguments = trl.SFTConfig(output_dir=str(tmp_path / "trl"), report_to=[], use_cpu=True, max_length=None, bf16=False)
+    trainer = trl.SFTTrainer(str(model), args=arguments, train_dataset=datasets.Dataset.from_list(rows))
+    theirs = {tuple(row["input_ids"]): sum(label != -100 for label in row["labels"]) for row in trainer.train_dataset}
+    ours = {}
+    for example in (*run.data.train, *run.data.dev):
+        (option,) = run.objective.encode(example)["options"]
+        ours[tuple(option["input_ids"])] = sum(option["count"])
+    assert ours == theirs
+
+
 @pytest.mark.parametrize(
     ("model", "more", "words"),
     [
@@ -367,3 +385,18 @@ def test_the_model_is_named_first_and_classes_are_counted(tmp_path, capsys, mode
     assert cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "c")]) == 0
     table = capsys.readouterr().out
     assert "the embedded model" in table and "plain" in table
+
+
+def test_notes_of_what_is_likely_not_meant_so(tmp_path, models):
+    from lozo_kernels.hf.run import open_run
+
+    rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(20)]
+    train = write_jsonl(tmp_path / "train.jsonl", [*rows, {"text": "word " * 400, "label": "a"}])
+    dev = write_jsonl(tmp_path / "dev.jsonl", [*rows[:3], {"text": "new", "label": "b"}])
+    given = {"model": str(models["plain"]), "train_file": str(train), "dev_file": str(dev), "device": "cpu"}
+    notes = open_run(Settings(**given).resolved(), quiet=True).notes()
+    assert notes[0] == "3 of the 4 dev examples have the texts of train examples"
+    assert notes[1].startswith("1 of the 21 train examples have 256 tokens or more") and len(notes) == 2
+    only = write_jsonl(tmp_path / "only.jsonl", [{"sentence": f"s {i}", "label": 1} for i in range(12)])
+    run = open_run(Settings(**given | {"train_file": str(only), "dev_file": str(only), "task": "sst2"}).resolved(), quiet=True)
+    assert "no train example is of the class negative" in run.notes()

@@ -264,6 +264,21 @@ def test_every_result_has_another_name_until_it_is_whole(own, tmp_path, monkeypa
         assert not (run / path).exists() and not list(run.glob(".*part*"))
 
 
+@needs_fork
+@pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="torch.distributed is missing"
+)
+def test_all_of_several_processes_are_refused(capfd, own, run):
+    """The first one looks at the folder, and none of the others waits for it."""
+    from python_tests.test_hardening_cli import ended, free_port, ranks
+
+    before = contents(run)
+    assert ended(ranks(2, lambda rank: start(own, "--output", run), free_port())) == [2, 2]
+    assert capfd.readouterr().err.count("holds a finished run") == 2 and contents(run) == before
+    assert ended(ranks(2, lambda rank: start(own, "--output", run, "--overwrite"), free_port())) == [0, 0]
+    assert json.loads((run / "summary.json").read_text())["settings"]["parallel"] == "examples"
+
+
 # --- what was kept of the best evaluation, edited data, and Ctrl-C
 
 
@@ -382,18 +397,26 @@ def test_an_interrupted_run_keeps_its_best(own, tmp_path, monkeypatch):
     assert model_of(run) == model_of(whole) and json.loads((run / "summary.json").read_text())["kept_step"] == best
 
 
-def test_best_weights_of_another_step_are_not_taken(own, tmp_path, monkeypatch):
-    """The file and the log part when numbers of the last steps were lost, or somebody removed the file."""
-    run = tmp_path / "run"
+@pytest.mark.parametrize("file", ["gone", "of another step", "of another run"])
+def test_best_weights_are_made_again(own, tmp_path, monkeypatch, file):
+    """The file and the log part when numbers of the last steps were lost, or somebody changed the file."""
+    whole, run, more = tmp_path / "whole", tmp_path / "run", {"keep": "best", "lr": 0.05, "steps": 8}
+    best = finetune(settings(own, whole, **more), quiet=True)["kept_step"]
     with monkeypatch.context() as patched:
         patched.setattr(module, "plot_losses", killed)
         with pytest.raises(RuntimeError, match="killed"):
-            finetune(settings(own, run, keep="best"), quiet=True)
-    (run / "best.safetensors").unlink()
-    nan_from(monkeypatch, 1)
+            finetune(settings(own, run, **more), quiet=True)
+    from safetensors.torch import load_file, save_file
+
+    kept = run / "best.safetensors"
+    changed = {name: torch.full_like(p, 7.0) for name, p in load_file(kept).items()}
+    if file == "gone":
+        kept.unlink()
+    else:
+        save_file(changed, kept, metadata={"step": "7"} if file == "of another step" else None)
     assert cli.main(["finetune", "--resume", str(run), "--quiet"]) == 0
-    notes = " ".join(json.loads((run / "summary.json").read_text())["notes"])
-    assert "--step 2 makes them" in notes
+    assert best < 8 and json.loads((run / "summary.json").read_text())["kept_step"] == best
+    assert model_of(run) == model_of(whole)
 
 
 def test_ctrl_c_before_anything_new(capsys, own, run, monkeypatch):

@@ -56,7 +56,7 @@ def run(capsys, *argv):
 def test_the_command_line(capsys, llama, data):
     code, out, err = run(capsys, "--model", llama, "--task", "copa", "--data-dir", data, "--json")
     result = json.loads(out)
-    assert code == 0 and err.startswith("copa: 4 examples from ")
+    assert code == 0 and err.startswith(f"model: {llama}\ncopa (answer): 4 examples from ")
     assert result["task"] == "copa" and result["method"] == "zero-shot" and result["objective"] == "answer"
     assert result["metrics"]["accuracy"] in (0, 0.25, 0.5, 0.75, 1) and result["examples"] == 4
     assert result["settings"]["num_eval"] == 1000 and result["settings"]["max_length"] == 2048
@@ -236,7 +236,7 @@ def test_a_roberta_has_as_many_tokens_as_positions_after_the_padding(roberta, da
         ("--task sst2 --dev-file UNLABELLED --model LLAMA", "line 1: no field 'label'"),
         ("--checkpoint nowhere", "--checkpoint nowhere: no config.json"),
         ("--checkpoint BROKEN", "summary.json is not a JSON object"),
-        ("--checkpoint LLAMA", "does not say which task it is for: give --task or --train-file"),
+        ("--checkpoint LLAMA", "does not say which task it is for: give --task, --dev-file"),
         ("--checkpoint ADAPTER --task sst2 --data-dir DATA", "no usable adapter"),
         ("--task sst2 --data-dir DATA --model DAMAGED", "no usable weights in that folder"),
         ("--task sst2 --data-dir DATA --model WORDLESS", "no usable tokenizer in that folder"),

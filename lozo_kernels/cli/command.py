@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import logging
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -44,6 +45,9 @@ _EVALUATED_OTHERWISE: dict[str, dict[str, Any]] = {
 }
 """What differs in their options."""
 
+_TALKATIVE = ("torchao", "torch.utils._pytree")
+"""Loggers of packages that transformers imports where they are installed, and that warn of parts which nothing here uses."""
+
 
 class _Parser(Parser):
     """Reports a bad argument in one line, and ends the program."""
@@ -64,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ..bench import main as bench
 
         return bench(argv[1:])
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     args = make_parser().parse_args(argv)
     args.command = shlex.join(["lozo-kernels", *argv])
     run: Callable[[argparse.Namespace], int] = args.run
@@ -177,7 +183,7 @@ def _add_journal(add: Callable[..., argparse.ArgumentParser]) -> None:
         )
         command.add_argument("--journal", required=True, type=path, help="the journal, or the folder of its run")
     verify.add_argument("--checkpoint", type=path, help="the tuned model or its run (default: the journal's fingerprint)")
-    verify.add_argument("--step", type=int, help="the tuned model is that after so many steps (default: all)")
+    verify.add_argument("--step", type=int, help="the tuned model is that after so many steps (default: those of the run's model)")
     replay.add_argument("--step", type=int, help="steps to take (default: all)")
     revert.add_argument("--step", type=int, required=True, help="steps to take")
     for command in (replay, revert):

@@ -11,9 +11,10 @@ import torch
 from ..errors import InputError, require
 from ..journal import RecordedRun, Verification, replay, revert, verify
 from ..journal.format import Header
-from ..model.files import replacing, replacing_folder
-from .loop.folder import JOURNAL, MODEL, begin, claimed
+from ..model.files import replacing, replacing_folder, write_whole
+from .loop.folder import JOURNAL, METRICS, MODEL, begin, claimed, read_summary
 from .loop.journaling import find_journal, read_run_journal, recorded_settings
+from .loop.records import read_metrics
 from .models.checkpoint import load_model, open_checkpoint
 from .models.pretrained import open_config, read_pretrained
 from .objectives import OBJECTIVES
@@ -35,7 +36,7 @@ def replay_run(
     Args:
         model: name on the Hub or a folder; None: that of the run.
         journal: the file, or the folder of its run.
-        reverting: also write the journal up to there, so that the run can go on from it.
+        reverting: also write the journal and the metrics up to there, so that the run can go on from it.
         overwrite: replace the run or the model that is in the output folder.
         trusted: run Python code that comes with the model.
 
@@ -61,18 +62,27 @@ def replay_run(
             end = run.ends[kept - 1][0] if kept else run.start[0]
             with replacing(output / JOURNAL) as part:
                 part.write_bytes(find_journal(journal).read_bytes()[:end])
+            logged = [line for line, record in read_metrics(find_journal(journal).with_name(METRICS)) if record.step < done.steps]
+            if logged:
+                write_whole(output / METRICS, "".join(line + "\n" for line in logged))
     return dataclasses.asdict(done) | {"output": str(output)}
 
 
 def verify_run(
     model: str | None, journal: Path, tuned: Path | None, steps: int | None = None, *, trusted: bool = False
 ) -> Verification:
-    """Replays so many steps of a run, or all, and compares with the tuned model in a folder.
+    """Replays so many steps of a run and compares with the tuned model in a folder.
+
+    Args:
+        tuned: a model, or the folder of a run.
+        steps: None: as many as the model of a run had, which with ``--keep best`` are not all; otherwise all.
 
     Raises:
         InputError, JournalError: as :func:`replay_run`.
     """
     run = _read(journal, steps)
+    kept = (read_summary(tuned) or {}).get("kept_step") if tuned is not None and steps is None else None
+    steps = kept if isinstance(kept, int) and 0 <= kept < run.steps else steps
     base, _ = _load(model, run, trusted)
     other = None
     if tuned is not None:

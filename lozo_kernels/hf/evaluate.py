@@ -122,7 +122,10 @@ def _open_tuned(settings: Settings, checkpoint: str | None) -> _Tuned:
     folder = Path(checkpoint)
     summary = read_object(folder / SUMMARY, "--checkpoint: ") if (folder / SUMMARY).is_file() else {}
     if not summary and (folder / METRICS).is_file():
-        raise InputError(f"--checkpoint {checkpoint}: its run has not ended; lozo-kernels finetune --resume {checkpoint} goes on")
+        raise InputError(
+            f"--checkpoint {checkpoint}: its run has not ended; lozo-kernels finetune --resume {checkpoint} goes on, and "
+            f"--checkpoint {folder / MODEL} scores what was last saved, if anything was"
+        )
     settings = _of_run(settings, summary)
     own_file = settings.train_file or settings.dev_file
     if settings.task is None and own_file is None and folder.is_dir():

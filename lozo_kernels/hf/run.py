@@ -59,6 +59,17 @@ class Run:
         """What is likely not meant so."""
         settings, lacking = self.settings, self.data.without_examples()
         notes = [f"no train example is of the class {', '.join(lacking[:5])}"] if lacking else []
+        train = {e.texts for e in self.data.train}
+        seen = sum(e.texts in train for e in self.data.dev)
+        if seen:
+            notes.append(f"{seen} of the {len(self.data.dev)} dev examples have the texts of train examples")
+        long = sum(self._fills(e) for e in self.train_set)
+        if long:
+            most = self.objective.max_length
+            notes.append(
+                f"{long} of the {len(self.train_set)} train examples have {most} tokens or more, and no more than {most} of them "
+                "are read (--max-length, or the context of the model)"
+            )
         if settings.model is None and (settings.train_file or settings.data_dir):
             notes.append(f"no --model was given, so that this is of {EMBEDDED}, which is made for the demo and knows little")
         return notes
@@ -78,6 +89,11 @@ class Run:
     def batches(self) -> BatchSampler:
         """The batches of the run from its beginning."""
         return BatchSampler(self.train_set, self.settings.batch_size, self.settings.seed)
+
+    def _fills(self, encoded: Encoded) -> bool:
+        """Whether an example, or the longest of its options, takes all the tokens that fit."""
+        rows = encoded.get("options", [encoded])
+        return max(len(row.get("input_ids", ())) for row in rows) >= self.objective.max_length
 
     def first_batches(self, start: int) -> list[Sequence[Encoded]]:
         """This process's part of the batches of the next two steps after so many, whose memory is measured; fewer at the end."""

@@ -216,15 +216,15 @@ class Journal:
         A run that is resumed later goes on as if this had not happened.
 
         Raises:
-            JournalError: the file cannot be written.
+            JournalError: the file cannot be written. The weights are those of the end all the same.
         """
         if self._file.closed:
             return
         self._detach()
         try:
-            self._write_detours()
             self._optimizer.flush()
             self._optimizer.handle.merge()
+            self._write_detours()
             self._put(End(fingerprint(self._optimizer.handle)))
             self._drain(wait=True)
         finally:

@@ -71,7 +71,13 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replaces a file by one with this text, in UTF-8. If that fails, the file is as it was."""
+    """Replaces a file by one with this text, in UTF-8. If that fails, the file is as it was.
+
+    What is no file, such as /dev/stdout or a pipe, is written to as it is.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.write_text(text, encoding="utf-8")
+        return
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
 

@@ -30,6 +30,11 @@ def children_by_name(module: nn.Module) -> dict[str, nn.Module | None]:
     return module._modules  # noqa: SLF001
 
 
+def forward_hooks(module: nn.Module) -> int:
+    """How many forward hooks a module has."""
+    return len(module._forward_hooks)  # noqa: SLF001
+
+
 def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
     """The compiled call that ``module.compile()`` made, or None if the module was not compiled."""
     return module._compiled_call_impl  # type: ignore[no-any-return]  # noqa: SLF001

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Sequence
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..kernels.noise import tensor_ids
+from ..kernels.noise import tensor_id, tensor_ids
 from ..kernels.table import check_apart
 from .config import PatchConfig
 from .layout import Layout
@@ -29,7 +29,8 @@ class Parameter:
     Attributes:
         name: as in ``model.named_parameters()``, without the prefixes of wrappers.
         aliases: its other names, if it is tied.
-        tensor_id: id of the alphabetically first of all names, so it survives a change of registration order.
+        tensor_id: id of the alphabetically first of all names, so it survives a change of registration order. Where another
+            parameter has that id, the name was hashed again (:func:`~lozo_kernels.kernels.noise.tensor_ids`).
         layout: the matrices that it is seen as.
         storage: where its values lie.
     """
@@ -44,6 +45,11 @@ class Parameter:
     def tensor(self) -> nn.Parameter:
         """The parameter as the model has it now."""
         return self.storage.tensor
+
+    @property
+    def hashed_again(self) -> bool:
+        """Whether the id of its name was taken by another parameter's."""
+        return self.tensor_id != tensor_id(min((self.name, *self.aliases)))
 
     @property
     def low_rank(self) -> bool:
@@ -92,8 +98,8 @@ def find_parameters(model: nn.Module, config: PatchConfig) -> tuple[list[Paramet
 
     Raises:
         TypeError: a parameter to train is sparse, complex, on the meta device or of an unsupported dtype, or a module is lazy.
-        ValueError: nothing is trainable, a pattern matches nothing, two names share an id, two parameters that are not tied share
-            storage, or strides do not fit.
+        ValueError: nothing is trainable, a pattern matches nothing, two parameters that are not tied share storage, or strides do
+            not fit.
     """
     _check_initialised(model)
     reshard(model)

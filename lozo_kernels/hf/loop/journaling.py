@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -9,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError, JournalError
-from ...journal import Journal, RecordedRun, read_journal
+from ...journal import Journal, RecordedRun, read_journal, replay
 from ..command_line import check_options
 from ..data.examples import TaskData
 from ..objectives import Encoded
 from ..settings import Settings
 from .drivers import Driver, ZerothOrder
-from .folder import BEST, EXTENDED, JOURNAL, METRICS, MODEL, read_object, read_summary
+from .folder import EXTENDED, JOURNAL, METRICS, MODEL, read_object, read_summary
 from .records import StepRecord, read_metrics
 
 
@@ -52,6 +53,12 @@ class Keeper:
                 raise InputError(str(e)) from None
         return driver
 
+    def model_after(self, base: Any, steps: int) -> Any:
+        """A copy of the model that the run started from, with the weights that its journal has after so many steps."""
+        model = copy.deepcopy(base)
+        replay(model, read_run_journal(self.path), steps)
+        return model
+
 
 def new_keeper(
     output: Path, settings: Settings, data: TaskData, objective: str, encoded: list[Encoded], dev: list[Encoded]
@@ -80,7 +87,8 @@ def resumed_keeper(keeper: Keeper) -> Keeper:
     if run.fingerprint is not None and run.steps >= wanted and summary is not None and summary.get("stopped") is None:
         raise InputError(f"--resume {folder}: the run has taken all of its {wanted} steps; --steps N goes on to N steps")
     logged = {record.step for _, record in read_metrics(folder / METRICS) if isinstance(record, StepRecord)}
-    whole = next((i for i in range(len(logged) + 1) if i not in logged), 0)
+    # Without its metrics, the journal alone says how far it was.
+    whole = next((i for i in range(len(logged) + 1) if i not in logged), 0) if (folder / METRICS).exists() else run.steps
     extended = None if wanted == recorded_settings(run).steps else wanted
     return dataclasses.replace(keeper, goes_on_at=min(run.steps, whole), extended=extended)
 
@@ -112,11 +120,6 @@ def settings_of(folder: Path, steps: int | None = None) -> Settings:
         )
     if steps < run.steps:
         raise InputError(f"--resume {folder} --steps {steps}: the run has taken {run.steps} steps; lozo-kernels revert goes back")
-    if settings.keep == "best" and read_summary(folder) is not None and not (folder / BEST).exists():
-        raise InputError(
-            f"--resume {folder} --steps {steps}: the run ended with --keep best and has only the best of its weights: "
-            f"begin a run with --model {folder / MODEL}"
-        )
     return dataclasses.replace(settings, steps=steps)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ class KeptWeights:
         model: what is trained. Looking at its ``state_dict()`` makes a probe merge what it learned.
         folder: the folder of the run.
         best: keep the best; otherwise nothing is written, and the model ends as its last step leaves it.
-        earlier: evaluations that a run that goes on has behind it; the file of the best of them is there.
+        earlier: evaluations that a run that goes on has behind it, see :meth:`complete`.
 
     Attributes:
         note: what the user should know of the weights that the run ended with; None if they are those that were asked for.
@@ -38,11 +38,16 @@ class KeptWeights:
     def offer(self, evaluation: EvalRecord) -> None:
         """Keeps the weights as they are now if no evaluation was better. Every process calls this; the first one writes."""
         if self._best and self._improves(evaluation):
-            state = self._model.state_dict()
-            if is_first():
-                tensors = {name: p.detach().cpu().clone().contiguous() for name, p in state.items()}
-                with replacing(self._path) as part:
-                    require("safetensors.torch").save_file(tensors, str(part), metadata={"step": str(evaluation.step)})
+            self._save(self._model, evaluation.step)
+
+    def complete(self, weights_after: Callable[[int], torch.nn.Module]) -> None:
+        """Makes the file again where a run that goes on lacks it, as a finished one does, or has that of another step.
+
+        Args:
+            weights_after: gives a model as it was after so many steps.
+        """
+        if self._best and self._step is not None and is_first() and not self._is_of(self._step):
+            self._save(weights_after(self._step), self._step)
 
     def load(self, steps_done: int) -> int:
         """Puts the kept weights into the model of the first process, which saves it.
@@ -56,10 +61,7 @@ class KeptWeights:
             self.note = "no dev loss was a finite number, so that none was the best: the weights are those of the last step"
             return steps_done
         if is_first() and not self._is_of(self._step):
-            self.note = (
-                f"the weights of the lowest dev loss, after {self._step} steps, are no longer in {self._path}; those of the "
-                f"last step were saved; lozo-kernels replay --journal {self._path.parent} --step {self._step} makes them"
-            )
+            self.note = f"{self._path} was removed: the weights are those of the last step, not of step {self._step}, the best"
             return steps_done
         if is_first():
             self._model.load_state_dict(require("safetensors.torch").load_file(str(self._path)))
@@ -77,8 +79,15 @@ class KeptWeights:
         return True
 
     def _is_of(self, step: int) -> bool:
-        """Whether the file has the weights after so many steps. A file of an earlier version does not say."""
+        """Whether the file has the weights after so many steps."""
         if not self._path.exists():
             return False
         with require("safetensors").safe_open(str(self._path), framework="pt") as file:
-            return (file.metadata() or {}).get("step", str(step)) == str(step)
+            return (file.metadata() or {}).get("step") == str(step)
+
+    def _save(self, model: torch.nn.Module, step: int) -> None:
+        state = model.state_dict()
+        if is_first():
+            tensors = {name: p.detach().cpu().clone().contiguous() for name, p in state.items()}
+            with replacing(self._path) as part:
+                require("safetensors.torch").save_file(tensors, str(part), metadata={"step": str(step)})

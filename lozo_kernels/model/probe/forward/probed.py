@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from ..runtime import REST, Point, Runtime
 from .install import Installation
 from .perturbed import PerturbedWeights
 from .swapping import Arena
+from .unused import UnusedWeights
 
 
 class ProbedModel:
@@ -71,6 +72,10 @@ class ProbedModel:
         """Puts the chosen sides into the model's modules. ``before_read`` is called before its weights are read from outside."""
         weights = self._weights
         self._installation.add(self.model, self.members, self.runtime, self._arenas, weights.fill, self.backends, before_read)
+
+    def await_use(self, unused: Sequence[Member], used: Callable[[Member], None]) -> UnusedWeights:
+        """Has operators that take unused weights take perturbed ones. ``used`` is called with a member the first time."""
+        return UnusedWeights(self.model, self.runtime, unused, self._weights.fill, used)
 
     def check_forwards(self) -> None:
         """Raises RuntimeError if others replaced a forward that was put into a module."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import re
 from types import ModuleType
 
 
@@ -10,21 +12,34 @@ class InputError(Exception):
     """An error that the user can put right. The commands print its message, which is one line, without a traceback."""
 
 
-def require(package: str, extra: str = "hf") -> ModuleType:
+class MissingPackageError(InputError, ImportError):
+    """An optional package is not installed. The message says how to install it."""
+
+
+def require(package: str) -> ModuleType:
     """Imports an optional package and returns it.
 
-    Args:
-        extra: the extra of lozo_kernels that brings the package; the message names it.
-
     Raises:
-        InputError: the package is not installed.
+        MissingPackageError: the package is not installed.
     """
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as e:
         if e.name is None or e.name.split(".")[0] != package.split(".")[0]:
             raise
-        raise InputError(f"this needs the package {package!r}: pip install 'lozo_kernels[{extra}]'") from None
+        message = f"this needs the package {package!r}: pip install '{_requirement(package)}'"
+        raise MissingPackageError(message, name=package) from None
+
+
+def _requirement(package: str) -> str:
+    """What pip installs for a package, with the versions that this library asks for where its metadata has them."""
+    name = {"PIL": "pillow"}.get(package.split(".")[0], package.split(".")[0])
+    try:
+        known = importlib.metadata.requires("lozo_kernels") or []
+    except importlib.metadata.PackageNotFoundError:  # run from its sources
+        known = []
+    found = [r.split(";")[0].strip() for r in known]
+    return next((r for r in found if re.split(r"[^\w-]", r)[0] == name), name)
 
 
 class JournalError(RuntimeError):

@@ -130,14 +130,15 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(capsys, monkeypatch, 
     monkeypatch.setitem(sys.modules, package, None)
     assert run("finetune", "--steps", "1") == 2
     err = capsys.readouterr().err
-    assert err.splitlines() == [f"lozo-kernels finetune: error: this needs the package '{package}': pip install 'lozo_kernels[hf]'"]
+    (line,) = err.splitlines()
+    assert line.startswith(f"lozo-kernels finetune: error: this needs the package '{package}': pip install '{package}")
 
 
 @pytest.mark.usefixtures("in_tmp")
 def test_hub_data_needs_datasets(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert run("finetune", "--task", "sst2") == 2
-    assert "pip install 'lozo_kernels[hub]'" in capsys.readouterr().err
+    assert "pip install 'datasets" in capsys.readouterr().err
 
 
 def test_starts_without_optional_packages():

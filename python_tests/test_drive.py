@@ -127,7 +127,7 @@ def test_kinds_of_output(kind):
     optimizer = LOZO(model, lr=1e-3, drive="backward")
     output = model(tokens)
     loss = loss_in(output)
-    assert loss.shape == at_rest.shape and loss.requires_grad and torch.allclose(loss, at_rest, atol=1e-3)
+    assert loss.shape == at_rest.shape and loss.requires_grad and torch.allclose(loss, at_rest, atol=1e-2)
     if kind != "tensor":
         logits = output[1] if isinstance(output, tuple) else output["logits"] if kind == "dict" else output.logits
         with pytest.raises(RuntimeError, match="only that loss is trained"):

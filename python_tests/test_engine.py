@@ -270,7 +270,7 @@ def bad(parameter):
         (bad(nn.Parameter(torch.ones(1, 2).expand(3, 2))), {}, ValueError, "'bad' .* rows overlap"),
         (bad(nn.Parameter(torch.ones(2, 3, 2, 2).to(memory_format=torch.channels_last))), {}, ValueError, "'bad' .*contiguous"),
         (bad(nn.Parameter(torch.ones(3, 2).t())), {"estimator": "dense"}, ValueError, "'bad' .*contiguous"),
-        (torch.ones(3), {}, TypeError, "takes a torch.nn.Module, not Tensor"),
+        (torch.ones(3), {}, TypeError, "takes the model, a torch.nn.Module, not Tensor"),
     ],
 )
 def test_bad_input_changes_nothing(model, options, error, message):

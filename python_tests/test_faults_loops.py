@@ -207,3 +207,39 @@ def test_gradients_of_inputs_in_eval_mode_are_right():
     LOZO(net, drive="backward")
     (found,) = torch.autograd.grad(net(x, y)[0], x)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"static_graph": True}], ids=str)
+def test_distributed_data_parallel_sends_no_gradient_to_other_outputs(tmp_path, options):
+    """It passes all outputs through one node of its own, which asks each of them for a gradient."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        net, x, y = Net().train(), torch.randn(5, 6), torch.randint(3, (5,))
+        optimizer = LOZO(net, lr=1e-3, drive="backward")
+        wrapped = nn.parallel.DistributedDataParallel(net, **options)
+        for _ in range(3):
+            wrapped(x, y)[0].backward()
+            optimizer.step()
+        assert optimizer.steps_done == 3
+        loss, logits = wrapped(x, y)
+        with pytest.raises(RuntimeError, match="only that loss is trained"):
+            (loss + logits.mean()).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_derivatives_within_a_loss():
+    """As in physics-informed networks: derivatives with respect to inputs, in a closure that says so."""
+    net, x = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)), torch.linspace(0, 1, 7)[:, None].requires_grad_(True)
+    optimizer = LOZO(net, lr=1e-3)
+
+    def slope():
+        (found,) = torch.autograd.grad(net(x).sum(), x)
+        return (found - 1).square().mean()
+
+    with pytest.raises(RuntimeError, match=r"takes them under torch\.enable_grad\(\)"):
+        optimizer.step(slope)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(torch.enable_grad()(slope))
+    assert optimizer.steps_done == 1

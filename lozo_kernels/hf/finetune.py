@@ -22,7 +22,7 @@ from .loop.records import MetricsLog
 from .loop.scoring import score
 from .loop.train import Outcome, eval_batch_size, evaluate, train
 from .models.checkpoint import load_model
-from .models.pretrained import computing
+from .models.pretrained import computing, first_line
 from .output import to_json
 from .reports.beside_published import compare
 from .reports.card import write_card
@@ -110,19 +110,28 @@ def _run(settings: Settings, command: str, quiet: bool, resume: bool) -> dict[st
     summary |= {"notes": notes, "command": command, "output": str(output), "test": test, "kept_step": outcome.kept_step}
     if is_first():
         with deferred_interrupt():
-            _save(run, model, summary, log, output)
+            _save(run, model, summary, log, output, outcome.unended)
             if outcome.stopped is None:
                 kept.discard()
     return summary
 
 
-def _save(run: Run, model: Any, summary: dict[str, Any], log: MetricsLog, output: Path) -> None:
-    """Each result under another name first. The summary comes last: where it is, all the rest is whole."""
+def _save(run: Run, model: Any, summary: dict[str, Any], log: MetricsLog, output: Path, unended: Exception | None) -> None:
+    """Each result under another name first. The summary comes last: where it is, all the rest is whole.
+
+    Raises:
+        InputError: the journal has no end, for the reason ``unended``; all but the summary is saved.
+    """
     with replacing_folder(output / MODEL) as folder:
         model.save_pretrained(folder)
         run.checkpoint.tokenizer.save_pretrained(folder)
         write_card(folder, summary, run.data.task.metrics)
     plot_losses(output / PLOT, log, f"{run.data.task.name}, {run.settings.method}")
+    if unended is not None:
+        raise InputError(
+            f"the model is saved in {output / MODEL}, but its journal has no end: {first_line(unended)}; "
+            f"lozo-kernels finetune --resume {output} writes it"
+        ) from unended
     write_whole(output / SUMMARY, to_json(summary, indent=2) + "\n")
 
 

@@ -31,6 +31,8 @@ def describe_groups(optimizer: ZerothOrderOptimizer) -> tuple[tuple[int, ...], .
 
 
 def made_with(handle: Handle) -> dict[str, Any]:
-    """The versions of the libraries, and the backends that serve the handle's devices."""
+    """The versions of the libraries, the backends that serve the handle's devices, and the names that were hashed again, if any."""
     backends = {choose_backend(device, handle.config.backend).backend.name for device in map(handle.device_of, handle.trained)}
-    return {"torch": torch.__version__, "python": platform.python_version(), "backends": sorted(backends)}
+    again = [p.name for p in handle.trained if p.hashed_again]
+    found = {"torch": torch.__version__, "python": platform.python_version(), "backends": sorted(backends)}
+    return found | ({"hashed_again": again} if again else {})

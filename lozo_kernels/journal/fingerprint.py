@@ -24,8 +24,15 @@ def weight_fingerprints(handle: Handle) -> list[str]:
     Sharded weights are gathered, one after the other, which is a collective.
     """
     found = {p.name: _of_parameter(handle, p) for p in handle.trained if p.storage.sharded}
-    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-        return list(pool.map(lambda p: found.get(p.name) or _of_parameter(handle, p), handle.trained))
+
+    def one(p: Parameter) -> str:
+        return found.get(p.name) or _of_parameter(handle, p)
+
+    try:
+        with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+            return list(pool.map(one, handle.trained))
+    except RuntimeError:  # the system gives no more threads; an error of another kind comes again here
+        return [one(p) for p in handle.trained]
 
 
 def fingerprint(handle: Handle) -> str:

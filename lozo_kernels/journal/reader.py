@@ -184,7 +184,7 @@ class _Parser:
             if not 1 <= record.moves <= 2 * self._directions:
                 raise JournalError(f"a detour of {record.moves} moves")
         elif kind == SIDES:
-            if any(isinstance(r, Sides) for r in self.records):
+            if self.records and isinstance(self.records[-1], Sides):  # later in a run they may change
                 raise JournalError("the sides are there already")
             record = self._sides()
         elif kind == END:

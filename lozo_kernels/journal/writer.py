@@ -58,6 +58,7 @@ class Journal:
         self._detours: list[int] = []
         self._mark: tuple[int, list[int]] = (0, [])  # of the last step: the number of its first record, and the detours before it
         self._before_mark: Tail | None = None
+        self._choices: int | None = optimizer.handle.choices  # as they were when sides were written
         optimizer.journal = self
         optimizer.handle.on_merge = self._add_merge
 
@@ -151,7 +152,7 @@ class Journal:
             records = run.until(upto)
             check_fits(run, optimizer, weights=check_weights)
             retake(optimizer, records)
-            sides = next((r for r in records if isinstance(r, Sides)), None)
+            sides = next((r for r in reversed(records) if isinstance(r, Sides)), None)
             if sides is not None:
                 optimizer.handle.adopt_sides(sides.described, install=True)
             length, crc = run.ends[len(records) - 1] if records else run.start
@@ -179,19 +180,22 @@ class Journal:
             raise JournalError("a setting of the optimiser changed that a journal has once: put it back, or begin another journal")
         self._mark, self._before_mark = (self._number, list(self._detours)), None
         try:
-            if not self._has_sides():
+            choices = optimizer.handle.choices
+            if choices != self._choices or not self._has_sides():
                 described = optimizer.handle.describe_sides()
                 if described is not None:
                     self._put(Sides(described))
             at_rest, returned = self._put_detours(optimizer)
             self._put(send(optimizer, info, at_rest=at_rest, returned=returned))
             self._drain()
+            self._choices = choices
         except BaseException:
             self.take_back()
             raise
 
     def take_back(self) -> None:
         number, self._detours = self._mark
+        self._choices = None  # perhaps sides are taken back
         while self._queue and self._queue[-1].number >= number:
             self._queue.pop()
         if self._before_mark is not None:
@@ -212,15 +216,15 @@ class Journal:
         A run that is resumed later goes on as if this had not happened.
 
         Raises:
-            JournalError: the file cannot be written.
+            JournalError: the file cannot be written. The weights are those of the end all the same.
         """
         if self._file.closed:
             return
         self._detach()
         try:
-            self._write_detours()
             self._optimizer.flush()
             self._optimizer.handle.merge()
+            self._write_detours()
             self._put(End(fingerprint(self._optimizer.handle)))
             self._drain(wait=True)
         finally:

@@ -109,8 +109,9 @@ def check_text(named: str, text: str) -> None:
 
 def suggestion(word: str, known: Iterable[str]) -> str:
     """The word that may have been meant, as the end of a message; nothing if no known word is like it."""
-    close = difflib.get_close_matches(word, list(known), 1)
-    return f"; did you mean {close[0]}?" if close else ""
+    by_sound = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(word.lower(), by_sound, 1)
+    return f"; did you mean {by_sound[close[0]]}?" if close else ""
 
 
 def shortened(value: Any) -> str:

@@ -19,6 +19,7 @@ fp32 and never contracted. U, V and S are then rounded to multiples of 2**-8, wh
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -50,21 +51,20 @@ def tensor_id(name: str) -> int:
 
 
 def tensor_ids(names: Iterable[str]) -> dict[str, int]:
-    """Returns the ids of several names.
+    """Returns the ids of several names: that of :func:`tensor_id`, unless two names share it, since their noise would be identical.
 
-    Raises:
-        ValueError: two names share an id (their noise would be identical).
+    The alphabetically first of such names keeps it. The others are hashed again, with a number after them, until an id is free. So
+    an id depends on the set of names, not on their order, and on the other names only where two collide.
     """
-    ids: dict[str, int] = {}
+    every = sorted(set(names))
     owners: dict[int, str] = {}
-    for name in names:
-        ids[name] = i = tensor_id(name)
-        other = owners.setdefault(i, name)
-        if other != name:
-            raise ValueError(
-                f"parameters {other!r} and {name!r} hash to the same tensor id {i:#010x} and would get identical noise; "
-                "rename one of them or exclude it"
-            )
+    for name in every:
+        owners.setdefault(tensor_id(name), name)
+    ids = {name: i for i, name in owners.items()}
+    for name in every:
+        if name not in ids:
+            again = (tensor_id(f"{name}\0{attempt}") for attempt in itertools.count(1))
+            ids[name] = next(i for i in again if owners.setdefault(i, name) == name)
     return ids
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
 
-from .modules import children_by_name, compiled_call
+from .modules import children_by_name, compiled_call, forward_hooks
 from .outputs import loss_of, refuse_gradients, with_loss
 from .projected import NAME, ProjectedGradient
 
@@ -29,6 +29,7 @@ SHRINK = 2.0**-40
 """The factor by which gradients are stored, which is exact. It makes them too small for any clipping norm to act on, because
 clipping a projected gradient, which is not a gradient's norm, would change the algorithm."""
 
+CHECKPOINTING_IS_IN_VAIN = "it spares what a backward pass needs, and forward passes without a graph keep nothing"
 _OF_AN_OUTPUT = (
     "the loss depends on an output of shape {shape} besides the loss that the driven model returned, and only that loss is "
     "trained: for a loss that is computed outside of the model (auxiliary terms, distillation, an own compute_loss) use "
@@ -90,6 +91,7 @@ class Backward:
         self._call: Callable[..., Any] = getattr(model, self._place)
         self._inside = False
         self._depth = 0
+        self._hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         if intercept:
             model.__dict__[self._place] = self
         for part in _parts(model) if intercept else (model, *_parts(model)):
@@ -115,7 +117,7 @@ class Backward:
             with self._inner():
                 output = self._call(*args, **kwargs)
             return refuse_gradients(output, self._refuse_evaluation)
-        if any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves((args, kwargs))):
+        if any(map(_requires_gradient, (*args, *kwargs.values()))):
             raise TypeError(
                 "an input of the driven model requires a gradient, and evaluations without a graph give it none: detach() it, and "
                 "train what made it together with the model, or use step(closure)"
@@ -152,6 +154,7 @@ class Backward:
             raise RuntimeError("the model is driven by backward() but has no optimiser: build one on the handle, e.g. LOZO(handle)")
         if not self._checked:
             _stop_checkpointing(self.model)
+            self._watch_hooks()
             self._checked = True
         last: Any = None
 
@@ -192,6 +195,17 @@ class Backward:
             return None
         model, part = type(self.model).__name__, type(module).__name__
         return refuse_gradients(output, lambda _: self._refuse(_OF_A_PART.format(model=model, part=part)))
+
+    def _watch_hooks(self) -> None:
+        """What forward hooks of the user keep of an evaluation is not to be differentiated either."""
+        ours = set(_parts(self.model)) | {self.model}
+        for module in self.model.modules():
+            if forward_hooks(module) > (module in ours) and module not in self._hooked:
+                self._hooked.add(module)
+                self._hooks.append(module.register_forward_hook(self._refuse_hooked, prepend=True))
+
+    def _refuse_hooked(self, module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG002  (the arguments of a hook)
+        return refuse_gradients(output, self._refuse_output) if self._inside else None
 
     def _refuse_output(self, grad: Tensor) -> RuntimeError:
         return self._refuse(_OF_AN_OUTPUT.format(shape=tuple(grad.shape)))
@@ -286,6 +300,13 @@ class _Hang(torch.autograd.Function):
         return gradient * grad.reshape(()).to(gradient), None, None
 
 
+def _requires_gradient(x: Any) -> bool:
+    """Whether an argument is, or holds, a tensor that requires a gradient."""
+    if isinstance(x, Tensor):
+        return x.requires_grad
+    return isinstance(x, (dict, list, tuple)) and any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(x))
+
+
 def _parts(model: nn.Module, depth: int = 3) -> list[nn.Module]:
     """The modules near the top of a model that a loop may call by themselves. Members of lists are left out: they are many."""
     found = []
@@ -301,6 +322,6 @@ def _stop_checkpointing(model: nn.Module) -> None:
         state = getattr(model, f"is_{word}_checkpointing", None)
         if state:
             getattr(model, f"{word}_checkpointing_disable")()
-            warnings.warn("gradient checkpointing was switched off: forward passes without a graph keep nothing", stacklevel=4)
+            warnings.warn(f"gradient checkpointing was switched off: {CHECKPOINTING_IS_IN_VAIN}", stacklevel=4)
         if state is not None:
             return

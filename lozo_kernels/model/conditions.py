@@ -26,9 +26,13 @@ class Conditions:
         devices: of the model.
         buffers: of the model.
         randomness: put the state of random generators back too: those of torch, Python's ``random`` and ``numpy.random``.
+
+    Attributes:
+        randomness: as given.
     """
 
     def __init__(self, devices: Sequence[torch.device], buffers: Buffers, *, randomness: bool) -> None:
+        self.randomness = randomness
         self._generators = _Generators(devices) if randomness else None
         self._buffers = buffers
         self._fresh = True
@@ -68,11 +72,13 @@ class Buffers:
         self._now = list(map(dict.get, self._owned, self._keys))
         if not all(map(_alike, self._kept, self._now)):
             self._kept = [None if b is None else torch.empty_like(b) for b in self._now]
-        pairs = [(kept, b) for kept, b in zip(self._kept, self._now, strict=True) if b is not None]
-        self._pairs = list(map(list, zip(*pairs, strict=True)))
+        if self._now:
+            pairs = [(kept, b) for kept, b in zip(self._kept, self._now, strict=True) if b is not None]
+            self._pairs = list(map(list, zip(*pairs, strict=True)))
         if self._pairs:
             _copy(*self._pairs)
-        self._versions = versions_of(self._large)
+        if self._large:
+            self._versions = versions_of(self._large)
 
     def put_back(self) -> None:
         """Makes the buffers what they were at :meth:`keep`: the same tensors with the same values."""

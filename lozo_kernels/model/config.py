@@ -159,6 +159,17 @@ OPTIONS = tuple(field.name for field in dataclasses.fields(PatchConfig))
 """The names of a config's fields."""
 
 
+_ELSEWHERE = {
+    **dict.fromkeys(("learning_rate", "alpha"), "lr"),
+    **dict.fromkeys(("epsilon", "zo_eps", "zero_order_eps", "mu"), "eps"),
+    **dict.fromkeys(("rank_r", "gauss_rank", "r"), "rank"),
+    **dict.fromkeys(("step_interval", "update_interval", "nu"), "interval"),
+    **dict.fromkeys(("beta", "beta1", "betas"), "momentum"),
+    **dict.fromkeys(("q", "n_directions", "num_directions"), "directions"),
+}
+"""What options are called in other optimisers, in papers and in published code."""
+
+
 def check_names(taker: str, given: Iterable[str], known: Sequence[str]) -> None:
     """Raises TypeError for a keyword that is not known, and says which may have been meant.
 
@@ -167,7 +178,9 @@ def check_names(taker: str, given: Iterable[str], known: Sequence[str]) -> None:
     """
     for name in given:
         if name not in known:
-            raise TypeError(f"{taker} got an unexpected keyword argument {name!r}{suggestion(name, known)}")
+            meant = _ELSEWHERE.get(name)
+            hint = f"; did you mean {meant}?" if meant in known else suggestion(name, known)
+            raise TypeError(f"{taker} got an unexpected keyword argument {name!r}{hint}")
 
 
 def _sides(value: Any) -> str | tuple[tuple[str, str], ...]:

@@ -51,6 +51,7 @@ class Handle:
         probes: evaluations only read the weights.
         state_in_pieces: a process has the momentum of its shards only.
         precision: the coarsest dtype that evaluations are known to compute with.
+        choices: how often a probe chose sides, so that others see that it did again.
 
     Args:
         estimator: makes the directions; None: the one that the config names.
@@ -69,6 +70,7 @@ class Handle:
         self.backward: Backward | None = None
         self.on_merge: Callable[[], None] | None = None
         self.precision = torch.float32
+        self.choices = 0
         self._aliases = {alias: p for p in self.trained for alias in (p.name, *p.aliases)}
         self._sharded = [p for p in self.trained if p.storage.sharded]
         self._watch = StorageWatch(self.trained)
@@ -255,8 +257,11 @@ class Handle:
         conditions: Conditions,  # noqa: ARG002
         *,
         step: int,  # noqa: ARG002
-    ) -> None:
+    ) -> bool:
         """Checks that evaluations of a probe which share a forward pass give the losses that they give one by one.
+
+        Returns:
+            Whether that proves something, which it does if some loss is finite and moves.
 
         Raises:
             BatchSplitError: they do not.
@@ -527,13 +532,18 @@ class Handle:
             [shard.x for shard in shards],
             [p.tensor_id for p in some],
             v=[self._v[p.name] for p in some] if kind == "lowrank" else None,
-            n=[self._momentum[p.name] for p in some] if self._momentum else None,
+            n=[self._momentum_as(kind, p, shard.x) for p, shard in zip(some, shards, strict=True)] if self._momentum else None,
             row_offsets=[shard.row_offset for shard in shards],
             col_offsets=[shard.col_offset for shard in shards],
             global_cols=[shard.global_cols for shard in shards],
         )
         backend = choose_backend(device, self.config.backend).backend
         return Group(kind, torch.tensor(index, device=device, dtype=torch.int64), table, backend, self.estimator, self.config)
+
+    def _momentum_as(self, kind: str, p: Parameter, x: Tensor) -> Tensor:
+        """The momentum of a parameter, seen as its weight is: a vector that is not contiguous is a column."""
+        momentum = self._momentum[p.name]
+        return momentum if kind == "lowrank" else momentum.view(x.shape)
 
     def _describe(self, p: Parameter, backend: str) -> ParameterReport:
         return report_of(p, self.config.rank, backend)

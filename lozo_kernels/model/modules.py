@@ -30,6 +30,11 @@ def children_by_name(module: nn.Module) -> dict[str, nn.Module | None]:
     return module._modules  # noqa: SLF001
 
 
+def forward_hooks(module: nn.Module) -> int:
+    """How many forward hooks a module has."""
+    return len(module._forward_hooks)  # noqa: SLF001
+
+
 def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
     """The compiled call that ``module.compile()`` made, or None if the module was not compiled."""
     return module._compiled_call_impl  # type: ignore[no-any-return]  # noqa: SLF001
@@ -40,6 +45,11 @@ def is_compiled(model: nn.Module) -> bool:
     dynamo: Any = sys.modules.get("torch._dynamo")
     wrapped = () if dynamo is None else dynamo.OptimizedModule
     return any(compiled_call(module) is not None or isinstance(module, wrapped) for module in model.modules())
+
+
+def has_pre_hooks(module: nn.Module, kind: type) -> bool:
+    """Whether a module has forward pre-hooks that are not of a class."""
+    return any(not isinstance(hook, kind) for hook in module._forward_pre_hooks.values())  # noqa: SLF001
 
 
 def versions_of(tensors: Sequence[Any]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Attributes of modules that hide those of their classes, and are taken out of copies."""
+"""Attributes and hooks that are put into modules and taken out of copies."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from typing import Any
 from torch import nn
 
 _MISSING = object()
+
+
+class Hook:
+    """A hook of any kind that this package put into a module. Copies are without it."""
 
 
 class Overrides:

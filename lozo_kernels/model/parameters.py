@@ -8,12 +8,13 @@ import weakref
 from collections.abc import Hashable, Sequence
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from ..kernels.noise import tensor_ids
+from ..kernels.noise import tensor_id, tensor_ids
 from ..kernels.table import check_apart
 from .config import PatchConfig
 from .layout import Layout
-from .modules import is_convolution, own_parameters
+from .modules import is_convolution, own_buffers, own_parameters
 from .offload import offloaded_weights, same_weight
 from .sharding import is_sharded, reshard, stays_in_blocks
 from .storage import Offloaded, Owner, Quantised, Sharded, Storage, is_quantised
@@ -28,7 +29,8 @@ class Parameter:
     Attributes:
         name: as in ``model.named_parameters()``, without the prefixes of wrappers.
         aliases: its other names, if it is tied.
-        tensor_id: id of the alphabetically first of all names, so it survives a change of registration order.
+        tensor_id: id of the alphabetically first of all names, so it survives a change of registration order. Where another
+            parameter has that id, the name was hashed again (:func:`~lozo_kernels.kernels.noise.tensor_ids`).
         layout: the matrices that it is seen as.
         storage: where its values lie.
     """
@@ -43,6 +45,11 @@ class Parameter:
     def tensor(self) -> nn.Parameter:
         """The parameter as the model has it now."""
         return self.storage.tensor
+
+    @property
+    def hashed_again(self) -> bool:
+        """Whether the id of its name was taken by another parameter's."""
+        return self.tensor_id != tensor_id(min((self.name, *self.aliases)))
 
     @property
     def low_rank(self) -> bool:
@@ -90,10 +97,11 @@ def find_parameters(model: nn.Module, config: PatchConfig) -> tuple[list[Paramet
     adapters of PEFT only those that ``include`` names).
 
     Raises:
-        TypeError: a parameter to train is sparse, complex, on the meta device or of an unsupported dtype.
-        ValueError: nothing is trainable, a pattern matches nothing, two names share an id, two parameters that are not tied share
-            storage, or strides do not fit.
+        TypeError: a parameter to train is sparse, complex, on the meta device or of an unsupported dtype, or a module is lazy.
+        ValueError: nothing is trainable, a pattern matches nothing, two parameters that are not tied share storage, or strides do
+            not fit.
     """
+    _check_initialised(model)
     reshard(model)
     every = _collect(model)
     _check_patterns(config, [name for found in every for name in found.names])
@@ -122,6 +130,16 @@ def find_parameters(model: nn.Module, config: PatchConfig) -> tuple[list[Paramet
     here = [p for p in parameters if p.storage.resident]
     check_apart([(f"parameter {p.name!r}", p.storage.shard().x) for p in here])
     return parameters, left
+
+
+def _check_initialised(model: nn.Module) -> None:
+    """Raises TypeError if the model has a lazy module that did not run yet."""
+    for name, module in model.named_modules():
+        tensors = (*own_parameters(module).values(), *own_buffers(module).values())
+        if any(is_lazy(t) for t in tensors if t is not None):
+            raise TypeError(
+                f"module {name!r} ({type(module).__name__}) is lazy and has no weights yet: call the model once before patching"
+            )
 
 
 def canonical(name: str) -> str:

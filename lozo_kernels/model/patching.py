@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from .backward import DRIVES, Backward
 from .config import OPTIONS, PatchConfig, PatchOptions, check_names
@@ -42,10 +43,9 @@ def patch(model: nn.Module, *, drive: str = "closure", **options: Unpack[PatchOp
         TypeError, ValueError: a setting or a parameter does not fit; the model is untouched.
         RuntimeError: the model is patched already, or the named backend cannot serve one of its devices.
     """
+    check_model("patch()", model)
     check_names("patch()", options, (*OPTIONS, "drive"))
     config = PatchConfig(**options)  # type: ignore[arg-type]
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"patch() takes a torch.nn.Module, not {type(model).__name__}")
     if drive not in DRIVES:
         raise ValueError(f"drive is one of {', '.join(map(repr, DRIVES))}, not {drive!r}")
     kind = Handle if config.placement == "inplace" else ProbeHandle
@@ -59,6 +59,21 @@ def patch(model: nn.Module, *, drive: str = "closure", **options: Unpack[PatchOp
             handle.restore()
             raise
     return handle
+
+
+def check_model(taker: str, model: object) -> None:
+    """Raises TypeError unless it is a module, and says how parameters are given where parameters were.
+
+    Args:
+        taker: what was given the model, for the message.
+    """
+    if isinstance(model, nn.Module):
+        return
+    parameters = isinstance(model, (Tensor, Iterator, Sequence, Mapping)) and not isinstance(model, str)
+    raise TypeError(
+        f"{taker} takes the model, a torch.nn.Module, not {type(model).__name__}"
+        + (": it finds the parameters by itself, and include= or exclude= choose among them by name" if parameters else "")
+    )
 
 
 def handle_of(model: nn.Module) -> Handle | None:

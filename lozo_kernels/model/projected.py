@@ -8,17 +8,27 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from .outputs import refuse_gradients
+
 NAME = "projected_gradient"
 """The name of the module that is added to a driven model; its parameter is ``projected_gradient.value``."""
 
 _ACCESSORS = ("__get__", "__set__")
 """The names of torch's functions that read and write attributes."""
+_COPIES = ("detach", "to", "clone", "view", "reshape", "flatten", "ravel", "cpu", "float", "double")
+"""The names of those that return the same values, which code that walks over parameters begins with."""
+
+
+_OF_A_SUM = (
+    "a loss term over the parameters of a driven model trains nothing, because they require no gradient: use the optimiser's "
+    "weight_decay, or step(closure), which evaluates the whole loss"
+)
 
 
 class ProjectedValue(nn.Parameter):
-    """The parameter of a :class:`ProjectedGradient`. It raises TypeError where code that walks over all parameters of a model would
-    go wrong without a word: a loss term over the parameters, which require no gradient, or an average over pairs of parameters
-    with a copy of the model that does not have this one.
+    """The parameter of a :class:`ProjectedGradient`. It raises an error where code that walks over all parameters of a model would
+    go wrong without a word: RuntimeError when a loss term over the parameters is differentiated, which require no gradient, and
+    TypeError when they are paired with those of a copy of the model that does not have this one.
     """
 
     @classmethod
@@ -34,12 +44,11 @@ class ProjectedValue(nn.Parameter):
             result = func(*args, **(kwargs or {}))
         if not isinstance(result, Tensor) or isinstance(result, ProjectedValue):
             return result
-        if result.requires_grad and torch.is_grad_enabled():
-            raise TypeError(
-                "a loss term over the parameters of a driven model trains nothing, because they require no gradient: use the "
-                "optimiser's weight_decay, or step(closure), which evaluates the whole loss"
-            )
-        return result.as_subclass(cls) if name in ("detach", "to", "clone") else result
+        if name in _COPIES:
+            return result.as_subclass(cls)
+        if result.requires_grad and torch.is_grad_enabled() and name != "expand_as":  # by which torch finds its gradient's hooks
+            return refuse_gradients(result.detach(), lambda _: RuntimeError(_OF_A_SUM))
+        return result
 
 
 class ProjectedGradient(nn.Module):

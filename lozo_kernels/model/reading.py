@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .modules import hooks_without
-from .overriding import Overrides
+from .overriding import Hook, Overrides
 
 BeforeRead = Callable[[str], bool]
 """Brings the weights up to date, and returns whether they were not. The argument says what for: "forward", "state_dict",
@@ -124,11 +124,11 @@ class ReadHooks:
             owned.update(before)
 
     def _clean(self, module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-        return hooks_without(self._overrides.without(module, state), _Hook)
+        return hooks_without(self._overrides.without(module, state), Hook)
 
 
-class _Hook:
-    """A hook of any kind."""
+class _Hook(Hook):
+    """Calls ``before_read``."""
 
     def __init__(self, before_read: BeforeRead, use: str) -> None:
         self._before_read, self._use = before_read, use

@@ -41,6 +41,8 @@ def report_of(p: Parameter, rank: int, backend: str, note: str | None = None, si
         note = f"{rows} x {cols}" if batch == 1 else f"{batch} matrices of {rows} x {cols}"
         if rank > min(rows, cols):
             note += f"; rank {rank} is above min(rows, columns), which wastes noise but is exact"
+    if p.hashed_again:
+        note = f"{note}; its name was hashed again, because another parameter's has the same tensor id"
     treatment = f"low-rank {rank}" if p.low_rank else "dense"
     return ParameterReport(p.name, p.aliases, tuple(t.shape), t.dtype, t.device, treatment, backend, note, side)
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..kernels.table import DTYPES, storage_problem
 from .config import PatchConfig
@@ -282,6 +283,11 @@ def check_trainable(name: str, p: Tensor) -> None:
     way_out = "exclude it or set requires_grad=False"
     if p.layout != torch.strided:
         raise TypeError(f"parameter {name!r} is {p.layout}; only dense storage can be trained: {way_out}")
+    if is_traceable_wrapper_subclass(p) and not is_sharded(p):
+        raise TypeError(
+            f"parameter {name!r} is a {type(p).__name__}, whose values cannot be changed: quantise a model before it is patched (a "
+            f"probe trains quantised linear layers), and restore() it before you quantise it; or {way_out}"
+        )
     if p.device.type == "meta":
         raise TypeError(f"parameter {name!r} is on the meta device and has no storage; load the weights first, or {way_out}")
     if p.dtype not in DTYPES:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 IN_A_CLOSURE = (
     "the closure calls backward(), and no graph is recorded while it runs: let it return the loss and nothing else; where a loop "
-    "gives the closure (Lightning's automatic optimisation), build the optimiser with drive='backward'"
+    "gives the closure (Lightning's automatic optimisation), build the optimiser with drive='backward'; a loss that contains "
+    "derivatives takes them under torch.enable_grad()"
 )
 DRIVEN = (
     "the loss that the closure backpropagates does not come from the driven model: call the module that was given to patch(), in "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,8 +10,12 @@ import torch
 from torch import Tensor
 
 from ..kernels.checks import check_number
+from ..model.config import OPTIONS
 from ..model.handle import Handle
-from .steps import Rates
+from .steps import Rates, StepSettings
+
+OF_ALL_GROUPS = frozenset((*(field.name for field in dataclasses.fields(StepSettings)), *OPTIONS))
+"""The settings that no group has of its own."""
 
 Groups = Sequence[Mapping[str, Any]]
 """The ``param_groups`` of an optimiser, which have "params", "param_names", "lr" and "weight_decay" each."""
@@ -34,6 +39,9 @@ def named_group(handle: Handle, group: Any, defaults: Mapping[str, Any]) -> dict
     Raises TypeError or ValueError if it is not a group, or has parameters that the handle does not train."""
     if not isinstance(group, dict) or "params" not in group:
         raise TypeError(f"a parameter group is a dict with 'params', not {group!r:.200}")
+    shared = next((name for name in group if name in OF_ALL_GROUPS), None)
+    if shared is not None:
+        raise ValueError(f"{shared} is the same for all parameter groups, which have lr and weight_decay: give it to the optimiser")
     known = {id(p): name for name, p in zip(handle.names, handle.parameters, strict=True)}
     params = group["params"]
     if not isinstance(params, Iterable):
@@ -87,7 +95,14 @@ def trained_names(groups: Groups, handle: Handle) -> list[list[str]]:
 
 
 def rates_of(groups: Groups, handle: Handle, device: torch.device) -> Rates:
-    """The learning rates and weight decays of groups, for each of the handle's names if there are several groups."""
+    """The learning rates and weight decays of groups, for each of the handle's names if there are several groups.
+    Raises ValueError if a scheduler put a momentum into a group, where it would have no effect."""
+    for group in groups:
+        if "momentum" in group:
+            raise ValueError(
+                f"a scheduler asks for momentum={group['momentum']}, and momentum stays the same during a run: tell it to leave "
+                "the momentum alone (cycle_momentum=False of OneCycleLR and CyclicLR)"
+            )
     decaying = any(map(_decays, groups))
     lr = _per_parameter("lr", groups, handle, device)
     return Rates(lr, _per_parameter("weight_decay", groups, handle, device) if decaying else 0.0)

@@ -15,7 +15,7 @@ from ..model.config import OPTIONS, check_names
 from ..model.handle import Handle
 from ..model.interrupts import deferred_interrupt
 from ..model.losses import Closure, pair_closures
-from ..model.patching import DriveOptions, patch
+from ..model.patching import DriveOptions, check_model, patch
 from ..model.weighed import StepClosure
 from .advice import DRIVEN, IN_A_CLOSURE, FirstStep, explain
 from .groups import check_cover, groups_of, named_group, rates_of, trained_names
@@ -27,7 +27,7 @@ from .steps import StepInfo, StepLog, StepSettings
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_KEYWORDS = (
+KEYWORDS = (
     *("params", "lr", "weight_decay", "parallel", "drive"),
     *(field.name for field in dataclasses.fields(StepSettings)),
     *(name for name in OPTIONS if name != "estimator"),
@@ -120,7 +120,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         parallel: Parallel | str | None = None,
         **patch_options: Unpack[DriveOptions],
     ) -> None:
-        check_names(type(self).__name__, patch_options, _KEYWORDS)
+        name = type(self).__name__
+        check_model(f"{name}(model, lr=...)", target.model if isinstance(target, Handle) else target)
+        check_names(name, patch_options, KEYWORDS)
         check_number("lr", lr, low=0.0)
         check_number("weight_decay", weight_decay, low=0.0)
         settings = StepSettings(
@@ -147,6 +149,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             check_cover(self.param_groups, handle)
             if settings.momentum:
                 handle.enable_momentum()
+                self.defaults["momentum"] = momentum  # where a scheduler looks for it; rates_of() says that it may not change
             if together is not None:
                 together.connect(handle, settings.directions, self._facts())
             if settings.fuse_steps:
@@ -256,7 +259,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group as torch does. The handle has to train its parameters."""
-        super().add_param_group(named_group(self.handle, param_group, self.defaults))
+        group = named_group(self.handle, param_group, self.defaults)
+        super().add_param_group(group)
+        group.pop("momentum", None)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything besides the weights that a run needs to go on bit for bit, keyed by parameter name.
@@ -273,7 +278,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             ValueError: it is not a whole state, or was saved under other settings, noise or parameters; nothing was changed.
             RuntimeError: the optimiser has a journal; nothing was changed.
         """
-        load_state(state_dict, self.stepper, self.param_groups, self.defaults, kind=type(self).__name__)
+        load_state(state_dict, self.stepper, self.param_groups, ("lr", "weight_decay"), kind=type(self).__name__)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,11 +37,11 @@ def state_of(stepper: Stepper, groups: Groups) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load_state(state: dict[str, Any], stepper: Stepper, groups: Groups, defaults: Mapping[str, Any], *, kind: str) -> None:
-    """Loads a state; see :meth:`ZerothOrderOptimizer.load_state_dict`. Every group has the settings ``defaults``; messages name the
+def load_state(state: dict[str, Any], stepper: Stepper, groups: Groups, needed: Sequence[str], *, kind: str) -> None:
+    """Loads a state; see :meth:`ZerothOrderOptimizer.load_state_dict`. Every group has the settings ``needed``; messages name the
     optimiser by ``kind``."""
     handle = stepper.handle
-    _check_state(state, handle, defaults, kind)
+    _check_state(state, handle, needed, kind)
     if stepper.log is not None and state["step"] != stepper.count:
         raise RuntimeError("the optimiser has a journal, which cannot say how it came to another state: close() it first")
     for key, value in _setup(stepper).items():
@@ -81,7 +81,7 @@ def _setup(stepper: Stepper) -> dict[str, Any]:
 _NEEDED = ("noise_version", "patch", "settings", "step", "window", "skipped", "state", "param_groups")
 
 
-def _check_state(state: Any, handle: Handle, defaults: Mapping[str, Any], kind: str) -> None:
+def _check_state(state: Any, handle: Handle, needed: Sequence[str], kind: str) -> None:
     """Raises ValueError, which names the problem, unless a state has all that an optimiser takes from it, and numbers where it has
     numbers."""
     if not isinstance(state, dict):
@@ -91,7 +91,7 @@ def _check_state(state: Any, handle: Handle, defaults: Mapping[str, Any], kind: 
         groups = state["param_groups"]
         if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
             raise _not("param_groups", "a list of dicts", groups)
-        missing = [f"{key} in its param_groups" for key in ("params", *defaults) if any(key not in g for g in groups)]
+        missing = [f"{key} in its param_groups" for key in ("params", *needed) if any(key not in g for g in groups)]
     if missing:
         raise ValueError(f"this is not all of what state_dict() of a {kind} returned: it has no {missing[0]}")
     _check_numbers(state)

@@ -345,8 +345,7 @@ class Stepper:
         if len(examples) > 1:
             raise ValueError(f"micro-batches that are evaluated together have one number of examples, not {sorted(examples)}")
         if not self._batches_checked:
-            handle.check_batches(closures, batches, conditions, step=self.count)
-            self._batches_checked = True
+            self._batches_checked = handle.check_batches(closures, batches, conditions, step=self.count)
         offsets = [point for point in self.points if self._is_mine(point[0])]
         if not two_sided:
             offsets.append((0, 0.0))

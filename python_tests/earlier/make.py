@@ -57,8 +57,9 @@ def build(name: str, directory: Path | None = None):
     journal = None
     if directory is not None:
         journal = Journal.create(directory / f"{name}.journal", optimizer, about={"run": name}, overwrite=True)
-    # A probe looks here where weights are used; later evaluations then count alike in a run that is resumed.
-    optimizer.handle.prepare(lambda: 1.0 + 0.0 * float(model(IDS).sum()), step=optimizer.steps_done)
+    # A probe looks here where weights are used, and checks a loss that moves with them; later evaluations then count alike in a
+    # run that is resumed.
+    optimizer.handle.prepare(lambda: float(model(IDS).square().mean()), step=optimizer.steps_done)
     return model, optimizer, journal
 
 

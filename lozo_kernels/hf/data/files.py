@@ -120,7 +120,7 @@ def _table(path: Path) -> Rows:
 
 def _parquet(path: Path) -> Rows:
     """Rows of a parquet file, as ``datasets`` writes them too: a column that names its classes gives the names."""
-    datasets, parquet = (require(name, extra="hub") for name in ("datasets", "pyarrow.parquet"))
+    datasets, parquet = (require(name) for name in ("datasets", "pyarrow.parquet"))
     try:
         table = parquet.read_table(str(path))
         features = datasets.Features.from_arrow_schema(table.schema)

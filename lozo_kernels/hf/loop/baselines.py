@@ -76,7 +76,7 @@ class LoRA(FirstOrder):
 
 def _adapted(model: nn.Module, seed: int) -> Any:
     """Adapters in the model, from PEFT's table of architectures, or on all linear layers of one that it does not know."""
-    peft = require("peft", extra="peft")
+    peft = require("peft")
     kind = "SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else None
     state = torch.get_rng_state()
     torch.manual_seed(seed)

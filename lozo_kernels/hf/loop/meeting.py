@@ -20,7 +20,7 @@ def join(rank: int, size: int) -> None:
     machine, they listen on the loopback device only; torchrun's own store is not theirs.
     """
     device = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
-    if os.environ.get("LOCAL_WORLD_SIZE") != str(size) or device is None:
+    if os.environ.get("LOCAL_WORLD_SIZE") != str(size) or "MASTER_ADDR" not in os.environ or device is None:
         distributed.init_process_group("gloo")
         return
     os.environ.setdefault("GLOO_SOCKET_IFNAME", device)  # for groups that are made later too

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ...errors import NonFiniteLossError, require
+from ...errors import JournalError, NonFiniteLossError, require
 from ...model.interrupts import deferred_interrupt, interruptible
 from ...optim.parallel import DivergenceError, PeerLostError
 from ...optim.steps import StepInfo
@@ -41,6 +41,7 @@ class Outcome:
         seconds: duration with evaluations.
         backends: names of the backends that changed the weights.
         kept_step: steps after which the model had the weights that it has at the end.
+        unended: why the journal got no end, if it did not. The model is whole all the same.
     """
 
     steps_done: int = 0
@@ -50,6 +51,7 @@ class Outcome:
     seconds: float = 0.0
     backends: list[str] = dataclasses.field(default_factory=list)
     kept_step: int = 0
+    unended: Exception | None = None
 
 
 class BatchSampler:
@@ -146,7 +148,10 @@ def train(
         except (NonFiniteLossError, PeerLostError, DivergenceError) as e:
             outcome.stopped = str(e)
         failing.pop_all()
-    driver.close()
+    try:
+        driver.close()
+    except (JournalError, OSError, RuntimeError, MemoryError) as e:  # the model is saved before this is said
+        outcome.unended = e
     reader.flush()
     outcome.steps_done, outcome.seconds = driver.steps_done, since(start)
     return outcome

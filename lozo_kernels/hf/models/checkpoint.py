@@ -122,7 +122,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
     Raises:
         InputError: peft is not installed, or the adapter does not fit the model.
     """
-    peft = require("peft", extra="peft")
+    peft = require("peft")
     try:
         return peft.PeftModel.from_pretrained(model, str(folder)).eval()
     except Exception as e:  # as in read_pretrained

@@ -15,7 +15,7 @@ from ...model.parameters import find_parameters
 from ...model.probe.choosing.choice import choose_sides, cost_of
 from ...model.probe.choosing.cost import Costs
 from ...model.probe.choosing.preparation import copies_at_once
-from ...model.probe.choosing.trace import Uses, watch_uses
+from ...model.probe.choosing.trace import Uses, Watch, watching
 from ...model.probe.choosing.verify import units_of
 from ...model.probe.members import Member, scopes_of
 from ...model.storage import Storage
@@ -71,7 +71,7 @@ def find_members(dry: DryModel, config: PatchConfig) -> list[Member]:
 
 def place_members(dry: DryModel, members: Sequence[Member], costs: Costs, config: PatchConfig) -> Mapping[Member, Uses]:
     """Gives every member the side that a probe would, by the same trace and the same rules; returns what the trace saw."""
-    with dry.mode, torch.no_grad(), watch_uses(dry.model, members) as watch:
+    with dry.mode, torch.no_grad(), watching(dry.model, Watch(members)) as watch:
         dry.loss()
     choose_sides(members, watch.uses, {m: costs for m in members if m.parameter.low_rank}, config, compiled=False)
     return watch.uses

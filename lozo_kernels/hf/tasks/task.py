@@ -39,7 +39,7 @@ class Hub:
         Raises:
             InputError: the library is not installed, or the data set cannot be had.
         """
-        datasets = require("datasets", extra="hub")
+        datasets = require("datasets")
         try:
             return datasets.load_dataset(self.path, self.config, revision=self.revision, **options)
         except Exception as e:  # offline, renamed, gated: the library raises many kinds, and each is the user's to know

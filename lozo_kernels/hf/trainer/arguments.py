@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...errors import require
 from ...kernels.checks import as_integer, check_number
-from ...model.config import PatchConfig
+from ...model.backward import CHECKPOINTING_IS_IN_VAIN
+from ...model.config import PatchConfig, check_names
 from ..methods import ZEROTH_ORDER
 
-require("accelerate", extra="trainer")
+require("accelerate")
 TrainingArguments = require("transformers").TrainingArguments
 
 _DEFAULT_OPTIM = TrainingArguments.__dataclass_fields__["optim"].default
@@ -83,6 +86,7 @@ class ZOArguments(TrainingArguments):  # type: ignore[misc, valid-type]
                 f"max_grad_norm={self.max_grad_norm} would clip the projected gradient, not a gradient's norm: leave it out"
             )
         check_arguments(self)
+        stop_checkpointing(self)
         if self.optim != _DEFAULT_OPTIM or self.optim_args:
             raise ValueError(f"optim={str(self.optim)!r} is not used: the optimiser follows from method={self.method!r}")
         super().__post_init__()
@@ -108,11 +112,32 @@ class ZOArguments(TrainingArguments):  # type: ignore[misc, valid-type]
         return options | ({"momentum": momentum} if momentum else {})
 
 
+def _with_suggestions(made: Callable[..., None]) -> Callable[..., None]:
+    """An ``__init__`` of a dataclass whose error for a mistyped option says which was meant."""
+
+    @functools.wraps(made)
+    def init(self: Any, *args: Any, **named: Any) -> None:
+        check_names(type(self).__name__, named, [field.name for field in dataclasses.fields(self) if field.init])
+        made(self, *args, **named)
+
+    return init
+
+
+ZOArguments.__init__ = _with_suggestions(ZOArguments.__init__)  # type: ignore[method-assign]
+
+
 def check_arguments(args: Any) -> None:
     """Raises ValueError for settings of a Trainer that make no sense without back-propagation or cannot be served."""
-    if getattr(args, "gradient_checkpointing", None) or getattr(args, "activation_checkpointing", None):
-        raise ValueError("gradient_checkpointing spares what a backward pass needs, and there is none: leave it out")
     if args.fsdp:
         raise ValueError("fsdp shards the model, which this loop cannot train: leave it out, or write a loop (docs/probe.md)")
     if args.deepspeed:
         raise ValueError("deepspeed brings an optimiser and a backward pass of its own: leave it out")
+
+
+def stop_checkpointing(args: Any) -> None:
+    """Switches gradient checkpointing off in a Trainer's settings, with a warning. TRL's have it on by default."""
+    names = [name for name in ("gradient_checkpointing", "activation_checkpointing") if getattr(args, name, None)]
+    for name in names:  # transformers has both for a while
+        setattr(args, name, False)
+    if names:
+        warnings.warn(f"{names[0]} was switched off: {CHECKPOINTING_IS_IN_VAIN}", stacklevel=4)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +11,12 @@ import torch
 from torch import nn
 
 from ...model.backward import Backward
-from ...model.config import OPTIONS
+from ...model.config import OPTIONS, check_names
 from ...model.handle import Handle
 from ...model.patching import patch
-from ...optim.optimizer import ZerothOrderOptimizer
+from ...optim.optimizer import KEYWORDS, ZerothOrderOptimizer
 from ..methods import ZEROTH_ORDER
-from .arguments import check_arguments, check_method_name, check_method_options
+from .arguments import check_arguments, check_method_name, check_method_options, stop_checkpointing
 
 _CALL_POINTS = ("compute_loss", "training_step", "create_optimizer", "get_decay_parameter_names")
 
@@ -115,6 +114,7 @@ def attach(trainer: Any, *, method: str = "lozo", **options: Any) -> Attachment:
     if trainer.model_init is not None:
         raise ValueError("the trainer makes its model when it trains (model_init); attach() needs a model: use ZOTrainer")
     check_trainer(trainer)
+    stop_checkpointing(trainer.args)
     optimizer = make_optimizer(trainer, trainer.model, method, options)
     return Attachment(trainer, optimizer)
 
@@ -140,10 +140,7 @@ def make_optimizer(trainer: Any, model: nn.Module, method: str, options: dict[st
     row = ZEROTH_ORDER[method]
     assert row.optimizer is not None
     cls = row.optimizer
-    known = {*OPTIONS, *inspect.signature(ZerothOrderOptimizer).parameters, *inspect.signature(cls).parameters}
-    unknown = [name for name in options if name not in known or name in ("target", "params", "model", "estimator", "drive")]
-    if unknown:
-        raise TypeError(f"unknown option {unknown[0]!r}: options are those of {cls.__name__} and of lozo_kernels.patch()")
+    check_names(f"a trainer with {cls.__name__}", options, [name for name in KEYWORDS if name not in ("params", "drive")])
     check_method_options(method, options)
     rest = {name: value for name, value in options.items() if name not in OPTIONS}
     rest = {"lr": trainer.args.learning_rate, "weight_decay": trainer.args.weight_decay} | rest

@@ -25,11 +25,14 @@ def check_batches(
     conditions: Conditions,
     *,
     step: int,
-) -> None:
+) -> bool:
     """Evaluates two distant points one after the other and together, and compares the losses.
 
     Args:
         handle: a probe that was prepared; members: those of the handle.
+
+    Returns:
+        Whether that proves something: some loss is finite and another one than at rest.
 
     Raises:
         BatchSplitError: together they fail, or their losses differ.
@@ -56,9 +59,11 @@ def check_batches(
     finally:
         handle.rest_()
     reshard(handle.model)
-    agree = all(Losses(rest, a, b).agree(handle.precision) for a, b in zip(together, alone, strict=True))
-    if Peers(handle.parameters).any(not agree):
+    losses = [Losses(rest, a, b) for a, b in zip(together, alone, strict=True)]
+    peers = Peers(handle.parameters)
+    if peers.any(not all(found.agree(handle.precision) for found in losses)):
         raise BatchSplitError(
             f"two evaluations in one forward pass gave the losses {together}, one after the other {alone}: something in the model "
             "or the closure mixes the examples of a batch; use evaluation='sequential'"
         )
+    return peers.any(any(found.moved() for found in losses))

@@ -20,9 +20,11 @@ from ..losses import BatchClosure, Closure
 from ..parameters import Parameter
 from ..passes import Group, Term, Update, run_pass, run_update
 from ..report import ParameterReport, report_of
-from ..sharding import reshard
+from ..sharding import Peers, reshard
 from .batch_split import check_batches
+from .choosing.lookout import Lookout
 from .choosing.preparation import Preparation
+from .choosing.verify import Doubts
 from .forward.probed import ProbedModel
 from .learned.factors import StateGroup, make_groups
 from .learned.ledger import Ledger
@@ -57,6 +59,8 @@ class ProbeHandle(Handle):
         self._last_step = 0
         self._warned = False
         self._notes: list[str] = []
+        self._doubts = Doubts()
+        self._lookout = Lookout(self.model, self.members, self._reinstall)
         super()._begin()
 
     @property
@@ -71,7 +75,7 @@ class ProbeHandle(Handle):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return tuple(self._notes)
+        return (*self._notes, *self._doubts.notes)
 
     @property
     def moves_weights(self) -> bool:
@@ -90,27 +94,40 @@ class ProbeHandle(Handle):
         return p.storage.device
 
     def prepare(self, closures: Closure | Sequence[Closure], conditions: Conditions | None = None, *, step: int = 0) -> None:
-        """Finds where an evaluation uses each weight, chooses sides, and checks one loss both ways. A second call does nothing.
+        """Finds where an evaluation uses each weight, chooses sides, and checks one loss both ways.
 
         An optimiser does this in its first step. It costs three evaluations, and some more if a weight has to be treated in another
-        way than expected; :meth:`report` names these weights.
+        way than expected; :meth:`report` names these weights. A later call looks again if a module ran for the first time or
+        modules are in another mode, and checks again what no loss has proved yet; otherwise it does nothing.
 
         Args:
             closures: as :meth:`lozo_kernels.LOZO.step` takes them.
             conditions: what every evaluation starts from; None: the buffers and random numbers as they are now.
             step: the step that follows.
         """
-        if self.prepared:
+        look = not self.prepared or self._lookout.due()
+        if (
+            self._sharded and self._lookout.asleep
+        ):  # processes that share weights may run other modules (experts), and look together
+            look = Peers(self.parameters).any(look)
+        if not look and not self._doubts.due():
             return
+        self._check_between_steps()
         self.enter_window(step)
         some = [closures] if callable(closures) else list(closures)
         first = step - step % self.config.interval
-        conditions = conditions or self.conditions(randomness=True)
-        preparation = Preparation(self.probed, self.install, some, conditions, first)
-        self._notes += preparation.run()
-        conditions.put_back()
-        self.precision = preparation.precision
-        self.prepared = True
+        seen = self._lookout, self._doubts, self._versions
+        if conditions is None or not conditions.randomness:
+            conditions = self.conditions(randomness=True)  # a check compares losses, which have to see the same numbers
+        preparation = Preparation(self.probed, *seen, self.install, some, conditions, first)
+        if not self.prepared:
+            self._notes += preparation.choose()
+            self.precision = preparation.precision
+            self.prepared = True
+        else:
+            self._notes += preparation.look_again() if look else preparation.check()
+        self._lookout.stand()
+        self._versions.look()  # a check changes weights and puts them back
 
     def describe_sides(self) -> dict[str, Any] | None:
         return describe_sides(self.probed, self.precision) if self.prepared else None
@@ -129,6 +146,7 @@ class ProbeHandle(Handle):
         if install:
             self.precision = precision
             self.install()
+            self._lookout.stand()
         else:
             self._rebuild_groups()
         self.prepared = True
@@ -184,8 +202,8 @@ class ProbeHandle(Handle):
             run_pass(self._groups, [Term(Draw(applied.step, applied.direction), perturb=-applied.scale)])
         self._move_to(REST)
 
-    def check_batches(self, closures: Sequence[BatchClosure], batches: Sequence[Any], conditions: Conditions, *, step: int) -> None:
-        check_batches(self, self.members, closures, batches, conditions, step=step)
+    def check_batches(self, closures: Sequence[BatchClosure], batches: Sequence[Any], conditions: Conditions, *, step: int) -> bool:
+        return check_batches(self, self.members, closures, batches, conditions, step=step)
 
     def take(self, update: Update, applied: float = 0.0, perturb_next: float | None = None) -> None:
         assert perturb_next is None
@@ -223,6 +241,7 @@ class ProbeHandle(Handle):
             if self._applied is not None:
                 self.rest_()
             self._ledger.check_decay()
+            self._refresh_groups()  # weights may have been replaced since the last step
             if self.sharded:
                 reshard(self.model)
             assert self._window is not None
@@ -285,16 +304,20 @@ class ProbeHandle(Handle):
         if p.storage.sharded:
             reshard(self.model)
         member = self.probed.member(p)
+        if member.side == "inplace":  # the weight is where it was moved to
+            out.copy_(p.tensor)
+            return
         self.probed.fill(member, out, None if p.storage.resident else p.storage.load(member.device))
 
     def restore(self, *, discard: bool = False) -> None:
         """Merges, and gives the model its own forwards back. A second call does nothing.
 
         Args:
-            discard: give up what quantised layers learned, which no weight can hold.
+            discard: give up what quantised layers learned, which no weight can hold, and what weights cannot hold any more.
 
         Raises:
             RuntimeError: quantised layers learned something, and ``discard`` is False; nothing was changed.
+            TypeError: weights cannot be changed any more (quantised, or on the meta device), and ``discard`` is False.
         """
         if self._restored:
             return
@@ -305,7 +328,12 @@ class ProbeHandle(Handle):
                 "lost: save it with lozo_kernels.export_lora() and call restore(discard=True)"
             )
         self.rest_()
-        self.merge()
+        try:
+            self.merge()
+        except TypeError as error:
+            if not discard:
+                raise TypeError(f"{error}. restore(discard=True) gives up what was learned since the last merge") from None
+        self._lookout.leave()
         self.probed.remove()
         super().restore()
 
@@ -335,10 +363,16 @@ class ProbeHandle(Handle):
 
     def install(self) -> None:
         """Puts the chosen sides into the model's modules, in place of earlier ones."""
-        self.probed.remove()
+        if any(m.side == "inplace" and m.b is not None for m in self.members):
+            self.merge()  # a member in place has no factors
+        self.choices += 1
         self._rebuild_groups()
-        self.probed.install(self.before_read)
+        self._reinstall()
         self._versions.look()
+
+    def _reinstall(self) -> None:
+        self.probed.remove()
+        self.probed.install(self.before_read)
 
     def _check_between_steps(self) -> None:
         """Raises RuntimeError if somebody changed weights while a part of what was learned is not in them."""

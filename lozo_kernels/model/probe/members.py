@@ -171,6 +171,11 @@ def gains_of(members: Sequence[Member]) -> Tensor | None:
     return torch.cat([torch.ones(1, dtype=torch.float32, device=m.device) if m.gain is None else m.gain for m in members])
 
 
+def modules_of(member: Member) -> set[nn.Module]:
+    """The modules that have a member's parameter, and those that run with its perturbed weight."""
+    return {*member.scopes, *(owner.module for owner in member.owners)}
+
+
 def scopes_of(members: Sequence[Member]) -> dict[nn.Module, list[Member]]:
     """For each module, the members whose perturbed weights are swapped in while it runs."""
     scopes: dict[nn.Module, list[Member]] = {}

@@ -64,6 +64,7 @@ class Runtime:
         examples: the examples of each evaluation if several share a forward pass, else None.
         live: some factor or scale is not zero, so that modules have something to add.
         selected: the evaluation that a module runs for, if it runs once for each; else None.
+        groups: the number of evaluations in the inputs of a module.
     """
 
     def __init__(self, config: PatchConfig) -> None:
@@ -74,20 +75,16 @@ class Runtime:
         self.examples: int | None = None
         self.live = False
         self.selected: int | None = None
-
-    @property
-    def groups(self) -> int:
-        """The number of evaluations in the inputs of a module."""
-        return len(self.points) if self.selected is None else 1
+        self.groups = 1
 
     @contextlib.contextmanager
     def only(self, group: int) -> Iterator[None]:
         """While the body runs, modules get the part of the batch that belongs to one evaluation."""
-        self.selected = group
+        self.selected, self.groups = group, 1
         try:
             yield
         finally:
-            self.selected = None
+            self.selected, self.groups = None, len(self.points)
 
     def select(self, per_group: Tensor) -> Tensor:
         """The rows of a tensor, which has one row for each evaluation and perhaps more, that belong to the inputs of a module."""
@@ -108,7 +105,7 @@ class Runtime:
 
     def write(self, points: Sequence[Point], examples: int | None = None) -> None:
         """Moves to other points. ``examples`` is the number for each of several."""
-        self.points, self.examples = list(points), examples
+        self.points, self.examples, self.groups = list(points), examples, len(points)
         for device in self._devices.values():
             device.write(self.points, self._factor)
 

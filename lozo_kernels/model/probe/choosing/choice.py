@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
 
 from ...config import PatchConfig
 from ...sharding import ALONE, Peers
@@ -53,6 +55,29 @@ def choose_sides(
         _fall_back(members, uses, costs, config, peers)
     for member in members:
         _make_shift(member, members, uses)
+
+
+def widen(member: Member, modules: Iterable[nn.Module], members: Sequence[Member]) -> None:
+    """Lets more modules run with the perturbed weight of a member. A member of the activation side moves to scratch memory.
+
+    Args:
+        members: all of them; biases that were added with the member's part move too.
+
+    Raises:
+        RuntimeError: it is quantised or in blocks, and has no perturbed weight.
+    """
+    new = [m for m in modules if m not in member.scopes]
+    reason = f"also used inside {', '.join(sorted({type(m).__name__ for m in new}))}"
+    if not member.storage.mergeable or member.storage.in_blocks:
+        raise RuntimeError(f"{member.name!r} is {member.storage.word} and cannot be probed ({reason}): exclude it")
+    for bias in members:
+        if bias.layer_weight is member and bias.side == "shift":
+            bias.scopes, bias.layer_weight = [bias.owners[0].module], None
+            bias.settle_on("scratch", f"{member.name} is {reason}")
+    if member.side in ("activation", "shift"):
+        member.scopes, member.layer_weight = list(dict.fromkeys(owner.module for owner in member.owners)), None
+        member.settle_on("scratch", reason)
+    member.scopes += [m for m in new if m not in member.scopes]
 
 
 def _fall_back(

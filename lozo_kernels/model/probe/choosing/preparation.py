@@ -2,77 +2,134 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import threading
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from ...conditions import Conditions
 from ...losses import Closure, mean_loss
-from ...modules import is_compiled
+from ...modules import has_pre_hooks, is_compiled
+from ...overriding import Hook
 from ...sharding import Peers, reshard
+from ...watching import WeightVersions
 from ..forward.probed import ProbedModel
-from ..members import Member
+from ..members import Member, modules_of
 from ..runtime import Point
 from .choice import choose_sides
 from .cost import Costs, free_bytes, measure_costs
-from .trace import watch_uses
-from .verify import Losses, Unit, coarsest, find_wrong, materialised, only_enabled, typical_scale, units_of
+from .lookout import Lookout, Uncovered
+from .trace import Watch, watching
+from .verify import Doubts, Losses, Unit, coarsest, find_wrong, materialised, only_enabled, typical_scale, units_of
 
 _ROUNDS = 4  # of checks: on the activation side, on scratch, in place, and a last one
 
 _CHUNKS = 8  # parts in which the weights are checked, with two evaluations each, so that the check needs little memory
 _COPY_BYTES = 1 << 26  # bytes of copies that a check may take in any case
+_UNMOVED = 2  # parts of the weights that do not change the loss, after which a check ends that has proved nothing
+_NOISE = 8.0  # differences of losses up to so many times the one seen at the same weights prove nothing
 _STANCE = threading.RLock()  # the compiler's stance is that of the process: of two threads, each would restore the other's
 
 
 class Preparation:
-    """Chooses and installs the side of every member, and checks one loss both ways.
+    """Chooses and installs the side of every member by a first evaluation, looks again later, and checks losses both ways.
 
     Args:
-        install: puts the chosen sides into the model, in place of earlier ones.
+        lookout: notices later what the first evaluation did not show.
+        doubts: the members that no check has proved yet.
+        versions: notices changes of weights.
+        install: puts the chosen sides into the model, in place of earlier ones. It merges what was learned where it has to.
         step: a step of the window whose V is in memory.
 
     Attributes:
-        precision: the coarsest dtype that evaluations compute with, known after :meth:`run`.
+        precision: the coarsest dtype that evaluations compute with, known after :meth:`choose`.
     """
 
     def __init__(
         self,
         probed: ProbedModel,
+        lookout: Lookout,
+        doubts: Doubts,
+        versions: WeightVersions,
         install: Callable[[], None],
         closures: Sequence[Closure],
         conditions: Conditions,
         step: int,
     ) -> None:
-        self.probed, self.install, self.closures, self.conditions, self.step = probed, install, closures, conditions, step
+        self.probed, self.lookout, self.doubts, self.versions = probed, lookout, doubts, versions
+        self.install, self.closures, self.conditions, self.step = install, closures, conditions, step
         self.members = probed.members
         reshard(probed.model)
         self.peers = Peers(m.parameter.tensor for m in self.members)
-        self.scale = typical_scale(self.members, probed.config.rank)
+        self.scale = doubts.scale * typical_scale(self.members, probed.config.rank)
         self.precision = torch.float32
+        self._noise = 0.0
 
-    @torch.no_grad()
-    def run(self) -> list[str]:
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """While the body runs, forwards are eager, and what they change besides the loss is put back in the end."""
+        with _STANCE, torch.compiler.set_stance("force_eager"), self.lookout.hushed(), torch.no_grad():
+            try:
+                yield
+            finally:
+                self.conditions.put_back()
+
+    def choose(self) -> list[str]:
         """Chooses, installs and checks the sides. Returns notes for the report."""
         probed, compiled = self.probed, is_compiled(self.probed.model)
         cut = next((m.name for m in self.members if m.storage.in_blocks), None)
         if compiled and cut is not None:
             raise RuntimeError(f"{cut!r} is tensor parallel, and has no probe in a compiled model: leave torch.compile out")
-        with _STANCE, torch.compiler.set_stance("force_eager"):
-            with watch_uses(probed.model, self.members) as watch:
+        with self.alone():
+            with watching(probed.model, Watch(self.members)) as watch:
                 rest = self.loss()
             self.precision = coarsest(watch.dtypes)
             for used, tokens in zip(watch.uses.values(), self.peers.most([u.tokens for u in watch.uses.values()]), strict=True):
                 used.tokens = int(tokens)
             choose_sides(self.members, watch.uses, self._costs(), probed.config, compiled, self.peers)
             self.install()
-            return self._verify(rest)
+            self.lookout.survey(watch.ran)
+            self.doubts.add(self.members)
+            notes = self._check(rest)
+            unused = [m for m in self.members if not watch.uses[m].modules]
+            if self.doubts.proved:  # losses can change, and do not with parameters that nobody uses
+                self.doubts.members -= set(unused)
+            if not compiled:
+                self.lookout.unused = probed.await_use(unused, self.lookout.notice)
+            return notes
+
+    def look_again(self) -> list[str]:
+        """Traces an evaluation with what was seen for the first time in it, or in the last ones. Returns notes for the report."""
+        with self.alone():
+            new_mode, watch = self.lookout.is_new_mode(), Uncovered(self.members)
+            with watching(self.probed.model, watch):
+                self.loss()
+            self.lookout.survey(watch.ran)
+            self.lookout.settle(watch)
+            woken, moved = self.lookout.take()
+            if moved:
+                self.install()
+            concerned = watch.ran if new_mode else woken
+            self.doubts.add(m for m in self.members if m in moved or not concerned.isdisjoint(modules_of(m)))
+            return [f"{m.name}: {m.reason}; now {m.side}" for m in moved] + self._check(None)
+
+    def check(self) -> list[str]:
+        """Checks losses both ways for the members that are in doubt. Returns notes for the report."""
+        with self.alone():
+            return self._check(None)
 
     def loss(self) -> float:
-        """The loss of the model as it is now."""
-        return float(mean_loss(self.closures, self.conditions))
+        """The loss of the model as it is now. Raises RuntimeError if the closure changes weights whose factors hold something."""
+        self.versions.look()
+        loss = float(mean_loss(self.closures, self.conditions))
+        changed = self.versions.changed() if self.probed.learned else None
+        if changed is not None:
+            raise RuntimeError(f"{changed!r} was changed by an evaluation: a probe only reads weights, and so must the closure")
+        return loss
 
     def _costs(self) -> dict[Member, Costs]:
         config = self.probed.config
@@ -85,40 +142,84 @@ class Preparation:
         agreed = self.peers.most([seconds for found in costs.values() for seconds in dataclasses.astuple(found)])
         return {member: Costs(*agreed[4 * i : 4 * i + 4]) for i, member in enumerate(costs)}
 
-    def _verify(self, rest: float) -> list[str]:
+    def _check(self, rest: float | None) -> list[str]:
         notes: list[str] = []
         for _ in range(_ROUNDS):
-            units = [u for u in units_of(self.members) if all(m.storage.always_here for m in u)]
-            if not self._any_wrong(units, rest):
-                return notes
-            if self.peers.any(abs(self.loss() - rest) > 1e-6 * max(1.0, abs(rest))):
-                return [*notes, "the loss is not the same twice at the same weights, so the probe could not be checked"]
-            wrong = find_wrong(units, lambda some: self.differ(some, rest)) or units
+            units = self._doubtful()
+            if not units:
+                break
+            rest = self._at_the_weights() if rest is None else rest
+            if self.peers.any(not math.isfinite(rest)) or not self._any_wrong(units, rest):
+                break
+            noise = self.peers.most([abs(self._at_the_weights() - rest)])[0]
+            if noise > 1e-6 * max(1.0, abs(rest)) and not self._noise:
+                self._noise = _NOISE * noise
+                continue
+            wrong = find_wrong(units, lambda some, rest=rest: self.differ(some, rest)) or units  # type: ignore[misc]
             notes += [_demote(member) for unit in wrong for member in unit]
             self.install()
+        if self._noise and self.doubts.members:
+            notes += self._do_without()
+        self.doubts.put_off()
         return notes
 
+    def _doubtful(self) -> list[Unit]:
+        """The units that a check has to prove. Members that no check can perturb are not in doubt."""
+        doubtful = self.doubts.members
+        of_any = self.peers.most([float(m in doubtful) for m in self.members])
+        doubtful |= {m for m, found in zip(self.members, of_any, strict=True) if found}
+        units = [u for u in units_of(self.members) if all(m.storage.always_here for m in u) and not doubtful.isdisjoint(u)]
+        doubtful &= {m for unit in units for m in unit}
+        return units
+
+    def _do_without(self) -> list[str]:
+        """Settles members that no loss can prove, since it is not the same twice. What a hook may read before a module runs is
+        moved in place."""
+        unproved = [m for m in self.members if m in self.doubts.members]
+        moved = [m for m in unproved if any(has_pre_hooks(module, Hook) for module in modules_of(m))]
+        for member in moved:
+            member.settle_on("inplace", "no loss can prove its probe")
+        if moved:
+            self.install()
+        self.doubts.members.clear()
+        note = (
+            "the loss is not the same twice at the same weights, random numbers and buffers, so the probe of "
+            f"{len(unproved)} parameters (e.g. {unproved[0].name}) could not be checked: let the closure compute one batch's loss"
+        )
+        warnings.warn(note, stacklevel=2)
+        return [note]
+
     def _any_wrong(self, units: Sequence[Unit], rest: float) -> bool:
-        """Whether the probe is wrong. Units are checked together as far as memory allows for copies of their weights."""
+        """Whether the probe is wrong. Units are checked together as far as memory allows for copies of their weights, and are no
+        longer in doubt if the loss changes with them."""
         weights = sum(_bytes(unit) for unit in units)
-        free = self.peers.least(max(free_bytes(device) for device in self.probed.devices))
-        budget = min(copies_at_once(weights), free // 2)
-        chunk: list[Unit] = []
-        size = 0
-        for unit in [*units, None]:
-            need = 0 if unit is None else _bytes(unit)
-            if chunk and (unit is None or size + need > budget):
-                if self.differ(chunk, rest):
-                    return True
-                chunk, size = [], 0
-            if unit is not None:
-                chunk.append(unit)
-                size += need
+        free = int(self.peers.least(max(free_bytes(device) for device in self.probed.devices)))
+        unmoved = 0
+        for chunk in _chunks(units, min(copies_at_once(weights), free // 2)):
+            losses = self.compare(chunk, rest)
+            if self.peers.any(not losses.agree(self.precision, self._noise)):
+                return True
+            if self.peers.any(losses.moved(self._noise)):
+                self.doubts.clear(m for unit in chunk for m in unit)
+            elif self.peers.any(not math.isfinite(losses.materialised)):
+                self.doubts.scale *= 0.1
+            else:
+                unmoved += 1
+            if unmoved == _UNMOVED and not self.doubts.proved:
+                break
         return False
 
     def differ(self, units: Sequence[Unit], rest: float) -> bool:
         """Whether the probe is wrong with the members of some units perturbed, on any process that shares the weights."""
-        return self.peers.any(not self.compare(units, rest).agree(self.precision))
+        return self.peers.any(not self.compare(units, rest).agree(self.precision, self._noise))
+
+    def _at_the_weights(self) -> float:
+        """The loss without perturbations, and without what was learned."""
+        try:
+            self.probed.runtime.live = False
+            return self.loss()
+        finally:
+            self.probed.write()
 
     def compare(self, units: Sequence[Unit], rest: float) -> Losses:
         """Returns the loss with the members of some units perturbed, by the probe and in their weights."""
@@ -132,6 +233,18 @@ class Preparation:
         finally:
             self.probed.write()
         return Losses(rest, probed, real)
+
+
+def _chunks(units: Sequence[Unit], most: int) -> Iterator[list[Unit]]:
+    """Yields units in parts of at most so many bytes, or of one unit."""
+    chunk: list[Unit] = []
+    for unit in units:
+        if chunk and sum(map(_bytes, chunk)) + _bytes(unit) > most:
+            yield chunk
+            chunk = []
+        chunk.append(unit)
+    if chunk:
+        yield chunk
 
 
 def copies_at_once(weights: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,12 +41,15 @@ class Watch(TorchDispatchMode):
     Attributes:
         uses: by member.
         dtypes: of all floating-point tensors that operators were given, autocast's included.
+        ran: the modules that ran.
+        running: the modules that are running, innermost last, and the rows of their largest input.
     """
 
     def __init__(self, members: Iterable[Member]) -> None:
         super().__init__()
         self.uses: dict[Member, Uses] = {member: Uses() for member in members}
         self.dtypes: set[torch.dtype] = set()
+        self.ran: set[nn.Module] = set()
         self.running: list[tuple[nn.Module, int]] = []
         self._by_storage: dict[int, Member] = {}
         self._away: list[tuple[nn.Module, str, Member]] = []  # weights that are brought in while their module runs
@@ -69,7 +72,7 @@ class Watch(TorchDispatchMode):
                     self.dtypes.add(leaf.dtype)
                 member = self._find(leaf)
                 if member is not None:
-                    self._note(member)
+                    self.note(member)
         return func(*args, **kwargs)
 
     def _find(self, tensor: Tensor) -> Member | None:
@@ -91,22 +94,30 @@ class Watch(TorchDispatchMode):
                 found = why_not_local(member.parameter.tensor, args[0] if args else None, output, summed, lookup)
                 self.uses[member].obstacle = found or self.uses[member].obstacle
 
-    def _note(self, member: Member) -> None:
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Before a module runs."""
+        self.running.append((module, _tokens(args)))
+        self.ran.add(module)
+
+    def note(self, member: Member) -> None:
+        """Records that an operator took the storage of a parameter."""
         uses = self.uses[member]
         module, tokens = self.running[-1] if self.running else (None, 0)
         uses.modules[module] = None
         uses.tokens = max(uses.tokens, tokens)
 
 
+W = TypeVar("W", bound=Watch)
+
+
 @contextlib.contextmanager
-def watch_uses(model: nn.Module, members: Iterable[Member]) -> Iterator[Watch]:
-    """Records the uses of the members while the body runs forward passes of the model in eager mode."""
+def watching(model: nn.Module, watch: W) -> Iterator[W]:
+    """Lets a watch record while the body runs forward passes of the model in eager mode."""
     inside = set(model.modules())
-    watch = Watch(members)
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         if module in inside:
-            watch.running.append((module, _tokens(args)))
+            watch.enter(module, args)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         if module in inside:
@@ -130,4 +141,4 @@ def _tokens(args: tuple[Any, ...]) -> int:
     first = next((a for a in args if isinstance(a, Tensor)), None)
     if first is None:
         return 0
-    return first.numel() // max(1, first.shape[-1]) if first.is_floating_point() and first.dim() else first.numel()
+    return first.numel() // max(1, first.size(-1)) if first.is_floating_point() and first.dim() else first.numel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -26,13 +27,74 @@ class Losses:
     probed: float
     materialised: float
 
-    def agree(self, dtype: torch.dtype) -> bool:
-        """Whether the last two agree, within what rounding in a dtype can do to the shift of the loss."""
+    def agree(self, dtype: torch.dtype, noise: float = 0.0) -> bool:
+        """Whether the last two agree, within what rounding in a dtype can do to the shift of the loss.
+
+        Args:
+            noise: by how much losses at the same weights differ.
+        """
         relative, absolute = _TOLERANCES[dtype]
         shift = abs(self.materialised - self.rest)
         difference = abs(self.probed - self.materialised)
-        both_undefined = self.probed != self.probed and self.materialised != self.materialised
-        return both_undefined or difference <= relative * shift + absolute * (1e-3 + abs(self.rest))
+        both_undefined = not math.isfinite(self.probed) and not math.isfinite(self.materialised)
+        return both_undefined or difference <= relative * shift + absolute * (1e-3 + abs(self.rest)) + noise
+
+    def moved(self, noise: float = 0.0) -> bool:
+        """Whether the perturbation changed the loss to another finite number. Otherwise it proves nothing that losses agree."""
+        return math.isfinite(self.materialised) and abs(self.materialised - self.rest) > noise
+
+
+class Doubts:
+    """The parameters whose sides no check has proved yet.
+
+    While nothing is proved, every step checks once; a part of the model that does not change the loss is checked less and less
+    often.
+
+    Attributes:
+        members: the parameters.
+        scale: multiplies the perturbation of a check. It shrinks when losses overflow.
+        proved: some members were proved, so that losses can change.
+    """
+
+    def __init__(self) -> None:
+        self.members: set[Member] = set()
+        self.scale = 1.0
+        self.proved = False
+        self._pause = self._wait = 0
+
+    def due(self) -> bool:
+        """Whether this step should check. Called once in each step."""
+        if not self.members:
+            return False
+        self._wait -= 1
+        return self._wait < 0
+
+    def add(self, members: Iterable[Member]) -> None:
+        """Doubts some members from now on."""
+        self.members.update(members)
+        self._pause = self._wait = 0
+
+    def clear(self, members: Iterable[Member]) -> None:
+        """Some members were proved."""
+        self.members.difference_update(members)
+        self.proved = True
+
+    def put_off(self) -> None:
+        """After a check that left doubts."""
+        if self.proved:
+            self._pause = 2 * self._pause + 1
+        self._wait = self._pause
+
+    @property
+    def notes(self) -> list[str]:
+        """What a report says of them."""
+        if not self.members:
+            return []
+        name = min(self.members, key=lambda m: m.index).name
+        return [
+            f"not verified yet: the probe of {len(self.members)} parameters (e.g. {name}), because no loss so far was finite and "
+            "changed with them; later steps try again"
+        ]
 
 
 def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:

@@ -59,7 +59,8 @@ def probed_forward(
     def forward(*args: Any, **kwargs: Any) -> Any:
         y = old(*args, **kwargs)
         if torch.compiler.is_compiling() or runtime.live:
-            return layer.add(y, args[0] if args else next(iter(kwargs.values())))
+            x = args[0] if args else next(iter(kwargs.values()))
+            return layer.add_to_each(y, x) if y.is_nested else layer.add(y, x)
         return y
 
     return forward
@@ -112,6 +113,11 @@ class _Layer:
             if spared is not None:
                 flat += spared.to(y.dtype)
         return y
+
+    def add_to_each(self, y: Tensor, x: Tensor) -> Tensor:
+        """As :meth:`add` for nested tensors, which ``nn.TransformerEncoder`` makes of padded batches."""
+        parts = [self.add(part, rows) for part, rows in zip(y.unbind(), x.unbind(), strict=True)]
+        return torch.nested.as_nested_tensor(parts, layout=y.layout)
 
     def _call(self, y: Tensor, x: Tensor) -> LayerCall:
         member, runtime = self.member, self.runtime

@@ -15,6 +15,7 @@ from ...reading import BeforeRead, ReadHooks
 from ..members import Member, scopes_of
 from ..runtime import Runtime
 from .activation import layer_kind, probed_forward
+from .fast_paths import close_fast_paths
 from .swapping import Arena, Fill, scoped_forward
 
 
@@ -25,6 +26,7 @@ class Installation:
         self._overrides = Overrides()
         self._outermost: list[tuple[dict[str, Any], str, str, Any]] = []
         self._reads: ReadHooks | None = None
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def add(
         self,
@@ -50,6 +52,7 @@ class Installation:
             for device in {m.device for m in some}:
                 arenas.setdefault(device, Arena(device))
             self._replace(module, names[module], functools.partial(scoped_forward, runtime, some, arenas, fill))
+        self._hooks = close_fast_paths(model, members)
         self._overrides.put(model, "_replicate_for_data_parallel", _refuse_replicas)
         self._reads = ReadHooks(model, before_read, self._overrides)
 
@@ -57,6 +60,8 @@ class Installation:
         """Gives every module its own forward back."""
         if self._reads is not None:
             self._reads.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._overrides.remove()
         self._outermost.clear()
 

@@ -85,7 +85,7 @@ class PerturbedWeights:
             shard = Shard(x, 0, 0, x.shape[2]) if local is None else dataclasses.replace(local.shard, x=x)
             table = table_of([member], [shard])
             table.check_positions(factors=member.v is not None, flat=member.v is None)
-            known = (key, table, TensorTable([matrices(out)], [0]))
+            known = (key, table, _outputs(table, [out]))
             if member.storage.always_here and base.numel():  # a table keeps its tensors alive, and offloaded weights must go
                 self._fills[member] = known
         self._merge(known[1], known[2], group, member.gain, self._backends[member.device])
@@ -107,10 +107,8 @@ class PerturbedWeights:
             p = member.storage.present()[0]
             if len(member.buffers) != groups or member.buffers[0].device != p.device or member.buffers[0].dtype != p.dtype:
                 member.buffers = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for _ in range(groups)]
-        outs = [
-            TensorTable([m.parameter.layout.matrices(m.buffers[g]) for m in members], [0] * len(members)) for g in range(groups)
-        ]
-        return table_of(members, [m.storage.shard() for m in members]), outs
+        table = table_of(members, [m.storage.shard() for m in members])
+        return table, [_outputs(table, [m.buffers[g] for m in members]) for g in range(groups)]
 
     def _shifts(self, members: Sequence[Member], groups: int) -> tuple[TensorTable, list[TensorTable]]:
         learned = [m.b if m.local is None else m.local.b for m in members]
@@ -125,6 +123,12 @@ class PerturbedWeights:
         first = [0 if m.local is None else m.local.shard.col_offset for m in members]
         ids, widths = [m.parameter.tensor_id for m in members], [m.numel for m in members]
         return TensorTable([b for b in learned if b is not None], ids, col_offsets=first, global_cols=widths), outs
+
+
+def _outputs(table: TensorTable, outs: Sequence[Tensor]) -> TensorTable:
+    """A table of tensors to write in place of those of another table, seen as the same matrices: a vector whose elements are not
+    side by side is seen as a column."""
+    return TensorTable([out.view(x.shape) for out, x in zip(outs, table.x, strict=True)], [0] * len(outs))
 
 
 def _add_decayed_biases(members: Sequence[Member]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,13 @@ from ...config import PatchConfig
 from ...estimators import Estimator
 from ...parameters import Parameter
 from ...reading import BeforeRead
+from ...storage import check_trainable
 from ..members import Member, factors_of
 from ..runtime import REST, Point, Runtime
 from .install import Installation
 from .perturbed import PerturbedWeights
 from .swapping import Arena
+from .unused import UnusedWeights
 
 
 class ProbedModel:
@@ -71,6 +73,10 @@ class ProbedModel:
         weights = self._weights
         self._installation.add(self.model, self.members, self.runtime, self._arenas, weights.fill, self.backends, before_read)
 
+    def await_use(self, unused: Sequence[Member], used: Callable[[Member], None]) -> UnusedWeights:
+        """Has operators that take unused weights take perturbed ones. ``used`` is called with a member the first time."""
+        return UnusedWeights(self.model, self.runtime, unused, self._weights.fill, used)
+
     def check_forwards(self) -> None:
         """Raises RuntimeError if others replaced a forward that was put into a module."""
         lost = self._installation.lost()
@@ -98,6 +104,8 @@ class ProbedModel:
 
     def _follow(self, member: Member) -> None:
         member.device = device = member.storage.device
+        if device.type == "meta":
+            check_trainable(member.name, member.parameter.tensor)
         batch, rows, cols = member.extent
         if member.parameter.low_rank:
             if member.v is None:

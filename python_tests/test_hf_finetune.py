@@ -142,7 +142,9 @@ def test_several_directions_are_several_pairs_of_forwards(tmp_path):
 @pytest.mark.parametrize("placement", ["inplace", "probe"])
 @pytest.mark.parametrize("method", ["lozo", "mezo-m", "subzero"])
 def test_one_sided_directions_share_a_forward(tmp_path, method, placement):
-    settings = Settings(steps=3, directions=3, one_sided=True, method=method, placement=placement, eval_size=8, output=str(tmp_path))
+    settings = Settings(
+        steps=3, directions=3, one_sided=True, method=method, placement=placement, eval_size=8, output=str(tmp_path)
+    )
     summary = finetune(settings, quiet=True)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(len(r["c"]) == 3 for r in records if r["kind"] == "step")

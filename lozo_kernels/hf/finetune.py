@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ def _run(settings: Settings, command: str, quiet: bool, resume: bool) -> dict[st
     if settings.compare_steps and measured:
         run.say(f"timing {settings.compare_steps} steps of the published way beside this library's, on copies of the model")
         comparison = compare(model, run.objective, measured, settings, run.device)
+        gc.collect()  # or the copies would be freed while the memory of steps is measured
     begin(output, going_on=resume, extended=keeper.extended)
     log = MetricsLog(output / METRICS, keeper.goes_on_at or 0)
     kept = KeptWeights(model, output, best=settings.keep == "best", earlier=log.evaluations)

@@ -125,6 +125,7 @@ class ProbeHandle(Handle):
             self.precision = preparation.precision
             self.prepared = True
         else:
+            preparation.precision = self.precision
             self._notes += preparation.look_again() if look else preparation.check()
         self._lookout.stand()
         self._versions.look()  # a check changes weights and puts them back

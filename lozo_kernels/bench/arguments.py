@@ -52,6 +52,9 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     """Adds the options that every measurement takes."""
     parser.add_argument("--device", type=device, default=torch.device("cpu"), help="where to measure (default: cpu)")
     parser.add_argument("--threads", type=positive, help="threads of torch, which are this library's too (default: torch's choice)")
+    parser.add_argument(
+        "--seconds", type=positive, help="begin nothing more after so long, from the start of the process (default: measure all)"
+    )
     parser.add_argument("--json", action="store_true", help="print the JSON document instead of a table")
     parser.add_argument("--output", metavar="FILE", type=path, help="also write the JSON document to FILE")
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .noise import STREAM_Z, dense_any, dense_block, draw_words, rounding_any, rounding_block, rounding_words, seed_words
-from .plans import WEIGHTS, Plan, Target, UpdateKind
+from .plans import SCALARS, WEIGHTS, Plan, Target, UpdateKind, registers_of
 from .tables import dtype_at, extent_at, factors_at, place_at, tile_at, weights_at
 from .tilesizes import TileSize
 from .weights import as_fp32, read_any, read_bf16_pairs, read_weights, store_any, store_stochastic, store_weights
@@ -66,7 +66,7 @@ def update_block(
         store_weights(x + cols, y, mask, EMULATE)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=SCALARS)
 def dense_update(
     tiles, tensors, header, scales, decay, coefficients, alpha, beta, count,
     WEIGHT: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr, MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr,
@@ -153,7 +153,7 @@ def dense_plan(dtype: torch.dtype | None, kind: UpdateKind, size: TileSize, targ
         "DP4A": target.dp4a,
         "EMULATE": target.emulate,
     }
-    return Plan(dense_update, constants, size.num_warps)
+    return Plan(dense_update, constants, size.num_warps, registers_of(size, target))
 
 
 def launch_dense(work: Work) -> None:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .noise import STREAM_U, draw_words, factor, rounding_any, rounding_rows, rounding_words, seed_words
-from .plans import ALL_REGISTERS, FACTOR_ROWS, WEIGHTS, Plan, Target, UpdateKind, factor_width, padded
+from .plans import ALL_REGISTERS, FACTOR_ROWS, SCALARS, WEIGHTS, Plan, Target, UpdateKind, factor_width, padded, registers_of
 from .tables import dtype_at, extent_at, factors_at, place_at, tile_at, weights_at
 from .tilesizes import TileSize
 from .weights import as_fp32, read_any, read_weights, store_any, store_stochastic, store_weights
@@ -134,7 +134,7 @@ def update_block(
         store_weights(x + cols[None, :], y, mask, EMULATE)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=SCALARS)
 def lowrank_update(
     tiles, tensors, header, scales, decay, alpha, count,
     WEIGHT: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr,
@@ -240,7 +240,7 @@ def lowrank_update(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=SCALARS)
 def factor_update(
     tiles, tensors, header, scales, decay, count,
     MOMENTUM: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr,
@@ -300,7 +300,7 @@ def lowrank_plan(dtype: torch.dtype | None, kind: UpdateKind, size: TileSize, ta
     # N, two draws and the sums of each need more registers than four warps have.
     crowded = kind.momentum and kind.draws == 2 and rank > 32 and target.dp4a and dtype is not None
     num_warps = max(8, size.num_warps) if crowded else size.num_warps
-    return Plan(lowrank_update, constants, num_warps, ALL_REGISTERS if large and target.dp4a else None)
+    return Plan(lowrank_update, constants, num_warps, registers_of(size, target, ALL_REGISTERS if large else None))
 
 
 @functools.cache

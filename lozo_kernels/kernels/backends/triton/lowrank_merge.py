@@ -9,7 +9,18 @@ import triton.language as tl
 
 from .lowrank import momentum_block, momentum_columns, random_bits
 from .noise import STREAM_U, draw_words, factor, factor_quad, seed_words
-from .plans import ALL_REGISTERS, FACTOR_ROWS, HALF_THE_REGISTERS, WEIGHTS, Plan, Target, UpdateKind, factor_width
+from .plans import (
+    ALL_REGISTERS,
+    FACTOR_ROWS,
+    HALF_THE_REGISTERS,
+    SCALARS,
+    WEIGHTS,
+    Plan,
+    Target,
+    UpdateKind,
+    factor_width,
+    registers_of,
+)
 from .tables import dtype_at, extent_at, factors_at, place_at, tile_at, weights_at
 from .tilesizes import TileSize
 from .weights import as_fp32, read_any, read_weights, store_any, store_stochastic, store_weights
@@ -63,7 +74,7 @@ def wide_product(
     return product
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SCALARS)
 def probed_factor(
     tiles, tensors, header, scales, factors, starts,
     RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, DP4A: tl.constexpr,
@@ -124,7 +135,7 @@ def merge_block(
         store_weights(out + cols[None, :], y, mask, EMULATE)
 
 
-@triton.jit(do_not_specialize=["quads"])
+@triton.jit(do_not_specialize=["quads"], do_not_specialize_on_alignment=SCALARS)
 def lowrank_merge(
     tiles, tensors, outputs, header, scales, decay, factors, starts, quads,
     WEIGHT: tl.constexpr, RANK: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr, STOCHASTIC: tl.constexpr,
@@ -237,7 +248,7 @@ def lowrank_merge_plan(dtype: torch.dtype | None, kind: UpdateKind, size: TileSi
     }
     large = dtype == torch.float32 or kind.stochastic or rank > 4
     registers = ALL_REGISTERS if large else HALF_THE_REGISTERS
-    return Plan(lowrank_merge, constants, size.num_warps, registers if target.dp4a else None)
+    return Plan(lowrank_merge, constants, size.num_warps, registers_of(size, target, registers))
 
 
 def launch_lowrank_merge(work: Work) -> None:

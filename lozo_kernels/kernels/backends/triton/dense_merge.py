@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .arithmetic import times
 from .noise import STREAM_Z, dense_any, dense_block, draw_words, rounding_any, rounding_block, rounding_words, seed_words
 from .plans import HALF_THE_REGISTERS, SCALARS, WEIGHTS, Plan, Target, UpdateKind, registers_of
 from .tables import dtype_at, extent_at, factors_at, place_at, tile_at, weights_at
@@ -33,12 +34,13 @@ def dense_merge_block(
     else:
         y = as_fp32(read_weights(x + cols, mask), EMULATE)
     if DECAY:
-        y = y * factor_of_x
+        y = times(y, factor_of_x, DP4A)
     if DRAWS == 1:
         if ALIGNED:
-            term = dense_block(first, block * COUNT, direction, tensor_id, c3_z, k0, k1, COUNT, DP4A) * scale
+            z = dense_block(first, block * COUNT, direction, tensor_id, c3_z, k0, k1, COUNT, DP4A)
         else:
-            term = dense_any(first + cols, direction, tensor_id, c3_z, k0, k1, DP4A) * scale
+            z = dense_any(first + cols, direction, tensor_id, c3_z, k0, k1, DP4A)
+        term = times(z, scale, DP4A)
         if FACTOR:
             term = tl.load(n + cols, mask=mask) + term
         y = y + term

@@ -16,6 +16,7 @@ from bench.sass.facts import Facts, Work, facts_of
 from bench.sass.pool import list_jobs, read_all
 from bench.sass.program import Resources
 from bench.sass.rows import row_of
+from bench.sass.toolchain import installed
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install triton")
 
@@ -75,6 +76,7 @@ update:
 
 JOB = {
     "kernel": "update",
+    "triton": "3.9.0",
     "target": "sm_90",
     "dtype": "bfloat16",
     "rank": None,
@@ -87,6 +89,8 @@ JOB = {
     "iterations": 2,
     "itemsize": 2,
     "stored_bytes": 2,
+    "read_bytes": 2,
+    "ahead": False,
     "bytes_per_element": 4,
 }
 BUDGET = Budget("update", "bfloat16", (1, 64), "*", 16)
@@ -153,7 +157,7 @@ def test_defects_of_sass_are_found(before, after, says):
 
 @pytest.mark.parametrize("usage", ["STACK:8 SHARED:0 LOCAL:0", "STACK:0 SHARED:0 LOCAL:8"])
 def test_stack_and_spills_are_found(usage):
-    _, found = found_in(SASS, f"Function update:\n  REG:255 {usage}")
+    _, found = found_in(SASS, f"Function update:\n  REG:32 {usage}")
     assert found == ["8 bytes of stack or spilled registers a thread"]
 
 
@@ -332,12 +336,13 @@ def test_compiled_defects_are_found(tmp_path, monkeypatch):
     cache = Cache(CACHE)
     jobs = [
         job | {"target": "sm_90", "naive": False, "default": True}
-        for job in [*list_jobs(NAIVE, ["nvidia"], cache), *list_jobs("squeezed", ["nvidia"], cache)]
+        for catalogue in (NAIVE, "squeezed")
+        for job in list_jobs(catalogue, ["nvidia"], cache, installed())
         if job["kernel"] == "squeezed" or (job["dtype"] == "bfloat16" and job["rank"] in (None, 4))
     ]
     found = {}
     budget = Budget("*", "*", (1, 64), "*", 16)
-    for job, facts in zip(jobs, read_all(jobs, cache, 2, lambda: None), strict=True):
+    for job, facts in zip(jobs, read_all(jobs, cache, 2, lambda: None, installed()), strict=True):
         found[job["kernel"]] = " / ".join(defects(job, facts, row_of(job, facts, budget), budget))
     assert "fused multiply-adds" in found["naive_lowrank_loop"] and "fewer than 128" not in found["naive_lowrank_loop"]
     assert "accessed with fewer than 128 bits" in found["naive_lowrank_narrow"]

@@ -173,7 +173,6 @@ def test_stack_and_spills_are_found(usage):
         ("global_store_dwordx4", "global_store_short", "1 global_store_short"),
         ("denorm_mode_32 3", "denorm_mode_32 0", "mode of the kernel"),
         (".vgpr_spill_count: 0", ".vgpr_spill_count: 3", "12 bytes of stack"),
-        (".sgpr_spill_count: 0", ".sgpr_spill_count: 1", "4 bytes of stack"),
         ("private_segment_fixed_size: 0", "private_segment_fixed_size: 16", "16 bytes of stack"),
     ],
 )
@@ -181,6 +180,12 @@ def test_defects_of_cdna_are_found(before, after, says):
     assert before in AMD
     _, found = found_in_amd(AMD.replace(before, after))
     assert any(says in defect for defect in found), found
+
+
+def test_scalar_registers_that_wait_in_vector_registers_are_not_in_memory():
+    spilled = AMD.replace(".sgpr_spill_count: 0", ".sgpr_spill_count: 7")
+    assert not found_in_amd(spilled)[1]
+    assert found_in_amd(spilled.replace("private_segment_fixed_size: 0", "private_segment_fixed_size: 28"))[1]
 
 
 def test_a_fused_multiply_add_to_nothing_is_a_multiply():

@@ -17,7 +17,7 @@ from lozo_kernels.bench.document import dumps
 from lozo_kernels.bench.environment import commit, versions
 from lozo_kernels.errors import InputError
 
-from . import cuda, report
+from . import cuda, report, summary
 from .budgets import budget_for
 from .cache import CACHE, Cache
 from .checks import defects
@@ -32,7 +32,7 @@ NAIVE = "bench.sass.naive"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the check, or ``report``.
+    """Runs the check, ``report`` or ``summary``.
 
     Returns:
         0; 1 if a kernel is wrong; 2 for a wrong command line, one that chooses no kernel, or a Triton that is missing.
@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["report"]:
         return report.main(words[1:])
+    if words[:1] == ["summary"]:
+        return summary.main(words[1:])
     options = _parser().parse_args(words)
     try:
         toolchain = installed() if options.triton is None else in_folder(options.triton)
@@ -143,7 +145,9 @@ class _Progress:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.sass", description=__doc__, epilog="python -m bench.sass report FILE draws a result of --output."
+        prog="python -m bench.sass",
+        description=__doc__,
+        epilog="report FILE draws a result of --output; summary FILE FILE prints the table of docs/gpu.md.",
     )
     parser.add_argument("--json", action="store_true", help="print the document instead of a table")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the document to a file too")

@@ -73,7 +73,15 @@ class Reason:
     text: str
 
 
-REASONS: tuple[Reason, ...] = ()
+REASONS = (
+    Reason("dense_update_2", "*16", _ANY, "arithmetic: noise of two draws"),
+    Reason("dense_*_stochastic", "*16", _ANY, "arithmetic: noise and random bits"),
+    Reason("dense_*_2", "*16", _ANY, "arithmetic: noise of two draws"),
+    Reason("lowrank_momentum_stochastic", "*16", _ANY, "arithmetic, and registers: a product with N and random bits"),
+    Reason("lowrank_momentum_2", "*", _ANY, "registers: U of two draws, N and a block ahead"),
+    Reason("lowrank_merge_stochastic", "*16", _ANY, "arithmetic, and registers: a product with N and random bits"),
+    Reason("lowrank_merge*", "*", (9, 64), "arithmetic in a fixed order, and registers for columns of N"),
+)
 
 
 BUDGETS = (

@@ -162,9 +162,13 @@ def test_a_path_that_none_can_be(tmp_path, capsys, name, line):
 @pytest.mark.parametrize("word", ["9" * 5000, "1" + "0" * 400, "-1", "1e3", "nan", "x" * 5000])
 @pytest.mark.parametrize("option", ["--steps", "--rank", "--seed", "--threads", "--batch-size", "--num-train", "--max-length"])
 def test_a_number_that_is_none(capsys, option, word):
-    if option == "--num-train" and word == "1" + "0" * 400:
-        return
     one_line(capsys, run("finetune", option, word))
+
+
+@pytest.mark.parametrize("word", ["9" * 5000, "1" + "0" * 400, "1000000000000", "-1", "x" * 5000], ids=lambda word: word[:13])
+@pytest.mark.parametrize("option", ["--threads", "--repeats"])
+def test_a_number_of_a_benchmark_that_is_none(capsys, option, word):
+    one_line(capsys, run("bench", "perturb", option, word))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..kernels.checks import MAX_THREADS
 from ..kernels.noise import MAX_RANK
 from ..model.config import PLACEMENTS, SCALINGS
 from .command_line import check_options, flag, option
@@ -18,8 +19,6 @@ from .tasks import TASKS
 
 DTYPES = ("float32", "bfloat16", "float16")
 SCHEDULES = ("constant", "linear", "cosine")
-MAX_THREADS = 1024
-"""More than any machine gains from; at some tens of thousands the system ends the process."""
 
 _data, _method, _run = (functools.partial(option, group=group) for group in ("model and data", "method", "run"))
 

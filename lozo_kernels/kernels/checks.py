@@ -16,6 +16,10 @@ from ..errors import InputError
 
 LARGEST = torch.finfo(torch.float32).max
 """The largest number that fp32 holds; all scalars reach the ops in fp32."""
+LARGEST_INTEGER = 2**31 - 1
+"""The largest integer that all libraries take for a size or a count."""
+MAX_THREADS = 1024
+"""More than any machine gains from. At some tens of thousands the system ends the process."""
 _LONGEST_PATH, _LONGEST_NAME = 4095, 255  # in bytes, on all usual file systems of Linux
 _SHOWN = 100
 

@@ -330,7 +330,9 @@ STAYS = (probe, batched, resumed, adapter, planned)
 
 
 def flat(model):
-    return torch.cat([getattr(p, "to_local", lambda p=p: p)().detach().flatten().clone() for p in model.parameters()])
+    """The weights as they are stored; ``model.parameters()`` would bring them up to date first."""
+    found = dict.fromkeys(p for module in model.modules() for p in module._parameters.values() if p is not None)
+    return torch.cat([getattr(p, "to_local", lambda p=p: p)().detach().flatten().clone() for p in found])
 
 
 @pytest.mark.parametrize(("page", "block"), BLOCKS, ids=[f"{page}: {block.splitlines()[0]}" for page, block in BLOCKS])

@@ -56,7 +56,7 @@ class Structure:
         self._parameters = _Places(parameters, lambda p: p is not None)
         self._blanks = _Places(parameters, lambda p: p is None)
         self._ties = [
-            (canonical(f"{owner.path}.{owner.attribute}"), _place(p.storage.owners[0]), _place(owner))
+            (canonical(f"{owner.path}.{owner.attribute}".removeprefix(".")), _place(p.storage.owners[0]), _place(owner))
             for p in trained
             if p.storage.resident
             for owner in p.storage.owners[1:]

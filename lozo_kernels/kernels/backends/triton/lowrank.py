@@ -65,13 +65,13 @@ def momentum_columns(n_row, row_mask, RANK: tl.constexpr):
 
 
 @triton.jit
-def momentum_block(columns, v_matrix, cols, col_mask, width, RANK: tl.constexpr):
+def momentum_block(columns, v_matrix, cols, col_mask, width, RANK: tl.constexpr, DP4A: tl.constexpr):
     """Returns N V^T of a block, (rows, cols) fp32, with k ascending, each a rounded multiply and a rounded add."""
     pointer = v_matrix + cols
-    acc = columns[0][:, None] * tl.load(pointer, mask=col_mask).to(tl.float32)[None, :]
+    acc = times(columns[0][:, None], tl.load(pointer, mask=col_mask).to(tl.float32)[None, :], DP4A)
     for k in tl.static_range(1, RANK):
         pointer += width
-        acc = acc + columns[k][:, None] * tl.load(pointer, mask=col_mask).to(tl.float32)[None, :]
+        acc = acc + times(columns[k][:, None], tl.load(pointer, mask=col_mask).to(tl.float32)[None, :], DP4A)
     return acc
 
 
@@ -110,8 +110,8 @@ def update_block(
             product = tl.dot(high, v_block) + tl.dot(low, v_block) * 0.00048828125
             product = product * unit[:, None]
         else:
-            product = momentum_block(columns, v_matrix, cols, col_mask, width, RANK)
-        y = y + product * rate
+            product = momentum_block(columns, v_matrix, cols, col_mask, width, RANK, DP4A)
+        y = y + times(product, rate, DP4A)
     bits = 0
     if STOCHASTIC and tl.float32 != WEIGHT:
         bits = random_bits(header, flat + start, tensor_id, k0, k1, WEIGHT is not None, ROWS, COLS)

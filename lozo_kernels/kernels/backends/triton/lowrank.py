@@ -281,6 +281,8 @@ def factor_update(
 def lowrank_plan(dtype: torch.dtype | None, kind: UpdateKind, size: TileSize, target: Target) -> Plan:
     """The plan of the pass over low-rank tensors; ``dtype`` None means any dtype and alignment."""
     rank = kind.rank
+    # N, two draws and a block of fp32 leave no registers for another block.
+    full = kind.momentum and kind.draws == 2 and rank > 32 and dtype == torch.float32
     constants = {
         "WEIGHT": WEIGHTS[dtype],
         "RANK": rank,
@@ -292,14 +294,14 @@ def lowrank_plan(dtype: torch.dtype | None, kind: UpdateKind, size: TileSize, ta
         "ROWS": size.rows,
         "COLS": size.cols,
         "BLOCKS": size.blocks,
-        "AHEAD": size.ahead and dtype is not None,
+        "AHEAD": size.ahead and dtype is not None and not full,
         "EIGHTS": target.eights and dtype is not None and dtype.itemsize == 2,
         "DP4A": target.dp4a,
         "EMULATE": target.emulate,
     }
     large = kind.momentum and (kind.stochastic or kind.draws == 2 or rank > 8)
-    # N, two draws and the sums of each need more registers than four warps have.
-    crowded = kind.momentum and kind.draws == 2 and rank > 32 and target.dp4a and dtype is not None
+    # N, two draws and the sums of each need more registers than four warps have, and so do N and two blocks of fp32.
+    crowded = kind.momentum and rank > 32 and target.dp4a and dtype is not None and (kind.draws == 2 or dtype == torch.float32)
     num_warps = max(8, size.num_warps) if crowded else size.num_warps
     return Plan(lowrank_update, constants, num_warps, registers_of(size, target, ALL_REGISTERS if large else None))
 

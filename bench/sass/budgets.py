@@ -110,6 +110,7 @@ BUDGETS = (
     *_both("lowrank_momentum", "*16", _MIDDLE, 16, 23),
     *_both("lowrank_momentum", "*16", _LARGE, 20, 26),
     *_both("lowrank_momentum", "float32", _MIDDLE, 19, 18),
+    Budget("lowrank_momentum", "float32", _LARGE, "sm_120", 35),  # eight warps, whose matrix units take what lies in registers
     *_both("lowrank_momentum", "float32", _LARGE, 27, 21),
     *_both("lowrank_momentum_2", "*", _SMALL, 42, 53),
     *_both("lowrank_momentum_2", "*", _MIDDLE, 25, 26),

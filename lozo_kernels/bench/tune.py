@@ -29,7 +29,8 @@ RANK_LIMITS = {"lowrank_update": (16, 64), "lowrank_momentum": (8, 64)}
 LEAST_GAIN = 0.01
 """A size replaces the default if it is this much faster: less is noise."""
 _PER_THREAD = (8, 64)  # elements of a block that a thread holds: fewer leave memory idle, more spill
-_MAXNREG = (None, 128)  # a kernel of four warps with 128 registers has four programs on a multiprocessor
+_FEW_REGISTERS = 128  # with which a multiprocessor holds four programs of four warps
+_MANY = 16  # elements of a thread from which on a kernel may have more registers than that
 _TILE_COLS = 1024  # of a low-rank tile: enough to make U once for many columns, few enough for many tiles
 
 Timer = Callable[[Mapping[str, Callable[[], None]]], dict[str, float]]
@@ -40,17 +41,15 @@ def candidates(kernel: str) -> list[TileSize]:
     """Lists the sizes that are worth measuring for a kernel."""
     found = []
     rows = (1,) if kernel.startswith("dense") else (32, 64, 128)
-    for r in rows:
-        for c in (1024, 2048, 4096) if r == 1 else (32, 64, 128):
-            for warps in (4, 8):
-                if _PER_THREAD[0] <= r * c // (32 * warps) <= _PER_THREAD[1]:
-                    if r == 1:
-                        found += [TileSize(r, c, blocks, warps) for blocks in (4, 16)]
-                    else:
-                        found += [
-                            TileSize(r, c, _TILE_COLS // c, warps, ahead, maxnreg)
-                            for ahead, maxnreg in itertools.product((False, True), _MAXNREG)
-                        ]
+    for r, c, warps in itertools.product(rows, (1024, 2048, 4096) if rows == (1,) else (32, 64, 128), (4, 8)):
+        per_thread = r * c // (32 * warps)
+        if not _PER_THREAD[0] <= per_thread <= _PER_THREAD[1]:
+            continue
+        if r == 1:
+            found += [TileSize(r, c, blocks, warps) for blocks in (4, 16)]
+            continue
+        limits = (None, _FEW_REGISTERS) if per_thread >= _MANY else (None,)
+        found += [TileSize(r, c, _TILE_COLS // c, warps, ahead, limit) for ahead in (False, True) for limit in limits]
     return found
 
 

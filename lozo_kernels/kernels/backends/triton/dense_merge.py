@@ -128,7 +128,7 @@ def dense_merge_plan(dtype: torch.dtype | None, kind: UpdateKind, size: TileSize
         "DP4A": target.dp4a,
         "EMULATE": target.emulate,
     }
-    return Plan(dense_merge, constants, size.num_warps, registers_of(size, target, None if kind.draws else HALF_THE_REGISTERS))
+    return Plan(dense_merge, constants, size.num_warps, registers_of(size, target, HALF_THE_REGISTERS))
 
 
 def launch_dense_merge(work: Work) -> None:

@@ -65,13 +65,13 @@ def momentum_columns(n_row, row_mask, RANK: tl.constexpr):
 
 
 @triton.jit
-def momentum_block(columns, v_matrix, cols, col_mask, width, RANK: tl.constexpr):
+def momentum_block(columns, v_matrix, cols, col_mask, width, RANK: tl.constexpr, DP4A: tl.constexpr):
     """Returns N V^T of a block, (rows, cols) fp32, with k ascending, each a rounded multiply and a rounded add."""
     pointer = v_matrix + cols
-    acc = columns[0][:, None] * tl.load(pointer, mask=col_mask).to(tl.float32)[None, :]
+    acc = times(columns[0][:, None], tl.load(pointer, mask=col_mask).to(tl.float32)[None, :], DP4A)
     for k in tl.static_range(1, RANK):
         pointer += width
-        acc = acc + columns[k][:, None] * tl.load(pointer, mask=col_mask).to(tl.float32)[None, :]
+        acc = acc + times(columns[k][:, None], tl.load(pointer, mask=col_mask).to(tl.float32)[None, :], DP4A)
     return acc
 
 
@@ -110,8 +110,8 @@ def update_block(
             product = tl.dot(high, v_block) + tl.dot(low, v_block) * 0.00048828125
             product = product * unit[:, None]
         else:
-            product = momentum_block(columns, v_matrix, cols, col_mask, width, RANK)
-        y = y + product * rate
+            product = momentum_block(columns, v_matrix, cols, col_mask, width, RANK, DP4A)
+        y = y + times(product, rate, DP4A)
     bits = 0
     if STOCHASTIC and tl.float32 != WEIGHT:
         bits = random_bits(header, flat + start, tensor_id, k0, k1, WEIGHT is not None, ROWS, COLS)
@@ -281,6 +281,8 @@ def factor_update(
 def lowrank_plan(dtype: torch.dtype | None, kind: UpdateKind, size: TileSize, target: Target) -> Plan:
     """The plan of the pass over low-rank tensors; ``dtype`` None means any dtype and alignment."""
     rank = kind.rank
+    # N, two draws and a block of fp32 leave no registers for another block.
+    full = kind.momentum and kind.draws == 2 and rank > 32 and dtype == torch.float32
     constants = {
         "WEIGHT": WEIGHTS[dtype],
         "RANK": rank,
@@ -292,14 +294,14 @@ def lowrank_plan(dtype: torch.dtype | None, kind: UpdateKind, size: TileSize, ta
         "ROWS": size.rows,
         "COLS": size.cols,
         "BLOCKS": size.blocks,
-        "AHEAD": size.ahead and dtype is not None,
+        "AHEAD": size.ahead and dtype is not None and not full,
         "EIGHTS": target.eights and dtype is not None and dtype.itemsize == 2,
         "DP4A": target.dp4a,
         "EMULATE": target.emulate,
     }
     large = kind.momentum and (kind.stochastic or kind.draws == 2 or rank > 8)
-    # N, two draws and the sums of each need more registers than four warps have.
-    crowded = kind.momentum and kind.draws == 2 and rank > 32 and target.dp4a and dtype is not None
+    # N, two draws and the sums of each need more registers than four warps have, and so do N and two blocks of fp32.
+    crowded = kind.momentum and rank > 32 and target.dp4a and dtype is not None and (kind.draws == 2 or dtype == torch.float32)
     num_warps = max(8, size.num_warps) if crowded else size.num_warps
     return Plan(lowrank_update, constants, num_warps, registers_of(size, target, ALL_REGISTERS if large else None))
 

@@ -121,7 +121,7 @@ def merge_block(
     if DECAY:
         y = times(y, factor_of_x, DP4A)
     if RANK <= REGISTER_RANK:
-        product = momentum_block(columns, v_matrix, cols, col_mask, width, RANK)
+        product = momentum_block(columns, v_matrix, cols, col_mask, width, RANK, DP4A)
     else:
         product = wide_product(y, factor_row, row_mask, v_matrix, cols, col_mask, width, quads, RANK)
     y = y + product

@@ -1,6 +1,7 @@
 """Run as a process of its own: compares prepared launches with those that Triton makes itself, over random calls of layers."""
 
 import dataclasses
+import math
 import random
 import sys
 
@@ -10,7 +11,9 @@ from triton import knobs
 from bench import stub
 from lozo_kernels.kernels.backends.triton import TritonBackend
 from lozo_kernels.kernels.backends.triton.launcher import Launcher
-from lozo_kernels.kernels.calls import LayerCall
+from lozo_kernels.kernels.calls import Draw, LayerCall, Rounding, TableCall
+from lozo_kernels.kernels.ops import OPS
+from lozo_kernels.kernels.table import TensorTable
 
 MADE = []
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -111,6 +114,55 @@ def launched(backend, call, lookup):
     return found
 
 
+def any_pass(rng):
+    """A table and a call of an op over it, whose scalars lie anywhere."""
+    op = rng.choice(list(OPS.values()))
+    count, rank, dtype = rng.choice((1, 2)), rng.choice((1, 4, 32)), rng.choice(FLOATS)
+    x = [torch.zeros(1, 16, 64, dtype=dtype) for _ in range(count)]
+    v = [torch.zeros(1, rank, 64, dtype=torch.float16) for _ in x] if op.v else None
+    n = [torch.zeros(1, 16, rank if op.v else 64) for _ in x] if op.n != "none" else None
+    if op.factors:
+        x = [torch.zeros(1, 16, rank) for _ in x]
+    table = TensorTable(x, list(range(count)), v=v, n=n)
+    out = TensorTable([torch.zeros_like(t) for t in x], [0] * count) if op.out and rng.random() < 0.5 else table if op.out else None
+    draws = rng.randint(*op.draws)
+
+    def scalars(*shape):
+        offset = rng.choice((0, 1))
+        return torch.zeros(offset + math.prod(shape))[offset:].view(shape)
+
+    calls = []
+    for _ in range(4):
+        rounding = rng.choice((None, Rounding(1))) if op.rounding else None
+        call = TableCall(7, [Draw(3, d) for d in range(draws)], scalars(draws, count), None, rounding, out=out)
+        call.decay = rng.choice((None, scalars(count)))
+        if op.momentum:
+            call.coefficients, call.alpha, call.beta = scalars(draws, count), scalars(count), scalars(count)
+        calls.append(call)
+    return op, table, calls
+
+
+def passed(backend, op, table, call):
+    """What the driver gets to launch, with tensors as what their kernel is compiled for."""
+    MADE.clear()
+    backend.run(op, table, call)
+    return [
+        (kernel.variant, programs, [(t.dtype, t.data_ptr() & 15) if isinstance(t, torch.Tensor) else t for t in arguments])
+        for kernel, programs, arguments in MADE
+    ]
+
+
+def check_passes(rng):
+    """Passes over tables are prepared too, once for each table."""
+    prepared = TritonBackend(Launcher())
+    for _ in range(60):
+        op, table, calls = any_pass(rng)
+        for call in calls * 2:
+            fresh = TensorTable(table.x, table.tensor_ids, v=table.v, n=table.n)
+            again = dataclasses.replace(call, out=fresh if call.out is table else call.out)
+            assert passed(prepared, op, table, call) == passed(TritonBackend(Direct()), op, fresh, again)
+
+
 def main():
     stub.install(lambda *launch: MADE.append(launch))
     seed = random.getrandbits(32)
@@ -126,6 +178,7 @@ def main():
 
     Launcher.run = counted
     some = [any_call(rng) for _ in range(40)]
+    check_passes(rng)
     calls = some + [(other, lookup) for call, lookup in some for other in one_thing_at_a_time(call, lookup)]
     for call, lookup in calls + calls:
         assert launched(prepared, call, lookup) == launched(TritonBackend(direct), call, lookup)

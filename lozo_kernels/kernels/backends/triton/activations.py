@@ -45,9 +45,13 @@ def lookup_plan(rank: int, tokens: int, target: Target) -> Plan:
 
 
 def expansion_plan(
-    dtype: torch.dtype, rank: int, factor: bool, parts: bool, gain: bool, shift: bool, size: TileSize, target: Target
+    dtype: torch.dtype, rank: int, factor: bool, parts: int, gain: bool, shift: bool, size: TileSize, target: Target
 ) -> Plan:
-    """The plan that multiplies sums of a contraction or look-up (in ``parts``, or one) by V, or by B + scale * U, and adds to Y."""
+    """The plan that multiplies sums of a contraction or look-up by V, or by B + scale * U, and adds to Y.
+
+    Args:
+        parts: the sums are in that many parts, or in fewer.
+    """
     constants = {
         "FACTOR": factor,
         "PARTS": parts,
@@ -128,7 +132,7 @@ class Activations:
         tokens, groups = _tokens(call)
         down, across = -(-tokens // size.rows), -(-y.shape[1] // size.cols)
         blocks = _share(down, size.blocks, groups * across)
-        kind = (parts > 1, call.gain is not None, call.shift is not None)
+        kind = (1 << (parts - 1).bit_length(), call.gain is not None, call.shift is not None)
         plan = expansion_plan(y.dtype, rank, factor, *kind, size, target_of(y.device))
         last = (tokens, groups, parts, blocks, y.shape[1], y.stride(0))
         return PreparedLaunch(self._launcher, plan, groups * across * -(-down // blocks), y.device, last)

@@ -14,7 +14,6 @@ from torch import nn
 
 from lozo_kernels.bench.arguments import add_choice, positive
 from lozo_kernels.bench.models import MODELS, build_model
-from lozo_kernels.bench.timing import quantile
 from lozo_kernels.errors import InputError
 from lozo_kernels.kernels.backends.triton import TritonBackend
 from lozo_kernels.kernels.backends.triton.launcher import Launcher
@@ -24,6 +23,7 @@ from lozo_kernels.model.patching import patch
 from lozo_kernels.model.text_table import text_table
 
 from . import host_probe, stub
+from .host_probe import microseconds
 
 TARGET = {"model": "opt-1.3b", "pass": "perturb", "microseconds": 150}
 """The project's goal for a pass with its launches left out."""
@@ -93,11 +93,10 @@ def measure(options: argparse.Namespace, document: dict[str, Any]) -> dict[str, 
             make(0)
             launcher.launches, seconds = 0, []
             for step in range(1, options.repeats + 1):
-                start = time.perf_counter()
+                start = time.process_time()
                 make(step)
-                seconds.append(time.perf_counter() - start)
-            microseconds = {q: round(1e6 * quantile(seconds, p), 1) for q, p in (("q25", 0.25), ("median", 0.5), ("q75", 0.75))}
-            rows.append({"model": options.model, "pass": name, "tensors": len(handle.names)} | microseconds)
+                seconds.append(time.process_time() - start)
+            rows.append({"model": options.model, "pass": name, "tensors": len(handle.names)} | microseconds(seconds))
             rows[-1]["launches"] = launcher.launches // options.repeats
     stub.install()  # from here on
     for name in options.probed:

@@ -4,7 +4,7 @@ modules themselves, so that what remains is the Python of this library and Trito
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from lozo_kernels.model.patching import patch
 from lozo_kernels.model.probe.forward.activation import layer_kind
 from lozo_kernels.model.probe.handle import ProbeHandle
 
-EXAMPLES, LENGTH = 2, 4  # few, because what the CPU computes in place of a GPU is not to be measured
+EXAMPLES, LENGTH = 2, 1  # few, because what the CPU computes in place of a GPU is not to be measured
 LEAST_CALLS = 0.02
 """Seconds that a repeat of a short call lasts at least."""
 
@@ -140,5 +140,11 @@ def _timed(call: Callable[[], object], launcher: Launcher, repeats: int) -> dict
         for _ in range(times):
             call()
         seconds.append((time.process_time() - start) / times)
-    quantiles = {q: round(1e6 * quantile(seconds, p), 1) for q, p in (("q25", 0.25), ("median", 0.5), ("q75", 0.75))}
-    return {"least": round(1e6 * min(seconds), 1)} | quantiles | {"launches": launches}
+    return microseconds(seconds) | {"launches": launches}
+
+
+def microseconds(seconds: Sequence[float]) -> dict[str, float]:
+    """The least time, which the load of the machine raises least, and the quartiles."""
+    quartiles = {"q25": 0.25, "median": 0.5, "q75": 0.75}
+    found = {"least": min(seconds)} | {name: quantile(seconds, p) for name, p in quartiles.items()}
+    return {name: round(1e6 * value, 1) for name, value in found.items()}

@@ -175,8 +175,8 @@ def _key(call: LayerCall) -> Hashable:
             odd = tuple(address & 15 for address in addresses)
             break
     return (
-        *(y.shape, y.stride(), y.dtype, y.get_device(), x.shape, x.stride(), x.dtype),
-        *(call.v.shape, len(call.draws), call.transposed, gain is None, shift is None, odd),
+        *(y.shape, y.stride(0), y.dtype, y.get_device(), x.shape, x.stride(0), x.dtype),
+        *(call.v.shape, call.draws.shape, call.transposed, gain is None, shift is None, odd),
     )
 
 

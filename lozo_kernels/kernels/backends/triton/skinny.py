@@ -126,14 +126,15 @@ def sum_parts(sums, tokens, mask, parts, all_tokens, PARTS: tl.constexpr, PADDED
     """
     pointer = sums + tokens[:, None] * PADDED + tl.arange(0, PADDED)[None, :]
     p = tl.load(pointer, mask=mask, other=0.0)
+    count = tl.zeros_like(tokens)[:, None] + parts  # the interpreter knows no mask that is one value for all
     if PARTS * PADDED <= 256:
         for part in tl.static_range(1, PARTS):
-            p += tl.load(pointer + part * all_tokens * PADDED, mask=mask & (part < parts), other=0.0)
+            p += tl.load(pointer + part * all_tokens * PADDED, mask=mask & (count > part), other=0.0)
     else:
         for first in range(1, parts, 256 // PADDED):
             for part in tl.static_range(256 // PADDED):
                 beside = first + part
-                p += tl.load(pointer + beside * all_tokens * PADDED, mask=mask & (beside < parts), other=0.0)
+                p += tl.load(pointer + beside * all_tokens * PADDED, mask=mask & (count > beside), other=0.0)
     return p
 
 

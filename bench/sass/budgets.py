@@ -151,7 +151,7 @@ BUDGETS = (
     *_both("expansion", "*", _ANY, 38, 22),
     *_both("expansion_factor", "*", _PADDED, 17, 18),
     *_both("expansion_factor", "*", _ANY, 40, 27),
-    *_both("expansion_all", "*16", _PADDED, 26, 28),
+    *_both("expansion_all", "*16", _PADDED, 26, 46),  # all 16 parts of a row are loaded without a loop, most of them by no row
     *_both("expansion_all", "*16", _ANY, 54, 42),
     # any dtype and alignment: correct rather than fast
     *_both("lowrank_update_any", "any", _ANY, 80, 270),

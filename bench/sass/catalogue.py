@@ -156,10 +156,10 @@ def _activations(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
         size = tile_sizes(None, _vendor(target)).find("contraction", True, rank)
         yield _activation("contraction" + name, activations.contraction_plan(rank, factor, size, target), dtype, rank, size)
         size = tile_sizes(None, _vendor(target)).find("expansion", True, rank)
-        plan = activations.expansion_plan(dtype, rank, factor, False, False, False, size, target)
+        plan = activations.expansion_plan(dtype, rank, factor, 1, False, False, size, target)
         yield _activation("expansion" + name, plan, dtype, rank, size)
         if factor and dtype != torch.float32:
-            plan = activations.expansion_plan(dtype, rank, factor, True, True, True, size, target)
+            plan = activations.expansion_plan(dtype, rank, factor, 16, True, True, size, target)
             yield _activation("expansion_all", plan, dtype, rank, size)
 
 

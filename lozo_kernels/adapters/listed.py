@@ -88,11 +88,9 @@ class Weights:
             found = self._lists[names] = self._make(pairs)
         else:
             owned = own_parameters(found.holder)
-            replaced = {name: trained(p) for name, p, *_ in pairs if owned[name] is not p}
-            for kept in found.handle.trained if replaced else ():  # all names of a tied parameter
-                names = [owner.attribute for owner in kept.storage.owners]
-                new = next((replaced[name] for name in names if name in replaced), None)
-                owned |= {} if new is None else dict.fromkeys(names, new)
+            for name, p, *_ in pairs:
+                if owned[name] is not p:
+                    owned[name] = trained(p)
         return found
 
     def perturb(self, pairs: Pairs | None, seed: int, scale: float, *, step: int | None = None) -> None:

@@ -76,7 +76,7 @@ class Structure:
         if not all(map(operator.is_, self._children.now(), self._children.before)):
             self._check_children()
         for name, (one, a), (two, b) in self._ties:
-            if one.get(a) is not two.get(b):
+            if one.get(a) is not two.get(b) and two.get(b) is not None:  # a name that is gone is no other parameter
                 raise RuntimeError(f"parameter {name!r} was untied from another after patching: {_WAY_OUT}")
         if sum(map(len, self._dicts)) != self._size or not all(map(operator.is_, self._blanks.now(), self._blanks.before)):
             self._check_additions()

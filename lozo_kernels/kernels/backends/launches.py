@@ -132,7 +132,7 @@ class DeviceTable:
         self._row_tiles: dict[int, Tensor] = {}
         self._matrices: Tensor | None = None
         self._factor_starts: tuple[Tensor, int] | None = None
-        self.prepared: dict[object, list[Any]] = {}
+        self.prepared: dict[object, Any] = {}
         self.headers = Headers(self._device)
 
     def launches(self, key: object, tile_of: TileOf) -> list[Launch]:

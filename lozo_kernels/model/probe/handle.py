@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -224,6 +225,43 @@ class ProbeHandle(Handle):
         self.probed.learned = self.probed.learned or bool(self._states)
         self._versions.look()  # weights that are updated in place changed
         self._move_to(REST)
+
+    def check_capturable(self) -> None:
+        member = next((m for m in self.members if not m.storage.always_here), None)
+        if member is not None:
+            raise ValueError(
+                f"{member.name!r} is {member.storage.word}, and a captured step of a probe needs weights that stay where they are "
+                "and can be merged: take plain steps, or exclude it"
+            )
+
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        before = self.probed.learned, self._last_step
+        moved = [x for group in self._groups for x in group.table.x]  # weights that are perturbed in place, which rounds
+        kept = [x.clone() for x in moved]
+        try:
+            yield
+        finally:
+            for x, value in zip(moved, kept, strict=True):
+                x.copy_(value)
+            self.probed.learned, self._last_step = before
+            self._versions.look()
+            self.probed.write()
+
+    @property
+    def in_use(self) -> list[object]:
+        return self.probed.in_use
+
+    def begin_replay(self, step: int) -> None:
+        super().begin_replay(step)
+        self._check_between_steps()
+
+    def end_replay(self, step: int, *, decays: bool) -> None:
+        self._last_step = step
+        if self._states:
+            self.probed.note_update()
+        for state in self._states if decays else ():
+            state.note_decay()
 
     def merge(self) -> None:
         """Merges what was learned into the weights: they become X_t, rounded once into their dtype.

@@ -3,6 +3,8 @@
 N holds any fp32 number, so the product is a rounded multiply and a rounded add for each k, ascending, without tensor cores.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -227,6 +229,7 @@ def is_wide(rank: int) -> bool:
     return rank > REGISTER_RANK.value
 
 
+@functools.cache
 def probed_factor_plan(rank: int, target: Target) -> Plan:
     """The plan that writes N + scale * U to scratch memory before a merge of a high rank."""
     return Plan(probed_factor, {"RANK": rank, "PADDED": factor_width(rank), "ROWS": FACTOR_ROWS, "DP4A": target.dp4a})

@@ -57,6 +57,11 @@ class PerturbedWeights:
             table.check_positions(factors=low_rank, flat=not low_rank)
             self._batches.append(_Batch(some, table, outs, backends[device]))
 
+    @property
+    def tables(self) -> list[object]:
+        """The tables that are in use now."""
+        return [*self._batches, *self._fills.values()]
+
     def refresh(self) -> None:
         """Rewrites copies and shifts for the current points."""
         if self._runtime.groups > self._most:

@@ -104,6 +104,16 @@ class ProbedModel:
         """Writes the perturbed weight of a member into a tensor of its shape. Arguments as :meth:`PerturbedWeights.fill`."""
         self._weights.fill(member, out, 0, base, keep=False)
 
+    def note_update(self) -> None:
+        """Notes that factors are not zero any more, so that modules have something to add."""
+        self.learned = self.runtime.live = True
+
+    @property
+    def in_use(self) -> list[object]:
+        """What holds the memory that evaluations write to now. A captured graph needs it for as long as it is there."""
+        buffers = [(member.buffers, member.shift) for member in self.members]
+        return [[arena.memory for arena in self._arenas.values()], self._weights.tables, buffers]
+
     @contextlib.contextmanager
     def borrowed(self, member: Member) -> Iterator[Shard]:
         """Yields a weight that is not always here, and writes it back. A copy lies in scratch memory, at the same address in

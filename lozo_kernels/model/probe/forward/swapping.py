@@ -33,6 +33,11 @@ class Arena:
         self._top = 0
 
     @property
+    def memory(self) -> Tensor:
+        """All of it, uint8."""
+        return self._memory
+
+    @property
     def nbytes(self) -> int:
         return self._memory.numel()
 

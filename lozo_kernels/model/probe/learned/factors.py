@@ -91,8 +91,12 @@ class StateGroup:
         decay = decay_of(update.lr, update.weight_decay)
         if decay is not None:
             self.gains *= self.learned.row(decay)
-            for i, member in enumerate(self.members):
-                member.gain = self.gains[i : i + 1]
+            self.note_decay()
+
+    def note_decay(self) -> None:
+        """Lets members have their gains, because weights decayed."""
+        for i, member in enumerate(self.members):
+            member.gain = self.gains[i : i + 1]
 
     def merge(self, members: Sequence[Member], shards: Sequence[Shard], rounding: Rounding | None) -> None:
         """X <- gain * X + B V^T (for dense parameters + the sum of their updates), rounded once into the weights' dtype.

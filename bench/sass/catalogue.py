@@ -124,7 +124,7 @@ def _factors(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
         for again in (False, True):
             name = "resample_reproject" if again else "resample"
             yield _plain(name, resample.resample_plan(rank, again, target), rank, resample.RESAMPLE_COLS * padded(rank))
-        yield _plain("reproject", resample.reproject_plan(rank), rank, height * width)
+        yield _plain("reproject", resample.reproject_plan(rank, target), rank, height * width)
         yield _plain("factor_rows", resample.factor_plan(STREAMS["U"], rank, target), rank, height * width)
         if lowrank_merge.is_wide(rank):
             yield _plain("probed_factor", lowrank_merge.probed_factor_plan(rank, target), rank, height * width)

@@ -1,4 +1,4 @@
-// A few rows of X at once: decay, then U V^T of each draw from int16 pairs, whose int32 sums are exact.
+// A few rows of X at once: decay, then U V^T of each draw from int16 pairs, whose int32 sums are exact; and C V^T of any C in fp32.
 #ifndef LOZO_LOWRANK_ROWS_H
 #define LOZO_LOWRANK_ROWS_H
 
@@ -57,6 +57,19 @@ LOZO_INLINE void add_products(Pair<F> *y, const int32_t *panel, const RowFactors
       Pair<F> product = {to_float(sum[d][r].a), to_float(sum[d][r].b)};
       if (!PAIRS) product = {mul(product.a, splat(f.unit)), mul(product.b, splat(f.unit))};
       y[r] = {add(y[r].a, mul(product.a, scale)), add(y[r].b, mul(product.b, scale))};
+    }
+  }
+}
+
+// sum <- C V^T for one block of columns, k ascending: a rounded product, then a fused multiply-add for each other k.
+template <int RANK, int ROWS, class LoadC>
+LOZO_INLINE void multiply_factor(Pair<F> *sum, const float *panel, int any_rank, LoadC load_c) {
+  const int rank = RANK ? RANK : any_rank;
+  for (int k = 0; k < rank; ++k) {
+    const Pair<F> v = {load(panel + k * kBlock), load(panel + k * kBlock + W)};
+    for (int r = 0; r < ROWS; ++r) {
+      const F c = load_c(r, k);
+      sum[r] = k == 0 ? Pair<F>{mul(c, v.a), mul(c, v.b)} : Pair<F>{fma(c, v.a, sum[r].a), fma(c, v.b, sum[r].b)};
     }
   }
 }

@@ -64,13 +64,29 @@ def momentum_columns(n_row, row_mask, RANK: tl.constexpr):
 
 
 @triton.jit
-def momentum_block(columns, v_matrix, cols, col_mask, width, RANK: tl.constexpr):
-    """Returns N V^T of a block, (rows, cols) fp32, with k ascending, each a rounded multiply and a rounded add."""
+def fma(a, b, c, EMULATE: tl.constexpr):
+    """Returns a * b + c rounded once, as ``reference.fma`` does. Interpreters of some versions of Triton round ``tl.fma`` twice."""
+    if EMULATE:
+        product = a.to(tl.float64) * b.to(tl.float64)
+        c = c.to(tl.float64)
+        total = product + c
+        part = total - product
+        error = (product - (total - part)) + (c - part)
+        bits = total.to(tl.int64, bitcast=True)
+        towards = tl.where((error > 0) == (total > 0), 1, -1)
+        to_odd = tl.where((tl.abs(error) > 0) & ((bits & 1) == 0), bits + towards, bits)
+        return to_odd.to(tl.float64, bitcast=True).to(tl.float32)
+    return tl.fma(a, b, c)
+
+
+@triton.jit
+def momentum_block(columns, v_matrix, cols, col_mask, width, RANK: tl.constexpr, EMULATE: tl.constexpr):
+    """Returns N V^T of a block, (rows, cols) fp32, with k ascending: a rounded product, then a fused multiply-add for each k."""
     pointer = v_matrix + cols
     acc = columns[0][:, None] * tl.load(pointer, mask=col_mask).to(tl.float32)[None, :]
     for k in tl.static_range(1, RANK):
         pointer += width
-        acc = acc + columns[k][:, None] * tl.load(pointer, mask=col_mask).to(tl.float32)[None, :]
+        acc = fma(columns[k][:, None], tl.load(pointer, mask=col_mask).to(tl.float32)[None, :], acc, EMULATE)
     return acc
 
 
@@ -109,8 +125,8 @@ def update_block(
             product = tl.dot(high, v_block) + tl.dot(low, v_block) * 0.00048828125
             product = product * unit[:, None]
         else:
-            product = momentum_block(columns, v_matrix, cols, col_mask, width, RANK)
-        y = y + product * rate
+            product = momentum_block(columns, v_matrix, cols, col_mask, width, RANK, EMULATE)
+        y = fma(product, rate, y, EMULATE)
     bits = 0
     if STOCHASTIC and tl.float32 != WEIGHT:
         bits = random_bits(header, flat + start, tensor_id, k0, k1, WEIGHT is not None, ROWS, COLS)

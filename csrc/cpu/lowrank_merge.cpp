@@ -10,8 +10,8 @@ namespace LOZO_ISA {
 namespace {
 
 constexpr int kAtOnce = W == 16 ? 4 : 2;  // rows that share a panel's registers
-constexpr int64_t kPanelBytes = 1 << 16;
-constexpr int64_t kRoundCols = 2048;  // columns in fp32 scratch at once, for stochastic rounding
+constexpr int64_t kPanelBytes = 1 << 18;  // of second-level cache, as in lowrank_update
+constexpr int64_t kRoundCols = 2048;      // columns in fp32 scratch at once, for stochastic rounding
 constexpr int64_t kPanelFloats = kPanelBytes / 4 > LOZO_MAX_RANK *kBlock ? kPanelBytes / 4 : LOZO_MAX_RANK * kBlock;
 
 struct Scratch {
@@ -58,6 +58,7 @@ LOZO_INLINE void merge_rows(const Rows<T> &rows, int64_t cols, const float *pane
   Pair<F> y[ROWS];
   int64_t j = 0;
   for (; j + kBlock <= cols; j += kBlock, panel += rank * kBlock) {
+    prefetch_rows<T, ROWS>(rows.x + j, stride);
     load_rows<T, ROWS, DECAY>(y, rows.x + j, stride, kBlock, decay);
     add_product<RANK, ROWS>(y, panel, rank, load_c);
     store_rows<T, ROWS>(rows.out + j, out_stride, y, kBlock);

@@ -10,7 +10,7 @@ namespace LOZO_ISA {
 namespace {
 
 constexpr int kAtOnce = W == 16 ? 4 : 2;  // rows that share a panel's registers
-constexpr int64_t kPanelBytes = 1 << 16;  // both panels together
+constexpr int64_t kPanelBytes = 1 << 18;  // of second-level cache, both panels together, as in lowrank_update
 constexpr int64_t kRoundCols = 2048;      // columns in fp32 scratch at once, for stochastic rounding
 
 constexpr int64_t panel_ints(int64_t rank_bound) {
@@ -47,6 +47,7 @@ LOZO_INLINE void update_block(T *x, int64_t stride, int64_t count, const int32_t
                               const MomentumFactors &f) {
   const int rank = RANK ? RANK : f.rank;
   Pair<F> y[ROWS], product[ROWS];
+  prefetch_rows<T, ROWS>(x, stride);
   load_rows<T, ROWS, DECAY>(y, x, stride, count, splat(f.draws.decay));
   add_products<(RANK + 1) / 2, DRAWS, ROWS>(y, pairs, f.draws, [&f](int d, int p, int r) {
     return splat_int(f.draws.u[d * f.draws.draw_stride + p * f.draws.pair_stride + r * f.draws.apart]);

@@ -17,7 +17,7 @@ import torch
 from lozo_kernels import Draw, Rounding, TensorTable
 from lozo_kernels.bench.cases import OPS, UNIT, as_bits, random_case, storage_of
 from lozo_kernels.kernels import noise, ops, skinny
-from lozo_kernels.kernels.backends import launches
+from lozo_kernels.kernels.backends import cuda, launches
 from lozo_kernels.kernels.backends.cuda import CudaBackend
 from lozo_kernels.kernels.backends.launches import device_table
 from lozo_kernels.kernels.registry import choose_backend
@@ -261,6 +261,33 @@ def test_reasons(tmp_path):
     assert missing.unavailable(torch.device("cpu")) == "not built (reinstall lozo_kernels where nvcc is)"
     if not torch.cuda.is_available():
         assert CudaBackend().unavailable(torch.device("cuda")) is not None
+
+
+def test_looking_for_a_device_leaves_the_current_one(monkeypatch):
+    """The library makes the device that it is asked about current."""
+    current, asked = [0], []
+
+    class Guard:
+        def __init__(self, device):
+            self.index = device.index
+
+        def __enter__(self):
+            self.before, current[0] = current[0], self.index
+
+        def __exit__(self, *_):
+            current[0] = self.before
+
+    def probe(index):
+        current[0] = index
+        asked.append(index)
+        return 0
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(cuda, "_load", lambda _: types.SimpleNamespace(lozo_cuda_probe=probe))
+    assert CudaBackend().unavailable(torch.device("cuda", 1)) is None
+    assert asked == [1] and current == [0]
 
 
 def test_emulator_reports_accesses_outside(emulated, guard):

@@ -23,7 +23,7 @@ if INTERPRETED:
     import triton
     import triton.language as tl
 
-    from lozo_kernels.kernels.backends.triton.lowrank import fma
+    from lozo_kernels.kernels.backends.triton.arithmetic import fma
 
     @triton.jit
     def fused(a, b, c, y, count, SIZE: tl.constexpr):

@@ -50,7 +50,7 @@ class Compilation:
         dtype: of the weights, "any", or "none" where no weights are touched.
         rank: None for dense kernels.
         aligned: all access to weights must be 128 bits wide.
-        exact: no fused multiply-add may occur.
+        exact: no fused multiply-add may occur; products with N are written with them.
         tile_elements: weights (or entries of a factor) that a program handles in a full tile.
         iterations: of its main loop for a full tile.
         itemsize: bytes of a weight, 0 where no weights are touched.
@@ -78,6 +78,12 @@ class Compilation:
     writes: bool = True
     nested: int | None = None
 
+    @property
+    def read_bytes(self) -> int:
+        """The bytes an element that a pass reads: of weights, and of what is as large as they are."""
+        momentum = 4 if self.kernel.startswith("dense_momentum") else 0
+        return self.bytes_per_element - momentum - (self.itemsize if self.writes else 0)
+
 
 def compilations(vendor: str = "nvidia", ranks: Sequence[int] = RANKS) -> list[Compilation]:
     """Lists everything that is launched on GPUs of a vendor, "nvidia" or "amd"."""
@@ -102,7 +108,7 @@ def _lowrank(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
             for name, kind in _kinds(True, dtype, rank):
                 size = tile_sizes(None, _vendor(target)).find("lowrank_momentum", dtype is not None, rank, kind.stochastic)
                 plan = lowrank.lowrank_plan(dtype, kind, size, target)
-                yield _update("lowrank_momentum" + name, plan, dtype, rank, size, exact=rank <= _EXACT_MOMENTUM_RANK)
+                yield _update("lowrank_momentum" + name, plan, dtype, rank, size, exact=False)
 
 
 def _dense(target: Target) -> Iterator[Compilation]:
@@ -141,7 +147,7 @@ def _merges(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
                 kind = dataclasses.replace(kind, rank=rank)
                 size = tile_sizes(None, _vendor(target)).find("lowrank_merge", dtype is not None, rank, kind.stochastic)
                 plan = lowrank_merge.lowrank_merge_plan(dtype, kind, size, target)
-                yield _update("lowrank_merge" + name, plan, dtype, rank, size, exact=True)
+                yield _update("lowrank_merge" + name, plan, dtype, rank, size, exact=False)
 
 
 def _activations(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
@@ -230,7 +236,8 @@ def _activation(kernel: str, plan: Plan, dtype: torch.dtype, rank: int, size: Ti
 
 
 def _plain(kernel: str, plan: Plan, rank: int, elements: int) -> Compilation:
-    exact = kernel != "resample_reproject"  # the division of its sums is in fp64, which fuses inside
+    # The one divides its sums in fp64, which fuses inside; the other is written with fused multiply-adds.
+    exact = kernel not in ("resample_reproject", "reproject")
     return _compilation(kernel, plan, "none", rank, False, exact, elements, 1, 0, bytes_per_element=0, default=False)
 
 
@@ -252,12 +259,13 @@ def _compilation(
     types: Mapping[str, str] = _POINTERS,
 ) -> Compilation:
     signature = {name: {**types, **_NUMBERS}[name] for name in plan.kernel.arg_names if name not in plan.constants}
+    unaligned = {p.name for p in plan.kernel.params if p.do_not_specialize_on_alignment}
     return Compilation(
         kernel=kernel,
         function=plan.kernel,
         signature=signature,
         constants=plan.constants,
-        divisible=tuple(name for name in signature if name in types or name in _EXTENTS),
+        divisible=tuple(name for name in signature if (name in types and name not in unaligned) or name in _EXTENTS),
         options=plan.options,
         dtype=dtype,
         rank=rank,

@@ -89,11 +89,13 @@ def describe(name: str) -> dict[str, Any]:
     ratios = "ILb1E" in arguments
     stored = itemsize + (4 if op.startswith("dense_momentum") and aligned else 0)
     return {
+        "triton": None,
         "kernel": "cuda_" + op.removesuffix("_aligned") + ("_2" if numbers[-1:] == [2] else "_ratios" if ratios else ""),
         "dtype": dtype,
         "rank": rank,
         "aligned": aligned,
-        "exact": split is None and not ratios,  # the ratios are divided in fp64, which fuses inside
+        # The ratios are divided in fp64, which fuses inside; products with momentum are written with fused multiply-adds.
+        "exact": not ratios and op not in _FUSED,
         "tile_elements": None,
         "itemsize": itemsize,
         "stored_bytes": stored,
@@ -101,6 +103,9 @@ def describe(name: str) -> dict[str, Any]:
         "default": aligned and numbers[-1:] == [1],
         "naive": False,
     }
+
+
+_FUSED = ("lowrank_momentum_aligned", "lowrank_momentum_any", "resample_momentum")
 
 
 def _nvcc() -> str | None:

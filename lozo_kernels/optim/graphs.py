@@ -29,6 +29,10 @@ def capture_step(optimizer: ZerothOrderOptimizer, closure: Closure | Sequence[Cl
     The projected gradient stays on the device; V is redrawn between two replays when its window ends. On the CPU the same code
     runs without a graph.
 
+    A replay gives the bits of ``optimizer.step(closure)`` if the forward pass gives the same bits inside a capture as outside of
+    one. Two that do not are known. transformers drops an attention mask of ones after reading it, which a capture forbids: it is
+    kept there, and attention takes another path, so leave a mask without padding out. And cuBLAS may choose another algorithm.
+
     Args:
         optimizer: of a model on one device.
         closure: as for :meth:`ZerothOrderOptimizer.step`.

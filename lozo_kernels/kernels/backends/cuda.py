@@ -92,7 +92,8 @@ class CudaBackend(Backend):
             return str(error)
         if device.type == "cuda" and not torch.cuda.is_available():
             return "PyTorch finds no CUDA device"
-        status = library.lozo_cuda_probe(_index(device))
+        with _current(device):  # the library makes the device current to ask it
+            status = library.lozo_cuda_probe(_index(device))
         if status == 0:
             return None
         which = ""

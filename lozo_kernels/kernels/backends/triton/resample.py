@@ -9,8 +9,8 @@ from ...calls import Draw
 from ...noise import STREAMS
 from ...table import TensorTable
 from ..launches import Headers, device_table
+from .arithmetic import fma
 from .launcher import Launcher
-from .lowrank import fma
 from .noise import STREAM_V, draw_words, factor, seed_words
 from .plans import FACTOR_ROWS, Plan, Target, as_int32, factor_width, padded, target_of
 from .tables import extent_at, factors_at, place_at, tile_at

@@ -12,28 +12,31 @@ from lozo_kernels.journal import read_journal, replay
 from python_tests.earlier import make
 
 NAMES = json.loads((make.HERE / "public_names.json").read_text(encoding="utf-8"))
-SAVED = torch.load(make.HERE / "states.pt", weights_only=True)
-REFUSED = ["lozo_m_fused", "lozo_probe", "lozo_m_probe"]
-"""Runs with products that version 2 of the contract sums in another way."""
+FIRST = torch.load(make.HERE / "states.pt", weights_only=True)
+SAVED = FIRST | torch.load(make.HERE / "contract_2" / "states.pt", weights_only=True)
 ONE_LINE = (
     r"^.* was made with version 1 of the contract on bits \(docs/noise.md\), and this lozo_kernels makes version 2 of such a run"
 )
+
+
+def journal_of(name):
+    return make.HERE / ("contract_2" if name in make.CONTRACT_2 else "") / f"{name}.journal"
 
 
 def same(model, expected):
     return all(torch.equal(p, expected[name]) for name, p in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", [name for name in make.RUNS if name not in REFUSED])
+@pytest.mark.parametrize("name", make.RUNS)
 def test_a_journal_is_replayed(name):
     model = make.Net().to(SAVED[name]["final"]["linear.weight"].dtype)
-    replayed = replay(model, make.HERE / f"{name}.journal")
+    replayed = replay(model, journal_of(name))
     assert replayed.agrees and replayed.steps == make.STEPS
     assert same(model, SAVED[name]["final"])
-    assert read_journal(make.HERE / f"{name}.journal").header.about == {"run": name}
+    assert read_journal(journal_of(name)).header.about == {"run": name}
 
 
-@pytest.mark.parametrize("name", [name for name in make.RUNS if name not in REFUSED])
+@pytest.mark.parametrize("name", make.RUNS)
 def test_a_run_goes_on_from_its_state(name):
     model, optimizer, _ = make.build(name)
     model.load_state_dict(SAVED[name]["weights"])
@@ -45,7 +48,7 @@ def test_a_run_goes_on_from_its_state(name):
     assert same(model, SAVED[name]["final"])
 
 
-@pytest.mark.parametrize("name", [name for name in make.RUNS if name not in REFUSED])
+@pytest.mark.parametrize("name", make.RUNS)
 def test_a_whole_run_is_the_same(name, tmp_path):
     model, optimizer, journal = make.build(name, tmp_path)
     make.take(model, optimizer, range(make.SAVED_AFTER))
@@ -55,7 +58,7 @@ def test_a_whole_run_is_the_same(name, tmp_path):
     assert same(model, SAVED[name]["final"])
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", make.CONTRACT_2)
 def test_a_run_of_another_contract_is_refused_in_one_line(name):
     model, optimizer, _ = make.build(name)
     before = make.weights(model)
@@ -63,7 +66,7 @@ def test_a_run_of_another_contract_is_refused_in_one_line(name):
         replay(make.Net(), make.HERE / f"{name}.journal")
     assert len(str(error.value).splitlines()) == 1
     with pytest.raises(ValueError, match=ONE_LINE) as error:
-        optimizer.load_state_dict(SAVED[name]["state"])
+        optimizer.load_state_dict(FIRST[name]["state"])
     assert len(str(error.value).splitlines()) == 1
     assert same(model, before) and optimizer.steps_done == 0
 
@@ -71,7 +74,7 @@ def test_a_run_of_another_contract_is_refused_in_one_line(name):
 @pytest.mark.parametrize("name", make.RUNS)
 def test_a_state_names_its_contract(name):
     _, optimizer, _ = make.build(name)
-    assert optimizer.state_dict()["noise_version"] == (2 if name in REFUSED else 1)
+    assert optimizer.state_dict()["noise_version"] == (2 if name in make.CONTRACT_2 else 1)
 
 
 @pytest.mark.parametrize("module", [name for name in NAMES if name != "schemas"])

@@ -23,7 +23,7 @@ from .native import Factor
 from .shared_library import open_library
 from .structs import int64s, pointers
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 _BAD_ARGUMENT = 1  # a lozo_status
 _KERNELS = ("lowrank_update", "dense_update", "lowrank_momentum", "dense_momentum")

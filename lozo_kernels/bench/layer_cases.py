@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,17 +110,23 @@ class LayerCase:
     def on(self, device: torch.device | str = "cpu") -> LayerCase:
         """Copies the case to a device, on storage of its own with the same layout."""
         tensors = {f.name: getattr(self.call, f.name) for f in dataclasses.fields(self.call)}
-        copies = {name: copy_tensor(t, device) for name, t in tensors.items() if isinstance(t, Tensor)}
+        copies: dict[str, Any] = {name: copy_tensor(t, device) for name, t in tensors.items() if isinstance(t, Tensor)}
         return LayerCase(self.op, dataclasses.replace(self.call, **copies))
 
     def run(self, backend: Backend | None) -> None:
         """Makes the call."""
         c = self.call
-        shared = {"seed": c.seed, "tensor_id": c.tensor_id, "row_offset": c.row_offset, "draws": c.draws, "scales": c.scales}
+        shared: dict[str, Any] = {
+            "seed": c.seed,
+            "tensor_id": c.tensor_id,
+            "row_offset": c.row_offset,
+            "draws": c.draws,
+            "scales": c.scales,
+        }
         if self.op == EMBEDDING:
             skinny.lowrank_embedding_(c.y, c.x, c.v, c.b, **shared, gain=c.gain, backend=backend)
         else:
-            more = {"transposed": c.transposed, "gain": c.gain, "shift": c.shift}
+            more: dict[str, Any] = {"transposed": c.transposed, "gain": c.gain, "shift": c.shift}
             skinny.lowrank_linear_(c.y, c.x, c.v, c.b, **shared, **more, backend=backend)
 
     def compare(self, want: LayerCase) -> list[Compared]:

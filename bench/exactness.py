@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lozo_kernels.bench.arguments import positive, rank_number, several
-from lozo_kernels.bench.document import first_line
+from lozo_kernels.bench.deadline import Deadline
+from lozo_kernels.bench.document import first_line, save_partial
 from lozo_kernels.kernels import noise, ops
 from lozo_kernels.kernels.calls import Draw
 from lozo_kernels.kernels.noise import MAX_RANK
@@ -26,7 +27,7 @@ Row = dict[str, Any]
 _LIMIT = 1 << 24  # integers up to it are exact in fp32
 _GREATEST = 4.8984375  # of the noise on its grid: 1254 * 2**-8
 _SEED = 0x5EED
-_KERNEL_RANKS = (1, 2, 3, 4, 5, 8, 15, 16, 17, 32, 33, 48, 64)
+KERNEL_RANKS = (1, 2, 3, 4, 5, 8, 15, 16, 17, 32, 33, 48, 64)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kernel-rank",
         type=several(rank_number),
-        default=list(_KERNEL_RANKS),
+        default=list(KERNEL_RANKS),
         help="those of them that go through the kernels, whose code is made for each rank "
-        f"(default: {','.join(map(str, _KERNEL_RANKS))})",
+        f"(default: {','.join(map(str, KERNEL_RANKS))})",
     )
 
 
@@ -48,13 +49,17 @@ def measure(options: argparse.Namespace, document: Row) -> Row:
     backend = choose_backend(options.device).backend
     missing = mm_missing(options.device)
     document["mm_not_run"] = missing
-    rows = []
-    for rank in options.rank:
+    rows: list[Row] = []
+    deadline = Deadline(options.seconds)
+    for rank in sorted(options.rank, key=lambda rank: rank not in options.kernel_rank):
+        if deadline.over():
+            break
         kernels = backend if rank in options.kernel_rank else None
         rows.append(count(rank, options.size, options.draws, options.device, kernels, missing is None))
         if rank * (_GREATEST * 256) ** 2 <= _LIMIT and missing is None:
             rows.append(extremes(rank, options.size, options.device))
-    return {"greatest_sum": max(row["greatest_sum"] for row in rows), "rows": rows}
+        save_partial(document, options.output, rows=rows)
+    return {"greatest_sum": max((row["greatest_sum"] for row in rows), default=0), "rows": rows} | deadline.note()
 
 
 def failed(document: Row) -> bool:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lozo_kernels.bench.arguments import DTYPE_NAMES, add_choice, add_model, positive
 from lozo_kernels.bench.batches import CausalBatch
-from lozo_kernels.bench.document import first_line, gb, progress
+from lozo_kernels.bench.deadline import Deadline
+from lozo_kernels.bench.document import first_line, gb, progress, save_partial
 from lozo_kernels.bench.entrants import METHODS, make_optimizer
 from lozo_kernels.bench.memory_use import out_of_memory
 from lozo_kernels.bench.models import MODELS, build_model
@@ -46,7 +47,14 @@ def measure(options: argparse.Namespace, document: Row) -> Row:
         return {"rows": [{"method": method} | attempt.result() for method in options.methods]}
     document["weights_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
     forward = CausalBatch(options.tokens, options.device, MODELS[options.model].positions, options.length)
-    return {"rows": [{"method": method} | try_steps(model, forward, method, options.rank) for method in options.methods]}
+    rows: list[Row] = []
+    deadline = Deadline(options.seconds)
+    for method in options.methods:
+        if deadline.over():
+            break
+        rows.append({"method": method} | try_steps(model, forward, method, options.rank))
+        save_partial(document, options.output, rows=rows)
+    return {"rows": rows} | deadline.note()
 
 
 class Attempt:

@@ -69,7 +69,9 @@ def main(argv: list[str] | None = None) -> int:
 def choose_stages(options: argparse.Namespace, found: dict[str, Any], output: Path) -> list[stages.Stage] | None:
     """Returns the stages that the options ask for, or None if they name one that does not exist."""
     capability = found.get("gpu", {}).get("capability")
-    chosen = stages.smoke_stages(output) if options.smoke else stages.gpu_stages(output, capability=capability)
+    chosen = (
+        stages.smoke_stages(output) if options.smoke else stages.gpu_stages(output, capability=capability, name=found["device"])
+    )
     if options.only is None:
         return chosen
     names = set(options.only.split(","))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -11,11 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.stages import ALLOWED, FAILED, NOT_RUN, SKIPPED, TIMED_OUT, Stage
+from bench.stages import ALLOWED, FAILED, INCOMPLETE, NOT_RUN, SKIPPED, TIMED_OUT, Stage
 
 _LEAST_SECONDS = 4.0  # less than an interpreter needs to start
 _GRACE = 3.0  # between asking a stage to end and ending it
-_MARGIN = 0.8  # of its time that a stage that was told it may use, before it is stopped
+MARGIN = 0.8  # of its time that a stage that was told it may use, before it is stopped
 
 Record = dict[str, Any]
 
@@ -44,8 +45,7 @@ def run_stages(
     red: str | None = None
     for i, stage in enumerate(stages):
         remove_results(stage, output)
-        left = [s.share for s in stages[i:] if s.skip is None]
-        allowed = min(stage.limit, (end - time.monotonic()) * stage.share / max(sum(left), stage.share))
+        allowed = allowed_seconds(stages[i:], end - time.monotonic())
         record: Record = {"stage": stage.name, "status": SKIPPED, "reason": stage.skip, "return_code": None, "seconds": 0.0}
         record |= {"allowed_seconds": round(allowed, 1), "command": list(stage.command), "files": []}
         if stage.skip is not None:
@@ -63,6 +63,17 @@ def run_stages(
     return records
 
 
+def allowed_seconds(stages: Sequence[Stage], left: float) -> float:
+    """Returns what the first of the stages left may take of the seconds left; see :class:`~bench.stages.Stage`."""
+    stage, later = stages[0], [s for s in stages[1:] if s.skip is None]
+    free = left - sum(s.share for s in later if s.goal)
+    if not stage.goal:
+        free *= stage.share / (stage.share + sum(s.share for s in later if not s.goal))
+    elif free < stage.share:  # earlier ones took more than planned: all goals get less
+        free = left * stage.share / (stage.share + sum(s.share for s in later if s.goal))
+    return min(stage.limit, free)
+
+
 def remove_results(stage: Stage, output: Path) -> None:
     """Removes the results of an earlier run, so that none is taken for one of this run."""
     for name in (stage.output, stage.keep_log):
@@ -72,7 +83,7 @@ def remove_results(stage: Stage, output: Path) -> None:
 
 def run_stage(stage: Stage, output: Path, *, allowed: float, root: Path, environment: Mapping[str, str]) -> Record:
     """Runs one command; returns status, reason, return code, seconds and files."""
-    command = [word.replace(ALLOWED, str(max(1, int(_MARGIN * allowed)))) for word in stage.command]
+    command = [word.replace(ALLOWED, str(max(1, int(MARGIN * allowed)))) for word in stage.command]
     log_path = output / "logs" / f"{stage.name}.txt"
     start = time.monotonic()
     code: int | None = None
@@ -88,13 +99,26 @@ def run_stage(stage: Stage, output: Path, *, allowed: float, root: Path, environ
     text = log_path.read_text(errors="replace")
     if code is not None:
         status, reason = stage.verdict(code, text)
+    if status in (TIMED_OUT, INCOMPLETE):
+        status, reason = out_of_time(stage, output, reason)
     if stage.keep_log is not None:
         (output / stage.keep_log).write_text(text)
     files = [name for name in (stage.output, stage.keep_log) if name is not None and (output / name).exists()]
-    if status == TIMED_OUT and stage.output in files:
-        reason = f"{reason}; what it had written until then is kept"
     seconds = round(time.monotonic() - start, 1)
     return {"status": status, "reason": reason, "return_code": code, "seconds": seconds, "command": command, "files": files}
+
+
+def out_of_time(stage: Stage, output: Path, reason: str | None) -> tuple[str, str | None]:
+    """Judges a stage whose time was over by what it had written: wrong bits are a failure, and nothing at all is no result."""
+    try:
+        document = json.loads((output / (stage.output or "")).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return TIMED_OUT, reason
+    if document.get("failures"):
+        return FAILED, str(document["failures"][0])[:200]
+    if not any(document.get(key) for key in ("rows", "tiles")):
+        return TIMED_OUT, f"{reason}; nothing was measured until then"
+    return INCOMPLETE, f"{reason}; what it had measured until then is kept"
 
 
 @contextlib.contextmanager

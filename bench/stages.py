@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import shutil
@@ -12,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from lozo_kernels.bench import MEASUREMENTS
+from lozo_kernels.bench.deadline import EXIT_INCOMPLETE
 
 OK, FAILED, TIMED_OUT, SKIPPED, NOT_RUN = "ok", "failed", "timed out", "skipped", "not run"
+INCOMPLETE = "incomplete"
+"""Its time was over before it had measured everything, and nothing was wrong until then."""
 
 ALLOWED = "{allowed}"
 """Stands in a command for the seconds that the stage has."""
@@ -26,6 +30,8 @@ def by_return_code(code: int, log: str) -> Verdict:
     """Judges by the return code, where 0 is good. Otherwise the last line of the log says what was wrong."""
     if code == 0:
         return OK, None
+    if code == EXIT_INCOMPLETE:
+        return INCOMPLETE, "its time was over before all was measured"
     lines = [line for line in log.splitlines() if line.strip()]
     return FAILED, f"exit status {code}: {lines[-1].strip()[:200] if lines else 'no output'}"
 
@@ -38,8 +44,12 @@ class Stage:
         name: of its log, and of its row in the summary.
         command: arguments; :data:`ALLOWED` within one is replaced.
         limit: most seconds.
-        share: seconds that it is planned with: what is left of the budget is divided among the stages left in this proportion.
-        red_if: statuses of this one after which no figures are measured.
+        share: seconds that it is planned with.
+        goal: it has its ``share`` for certain, and more up to its limit while the goals after it keep theirs. What they leave is
+            divided among the other stages in proportion to their shares.
+        device: of ``share``, the seconds that the device is expected to work. They are an assumption, from the bytes and operations
+            of what has a goal and the published speed of an H200; everything else that a stage takes, ``bench rehearsal`` measures.
+        red_if: statuses of this one after which no figures are measured. An incomplete one is never among them.
         figures: not run after that.
         output: file that the command writes, in the folder of results; an older one is removed first.
         keep_log: file in the folder of results that gets a copy of the log.
@@ -52,6 +62,8 @@ class Stage:
     command: tuple[str, ...]
     limit: float = 60
     share: float = 30
+    goal: bool = False
+    device: float = 0
     red_if: tuple[str, ...] = ()
     figures: bool = False
     output: str | None = None
@@ -82,13 +94,13 @@ def backend_verdict(code: int, log: str) -> Verdict:
     return by_return_code(code, log)
 
 
-def _bench(name: str, arguments: str, output: Path, *, device: str, **settings: Any) -> Stage:
+def _bench(name: str, arguments: str, output: Path, *, device: str, device_seconds: float = 0, **settings: Any) -> Stage:
     """Makes a stage that is a command of ``lozo-kernels bench`` or of ``python -m bench``."""
     file = f"{name}.json"
-    words = arguments.split("|")
+    words = [*arguments.split("|"), *(("--seconds", ALLOWED) if math.isfinite(settings.get("limit", 60)) else ())]
     command = (sys.executable, "-m", *(("lozo_kernels", "bench") if words[0] in MEASUREMENTS else ("bench",)), *words)
     command += ("--device", device, "--output", str(output / file))
-    return Stage(name, command, output=file, **settings)
+    return Stage(name, command, output=file, device=device_seconds, **settings)
 
 
 def _missing(program: str) -> str | None:
@@ -104,100 +116,136 @@ _MACHINE = (
 )
 
 
-def gpu_stages(output: Path, device: str = "cuda", capability: str | None = None) -> list[Stage]:
+RANKS = (4, 1, 2, 8, 16, 64, 32)
+GOAL_METHODS = ("lozo", "lozo-m", "mezo", "mezo-m")
+STEP_METHODS = ("lozo", "mezo", "lozo-m", "lozo-fused")
+PROBED = {"opt-13b": (2048, 64), "opt-1.3b": (2048, 64)}
+"""The models whose probes have a goal, and the tokens of it."""
+PROBED_LENGTH = 32
+TESTS = ("python_tests/test_gpu.py", "python_tests/test_gpu_probes.py", "python_tests/test_graphs.py")
+"""The files with tests marked gpu. ``test_triton.py`` runs on a GPU too, with ``make test``; here ``correctness`` does its work."""
+
+
+def gpu_stages(output: Path, device: str = "cuda", capability: str | None = None, name: str | None = None) -> list[Stage]:
     """Returns all stages for a machine with a GPU; what counts most comes first.
 
     Args:
         capability: as in "9.0"; CUDA code is built for it alone, which is quicker.
+        name: of the device, whose tile sizes the kernels are compiled with.
     """
+    bench = functools.partial(_bench, output=output, device=device)
+    return [*_before_figures(output, bench, capability, name), *_goals(bench), *_more(output, bench, device)]
+
+
+def _before_figures(output: Path, bench: Callable[..., Stage], capability: str | None, name: str | None) -> list[Stage]:
     only_this = {"LOZO_KERNELS_CUDA_ARCHS": capability.replace(".", "")} if capability else {}
     python = sys.executable
     no_compiler = None if any(map(shutil.which, ("c++", "g++", "clang++"))) else "there is no C++ compiler here"
-    whole: dict[str, Any] = {"figures": True, "skip": _without("transformers")}
-    ranks = "4,1,2,8,16,64,32"
-
-    def sanitizer(tool: str) -> Stage:
-        command: tuple[str, ...] = (
-            "compute-sanitizer",
-            "--tool",
-            tool,
-            "--error-exitcode",
-            "9",
-            "--target-processes",
-            "all",
-            python,
-        )
-        command += ("-m", "lozo_kernels", "bench", "correctness", "--quick", "--device", device)
-        # Otherwise torch hands out parts of larger blocks, in which an access out of bounds goes unnoticed.
-        alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        return Stage(tool, command, 75, 25, keep_log=f"{tool}.txt", skip=_missing("compute-sanitizer"), environment=alone)
-
-    profile: tuple[str, ...] = (
-        "ncu",
-        "--clock-control",
-        "none",
-        "--set",
-        "full",
-        "--kernel-name",
-        "regex:lowrank_update",
-        "--launch-skip",
-        "2",
-    )
-    profile += ("--launch-count", "1", "--target-processes", "all", python, "-m", "bench.launch", "--device", device)
-
-    def bench(name: str, arguments: str, **settings: Any) -> Stage:
-        return _bench(name, arguments, output, device=device, **settings)
-
+    query = ("nvidia-smi", f"--query-gpu={_MACHINE}", "--format=csv")
+    compiling = f"kernels|--capability|{capability or '9.0'}" + (f"|--device-name|{name}" if name else "")
     return [
+        Stage("machine", query, 20, 2, goal=True, keep_log="machine.txt", skip=_missing("nvidia-smi")),
         Stage(
-            "machine",
-            ("nvidia-smi", f"--query-gpu={_MACHINE}", "--format=csv"),
-            20,
-            3,
-            keep_log="machine.txt",
-            skip=_missing("nvidia-smi"),
+            "build",
+            (python, "setup.py", "build_ext", "--inplace"),
+            150,
+            45,
+            goal=True,
+            skip=no_compiler,
+            environment=only_this,
         ),
-        Stage("build", (python, "setup.py", "build_ext", "--inplace"), 150, 110, skip=no_compiler, environment=only_this),
-        bench("correctness", f"correctness|--seconds|{ALLOWED}", limit=120, share=80, red_if=(FAILED, TIMED_OUT, NOT_RUN)),
+        _bench("kernels", compiling, output, device="cpu", limit=180, share=110, goal=True, skip=_without("triton")),
+        bench("correctness", "correctness", limit=90, share=50, goal=True, device_seconds=6, red_if=(FAILED, TIMED_OUT, NOT_RUN)),
         Stage(
             "tests",
-            (python, "-m", "pytest", "python_tests", "-m", "gpu", "-q", "-p", "no:cacheprovider"),
-            100,
+            (python, "-m", "pytest", *TESTS, "-m", "gpu", "-q", "-p", "no:cacheprovider"),
             60,
+            30,
+            goal=True,
+            device=5,
             red_if=(FAILED,),
             keep_log="tests.txt",
             skip=_without("pytest"),
             verdict=pytest_verdict,
         ),
-        bench("exactness", "exactness", limit=60, share=25),
+        bench("exactness", "exactness", limit=40, share=20, goal=True, device_seconds=3),
+    ]
+
+
+def _goals(bench: Callable[..., Stage]) -> list[Stage]:
+    """Every goal, first in its stage: OPT-13B before other shapes, 4,096 tokens before others, LOZO before other methods."""
+    whole: dict[str, Any] = {"figures": True, "skip": _without("transformers")}
+    ranks = ",".join(map(str, RANKS))
+    probed = [
         bench(
-            "throughput-opt-13b",
-            f"perturb|--model-shapes|opt-13b|--dtype|bfloat16|--rank|{ranks}|--repeats|15|--peer-repeats|4|--no-compile",
-            limit=170,
-            share=100,
+            "probe" if model == "opt-13b" else f"probe-{model}",
+            f"step|--model|{model}|--dtype|bfloat16|--methods|lozo|--placement|probe,batched,inplace|"
+            f"--tokens|{','.join(map(str, tokens))}|--length|{PROBED_LENGTH}|--repeats|7|--peer-repeats|1",
+            limit=60,
+            share=40 if model == "opt-13b" else 22,
+            goal=True,
+            device_seconds=18 if model == "opt-13b" else 5,
+            **whole,
+        )
+        for model, tokens in PROBED.items()
+    ]
+    return [
+        bench(
+            "throughput",
+            f"perturb|--model-shapes|opt-13b|--shapes|8192x8192|--dtype|bfloat16|--rank|{ranks}|"
+            "--repeats|15|--peer-repeats|4|--no-compile",
+            limit=110,
+            share=50,
+            goal=True,
+            device_seconds=28,
             **whole,
         ),
         bench(
-            "throughput-8192x8192",
-            f"perturb|--shapes|8192x8192|--dtype|bfloat16|--rank|{ranks}|--repeats|50|--peer-repeats|10|--no-compile",
-            limit=70,
-            share=35,
-            figures=True,
-        ),
-        bench(
-            "step-opt-13b",
-            "step|--model|opt-13b|--dtype|bfloat16|--placement|inplace|"
+            "step",
+            f"step|--model|opt-13b|--dtype|bfloat16|--methods|{','.join(STEP_METHODS)}|--placement|inplace,captured|"
             "--tokens|4096,128,512,2048,8192|--length|256|--repeats|4|--peer-repeats|1",
-            limit=150,
-            share=90,
+            limit=110,
+            share=35,
+            goal=True,
+            device_seconds=16,
             **whole,
         ),
         bench(
-            "memory-opt-13b",
+            "memory",
             "memory|--model|opt-13b|--dtype|bfloat16|--placement|inplace|--tokens|1024|--methods|"
-            "lozo,lozo-m,mezo,mezo-m,lozo-fused,published lozo,published lozo-m,published mezo,published mezo-m",
-            limit=90,
-            share=35,
+            f"{','.join(GOAL_METHODS)},lozo-fused,published lozo,published lozo-m,published mezo,published mezo-m",
+            limit=60,
+            share=25,
+            goal=True,
+            device_seconds=8,
+            **whole,
+        ),
+        *probed,
+    ]
+
+
+def _more(output: Path, bench: Callable[..., Stage], device: str) -> list[Stage]:
+    """What has no goal, with the time that is left."""
+    whole: dict[str, Any] = {"figures": True, "skip": _without("transformers")}
+    python = sys.executable
+
+    def sanitizer(tool: str) -> Stage:
+        command: tuple[str, ...] = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all")
+        command += (python, "-m", "lozo_kernels", "bench", "correctness", "--quick", "--device", device, "--seconds", ALLOWED)
+        # Otherwise torch hands out parts of larger blocks, in which an access out of bounds goes unnoticed.
+        alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        return Stage(tool, command, 75, 25, keep_log=f"{tool}.txt", skip=_missing("compute-sanitizer"), environment=alone)
+
+    profile: tuple[str, ...] = ("ncu", "--clock-control", "none", "--set", "full", "--kernel-name", "regex:lowrank_update")
+    profile += ("--launch-skip", "2", "--launch-count", "1", "--target-processes", "all")
+    profile += (python, "-m", "bench.launch", "--device", device)
+    return [
+        bench(
+            "step-opt-1.3b",
+            "step|--model|opt-1.3b|--dtype|bfloat16|--placement|inplace|"
+            "--tokens|128,512,2048,4096,8192|--length|256|--repeats|7|--peer-repeats|2",
+            limit=60,
+            share=30,
             **whole,
         ),
         bench(
@@ -207,25 +255,6 @@ def gpu_stages(output: Path, device: str = "cuda", capability: str | None = None
             share=35,
             environment={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
             **whole,
-        ),
-        bench(
-            "step-opt-1.3b",
-            "step|--model|opt-1.3b|--dtype|bfloat16|--placement|inplace|"
-            "--tokens|128,512,2048,4096,8192|--length|256|--repeats|7|--peer-repeats|2",
-            limit=60,
-            share=30,
-            **whole,
-        ),
-        *(
-            bench(
-                f"probe-{model}",
-                f"step|--model|{model}|--dtype|bfloat16|--methods|lozo|--placement|inplace,probe,batched|"
-                "--tokens|2048,64|--length|32|--repeats|7|--peer-repeats|1",
-                limit=90,
-                share=30,
-                **whole,
-            )
-            for model in ("opt-1.3b", "opt-13b")
         ),
         bench(
             "throughput-dtypes",
@@ -241,24 +270,14 @@ def gpu_stages(output: Path, device: str = "cuda", capability: str | None = None
             share=30,
             **whole,
         ),
-        *(
-            bench(
-                f"throughput-{backend}",
-                "perturb|--shapes|8192x8192|--dtype|bfloat16|--rank|4,1,16,64|--repeats|30|--peer-repeats|3|--no-compile",
-                limit=45,
-                share=20,
-                figures=True,
-                environment={"LOZO_KERNELS_BACKEND": backend},
-                verdict=backend_verdict,
-            )
-            for backend in ("cuda", "triton")
-        ),
         bench(
-            "throughput-compiled",
-            "perturb|--shapes|8192x8192|--model-shapes|opt-13b|--dtype|bfloat16|--rank|4|--repeats|10|--peer-repeats|3|--compile",
-            limit=110,
-            share=45,
-            **whole,
+            "throughput-cuda",
+            "perturb|--shapes|8192x8192|--dtype|bfloat16|--rank|4,1,16,64|--repeats|30|--peer-repeats|3|--no-compile",
+            limit=45,
+            share=20,
+            figures=True,
+            environment={"LOZO_KERNELS_BACKEND": "cuda"},
+            verdict=backend_verdict,
         ),
         Stage(
             "tune",
@@ -267,6 +286,13 @@ def gpu_stages(output: Path, device: str = "cuda", capability: str | None = None
             40,
             output="tune.json",
             figures=True,
+        ),
+        bench(
+            "throughput-compiled",
+            "perturb|--shapes|8192x8192|--model-shapes|opt-13b|--dtype|bfloat16|--rank|4|--repeats|10|--peer-repeats|3|--compile",
+            limit=110,
+            share=45,
+            **whole,
         ),
         Stage("profile", profile, 60, 20, figures=True, keep_log="profile.txt", skip=_missing("ncu"), verdict=profiler_verdict),
         sanitizer("memcheck"),
@@ -280,19 +306,19 @@ def smoke_stages(output: Path) -> list[Stage]:
     arguments = {
         "correctness": "correctness|--quick",
         "exactness": "exactness|--size|48|--draws|1|--rank|1,4,64",
-        "throughput-opt-13b": "perturb|--model-shapes|opt-tiny|--dtype|bfloat16|--rank|1,4|--repeats|2|--peer-repeats|1",
-        "throughput-8192x8192": "perturb|--shapes|48x70|--dtype|bfloat16,float16|--rank|1,4|--repeats|2|--peer-repeats|1",
-        "probe-opt-13b": "step|--model|opt-tiny|--methods|lozo|--placement|probe,batched|--dtype|bfloat16|--tokens|16|--repeats|1|"
+        "throughput": "perturb|--model-shapes|opt-tiny|--shapes|48x70|--dtype|bfloat16,float16|--rank|1,4|--repeats|2|"
         "--peer-repeats|1",
-        "step-opt-13b": "step|--model|opt-tiny|--dtype|bfloat16|--tokens|16,32|--repeats|1|--peer-repeats|1",
-        "memory-opt-13b": "memory|--model|opt-tiny|--dtype|bfloat16|--tokens|16|--methods|lozo,published lozo",
+        "probe": "step|--model|opt-tiny|--methods|lozo|--placement|probe,batched|--dtype|bfloat16|--tokens|16|--repeats|1|"
+        "--peer-repeats|1",
+        "step": "step|--model|opt-tiny|--dtype|bfloat16|--placement|inplace,captured|--tokens|16,32|--repeats|1|--peer-repeats|1",
+        "memory": "memory|--model|opt-tiny|--dtype|bfloat16|--tokens|16|--methods|lozo,published lozo",
         "fits-opt-66b": "fits|--model|opt-tiny|--tokens|16",
     }
     stages = []
     for full in gpu_stages(output):
         stage = dataclasses.replace(full, limit=math.inf)
         if stage.name in arguments:
-            small = _bench(stage.name, arguments[stage.name], output, device="cpu")
+            small = _bench(stage.name, arguments[stage.name], output, device="cpu", limit=math.inf)
             stages.append(dataclasses.replace(stage, command=(*small.command, "--threads", "1"), environment={}))
         elif stage.name == "plots":
             stages.append(stage)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.goals import SPEED, STEP, describe, judge_peak_memory, judge_speed, judge_step
+from bench.goals import RATIOS, SPEED, STEP, describe, judge_peak_memory, judge_ratios, judge_speed, judge_step
 from lozo_kernels.bench.memory import PUBLISHED_GB
 from lozo_kernels.model.text_table import text_table
 
@@ -28,6 +28,7 @@ def judge(documents: Mapping[str, Row]) -> list[Row]:
     """Judges every goal for a GPU over all documents; ``met`` is None where nothing was measured."""
     details: list[Row] = []
     steps: list[Row] = []
+    ratios: list[Row] = []
     memory: list[Row] = []
     for document in documents.values():
         own = document.get("details", [])
@@ -35,6 +36,7 @@ def judge(documents: Mapping[str, Row]) -> list[Row]:
             details += own
         elif own:
             steps += judge_step(own, "cuda", document["model"])
+            ratios += judge_ratios(own, "cuda", document["model"])
         memory += judge_peak_memory([r for r in document.get("rows", []) if "peak_bytes" in r], document.get("model", ""))
     judged = judge_speed(details, "cuda")
     measured = {(t["op"], t["ratio_to"]) for t in judged}
@@ -44,6 +46,13 @@ def judge(documents: Mapping[str, Row]) -> list[Row]:
         if (t.op, t.peer) not in measured
     ]
     judged += steps or [STEP["cuda"] | {"met": None}]
+    probed = {(t["model"], t["placement"], t["tokens"]) for t in ratios}
+    judged += ratios
+    judged += [
+        {"method": t.method, "placement": t.placement, "model": t.model, "tokens": t.tokens, "target_ratio": t.most, "met": None}
+        for t in RATIOS["cuda"]
+        if (t.model, t.placement, t.tokens) not in probed
+    ]
     methods = {t["method"] for t in memory}
     judged += memory
     judged += [{"method": m, "target_gb": gb, "met": None} for m, gb in PUBLISHED_GB.items() if m not in methods]
@@ -54,8 +63,8 @@ def goal(target: Row) -> str:
     """Describes a judged goal in one line."""
     if target["met"] is not None:
         return describe(target)
-    words = [str(target[key]) for key in ("op", "method", "shape", "model") if target.get(key)]
-    bound = next((f"{key} {target[key]}" for key in ("target", "overhead", "target_gb") if key in target), "")
+    words = [str(target[key]) for key in ("op", "method", "placement", "shape", "model") if target.get(key)]
+    bound = next((f"{key} {target[key]}" for key in ("target", "overhead", "target_ratio", "target_gb") if key in target), "")
     to = f" of {target['ratio_to']}" if "ratio_to" in target else ""
     return f"not measured  {' '.join(words)}: {bound}{to}"
 

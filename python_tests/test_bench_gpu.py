@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 import lozo_kernels.bench as measurements
-from bench import goals, gpu, runner, stages, summary
+from bench import goals, gpu, rehearsal, runner, stages, summary
 from bench.__main__ import MEASUREMENTS
 from bench.evidence import REPO as ROOT
 from lozo_kernels.bench import arguments, models
@@ -60,16 +62,36 @@ def test_without_correctness_there_are_no_figures(tmp_path, red_if, expected):
         assert "correctness failed" in records["speed"]["reason"]
 
 
+WRITES = "import json, sys; open({path!r}, 'w').write(json.dumps({document!r})); sys.exit(75)"
+
+
+@pytest.mark.parametrize(
+    ("document", "status", "speed"),
+    [
+        ({"rows": [{"op": "x"}], "failures": []}, "incomplete", "ok"),
+        ({"rows": [{"op": "x"}], "failures": ["triton x: a bit differs"]}, "failed", "not run"),
+        ({"rows": [], "failures": []}, "timed out", "not run"),
+    ],
+)
+def test_time_that_is_over_is_red_only_with_a_wrong_bit_or_nothing_checked(tmp_path, document, status, speed):
+    """Exit status 75 is that of a measurement whose time was over."""
+    code = WRITES.format(path=str(tmp_path / "c.json"), document=document)
+    red = (stages.FAILED, stages.TIMED_OUT, stages.NOT_RUN)
+    records = run([stage("correctness", code, red_if=red, output="c.json"), stage("speed", "pass", figures=True)], tmp_path)
+    assert (records["correctness"]["status"], records["speed"]["status"]) == (status, speed)
+
+
 def test_a_hanging_stage_is_ended_with_its_children_and_keeps_what_it_wrote(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "_LEAST_SECONDS", 0.5)
     child = tmp_path / "child"
     code = (
         f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
-        f"open({str(child)!r}, 'w').write(str(p.pid)); open({str(tmp_path / 'part.json')!r}, 'w').write('{{}}'); time.sleep(600)"
+        f"open({str(child)!r}, 'w').write(str(p.pid)); "
+        f"open({str(tmp_path / 'part.json')!r}, 'w').write('{{\"rows\": [1]}}'); time.sleep(600)"
     )
     limit = stretched(1.0)  # long enough to write the files, and over before the child wakes up
     records = run([stage("hangs", code, limit=limit, output="part.json"), stage("next", "pass")], tmp_path)
-    assert records["hangs"]["status"] == "timed out" and records["hangs"]["files"] == ["part.json"]
+    assert records["hangs"]["status"] == "incomplete" and records["hangs"]["files"] == ["part.json"]
     assert "kept" in records["hangs"]["reason"]
     assert records["next"]["status"] == "ok"
     state = Path(f"/proc/{int(child.read_text())}/stat")
@@ -89,6 +111,15 @@ def test_time_is_shared_and_passed_on(tmp_path):
     assert records["last"]["allowed_seconds"] == 7
     late = run([stage("late", "pass")], tmp_path, seconds=1)
     assert (late["late"]["status"], late["late"]["reason"]) == ("not run", "no time was left")
+
+
+def test_goals_have_their_time_for_certain():
+    goal, more = stage("goal", "", goal=True, share=40, limit=60), stage("more", "", share=10, limit=1000)
+    assert runner.allowed_seconds([goal, more, goal], 200) == 60  # its limit
+    assert runner.allowed_seconds([goal, more, goal], 90) == 50  # all but what the later goal keeps
+    assert runner.allowed_seconds([more, goal, more], 100) == 30  # half of what goals leave
+    assert runner.allowed_seconds([goal, more, goal], 60) == 30  # earlier stages took too long: goals share
+    assert runner.allowed_seconds([more, goal], 30) < 0
 
 
 def test_an_old_result_is_not_taken_for_a_new_one(tmp_path):
@@ -123,9 +154,13 @@ def test_the_commands_for_a_gpu_are_understood(tmp_path):
         words = [w.replace(stages.ALLOWED, "5") for w in s.command]
         if "bench" in words and words[2] in parsers:
             words[words.index("--device") + 1] = "cpu"
+            assert "--seconds" in words  # each saves what it has, and ends
             first, parser = parsers[words[2]]
             options = parser.parse_args(words[first:])
             assert Path(options.output).name == s.output
+    goals_first = [s.goal for s in stages.gpu_stages(tmp_path)]
+    assert goals_first == sorted(goals_first, reverse=True) and {"throughput", "step", "memory", "probe"} <= set(names)
+    assert names.index("kernels") < names.index("correctness")
     assert names.index("correctness") < min(i for i, s in enumerate(stages.gpu_stages(tmp_path)) if s.figures)
     assert set(goals.STEP["cuda"]["model"].split()) <= set(models.MODELS) and "float16" in arguments.DTYPE_NAMES
 
@@ -142,33 +177,47 @@ def documents():
         for r, f in ((1, 0.97), (4, 0.94), (16, 0.9))
     ]
     rows.append({"op": "lowrank_update", "dtype": "bfloat16", "rank": 1, "shape": "8192x8192", "ratios": {"floor": 0.1}})
-    steps = [{"method": "lozo", "dtype": "bfloat16", "tokens": 4096, "overhead": 0.08}]
+    steps = [{"method": "lozo", "dtype": "bfloat16", "tokens": 4096, "overhead": 0.08, "times_two_forwards": 1.08}]
+    steps.append({"method": "lozo", "placement": "captured", "dtype": "bfloat16", "tokens": 4096, "overhead": None})
+    steps[1]["times_two_forwards"] = 1.02
+    probes = [{"method": "lozo", "placement": "probe", "dtype": "bfloat16", "tokens": 2048, "times_two_forwards": 1.04}]
     peak = {"dtype": "bfloat16", "rank": 4, "tokens": 1024}
     memory = [{"method": "lozo", "peak_bytes": 26.5e9} | peak, {"method": "mezo-m", "peak_bytes": 78e9} | peak]
     return {
         "throughput": {"details": rows, "rows": []},
         "step": {"details": steps, "rows": [], "model": "opt-13b"},
+        "probe": {"details": [p | {"overhead": 0.04} for p in probes], "rows": [], "model": "opt-13b"},
         "memory": {"rows": [*memory, {"method": "mezo", "out_of_memory": True}], "model": "opt-13b"},
     }
 
 
 def test_every_goal_is_judged_or_named_as_not_measured():
     judged = summary.judge(documents())
-    met = {(t.get("op") or t["method"], t.get("ratio_to", "overhead" if "overhead" in t else "memory")): t["met"] for t in judged}
+
+    def key(t):
+        if "target_ratio" in t:
+            return t["method"], t["placement"], t["model"]
+        return t.get("op") or t["method"], t.get("ratio_to", "overhead" if "overhead" in t else "memory")
+
+    met = {key(t): t["met"] for t in judged}
     assert met == {
         ("lowrank_update", "floor"): False,
         ("lowrank_update", "reference"): True,
         ("lowrank_update", "addmm"): True,
         ("dense_update", "floor"): None,
         ("lozo", "overhead"): True,
+        ("lozo", "probe", "opt-1.3b"): None,
+        ("lozo", "batched", "opt-1.3b"): None,
+        ("lozo", "probe", "opt-13b"): True,
+        ("lozo", "batched", "opt-13b"): None,
         ("lozo", "memory"): True,
         ("mezo-m", "memory"): False,
         ("lozo-m", "memory"): None,
         ("mezo", "memory"): None,
     }
     lines = [summary.goal(t) for t in judged]
-    assert sum(line.startswith("met") for line in lines) == 4
-    assert sum(line.startswith("not measured") for line in lines) == 3
+    assert sum(line.startswith("met") for line in lines) == 5
+    assert sum(line.startswith("not measured") for line in lines) == 6
     assert all(t["met"] is None for t in summary.judge({}))
 
 
@@ -207,11 +256,44 @@ def test_smoke(tmp_path):
     assert set(status.values()) <= {"ok", "skipped"}
     assert all(s["reason"] for s in found["stages"] if s["status"] == "skipped")
     ran = [name for name, value in status.items() if value == "ok"]
-    assert {"correctness", "exactness", "throughput-opt-13b", "step-opt-13b", "memory-opt-13b", "plots"} <= set(ran)
+    assert {"correctness", "exactness", "throughput", "step", "memory", "probe", "plots"} <= set(ran)
     for s in found["stages"]:
         assert str(ROOT) not in s["command"] and str(tmp_path) not in s["command"]
         for name in s["files"]:
             document = json.loads((tmp_path / "out" / name).read_text())
             assert document["rows"] and {"versions", "commit", "command"} <= set(document) and "complete" not in document
-    assert (tmp_path / "out" / "throughput-opt-13b.png").stat().st_size > 0
+    assert (tmp_path / "out" / "throughput.png").stat().st_size > 0
     assert done.stdout.count("skipped") == list(status.values()).count("skipped")
+
+
+def test_every_gpu_test_is_in_a_file_that_a_stage_names():
+    pages = {p.relative_to(ROOT).as_posix() for p in (ROOT / "python_tests").glob("test_*.py") if "mark.gpu" in p.read_text()}
+    assert pages - {"python_tests/test_triton.py", "python_tests/test_bench_gpu.py"} == set(stages.TESTS)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_a_rehearsal_in_a_small_form(tmp_path, monkeypatch):
+    """The kernel of one rank is compiled; a launch of it on a stubbed driver compiles nothing. What takes long is given."""
+    monkeypatch.setattr(rehearsal, "_correctness_host", lambda: 10.0)
+    monkeypatch.setattr(rehearsal, "_cpu", lambda *_, **__: 4.0)
+    path = tmp_path / "rehearsal.json"
+    small = ["--stages", "exactness", "--rank", "4", "--processes", "1", "--build-seconds", "130", "--output", str(path)]
+    assert measurements.main(["rehearsal", *small], MEASUREMENTS) == 0
+    found = json.loads(path.read_text())
+    assert found["kernels"][0]["compiled"] == found["launches"][0]["launches"] == 1
+    assert found["compiled_again"] == 0 and found["fits"]
+    needed = {row["stage"]: row["needed_seconds"] for row in found["rows"]}
+    assert needed["build"] == pytest.approx(1.15 * 130 / 8, abs=0.1)
+    # Twenty times the kernels do not fit.
+    found["kernels"][0]["cpu_seconds"] = 4000
+    options = types.SimpleNamespace(minutes=9.0, cores=8)
+    assert not all(row["fits"] for row in rehearsal.plan(options, found) if row["goal"])
+
+
+def test_the_committed_rehearsal_fits():
+    found = json.loads((ROOT / "bench" / "results" / "rehearsal.json").read_text())
+    rows = {row["stage"]: row for row in found["rows"]}
+    names = {s.name for s in stages.gpu_stages(Path("OUTPUT")) if s.goal}
+    assert found["fits"] and found["compiled_again"] == 0 and (found["cores"], found["minutes"]) == (8, 9.0)
+    assert names == {name for name, row in rows.items() if row["goal"]} and all(rows[name]["fits"] for name in names)
+    assert found["goals_need_seconds"] <= 0.8 * 60 * 9

@@ -90,6 +90,31 @@ def test_the_tuner_takes_what_is_faster_by_more_than_noise(tmp_path):
 
 
 @needs_interpreter
+def test_a_size_that_gives_other_bits_is_not_kept(monkeypatch):
+    """The fastest candidate is wrong in one bit of one weight; the next one is kept."""
+    wrong, right = TileSize(32, 32, 8, 4), TileSize(32, 64, 8, 4)
+    run = tune.OpCall.run
+
+    def broken(self):
+        run(self)
+        if self.backend._sizes.get("lowrank_update") == wrong:
+            self.case.table.x[0].view(torch.int16)[0, -1, -1] ^= 1
+
+    monkeypatch.setattr(tune.OpCall, "run", broken)
+    sizes = {"lowrank_update": [wrong, right]}
+    timed = []
+
+    def timer(calls):
+        timed.append(list(calls))
+        return {name: 1.0 - 0.1 * i for i, name in enumerate(calls)}
+
+    monkeypatch.setattr(tune, "cases", lambda: [("lowrank_update", 16)])
+    (entry,) = tune.tune(torch.device("cpu"), shape="32x64", sizes_of=lambda kernel: sizes[kernel], timer=timer)
+    assert timed == [["default", "32x64x8, 4 warps"]]
+    assert (entry["rows"], entry["cols"]) == (right.rows, right.cols)
+
+
+@needs_interpreter
 def test_a_tuner_without_time_leaves_the_defaults(tmp_path):
     assert tune.tune(torch.device("cpu"), shape="32x64", seconds=-1.0) == []
     path = tmp_path / "tiles.json"

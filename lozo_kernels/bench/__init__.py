@@ -37,7 +37,7 @@ def main(argv: Sequence[str], measurements: Measurements = MEASUREMENTS, program
         argv: the words after those of the program.
 
     Returns:
-        0; 1 if an op disagrees with its reference, and then no figures are shown; 2 for a wrong command line; 3 if the time that
+        0; 1 if an op disagrees with its reference, and then no figures are shown; 2 for a wrong command line; 75 if the time that
         ``--seconds`` gives was over before all was measured; 130 after Ctrl-C.
     """
     name = argv[0] if argv and argv[0] in measurements else ""

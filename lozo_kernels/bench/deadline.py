@@ -8,8 +8,8 @@ from pathlib import Path
 
 _IMPORTED = time.monotonic()
 
-EXIT_INCOMPLETE = 3
-"""Exit status of a measurement whose time was over before it had measured everything."""
+EXIT_INCOMPLETE = 75
+"""Exit status of a measurement whose time was over before it had measured everything; no other program here ends with it."""
 
 
 def process_seconds() -> float:

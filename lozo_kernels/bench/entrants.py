@@ -28,6 +28,9 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
 }
 """Where a perturbation goes, and what an optimiser is given for it."""
 
+CAPTURED = "captured"
+"""Weights are moved in place, by a step that is captured as one CUDA graph (``capture_step``). Not an optimiser's own placement."""
+
 _MOMENTUM = ("lozo-m", "mezo-m")
 
 
@@ -44,7 +47,12 @@ class Entrant:
     @property
     def probing(self) -> bool:
         """Whether its weights are only read."""
-        return self.placement != "inplace"
+        return self.placement not in ("inplace", CAPTURED)
+
+    @property
+    def captured(self) -> bool:
+        """Whether its step is one CUDA graph."""
+        return self.placement == CAPTURED
 
     @property
     def batched(self) -> bool:
@@ -68,16 +76,16 @@ def entrants(methods: Sequence[str], placements: Sequence[str]) -> list[Entrant]
     return [e for m in methods for e in (Entrant(m, p) for p in placements) if e.sensible]
 
 
-def add_placement(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
+def add_placement(parser: argparse.ArgumentParser, default: Sequence[str], choices: Sequence[str] = tuple(PLACEMENTS)) -> None:
     """Adds the option for the placements to measure."""
-    text = f"of {', '.join(PLACEMENTS)}, where they make sense for a method (default: {','.join(default)})"
-    add_choice(parser, "placement", PLACEMENTS, list(default), text)
+    text = f"of {', '.join(choices)}, where they make sense for a method (default: {','.join(default)})"
+    add_choice(parser, "placement", choices, list(default), text)
 
 
 def make_optimizer(method: str, model: nn.Module, rank: int, placement: str = "inplace") -> ZerothOrderOptimizer:
     """Makes this library's optimiser for a method."""
     momentum = BETA if method in _MOMENTUM else 0.0
-    placed = PLACEMENTS[placement]
+    placed = PLACEMENTS.get(placement, {})
     if method.startswith("mezo"):
         return MeZO(model, lr=LR, eps=EPS, momentum=momentum, **placed)
     return LOZO(

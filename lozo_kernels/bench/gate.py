@@ -26,6 +26,13 @@ def check_small(name: str, dtype: torch.dtype, call: OpCall) -> None:
     Raises:
         GateError: it disagrees with its reference.
     """
+    small = small_call(name, dtype, call)
+    pieces = [(t, slice(0, _size(small.case.table, t))) for t in range(len(small.case.table))]
+    _compare(name, "small matrices", small, pieces, torch.device("cpu"))
+
+
+def small_call(name: str, dtype: torch.dtype, call: OpCall) -> OpCall:
+    """Makes the same call on small matrices of odd shapes."""
     generator = torch.Generator().manual_seed(0)
     matrices = [
         (torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") / 50).to(call.case.table.device, dtype)
@@ -33,11 +40,8 @@ def check_small(name: str, dtype: torch.dtype, call: OpCall) -> None:
     ]
     weights = Weights("small", matrices)
     if call.case.table.v is None:
-        small = dense_calls(weights.dense_table(), call.backend)[name]
-    else:
-        small = lowrank_calls(weights.lowrank_table(call.case.table.rank, call.backend), call.backend)[name]
-    pieces = [(t, slice(0, _size(small.case.table, t))) for t in range(len(matrices))]
-    _compare(name, "small matrices", small, pieces, torch.device("cpu"))
+        return dense_calls(weights.dense_table(), call.backend)[name]
+    return lowrank_calls(weights.lowrank_table(call.case.table.rank, call.backend), call.backend)[name]
 
 
 def check(name: str, label: str, call: OpCall) -> None:

@@ -16,6 +16,7 @@ from ..optim.optimizer import ZerothOrderOptimizer
 from . import memory_cpu, memory_gpu
 from .arguments import DTYPE_NAMES, add_choice, add_model, positive
 from .batches import CausalBatch
+from .deadline import Deadline
 from .document import gb, progress, save_partial
 from .entrants import Entrant, add_placement, entrants, make_optimizer, make_published
 from .memory_use import MemoryUse, Step, out_of_memory
@@ -51,11 +52,14 @@ def measure(options: argparse.Namespace, document: Row) -> Row:
     document["model"] = options.model
     on_gpu = options.device.type == "cuda"
     rows: list[Row] = []
+    deadline = Deadline(options.seconds)
     batch = CausalBatch(options.tokens, options.device, MODELS[options.model].positions, options.length)
     for name in options.dtype:
         torch.manual_seed(0)
         model = build_model(options.model, DTYPE_NAMES[name], options.device)
         for entrant in entrants(options.methods, options.placement):
+            if deadline.over():
+                break
             progress(f"{options.model} {name} {entrant}")
             row = {"method": entrant.method, "placement": entrant.placement, "dtype": name}
             row |= {"rank": options.rank, "tokens": options.tokens}
@@ -74,7 +78,7 @@ def measure(options: argparse.Namespace, document: Row) -> Row:
             rows.append(row)
             save_partial(document, options.output, rows=rows)
         del model
-    return {"rows": rows}
+    return {"rows": rows} | deadline.note()
 
 
 def measure_method(model: nn.Module, batch: Callable[[nn.Module], Tensor], entrant: Entrant, rank: int) -> MemoryUse:

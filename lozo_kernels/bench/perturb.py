@@ -15,6 +15,7 @@ from ..model.text_table import text_table
 from . import peers
 from .arguments import DTYPE_NAMES, add_choice, positive, rank_number, several, shape_label
 from .clock import Clock, clock_for
+from .deadline import Deadline
 from .document import first_line, progress, save_partial
 from .environment import last_level_cache
 from .gate import check, check_small
@@ -78,17 +79,20 @@ def measure(options: argparse.Namespace, document: Row) -> Row:
     )
     rows: list[Row] = []
     details: list[Row] = []
+    deadline = Deadline(options.seconds)
     for label in _labels(options):
         for name in options.dtype:
-            for row, detail in bench.measure(label, DTYPE_NAMES[name], options.rank):
+            if deadline.over():
+                break
+            for row, detail in bench.measure(label, DTYPE_NAMES[name], options.rank, deadline):
                 rows.append(row)
                 details.append(detail)
                 save_partial(document, options.output, rows=rows, details=details)
-    return {"rows": rows, "details": details}
+    return {"rows": rows, "details": details} | deadline.note()
 
 
 def _labels(options: argparse.Namespace) -> list[str]:
-    labels = [*(options.shapes or ()), *(options.model_shapes or ())]
+    labels = [*(options.model_shapes or ()), *(options.shapes or ())]
     if labels:
         return labels
     labels = ["8192x8192", "32768x2048"]
@@ -120,11 +124,16 @@ class PerturbBench:
         self.repeats, self.peer_repeats = repeats, peer_repeats
         self.compile_ranks = compile_ranks
 
-    def measure(self, label: str, dtype: torch.dtype, ranks: Sequence[int]) -> Iterator[tuple[Row, Row]]:
+    def measure(
+        self, label: str, dtype: torch.dtype, ranks: Sequence[int], deadline: Deadline | None = None
+    ) -> Iterator[tuple[Row, Row]]:
         """Yields the rows of one set of weights, each with its details: ratios within a round, and quantiles.
+
+        Dense rows come before those of the ranks.
 
         Args:
             label: as for :func:`~lozo_kernels.bench.op_calls.make_weights`.
+            deadline: after it no rank is begun.
 
         Raises:
             GateError: an op disagrees with its reference.
@@ -135,11 +144,12 @@ class PerturbBench:
         cache = last_level_cache()
         if self.device.type == "cpu" and cache is not None and nbytes(weights.matrices) < 4 * cache:
             progress(f"{label}: less than four times the last-level cache of {cache >> 20} MiB, so this is not memory speed")
+        yield from self._measure_calls(weights, dense_calls(weights.dense_table(), self.backend), 0, floors)
         for rank in ranks:
+            if deadline is not None and deadline.over():
+                return
             calls = lowrank_calls(weights.lowrank_table(rank, self.backend), self.backend)
             yield from self._measure_calls(weights, calls, rank, floors)
-        calls = dense_calls(weights.dense_table(), self.backend)
-        yield from self._measure_calls(weights, calls, 0, floors)
 
     def _floors(self, size: int) -> dict[str, tuple[int, peers.Pass]]:
         """Returns for each floor the bytes of its buffer and a pass over it."""

@@ -7,19 +7,32 @@ import copy
 import functools
 import gc
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..model.text_table import text_table
+from ..model.text_table import number, text_table
+from ..optim.graphs import capture_step
 from ..optim.optimizer import ZerothOrderOptimizer
 from .arguments import DTYPE_NAMES, add_choice, add_model, positive, several
 from .batches import CausalBatch, TimedClosure
 from .clock import Clock, HostClock, clock_for
+from .deadline import Deadline
 from .document import progress, save_partial
-from .entrants import INTERVAL, METHODS, Entrant, add_placement, entrants, make_optimizer, make_published, treatment
+from .entrants import (
+    CAPTURED,
+    INTERVAL,
+    METHODS,
+    PLACEMENTS,
+    Entrant,
+    add_placement,
+    entrants,
+    make_optimizer,
+    make_published,
+    treatment,
+)
 from .models import MODELS, build_model
 from .op_calls import nbytes
 from .timing import Contender, Seconds, interleave, median, paired_ratio, spread
@@ -37,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this measurement."""
     add_model(parser, METHODS, list(METHODS))
     add_choice(parser, "dtype", DTYPE_NAMES, ["bfloat16", "float32"])
-    add_placement(parser, DEFAULT_PLACEMENTS)
+    add_placement(parser, DEFAULT_PLACEMENTS, (*PLACEMENTS, CAPTURED))
     parser.add_argument("--tokens", type=several(positive), default=[32, 128, 512], help="tokens a batch (default: 32,128,512)")
     parser.add_argument("--repeats", type=positive, default=7, help="interleaved rounds (default: 7)")
     parser.add_argument("--peer-repeats", type=positive, default=2, help="rounds that the published step joins (default: 2)")
@@ -50,6 +63,7 @@ def measure(options: argparse.Namespace, document: Row) -> Row:
         InputError: transformers is missing.
     """
     document |= {"model": options.model, "parameters": None}
+    deadline = Deadline(options.seconds)
     rows: list[Row] = []
     details: list[Row] = []
     for name in options.dtype:
@@ -58,6 +72,8 @@ def measure(options: argparse.Namespace, document: Row) -> Row:
         document["parameters"] = sum(p.numel() for p in model.parameters())
         for bench in benches(model, entrants(options.methods, options.placement), options.rank):
             for tokens in options.tokens:
+                if deadline.over():
+                    break
                 progress(f"{options.model} {name} {tokens} tokens: {', '.join(map(str, bench.models))}")
                 # Evaluations that share a forward pass are of several examples, so all steps are.
                 batch = CausalBatch(tokens, options.device, MODELS[options.model].positions, options.length, sequences=2)
@@ -68,7 +84,7 @@ def measure(options: argparse.Namespace, document: Row) -> Row:
                 save_partial(document, options.output, rows=rows, details=details)
             bench.close()
         del bench, model
-    return {"rows": rows, "details": details}
+    return {"rows": rows, "details": details} | deadline.note()
 
 
 def benches(model: nn.Module, chosen: Sequence[Entrant], rank: int) -> Iterator[StepBench]:
@@ -100,7 +116,7 @@ class StepBench:
     ) -> None:
         self.model, self.rank = model, rank
         self.clock = clock or clock_for(next(model.parameters()).device)
-        self.models = {entrant: _twin(model, share=entrant.placement != "inplace") for entrant in chosen}
+        self.models = {entrant: _twin(model, share=entrant.probing) for entrant in chosen}
         self.published_model = copy.deepcopy(model) if published_model is None else published_model
         self.published = {
             name: make_published(name, self.published_model, rank) for name in dict.fromkeys(METHODS[e.method] for e in chosen)
@@ -120,13 +136,19 @@ class StepBench:
         contenders = self._forwards(batch, any(e.batched for e in self.models))
         for entrant, optimizer in optimizers.items():
             # The call that warms up prepares a probe: it looks where weights are used, and checks what it does.
-            contenders[str(entrant)] = Contender(functools.partial(closures[entrant].step, optimizer))
+            if entrant.captured:
+                step: Callable[[], object] = capture_step(optimizer, functools.partial(batch, self.models[entrant]))
+            else:
+                step = functools.partial(closures[entrant].step, optimizer)
+            contenders[str(entrant)] = Contender(step)
         contenders |= self._publications(batch, peer_repeats)
         seconds = interleave(contenders, repeats, clock=self.clock)
         base = _faster(seconds)
         found = []
         for entrant, optimizer in optimizers.items():
             row, detail = _rows(entrant, seconds, base, closures[entrant].shares()[-repeats:])
+            if entrant.captured:
+                detail["forward_bits_in_capture"] = same_in_capture(functools.partial(batch, self.model))
             found.append((row, detail | {"sequences": list(batch.ids.shape)} | self._end(optimizer)))
         return found
 
@@ -180,6 +202,21 @@ class StepBench:
         return found
 
 
+@torch.no_grad()
+def same_in_capture(forward: Callable[[], Tensor]) -> bool:
+    """Whether a forward pass gives the same bits inside a CUDA graph as outside of one. cuBLAS may choose another algorithm there,
+    which is no fault of the step. On the CPU nothing is captured.
+    """
+    plain = forward()
+    if plain.device.type != "cuda":
+        return bool(torch.equal(plain, forward()))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(plain.device), torch.cuda.graph(graph, stream=torch.cuda.Stream(plain.device)):
+        captured = forward()
+    graph.replay()
+    return bool(torch.equal(plain, captured))
+
+
 def _twin(model: nn.Module, *, share: bool) -> nn.Module:
     """Copies a model. A probe only reads weights and shares those of the model at rest, because where weights lie in memory is
     worth some percent of a forward pass."""
@@ -203,7 +240,7 @@ def _rows(entrant: Entrant, seconds: Mapping[str, Seconds], base: str, shares: S
     ratio = paired_ratio(step, forwards)
     detail: Row = {
         "times_two_forwards": round(ratio, 4),
-        "overhead": round(median(shares), 4),
+        "overhead": round(median(shares), 4) if shares else None,  # nothing in a graph is timed by itself
         "overhead_to_pure_forwards": round(ratio - 1, 4),
         "reference_overhead": round(paired_ratio(reference, forwards) - 1, 4),
         "times_faster": round(paired_ratio(reference, step), 3),
@@ -240,7 +277,7 @@ def render(document: Row) -> str:
             f"{row['step_ms']:.1f}",
             f"{row['two_forwards_ms']:.1f}",
             f"{detail['times_two_forwards']:.3f}",
-            f"{detail['overhead']:.1%}",
+            number(detail["overhead"], ".1%"),
             f"{row['reference_step_ms']:.0f}",
             f"{detail['reference_overhead']:.0%}",
             f"{detail['times_faster']:.2f}",

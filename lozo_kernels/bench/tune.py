@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,10 @@ from ..kernels.backends.triton import TritonBackend
 from ..kernels.backends.triton.tilesizes import TileSize, tile_sizes, user_file
 from ..model.files import write_whole
 from .clock import clock_for
+from .deadline import process_seconds
 from .document import progress
 from .environment import environment
+from .gate import GateError, check, check_small
 from .op_calls import OpCall, dense_calls, lowrank_calls, make_weights
 from .timing import Contender, interleave, median
 
@@ -62,8 +65,12 @@ def tune(
     seconds: float = math.inf,
     sizes_of: Callable[[str], Sequence[TileSize]] = candidates,
     timer: Timer | None = None,
+    after_each: Callable[[list[dict[str, Any]]], object] = lambda _: None,
 ) -> list[dict[str, Any]]:
     """Finds the best size for every kernel; returns entries of a tile-size file, with what was measured.
+
+    Raises:
+        GateError: the default size gives wrong bits.
 
     Args:
         dtype: of the weights; sizes serve all dtypes.
@@ -72,12 +79,13 @@ def tune(
         seconds: after these no further size is compiled and no further kernel measured; what is left out keeps its default.
         sizes_of: the candidates of a kernel; its default is always measured too.
         timer: instead of the device's clock, for tests.
+        after_each: called with the entries so far.
     """
     timer = timer or _timer(device, rounds)
     end = time.monotonic() + seconds
     defaults = tile_sizes(None)
     entries = []
-    for kernel, rank in _cases():
+    for kernel, rank in cases():
         if time.monotonic() > end:
             progress(f"{kernel} rank {rank}: no time was left")
             continue
@@ -90,11 +98,15 @@ def tune(
         progress(f"{kernel} rank {rank}: {best}, {took['default'] / took[best]:.3f} x the default")
         entry = {"kernel": kernel, "weights": "aligned", "rank_up_to": rank} | dataclasses.asdict(calls[best][0])
         entries.append(entry | {"seconds": took[best], "default_seconds": took["default"], "measured": len(took)})
+        after_each(entries)
     return entries
 
 
 def run(output: Path | None, seconds: float, command: str) -> int:
-    """Tunes, and writes the file.
+    """Tunes, and writes the file after every kernel. Returns 0, or 1 if a default size gives wrong bits.
+
+    Args:
+        seconds: counted from the start of the process.
 
     Raises:
         InputError: there is no GPU that Triton serves.
@@ -107,14 +119,23 @@ def run(output: Path | None, seconds: float, command: str) -> int:
         raise InputError(f"tuning is of the Triton kernels: {reason}")
     name = torch.cuda.get_device_name(device)
     path = output or user_file(name)
-    document = {"device": name} | {"environment": environment(device, command.split())} | {"tiles": tune(device, seconds=seconds)}
+    document = {"device": name, "environment": environment(device, command.split())}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(document, indent=2) + "\n")
+
+    def save(entries: list[dict[str, Any]]) -> None:
+        write_whole(path, json.dumps(document | {"tiles": entries}, indent=2) + "\n")
+
+    try:
+        save(tune(device, seconds=seconds - process_seconds(), after_each=save))
+    except GateError as e:
+        print(f"lozo-kernels tune: error: a kernel is wrong, so nothing is tuned: {e}", file=sys.stderr)
+        return 1
     print(f"tile sizes for {name} are in {path}")
     return 0
 
 
-def _cases() -> Iterator[tuple[str, int]]:
+def cases() -> Iterator[tuple[str, int]]:
+    """Yields what is measured: kernel and rank."""
     for kernel, ranks in RANK_LIMITS.items():
         for rank in ranks:
             yield kernel, rank
@@ -124,7 +145,7 @@ def _cases() -> Iterator[tuple[str, int]]:
 def _calls(
     kernel: str, rank: int, sizes: Sequence[TileSize], device: torch.device, dtype: torch.dtype, shape: str, end: float
 ) -> Iterator[tuple[str, tuple[TileSize, OpCall]]]:
-    """Yields a call of the kernel for every size that compiles and runs, by name; the first is the default."""
+    """Yields a call of the kernel for every size that compiles and gives the right bits, by name; the first is the default."""
     weights = make_weights(shape, dtype, device)
     for i, size in enumerate(sizes):
         if i and time.monotonic() > end:
@@ -135,7 +156,13 @@ def _calls(
         else:
             call = dense_calls(weights.dense_table(), backend)["dense_update"]
         try:
-            call.run()
+            check_small(kernel, dtype, call)
+            check(kernel, shape, call)
+        except GateError as e:
+            if i == 0:
+                raise
+            progress(f"{kernel} rank {rank}: {size} is not kept, because it is wrong: {e}")
+            continue
         except Exception as e:  # too much shared memory, too many registers: Triton's errors have no common class
             if i == 0:
                 raise

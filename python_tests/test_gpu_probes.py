@@ -94,6 +94,8 @@ def learned_bits(place, dtype, model=Model, steps=4, beta=None, **options):
     for device, backend in (place, (torch.device("cpu"), "eager")):
         trained, ids = made(device, dtype, model)
         handle = patch(trained, placement="probe", rank=4, interval=2, backend=backend, **options)
+        if beta is not None:
+            handle.enable_momentum()
         with torch.no_grad():
             handle.prepare(lambda trained=trained, ids=ids: losses_of(trained)(ids).mean())
             for step in range(steps):
@@ -119,16 +121,14 @@ def test_evaluations_are_those_of_weights_that_eager_moves(place, method):
     assert torch.allclose(torch.stack(infos[:2]), torch.stack(infos[2:]), rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_captured_step_has_the_bits_of_a_plain_one(place, method):
-    """In the emulation of a capture on the CPU. The closure's arithmetic is the same inside a CUDA graph: it multiplies nothing."""
-    (device, backend), (make, options) = place, METHODS[method]
+@pytest.mark.parametrize("side", ["activation", "scratch"])
+def test_a_captured_probe_takes_the_steps_of_a_plain_one(place, side):
+    """In the emulation of a capture on the CPU, bit for bit; on a GPU cuBLAS may give a forward pass other bits in a graph."""
+    device, backend = place
     plain, ids = made(device)
     captured = copy.deepcopy(plain)
-    optimizers = [make(m, lr=1e-2, eps=1e-2, rank=4, interval=2, backend=backend, **options) for m in (plain, captured)]
-    losses = [lambda model=model: sum(p.float().square().mean() for p in model.parameters()) for model in (plain, captured)]
-    if options:
-        losses = [lambda model=model: losses_of(model)(ids).mean() for model in (plain, captured)]
+    optimizers = [LOZO(m, lr=1e-2, eps=1e-2, rank=4, interval=2, backend=backend, **PROBES[side]) for m in (plain, captured)]
+    losses = [lambda model=model: losses_of(model)(ids).mean() for model in (plain, captured)]
     try:
         step = capture_step(optimizers[1], losses[1])
     except ValueError as e:
@@ -136,12 +136,10 @@ def test_a_captured_step_has_the_bits_of_a_plain_one(place, method):
             raise
         pytest.skip("probes are not captured")
     for _ in range(3):
-        expected, got = optimizers[0].step(losses[0]), step()
-        assert options or torch.equal(expected, got)
-        assert torch.allclose(expected, got, rtol=1e-4)
+        assert torch.allclose(optimizers[0].step(losses[0]), step(), rtol=1e-4)
     for optimizer in optimizers:
         optimizer.handle.restore()
-    if device.type == "cpu" or not options:
+    if device.type == "cpu":
         assert all(starmap(torch.equal, zip(plain.parameters(), captured.parameters(), strict=True)))
 
 

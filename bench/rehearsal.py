@@ -40,6 +40,8 @@ _START = {
     "transformers": "import lozo_kernels.bench.models; from transformers import OPTForCausalLM",
     "triton": "import triton.runtime.jit, triton.compiler",
 }
+_COMPUTING = ("probe", "tests")
+"""Stages whose calls compute here, on the CPU, what a device computes there: of them only the loading of kernels counts."""
 _LIKE = {"probe-opt-1.3b": "probe"}  # stages that launch what another does
 _TRANSFORMERS = ("throughput", "step", "memory", "probe", "fits")
 
@@ -80,12 +82,7 @@ def plan(options: argparse.Namespace, document: Row) -> list[Row]:
     """Returns a row for each stage, in order: what it needs, and what it is given when all before it take what they need."""
     start, cores = document["start_cpu_seconds"], options.cores
     compiled = {row["stage"]: row for row in document["kernels"]}
-    launching = {row["stage"]: row["cpu_seconds"] for row in document["launches"]}
-    # A stage whose kernels were not all compiled in the time of this measurement is expected to load each as fast as the others.
-    loads = sum(max(0.0, seconds - compiled[name]["finding_seconds"]) for name, seconds in launching.items())
-    load = loads / max(1, sum(compiled[name]["kernels"] for name in launching))
-    for name, row in compiled.items():
-        launching.setdefault(name, row["finding_seconds"] + load * row["kernels"])
+    launching = _launching(document)
     host = document["correctness_host_seconds"] = round(_correctness_host(), 1)
     chosen = [s for s in stages.gpu_stages(Path("OUTPUT")) if s.skip is None or s.goal]
     left, rows = 60.0 * options.minutes, []
@@ -114,6 +111,25 @@ def plan(options: argparse.Namespace, document: Row) -> list[Row]:
         rows.append(row)
         left -= needed if stage.goal else given
     return rows
+
+
+def _launching(document: Row) -> dict[str, float]:
+    """Returns for each stage the CPU seconds of its launches, each kernel loaded from the cache.
+
+    A stage whose kernels were not all compiled in the time of the measurement is taken to load each as fast as the others do.
+    """
+    rows = {row["stage"]: row for row in document["kernels"]}
+    found = {row["stage"]: row["cpu_seconds"] for row in document["launches"] if row["stage"] not in _COMPUTING}
+    loads = sum(max(0.0, seconds - rows[name]["finding_seconds"]) for name, seconds in found.items())
+    load = loads / max(1, sum(rows[name]["kernels"] for name in found))
+    seen = 0
+    for name, row in rows.items():
+        seen += row["kernels"]
+        if name in _COMPUTING:
+            found[name] = load * seen  # at most: all that it and the stages before it have
+        else:
+            found.setdefault(name, row["finding_seconds"] + load * row["kernels"])
+    return found
 
 
 def _compiling(row: Row, rows: list[Row]) -> float:

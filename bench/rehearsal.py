@@ -9,6 +9,7 @@ time to make a context on it. CPU seconds are those of this machine.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -39,6 +40,8 @@ _START = {
     "transformers": "import lozo_kernels.bench.models; from transformers import OPTForCausalLM",
     "triton": "import triton.runtime.jit, triton.compiler",
 }
+_COMPUTING = ("probe", "tests")
+"""Stages whose calls compute here, on the CPU, what a device computes there: of them only the loading of kernels counts."""
 _LIKE = {"probe-opt-1.3b": "probe"}  # stages that launch what another does
 _TRANSFORMERS = ("throughput", "step", "memory", "probe", "fits")
 
@@ -65,13 +68,13 @@ def measure(options: argparse.Namespace, document: Row) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         cold = _kernels(options, Path(folder), document)
         compiled = _codes(Path(folder))
-        document |= {"kernels": cold["rows"], "launches": _kernels(options, Path(folder), document, "--launch")["rows"]}
+        document |= {"kernels": cold["rows"], "launches": _launches(options, Path(folder), document, cold["rows"])}
         document["compiled_again"] = _codes(Path(folder)) - compiled
     rows = plan(options, document)
     needed = sum(row["needed_seconds"] for row in rows if row["goal"])
     most = 60 * options.minutes * (1 - SPARE)
     document["goals_need_seconds"], document["goals_may_need_seconds"] = round(needed, 1), round(most, 1)
-    document["fits"] = needed <= most and all(r["fits"] for r in rows if r["goal"]) and cold.get("complete", True)
+    document["fits"] = needed <= most and all(r["fits"] for r in rows if r["goal"])
     return {"rows": rows} | ({} if cold.get("complete", True) else {"complete": False})
 
 
@@ -79,7 +82,7 @@ def plan(options: argparse.Namespace, document: Row) -> list[Row]:
     """Returns a row for each stage, in order: what it needs, and what it is given when all before it take what they need."""
     start, cores = document["start_cpu_seconds"], options.cores
     compiled = {row["stage"]: row for row in document["kernels"]}
-    launching = {row["stage"]: row["cpu_seconds"] for row in document["launches"]}
+    launching = _launching(document)
     host = document["correctness_host_seconds"] = round(_correctness_host(), 1)
     chosen = [s for s in stages.gpu_stages(Path("OUTPUT")) if s.skip is None or s.goal]
     left, rows = 60.0 * options.minutes, []
@@ -88,8 +91,7 @@ def plan(options: argparse.Namespace, document: Row) -> list[Row]:
         if stage.name == "build":
             parts["compile"] = _UNEVEN * document["build_cpu_seconds"] / cores
         elif stage.name == "kernels":
-            # What was not compiled in the time of this measurement counts as the others of its stage.
-            total = sum(row["cpu_seconds"] * row["kernels"] / max(1, row["compiled"]) for row in compiled.values())
+            total = sum(_compiling(row, list(compiled.values())) for row in compiled.values())
             slowest = max((row["slowest_seconds"] for row in compiled.values()), default=0.0)
             parts["start"] = start["transformers"] + start["triton"]
             parts["host"] = sum(row["finding_seconds"] for row in compiled.values())
@@ -109,6 +111,31 @@ def plan(options: argparse.Namespace, document: Row) -> list[Row]:
         rows.append(row)
         left -= needed if stage.goal else given
     return rows
+
+
+def _launching(document: Row) -> dict[str, float]:
+    """Returns for each stage the CPU seconds of its launches, each kernel loaded from the cache.
+
+    A stage whose kernels were not all compiled in the time of the measurement is taken to load each as fast as the others do.
+    """
+    rows = {row["stage"]: row for row in document["kernels"]}
+    found = {row["stage"]: row["cpu_seconds"] for row in document["launches"] if row["stage"] not in _COMPUTING}
+    loads = sum(max(0.0, seconds - rows[name]["finding_seconds"]) for name, seconds in found.items())
+    load = loads / max(1, sum(rows[name]["kernels"] for name in found))
+    seen = 0
+    for name, row in rows.items():
+        seen += row["kernels"]
+        if name in _COMPUTING:
+            found[name] = load * seen  # at most: all that it and the stages before it have
+        else:
+            found.setdefault(name, row["finding_seconds"] + load * row["kernels"])
+    return found
+
+
+def _compiling(row: Row, rows: list[Row]) -> float:
+    """Returns the CPU seconds of compiling the kernels of a stage. What was not compiled counts as the mean of those that were."""
+    measured = row if row["compiled"] else {key: sum(r[key] for r in rows) for key in ("cpu_seconds", "compiled")}
+    return float(row["cpu_seconds"] + (row["kernels"] - row["compiled"]) * measured["cpu_seconds"] / max(1, measured["compiled"]))
 
 
 def _kernels(options: argparse.Namespace, folder: Path, document: Row, *more: str) -> Row:
@@ -131,6 +158,15 @@ def _kernels(options: argparse.Namespace, folder: Path, document: Row, *more: st
         raise InputError(f"the kernels cannot be compiled: {(folder / 'log').read_text(encoding='utf-8')[-500:].strip()}")
     found: Row = json.loads(result.read_text(encoding="utf-8"))
     return found
+
+
+def _launches(options: argparse.Namespace, folder: Path, document: Row, rows: list[Row]) -> list[Row]:
+    """Makes the launches of the stages whose kernels, and those of the stages before them, are all compiled."""
+    ready = [row["stage"] for row in itertools.takewhile(lambda row: row["compiled"] + len(row["failed"]) == row["kernels"], rows)]
+    if not ready:
+        return []
+    only = argparse.Namespace(**{**vars(options), "stages": ready})
+    return list(_kernels(only, folder, document, "--launch")["rows"])
 
 
 def _codes(folder: Path) -> int:
@@ -190,4 +226,9 @@ def render(document: Row) -> str:
     text = text_table([header, *lines], left=2)
     text += f"\n\nStages with a goal need {document['goals_need_seconds']} s of {document['goals_may_need_seconds']}: "
     text += f"{document['minutes']:g} minutes with {document['cores']} cores, less {SPARE:.0%} to spare"
+    done, count = (sum(row[key] for row in document["kernels"]) for key in ("compiled", "kernels"))
+    text += f"\n{done} of {count} kernels were compiled"
+    text += (
+        "" if done == count else ", each of the others is taken to need as long as the mean of its stage or, without one, of all"
+    )
     return text + f"\nkernels compiled a second time: {document['compiled_again']}; assumed: {document['assumed']}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 from lozo_kernels.bench.arguments import add_choice, positive
 from lozo_kernels.bench.models import MODELS, build_model
-from lozo_kernels.bench.timing import quantile
+from lozo_kernels.errors import InputError
 from lozo_kernels.kernels.backends.triton import TritonBackend
 from lozo_kernels.kernels.backends.triton.launcher import Launcher
 from lozo_kernels.kernels.registry import registered
@@ -21,8 +22,13 @@ from lozo_kernels.model.handle import Handle
 from lozo_kernels.model.patching import patch
 from lozo_kernels.model.text_table import text_table
 
+from . import host_probe, stub
+from .host_probe import microseconds
+
 TARGET = {"model": "opt-1.3b", "pass": "perturb", "microseconds": 150}
 """The project's goal for a pass with its launches left out."""
+LAYER_TARGET = {"pass": "layer, activation side", "microseconds": 15}
+"""The project's goal for what a probe adds after a layer, Triton's part included."""
 
 
 class NoLaunch(Launcher):
@@ -68,34 +74,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this measurement."""
     add_choice(parser, "model", MODELS, "opt-1.3b", "whose parameters (default: opt-1.3b)")
     parser.add_argument("--repeats", type=positive, default=300, help="passes of each kind (default: 300)")
+    probed = ("opt-1.3b", "opt-13b")
+    add_choice(parser, "probed", MODELS, list(probed), f"which a probe evaluates (default: {', '.join(probed)})")
 
 
 def measure(options: argparse.Namespace, document: dict[str, Any]) -> dict[str, Any]:
     """Times passes on the host.
 
     Raises:
-        InputError: transformers or triton is missing.
+        InputError: transformers or triton is missing, or kernels are interpreted.
     """
-    document["target"] = TARGET
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        raise InputError("kernels that are interpreted are not launched as those of a GPU: unset TRITON_INTERPRET")
+    document["target"], document["layer_target"] = TARGET, LAYER_TARGET
     rows = []
     with stubbed_handle(empty_model(options.model, torch.bfloat16), rank=4, interval=1 << 20) as (handle, launcher):
         for name, make in passes(handle).items():
             make(0)
             launcher.launches, seconds = 0, []
             for step in range(1, options.repeats + 1):
-                start = time.perf_counter()
+                start = time.process_time()
                 make(step)
-                seconds.append(time.perf_counter() - start)
-            microseconds = {q: round(1e6 * quantile(seconds, p), 1) for q, p in (("q25", 0.25), ("median", 0.5), ("q75", 0.75))}
-            rows.append({"model": options.model, "pass": name, "tensors": len(handle.names)} | microseconds)
+                seconds.append(time.process_time() - start)
+            rows.append({"model": options.model, "pass": name, "tensors": len(handle.names)} | microseconds(seconds))
             rows[-1]["launches"] = launcher.launches // options.repeats
+    stub.install()  # from here on
+    for name in options.probed:
+        rows += host_probe.rows_of(name, empty_model(name, torch.bfloat16), options.repeats)
     return {"rows": rows}
 
 
 def render(document: dict[str, Any]) -> str:
     """Formats the rows as text."""
-    header = ("model", "pass", "tensors", "launches", "median us", "q25", "q75")
-    lines = [
-        (r["model"], r["pass"], *(str(r[k]) for k in ("tensors", "launches", "median", "q25", "q75"))) for r in document["rows"]
-    ]
+    header = ("model", "pass", "tensors", "launches", "least us", "median", "q25", "q75")
+    keys = ("tensors", "launches", "least", "median", "q25", "q75")
+    lines = [(r["model"], r["pass"], *(str(r.get(key, "-")) for key in keys)) for r in document["rows"]]
     return text_table([header, *lines], left=2)

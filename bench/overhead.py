@@ -33,7 +33,7 @@ def host(checkout: Path, repeats: int) -> dict[str, float]:
     """The median microseconds of each pass."""
     program = ("bench",) if (checkout / "bench" / "host.py").exists() else ("lozo_kernels", "bench")  # where it was before
     found = run(checkout, "-m", *program, "host", "--json", "--repeats", str(repeats))
-    return {row["pass"]: row["median"] for row in found["rows"]}
+    return {row["pass"]: row["median"] for row in found["rows"] if not row["pass"].startswith(("layer", "step"))}  # of probes
 
 
 def steps_in_turn(checkouts: Sequence[Path], repeats: int) -> dict[str, list[list[float]]]:

@@ -1,4 +1,5 @@
-"""What an earlier version wrote is read, and gives the same bits; and what programs take from the package is still there."""
+"""What an earlier version wrote is read, and gives the same bits, or is refused in one line where the contract on bits has another
+version; and what programs take from the package is still there."""
 
 import importlib
 import json
@@ -6,11 +7,20 @@ import json
 import pytest
 import torch
 
+from lozo_kernels.errors import JournalError
 from lozo_kernels.journal import read_journal, replay
 from python_tests.earlier import make
 
 NAMES = json.loads((make.HERE / "public_names.json").read_text(encoding="utf-8"))
-SAVED = torch.load(make.HERE / "states.pt", weights_only=True)
+FIRST = torch.load(make.HERE / "states.pt", weights_only=True)
+SAVED = FIRST | torch.load(make.HERE / "contract_2" / "states.pt", weights_only=True)
+ONE_LINE = (
+    r"^.* was made with version 1 of the contract on bits \(docs/noise.md\), and this lozo_kernels makes version 2 of such a run"
+)
+
+
+def journal_of(name):
+    return make.HERE / ("contract_2" if name in make.CONTRACT_2 else "") / f"{name}.journal"
 
 
 def same(model, expected):
@@ -20,10 +30,10 @@ def same(model, expected):
 @pytest.mark.parametrize("name", make.RUNS)
 def test_a_journal_is_replayed(name):
     model = make.Net().to(SAVED[name]["final"]["linear.weight"].dtype)
-    replayed = replay(model, make.HERE / f"{name}.journal")
+    replayed = replay(model, journal_of(name))
     assert replayed.agrees and replayed.steps == make.STEPS
     assert same(model, SAVED[name]["final"])
-    assert read_journal(make.HERE / f"{name}.journal").header.about == {"run": name}
+    assert read_journal(journal_of(name)).header.about == {"run": name}
 
 
 @pytest.mark.parametrize("name", make.RUNS)
@@ -46,6 +56,25 @@ def test_a_whole_run_is_the_same(name, tmp_path):
     make.take(model, optimizer, range(make.SAVED_AFTER, make.STEPS))
     journal.finish()
     assert same(model, SAVED[name]["final"])
+
+
+@pytest.mark.parametrize("name", make.CONTRACT_2)
+def test_a_run_of_another_contract_is_refused_in_one_line(name):
+    model, optimizer, _ = make.build(name)
+    before = make.weights(model)
+    with pytest.raises(JournalError, match=ONE_LINE) as error:
+        replay(make.Net(), make.HERE / f"{name}.journal")
+    assert len(str(error.value).splitlines()) == 1
+    with pytest.raises(ValueError, match=ONE_LINE) as error:
+        optimizer.load_state_dict(FIRST[name]["state"])
+    assert len(str(error.value).splitlines()) == 1
+    assert same(model, before) and optimizer.steps_done == 0
+
+
+@pytest.mark.parametrize("name", make.RUNS)
+def test_a_state_names_its_contract(name):
+    _, optimizer, _ = make.build(name)
+    assert optimizer.state_dict()["noise_version"] == (2 if name in make.CONTRACT_2 else 1)
 
 
 @pytest.mark.parametrize("module", [name for name in NAMES if name != "schemas"])

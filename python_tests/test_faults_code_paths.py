@@ -1,5 +1,7 @@
 """Probes of models that take another way through their code later: other modes, branches that run late, fast paths of torch."""
 
+import copy
+import pickle
 import warnings
 
 import pytest
@@ -338,6 +340,26 @@ def test_an_interrupt_in_a_forward_that_is_looked_at_leaves_nothing_on():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_looking_again_changes_no_side_that_was_right(dtype, autocast):
+    torch.manual_seed(0)
+    model = Classifier() if autocast else Classifier().to(dtype)
+    x, y = padded_batch()[0].to(torch.float32 if autocast else dtype), torch.tensor([0, 1, 2])
+
+    def loss():
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            return F.cross_entropy(model(x).float(), y)
+
+    optimizer = learn(model.train(), loss, lr=1e-2, side="activation")
+    sides = [(m.name, m.side) for m in optimizer.handle.members]
+    model.eval()
+    optimizer.step(loss)
+    optimizer.handle._doubts.add(optimizer.handle.members)
+    optimizer.step(loss)
+    assert [(m.name, m.side) for m in optimizer.handle.members] == sides and optimizer.handle.notes == ()
+
+
 def test_a_handle_alone_looks_again_too():
     model, twin = pair(Classifier)
     x, _ = padded_batch()
@@ -359,3 +381,102 @@ def test_a_compiled_transformer_encoder_in_both_modes(first):
     for mode in (True, False):
         model.train(mode), twin.train(mode)
         assert_same(optimizer.handle, model, twin, lambda m: m(x))
+
+
+class SameModule(nn.Module):
+    """Reads weights of modules that never run, in a branch of a forward that did without them before."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.inner, self.late = nn.Linear(8, 8), nn.Linear(8, 8), False
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.gate = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x))
+        if self.late:
+            x = F.linear(x, self.inner.weight, self.inner.bias) * self.gate
+            x = x @ self.experts[0].weight.T + torch.einsum("...i,oi->...o", x, self.experts[1].weight) + self.experts[0].bias
+        return x
+
+
+@pytest.mark.parametrize("kind", [LOZO, MeZO])
+@pytest.mark.parametrize("side", ["auto", "scratch", "copy"])
+def test_a_weight_that_a_module_which_ran_first_reads_in_a_later_step(kind, side):
+    model, twin = pair(SameModule)
+    x, options = torch.randn(2, 4, 8), {"rank": 2, "interval": 4} if kind is LOZO else {}
+    optimizers = [
+        kind(m, lr=0.05, eps=1e-2, **options, **o) for m, o in ((model, {"placement": "probe", "side": side}), (twin, {}))
+    ]
+    for step in range(6):
+        losses = []
+        for m, optimizer in zip((model, twin), optimizers, strict=True):
+            m.late = step >= 2
+            losses.append(float(optimizer.step(lambda m=m: m(x).square().mean())))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+        assert torch.allclose(optimizers[0].info.c, optimizers[1].info.c, rtol=2e-2, atol=1e-2)
+    assert not optimizers[0].handle.moves_weights
+
+
+def test_an_unused_weight_is_converted_and_read_as_others():
+    model, twin = pair(SameModule)
+    x = torch.randn(2, 4, 8)
+    optimizer = learn(model, lambda: model(x).square().mean())
+    materialise(optimizer.handle, twin)
+    stored = model.inner.weight.detach().clone()
+    assert torch.equal(model.inner.weight.clone(), stored) and torch.equal(model.inner.weight.double().float(), stored)
+    assert (twin.inner.weight - stored).abs().max() > 0.05  # what it learned
+    model.bfloat16()
+    optimizer.handle.restore()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.float(), q, rtol=1e-2, atol=1e-2)
+
+
+def test_a_closure_that_takes_an_unused_weight_by_itself():
+    model, twin = pair(SameModule)
+    x, late = torch.randn(2, 4, 8), [False]
+
+    def loss(m):
+        return (m(x) @ m.inner.weight if late[0] else m(x)).square().mean()
+
+    optimizers = [LOZO(m, lr=0.05, eps=1e-2, rank=2, interval=4, **o) for m, o in ((model, {"placement": "probe"}), (twin, {}))]
+    for step in range(6):
+        late[0] = step >= 2
+        losses = [float(o.step(lambda m=m: loss(m))) for m, o in zip((model, twin), optimizers, strict=True)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+        assert torch.allclose(optimizers[0].info.c, optimizers[1].info.c, rtol=2e-2, atol=1e-2)
+
+
+def test_a_weight_that_a_module_which_ran_first_reads_in_an_evaluation():
+    model, twin = pair(SameModule)
+    x = torch.randn(2, 4, 8)
+    optimizer = learn(model, lambda: model(x).square().mean())
+    model.late = twin.late = True
+    assert_same(optimizer.handle, model, twin, lambda m: m(x))
+    copied = copy.deepcopy(model)
+    assert (
+        {type(p) for p in copied.parameters()}
+        == {nn.Parameter}
+        == {type(p) for p in pickle.loads(pickle.dumps(model)).parameters()}
+    )
+    assert_same(optimizer.handle, model, copied, lambda m: m(x))
+    model.inner.weight.data.mul_(1.0)
+    assert model.inner.weight.shape == (8, 8) and model.inner.weight.dtype == torch.float32
+    optimizer.handle.restore()
+    assert {type(p) for p in model.parameters()} == {nn.Parameter}
+    torch.testing.assert_close(model(x), copied(x), rtol=1e-4, atol=1e-5)
+
+
+def test_an_unused_layer_that_runs_later_by_itself_or_by_its_forward():
+    class Called(SameModule):
+        def forward(self, x):
+            x = torch.tanh(self.first(x))
+            return self.experts[0].forward(self.inner(x)) if self.late else x
+
+    model, twin = pair(Called)
+    x = torch.randn(2, 4, 8)
+    optimizer = learn(model, lambda: model(x).square().mean())
+    model.late = twin.late = True
+    assert_same(optimizer.handle, model, twin, lambda m: m(x))
+    optimizer.step(lambda: model(x).square().mean())
+    assert_same(optimizer.handle, model, twin, lambda m: m(x))

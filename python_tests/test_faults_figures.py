@@ -27,7 +27,7 @@ def own(tmp_path_factory):
 
 
 def settings(own, output, **more):
-    given = {"model": str(own[0]), "train_file": str(own[1]), "steps": 3, "batch_size": 2, "eval_size": 2, "eval_every": 100}
+    given = {"model": str(own[0]), "train_file": str(own[1]), "steps": 2, "batch_size": 2, "eval_size": 2, "eval_every": 100}
     return Settings(**{**given, "threads": 1, "output": str(output), **more})
 
 
@@ -37,14 +37,14 @@ def test_memory_beyond_inference_does_not_depend_on_which_batch_comes_first(own,
     found = []
     if placement == "probe":  # what it measures of the machine, once in a process, is no part of a step
         finetune(settings(own, tmp_path / "first", placement=placement), quiet=True)
-    for seed in range(4):
+    for seed in range(3):
         summary = finetune(settings(own, tmp_path / str(seed), seed=seed, placement=placement), quiet=True)
         found.append(summary["training_peak_over_inference"])
     assert all(1 <= value < 1.1 for value in found), found
 
 
 def test_a_published_step_is_measured_on_the_same_batches(own, tmp_path):
-    for seed in range(3):
+    for seed in range(2):
         summary = finetune(settings(own, tmp_path / str(seed), seed=seed, compare_steps=4), quiet=True)
         assert summary["published"]["published_training_peak_bytes"] > summary["inference_peak_bytes"]
 

@@ -1,5 +1,6 @@
 """Folders and files of strangers: their code does not run, and what is odd in them is one line, never a traceback."""
 
+import ast
 import json
 import os
 import shutil
@@ -159,6 +160,18 @@ def test_a_journal_cannot_say_that_code_is_trusted(tmp_path, capsys, monkeypatch
     one_line(capsys, run("finetune", "--resume", out, "--quiet"), "--trust-remote-code")
     assert not mark.exists()
     assert run("verify", "--journal", out, "--trust-remote-code") == 0
+
+
+def test_every_call_says_whether_code_is_trusted():
+    """transformers asks on the terminal where nothing is said."""
+    silent = []
+    for file in Path(cli.__file__).resolve().parents[1].rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or getattr(node.func, "attr", "") not in ("from_pretrained", "from_config"):
+                continue
+            if not any(keyword.arg == "trust_remote_code" for keyword in node.keywords):
+                silent.append(ast.unparse(node.func))
+    assert silent == ["peft.PeftModel.from_pretrained"]  # which loads no code
 
 
 # -- odd configurations --------------------------------------------------------------------------------------------------------

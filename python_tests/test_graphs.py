@@ -6,6 +6,7 @@ from itertools import starmap
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lozo_kernels import LOZO, MeZO, capture_step
@@ -45,6 +46,14 @@ class NoReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func.name().split(".")[0] not in self.FORBIDDEN, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+class NoUploads(TorchFunctionMode):
+    """Fails where a captured graph would copy from host memory that holds something else by then."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.tensor, torch.as_tensor, torch.from_numpy), f"{func} makes a tensor of host memory"
         return func(*args, **(kwargs or {}))
 
 
@@ -105,6 +114,117 @@ def test_the_warm_up_makes_every_pass(rng, monkeypatch, method, options):
         for _ in range(3):
             step()
         assert prepared() == before
+
+
+PROBES = [
+    (LOZO, {"side": "activation"}),
+    (LOZO, {"side": "activation", "momentum": 0.9, "weight_decay": 0.1}),
+    (LOZO, {"side": "scratch", "weight_decay": 0.1}),
+    (LOZO, {"side": "copy", "directions": 3}),
+    (LOZO, {"two_sided": False}),
+    (LOZO, {"rounding": "stochastic"}),
+    (MeZO, {"momentum": 0.9}),
+    (LOZO, {"evaluation": "batched", "directions": 2, "weight_decay": 0.1}),
+    (LOZO, {"evaluation": "batched", "directions": 2, "side": "scratch"}),
+    (LOZO, {"evaluation": "batched", "two_sided": False, "side": "copy", "momentum": 0.9}),
+]
+
+
+def probe_step(method, options, dtype=torch.float32, device="cpu"):
+    """A model, what makes an optimiser that probes a model, and what gives the arguments of its step."""
+    x, y = torch.randn(16, 16, device=device, dtype=dtype), torch.randn(16, 4, device=device, dtype=dtype)
+
+    def arguments(model):
+        if options.get("evaluation") == "batched":
+            return lambda pair: (model(pair[0]).float() - pair[1]).pow(2).mean(1), (x, y)
+        return (lambda: (model(x).float() - y).pow(2).mean(),)
+
+    def optimizer(model):
+        return method(model, lr=1e-2, placement="probe", **({"interval": 3} | options))
+
+    return make_model(device, dtype), optimizer, arguments
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("method", "options"), PROBES, ids=str)
+def test_a_probe_has_the_bits_of_plain_steps(rng, device, method, options):
+    """Across windows, whose ends merge; with a plain step, an evaluation and a merge in between, and a rate that changes."""
+    dtype = torch.bfloat16 if "rounding" in options else torch.float32
+    plain, make, arguments = probe_step(method, options, dtype, device)
+    captured, before = copy.deepcopy(plain), copy.deepcopy(plain)
+    first, second = make(plain), make(captured)
+    inputs = torch.randn(5, 16, device=device, dtype=dtype)
+    for _ in range(2):  # what the capture finds was learned already
+        assert torch.equal(first.step(*arguments(plain)), second.step(*arguments(captured)))
+    step = capture_step(second, *arguments(captured))
+    for i in range(2, 12):
+        expected = first.step(*arguments(plain))
+        got = second.step(*arguments(captured)) if i == 6 else step()
+        assert torch.equal(expected, got) and torch.equal(first.info.c, second.info.c)
+        assert second.info.step == i
+        if i == 7:
+            assert torch.equal(plain(inputs), captured(inputs))
+            for optimizer in (first, second):
+                optimizer.param_groups[0]["lr"] = 5e-3
+        if i == 9:
+            for optimizer in (first, second):
+                optimizer.handle.merge()
+    for optimizer in (first, second):
+        optimizer.handle.merge()
+    assert same_weights(plain, captured) and not same_weights(plain, before)
+
+
+@pytest.mark.parametrize(("method", "options"), PROBES, ids=str)
+def test_no_value_of_a_probe_is_read(rng, method, options):
+    """Nor is anything uploaded, and the points stay where they are, for the graph has their addresses."""
+    model, make, arguments = probe_step(method, options | {"backend": "eager"})
+    optimizer, before = make(model), copy.deepcopy(model)
+    step = capture_step(optimizer, *arguments(model))
+    assert optimizer.steps_done == 0 and not optimizer.handle.probed.learned
+    assert same_weights(model, before)
+    step()
+    runtime = optimizer.handle.probed.runtime
+
+    def addresses():
+        return [[t.data_ptr() for kept in points._kept.values() for t in kept] for points in runtime._devices.values()]
+
+    at = addresses()
+    with NoReads(), NoUploads():
+        step._from_rest()
+    assert addresses() == at
+
+
+def test_weights_that_a_probe_moves_are_put_back_after_the_warm_up(rng):
+    """A closure that reads a weight outside of its module sees it perturbed only in its place."""
+    plain, make, _ = probe_step(LOZO, {}, torch.bfloat16)
+    captured, before = copy.deepcopy(plain), copy.deepcopy(plain)
+    first, second = make(plain), make(captured)
+    x = torch.randn(16, 16, dtype=torch.bfloat16)
+
+    def closure(model):
+        return lambda: model(x).float().square().mean() + model[0].weight.float().square().mean()
+
+    step = capture_step(second, closure(captured))
+    assert second.handle.moves_weights and same_weights(captured, before)
+    for _ in range(5):
+        assert torch.equal(first.step(closure(plain)), step())
+    for optimizer in (first, second):
+        optimizer.handle.merge()
+    assert same_weights(plain, captured) and not same_weights(plain, before)
+
+
+def test_a_batched_step_is_captured_with_its_inputs(rng):
+    model, make, arguments = probe_step(LOZO, {"evaluation": "batched"})
+    optimizer = make(model)
+    closure, inputs = arguments(model)
+    with pytest.raises(TypeError, match="a closure that takes the inputs"):
+        capture_step(optimizer, closure)
+    step = capture_step(optimizer, closure, inputs)
+    other = make(copy.deepcopy(model))
+    new = torch.randn_like(inputs[0])
+    expected = other.step(lambda pair: (other.handle.model(pair[0]).float() - pair[1]).pow(2).mean(1), (new, inputs[1]))
+    inputs[0].copy_(new)
+    assert torch.equal(step(), expected)
 
 
 def test_the_reader_of_values_is_caught():

@@ -139,6 +139,22 @@ def test_several_directions_are_several_pairs_of_forwards(tmp_path):
     assert line["kind"] == "step" and len(line["c"]) == 2
 
 
+@pytest.mark.parametrize("placement", ["inplace", "probe"])
+@pytest.mark.parametrize("method", ["lozo", "mezo-m", "subzero"])
+def test_one_sided_directions_share_a_forward(tmp_path, method, placement):
+    settings = Settings(
+        steps=3, directions=3, one_sided=True, method=method, placement=placement, eval_size=8, output=str(tmp_path)
+    )
+    summary = finetune(settings, quiet=True)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(len(r["c"]) == 3 for r in records if r["kind"] == "step")
+    assert summary["two_forwards_ms"] == pytest.approx(summary["forwards_ms"] / 2)  # four forward passes
+    with pytest.raises(InputError, match="on two sides"):
+        Settings(one_sided=True, compare_steps=4).resolved()
+    with pytest.raises(InputError, match="means nothing"):
+        Settings(one_sided=True, method="ft").resolved()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(tmp_path, dtype):
     summary = finetune(Settings(task="go-again", steps=2, eval_size=4, dtype=dtype, output=str(tmp_path)), quiet=True)

@@ -310,7 +310,7 @@ def test_compare_reads_runs_and_says_what_is_none(tmp_path, capsys):
     (tmp_path / "bad").mkdir()
     for name in ("metrics.jsonl", "summary.json"):
         (tmp_path / "bad" / name).write_text("{")
-    with pytest.raises(InputError, match="not the files of a run"):
+    with pytest.raises(InputError, match=r"not the files of a run|summary\.json is not a JSON object"):
         read_run(tmp_path / "bad")
 
 

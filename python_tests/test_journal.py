@@ -20,7 +20,6 @@ from lozo_kernels.journal import (
     diff,
     read_journal,
     replay,
-    replaying,
     revert,
     verify,
 )
@@ -28,6 +27,7 @@ from lozo_kernels.journal import arrivals as arrivals_module
 from lozo_kernels.journal import file as file_module
 from lozo_kernels.kernels import noise
 from lozo_kernels.kernels.backends import native
+from lozo_kernels.model import contract
 from python_tests.journal_helpers import recorded, zoo
 from python_tests.models import same, weights, zoo_loss
 
@@ -230,8 +230,8 @@ def test_what_is_refused(tmp_path, rng, monkeypatch):
     with pytest.raises(JournalError, match=r"other settings: eps is 0\.01 there and 0\.02 here"):
         Journal.resume(path, optimizer)
     optimizer.handle.restore()
-    monkeypatch.setattr(replaying, "NOISE_VERSION", noise.NOISE_VERSION + 1)
-    with pytest.raises(JournalError, match=r"noise version 1, and this version of lozo_kernels makes 2"):
+    monkeypatch.setattr(contract, "CONTRACT_VERSION", noise.CONTRACT_VERSION + 1)
+    with pytest.raises(JournalError, match=r"made with version 2 of the contract .* this lozo_kernels makes version 3"):
         replay(base, path)
     assert same(weights(trained), after)
 

@@ -300,7 +300,7 @@ def directions(monkeypatch, model, tokenizer):
 @contextmanager
 def planned(monkeypatch, model, tokenizer):
     config = transformers.OPTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=64, word_embed_proj_dim=32)
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda name: config)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda name, **options: config)
     names = {}
     yield names
     assert names["planned"].total_bytes(names["planned"].options[0]) > 0
@@ -330,7 +330,9 @@ STAYS = (probe, batched, resumed, adapter, planned)
 
 
 def flat(model):
-    return torch.cat([getattr(p, "to_local", lambda p=p: p)().detach().flatten().clone() for p in model.parameters()])
+    """The weights as they are stored; ``model.parameters()`` would bring them up to date first."""
+    found = dict.fromkeys(p for module in model.modules() for p in module._parameters.values() if p is not None)
+    return torch.cat([getattr(p, "to_local", lambda p=p: p)().detach().flatten().clone() for p in found])
 
 
 @pytest.mark.parametrize(("page", "block"), BLOCKS, ids=[f"{page}: {block.splitlines()[0]}" for page, block in BLOCKS])

@@ -105,7 +105,7 @@ BUDGETS = (
     *_both("lowrank_update_2", "float32", _LARGE, 21, 20),
     # with random bits, one counter of Philox for eight elements
     *_both("lowrank_update_stochastic", "*16", _ANY, 46, 66),
-    # N V^T: up to rank 8 a multiply and an add for each rank, above on tensor cores
+    # N V^T: up to rank 8 a fused multiply-add for each rank, above on tensor cores
     *_both("lowrank_momentum", "*", _SMALL, 36, 50),
     *_both("lowrank_momentum", "*16", _MIDDLE, 16, 23),
     *_both("lowrank_momentum", "*16", _LARGE, 22, 30),  # 20.4 and 27.6 with Triton 3.6
@@ -126,7 +126,7 @@ BUDGETS = (
     *_both("dense_momentum", "*", _ANY, 45, 50),
     *_both("dense_momentum_2", "*", _ANY, 75, 80),
     *_both("dense_momentum_stochastic", "*16", _ANY, 68, 80),
-    # a product of fp32 numbers in a fixed order: a multiply and an add for each rank, so that ranks above 8 wait for arithmetic
+    # a product of fp32 numbers in a fixed order: a fused multiply-add for each rank
     *_both("lowrank_merge_any", "any", _ANY, 130, 330),
     *_both("lowrank_merge_stochastic", "*16", _SMALL, 60, 90),
     *_both("lowrank_merge_stochastic", "*16", _HALF, 75, 100),
@@ -151,7 +151,7 @@ BUDGETS = (
     *_both("expansion", "*", _ANY, 38, 22),
     *_both("expansion_factor", "*", _PADDED, 17, 18),
     *_both("expansion_factor", "*", _ANY, 40, 27),
-    *_both("expansion_all", "*16", _PADDED, 26, 28),
+    *_both("expansion_all", "*16", _PADDED, 26, 46),  # all 16 parts of a row are loaded without a loop, most of them by no row
     *_both("expansion_all", "*16", _ANY, 54, 42),
     # any dtype and alignment: correct rather than fast
     *_both("lowrank_update_any", "any", _ANY, 80, 270),

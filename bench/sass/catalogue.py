@@ -50,7 +50,7 @@ class Compilation:
         dtype: of the weights, "any", or "none" where no weights are touched.
         rank: None for dense kernels.
         aligned: all access to weights must be 128 bits wide.
-        exact: no fused multiply-add may occur.
+        exact: no fused multiply-add may occur; products with N are written with them.
         tile_elements: weights (or entries of a factor) that a program handles in a full tile.
         iterations: of its main loop for a full tile.
         itemsize: bytes of a weight, 0 where no weights are touched.
@@ -108,7 +108,7 @@ def _lowrank(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
             for name, kind in _kinds(True, dtype, rank):
                 size = tile_sizes(None, _vendor(target)).find("lowrank_momentum", dtype is not None, rank, kind.stochastic)
                 plan = lowrank.lowrank_plan(dtype, kind, size, target)
-                yield _update("lowrank_momentum" + name, plan, dtype, rank, size, exact=rank <= _EXACT_MOMENTUM_RANK)
+                yield _update("lowrank_momentum" + name, plan, dtype, rank, size, exact=False)
 
 
 def _dense(target: Target) -> Iterator[Compilation]:
@@ -130,7 +130,7 @@ def _factors(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
         for again in (False, True):
             name = "resample_reproject" if again else "resample"
             yield _plain(name, resample.resample_plan(rank, again, target), rank, resample.RESAMPLE_COLS * padded(rank))
-        yield _plain("reproject", resample.reproject_plan(rank), rank, height * width)
+        yield _plain("reproject", resample.reproject_plan(rank, target), rank, height * width)
         yield _plain("factor_rows", resample.factor_plan(STREAMS["U"], rank, target), rank, height * width)
         if lowrank_merge.is_wide(rank):
             yield _plain("probed_factor", lowrank_merge.probed_factor_plan(rank, target), rank, height * width)
@@ -147,7 +147,7 @@ def _merges(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
                 kind = dataclasses.replace(kind, rank=rank)
                 size = tile_sizes(None, _vendor(target)).find("lowrank_merge", dtype is not None, rank, kind.stochastic)
                 plan = lowrank_merge.lowrank_merge_plan(dtype, kind, size, target)
-                yield _update("lowrank_merge" + name, plan, dtype, rank, size, exact=True)
+                yield _update("lowrank_merge" + name, plan, dtype, rank, size, exact=False)
 
 
 def _activations(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
@@ -156,10 +156,10 @@ def _activations(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
         size = tile_sizes(None, _vendor(target)).find("contraction", True, rank)
         yield _activation("contraction" + name, activations.contraction_plan(rank, factor, size, target), dtype, rank, size)
         size = tile_sizes(None, _vendor(target)).find("expansion", True, rank)
-        plan = activations.expansion_plan(dtype, rank, factor, False, False, False, size, target)
+        plan = activations.expansion_plan(dtype, rank, factor, 1, False, False, size, target)
         yield _activation("expansion" + name, plan, dtype, rank, size)
         if factor and dtype != torch.float32:
-            plan = activations.expansion_plan(dtype, rank, factor, True, True, True, size, target)
+            plan = activations.expansion_plan(dtype, rank, factor, 16, True, True, size, target)
             yield _activation("expansion_all", plan, dtype, rank, size)
 
 
@@ -236,7 +236,8 @@ def _activation(kernel: str, plan: Plan, dtype: torch.dtype, rank: int, size: Ti
 
 
 def _plain(kernel: str, plan: Plan, rank: int, elements: int) -> Compilation:
-    exact = kernel != "resample_reproject"  # the division of its sums is in fp64, which fuses inside
+    # The one divides its sums in fp64, which fuses inside; the other is written with fused multiply-adds.
+    exact = kernel not in ("resample_reproject", "reproject")
     return _compilation(kernel, plan, "none", rank, False, exact, elements, 1, 0, bytes_per_element=0, default=False)
 
 

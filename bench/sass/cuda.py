@@ -94,7 +94,8 @@ def describe(name: str) -> dict[str, Any]:
         "dtype": dtype,
         "rank": rank,
         "aligned": aligned,
-        "exact": split is None and not ratios,  # the ratios are divided in fp64, which fuses inside
+        # The ratios are divided in fp64, which fuses inside; products with momentum are written with fused multiply-adds.
+        "exact": not ratios and op not in _FUSED,
         "tile_elements": None,
         "itemsize": itemsize,
         "stored_bytes": stored,
@@ -102,6 +103,9 @@ def describe(name: str) -> dict[str, Any]:
         "default": aligned and numbers[-1:] == [1],
         "naive": False,
     }
+
+
+_FUSED = ("lowrank_momentum_aligned", "lowrank_momentum_any", "resample_momentum")
 
 
 def _nvcc() -> str | None:

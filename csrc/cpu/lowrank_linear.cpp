@@ -20,7 +20,7 @@ LOZO_INLINE void multiply_ranks(float *p, int rank, const T *x, int64_t stride, 
     load_rows<T, TOKENS, false>(y, x + j, stride, count, splat(1));
     for (int k = 0; k < RANKS; ++k) {
       const Pair<F> v = {load(panel + k * kBlock), load(panel + k * kBlock + W)};
-      for (int t = 0; t < TOKENS; ++t) sum[t][k] = fma(y[t].b, v.b, fma(y[t].a, v.a, sum[t][k]));
+      for (int t = 0; t < TOKENS; ++t) sum[t][k] = multiply_add(y[t].b, v.b, multiply_add(y[t].a, v.a, sum[t][k]));
     }
     panel += rank * kBlock;
   };

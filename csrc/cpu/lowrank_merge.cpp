@@ -10,8 +10,8 @@ namespace LOZO_ISA {
 namespace {
 
 constexpr int kAtOnce = W == 16 ? 4 : 2;  // rows that share a panel's registers
-constexpr int64_t kPanelBytes = 1 << 16;
-constexpr int64_t kRoundCols = 2048;  // columns in fp32 scratch at once, for stochastic rounding
+constexpr int64_t kPanelBytes = 1 << 18;  // of second-level cache, as in lowrank_update
+constexpr int64_t kRoundCols = 2048;      // columns in fp32 scratch at once, for stochastic rounding
 constexpr int64_t kPanelFloats = kPanelBytes / 4 > LOZO_MAX_RANK *kBlock ? kPanelBytes / 4 : LOZO_MAX_RANK * kBlock;
 
 struct Scratch {
@@ -33,18 +33,11 @@ struct Rows {
   void advance(int64_t rows, int rank) { x += rows * stride, out += rows * out_stride, c += rows * rank; }
 };
 
-// y += C V^T for one block of columns, k ascending from 0.
-template <int ROWS, class LoadC>
+// y += C V^T for one block of columns.
+template <int RANK, int ROWS, class LoadC>
 LOZO_INLINE void add_product(Pair<F> *y, const float *panel, int rank, LoadC load_c) {
   Pair<F> sum[ROWS];
-  for (int k = 0; k < rank; ++k) {
-    const Pair<F> v = {load(panel + k * kBlock), load(panel + k * kBlock + W)};
-    for (int r = 0; r < ROWS; ++r) {
-      const F c = load_c(r, k);
-      const Pair<F> product = {mul(c, v.a), mul(c, v.b)};
-      sum[r] = k == 0 ? product : Pair<F>{add(sum[r].a, product.a), add(sum[r].b, product.b)};
-    }
-  }
+  multiply_factor<RANK, ROWS>(sum, panel, rank, load_c);
   for (int r = 0; r < ROWS; ++r) y[r] = {add(y[r].a, sum[r].a), add(y[r].b, sum[r].b)};
 }
 
@@ -65,13 +58,14 @@ LOZO_INLINE void merge_rows(const Rows<T> &rows, int64_t cols, const float *pane
   Pair<F> y[ROWS];
   int64_t j = 0;
   for (; j + kBlock <= cols; j += kBlock, panel += rank * kBlock) {
+    prefetch_rows<T, ROWS>(rows.x + j, stride);
     load_rows<T, ROWS, DECAY>(y, rows.x + j, stride, kBlock, decay);
-    add_product<ROWS>(y, panel, rank, load_c);
+    add_product<RANK, ROWS>(y, panel, rank, load_c);
     store_rows<T, ROWS>(rows.out + j, out_stride, y, kBlock);
   }
   if (j < cols) {
     load_rows<T, ROWS, DECAY>(y, rows.x + j, stride, cols - j, decay);
-    add_product<ROWS>(y, panel, rank, load_c);
+    add_product<RANK, ROWS>(y, panel, rank, load_c);
     store_rows<T, ROWS>(rows.out + j, out_stride, y, cols - j);
   }
 }

@@ -10,7 +10,7 @@ namespace LOZO_ISA {
 namespace {
 
 constexpr int kAtOnce = W == 16 ? 4 : 2;  // rows that share a panel's registers
-constexpr int64_t kPanelBytes = 1 << 16;  // both panels together
+constexpr int64_t kPanelBytes = 1 << 18;  // of second-level cache, both panels together, as in lowrank_update
 constexpr int64_t kRoundCols = 2048;      // columns in fp32 scratch at once, for stochastic rounding
 
 constexpr int64_t panel_ints(int64_t rank_bound) {
@@ -41,63 +41,80 @@ void update_momentum(const Tile &tile, char *scratch, const void *context) {
   update(n, rank, n, rank, (int)rank, tile, call, a, (FactorScratch *)scratch);
 }
 
-template <class T, int DRAWS, int ROWS>
+// RANK = 0 serves any rank and any scale.
+template <class T, int RANK, int DRAWS, bool DECAY, int ROWS>
 LOZO_INLINE void update_block(T *x, int64_t stride, int64_t count, const int32_t *pairs, const float *floats,
                               const MomentumFactors &f) {
-  Pair<F> y[ROWS], sum[ROWS];
-  load_rows<T, ROWS, true>(y, x, stride, count, splat(f.draws.decay));
-  add_products<0, DRAWS, ROWS>(y, pairs, f.draws, [&f](int d, int p, int r) {
+  const int rank = RANK ? RANK : f.rank;
+  Pair<F> y[ROWS], product[ROWS];
+  prefetch_rows<T, ROWS>(x, stride);
+  load_rows<T, ROWS, DECAY>(y, x, stride, count, splat(f.draws.decay));
+  add_products<(RANK + 1) / 2, DRAWS, ROWS>(y, pairs, f.draws, [&f](int d, int p, int r) {
     return splat_int(f.draws.u[d * f.draws.draw_stride + p * f.draws.pair_stride + r * f.draws.apart]);
   });
-  for (int k = 0; k < f.rank; ++k) {
-    const Pair<F> v = {load(floats + k * kBlock), load(floats + k * kBlock + W)};
-    for (int r = 0; r < ROWS; ++r) {
-      const F n = splat(f.n[r * f.draws.apart * f.rank + k]);
-      const Pair<F> product = {mul(n, v.a), mul(n, v.b)};
-      sum[r] = k == 0 ? product : Pair<F>{add(sum[r].a, product.a), add(sum[r].b, product.b)};
-    }
-  }
+  multiply_factor<RANK, ROWS>(product, floats, rank, [&f, rank](int r, int k) { return splat(f.n[r * f.draws.apart * rank + k]); });
   const F alpha = splat(f.alpha);
-  for (int r = 0; r < ROWS; ++r) y[r] = {add(y[r].a, mul(sum[r].a, alpha)), add(y[r].b, mul(sum[r].b, alpha))};
+  for (int r = 0; r < ROWS; ++r) y[r] = {fma(product[r].a, alpha, y[r].a), fma(product[r].b, alpha, y[r].b)};
   store_rows<T, ROWS>(x, stride, y, count);
 }
 
-template <class T, int DRAWS, int ROWS>
+template <class T, int RANK, int DRAWS, bool DECAY, int ROWS>
 LOZO_INLINE void update_rows(T *x, int64_t stride, int64_t cols, const int32_t *pairs, const float *floats,
                              const MomentumFactors &f) {
+  const int64_t pairs_step = f.draws.pairs * kBlock, floats_step = f.rank * kBlock;
   int64_t j = 0;
-  for (; j + kBlock <= cols; j += kBlock, pairs += f.draws.pairs * kBlock, floats += f.rank * kBlock)
-    update_block<T, DRAWS, ROWS>(x + j, stride, kBlock, pairs, floats, f);
-  if (j < cols) update_block<T, DRAWS, ROWS>(x + j, stride, cols - j, pairs, floats, f);
+  for (; j + kBlock <= cols; j += kBlock, pairs += pairs_step, floats += floats_step)
+    update_block<T, RANK, DRAWS, DECAY, ROWS>(x + j, stride, kBlock, pairs, floats, f);
+  if (j < cols) update_block<T, RANK, DRAWS, DECAY, ROWS>(x + j, stride, cols - j, pairs, floats, f);
 }
 
-template <class T, int DRAWS>
+template <class T, int RANK, int DRAWS, bool DECAY>
 void update_panel(T *x, int64_t stride, int64_t rows, int64_t cols, const int32_t *pairs, const float *floats, MomentumFactors f) {
   const int64_t apart = f.draws.apart = rows / kAtOnce;
   for (int64_t i = 0; i < apart; ++i, x += stride, ++f.draws.u, f.n += f.rank)
-    update_rows<T, DRAWS, kAtOnce>(x, apart * stride, cols, pairs, floats, f);
+    update_rows<T, RANK, DRAWS, DECAY, kAtOnce>(x, apart * stride, cols, pairs, floats, f);
   const int64_t done = kAtOnce * apart, skip = done - apart;
   x += skip * stride, f.draws.u += skip, f.n += skip * f.rank;
   for (int64_t i = done; i < rows; ++i, x += stride, ++f.draws.u, f.n += f.rank)
-    update_rows<T, DRAWS, 1>(x, stride, cols, pairs, floats, f);
+    update_rows<T, RANK, DRAWS, DECAY, 1>(x, stride, cols, pairs, floats, f);
 }
 
-template <class T, int DRAWS>
-void update_panel_stochastic(T *x, int64_t stride, int64_t cols, Scratch *s, MomentumFactors f, const RoundingKey &key,
-                             const Tile &tile, int64_t col) {
+template <class T>
+using UpdatePanel = void (*)(T *, int64_t, int64_t, int64_t, const int32_t *, const float *, MomentumFactors);
+
+template <class T, int RANK>
+UpdatePanel<T> choose(int draws, bool decay) {
+  if (draws == 1) return decay ? update_panel<T, RANK, 1, true> : update_panel<T, RANK, 1, false>;
+  return decay ? update_panel<T, RANK, 2, true> : update_panel<T, RANK, 2, false>;
+}
+
+template <class T>
+UpdatePanel<T> choose(int rank, int draws, bool decay, bool folded) {
+  if constexpr (W > 4) {
+    if (folded && rank == 1) return choose<T, 1>(draws, decay);
+    if (folded && rank == 2) return choose<T, 2>(draws, decay);
+    if (folded && rank == 4) return choose<T, 4>(draws, decay);
+    if (folded && rank == 8) return choose<T, 8>(draws, decay);
+  }
+  return choose<T, 0>(draws, decay);
+}
+
+template <class T>
+void update_panel_stochastic(T *x, int64_t stride, int64_t cols, Scratch *s, MomentumFactors f, UpdatePanel<float> update,
+                             const RoundingKey &key, const Tile &tile, int64_t col) {
   for (int64_t i = 0; i < tile.rows; i += kAtOnce, f.draws.u += kAtOnce, f.n += kAtOnce * f.rank) {
     const int64_t some = tile.rows - i < kAtOnce ? tile.rows - i : kAtOnce;
     for (int64_t r = 0; r < some; ++r) read_row(s->rounding + r * cols, x + (i + r) * stride, cols);
-    update_panel<float, DRAWS>(s->rounding, cols, some, cols, s->pairs, s->floats, f);
+    update(s->rounding, cols, some, cols, s->pairs, s->floats, f);
     for (int64_t r = 0; r < some; ++r)
       write_row_stochastic(x + (i + r) * stride, s->rounding + r * cols, cols, global_element(tile, i + r) + col, key);
   }
 }
 
-template <class T, int DRAWS>
+template <class T>
 void update_tile(const Tile &tile, const OpCall &op, Scratch *s) {
   const lozo_call &call = *op.call;
-  const int rank = (int)call.rank, pairs = (rank + 1) / 2;
+  const int draws = (int)call.num_draws, rank = (int)call.rank, pairs = (rank + 1) / 2;
   const bool stochastic = call.rounding && sizeof(T) == 2;
   MomentumFactors f;
   f.rank = rank;
@@ -109,11 +126,13 @@ void update_tile(const Tile &tile, const OpCall &op, Scratch *s) {
   f.draws.draw_stride = pairs * kMaxTileRows;
   f.draws.unit = 0x1p-16f;
   f.draws.decay = call.decay ? call.decay[tile.index] : 1.0f;
-  for (int d = 0; d < DRAWS; ++d) {
+  for (int d = 0; d < draws; ++d) {
     f.draws.scales[d] = call.scales[d * op.count + tile.index];
     factor_pairs(s->u + d * f.draws.draw_stride, kMaxTileRows, call.seed, kStreamU, call.draw_steps[d], call.directions[d],
                  tile.tensor->tensor_id, (uint64_t)global_row(tile, 0), tile.rows, rank);
   }
+  const bool folded = W > 4 && fold_unit(f.draws, draws);
+  const UpdatePanel<T> update = choose<T>(rank, draws, call.decay != nullptr, folded);
   int64_t width = kPanelBytes / 4 / (pairs + rank) / kBlock * kBlock;
   if (width < kBlock) width = kBlock;
   if (stochastic && width > kRoundCols) width = kRoundCols;
@@ -126,17 +145,12 @@ void update_tile(const Tile &tile, const OpCall &op, Scratch *s) {
     build_pair_panel(s->pairs, interleaved, v + j, v_stride, rank, cols);
     build_float_panel(s->floats, interleaved, v + j, v_stride, rank, cols);
     if (!stochastic) {
-      update_panel<T, DRAWS>(x + j, tile.tensor->row_stride, tile.rows, cols, s->pairs, s->floats, f);
+      update(x + j, tile.tensor->row_stride, tile.rows, cols, s->pairs, s->floats, f);
     } else if constexpr (sizeof(T) == 2) {
-      update_panel_stochastic<T, DRAWS>(x + j, tile.tensor->row_stride, cols, s, f, rounding_key(call, *tile.tensor), tile, j);
+      update_panel_stochastic(x + j, tile.tensor->row_stride, cols, s, f, choose<float>(rank, draws, call.decay != nullptr, folded),
+                              rounding_key(call, *tile.tensor), tile, j);
     }
   }
-}
-
-template <class T>
-void update_tile(const Tile &tile, const OpCall &op, Scratch *s) {
-  if (op.call->num_draws == 1) return update_tile<T, 1>(tile, op, s);
-  return update_tile<T, 2>(tile, op, s);
 }
 
 void update_weights(const Tile &tile, char *scratch, const void *context) {

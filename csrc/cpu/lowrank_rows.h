@@ -1,4 +1,4 @@
-// A few rows of X at once: decay, then U V^T of each draw from int16 pairs, whose int32 sums are exact.
+// A few rows of X at once: decay, then U V^T of each draw from int16 pairs, whose int32 sums are exact; and C V^T of any C in fp32.
 #ifndef LOZO_LOWRANK_ROWS_H
 #define LOZO_LOWRANK_ROWS_H
 
@@ -59,6 +59,29 @@ LOZO_INLINE void add_products(Pair<F> *y, const int32_t *panel, const RowFactors
       y[r] = {add(y[r].a, mul(product.a, scale)), add(y[r].b, mul(product.b, scale))};
     }
   }
+}
+
+// sum <- C V^T for one block of columns, k ascending: a rounded product, then a fused multiply-add for each other k.
+template <int RANK, int ROWS, class LoadC>
+LOZO_INLINE void multiply_factor(Pair<F> *sum, const float *panel, int any_rank, LoadC load_c) {
+  const int rank = RANK ? RANK : any_rank;
+  for (int k = 0; k < rank; ++k) {
+    const Pair<F> v = {load(panel + k * kBlock), load(panel + k * kBlock + W)};
+    for (int r = 0; r < ROWS; ++r) {
+      const F c = load_c(r, k);
+      sum[r] = k == 0 ? Pair<F>{mul(c, v.a), mul(c, v.b)} : Pair<F>{fma(c, v.a, sum[r].a), fma(c, v.b, sum[r].b)};
+    }
+  }
+}
+
+constexpr int64_t kAhead = 1024;  // bytes: some hundred nanoseconds of a core's share of memory speed
+
+// Asks for the block of every row that lies kAhead further on. Hardware prefetchers lose the thread where work on a block is long.
+template <class T, int ROWS>
+LOZO_INLINE void prefetch_rows(const T *x, int64_t stride) {
+  for (int r = 0; r < ROWS; ++r)
+    for (int64_t at = 0; at < (int64_t)(kBlock * sizeof(T)); at += 64)
+      __builtin_prefetch((const char *)(x + r * stride) + kAhead + at);
 }
 
 template <class T, int ROWS, bool DECAY>

@@ -28,6 +28,7 @@ LOZO_INLINE void update_rows(T *x, int64_t stride, int64_t cols, const int32_t *
   Pair<F> y[ROWS];
   int64_t j = 0;
   for (; j + kBlock <= cols; j += kBlock, panel += step) {
+    prefetch_rows<T, ROWS>(x + j, stride);
     load_rows<T, ROWS, DECAY>(y, x + j, stride, kBlock, decay);
     add_products<PAIRS, DRAWS, ROWS>(y, panel, f, load_u);
     store_rows<T, ROWS>(x + j, stride, y, kBlock);

@@ -62,7 +62,7 @@ void add_to_gram(Scratch *s, int rank, int64_t cols) {
     }
 }
 
-// n <- n * ratio with k ascending, each a rounded multiply and a rounded add.
+// n <- n * ratio with k ascending: a rounded product, then a fused multiply-add for each other k.
 void reproject(Scratch *s, float *n, int64_t rows, int rank, int64_t cols) {
   for (int a = 0; a < rank; ++a)
     for (int b = 0; b < rank; ++b) s->ratio[a][b] = (float)((double)s->gram[a][b] * 0x1p-16 / (double)cols);
@@ -70,7 +70,7 @@ void reproject(Scratch *s, float *n, int64_t rows, int rank, int64_t cols) {
     float sum[LOZO_MAX_RANK];
     for (int b = 0; b < rank; ++b) sum[b] = n[0] * s->ratio[0][b];
     for (int k = 1; k < rank; ++k)
-      for (int b = 0; b < rank; ++b) sum[b] = sum[b] + n[k] * s->ratio[k][b];
+      for (int b = 0; b < rank; ++b) sum[b] = __builtin_fmaf(n[k], s->ratio[k][b], sum[b]);
     for (int b = 0; b < rank; ++b) n[b] = sum[b];
   }
 }

@@ -194,7 +194,7 @@ LOZO_INLINE void add_block(T *y, int64_t stride, int64_t count, const F *held, c
     const Pair<F> c = {load(panel + k * kBlock), load(panel + k * kBlock + W)};
     for (int t = 0; t < TOKENS; ++t) {
       const F a = RANK ? held[t * RANK + k] : splat(p[t * rank + k]);
-      sum[t] = {fma(a, c.a, sum[t].a), fma(a, c.b, sum[t].b)};
+      sum[t] = {multiply_add(a, c.a, sum[t].a), multiply_add(a, c.b, sum[t].b)};
     }
   }
   for (int t = 0; t < TOKENS; ++t) {

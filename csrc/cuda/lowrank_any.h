@@ -18,8 +18,8 @@ LOZO_DEVICE float product_any(const int16_t *u, const uint16_t *v, int64_t v_str
 }
 
 LOZO_DEVICE float momentum_product_any(const float *n, const uint16_t *v, int64_t v_stride, int rank) {
-  float sum = -0.0f;  // leaves the first term unchanged
-  for (int k = 0; k < rank; ++k) sum = LOZO_ADD(sum, LOZO_MUL(load_global(n + k), f16_to_float(load_global(v + k * v_stride))));
+  float sum = -0.0f;  // with which the first is a rounded product
+  for (int k = 0; k < rank; ++k) sum = LOZO_FMA(load_global(n + k), f16_to_float(load_global(v + k * v_stride)), sum);
   return sum;
 }
 
@@ -56,7 +56,7 @@ LOZO_DEVICE void update_any(const Launch &launch) {
                      LOZO_MUL(product_any(u[d][row], v + col, tensor.cols, rank), of_tensor(launch.call.scales, launch, tile, d)));
       if (MOMENTUM) {
         const float *n = (const float *)tensor.n + (tile.matrix * tensor.rows + tile.row + first + row) * rank;
-        y = LOZO_ADD(y, LOZO_MUL(momentum_product_any(n, v + col, tensor.cols, rank), of_tensor(launch.call.alpha, launch, tile)));
+        y = LOZO_FMA(momentum_product_any(n, v + col, tensor.cols, rank), of_tensor(launch.call.alpha, launch, tile), y);
       }
       const int64_t element = global_element(tile) + (first + row) * tensor.global_cols + col;
       if (launch.call.rounding) y = round_element(y, rounding, (uint64_t)element, dtype);

@@ -9,7 +9,7 @@ namespace lozo {
 
 constexpr int kExactRanks = 8;
 
-// With k ascending, each a rounded multiply and a rounded add.
+// With k ascending: a rounded product, then a fused multiply-add for each other k.
 template <class T>
 struct ExactProduct {
   static constexpr int steps = 1, groups = 2;
@@ -26,7 +26,7 @@ struct ExactProduct {
     LOZO_UNROLL
     for (int g = 0; g < groups; ++g) {
       LOZO_UNROLL
-      for (int i = 0; i < 8; ++i) sum[g][0][i] = sum[g][1][i] = -0.0f;  // leaves the first term unchanged
+      for (int i = 0; i < 8; ++i) sum[g][0][i] = sum[g][1][i] = -0.0f;  // with which the first is a rounded product
     }
     LOZO_NO_UNROLL
     for (int k = 0; k < rank; ++k) {
@@ -42,7 +42,7 @@ struct ExactProduct {
           const int row = kGroupRows * g + 8 * half;
           const float factor = row < rows ? load_global(n + (int64_t)row * rank + k) : 0.0f;
           LOZO_UNROLL
-          for (int i = 0; i < 8; ++i) sum[g][half][i] = LOZO_ADD(sum[g][half][i], LOZO_MUL(factor, v[i]));
+          for (int i = 0; i < 8; ++i) sum[g][half][i] = LOZO_FMA(factor, v[i], sum[g][half][i]);
         }
       }
     }
@@ -50,7 +50,7 @@ struct ExactProduct {
 
   LOZO_METHOD void add_to(float (&y)[2][8], int g, const Columns<steps> &, float alpha) const {
     LOZO_UNROLL
-    for (int i = 0; i < 8; ++i) multiply_add(y[0][i], sum[g][0][i], alpha), multiply_add(y[1][i], sum[g][1][i], alpha);
+    for (int i = 0; i < 8; ++i) y[0][i] = LOZO_FMA(sum[g][0][i], alpha, y[0][i]), y[1][i] = LOZO_FMA(sum[g][1][i], alpha, y[1][i]);
   }
 };
 
@@ -117,8 +117,8 @@ struct SplitProduct {
       multiply(rest, low[g], columns, j);
       LOZO_UNROLL
       for (int i = 0; i < 4; ++i) {
-        multiply_add(sum[i], rest[i], 0x1p-11f);
-        multiply_add(y[i / 2][2 * j + i % 2], LOZO_MUL(sum[i], unit[g][i / 2]), alpha);
+        float &value = y[i / 2][2 * j + i % 2];
+        value = LOZO_FMA(LOZO_MUL(LOZO_FMA(rest[i], 0x1p-11f, sum[i]), unit[g][i / 2]), alpha, value);
       }
     }
   }

@@ -63,7 +63,7 @@ static __global__ void __launch_bounds__(kResampleThreads) resample_factor(const
     ratios[i] = (float)((double)(long long)gram[i] * 0x1p-16 / (double)tensor.cols);
 }
 
-// Works on tiles of rows: multiplies N by the ratios with k ascending, each a rounded multiply and a rounded add.
+// Works on tiles of rows: multiplies N by the ratios with k ascending, by fused multiply-adds after a rounded product.
 static __global__ void __launch_bounds__(kResampleThreads) resample_momentum(const Launch launch) {
   __shared__ float before[kStaged];
   const Tile tile = find_tile(launch);
@@ -76,8 +76,8 @@ static __global__ void __launch_bounds__(kResampleThreads) resample_momentum(con
     __syncthreads();
     for (int i = (int)threadIdx.x; i < values; i += kResampleThreads) {
       const int row = i / rank, b = i % rank;
-      float sum = -0.0f;  // leaves the first term unchanged
-      for (int k = 0; k < rank; ++k) sum = LOZO_ADD(sum, LOZO_MUL(before[row * rank + k], ratios[k * rank + b]));
+      float sum = -0.0f;  // with which the first is a rounded product
+      for (int k = 0; k < rank; ++k) sum = LOZO_FMA(before[row * rank + k], ratios[k * rank + b], sum);
       store_global(n + i, sum);
     }
     __syncthreads();

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 
 from ..errors import InputError
-from ..kernels.checks import check_text, suggestion
+from ..kernels.checks import LARGEST_INTEGER, MAX_THREADS, check_text, shortened, suggestion
 from ..kernels.noise import MAX_RANK
 from ..kernels.table import DTYPES
 from .batches import LENGTH
@@ -51,7 +51,12 @@ class Parser(argparse.ArgumentParser):
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Adds the options that every measurement takes."""
     parser.add_argument("--device", type=device, default=torch.device("cpu"), help="where to measure (default: cpu)")
-    parser.add_argument("--threads", type=positive, help="threads of torch, which are this library's too (default: torch's choice)")
+    parser.add_argument(
+        "--threads", type=thread_count, help="threads of torch, which are this library's too (default: torch's choice)"
+    )
+    parser.add_argument(
+        "--seconds", type=positive, help="begin nothing more after so long, from the start of the process (default: measure all)"
+    )
     parser.add_argument("--json", action="store_true", help="print the JSON document instead of a table")
     parser.add_argument("--output", metavar="FILE", type=path, help="also write the JSON document to FILE")
 
@@ -130,9 +135,19 @@ def positive(text: str) -> int:
     try:
         value = int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+        raise argparse.ArgumentTypeError(f"{shortened(text)} is not an integer") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")
+    if value > LARGEST_INTEGER:
+        raise argparse.ArgumentTypeError(f"{shortened(value)} is above {LARGEST_INTEGER}")
+    return value
+
+
+def thread_count(text: str) -> int:
+    """Parses a number of threads that a system gives."""
+    value = positive(text)
+    if value > MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"{value} is above {MAX_THREADS}")
     return value
 
 

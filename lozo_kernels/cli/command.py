@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from ..bench.arguments import Parser, path
+from ..bench.document import progress
 from ..errors import InputError, JournalError
 from ..hf.command_line import add_options, read_options
 from ..hf.data.splits import TEST_SIZE
@@ -153,7 +154,7 @@ def _add_training(add: Callable[..., argparse.ArgumentParser]) -> None:
     evaluate.add_argument("--quiet", action="store_true", help="nothing on stderr")
 
     planner = add("plan", _plan, "memory and time of training a model, from its configuration alone")
-    planner.add_argument("--model", required=True, help="name on the Hub or a folder with config.json")
+    planner.add_argument("--model", required=True, type=_name, help="name on the Hub or a folder with config.json")
     add_options(planner, Workload)
     planner.add_argument("--json", action="store_true", help="print the plan as JSON")
 
@@ -242,7 +243,7 @@ def _plan(args: argparse.Namespace) -> int:
     from ..hf.planning.plan_report import render_plan
     from ..hf.planning.planner import plan
 
-    planned = plan(args.model, **vars(read_options(Workload, args)))
+    planned = plan(args.model, say=progress, **vars(read_options(Workload, args)))
     return _print(planned.to_dict(), args, lambda _: render_plan(planned))
 
 

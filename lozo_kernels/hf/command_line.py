@@ -12,12 +12,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from ..errors import InputError
-from ..kernels.checks import check_text, shortened, suggestion
+from ..kernels.checks import LARGEST_INTEGER, check_text, shortened, suggestion
 
 T = TypeVar("T")
-
-LARGEST_INTEGER = 2**31 - 1
-"""What integers of C hold that libraries keep such settings in."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from .loop.kept_weights import KeptWeights
 from .loop.measure import inference_peaks
 from .loop.processes import first_does, is_first, joined, own_folder
 from .loop.records import MetricsLog
-from .loop.scoring import score
+from .loop.scoring import check_examples, score
 from .loop.train import Outcome, eval_batch_size, evaluate, train
 from .models.checkpoint import load_model
 from .models.pretrained import computing, first_line
@@ -81,6 +82,8 @@ def finetune(
 
 def _run(settings: Settings, command: str, quiet: bool, resume: bool) -> dict[str, Any]:
     run, output = open_run(settings, quiet=quiet), Path(str(settings.output))
+    if run.data.test:
+        check_examples(run.objective, run.data.test, settings.max_new_tokens)
     keeper = new_keeper(output, settings, run.data, run.objective.name, run.train_set, run.dev_set)
     if resume:
         keeper = resumed_keeper(keeper)
@@ -95,6 +98,7 @@ def _run(settings: Settings, command: str, quiet: bool, resume: bool) -> dict[st
     if settings.compare_steps and measured:
         run.say(f"timing {settings.compare_steps} steps of the published way beside this library's, on copies of the model")
         comparison = compare(model, run.objective, measured, settings, run.device)
+        gc.collect()  # or the copies would be freed while the memory of steps is measured
     begin(output, going_on=resume, extended=keeper.extended)
     log = MetricsLog(output / METRICS, keeper.goes_on_at or 0)
     kept = KeptWeights(model, output, best=settings.keep == "best", earlier=log.evaluations)

@@ -6,7 +6,7 @@ import dataclasses
 
 from ..optim.optimizer import LOZO, MeZO, SubZero, ZerothOrderOptimizer
 
-_DENSE = ("eps", "directions", "placement", "backend", "momentum")
+_DENSE = ("eps", "directions", "one_sided", "placement", "backend", "momentum")
 _LOW_RANK = (*_DENSE, "rank", "interval", "scaling")
 _SUBSPACE = tuple(name for name in _LOW_RANK if name not in ("momentum", "scaling"))
 _TRAINING = ("steps", "k_shot", "lr", "lr_schedule", "weight_decay", "eval_every", "compare_steps", "parallel")
@@ -25,7 +25,7 @@ class Method:
         lr: default learning rate, of large models.
         embedded_lr: default learning rate of the embedded model, which is four to five orders of magnitude smaller than theirs.
         lr_schedule: default schedule (LOZO's paper, section 5: constant for LOZO and MeZO, linear for fine-tuning).
-        forwards: forward passes of a step and direction.
+        forwards: forward passes of a step with one direction on two sides.
         published: the published code has this method, so that it can be timed beside it.
     """
 
@@ -62,6 +62,10 @@ class Method:
         """The settings of other methods, which mean nothing to this one."""
         others = {*_LOW_RANK, "num_shots"} - set(self.uses)
         return frozenset(others if self.trains else others | set(_TRAINING))
+
+    def passes(self, directions: int, one_sided: bool) -> int:
+        """Forward passes of a step with so many directions, which share F(0) if they are one-sided."""
+        return directions + 1 if one_sided else self.forwards * directions
 
     def with_momentum(self, momentum: float) -> str:
         """Name of the method that this one is with a beta: LOZO and MeZO have another name with momentum than without."""

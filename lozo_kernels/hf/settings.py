@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..kernels.checks import MAX_THREADS
 from ..kernels.noise import MAX_RANK
 from ..model.config import PLACEMENTS, SCALINGS
 from .command_line import check_options, flag, option
@@ -18,8 +19,6 @@ from .tasks import TASKS
 
 DTYPES = ("float32", "bfloat16", "float16")
 SCHEDULES = ("constant", "linear", "cosine")
-MAX_THREADS = 1024
-"""More than any machine gains from; at some tens of thousands the system ends the process."""
 
 _data, _method, _run = (functools.partial(option, group=group) for group in ("model and data", "method", "run"))
 
@@ -62,6 +61,7 @@ class Settings:
     weight_decay: float = _method(0.0, "decoupled", low=0.0)
     scaling: str = _method("paper", "where 1/rank goes: paper, card or published", choices=SCALINGS)
     directions: int = _method(1, "directions per step", low=1)
+    one_sided: bool = _method(False, "F(+) - F(0) in place of F(+) - F(-): all directions of a step share F(0)")
     placement: str = _method("inplace", "inplace moves the weights, probe only reads them, or auto", choices=PLACEMENTS)
     parallel: str | None = _method(
         None, "what processes share: examples or directions (default: examples, under torchrun)", choices=("examples", "directions")
@@ -94,7 +94,7 @@ class Settings:
         self._check_data()
         self._check_method(method)
         demo = self.model is None and self.task is None and self.train_file is None
-        comparable = demo and self.directions == 1 and method.published
+        comparable = demo and self.directions == 1 and not self.one_sided and method.published
         file = self.train_file or self.dev_file
         task = self.task or (None if file else next(iter(TASKS)))
         common = dataclasses.replace(
@@ -136,8 +136,8 @@ class Settings:
     def _check_combinations(self) -> None:
         if self.k_shot is not None and (self.num_train is not None or self.num_dev is not None):
             raise InputError("--k-shot says how many train and dev examples there are: leave out --num-train and --num-dev")
-        if self.compare_steps and self.directions > 1:
-            raise InputError("--compare-steps goes with --directions 1: the published code has one direction a step")
+        if self.compare_steps and (self.directions > 1 or self.one_sided):
+            raise InputError("--compare-steps: the published code has one direction a step, on two sides")
 
     def _check_method(self, method: Method) -> None:
         for f in dataclasses.fields(self):

@@ -103,6 +103,7 @@ class Header:
         config, settings: of the handle and of the optimiser (``state_dict()["settings"]``).
         parameters: in canonical order, which is that of ``Handle.names``.
         groups: positions of the parameters of each group.
+        noise_version: of the contract on bits (:func:`lozo_kernels.model.contract.version_of`).
         first_step: index of the first step.
         made_with: versions and backends, from which a replay knows what is promised.
         about: notes of the program that trains, plain JSON.

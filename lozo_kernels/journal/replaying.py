@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import JournalError
-from ..kernels.noise import NOISE_VERSION
+from ..model.contract import version_of, version_problem
 from ..model.handle import Handle
 from ..optim.groups import rates_of
 from ..optim.optimizer import OPTIMIZERS, ZerothOrderOptimizer
@@ -78,8 +78,8 @@ def replay(model: nn.Module, journal: Source, upto: int | None = None, backend: 
         backend: name of a backend; None: the best of the device. Any gives the same bits, unless this raises or warns.
 
     Raises:
-        JournalError: the journal cannot be read, is of another model, other weights or another noise version, or its bits are not
-            promised on this backend; the weights are untouched.
+        JournalError: the journal cannot be read, is of another model, other weights or another version of the contract, or its bits
+            are not promised on this backend; the weights are untouched.
         ValueError: the journal has fewer steps than ``upto``; the weights are untouched.
     """
     run = _read(journal)
@@ -178,11 +178,10 @@ def retake(optimizer: ZerothOrderOptimizer, records: Iterable[Record]) -> None:
 def check_fits(run: RecordedRun, optimizer: ZerothOrderOptimizer, *, weights: bool = True) -> None:
     """Raises JournalError unless a journal is of this optimiser's model, settings and, with ``weights``, the same weights."""
     header, handle = run.header, optimizer.handle
-    if header.noise_version != NOISE_VERSION:
-        raise JournalError(
-            f"{run.source} is of noise version {header.noise_version}, and this version of lozo_kernels makes {NOISE_VERSION}: "
-            "use the version that it was written with"
-        )
+    needed = version_of(header.config, header.settings["momentum"])
+    problem = version_problem(str(run.source), header.noise_version, needed)
+    if problem is not None:
+        raise JournalError(problem)
     _check_settings(run, optimizer)
     mine = describe_parameters(handle, fingerprints=weights)
     theirs = header.parameters if weights else [dataclasses.replace(p, fingerprint="") for p in header.parameters]

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import JournalError
-from ..kernels.noise import NOISE_VERSION
+from ..model.contract import version_of
 from ..optim.optimizer import ZerothOrderOptimizer
 from ..optim.steps import StepInfo
 from .arrivals import Arrival, send
@@ -108,7 +108,7 @@ class Journal:
             optimizer.stepper.settings.of_run,
             describe_parameters(handle),
             describe_groups(optimizer),
-            NOISE_VERSION,
+            version_of(handle.config, optimizer.momentum),
             optimizer.steps_done,
             made_with(handle),
             notes,

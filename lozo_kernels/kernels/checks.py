@@ -16,6 +16,10 @@ from ..errors import InputError
 
 LARGEST = torch.finfo(torch.float32).max
 """The largest number that fp32 holds; all scalars reach the ops in fp32."""
+LARGEST_INTEGER = 2**31 - 1
+"""The largest integer that all libraries take for a size or a count."""
+MAX_THREADS = 1024
+"""More than any machine gains from. At some tens of thousands the system ends the process."""
 _LONGEST_PATH, _LONGEST_NAME = 4095, 255  # in bytes, on all usual file systems of Linux
 _SHOWN = 100
 
@@ -109,8 +113,9 @@ def check_text(named: str, text: str) -> None:
 
 def suggestion(word: str, known: Iterable[str]) -> str:
     """The word that may have been meant, as the end of a message; nothing if no known word is like it."""
-    close = difflib.get_close_matches(word, list(known), 1)
-    return f"; did you mean {close[0]}?" if close else ""
+    by_sound = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(word.lower(), by_sound, 1)
+    return f"; did you mean {by_sound[close[0]]}?" if close else ""
 
 
 def shortened(value: Any) -> str:

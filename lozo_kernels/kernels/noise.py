@@ -28,7 +28,10 @@ from torch import Tensor
 from .checks import check_integer, check_range
 
 NOISE_VERSION = 1
-"""Version of the contract. Checkpoints store it, so that a run is never resumed with other noise."""
+"""Version of the noise. Checkpoints store it, so that a run is never resumed with other noise."""
+CONTRACT_VERSION = 2
+"""Version of all promised bits: the noise, and what is computed with it. Version 2 changed the products with momentum and with the
+factors of merges (``reference.momentum_product``), and no noise. Checkpoints with such products store it instead."""
 
 STREAMS = {"U": 0, "V": 1, "Z": 2, "S": 3, "rounding": 8}
 MAX_DRAW = 1 << 28

@@ -187,7 +187,7 @@ def lowrank_merge_(
 ) -> None:
     """OUT <- decay * X + (N + scale * U) V^T: merges N into the weights or, with a draw, makes the weights that a probe evaluates.
 
-    The product has k ascending from 0, each a rounded multiply and a rounded add: promised in bits at any rank.
+    The product has k ascending from 0, each after the first by a fused multiply-add: promised in bits at any rank.
 
     Args:
         table: low-rank tensors with a factor (``v`` and ``n`` given), which are only read.

@@ -1,7 +1,7 @@
 """Every op on one tensor, in plain PyTorch: the truth that tests, benchmarks and the eager backend share.
 
 Each function is pure: it returns the new value and leaves its arguments alone. ``dtype`` is the arithmetic: ``torch.float32``
-reproduces the promised bits (one rounded multiply and one rounded add per term, in the order written here);
+reproduces the promised bits (each operation is rounded, in the order written here; :func:`fma` is one operation);
 ``torch.float64`` is the truth for error bounds. Rounding into the weight's own dtype is a separate last step
 (:func:`round_nearest`, :func:`round_stochastic`).
 
@@ -83,8 +83,29 @@ def momentum(
     return n
 
 
+def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a * b + c rounded once: the fused multiply-add of IEEE 754, which processors have as one instruction, in bits.
+
+    Args:
+        a, b, c: fp32, of shapes that broadcast; in fp64, which is for bounds only, each operation is rounded by itself.
+    """
+    if c.dtype != torch.float32:
+        return a * b + c
+    # fp64 holds a product of two fp32 exactly, but rounds the sum. Rounded to odd instead (to the neighbour whose last bit is 1,
+    # unless the sum is exact), it rounds to the fp32 nearest to the exact sum, because fp64 has more than two bits more.
+    product, c = a.double() * b.double(), c.double()
+    total = product + c
+    part = total - product
+    error = (product - (total - part)) + (c - part)  # exact (Knuth's TwoSum); NaN where the sum is not finite
+    towards = torch.where((error > 0) == (total > 0), 1, -1)  # the exact sum's other neighbour, in steps of the last bit
+    bits = total.view(torch.int64)
+    even = (bits & 1) == 0
+    inexact = (error.abs() > 0) & even  # no comparison with NaN holds
+    return torch.where(inexact, bits + towards, bits).view(torch.float64).to(torch.float32)
+
+
 def momentum_product(n: Tensor, v: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """N V^T with k ascending from 0, each a rounded multiply and a rounded add.
+    """N V^T with k ascending from 0: the first product is rounded, and every other is added by :func:`fma`.
 
     Args:
         n: (batch, rows, rank) fp32; v: (batch, rank, cols).
@@ -95,12 +116,12 @@ def momentum_product(n: Tensor, v: Tensor, *, dtype: torch.dtype = torch.float32
     n, v = n.to(dtype), v.to(dtype)
     acc = n[..., :, 0:1] * v[..., 0:1, :]
     for k in range(1, v.shape[-2]):
-        acc = acc + n[..., :, k : k + 1] * v[..., k : k + 1, :]
+        acc = fma(n[..., :, k : k + 1], v[..., k : k + 1, :], acc)
     return acc
 
 
 def apply_momentum(y: Tensor, product: Tensor, alpha: Tensor) -> Tensor:
-    """Y + alpha * (N V^T, or the dense momentum M): the last term of a momentum update, alpha being -lr / r or -lr."""
+    """Y + alpha * M, M being the dense momentum: the last term of an update of MeZO-M, alpha being -lr."""
     return y + product.to(y.dtype) * alpha.to(y.dtype)
 
 
@@ -124,10 +145,11 @@ def lowrank_momentum(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Returns X and N after a step of LOZO-M: N by :func:`momentum`, X by :func:`lowrank_update` with alpha * N V^T added last."""
+    """Returns X and N after a step of LOZO-M: N by :func:`momentum`, X by :func:`lowrank_update` and an :func:`fma` with
+    alpha and N V^T."""
     n = momentum(n, us, terms.coefficients, terms.beta, dtype=dtype)
     y = lowrank_update(x, v, us, scales, decay, dtype=dtype)
-    return apply_momentum(y, momentum_product(n, v, dtype=dtype), terms.alpha), n
+    return fma(momentum_product(n, v, dtype=dtype), terms.alpha.to(dtype), y), n
 
 
 def dense_momentum(
@@ -171,7 +193,7 @@ def lowrank_merge(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """decay * X + (F + scale * U) V^T, summed with k ascending: a probe's weight or, without draws, the merged weight.
+    """decay * X + (F + scale * U) V^T by :func:`momentum_product`: a probe's weight or, without draws, the merged weight.
 
     Args:
         x: (batch, rows, cols); v: (batch, rank, cols); f: (batch, rows, rank) fp32; us: (batch, rows, rank) each.

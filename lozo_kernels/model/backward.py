@@ -94,7 +94,8 @@ class Backward:
         self._hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         if intercept:
             model.__dict__[self._place] = self
-        for part in _parts(model) if intercept else (model, *_parts(model)):
+        self._parts = _parts(model) if intercept else [model, *_parts(model)]
+        for part in self._parts:
             self._hooks.append(part.register_forward_pre_hook(self._enter_part, prepend=True))
             self._hooks.append(part.register_forward_hook(self._leave_part, prepend=True, always_call=True))
 
@@ -117,7 +118,7 @@ class Backward:
             with self._inner():
                 output = self._call(*args, **kwargs)
             return refuse_gradients(output, self._refuse_evaluation)
-        if any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves((args, kwargs))):
+        if any(map(_requires_gradient, (*args, *kwargs.values()))):
             raise TypeError(
                 "an input of the driven model requires a gradient, and evaluations without a graph give it none: detach() it, and "
                 "train what made it together with the model, or use step(closure)"
@@ -198,9 +199,8 @@ class Backward:
 
     def _watch_hooks(self) -> None:
         """What forward hooks of the user keep of an evaluation is not to be differentiated either."""
-        ours = set(_parts(self.model)) | {self.model}
         for module in self.model.modules():
-            if forward_hooks(module) > (module in ours) and module not in self._hooked:
+            if forward_hooks(module) > self._parts.count(module) and module not in self._hooked:
                 self._hooked.add(module)
                 self._hooks.append(module.register_forward_hook(self._refuse_hooked, prepend=True))
 
@@ -298,6 +298,13 @@ class _Hang(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         gradient = ctx.gradient.to(ctx.device)
         return gradient * grad.reshape(()).to(gradient), None, None
+
+
+def _requires_gradient(x: Any) -> bool:
+    """Whether an argument is, or holds, a tensor that requires a gradient."""
+    if isinstance(x, Tensor):
+        return x.requires_grad
+    return isinstance(x, (dict, list, tuple)) and any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(x))
 
 
 def _parts(model: nn.Module, depth: int = 3) -> list[nn.Module]:

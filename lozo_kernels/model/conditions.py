@@ -72,11 +72,13 @@ class Buffers:
         self._now = list(map(dict.get, self._owned, self._keys))
         if not all(map(_alike, self._kept, self._now)):
             self._kept = [None if b is None else torch.empty_like(b) for b in self._now]
-        pairs = [(kept, b) for kept, b in zip(self._kept, self._now, strict=True) if b is not None]
-        self._pairs = list(map(list, zip(*pairs, strict=True)))
+        if self._now:
+            pairs = [(kept, b) for kept, b in zip(self._kept, self._now, strict=True) if b is not None]
+            self._pairs = list(map(list, zip(*pairs, strict=True)))
         if self._pairs:
             _copy(*self._pairs)
-        self._versions = versions_of(self._large)
+        if self._large:
+            self._versions = versions_of(self._large)
 
     def put_back(self) -> None:
         """Makes the buffers what they were at :meth:`keep`: the same tensors with the same values."""

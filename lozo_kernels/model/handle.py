@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -321,6 +322,27 @@ class Handle:
         if not fits:
             assert not isinstance(update.step, Tensor) and perturb_next is not None
             self.move(update.step + 1, None, (0, perturb_next))
+
+    def check_capturable(self) -> None:
+        """Raises ValueError if a captured graph cannot take steps on this handle."""
+
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """While the body runs, passes only warm up: a probe forgets afterwards that they were made. In place this does nothing:
+        passes with scales of 0 leave the weights as they are."""
+        yield
+
+    @property
+    def in_use(self) -> list[object]:
+        """Memory besides the weights that evaluations use, which a captured graph needs for as long as it is there."""
+        return []
+
+    def begin_replay(self, step: int) -> None:
+        """Called before a captured graph takes a step."""
+        self.enter_window(step)
+
+    def end_replay(self, step: int, *, decays: bool) -> None:
+        """Notes the update that a captured graph made. ``decays``: with weight decay."""
 
     def _same_window(self, step: Step) -> bool:
         """Whether the next step has the same V. It has for a step that is a tensor, by the contract of :meth:`update_`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
@@ -68,10 +69,10 @@ def refuse_gradients(output: Any, refusal: Refusal) -> Any:
             return _Refuse.apply(_anchor(output.device), output, refusal)
     if isinstance(output, MutableMapping):
         changed = {key: new for key, old in output.items() if (new := refuse_gradients(old, refusal)) is not old}
-        if changed:
-            output = copy.copy(output)
-            for key, new in changed.items():
-                output[key] = new
+        if changed and type(output) is dict:  # which the model may have kept; other mappings are made for the call
+            return output | changed
+        for key, new in changed.items():
+            output[key] = new
     elif isinstance(output, (tuple, list)):
         parts = [refuse_gradients(part, refusal) for part in output]
         if any(new is not old for new, old in zip(parts, output, strict=True)):
@@ -84,8 +85,9 @@ def refuse_gradients(output: Any, refusal: Refusal) -> Any:
     return output
 
 
+@functools.cache
 def _anchor(device: torch.device) -> Tensor:
-    """Something that requires a gradient, and is not a parameter that anybody looks at."""
+    """Something that requires a gradient, gets none, and is not a parameter that anybody looks at."""
     return torch.zeros((), dtype=torch.float32, device=device, requires_grad=True)
 
 

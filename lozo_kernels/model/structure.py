@@ -56,7 +56,7 @@ class Structure:
         self._parameters = _Places(parameters, lambda p: p is not None)
         self._blanks = _Places(parameters, lambda p: p is None)
         self._ties = [
-            (canonical(f"{owner.path}.{owner.attribute}"), _place(p.storage.owners[0]), _place(owner))
+            (canonical(f"{owner.path}.{owner.attribute}".removeprefix(".")), _place(p.storage.owners[0]), _place(owner))
             for p in trained
             if p.storage.resident
             for owner in p.storage.owners[1:]
@@ -76,7 +76,7 @@ class Structure:
         if not all(map(operator.is_, self._children.now(), self._children.before)):
             self._check_children()
         for name, (one, a), (two, b) in self._ties:
-            if one.get(a) is not two.get(b):
+            if one.get(a) is not two.get(b) and two.get(b) is not None:  # a name that is gone is no other parameter
                 raise RuntimeError(f"parameter {name!r} was untied from another after patching: {_WAY_OUT}")
         if sum(map(len, self._dicts)) != self._size or not all(map(operator.is_, self._blanks.now(), self._blanks.before)):
             self._check_additions()

@@ -31,7 +31,8 @@ class StorageWatch:
         self._gone: list[object] = []
         self._modules = [weakref.ref(p.storage.owners[0].module, self._gone.append) for p in parameters]
         resident = [p.storage.owners[0] for p in parameters if p.storage.resident]
-        self._places = [(own_parameters(owner.module), owner.attribute) for owner in resident]
+        self._owned = [own_parameters(owner.module) for owner in resident]
+        self._keys = [owner.attribute for owner in resident]
         self._shapes = [p.tensor.shape for p in parameters]
         self._seen: Seen | None = None
         self._seen_at: Step | None = None
@@ -49,7 +50,7 @@ class StorageWatch:
         """
         again = isinstance(step, int) and step == self._seen_at
         try:
-            tensors: list[Any] = [owned[name] for owned, name in self._places]
+            tensors: list[Any] = list(map(dict.__getitem__, self._owned, self._keys))
             addresses = list(map(Tensor.data_ptr, tensors))
             gone = bool(self._gone)
         except (KeyError, TypeError):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..model.interrupts import deferred_interrupt
-from ..model.losses import Closure
+from ..model.losses import pair_closures
 from ..model.passes import Update
 from ..model.weighed import StepClosure
 from .groups import rates_of
@@ -21,27 +21,32 @@ from .steps import Rates, StepInfo
 _WARM_UPS = 2  # runs before the capture, which compile kernels and upload constants
 
 
-def capture_step(optimizer: ZerothOrderOptimizer, closure: Closure | Sequence[Closure]) -> CapturedStep:
-    """Captures ``optimizer.step(closure)`` for replay. When it returns, weights and optimiser are as before.
+def capture_step(optimizer: ZerothOrderOptimizer, closure: Any, inputs: Any = None) -> CapturedStep:
+    """Captures ``optimizer.step(closure, inputs)`` for replay. When it returns, weights and optimiser are as before.
 
     The closure must be capturable: fixed shapes, no value read on the host, its batch in tensors that the caller overwrites
     (``batch.copy_(...)``) before each replay. The learning rate may change between replays, the storage of the model may not.
     The projected gradient stays on the device; V is redrawn between two replays when its window ends. On the CPU the same code
-    runs without a graph.
+    runs without a graph. A probe chooses sides and checks itself before the capture, as it does in a first step.
+
+    A replay gives the bits of ``optimizer.step(closure)`` if the forward pass gives the same bits inside a capture as outside of
+    one. Two that do not are known. transformers drops an attention mask of ones after reading it, which a capture forbids: it is
+    kept there, and attention takes another path, so leave a mask without padding out. And cuBLAS may choose another algorithm.
 
     Args:
         optimizer: of a model on one device.
-        closure: as for :meth:`ZerothOrderOptimizer.step`.
+        closure, inputs: as for :meth:`ZerothOrderOptimizer.step`. New values are copied into the tensors of ``inputs``.
 
     Returns:
         A callable that takes one step and returns the loss, a tensor that the next step overwrites.
 
     Raises:
-        ValueError: the handle is a probe, the model is on several devices, or the closure draws random numbers although the
-            optimiser promises all evaluations the same ones (dropout: call ``model.eval()`` or give
+        TypeError: ``evaluation="batched"`` without inputs.
+        ValueError: the model is on several devices, a probe has weights that are not always here, or the closure draws random
+            numbers although the optimiser promises all evaluations the same ones (dropout: call ``model.eval()`` or give
             ``common_random_numbers=False``).
     """
-    return CapturedStep(optimizer, closure)
+    return CapturedStep(optimizer, closure, inputs)
 
 
 class CapturedStep:
@@ -51,20 +56,24 @@ class CapturedStep:
     Its own stepper makes the passes that the optimiser's would make, with the step's number and rates in tensors.
     """
 
-    def __init__(self, optimizer: ZerothOrderOptimizer, closure: Closure | Sequence[Closure]) -> None:
+    def __init__(self, optimizer: ZerothOrderOptimizer, closure: Any, inputs: Any = None) -> None:
         handle, stepper = optimizer.handle, optimizer.stepper
-        if handle.probes:
-            raise ValueError("a captured step moves weights: use placement='inplace' with it")
+        self._closures, self._batches = pair_closures(closure, inputs)
+        if stepper.settings.evaluation == "batched" and self._batches is None:
+            raise TypeError(
+                "evaluation='batched' needs capture_step(optimizer, closure, inputs), with a closure that takes the inputs"
+            )
+        handle.check_capturable()
         if stepper.parallel is not None:
             raise ValueError("a captured step does not wait for other processes: leave parallel out; sharded models have it always")
         if len(handle.devices) != 1:
             raise ValueError(f"a step is captured on one device, and the trained parameters are on {len(handle.devices)}")
         self._optimizer = optimizer
         self._stepper = stepper
-        self._closures = [closure] if callable(closure) else list(closure)
         self._device = handle.devices[0]
         stepper.flush()
         handle.enter_window(stepper.count)
+        stepper.prepare(self._step_closures, self._batches)
         self._groups = handle.groups
         rates = rates_of(optimizer.param_groups, handle, self._device)
         self._rates = Rates(rates.lr.clone(), rates.weight_decay.clone() if isinstance(rates.weight_decay, Tensor) else 0.0)
@@ -72,9 +81,12 @@ class CapturedStep:
         self._captured = self._settings()
         self._uploaded: object = None
         self._left: Update | None = None
-        self._info, self._pending = self._warm_up()
-        self._from_rest = self._record(None)
-        self._from_pending = self._from_rest if self._pending is None else self._record(self._pending)
+        self._recorder, self._warming_up = _Recorder(self._device), False
+        with handle.rehearsal():
+            self._info, self._pending = self._warm_up()
+            self._from_rest = self._record(None)
+            self._from_pending = self._from_rest if self._pending is None else self._record(self._pending)
+            self._in_use = handle.in_use
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
@@ -90,7 +102,7 @@ class CapturedStep:
             raise RuntimeError("eps, momentum or another setting of the optimiser changed since the capture; capture again")
         if handle.window != step // handle.config.interval:
             stepper.flush()
-        handle.enter_window(step)
+        handle.begin_replay(step)
         if handle.groups is not self._groups:
             raise RuntimeError("storage of the model moved since the capture; capture again")
         self._fill(step)
@@ -100,6 +112,7 @@ class CapturedStep:
                 self._keep(pending)
             with stepper.lent():
                 (self._from_rest if pending is None else self._from_pending)()
+            handle.end_replay(step, decays=self._captured["decays"])
             self._left = None if self._pending is None else dataclasses.replace(self._pending, step=step)
             stepper.took(dataclasses.replace(self._info, step=step), self._left)
         stepper.watch(self._info.loss)
@@ -134,15 +147,22 @@ class CapturedStep:
         if pending is not None:
             twin.pending = dataclasses.replace(pending, step=twin.step - 1)
             twin.applied = twin.last_point
-        plus, minus = twin.evaluate([StepClosure(closure) for closure in self._closures])
-        return twin.conclude(twin.differences(plus, minus), plus, minus, self._rates)
+        plus, minus = twin.evaluate(self._step_closures, self._batches)
+        c = twin.differences(plus, minus)
+        return twin.conclude(c * float("nan") if self._warming_up else c, plus, minus, self._rates)
+
+    @property
+    def _step_closures(self) -> list[StepClosure]:
+        return [StepClosure(closure) for closure in self._closures]
 
     @torch.no_grad()
     def _warm_up(self) -> tuple[StepInfo, Update | None]:
-        """Runs every pass with eps = 0, which moves no weight: c is 0 / 0, and the update is skipped as not finite.
-        Returns the tensors that the graphs write a step's results to."""
+        """Runs every pass. The update is skipped, because c is not a number. Where evaluations move weights, which rounds them,
+        eps is 0; a probe has other kernels for a scale of 0. Returns the tensors that the graphs write a step's results to."""
         settings, before = self._stepper.settings, _random_state(self._device)
-        self._twin.settings.eps = 0.0
+        self._warming_up = True
+        if not self._stepper.handle.probes:
+            self._twin.settings.eps = 0.0
         with _side_stream(self._device):
             pending = None
             for _ in range(_WARM_UPS):
@@ -151,7 +171,7 @@ class CapturedStep:
                     self._twin.make(pending)
                     pending = None
             static = StepInfo(info.step, *(value.clone() for value in _tensors(info)))
-        self._twin.settings.eps = settings.eps
+        self._twin.settings.eps, self._warming_up = settings.eps, False
         if settings.common_random_numbers and _random_state(self._device) != before:
             raise ValueError(
                 "the closure draws random numbers (dropout?), which a captured step cannot repeat for each evaluation: call "
@@ -174,19 +194,36 @@ class CapturedStep:
             for static, value in zip(_tensors(self._info), _tensors(info), strict=True):
                 static.copy_(value)
 
-        if self._device.type != "cuda":
-            return body
-        graph = torch.cuda.CUDAGraph()
-        # A stream of this device: torch's own for captures belongs to the device that first needed one.
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, stream=torch.cuda.Stream(self._device)):
-            body()
-        return graph.replay
+        return self._recorder.record(body)
 
     def _keep(self, pending: Update) -> None:
         """Copies an update to where the next step reads it."""
         assert self._pending is not None
         for static, value in zip(_update_tensors(self._pending), _update_tensors(pending), strict=True):
             static.copy_(value)
+
+
+class _Recorder:
+    """Records the graphs of one step. They share their memory, which they may because no two of them run at once and nothing
+    that a graph leaves there is read by another: results are in tensors from before the capture."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            # A stream of this device: torch's own for captures belongs to the device that first needed one.
+            self._stream = torch.cuda.Stream(device)
+            self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, body: Callable[[], None]) -> Callable[[], None]:
+        """Returns what replays the body: its graph, or on the CPU the body itself."""
+        if self._device.type != "cuda":
+            return body
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may call CUDA meanwhile: that of a loader which pins memory does.
+        capture = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
+        with torch.cuda.device(self._device), capture:
+            body()
+        return graph.replay
 
 
 def _tensors(info: StepInfo) -> list[Tensor]:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.noise import MAX_DRAW, NOISE_VERSION
+from ..kernels.noise import MAX_DRAW
+from ..model.contract import version_of, version_problem
 from ..model.handle import Handle
 from ..model.momentum import check_saved
 from .groups import Groups, check_settings, trained_names
@@ -44,13 +45,17 @@ def load_state(state: dict[str, Any], stepper: Stepper, groups: Groups, needed: 
     _check_state(state, handle, needed, kind)
     if stepper.log is not None and state["step"] != stepper.count:
         raise RuntimeError("the optimiser has a journal, which cannot say how it came to another state: close() it first")
-    for key, value in _setup(stepper).items():
-        saved = state.get(key)
+    setup = _setup(stepper)
+    for key in ("patch", "settings"):
+        saved, value = state.get(key), setup[key]
         if saved != value:
             what = key
             if isinstance(saved, dict) and isinstance(value, dict):
                 what = ", ".join(k for k in value if saved.get(k) != value[k]) or key
             raise ValueError(f"the state was saved under other settings; differing: {what} (saved {saved}, now {value})")
+    problem = version_problem("the state", state["noise_version"], setup["noise_version"])
+    if problem is not None:
+        raise ValueError(problem)
     saved_groups = state["param_groups"]
     if trained_names(groups, handle) != [list(g["params"]) for g in saved_groups]:
         raise ValueError("the state was saved with other parameter groups")
@@ -72,7 +77,7 @@ def load_state(state: dict[str, Any], stepper: Stepper, groups: Groups, needed: 
 def _setup(stepper: Stepper) -> dict[str, Any]:
     """What the saved and the loading optimiser must have in common."""
     return {
-        "noise_version": NOISE_VERSION,
+        "noise_version": version_of(stepper.handle.config, stepper.settings.momentum),
         "patch": stepper.handle.config.to_dict(),
         "settings": stepper.settings.of_run,
     }

@@ -127,7 +127,8 @@ class Stepper:
         settings = self.settings
         conditions = self.handle.conditions(randomness=settings.common_random_numbers)
         alone = closures if batches is None else bind_inputs(closures, batches)
-        self.handle.prepare(alone, conditions, step=0 if isinstance(self.step, Tensor) else self.step)
+        if not isinstance(self.step, Tensor):  # otherwise prepare() was called
+            self.handle.prepare(alone, conditions, step=self.step)
         try:
             if settings.evaluation == "batched":
                 assert batches is not None
@@ -140,6 +141,18 @@ class Stepper:
         if self.parallel is None:
             return torch.stack(plus), torch.stack(minus)
         return self.parallel.combine(self.count, plus, minus, settings.directions)
+
+    def prepare(self, closures: Sequence[Any], batches: Sequence[Any] | None = None) -> None:
+        """Makes what :meth:`evaluate` makes before its evaluations, for the steps of a :meth:`twin`, which read no value."""
+        conditions = self.handle.conditions(randomness=self.settings.common_random_numbers)
+        alone = closures if batches is None else bind_inputs(closures, batches)
+        try:
+            self.handle.prepare(alone, conditions, step=self.count)
+            if self.settings.evaluation == "batched":
+                assert batches is not None
+                self._check_batches(closures, batches, conditions)
+        finally:
+            conditions.put_back()
 
     def differences(self, plus: Tensor, minus: Tensor) -> Tensor:
         """Returns c, the projected gradients, (directions,) fp64."""
@@ -311,6 +324,10 @@ class Stepper:
         self.info = info
         self.skipped_total, self.skipped_in_a_row, self.flat = info.skipped_total, info.skipped_in_a_row, info.flat
 
+    def _check_batches(self, closures: Sequence[BatchClosure], batches: Sequence[Any], conditions: Conditions) -> None:
+        if not self._batches_checked:
+            self._batches_checked = self.handle.check_batches(closures, batches, conditions, step=self.count)
+
     def _is_mine(self, direction: int) -> bool:
         """Whether this process evaluates a direction."""
         return self.parallel is None or self.parallel.evaluates(direction, self.settings.directions)
@@ -344,8 +361,8 @@ class Stepper:
         examples = {count_examples(inputs) for inputs in batches}
         if len(examples) > 1:
             raise ValueError(f"micro-batches that are evaluated together have one number of examples, not {sorted(examples)}")
-        if not self._batches_checked:
-            self._batches_checked = handle.check_batches(closures, batches, conditions, step=self.count)
+        if not isinstance(self.step, Tensor):
+            self._check_batches(closures, batches, conditions)
         offsets = [point for point in self.points if self._is_mine(point[0])]
         if not two_sided:
             offsets.append((0, 0.0))

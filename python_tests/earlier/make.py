@@ -1,7 +1,8 @@
 """Writes what ``test_earlier.py`` reads: journals, states and the weights that follow from them, with the package at hand.
 
 The files here were written by version 0.1.0 at commit 6fe3f91 (``python -m python_tests.earlier.make``, with the package of that
-commit on the path). They are not written anew when the code changes: a later version has to read them.
+commit on the path). They are not written anew when the code changes: a later version has to read them, or to refuse them where the
+contract on bits has another version. Those of contract_2 are of the first commit whose contract has version 2.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,6 +30,10 @@ RUNS = {
     "lozo_m_probe": (LOZO, {"rank": 4, "placement": "probe", "side": "activation", "momentum": 0.8, "weight_decay": 0.1}),
     "mezo_m": (MeZO, {"momentum": 0.5}),
 }
+
+
+CONTRACT_2 = ("lozo_m_fused", "lozo_probe", "lozo_m_probe")
+"""Runs with products that version 2 of the contract sums in another way: ``main(CONTRACT_2, HERE / "contract_2")``."""
 
 
 class Net(nn.Module):
@@ -81,18 +87,19 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.state_dict().items()}
 
 
-def main() -> None:
-    """Writes everything."""
+def main(names: Sequence[str] = tuple(RUNS), folder: Path = HERE) -> None:
+    """Writes everything about some runs into a folder."""
+    folder.mkdir(exist_ok=True)
     saved = {}
-    for name in RUNS:
-        model, optimizer, journal = build(name, HERE)
+    for name in names:
+        model, optimizer, journal = build(name, folder)
         take(model, optimizer, range(SAVED_AFTER))
         entry = {"state": copy.deepcopy(optimizer.state_dict()), "weights": weights(model)}
         take(model, optimizer, range(SAVED_AFTER, STEPS))
         journal.finish()
         saved[name] = entry | {"final": weights(model)}
-    torch.save(saved, HERE / "states.pt")
-    print(json.dumps({name: len((HERE / f"{name}.journal").read_bytes()) for name in RUNS}))
+    torch.save(saved, folder / "states.pt")
+    print(json.dumps({name: len((folder / f"{name}.journal").read_bytes()) for name in names}))
 
 
 if __name__ == "__main__":

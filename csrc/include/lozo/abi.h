@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define LOZO_ABI_VERSION 3
+#define LOZO_ABI_VERSION 4
 #define LOZO_MAX_RANK 64
 #define LOZO_MAX_DRAWS 2
 

@@ -5,7 +5,7 @@
 
 #include "lozo/abi.h"
 
-#define LOZO_CUDA_ABI_VERSION 1
+#define LOZO_CUDA_ABI_VERSION 2
 #define LOZO_ANY_DTYPE (-1)
 
 #ifdef __cplusplus

@@ -13,13 +13,15 @@
 #define LOZO_FN static inline
 #endif
 
-// Rounded operations that no compiler may contract; host code relies on -ffp-contract=off.
+// Rounded operations that no compiler may contract; host code relies on -ffp-contract=off. LOZO_FMA is a * b + c rounded once.
 #if defined(__CUDA_ARCH__)
 #define LOZO_MUL(a, b) __fmul_rn(a, b)
 #define LOZO_ADD(a, b) __fadd_rn(a, b)
+#define LOZO_FMA(a, b, c) __fmaf_rn(a, b, c)
 #else
 #define LOZO_MUL(a, b) ((a) * (b))
 #define LOZO_ADD(a, b) ((a) + (b))
+#define LOZO_FMA(a, b, c) __builtin_fmaf(a, b, c)
 #endif
 
 #if defined(__CUDACC__)

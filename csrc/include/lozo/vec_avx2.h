@@ -1,4 +1,4 @@
-// AVX2, FMA (only where no bits are promised: it contracts), F16C.
+// AVX2, FMA, F16C.
 #include <immintrin.h>
 
 namespace lozo {
@@ -14,8 +14,9 @@ LOZO_INLINE F load(const float *p) { return _mm256_loadu_ps(p); }
 LOZO_INLINE void store(float *p, F x) { _mm256_storeu_ps(p, x); }
 LOZO_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 LOZO_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
-// sum + a * b, for results that are not promised in bits: fused where the machine has it.
+// sum + a * b rounded once; multiply_add is for results that are not promised in bits, and fused where that is fast.
 LOZO_INLINE F fma(F a, F b, F sum) { return _mm256_fmadd_ps(a, b, sum); }
+LOZO_INLINE F multiply_add(F a, F b, F sum) { return fma(a, b, sum); }
 LOZO_INLINE float sum_lanes(F x) {
   const __m128 halves = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   const __m128 pair = _mm_add_ps(halves, _mm_movehl_ps(halves, halves));
@@ -106,13 +107,18 @@ struct Io<float> {
   }
 };
 
-// Round to nearest even into the upper half of each lane; NaN becomes the quiet NaN.
-LOZO_INLINE I round_to_upper_half(F y) {
-  const I u = _mm256_castps_si256(y);
-  const I odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-  const F rounded = _mm256_castsi256_ps(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))));
-  const F nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
-  return _mm256_castps_si256(_mm256_blendv_ps(rounded, nan, _mm256_cmp_ps(y, y, _CMP_UNORD_Q)));
+// Rounds to nearest even, interleaved; NaN becomes the quiet NaN. Works on 16-bit lanes, twice as many at once: ``high`` is what
+// truncation keeps, and it goes up by one if ``low`` is above the half, or at the half while ``high`` is odd.
+LOZO_INLINE I round_to_bf16(Pair<F> y) {
+  if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(y.a, y.b, _CMP_UNORD_Q)), 0)) {
+    const F nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
+    y.a = _mm256_blendv_ps(y.a, nan, _mm256_cmp_ps(y.a, y.a, _CMP_UNORD_Q));
+    y.b = _mm256_blendv_ps(y.b, nan, _mm256_cmp_ps(y.b, y.b, _CMP_UNORD_Q));
+  }
+  const I a = _mm256_castps_si256(y.a), b = _mm256_castps_si256(y.b);
+  const I high = _mm256_blend_epi16(_mm256_srli_epi32(a, 16), b, 0xAA), low = _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xAA);
+  const I odd = _mm256_and_si256(high, _mm256_set1_epi16(1)), above_half = _mm256_xor_si256(low, _mm256_set1_epi16(INT16_MIN));
+  return _mm256_sub_epi16(high, _mm256_cmpgt_epi16(_mm256_adds_epi16(above_half, odd), _mm256_setzero_si256()));
 }
 
 template <>
@@ -123,10 +129,7 @@ struct Io<bf16> {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(x, 16)),
             _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32((int32_t)0xffff0000)))};
   }
-  LOZO_INLINE void store(bf16 *p, Pair<F> y) {
-    const I even = _mm256_srli_epi32(round_to_upper_half(y.a), 16);
-    _mm256_storeu_si256((__m256i *)p, _mm256_blend_epi16(even, round_to_upper_half(y.b), 0xAA));
-  }
+  LOZO_INLINE void store(bf16 *p, Pair<F> y) { _mm256_storeu_si256((__m256i *)p, round_to_bf16(y)); }
 };
 
 template <>

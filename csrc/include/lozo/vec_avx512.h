@@ -16,8 +16,9 @@ LOZO_INLINE F load(const float *p) { return _mm512_loadu_ps(p); }
 LOZO_INLINE void store(float *p, F x) { _mm512_storeu_ps(p, x); }
 LOZO_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 LOZO_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
-// sum + a * b, for results that are not promised in bits: fused where the machine has it.
+// sum + a * b rounded once; multiply_add is for results that are not promised in bits, and fused where that is fast.
 LOZO_INLINE F fma(F a, F b, F sum) { return _mm512_fmadd_ps(a, b, sum); }
+LOZO_INLINE F multiply_add(F a, F b, F sum) { return fma(a, b, sum); }
 LOZO_INLINE float sum_lanes(F x) { return _mm512_reduce_add_ps(x); }
 LOZO_INLINE F to_float(I x) { return _mm512_cvtepi32_ps(x); }
 
@@ -128,17 +129,21 @@ struct Io<float> {
   }
 };
 
-// Round to nearest even into the upper half of each lane; NaN becomes the quiet NaN.
-LOZO_INLINE I round_to_upper_half(F y) {
-  const I u = _mm512_castps_si512(y);
-  const I odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  const I rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
-}
-
+// Rounds to nearest even, interleaved; NaN becomes the quiet NaN. Works on 16-bit lanes, twice as many at once: ``high`` is what
+// truncation keeps, and it goes up by one if ``low`` is above the half, or at the half while ``high`` is odd.
 LOZO_INLINE I round_to_bf16_exact(Pair<F> y) {
-  const I even = _mm512_srli_epi32(round_to_upper_half(y.a), 16);
-  return _mm512_mask_blend_epi16(0xAAAAAAAAu, even, round_to_upper_half(y.b));
+  const __mmask16 any = _mm512_cmp_ps_mask(y.a, y.b, _CMP_UNORD_Q);
+  if (__builtin_expect(!_kortestz_mask16_u8(any, any), 0)) {
+    const F nan = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000));
+    y.a = _mm512_mask_mov_ps(y.a, _mm512_cmp_ps_mask(y.a, y.a, _CMP_UNORD_Q), nan);
+    y.b = _mm512_mask_mov_ps(y.b, _mm512_cmp_ps_mask(y.b, y.b, _CMP_UNORD_Q), nan);
+  }
+  const I a = _mm512_castps_si512(y.a), b = _mm512_castps_si512(y.b);
+  const I high = _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(a, 16), b);
+  const I low = _mm512_mask_blend_epi16(0xAAAAAAAAu, a, _mm512_slli_epi32(b, 16));
+  // (~high & 1) | 0x8000
+  const I least = _mm512_ternarylogic_epi32(high, _mm512_set1_epi16(1), _mm512_set1_epi16(INT16_MIN), 0xAE);
+  return _mm512_mask_add_epi16(high, _mm512_cmpge_epu16_mask(low, least), high, _mm512_set1_epi16(1));
 }
 
 #if defined(LOZO_ISA_avx512_bf16)

@@ -23,8 +23,13 @@ LOZO_INLINE F load(const float *p) {
 LOZO_INLINE void store(float *p, F x) { memcpy(p, &x, sizeof x); }
 LOZO_INLINE F mul(F a, F b) { return a * b; }
 LOZO_INLINE F add(F a, F b) { return a + b; }
-// sum + a * b, for results that are not promised in bits: fused where the machine has it.
-LOZO_INLINE F fma(F a, F b, F sum) { return a * b + sum; }
+// sum + a * b rounded once; multiply_add is for results that are not promised in bits, and fused where that is fast.
+LOZO_INLINE F fma(F a, F b, F sum) {
+  F y;
+  for (int i = 0; i < W; ++i) y[i] = __builtin_fmaf(a[i], b[i], sum[i]);
+  return y;
+}
+LOZO_INLINE F multiply_add(F a, F b, F sum) { return a * b + sum; }
 LOZO_INLINE float sum_lanes(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 LOZO_INLINE F to_float(I x) { return __builtin_convertvector(x, F); }
 

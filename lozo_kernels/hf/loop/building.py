@@ -23,11 +23,12 @@ def build_optimizer(model: nn.Module, settings: Settings) -> ZerothOrderOptimize
     """
     method = METHODS[settings.method]
     assert method.optimizer is not None
-    names = ["lr", "weight_decay", "seed", *(name for name in method.uses if name != "placement")]
+    names = ["lr", "weight_decay", "seed", *(name for name in method.uses if name not in ("placement", "one_sided"))]
     # Fused steps save passes over the weights, of which a probe makes none.
     placing = {"fuse_steps": True} if settings.placement == "inplace" else {"placement": settings.placement}
+    options = placing | {"parallel": settings.parallel, "two_sided": not settings.one_sided}
     try:
-        return method.optimizer(model, parallel=settings.parallel, **placing, **{name: getattr(settings, name) for name in names})
+        return method.optimizer(model, **options, **{name: getattr(settings, name) for name in names})  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError) as e:
         raise _untrainable(settings, e) from None
 

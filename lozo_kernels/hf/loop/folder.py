@@ -81,7 +81,11 @@ def find_run(folder: Path) -> str | None:
         return "holds a finished run"
     if (folder / MODEL).is_dir():
         return "holds a model"
-    return "holds the metrics of a run" if any(isinstance(r, StepRecord) for _, r in read_metrics(folder / METRICS)) else None
+    try:
+        steps = sum(isinstance(record, StepRecord) for _, record in read_metrics(folder / METRICS))
+    except InputError:
+        return f"holds a file {METRICS} that is damaged, or of something else"
+    return f"holds the metrics of a run of {steps} steps" if steps else None
 
 
 def begin(folder: Path, *, going_on: bool, extended: int | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import gc
 import itertools
 import os
 import time
@@ -145,6 +146,7 @@ def inference_peaks(
     def peak(batch: Sequence[Encoded]) -> int | None:
         return forward_peak(lambda: objective.loss(model, objective.collate(batch, device)), device)
 
+    gc.collect()  # what is left of other models may be freed at any time: a block in which it is would seem to take less
     return [peak(batch) for batch in batches]
 
 

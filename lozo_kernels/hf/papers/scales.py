@@ -9,9 +9,10 @@ import torch
 
 from ...bench.document import progress
 from ...errors import InputError
+from ...kernels.checks import MAX_THREADS
 from ..command_line import check_options, option
 from ..methods import METHODS
-from ..settings import DTYPES, MAX_THREADS
+from ..settings import DTYPES
 from .results import TABLES, PaperTable
 
 PAPER = "paper"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,8 @@ _PASSES = 2  # over the weights in a fused step in place, each reads and writes 
 _LAUNCH = 1e-5  # seconds of a small kernel's launch, where nothing is measured
 _SIDE = 4096  # of the matrices that are measured
 _TOKENS = 128
+_FIRST_SIDE = 256
+_LONG = 0.05  # seconds of a call that is long enough to measure; a product in fp16 takes minutes on many CPUs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +62,35 @@ def measured_machine(
     with torch.no_grad():
         x = torch.ones(_SIDE, _SIDE, dtype=dtype, device=device)
         bandwidth = 2 * x.nbytes / fastest(lambda: x.mul_(1.0), device)
-        inputs = torch.ones(_TOKENS, _SIDE, dtype=dtype, device=device)
-        flops = 2 * inputs.numel() * _SIDE / fastest(lambda: inputs @ x, device)
-        passes = 0.0
+
+        def product(side: int) -> float:
+            inputs = torch.ones(_TOKENS, side, dtype=dtype, device=device)
+            return fastest(lambda: inputs @ x[:side, :side], device)
+
+        side, seconds = _long_enough(product)
+        flops, passes = 2 * _TOKENS * side**2 / seconds, 0.0
         if make_optimizer is not None:
-            model = nn.Module()
-            model.weight = nn.Parameter(x)
-            optimizer, loss = make_optimizer(model), torch.zeros((), device=device, dtype=torch.float32)
-            passes = fastest(lambda: optimizer.step(lambda: loss), device) / x.numel()
-            optimizer.handle.restore()
+            side, seconds = _long_enough(functools.partial(_step_seconds, make_optimizer, x))
+            passes = seconds / side**2
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     return Machine(f"measured here ({where})", bandwidth, flops, passes, measure_costs(device, dtype, rank, None))
+
+
+def _step_seconds(make_optimizer: Callable[[nn.Module], ZerothOrderOptimizer], x: torch.Tensor, side: int) -> float:
+    """Seconds of a step in place on a square weight of so many rows, whose values are in x."""
+    model = nn.Module()
+    model.weight = nn.Parameter(x[:side, :side].clone())
+    optimizer, loss = make_optimizer(model), torch.zeros((), device=x.device, dtype=torch.float32)
+    seconds = fastest(lambda: optimizer.step(lambda: loss), x.device)
+    optimizer.handle.restore()
+    return seconds
+
+
+def _long_enough(seconds_of: Callable[[int], float]) -> tuple[int, float]:
+    """The side of a square matrix that takes long enough to measure, and its seconds: a large one may take minutes."""
+    side = _FIRST_SIDE
+    while True:
+        seconds = seconds_of(side)
+        if seconds > _LONG or side == _SIDE:
+            return side, seconds
+        side *= 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,11 +96,12 @@ class Plan(Workload):
         return values | {"placement": self.options[0].placement, "inference_bytes": self.inference_bytes}
 
 
-def plan(model: str | Any, **workload: Any) -> Plan:
+def plan(model: str | Any, *, say: Callable[[str], None] | None = None, **workload: Any) -> Plan:
     """Memory and time of training a model, without its weights.
 
     Args:
         model: name on the Hub, a folder with config.json, or a configuration of transformers.
+        say: is told when this machine is measured, which takes some seconds.
         workload: fields of :class:`~lozo_kernels.hf.planning.workload.Workload`: method, rank, interval, dtype, batch_size,
             sequence_length, placement, trust_remote_code, device_bandwidth, device_tflops.
 
@@ -117,6 +119,8 @@ def plan(model: str | Any, **workload: Any) -> Plan:
     parameters = list(dry.model.parameters())
     weight_bytes = sum(p.nbytes for p in parameters)
     method = ZEROTH_ORDER.get(asked.method)
+    if say is not None and asked.device_bandwidth is None:
+        say("measuring this machine; with --device-bandwidth times are worked out from that instead")
     machine = _machine(asked, dtype, method)
     forward_seconds = machine.forward_seconds(forward.flops, weight_bytes)
     passes = _FT_FORWARDS * forward_seconds

@@ -37,6 +37,7 @@ def summarize(
     settings, method = run.settings, METHODS[run.settings.method]
     step_ms = statistics.median(r.step_ms for r in steady) if steady else None
     forwards_ms = statistics.median(r.forwards_ms for r in steady) if steady else None
+    passes = method.passes(settings.directions, settings.one_sided)
     before = log.evaluations[0] if log.evaluations else None
     after = log.evaluations[-1] if len(log.evaluations) > 1 else None
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -68,7 +69,7 @@ def summarize(
         "train_seconds": outcome.seconds,
         "step_ms": step_ms,
         "forwards_ms": forwards_ms,
-        "two_forwards_ms": forwards_ms / settings.directions if forwards_ms and method.forwards == 2 else None,
+        "two_forwards_ms": 2 * forwards_ms / passes if forwards_ms and method.forwards == 2 else None,
         "outside_forwards": None if not step_ms or forwards_ms is None else 1 - forwards_ms / step_ms,
         "weight_bytes": weight_bytes,
         "inference_peak_bytes": inference,
@@ -111,7 +112,7 @@ def render_summary(summary: dict[str, Any]) -> str:
     if s.get("test"):
         scored = ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in s["test"]["metrics"].items())
         lines.append(f"{s['test']['examples']} test examples, after: {scored or format(s['test']['loss'], '.4f')}")
-    lines += ["", text_table(_costs(s, method.forwards * settings["directions"]), gap=4), ""]
+    lines += ["", text_table(_costs(s, method.passes(settings["directions"], settings.get("one_sided", False))), gap=4), ""]
     lines += [f"note: {note}" for note in s["notes"]]
     lines.append(f"saved in {s['output']}: model/, metrics.jsonl, summary.json, loss.png")
     if s["stopped"]:

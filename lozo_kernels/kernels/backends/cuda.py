@@ -23,7 +23,7 @@ from .native import Factor
 from .shared_library import open_library
 from .structs import int64s, pointers
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 _BAD_ARGUMENT = 1  # a lozo_status
 _KERNELS = ("lowrank_update", "dense_update", "lowrank_momentum", "dense_momentum")
@@ -92,7 +92,8 @@ class CudaBackend(Backend):
             return str(error)
         if device.type == "cuda" and not torch.cuda.is_available():
             return "PyTorch finds no CUDA device"
-        status = library.lozo_cuda_probe(_index(device))
+        with _current(device):  # the library makes the device current to ask it
+            status = library.lozo_cuda_probe(_index(device))
         if status == 0:
             return None
         which = ""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class ProbeHandle(Handle):
         self._ledger = Ledger(self.members, self.config)
         self._states: list[StateGroup] = []
         self._resting: list[Group] = []
+        self._away: dict[Member, Group] = {}
         self._applied: Point | None = None
         self._last_step = 0
         self._warned = False
@@ -125,6 +127,7 @@ class ProbeHandle(Handle):
             self.precision = preparation.precision
             self.prepared = True
         else:
+            preparation.precision = self.precision
             self._notes += preparation.look_again() if look else preparation.check()
         self._lookout.stand()
         self._versions.look()  # a check changes weights and puts them back
@@ -215,13 +218,50 @@ class ProbeHandle(Handle):
         run_update(self._resting, update)
         for member in self.members:
             if member.b is None and not member.storage.resident:
-                with member.storage.borrowed(member.device) as shard:
+                with self.probed.borrowed(member) as shard:
                     run_update([self._group_away(member, shard.x)], update)
         run_update(self._groups, update, applied)
         self._last_step = self._last_step + 1 if isinstance(update.step, Tensor) else update.step
         self.probed.learned = self.probed.learned or bool(self._states)
         self._versions.look()  # weights that are updated in place changed
         self._move_to(REST)
+
+    def check_capturable(self) -> None:
+        member = next((m for m in self.members if not m.storage.always_here), None)
+        if member is not None:
+            raise ValueError(
+                f"{member.name!r} is {member.storage.word}, and a captured step of a probe needs weights that stay where they are "
+                "and can be merged: take plain steps, or exclude it"
+            )
+
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        before = self.probed.learned, self._last_step
+        moved = [x for group in self._groups for x in group.table.x]  # weights that are perturbed in place, which rounds
+        kept = [x.clone() for x in moved]
+        try:
+            yield
+        finally:
+            for x, value in zip(moved, kept, strict=True):
+                x.copy_(value)
+            self.probed.learned, self._last_step = before
+            self._versions.look()
+            self.probed.write()
+
+    @property
+    def in_use(self) -> list[object]:
+        return self.probed.in_use
+
+    def begin_replay(self, step: int) -> None:
+        super().begin_replay(step)
+        self._check_between_steps()
+
+    def end_replay(self, step: int, *, decays: bool) -> None:
+        self._last_step = step
+        if self._states:
+            self.probed.note_update()
+        for state in self._states if decays else ():
+            state.note_decay()
 
     def merge(self) -> None:
         """Merges what was learned into the weights: they become X_t, rounded once into their dtype.
@@ -429,6 +469,7 @@ class ProbeHandle(Handle):
 
     def _rebuild_groups(self) -> None:
         probed = self.probed
+        self._away.clear()
         probed.follow()
         self._v |= {m.name: m.v for m in probed.members if m.v is not None}
         for member in probed.members:
@@ -441,11 +482,16 @@ class ProbeHandle(Handle):
         probed.rebuild()
 
     def _group_away(self, member: Member, x: Tensor) -> Group:
-        """A group for one offloaded weight, for as long as it is here."""
+        """A group for one offloaded weight while it is here. It is used again where the weight is at the same address."""
+        known = self._away.get(member)
+        if known is not None and known.table.x[0].data_ptr() == x.data_ptr() and known.table.x[0].dtype == x.dtype:
+            return known
         p, backend = member.parameter, self.probed.backends[member.device]
         momentum = [self._momentum[p.name]] if self._momentum else None
         index = torch.tensor([member.index], device=member.device, dtype=torch.int64)
-        return Group(p.kind, index, TensorTable([x], [p.tensor_id], n=momentum), backend, self.estimator, self.config)
+        group = Group(p.kind, index, TensorTable([x], [p.tensor_id], n=momentum), backend, self.estimator, self.config)
+        self._away[member] = group
+        return group
 
     def _describe(self, p: Parameter, backend: str) -> ParameterReport:
         member = self.probed.member(p)

@@ -30,30 +30,42 @@ REST = Point(0, 0, 0.0)
 class PointTensors:
     """The points on one device: ``draws`` (groups, 2) int64, step and direction; ``scales`` (groups,) fp32 for low-rank weights.
 
-    They are written in place while their number stays the same, so that compiled code and captured graphs see new values.
+    For each number of points there is one pair of tensors, which is written in place, so that compiled code and captured graphs
+    see new values.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.draws = torch.zeros(1, 2, dtype=torch.int64, device=device)
-        self.scales = torch.zeros(1, dtype=torch.float32, device=device)
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._take(1)
 
     def write(self, points: Sequence[Point], factor: float) -> None:
-        """Writes the points; ``factor`` is what multiplies eps for a low-rank weight."""
-        if len(points) != len(self.draws):
-            self.draws = torch.zeros(len(points), 2, dtype=torch.int64, device=self.device)
-            self.scales = torch.zeros(len(points), dtype=torch.float32, device=self.device)
-        for g, point in enumerate(points):
-            if isinstance(point.step, Tensor):
-                self.draws[g, 0].copy_(point.step, non_blocking=True)
-        numbers = [(0 if isinstance(p.step, Tensor) else p.step, p.direction) for p in points]
-        if any(isinstance(p.step, Tensor) for p in points):
-            self.draws[:, 1].copy_(
-                torch.tensor([direction for _, direction in numbers], dtype=torch.int64, device="cpu"), non_blocking=True
-            )
-        else:
-            self.draws.copy_(torch.tensor(numbers, dtype=torch.int64, device="cpu"), non_blocking=True)
-        self.scales.copy_(torch.tensor([p.scale * factor for p in points], dtype=torch.float32, device="cpu"), non_blocking=True)
+        """Writes the points, all of one step; ``factor`` is what multiplies eps for a low-rank weight.
+
+        A step that is a tensor is copied on the device, and nothing is read from host memory, which a captured graph cannot do.
+        """
+        self._take(len(points))
+        step = points[0].step
+        if len(points) == 1 or isinstance(step, Tensor):
+            if isinstance(step, Tensor):
+                self.draws[:, 0].copy_(step, non_blocking=True)
+            else:
+                self.draws[:, 0].fill_(step)
+            for g, point in enumerate(points):
+                self.draws[g, 1].fill_(point.direction)
+                self.scales[g].fill_(point.scale * factor)
+            return
+        pinned = self.device.type == "cuda"
+        numbers = torch.tensor([(step, p.direction) for p in points], dtype=torch.int64, device="cpu", pin_memory=pinned)
+        scales = torch.tensor([p.scale * factor for p in points], dtype=torch.float32, device="cpu", pin_memory=pinned)
+        self.draws.copy_(numbers, non_blocking=True)
+        self.scales.copy_(scales, non_blocking=True)
+
+    def _take(self, count: int) -> None:
+        if count not in self._kept:
+            draws = torch.zeros(count, 2, dtype=torch.int64, device=self.device)
+            self._kept[count] = draws, torch.zeros(count, dtype=torch.float32, device=self.device)
+        self.draws, self.scales = self._kept[count]
 
 
 class Runtime:

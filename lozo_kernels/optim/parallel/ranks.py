@@ -11,7 +11,7 @@ from torch import Tensor, distributed, nn
 
 from ...errors import DivergenceError, PeerLostError
 from ...kernels.checks import as_integer, check_number
-from ...kernels.noise import NOISE_VERSION
+from ...kernels.noise import CONTRACT_VERSION
 from ...model.handle import Handle
 from ...model.sharding import ranks_of, reshard
 from ..steps import StepInfo
@@ -114,7 +114,7 @@ class Parallel:
                 )
         weights = starting_weights(handle)
         facts = facts | {
-            "noise version": NOISE_VERSION,
+            "contract version": CONTRACT_VERSION,
             "ranks": channel.size,
             "parallel": self.mode,
             "check_every": self.check_every,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
 
 from ...calls import LayerCall
-from .launcher import Launcher
+from .launcher import Launcher, PreparedLaunch
 from .plans import ALL_REGISTERS, FACTOR_ROWS, Plan, Target, as_int32, padded, registers_of, target_of
 from .skinny import contraction, expansion, lookup
 from .tilesizes import TileSize
@@ -18,6 +20,8 @@ _PROGRAMS = 512
 """Programs that fill a large device a few times over. Work with fewer tiles is divided further."""
 _PARTS = 16
 """The most parts that a long row is divided into, because the expansion adds the parts one after the other."""
+_MOST_SHAPES = 1 << 14
+"""The most shapes for which launches are kept, and the most layers whose place in the noise is."""
 
 
 def contraction_plan(rank: int, factor: bool, size: TileSize, target: Target) -> Plan:
@@ -41,9 +45,13 @@ def lookup_plan(rank: int, tokens: int, target: Target) -> Plan:
 
 
 def expansion_plan(
-    dtype: torch.dtype, rank: int, factor: bool, parts: bool, gain: bool, shift: bool, size: TileSize, target: Target
+    dtype: torch.dtype, rank: int, factor: bool, parts: int, gain: bool, shift: bool, size: TileSize, target: Target
 ) -> Plan:
-    """The plan that multiplies sums of a contraction or look-up (in ``parts``, or one) by V, or by B + scale * U, and adds to Y."""
+    """The plan that multiplies sums of a contraction or look-up by V, or by B + scale * U, and adds to Y.
+
+    Args:
+        parts: the sums are in that many parts, or in fewer.
+    """
     constants = {
         "FACTOR": factor,
         "PARTS": parts,
@@ -61,44 +69,115 @@ def expansion_plan(
     return Plan(expansion, constants, size.num_warps, registers_of(size, target))
 
 
-def launch_linear(call: LayerCall, launcher: Launcher, size_of: SizeOf) -> None:
-    """Launches lowrank_linear: a contraction, and the expansion of its sums."""
-    y, rank, inner = call.y, len(call.v), call.x.shape[1]
-    size = _fitted(size_of("contraction", y.device, True, rank, False), call)
-    across = -(-inner // size.cols)
-    tiles = _tiles(call, size)
-    blocks = max(_share(across, size.blocks, tiles), -(-across // _PARTS))
-    parts = max(1, -(-across // blocks))
-    sums = torch.empty(parts, len(y), padded(rank), dtype=torch.float32, device=y.device)
-    plan = contraction_plan(rank, call.transposed, size, target_of(y.device))
-    arguments = (call.x, call.v, call.b, call.draws, call.scales, sums, *_place(call), *_tokens(call))
-    launcher.launch(plan, tiles * parts, y.device, *arguments, parts, blocks, inner, call.x.stride(0))
-    _expand(call, sums, launcher, size_of)
+class Activations:
+    """Launches the ops on activations. What it prepared for a shape is used for every later call of that shape."""
+
+    def __init__(self, launcher: Launcher, size_of: SizeOf) -> None:
+        self._launcher, self._size_of = launcher, size_of
+        self._known: dict[Hashable, _Launches] = {}
+
+    def linear(self, call: LayerCall) -> None:
+        """Launches lowrank_linear: a contraction, and the expansion of its sums."""
+        key = _key(call)
+        known = self._known.get(key)
+        if known is None:
+            known = self._keep(key, *self._contraction(call))
+        x, v, b, draws, scales = call.x, call.v, call.b, call.draws, call.scales
+        place = _place(call.seed, call.tensor_id, call.row_offset)
+        sums = torch.empty(known.sums, dtype=torch.float32, device=x.device)
+        known.first(x, v, b, draws, scales, sums, *place)
+        known.expand(call, sums, place)
+
+    def embedding(self, call: LayerCall) -> None:
+        """Launches lowrank_embedding: a look-up, and the expansion of its rows."""
+        key = (len(call.b), _key(call))
+        known = self._known.get(key)
+        if known is None:
+            known = self._keep(key, *self._lookup(call))
+        x, b, draws, scales = call.x, call.b, call.draws, call.scales
+        place = _place(call.seed, call.tensor_id, call.row_offset)
+        sums = torch.empty(known.sums, dtype=torch.float32, device=x.device)
+        known.first(x, b, draws, scales, sums, *place)
+        known.expand(call, sums, place)
+
+    def _keep(self, key: Hashable, first: PreparedLaunch, expansion: PreparedLaunch, sums: tuple[int, ...]) -> _Launches:
+        if len(self._known) >= _MOST_SHAPES:
+            self._known.clear()
+        known = self._known[key] = _Launches(first, expansion, sums)
+        return known
+
+    def _contraction(self, call: LayerCall) -> tuple[PreparedLaunch, PreparedLaunch, tuple[int, ...]]:
+        y, rank, inner = call.y, len(call.v), call.x.shape[1]
+        size = _fitted(self._size_of("contraction", y.device, True, rank, False), call)
+        across = -(-inner // size.cols)
+        tiles = _tiles(call, size)
+        blocks = max(_share(across, size.blocks, tiles), -(-across // _PARTS))
+        parts = max(1, -(-across // blocks))
+        plan = contraction_plan(rank, call.transposed, size, target_of(y.device))
+        last = (*_tokens(call), parts, blocks, inner, call.x.stride(0))
+        first = PreparedLaunch(self._launcher, plan, tiles * parts, y.device, last)
+        return first, self._expansion(call, parts, not call.transposed), (parts, len(y), padded(rank))
+
+    def _lookup(self, call: LayerCall) -> tuple[PreparedLaunch, PreparedLaunch, tuple[int, ...]]:
+        y, rank, (tokens, groups) = call.y, len(call.v), _tokens(call)
+        plan = lookup_plan(rank, FACTOR_ROWS, target_of(y.device))
+        programs = groups * -(-tokens // FACTOR_ROWS)
+        first = PreparedLaunch(self._launcher, plan, programs, y.device, (tokens, len(call.b)))
+        return first, self._expansion(call, 1, False), (1, len(y), padded(rank))
+
+    def _expansion(self, call: LayerCall, parts: int, factor: bool) -> PreparedLaunch:
+        """The expansion by V or, with ``factor``, by B + scale * U."""
+        y, rank = call.y, len(call.v)
+        size = _fitted(self._size_of("expansion", y.device, True, rank, False), call)
+        tokens, groups = _tokens(call)
+        down, across = -(-tokens // size.rows), -(-y.shape[1] // size.cols)
+        blocks = _share(down, size.blocks, groups * across)
+        kind = (1 << (parts - 1).bit_length(), call.gain is not None, call.shift is not None)
+        plan = expansion_plan(y.dtype, rank, factor, *kind, size, target_of(y.device))
+        last = (tokens, groups, parts, blocks, y.shape[1], y.stride(0))
+        return PreparedLaunch(self._launcher, plan, groups * across * -(-down // blocks), y.device, last)
 
 
-def launch_embedding(call: LayerCall, launcher: Launcher, size_of: SizeOf) -> None:
-    """Launches lowrank_embedding: a look-up, and the expansion of its rows."""
-    y, rank, (tokens, groups) = call.y, len(call.v), _tokens(call)
-    sums = torch.empty(1, len(y), padded(rank), dtype=torch.float32, device=y.device)
-    plan = lookup_plan(rank, FACTOR_ROWS, target_of(y.device))
-    arguments = (call.x, call.b, call.draws, call.scales, sums, *_place(call), tokens, len(call.b))
-    launcher.launch(plan, groups * -(-tokens // FACTOR_ROWS), y.device, *arguments)
-    _expand(dataclasses.replace(call, transposed=True), sums, launcher, size_of)
+@dataclasses.dataclass(slots=True)
+class _Launches:
+    """The two launches of a call, and the shape of the sums between them."""
+
+    first: PreparedLaunch
+    expansion: PreparedLaunch
+    sums: tuple[int, ...]
+
+    def expand(self, call: LayerCall, sums: Tensor, place: tuple[int, ...]) -> None:
+        scales, gain, shift = call.scales, call.gain, call.shift
+        self.expansion(
+            call.y,
+            sums,
+            call.v,
+            call.b,
+            call.draws,
+            scales,
+            scales if gain is None else gain,  # any pointer, which is not read
+            scales if shift is None else shift,
+            *place,
+        )
 
 
-def _expand(call: LayerCall, sums: Tensor, launcher: Launcher, size_of: SizeOf) -> None:
-    y, rank = call.y, len(call.v)
-    size = _fitted(size_of("expansion", y.device, True, rank, False), call)
-    tokens, groups = _tokens(call)
-    down, across = -(-tokens // size.rows), -(-y.shape[1] // size.cols)
-    blocks = _share(down, size.blocks, groups * across)
-    factor, parts, unused = not call.transposed, len(sums), call.scales
-    gain, shift = (unused if t is None else t for t in (call.gain, call.shift))
-    kind = (parts > 1, call.gain is not None, call.shift is not None)
-    plan = expansion_plan(y.dtype, rank, factor, *kind, size, target_of(y.device))
-    arguments = (y, sums, call.v, call.b, call.draws, call.scales, gain, shift, *_place(call), tokens, groups)
-    programs = groups * across * -(-down // blocks)
-    launcher.launch(plan, programs, y.device, *arguments, parts, blocks, y.shape[1], y.stride(0))
+def _key(call: LayerCall) -> Hashable:
+    """All that the launches of a call depend on, besides the addresses of its tensors and their place in the noise."""
+    y, x, gain, shift = call.y, call.x, call.gain, call.shift
+    addresses = [y.data_ptr(), x.data_ptr(), call.v.data_ptr(), call.b.data_ptr(), call.draws.data_ptr(), call.scales.data_ptr()]
+    if gain is not None:
+        addresses.append(gain.data_ptr())
+    if shift is not None:
+        addresses.append(shift.data_ptr())
+    odd: tuple[int, ...] = ()
+    for address in addresses:
+        if address & 15:  # Triton compiles another kernel then
+            odd = tuple(address & 15 for address in addresses)
+            break
+    return (
+        *(y.shape, y.stride(0), y.dtype, y.get_device(), x.shape, x.stride(0), x.dtype),
+        *(call.v.shape, call.draws.shape, call.transposed, gain is None, shift is None, odd),
+    )
 
 
 def _fitted(size: TileSize, call: LayerCall) -> TileSize:
@@ -126,6 +205,7 @@ def _tokens(call: LayerCall) -> tuple[int, int]:
     return len(call.y) // groups, groups
 
 
-def _place(call: LayerCall) -> tuple[int, ...]:
+@functools.lru_cache(_MOST_SHAPES)
+def _place(seed: int, tensor_id: int, row_offset: int) -> tuple[int, ...]:
     """Seed (two words), tensor id and row offset."""
-    return tuple(map(as_int32, (call.seed & 0xFFFFFFFF, call.seed >> 32, call.tensor_id, call.row_offset)))
+    return tuple(map(as_int32, (seed & 0xFFFFFFFF, seed >> 32, tensor_id, row_offset)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from .tilesizes import TileSize, tile_sizes
 from .versions import unsupported
 
 if TYPE_CHECKING:
+    from .activations import Activations
     from .launcher import Launcher
 
 _LEAST_CAPABILITY = (8, 0)  # needed for bf16 and for the matrix instructions that the kernels compile to
@@ -82,16 +84,18 @@ class TritonBackend(Backend):
         launch_resample(table, seed, window, reproject, self.launcher)
         torch.autograd.graph.increment_version((*table.v, *(table.n or ())) if reproject else table.v)
 
-    def lowrank_linear_(self, call: LayerCall) -> None:
-        from .activations import launch_linear
+    @functools.cached_property
+    def _activations(self) -> Activations:
+        from .activations import Activations
 
-        launch_linear(call, self.launcher, self._size)
+        return Activations(self.launcher, self._size_of)
+
+    def lowrank_linear_(self, call: LayerCall) -> None:
+        self._activations.linear(call)
         torch.autograd.graph.increment_version(call.y)
 
     def lowrank_embedding_(self, call: LayerCall) -> None:
-        from .activations import launch_embedding
-
-        launch_embedding(call, self.launcher, self._size)
+        self._activations.embedding(call)
         torch.autograd.graph.increment_version(call.y)
 
     def factor(

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .arithmetic import times
+from .arithmetic import fma, times
 from .noise import STREAM_U, draw_words, factor, rounding_any, rounding_rows, rounding_words, seed_words
 from .plans import ALL_REGISTERS, FACTOR_ROWS, SCALARS, WEIGHTS, Plan, Target, UpdateKind, factor_width, padded, registers_of
 from .tables import dtype_at, extent_at, factors_at, place_at, tile_at, weights_at
@@ -65,13 +65,15 @@ def momentum_columns(n_row, row_mask, RANK: tl.constexpr):
 
 
 @triton.jit
-def momentum_block(columns, v_matrix, cols, col_mask, width, RANK: tl.constexpr, DP4A: tl.constexpr):
-    """Returns N V^T of a block, (rows, cols) fp32, with k ascending, each a rounded multiply and a rounded add."""
+def momentum_block(
+    columns, v_matrix, cols, col_mask, width, RANK: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr
+):  # fmt: skip
+    """Returns N V^T of a block, (rows, cols) fp32, with k ascending: a rounded product, then a fused multiply-add for each k."""
     pointer = v_matrix + cols
     acc = times(columns[0][:, None], tl.load(pointer, mask=col_mask).to(tl.float32)[None, :], DP4A)
     for k in tl.static_range(1, RANK):
         pointer += width
-        acc = acc + times(columns[k][:, None], tl.load(pointer, mask=col_mask).to(tl.float32)[None, :], DP4A)
+        acc = fma(columns[k][:, None], tl.load(pointer, mask=col_mask).to(tl.float32)[None, :], acc, EMULATE)
     return acc
 
 
@@ -110,8 +112,8 @@ def update_block(
             product = tl.dot(high, v_block) + tl.dot(low, v_block) * 0.00048828125
             product = product * unit[:, None]
         else:
-            product = momentum_block(columns, v_matrix, cols, col_mask, width, RANK, DP4A)
-        y = y + times(product, rate, DP4A)
+            product = momentum_block(columns, v_matrix, cols, col_mask, width, RANK, DP4A, EMULATE)
+        y = fma(product, rate, y, EMULATE)
     bits = 0
     if STOCHASTIC and tl.float32 != WEIGHT:
         bits = random_bits(header, flat + start, tensor_id, k0, k1, WEIGHT is not None, ROWS, COLS)

@@ -1,13 +1,15 @@
 """The kernels of lowrank_merge. A program works on one tile of a matrix.
 
-N holds any fp32 number, so the product is a rounded multiply and a rounded add for each k, ascending, without tensor cores.
+N holds any fp32 number, so the product is a chain of fused multiply-adds with k ascending, without tensor cores.
 """
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
-from .arithmetic import times
+from .arithmetic import fma, times
 from .lowrank import momentum_block, momentum_columns, random_bits
 from .noise import STREAM_U, draw_words, factor, factor_quad, seed_words
 from .plans import (
@@ -47,31 +49,32 @@ def merged_quad(
 
 
 @triton.jit
-def add_columns(product, columns, pointer, col_mask, width, COUNT: tl.constexpr):
+def add_columns(product, columns, pointer, col_mask, width, COUNT: tl.constexpr, EMULATE: tl.constexpr):
     """Adds the next COUNT terms to a sum like that of :func:`momentum_block`; ``pointer`` is in their first row of V."""
     for k in tl.static_range(COUNT):
         v = tl.load(pointer + k * width, mask=col_mask).to(tl.float32)
-        product = product + columns[k][:, None] * v[None, :]
+        product = fma(columns[k][:, None], v[None, :], product, EMULATE)
     return product
 
 
 @triton.jit
 def wide_product(
-    x, factor_row, row_mask, v_matrix, cols, col_mask, width, quads, RANK: tl.constexpr
+    x, factor_row, row_mask, v_matrix, cols, col_mask, width, quads, RANK: tl.constexpr, EMULATE: tl.constexpr
 ):  # fmt: skip
     """Returns F V^T of a block, with four columns of F in registers at a time.
 
     ``quads`` is RANK // 4, but no constant: the compiler would unroll the loop and want registers for all columns at once.
     """
-    # -0 added to a number is that number. The condition never holds; it makes Triton lay the sum out over the threads as x is.
+    # A product fused with -0 is the rounded product. The condition never holds; it makes Triton lay the sum out over the threads as
+    # x is.
     product = tl.where(quads < 0, x, -0.0)
     for quad in range(0, quads):
         columns = momentum_columns(factor_row + quad * 4, row_mask, 4)
-        product = add_columns(product, columns, v_matrix + quad * 4 * width + cols, col_mask, width, 4)
+        product = add_columns(product, columns, v_matrix + quad * 4 * width + cols, col_mask, width, 4, EMULATE)
     REST: tl.constexpr = RANK % 4
     if REST > 0:
         columns = momentum_columns(factor_row + quads * 4, row_mask, REST)
-        product = add_columns(product, columns, v_matrix + quads * 4 * width + cols, col_mask, width, REST)
+        product = add_columns(product, columns, v_matrix + quads * 4 * width + cols, col_mask, width, REST, EMULATE)
     return product
 
 
@@ -121,9 +124,9 @@ def merge_block(
     if DECAY:
         y = times(y, factor_of_x, DP4A)
     if RANK <= REGISTER_RANK:
-        product = momentum_block(columns, v_matrix, cols, col_mask, width, RANK, DP4A)
+        product = momentum_block(columns, v_matrix, cols, col_mask, width, RANK, DP4A, EMULATE)
     else:
-        product = wide_product(y, factor_row, row_mask, v_matrix, cols, col_mask, width, quads, RANK)
+        product = wide_product(y, factor_row, row_mask, v_matrix, cols, col_mask, width, quads, RANK, EMULATE)
     y = y + product
     bits = 0
     if STOCHASTIC and tl.float32 != WEIGHT:
@@ -227,6 +230,7 @@ def is_wide(rank: int) -> bool:
     return rank > REGISTER_RANK.value
 
 
+@functools.cache
 def probed_factor_plan(rank: int, target: Target) -> Plan:
     """The plan that writes N + scale * U to scratch memory before a merge of a high rank."""
     return Plan(probed_factor, {"RANK": rank, "PADDED": factor_width(rank), "ROWS": FACTOR_ROWS, "DP4A": target.dp4a})

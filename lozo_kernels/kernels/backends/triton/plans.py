@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The launch options for Triton. Fusion is off, so that every multiply and add is rounded by itself."""
+        """The launch options for Triton. Fusion is off: what is not written as a fused multiply-add is not made one."""
         options: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": False}
         return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 

@@ -9,6 +9,7 @@ from ...calls import Draw
 from ...noise import STREAMS
 from ...table import TensorTable
 from ..launches import Headers, device_table
+from .arithmetic import fma
 from .launcher import Launcher
 from .noise import STREAM_V, draw_words, factor, seed_words
 from .plans import FACTOR_ROWS, Plan, Target, as_int32, factor_width, padded, target_of
@@ -53,8 +54,10 @@ def resample(
 
 
 @triton.jit
-def reproject(tiles, tensors, ratios, RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
-    """N <- N ratios[matrix], k ascending, each a rounded multiply and a rounded add; ROWS rows per program."""
+def reproject(
+    tiles, tensors, ratios, RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, EMULATE: tl.constexpr
+):  # fmt: skip
+    """N <- N ratios[matrix], k ascending: a rounded product, then a fused multiply-add for each k; ROWS rows per program."""
     t, matrix, row0, ordinal = tile_at(tiles, tl.program_id(0))
     _, n = factors_at(tensors, t, False)
     height, _ = extent_at(tensors, t, False)
@@ -67,7 +70,7 @@ def reproject(tiles, tensors, ratios, RANK: tl.constexpr, PADDED: tl.constexpr, 
     value = column[:, None] * tl.load(ratio + ks, mask=ks < RANK, other=0.0)[None, :]
     for k in range(1, RANK):
         column = tl.load(n_rows + k, mask=row_mask, other=0.0)
-        value = value + column[:, None] * tl.load(ratio + k * RANK + ks, mask=ks < RANK, other=0.0)[None, :]
+        value = fma(column[:, None], tl.load(ratio + k * RANK + ks, mask=ks < RANK, other=0.0)[None, :], value, EMULATE)
     # A column may have been read by other threads than those that write it.
     tl.debug_barrier()
     tl.store(n_rows[:, None] + ks[None, :], value, mask=row_mask[:, None] & (ks < RANK)[None, :])
@@ -104,9 +107,9 @@ def resample_plan(rank: int, with_momentum: bool, target: Target) -> Plan:
     return Plan(resample, constants, num_warps=8 if padded(rank) > 32 else 4)  # four warps have too few registers for the fp64 sums
 
 
-def reproject_plan(rank: int) -> Plan:
+def reproject_plan(rank: int, target: Target) -> Plan:
     """The plan that re-projects the momentum to the new V."""
-    return Plan(reproject, {"RANK": rank, "PADDED": factor_width(rank), "ROWS": FACTOR_ROWS})
+    return Plan(reproject, {"RANK": rank, "PADDED": factor_width(rank), "ROWS": FACTOR_ROWS, "EMULATE": target.emulate})
 
 
 def factor_plan(stream: int, rank: int, target: Target) -> Plan:
@@ -125,7 +128,7 @@ def launch_resample(table: TensorTable, seed: int, window: int, with_momentum: b
     launcher.launch(plan, len(matrices), device, matrices, on_device.tensors, header, ratios)
     if with_momentum:
         tiles = on_device.row_tiles(FACTOR_ROWS)
-        launcher.launch(reproject_plan(rank), len(tiles), device, tiles, on_device.tensors, ratios)
+        launcher.launch(reproject_plan(rank, target_of(device)), len(tiles), device, tiles, on_device.tensors, ratios)
 
 
 def launch_factor(out: Tensor, seed: int, draw: Draw, tensor_id: int, row_offset: int, stream: str, launcher: Launcher) -> None:

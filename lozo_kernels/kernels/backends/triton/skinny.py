@@ -123,12 +123,21 @@ def lookup(
 
 @triton.jit
 def sum_parts(sums, tokens, mask, parts, all_tokens, PARTS: tl.constexpr, PADDED: tl.constexpr):
-    """Returns (tokens, PADDED) of P: its parts added in order."""
+    """Returns (tokens, PADDED) of P: its parts, up to PARTS, added in order.
+
+    No load waits for another, except that at high ranks there are registers for some parts at a time only.
+    """
     pointer = sums + tokens[:, None] * PADDED + tl.arange(0, PADDED)[None, :]
     p = tl.load(pointer, mask=mask, other=0.0)
-    if PARTS:
-        for part in range(1, parts):
-            p += tl.load(pointer + part * all_tokens * PADDED, mask=mask, other=0.0)
+    count = tl.zeros_like(tokens)[:, None] + parts  # the interpreter knows no mask that is one value for all
+    if PARTS * PADDED <= 256:
+        for part in tl.static_range(1, PARTS):
+            p += tl.load(pointer + part * all_tokens * PADDED, mask=mask & (count > part), other=0.0)
+    else:
+        for first in range(1, parts, 256 // PADDED):
+            for part in tl.static_range(256 // PADDED):
+                beside = first + part
+                p += tl.load(pointer + beside * all_tokens * PADDED, mask=mask & (count > beside), other=0.0)
     return p
 
 
@@ -161,7 +170,7 @@ def expansion(
     FACTOR: tl.constexpr, PARTS: tl.constexpr, GAIN: tl.constexpr, SHIFT: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr,
     TOKENS: tl.constexpr, COLS: tl.constexpr, DP4A: tl.constexpr, EIGHTS: tl.constexpr, TF32: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Y <- gain * Y + P V^T + shift, or with FACTOR P (B + scale * U)^T. With PARTS, P is the sum of ``parts`` parts.
+    """Y <- gain * Y + P V^T + shift, or with FACTOR P (B + scale * U)^T. P is the sum of ``parts`` parts, which are PARTS at most.
 
     A program updates COLS columns of ``blocks`` times TOKENS tokens of one group, for which it makes B + scale * U once.
     """

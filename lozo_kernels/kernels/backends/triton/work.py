@@ -11,7 +11,7 @@ from ...calls import TableCall
 from ...op_table import Op
 from ...table import DTYPES, TensorTable
 from ..launches import ANY_DTYPE, DeviceTable, Tile, device_table, merge_table
-from .launcher import Launcher
+from .launcher import Launcher, PreparedLaunch
 from .plans import FACTOR_ROWS, Plan, Target, UpdateKind, target_of
 from .tilesizes import TileSize
 
@@ -53,8 +53,16 @@ class Work:
         return self.call.scales if values is None else values
 
     def launch(self, plan: Plan, tiles: Tensor, *arguments: object) -> None:
-        """Launches a kernel on tiles. Its first arguments are the tiles and the table, then come ``arguments``."""
-        self._launcher.launch(plan, len(tiles), self.device, tiles, self.on_device.tensors, *arguments)
+        """Launches a kernel on tiles. Its first arguments are the tiles and the table, then come ``arguments``.
+
+        The launch is kept with the table. Of what a kernel is specialised for, only the alignment of scalars changes.
+        """
+        key = (self._launcher, id(plan), *(a.data_ptr() & 15 for a in arguments if isinstance(a, Tensor)))
+        prepared = self.on_device.prepared
+        found = prepared.get(key)
+        if found is None:
+            found = prepared[key] = PreparedLaunch(self._launcher, plan, tiles.shape[0], self.device, ())  # which keeps the plan
+        found(tiles, self.on_device.tensors, *arguments)
 
     def over_weights(self, plan_of: PlanOf) -> list[tuple[Plan, Tensor]]:
         """Returns the plans and tiles of the pass over the weights. The table keeps them, since a pass may not cost much Python."""

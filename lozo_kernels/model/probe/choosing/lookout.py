@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ...conditions import Buffers, Conditions
 from ...overriding import Hook
 from ..forward.fast_paths import all_swapped
+from ..forward.unused import UnusedWeights
 from ..members import Member
 from .choice import widen
 from .trace import Watch, watching
@@ -53,6 +54,9 @@ class Lookout:
 
     Args:
         reinstall: puts sides that changed into the model while forwards of it run. None of these is "copy" or "inplace".
+
+    Attributes:
+        unused: looks after parameters that no evaluation used; None before these are known.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class Lookout:
         members: Sequence[Member],
         reinstall: Callable[[], None],
     ) -> None:
+        self.unused: UnusedWeights | None = None
         self._quiet = False
         self._woken: set[nn.Module] = set()
         self._moved: set[Member] = set()
@@ -104,8 +109,14 @@ class Lookout:
             if type(module).forward is not nn.Module.forward:  # a list of modules never runs
                 self._hooks[module] = module.register_forward_pre_hook(self._hook)
 
+    def notice(self, member: Member) -> None:
+        """A weight was used that no evaluation used before."""
+        self._woken.update(owner.module for owner in member.owners)
+
     def leave(self) -> None:
         """Stops looking out."""
+        if self.unused is not None:
+            self.unused.leave()
         for hook in (*self._hooks.values(), *([] if self._root is None else [self._root])):
             hook.remove()
         self._hooks.clear()
@@ -134,6 +145,7 @@ class Lookout:
             else:
                 widen(member, [m for m in modules if m is not None], self._members)
             self._moved.add(member)
+        self._leave_used(watch.found)
 
     def is_new_mode(self) -> bool:
         """Whether ``training`` flags are as no trace has seen them."""
@@ -145,7 +157,11 @@ class Lookout:
         self._modes = modes
         return False
 
-    def _saw(self, ran: Iterable[nn.Module]) -> None:
+    def _leave_used(self, members: Iterable[Member]) -> None:
+        if self.unused is not None:
+            self.unused.leave(list(members))
+
+    def _saw(self, ran: set[nn.Module]) -> None:
         self._modes = list(map(_TRAINING, self._modules))
         self._seen.add(tuple(self._modes))
         for module in ran:
@@ -153,6 +169,7 @@ class Lookout:
             if hook is not None:
                 hook.remove()
                 self._woken.add(module)
+        self._leave_used(m for m in self._members if any(owner.module in ran for owner in m.owners))
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Before a forward of the model, or of a module that never ran."""

@@ -46,7 +46,7 @@ class Preparation:
         step: a step of the window whose V is in memory.
 
     Attributes:
-        precision: the coarsest dtype that evaluations compute with, known after :meth:`choose`.
+        precision: the coarsest dtype that evaluations compute with. :meth:`choose` finds it; for the others it has to be set.
     """
 
     def __init__(
@@ -95,8 +95,11 @@ class Preparation:
             self.lookout.survey(watch.ran)
             self.doubts.add(self.members)
             notes = self._check(rest)
+            unused = [m for m in self.members if not watch.uses[m].modules]
             if self.doubts.proved:  # losses can change, and do not with parameters that nobody uses
-                self.doubts.members &= {m for m in self.members if watch.uses[m].modules}
+                self.doubts.members -= set(unused)
+            if not compiled:
+                self.lookout.unused = probed.await_use(unused, self.lookout.notice)
             return notes
 
     def look_again(self) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ....kernels.registry import Backend, choose_backend
 from ...config import PatchConfig
 from ...estimators import Estimator
+from ...layout import Shard
 from ...parameters import Parameter
 from ...reading import BeforeRead
 from ...storage import check_trainable
@@ -18,6 +20,7 @@ from ..runtime import REST, Point, Runtime
 from .install import Installation
 from .perturbed import PerturbedWeights
 from .swapping import Arena
+from .unused import UnusedWeights
 
 
 class ProbedModel:
@@ -72,6 +75,10 @@ class ProbedModel:
         weights = self._weights
         self._installation.add(self.model, self.members, self.runtime, self._arenas, weights.fill, self.backends, before_read)
 
+    def await_use(self, unused: Sequence[Member], used: Callable[[Member], None]) -> UnusedWeights:
+        """Has operators that take unused weights take perturbed ones. ``used`` is called with a member the first time."""
+        return UnusedWeights(self.model, self.runtime, unused, self._weights.fill, used)
+
     def check_forwards(self) -> None:
         """Raises RuntimeError if others replaced a forward that was put into a module."""
         lost = self._installation.lost()
@@ -95,7 +102,25 @@ class ProbedModel:
 
     def fill(self, member: Member, out: Tensor, base: Tensor | None = None) -> None:
         """Writes the perturbed weight of a member into a tensor of its shape. Arguments as :meth:`PerturbedWeights.fill`."""
-        self._weights.fill(member, out, 0, base)
+        self._weights.fill(member, out, 0, base, keep=False)
+
+    def note_update(self) -> None:
+        """Notes that factors are not zero any more, so that modules have something to add."""
+        self.learned = self.runtime.live = True
+
+    @property
+    def in_use(self) -> list[object]:
+        """What holds the memory that evaluations write to now. A captured graph needs it for as long as it is there."""
+        buffers = [(member.buffers, member.shift) for member in self.members]
+        return [[arena.memory for arena in self._arenas.values()], self._weights.tables, buffers]
+
+    @contextlib.contextmanager
+    def borrowed(self, member: Member) -> Iterator[Shard]:
+        """Yields a weight that is not always here, and writes it back. A copy lies in scratch memory, at the same address in
+        every step, so that what was prepared to launch on it stays good."""
+        arena = self._arenas.setdefault(member.device, Arena(member.device))
+        with arena.lent() as memory, member.storage.borrowed(member.device, memory) as shard:
+            yield shard
 
     def _follow(self, member: Member) -> None:
         member.device = device = member.storage.device

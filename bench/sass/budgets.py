@@ -108,7 +108,7 @@ BUDGETS = (
     # N V^T: up to rank 8 a fused multiply-add for each rank, above on tensor cores
     *_both("lowrank_momentum", "*", _SMALL, 36, 50),
     *_both("lowrank_momentum", "*16", _MIDDLE, 16, 23),
-    *_both("lowrank_momentum", "*16", _LARGE, 20, 26),
+    *_both("lowrank_momentum", "*16", _LARGE, 22, 30),  # 20.4 and 27.6 with Triton 3.6
     *_both("lowrank_momentum", "float32", _MIDDLE, 19, 18),
     Budget("lowrank_momentum", "float32", _LARGE, "sm_120", 35),  # eight warps, whose matrix units take what lies in registers
     *_both("lowrank_momentum", "float32", _LARGE, 27, 21),

@@ -59,6 +59,8 @@ class CapturedStep:
         handle, stepper = optimizer.handle, optimizer.stepper
         if handle.probes:
             raise ValueError("a captured step moves weights: use placement='inplace' with it")
+        if stepper.finder is not None:
+            raise ValueError("a captured step measures no learning rate: give a number, e.g. what optimizer.learning_rates says")
         if stepper.parallel is not None:
             raise ValueError("a captured step does not wait for other processes: leave parallel out; sharded models have it always")
         if len(handle.devices) != 1:

@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+# Some tests compile with the oldest Triton that is supported, which has a folder of its own.
+OLDEST_TRITON := 3.6.0
 SOURCES := $(shell find csrc python_tests/cuda_host -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 .PHONY: setup demo test bench bench-gpu lint format clean
@@ -15,6 +17,8 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel ninja
 	$(PIP) --no-build-isolation -e '.[dev]'
+	test -d $(VENV)/triton-oldest || $(BIN)/python -m pip install -q --disable-pip-version-check --target $(VENV)/triton-oldest \
+		--no-deps triton==$(OLDEST_TRITON) || echo "Triton $(OLDEST_TRITON) cannot be installed here: tests with it are skipped"
 	touch $@ $(DEMO_STAMP)
 
 # What the demo needs, and nothing of the tests.

@@ -12,9 +12,23 @@ import torch
 from bench import exactness, fits
 from bench.__main__ import MEASUREMENTS
 from lozo_kernels import bench, choose_backend
-from lozo_kernels.bench import clock, correctness, document, memory_gpu, memory_use, models, op_calls, peers, perturb, timing
+from lozo_kernels.bench import (
+    clock,
+    correctness,
+    deadline,
+    document,
+    memory_gpu,
+    memory_use,
+    models,
+    op_calls,
+    peers,
+    perturb,
+    timing,
+)
 from lozo_kernels.bench.cases import compare
 from lozo_kernels.bench.correctness import plans
+from lozo_kernels.bench.layer_cases import LayerCase
+from lozo_kernels.kernels.calls import LayerCall
 from lozo_kernels.kernels.table import TensorTable
 
 CPU = torch.device("cpu")
@@ -169,9 +183,11 @@ class Broken:
 
         def call(*arguments, **named):
             result = right(*arguments, **named)
-            for table in arguments:
-                if isinstance(table, TensorTable):
-                    self.defect(table)
+            for given in arguments:
+                if isinstance(given, LayerCall):
+                    given = TensorTable([given.y[None]], [0])
+                if isinstance(given, TensorTable):
+                    self.defect(given)
             return result
 
         return call
@@ -201,8 +217,9 @@ def test_correctness_turns_red(defect):
 def test_correctness_ends_when_its_time_is_over():
     backend = choose_backend(CPU, "eager").backend
     chosen = plans(quick=False)
-    *_, done = correctness.hold([], backend, CPU, 0, chosen, seconds=-1)
-    assert done == 0 < len(chosen)
+    end = deadline.Deadline(-1)
+    *_, done = correctness.hold([], backend, CPU, 0, chosen, deadline=end)
+    assert done == 0 < len(chosen) and end.note() == {"complete": False}
 
 
 def test_every_plan_has_inputs(rng):
@@ -211,6 +228,9 @@ def test_every_plan_has_inputs(rng):
     for plan in rng.sample(chosen, 6):
         case = plan.case(rng.getrandbits(32))
         copied = case.on(CPU)
+        if isinstance(case, LayerCase):
+            assert not any(tensor.wrong for tensor in copied.compare(case))
+            continue
         assert not any(tensor.wrong for tensor in compare(copied, case))
         assert all(a.data_ptr() != b.data_ptr() or not a.numel() for a, b in zip(case.table.x, copied.table.x, strict=True))
 

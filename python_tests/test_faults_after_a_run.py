@@ -194,3 +194,23 @@ def test_a_journal_alone_is_enough_to_go_on(places, tmp_path, monkeypatch):
     monkeypatch.setattr(train._Steps, "take", None)
     assert cli.main(["finetune", "--resume", str(run), "--quiet"]) == 0
     assert model_of(run) == whole and read_journal(run / "run.journal").steps == 5
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--max-new-tokens", "600"], "--max-new-tokens 600 leaves no room for a prompt"),
+        (["--max-new-tokens", "2", "--max-length", "40"], "an answer of"),
+    ],
+)
+def test_what_cannot_be_scored_is_said_before_training(places, tmp_path, capsys, monkeypatch, more, words):
+    """It was said after the last step, and a run without a journal was lost."""
+    from lozo_kernels.hf import finetune as module
+
+    monkeypatch.setattr(module, "load_model", None)
+    rows = [{"prompt": f"Q {i}?", "completion": " no" if i < 10 else " 1 2 3" * 40} for i in range(11)]
+    dev = write_jsonl(tmp_path / "dev.jsonl", rows)
+    given = ["--dev-file", dev, "--eval-size", 1, "--num-eval", 11, *more]
+    assert finetune(places, "llama", "asked.jsonl", tmp_path / "run", "--method", "ft-sgd", *given) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1 and not (tmp_path / "run").exists()

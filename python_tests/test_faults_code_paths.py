@@ -340,6 +340,26 @@ def test_an_interrupt_in_a_forward_that_is_looked_at_leaves_nothing_on():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_looking_again_changes_no_side_that_was_right(dtype, autocast):
+    torch.manual_seed(0)
+    model = Classifier() if autocast else Classifier().to(dtype)
+    x, y = padded_batch()[0].to(torch.float32 if autocast else dtype), torch.tensor([0, 1, 2])
+
+    def loss():
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            return F.cross_entropy(model(x).float(), y)
+
+    optimizer = learn(model.train(), loss, lr=1e-2, side="activation")
+    sides = [(m.name, m.side) for m in optimizer.handle.members]
+    model.eval()
+    optimizer.step(loss)
+    optimizer.handle._doubts.add(optimizer.handle.members)
+    optimizer.step(loss)
+    assert [(m.name, m.side) for m in optimizer.handle.members] == sides and optimizer.handle.notes == ()
+
+
 def test_a_handle_alone_looks_again_too():
     model, twin = pair(Classifier)
     x, _ = padded_batch()

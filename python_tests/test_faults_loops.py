@@ -136,6 +136,20 @@ def test_lightning_averages_a_driven_model(options):
         fit(Lit(inside, drive_net), WeightAveraging(**options))
 
 
+def test_lightning_averages_a_model_that_a_closure_trains():
+    """The way out that the error names: manual optimisation."""
+
+    class Manual(Lit):
+        def training_step(self, batch, _):
+            self.optimizers().step(closure=lambda: self.net(*batch)[0])
+
+    averaging = WeightAveraging()
+    module = Manual(None, lambda lit: LOZO(lit.net, lr=1e-2), manual=True)
+    before = module.net.first.weight.detach().clone()
+    fit(module, averaging)
+    assert not torch.equal(module.net.first.weight, before) and module.net.first.weight.grad is None
+
+
 @pytest.mark.parametrize("multi", [False, True])
 def test_averages_that_are_made_before_the_drive(multi):
     """Where the shapes fit, each weight would be averaged with its neighbour."""
@@ -144,6 +158,8 @@ def test_averages_that_are_made_before_the_drive(multi):
     optimizer = LOZO(holder[0], drive="backward")
     with pytest.raises(TypeError, match="do not match"):
         average.update_parameters(holder)
+    with torch.no_grad(), pytest.raises(TypeError, match="do not match"):  # as other libraries do it
+        torch._foreach_lerp_(list(average.module.parameters()), list(holder.parameters())[:-1], 0.1)
     optimizer.handle.restore()
     average.update_parameters(holder)
 

@@ -125,24 +125,27 @@ def test_a_loss_term_over_all_parameters(term):
         (model(**batch).loss + 0.01 * value).backward()
 
 
-@pytest.mark.parametrize("layer", ["model.layers.0", "model.layers.1.mlp.up_proj", "model", "lm_head"])
+@pytest.mark.parametrize("layer", ["", "model.layers.0", "model.layers.1.mlp.up_proj", "model", "lm_head"])
 @pytest.mark.parametrize("placement", ["inplace", "probe"])
 def test_a_term_on_what_a_hook_keeps(layer, placement):
     """Distillation from inner layers: what a hook sees is as constant as the other outputs."""
     model, batch = llama()
     kept = []
-    model.get_submodule(layer).register_forward_hook(lambda _m, _i, out: kept.append(out[0] if isinstance(out, tuple) else out))
+
+    def keep(module, args, out):
+        kept.append(out if isinstance(out, torch.Tensor) else out["logits"] if "logits" in out else out[0])
+
+    model.get_submodule(layer).register_forward_hook(keep)
     optimizer = LOZO(model, drive="backward", placement=placement)
     out = model(**batch)
-    feature = kept[-1] if isinstance(kept[-1], torch.Tensor) else kept[-1][0]
     with pytest.raises(RuntimeError, match="only that loss is trained"):
-        (out.loss + feature.square().mean()).backward()
+        (out.loss + kept[-1].square().mean()).backward()
     out = model(**batch)
     out.loss.backward()
     optimizer.step()
     optimizer.handle.restore()
     kept.clear()
-    (model(**batch).loss + (kept[-1] if isinstance(kept[-1], torch.Tensor) else kept[-1][0]).square().mean()).backward()
+    (model(**batch).loss + kept[-1].square().mean()).backward()
 
 
 class Smoothing(Trainer):

@@ -60,7 +60,7 @@ def test_parameters_are_up_to_date_when_they_are_read(options, kind, read):
 
 @pytest.mark.parametrize("options", PLACEMENTS, ids=str)
 def test_a_restored_snapshot_is_what_training_goes_on_from(options):
-    model, optimizer, tokens = start(options)
+    model, optimizer, tokens = start(options, lr=1e-3)
     snapshot = [p.detach().clone() for p in model.parameters()]
     for _ in range(3):
         optimizer.step(lambda: loss_of(model, tokens))
@@ -70,11 +70,11 @@ def test_a_restored_snapshot_is_what_training_goes_on_from(options):
     optimizer.step(lambda: loss_of(model, tokens))
     optimizer.param_groups[0]["lr"] = 0.0
     distance = max(float((p - old).abs().max()) for p, old in zip(model.parameters(), snapshot, strict=True))
-    assert 0 < distance < 0.2
+    assert 0 < distance < 1
     for p, old in zip(model.parameters(), snapshot, strict=True):
         p.data.copy_(old)
     optimizer.step(lambda: loss_of(model, tokens))
-    assert all(torch.allclose(p, old, atol=1e-6) for p, old in zip(model.parameters(), snapshot, strict=True))
+    assert all(torch.allclose(p, old, atol=1e-5) for p, old in zip(model.parameters(), snapshot, strict=True))
 
 
 @pytest.mark.parametrize("options", PLACEMENTS, ids=str)

@@ -139,17 +139,22 @@ def test_layers_of_a_pass_share_a_header():
     assert tables[0].headers.words(7, []).tolist() == [7] + [0] * 7
 
 
-def test_tables_of_outputs_are_built_once_for_every_place():
+def test_tables_of_outputs_are_built_once():
     x = torch.zeros(1, 4, 16)
     table = TensorTable([x], [0])
-    memory = torch.zeros(3, 1, 4, 16)
-    made = [merge_table(table, TensorTable([memory[i]], [0])) for i in (0, 1, 0, 1)]
-    assert made[0] is made[2] and made[1] is made[3] and made[0] is not made[1]
+    memory = torch.zeros(40, 1, 4, 16)
+    outs = [TensorTable([y], [0]) for y in memory]
+    made = [merge_table(table, out) for out in outs]
+    assert all(merge_table(table, out) is before for out, before in zip(outs, made, strict=True))
     assert made[1].outputs[0, 0] == memory[1].data_ptr() and made[1].tensors[0, 0] == x.data_ptr()
     assert merge_table(table, table) is device_table(table)
+    other = TensorTable([x.clone()], [0])
+    for _ in range(2):  # several tables may be merged into one
+        assert merge_table(other, outs[0]).tensors[0, 0] == other.x[0].data_ptr()
+        assert merge_table(table, outs[0]) is made[0]
     for _ in range(20):
-        merge_table(table, TensorTable([torch.zeros(1, 4, 16)], [0]))
-    assert len(table.cache["gpu outputs"]) <= 4
+        merge_table(TensorTable([x], [0]), outs[0])
+    assert len(outs[0].cache["gpu merges"]) <= 4
 
 
 def test_both_ends_of_a_merge_decide_how_it_is_done():

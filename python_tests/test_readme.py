@@ -300,7 +300,7 @@ def directions(monkeypatch, model, tokenizer):
 @contextmanager
 def planned(monkeypatch, model, tokenizer):
     config = transformers.OPTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=64, word_embed_proj_dim=32)
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda name: config)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda name, **options: config)
     names = {}
     yield names
     assert names["planned"].total_bytes(names["planned"].options[0]) > 0

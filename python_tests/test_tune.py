@@ -1,5 +1,6 @@
 """Tile sizes: files of them, and how the tuner chooses."""
 
+import dataclasses
 import json
 
 import pytest
@@ -55,6 +56,10 @@ def test_a_device_gets_its_own_file(tmp_path, monkeypatch):
         (json.dumps({"tiles": [DEFAULT]}), "KeyError"),
         (json.dumps({"tiles": [DEFAULT | {"kernel": "x", "rows": 1, "cols": 1, "blocks": 1, "num_warps": 1}]}), "unknown kernel"),
         (json.dumps({"tiles": [DEFAULT | {"rows": 48, "cols": 64, "blocks": 1, "num_warps": 4}]}), "rows of a tile is a power of"),
+        (
+            json.dumps({"tiles": [DEFAULT | {"rows": 32, "cols": 64, "blocks": 1, "num_warps": 4, "maxnreg": 16}]}),
+            "maxnreg of a tile is from 32 to 255",
+        ),
     ],
 )
 def test_bad_files(tmp_path, monkeypatch, content, message):
@@ -105,6 +110,19 @@ def test_a_file_of_some_ranks_leaves_the_others_to_the_default(tmp_path):
 def test_candidates_fit_registers():
     for kernel in KERNELS:
         assert all(8 <= s.rows * s.cols // (32 * s.num_warps) <= 64 for s in tune.candidates(kernel))
+
+
+def test_candidates_and_files_may_limit_registers(tmp_path):
+    limited = [s for s in tune.candidates("lowrank_momentum") if s.maxnreg == 128]
+    assert any(s.ahead for s in limited) and any(not s.ahead for s in limited)
+    path = tmp_path / "tiles.json"
+    path.write_text(json.dumps({"tiles": [DEFAULT | dataclasses.asdict(limited[0])]}))
+    size = tilesizes.read(path).find("lowrank_update", True, 4)
+    assert size == limited[0]
+    plans = pytest.importorskip("lozo_kernels.kernels.backends.triton.plans")
+    nvidia, amd = (plans.Target(dp4a=dp4a, eights=not dp4a, emulate=False) for dp4a in (True, False))
+    assert plans.registers_of(size, nvidia, 255) == 128 and plans.registers_of(size, amd, 255) is None
+    assert plans.registers_of(TileSize(32, 64, 16, 4), nvidia, 255) == 255
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune for")

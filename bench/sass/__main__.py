@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import fnmatch
-import importlib.util
 import os
 import platform
 import shlex
@@ -16,8 +15,9 @@ from typing import Any
 
 from lozo_kernels.bench.document import dumps
 from lozo_kernels.bench.environment import commit, versions
+from lozo_kernels.errors import InputError
 
-from . import cuda, report
+from . import cuda, report, summary
 from .budgets import budget_for
 from .cache import CACHE, Cache
 from .checks import defects
@@ -25,29 +25,37 @@ from .facts import Facts
 from .pool import list_jobs, read_all
 from .rows import row_of
 from .targets import TARGETS
+from .toolchain import OLDEST, Toolchain, in_folder, installed
 
 CATALOGUE = "bench.sass.catalogue"
 NAIVE = "bench.sass.naive"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the check, or ``report``.
+    """Runs the check, ``report`` or ``summary``.
 
     Returns:
-        0; 1 if a kernel is wrong; 2 for a wrong command line, or one that chooses no kernel.
+        0; 1 if a kernel is wrong; 2 for a wrong command line, one that chooses no kernel, or a Triton that is missing.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["report"]:
         return report.main(words[1:])
+    if words[:1] == ["summary"]:
+        return summary.main(words[1:])
     options = _parser().parse_args(words)
+    try:
+        toolchain = installed() if options.triton is None else in_folder(options.triton)
+    except InputError as error:
+        print(f"bench.sass: {error}", file=sys.stderr)
+        return 2
     cache = Cache(options.cache)
-    jobs, facts, remarks = _read(options, cache)
+    jobs, facts, remarks = _read(options, cache, toolchain)
     if not jobs:
         print("bench.sass: no kernel fits these filters", *remarks, sep="\n", file=sys.stderr)
         return 2
     rows, failures = _check(jobs, facts)
     document = {
-        "versions": versions(),
+        "versions": versions() | {"triton": toolchain.version if toolchain is not None else None},
         "system": f"{platform.system()} {platform.machine()}",
         "commit": commit(),
         "command": shlex.join(["python", "-m", "bench.sass", *words]),
@@ -68,21 +76,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failures else 0
 
 
-def _read(options: argparse.Namespace, cache: Cache) -> tuple[list[dict[str, Any]], list[Facts], list[str]]:
+def _read(
+    options: argparse.Namespace, cache: Cache, toolchain: Toolchain | None
+) -> tuple[list[dict[str, Any]], list[Facts], list[str]]:
     """Reads the chosen kernels; returns them, their facts, and remarks about what is left out and why."""
     remarks: list[str] = []
     jobs: list[dict[str, Any]] = []
-    if importlib.util.find_spec("triton") is None:
+    facts: list[Facts] = []
+    if toolchain is None:
         remarks.append("Triton kernels are not checked: triton is not installed (pip install triton)")
     else:
         vendors = sorted({TARGETS[name].vendor for name in options.target})
         catalogues = options.catalogue if options.no_naive else [*options.catalogue, NAIVE]
-        listed = [job for catalogue in catalogues for job in list_jobs(catalogue, vendors, cache)]
+        listed = [job for catalogue in catalogues for job in list_jobs(catalogue, vendors, cache, toolchain)]
         jobs += [job | {"target": name} for job in listed for name in options.target if TARGETS[name].vendor == job["vendor"]]
         jobs = [job for job in jobs if _chosen(job, options)]
-    progress = _Progress(len(jobs))
-    facts = read_all(jobs, cache, options.jobs, progress.step)
-    progress.end()
+        progress = _Progress(len(jobs))
+        facts = read_all(jobs, cache, options.jobs, progress.step, toolchain)
+        progress.end()
     if not options.no_cuda:
         targets = [name for name in options.target if TARGETS[name].vendor == "nvidia"]
         found, read, reasons = cuda.read(targets, cache, options.jobs)
@@ -134,7 +145,9 @@ class _Progress:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.sass", description=__doc__, epilog="python -m bench.sass report FILE draws a result of --output."
+        prog="python -m bench.sass",
+        description=__doc__,
+        epilog="report FILE draws a result of --output; summary FILE FILE prints the table of docs/gpu.md.",
     )
     parser.add_argument("--json", action="store_true", help="print the document instead of a table")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the document to a file too")
@@ -146,6 +159,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rank", nargs="+", type=int, metavar="R", help="dense kernels are always included")
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that compile (default: all cores)"
+    )
+    parser.add_argument(
+        "--triton",
+        metavar="FOLDER",
+        help=f"read what the Triton in a folder of its own makes; {OLDEST}: the oldest supported one, which make setup installs",
     )
     parser.add_argument("--cache", type=Path, default=CACHE, metavar="DIR", help=f"default {CACHE}")
     parser.add_argument("--catalogue", nargs="+", default=[CATALOGUE], metavar="MODULE", help=f"default {CATALOGUE}")

@@ -35,7 +35,8 @@ def resources(text: str) -> Resources:
             raise ValueError(f"the assembly does not state {key}")
         return int(match[1])
 
-    spilled = 4 * (number(".vgpr_spill_count") + number(".sgpr_spill_count"))
+    # Scalar registers are spilled to lanes of vector registers. Where those run out, memory of a thread is stated too.
+    spilled = 4 * number(".vgpr_spill_count")
     denormals = 3  # keep subnormals, both of arguments and of results
     return Resources(
         number(".vgpr_count"),

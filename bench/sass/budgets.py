@@ -58,6 +58,32 @@ def _both(kernel: str, dtype: str, ranks: tuple[int, int], nvidia: float, amd: f
     return Budget(kernel, dtype, ranks, "sm_*", nvidia), Budget(kernel, dtype, ranks, "gfx*", amd)
 
 
+IN_FLIGHT = {"sm_90": 0.95}
+"""The least share of a copy's speed that reads in flight must allow at a latency of 1 us (latency.py), for kernels in their default
+configuration that :data:`REASONS` does not name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reason:
+    """Why kernels have less: shell patterns, the least and largest rank, and the reason in a few words."""
+
+    kernel: str
+    dtype: str
+    ranks: tuple[int, int]
+    text: str
+
+
+REASONS = (
+    Reason("dense_update_2", "*16", _ANY, "arithmetic: noise of two draws"),
+    Reason("dense_*_stochastic", "*16", _ANY, "arithmetic: noise and random bits"),
+    Reason("dense_*_2", "*16", _ANY, "arithmetic: noise of two draws"),
+    Reason("lowrank_momentum_stochastic", "*16", _ANY, "arithmetic, and registers: a product with N and random bits"),
+    Reason("lowrank_momentum_2", "*", _ANY, "registers: U of two draws, N and a block ahead"),
+    Reason("lowrank_merge_stochastic", "*16", _ANY, "arithmetic, and registers: a product with N and random bits"),
+    Reason("lowrank_merge*", "*", (9, 64), "arithmetic in a fixed order, and registers for columns of N"),
+)
+
+
 BUDGETS = (
     # required
     Budget("lowrank_update", "bfloat16", _SMALL, "sm_90", 16),
@@ -66,7 +92,7 @@ BUDGETS = (
     Budget("lowrank_merge", "bfloat16", _LEAST, "sm_90", 28),
     # X and a product on tensor cores
     *_both("lowrank_update", "*16", _SMALL, 11, 18),
-    *_both("lowrank_update", "*16", _MIDDLE, 11, 19),
+    *_both("lowrank_update", "*16", _MIDDLE, 12, 19),  # 11.03 with Triton 3.6
     *_both("lowrank_update", "*16", _LARGE, 13, 21),
     *_both("lowrank_update", "float32", _SMALL, 13, 13),
     *_both("lowrank_update", "float32", _MIDDLE, 14, 14),
@@ -156,8 +182,14 @@ BUDGETS = (
 
 def budget_for(job: Mapping[str, Any]) -> Budget | None:
     """Finds the budget of a kernel on a target."""
-    for budget in BUDGETS:
-        names = all(fnmatch.fnmatchcase(job[key], getattr(budget, key)) for key in ("kernel", "dtype", "target"))
-        if names and (job["rank"] is None or budget.ranks[0] <= job["rank"] <= budget.ranks[1]):
-            return budget
-    return None
+    return next((b for b in BUDGETS if _covers(b, job) and fnmatch.fnmatchcase(job["target"], b.target)), None)
+
+
+def reason_for(job: Mapping[str, Any]) -> str | None:
+    """Finds why a kernel has fewer reads in flight than a copy needs."""
+    return next((r.text for r in REASONS if _covers(r, job)), None)
+
+
+def _covers(line: Budget | Reason, job: Mapping[str, Any]) -> bool:
+    names = all(fnmatch.fnmatchcase(job[key], getattr(line, key)) for key in ("kernel", "dtype"))
+    return names and (job["rank"] is None or line.ranks[0] <= job["rank"] <= line.ranks[1])

@@ -78,6 +78,12 @@ class Compilation:
     writes: bool = True
     nested: int | None = None
 
+    @property
+    def read_bytes(self) -> int:
+        """The bytes an element that a pass reads: of weights, and of what is as large as they are."""
+        momentum = 4 if self.kernel.startswith("dense_momentum") else 0
+        return self.bytes_per_element - momentum - (self.itemsize if self.writes else 0)
+
 
 def compilations(vendor: str = "nvidia", ranks: Sequence[int] = RANKS) -> list[Compilation]:
     """Lists everything that is launched on GPUs of a vendor, "nvidia" or "amd"."""
@@ -252,12 +258,13 @@ def _compilation(
     types: Mapping[str, str] = _POINTERS,
 ) -> Compilation:
     signature = {name: {**types, **_NUMBERS}[name] for name in plan.kernel.arg_names if name not in plan.constants}
+    unaligned = {p.name for p in plan.kernel.params if p.do_not_specialize_on_alignment}
     return Compilation(
         kernel=kernel,
         function=plan.kernel,
         signature=signature,
         constants=plan.constants,
-        divisible=tuple(name for name in signature if name in types or name in _EXTENTS),
+        divisible=tuple(name for name in signature if (name in types and name not in unaligned) or name in _EXTENTS),
         options=plan.options,
         dtype=dtype,
         rank=rank,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .budgets import ROOFLINE, ROOFLINE_BELOW, Budget
+from .budgets import IN_FLIGHT, ROOFLINE, ROOFLINE_BELOW, Budget
 from .facts import WIDE, Facts
 
 
@@ -86,11 +86,19 @@ def _speed(job: Mapping[str, Any], facts: Facts, row: Mapping[str, Any], budget:
     promised = min(ROOFLINE.get(job["target"], 0.0), ROOFLINE_BELOW.get((job["kernel"], job["rank"]), 1.0))
     if job["default"] and (row["predicted_roofline"] or 0.0) < promised:
         found.append(f"predicted roofline {row['predicted_roofline']} (bound by {row['bound']}), at least {promised:g} promised")
+    found += _in_flight(job, row)
     if job["aligned"] and facts.unknown_loops:
         found.append(f"{facts.unknown_loops} loops whose trips nobody knows, so that the count is too low")
     if job["aligned"] and facts.calls:
         found.append(f"{facts.calls} calls of functions whose instructions are not counted")
     return found
+
+
+def _in_flight(job: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
+    least, share = IN_FLIGHT.get(job["target"]), row["latency_fraction_1us"]
+    if least is None or share is None or share >= least or not job["default"] or row["reason"] is not None:
+        return []
+    return [f"reads in flight allow {share:g} of a copy's speed at a latency of 1 us, {least:g} promised, and no reason is given"]
 
 
 def _listed(opcodes: Mapping[str, int]) -> str:

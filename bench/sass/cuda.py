@@ -89,6 +89,7 @@ def describe(name: str) -> dict[str, Any]:
     ratios = "ILb1E" in arguments
     stored = itemsize + (4 if op.startswith("dense_momentum") and aligned else 0)
     return {
+        "triton": None,
         "kernel": "cuda_" + op.removesuffix("_aligned") + ("_2" if numbers[-1:] == [2] else "_ratios" if ratios else ""),
         "dtype": dtype,
         "rank": rank,

@@ -67,12 +67,7 @@ def functions(code: str) -> dict[str, list[Block]]:
 
 
 def _lines(body: list[str]) -> list[Line]:
-    """Reads the lines of a function.
-
-    ptxas leaves out a change of file where the number of the line stays the same. Then what a line of another file does is
-    taken for a line of weights.py, or the other way round, and accesses to weights do not add up. Moving a function by a
-    line helps.
-    """
+    """Reads the lines of a function."""
     source = ""
     found = []
     for text in body:

@@ -7,7 +7,6 @@ as the tests do; theirs is a clean environment.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -21,18 +20,22 @@ from typing import Any
 
 from .cache import ROOT, Cache, fingerprint
 from .facts import Facts
+from .toolchain import Toolchain
 
 _KEPT = ("TRITON_HOME", "TRITON_CACHE_DIR")  # where files go; everything else of Triton's changes what it compiles
 
 
 class Worker:
-    """A process of worker.py."""
+    """A process of worker.py.
 
-    def __init__(self) -> None:
+    Args:
+        toolchain: the Triton that it imports.
+    """
+
+    def __init__(self, toolchain: Toolchain) -> None:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "MLIR_", "LLVM_")) or k in _KEPT}
         clean["OMP_NUM_THREADS"] = "1"
-        # What the parent can import, workers can: a catalogue may lie anywhere.
-        clean["PYTHONPATH"] = os.pathsep.join([str(ROOT), *(p for p in sys.path if p)])
+        clean["PYTHONPATH"] = toolchain.import_path()
         command = [sys.executable, "-m", "bench.sass.worker"]
         self._process = subprocess.Popen(
             command, cwd=ROOT, env=clean, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -73,35 +76,48 @@ class Worker:
             self._errors.append(line)
 
 
+_COMPILER = Path(__file__).with_name("compiler.py")
+
+
 @functools.cache
-def _fingerprint(catalogue: str) -> str:
+def _fingerprint_of_list(catalogue: str, toolchain: Toolchain) -> str:
     kernels = (ROOT / "lozo_kernels" / "kernels" / "backends" / "triton").rglob("*")
     files = sorted(path for path in kernels if path.suffix in (".py", ".json"))
     spec = importlib.util.find_spec(catalogue)
     if spec is not None and spec.origin is not None:
         files.append(Path(spec.origin))
-    return fingerprint(importlib.metadata.version("triton"), Path(__file__).with_name("compiler.py"), files)
+    return fingerprint(toolchain.version, _COMPILER, files)
 
 
-def list_jobs(catalogue: str, vendors: Iterable[str], cache: Cache) -> list[dict[str, Any]]:
-    """Lists what a catalogue can compile: the fields of ``compiler.describe`` with "catalogue", "vendor" and "index"."""
+@functools.cache
+def _fingerprint(toolchain: Toolchain) -> str:
+    """Of a kernel that was read: its own sources are in its key, so that a change of one leaves what was read of the others."""
+    return fingerprint(toolchain.version, _COMPILER, ())
+
+
+def list_jobs(catalogue: str, vendors: Iterable[str], cache: Cache, toolchain: Toolchain) -> list[dict[str, Any]]:
+    """Lists what a catalogue can compile: the fields of ``compiler.describe`` with "catalogue", "vendor", "index" and "triton"."""
     worker: Worker | None = None
     jobs = []
     try:
         for vendor in vendors:
-            listed = cache.get(_fingerprint(catalogue), f"list {vendor}")
+            made_from = _fingerprint_of_list(catalogue, toolchain)
+            listed = cache.get(made_from, f"list {vendor}")
             if listed is None:
-                worker = worker or Worker()
+                worker = worker or Worker(toolchain)
                 listed = worker.ask({"do": "list", "catalogue": catalogue, "vendor": vendor})
-                cache.put(_fingerprint(catalogue), f"list {vendor}", listed)
-            jobs += [{**d, "catalogue": catalogue, "vendor": vendor, "index": i} for i, d in enumerate(listed)]
+                cache.put(made_from, f"list {vendor}", listed)
+            place = {"catalogue": catalogue, "vendor": vendor, "triton": toolchain.version}
+            jobs += [{**d, **place, "index": i} for i, d in enumerate(listed)]
     finally:
         if worker is not None:
             worker.close()
     return jobs
 
 
-def read_all(jobs: Sequence[dict[str, Any]], cache: Cache, processes: int, done: Callable[[], None]) -> list[Facts]:
+def read_all(
+    jobs: Sequence[dict[str, Any]], cache: Cache, processes: int, done: Callable[[], None], toolchain: Toolchain
+) -> list[Facts]:
     """Reads the facts of every job (of :func:`list_jobs`, with a "target"), compiled by so many processes.
 
     Args:
@@ -110,7 +126,7 @@ def read_all(jobs: Sequence[dict[str, Any]], cache: Cache, processes: int, done:
     answers: list[Any] = [None] * len(jobs)
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for i, job in enumerate(jobs):
-        answers[i] = cache.get(_fingerprint(job["catalogue"]), _job_key(job))
+        answers[i] = cache.get(_fingerprint(toolchain), _job_key(job))
         if answers[i] is None:
             waiting.put(i)
         else:
@@ -119,13 +135,13 @@ def read_all(jobs: Sequence[dict[str, Any]], cache: Cache, processes: int, done:
     def serve() -> None:
         worker: Worker | None = None
         while (i := _next(waiting)) is not None:
-            worker = worker or Worker()
+            worker = worker or Worker(toolchain)
             try:
                 answers[i] = worker.ask({"do": "read"} | {k: jobs[i][k] for k in ("catalogue", "vendor", "index", "target")})
             except RuntimeError as error:
                 answers[i], worker = {"broken": str(error)}, None
             if answers[i]["broken"] is None:  # what failed may have failed for want of memory
-                cache.put(_fingerprint(jobs[i]["catalogue"]), _job_key(jobs[i]), answers[i])
+                cache.put(_fingerprint(toolchain), _job_key(jobs[i]), answers[i])
             done()
         if worker is not None:
             worker.close()

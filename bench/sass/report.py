@@ -26,6 +26,9 @@ _COLUMNS = (
     "budget",
     "roofline",
     "bound",
+    "in flight, 0.7 us",
+    "1 us",
+    "reason",
 )
 
 
@@ -99,6 +102,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         *(text(row["registers"]), text(row["spill_bytes"]), text(row["vector_bits"])),
         *(text(row["instr_per_element"], ".1f"), text(row["loop_instr_per_element"], ".1f")),
         *("naive" if row["naive"] else text(row["budget"], "g"), text(row["predicted_roofline"], ".2f"), text(row["bound"])),
+        *(text(row["latency_fraction_700ns"], ".2f"), text(row["latency_fraction_1us"], ".2f"), row["reason"] or ""),
     ]
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .budgets import Budget
+from .budgets import IN_FLIGHT, Budget, reason_for
 from .facts import Facts
+from .latency import InFlight, in_flight
 from .model import predict
 from .targets import TARGETS
 
@@ -23,7 +24,8 @@ def row_of(job: Mapping[str, Any], facts: Facts, budget: Budget | None) -> dict[
 
     Counts are of a thread: ``instr_per_element`` of a full tile, prologue included (of CUDA C++ kernels, whose tiles are sized when
     they run, of the main loop); ``loop_instr_per_element`` of the main loop alone. ``vector_bits`` is the narrowest access to
-    weights. None: the kernel touches no weights, or has no loop.
+    weights; ``latency_fraction_...`` what reads in flight allow (latency.py), ``programs`` how many of them a multiprocessor holds.
+    None: the kernel touches no weights, or has no loop.
     """
     per_thread = elements_per_thread(job, facts)
     target = TARGETS[job["target"]]
@@ -35,8 +37,13 @@ def row_of(job: Mapping[str, Any], facts: Facts, budget: Budget | None) -> dict[
         predict(facts, target, elements_per_thread=per_thread, bytes_per_element=job["bytes_per_element"]) if weights else None
     )
     loop_elements = facts.loop_bytes / (job["stored_bytes"] or 1)
+    flying: InFlight | None = None
+    if weights and job["tile_elements"] is not None:
+        each = facts.loop_instructions / loop_elements if loop_elements else facts.instructions / per_thread
+        flying = in_flight(job, facts, target, each)
     return {
         "kernel": job["kernel"],
+        "triton": job["triton"],
         "target": job["target"],
         "dtype": job["dtype"],
         "rank": job["rank"],
@@ -45,6 +52,10 @@ def row_of(job: Mapping[str, Any], facts: Facts, budget: Budget | None) -> dict[
         "vector_bits": narrowest,
         "instr_per_element": round(facts.instructions / per_thread, 2) if per_thread else None,
         "predicted_roofline": prediction.fraction if prediction else None,
+        "latency_fraction_700ns": flying.fractions[0] if flying else None,
+        "latency_fraction_1us": flying.fractions[1] if flying else None,
+        "programs": flying.programs if flying else None,
+        "reason": reason_for(job) if flying and flying.fractions[-1] < min(IN_FLIGHT.values()) else None,
         "loop_instr_per_element": round(facts.loop_instructions / loop_elements, 2) if loop_elements else None,
         "bound": prediction.bound if prediction else None,
         "budget": budget.instructions if budget is not None else None,

@@ -16,6 +16,8 @@ class Target:
         bandwidth: bytes read and written by a copy, per second.
         clocks: clocks of a multiprocessor for one unit of a pipe's work: a warp's instruction; of "issue", any instruction.
         shared_bytes, global_bytes, multiply_adds: per clock and multiprocessor.
+        threads, programs, registers, shared_memory: the most that a multiprocessor holds at once; shared_memory in bytes.
+        shared_reserved: bytes of it that every program takes besides its own.
     """
 
     name: str
@@ -30,6 +32,11 @@ class Target:
     shared_bytes: float
     global_bytes: float
     multiply_adds: float
+    threads: int = 2048
+    programs: int = 32
+    registers: int = 65536
+    shared_memory: int = 228 << 10
+    shared_reserved: int = 1024
 
     @property
     def lanes(self) -> int:
@@ -60,6 +67,7 @@ TARGETS = {
             shared_bytes=128,
             global_bytes=128,
             multiply_adds=1024,
+            shared_memory=164 << 10,
         ),
         Target(
             name="sm_90",
@@ -102,6 +110,9 @@ TARGETS = {
             shared_bytes=128,
             global_bytes=128,
             multiply_adds=512,
+            threads=1536,
+            programs=24,
+            shared_memory=100 << 10,
         ),
         Target(
             name="gfx942",
@@ -116,6 +127,9 @@ TARGETS = {
             shared_bytes=128,
             global_bytes=64,
             multiply_adds=1024,
+            registers=4 * 512 * 64,  # a SIMD has 512 of a wave's 64 lanes
+            shared_memory=64 << 10,
+            shared_reserved=0,
         ),
     )
 }

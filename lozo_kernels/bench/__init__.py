@@ -14,6 +14,7 @@ from ..kernels.registry import choose_backend
 from ..model.files import file_trouble
 from . import correctness, memory, perturb, step
 from .arguments import Parser, add_common, check_output
+from .deadline import EXIT_INCOMPLETE
 from .document import publish, where
 from .environment import PROGRAM, OtherLoad
 from .gate import GateError
@@ -36,7 +37,8 @@ def main(argv: Sequence[str], measurements: Measurements = MEASUREMENTS, program
         argv: the words after those of the program.
 
     Returns:
-        0; 1 if an op disagrees with its reference, and then no figures are shown; 2 for a wrong command line; 130 after Ctrl-C.
+        0; 1 if an op disagrees with its reference, and then no figures are shown; 2 for a wrong command line; 3 if the time that
+        ``--seconds`` gives was over before all was measured; 130 after Ctrl-C.
     """
     name = argv[0] if argv and argv[0] in measurements else ""
     try:
@@ -67,7 +69,9 @@ def _run(module: Any, options: argparse.Namespace, argv: Sequence[str], program:
     found = module.measure(options, document)
     document |= {"cpus_used_by_others": others.mean()} | found
     publish(document, module.render, as_json=options.json, output=options.output)
-    return 1 if hasattr(module, "failed") and module.failed(document) else 0
+    if hasattr(module, "failed") and module.failed(document):
+        return 1
+    return 0 if document.get("complete", True) else EXIT_INCOMPLETE
 
 
 def _check_backend(device: torch.device) -> None:

@@ -54,6 +54,9 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=thread_count, help="threads of torch, which are this library's too (default: torch's choice)"
     )
+    parser.add_argument(
+        "--seconds", type=positive, help="begin nothing more after so long, from the start of the process (default: measure all)"
+    )
     parser.add_argument("--json", action="store_true", help="print the JSON document instead of a table")
     parser.add_argument("--output", metavar="FILE", type=path, help="also write the JSON document to FILE")
 

@@ -78,16 +78,26 @@ def compare(got: Case, want: Case, *, every_bit: bool = False) -> list[Compared]
     for name in ("x", "n", "v", "out"):
         theirs, ours = (case.out and case.out.x if name == "out" else getattr(case.table, name) for case in (got, want))
         for t, (x, y) in enumerate(zip(theirs or (), ours or (), strict=True)):
-            a, b = storage_of(x), storage_of(y)
-            wrong = as_bits(a) != as_bits(b)
-            if name == "x" and bounded:
-                wrong.as_strided(y.shape, y.stride(), y.storage_offset()).copy_(~_near(x, want, t))
-            text = f"{name}[{t}] {tuple(y.shape)} {str(y.dtype).removeprefix('torch.')}, strides {y.stride()}"
-            if bool(wrong.any()):
-                at = int(wrong.nonzero()[0])
-                text += f": {int(wrong.sum())} of {wrong.numel()} values differ, the first {a[at].item()!r}, not {b[at].item()!r}"
-            found.append(Compared(wrong.numel(), int(wrong.sum()), text))
+            near = _near(x, want, t) if name == "x" and bounded else None
+            found.append(compare_storage(f"{name}[{t}]", x, y, near))
     return found
+
+
+def compare_storage(name: str, x: Tensor, y: Tensor, near: Tensor | None = None) -> Compared:
+    """Compares the whole storage of two tensors of one layout bit for bit. Any NaN equals any other.
+
+    Args:
+        near: where in x is right what is given here instead; None for where the bits are those of y.
+    """
+    a, b = storage_of(x), storage_of(y)
+    wrong = as_bits(a) != as_bits(b)
+    if near is not None:
+        wrong.as_strided(y.shape, y.stride(), y.storage_offset()).copy_(~near)
+    text = f"{name} {tuple(y.shape)} {str(y.dtype).removeprefix('torch.')}, strides {y.stride()}"
+    if bool(wrong.any()):
+        at = int(wrong.nonzero()[0])
+        text += f": {int(wrong.sum())} of {wrong.numel()} values differ, the first {a[at].item()!r}, not {b[at].item()!r}"
+    return Compared(wrong.numel(), int(wrong.sum()), text)
 
 
 def _near(x: Tensor, want: Case, t: int) -> Tensor:
@@ -112,11 +122,16 @@ def storage_of(x: Tensor) -> Tensor:
     return torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())  # type: ignore[call-overload]
 
 
+def copy_tensor(t: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """Copies a tensor to storage of its own with the same layout, gaps included."""
+    return storage_of(t).to(device, copy=True).as_strided(t.shape, t.stride(), t.storage_offset())
+
+
 def copy_table(table: TensorTable, device: torch.device | str = "cpu") -> TensorTable:
-    """Copies a table to storage of its own with the same layout, gaps included."""
+    """Copies the tensors of a table in the same way."""
 
     def copied(tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [storage_of(t).to(device, copy=True).as_strided(t.shape, t.stride(), t.storage_offset()) for t in tensors]
+        return [copy_tensor(t, device) for t in tensors]
 
     v, n = (None if tensors is None else copied(tensors) for tensors in (table.v, table.n))
     return dataclasses.replace(table, x=copied(table.x), v=v, n=n, cache={}, checked=False)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +15,11 @@ from ..kernels.calls import Draw
 from ..kernels.registry import Backend, backend_names, choose_backend
 from ..kernels.table import DTYPES
 from ..model.text_table import text_table
-from .arguments import positive, several
+from .arguments import add_choice, several
 from .cases import EXACT_MOMENTUM_RANK, OPS, Case, Op, compare, random_case
-from .document import first_line, progress
+from .deadline import Deadline
+from .document import first_line, progress, save_partial
+from .layer_cases import EMBEDDING, LINEAR, LayerCase, LayerPlan, layer_plans, quick_layer_plans
 
 Row = dict[str, Any]
 
@@ -31,6 +32,11 @@ _SHAPES = {
     "tiny": ((1, 33, 129), (1, 64, 64)),
 }
 _MOST_FAILURES = 20  # that a document lists
+_SAVE_EVERY = 10  # cases
+
+
+ALL_OPS = (*OPS, LINEAR, EMBEDDING)
+"""What is checked, beside ``factor``. ``resample_`` re-projects momentum too."""
 
 
 class Plan(NamedTuple):
@@ -71,15 +77,16 @@ class Plan(NamedTuple):
             return random_case(rng, OPS[self.op], shapes, self.rank, call=call, apart=self.draws > 0, **tensors)
 
 
-def plans(*, quick: bool) -> list[Plan]:
+def plans(*, quick: bool) -> list[Plan | LayerPlan]:
     """Lists all cases, the most important first; with ``quick`` a few small ones, and for each op one that fast kernels take."""
     if quick:
         kinds = ((torch.bfloat16, 4), (None, 1), (torch.float32, 17))
         small = [_plan(op, "tiny", dtype, rank, i) for op in OPS.values() for i, (dtype, rank) in enumerate(kinds)]
-        return list(dict.fromkeys([*small, *(_plan(op, "large", torch.bfloat16, 4, 1) for op in OPS.values())]))
-    found: list[Plan] = []
+        large = [_plan(op, "large", torch.bfloat16, 4, 1) for op in OPS.values()]
+        return list(dict.fromkeys([*small, *quick_layer_plans(), *large]))
+    found: list[Plan | LayerPlan] = []
     for i, rank in enumerate(RANKS):
-        for op in OPS.values():
+        for op in sorted(OPS.values(), key=lambda op: op.along_rows):  # dense ops, which come once, first
             if op.along_rows:
                 found += [_plan(op, "odd", None, rank, kind) for kind in (0, 1)]
                 # Every dtype takes a turn at every rank, with arguments that change from rank to rank.
@@ -87,6 +94,7 @@ def plans(*, quick: bool) -> list[Plan]:
             elif i == 0:
                 found += [_plan(op, "odd", None, 0, kind) for kind in range(4)]
                 found += [_plan(op, "large", dtype, 0, kind) for kind in range(4) for dtype in DTYPES]
+        found += layer_plans(rank, first=i == 0, turn=i)
     return list(dict.fromkeys(found))
 
 
@@ -100,8 +108,8 @@ def _plan(op: Op, layout: str, dtype: torch.dtype | None, rank: int, kind: int) 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this measurement."""
     parser.add_argument("--quick", action="store_true", help="a few small cases")
+    add_choice(parser, "ops", ALL_OPS, list(ALL_OPS), "only these ops (default: all)")
     parser.add_argument("--backends", type=several(str), help="only these, also such as serve the device only when asked")
-    parser.add_argument("--seconds", type=positive, help="begin no further case after so long (default: all cases)")
     parser.add_argument("--seed", type=int, help="of the inputs (default: fresh)")
 
 
@@ -110,16 +118,18 @@ def measure(options: argparse.Namespace, document: Row) -> Row:
     truth = cpu_backend()
     seed = random.SystemRandom().getrandbits(32) if options.seed is None else options.seed
     backends, not_run = candidates(options.device, truth, options.backends)
-    chosen = plans(quick=options.quick)
-    rows, failures, done = hold(backends, truth, options.device, seed, chosen, seconds=options.seconds)
-    document |= {
-        "truth": f"{truth.name} on cpu",
-        "seed": seed,
-        "cases_done": done,
-        "cases": len(chosen),
-        "backends_not_run": not_run,
-    }
-    return {"rows": rows, "failures": failures[:_MOST_FAILURES]}
+    chosen = [plan for plan in plans(quick=options.quick) if plan.op in options.ops]
+    deadline = Deadline(options.seconds)
+    document |= {"truth": f"{truth.name} on cpu", "seed": seed, "cases_done": 0, "cases": len(chosen)}
+    document |= {"backends_not_run": not_run}
+
+    def save(rows: list[Row], failures: list[str], done: int) -> None:
+        document["cases_done"] = done
+        if done % _SAVE_EVERY == 0:
+            save_partial(document, options.output, rows=rows, failures=failures[:_MOST_FAILURES])
+
+    rows, failures, done = hold(backends, truth, options.device, seed, chosen, deadline=deadline, after_each=save)
+    return {"rows": rows, "failures": failures[:_MOST_FAILURES], "cases_done": done} | deadline.note()
 
 
 def failed(document: Row) -> bool:
@@ -171,10 +181,15 @@ def hold(
     truth: Backend,
     device: torch.device,
     seed: int,
-    chosen: Sequence[Plan],
-    seconds: float | None = None,
+    chosen: Sequence[Plan | LayerPlan],
+    deadline: Deadline | None = None,
+    after_each: Callable[[list[Row], list[str], int], None] = lambda *_: None,
 ) -> tuple[list[Row], list[str], int]:
     """Compares backends with ``truth`` on the CPU.
+
+    Args:
+        deadline: after it no case is begun.
+        after_each: called after every case with what would be returned then.
 
     Returns:
         A row for each backend and op, the failures in words, and how many cases were checked.
@@ -192,9 +207,9 @@ def hold(
             failures.append(f"{backend.name} {what}: {counts['text']}")
             progress(failures[-1])
 
-    end, done = None if seconds is None else time.monotonic() + seconds, 0
+    done = 0
     for i, plan in enumerate(chosen):
-        if end is not None and time.monotonic() > end:
+        if deadline is not None and deadline.over():
             break
         done += 1
         case = plan.case(seed + i)
@@ -202,6 +217,7 @@ def hold(
         want.run(truth)
         for backend in backends:
             note(backend, plan.op.rstrip("_"), f"{plan}, seed {seed + i}", _differences(backend, case.on(device), want))
+        after_each(list(tally.values()), failures, done)
     for backend in backends:
         for i, (stream, rank) in enumerate((("U", 4), ("V", 1), ("S", 17), ("U", 64))):
             found = _wrong_factor(backend, truth, device, seed + i, stream, rank)
@@ -209,11 +225,17 @@ def hold(
     return list(tally.values()), failures, done
 
 
-def _differences(backend: Backend, case: Case, want: Case) -> Row:
+def _differences(backend: Backend, case: Case | LayerCase, want: Case | LayerCase) -> Row:
     """Runs and compares a case; returns its counts, and in words what is wrong."""
     try:
         case.run(backend)
-        found = compare(case.on(), want)
+        got = case.on()
+        if isinstance(got, LayerCase):
+            assert isinstance(want, LayerCase)
+            found = got.compare(want)
+        else:
+            assert isinstance(want, Case)
+            found = compare(got, want)
     except Exception as e:  # an op that cannot run is as wrong as one that gives other bits
         return {"errors": 1, "text": f"{type(e).__name__}: {first_line(e)}"}
     wrong = [c for c in found if c.wrong]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import time
@@ -28,6 +29,7 @@ RANK_LIMITS = {"lowrank_update": (16, 64), "lowrank_momentum": (8, 64)}
 LEAST_GAIN = 0.01
 """A size replaces the default if it is this much faster: less is noise."""
 _PER_THREAD = (8, 64)  # elements of a block that a thread holds: fewer leave memory idle, more spill
+_MAXNREG = (None, 128)  # a kernel of four warps with 128 registers has four programs on a multiprocessor
 _TILE_COLS = 1024  # of a low-rank tile: enough to make U once for many columns, few enough for many tiles
 
 Timer = Callable[[Mapping[str, Callable[[], None]]], dict[str, float]]
@@ -45,7 +47,10 @@ def candidates(kernel: str) -> list[TileSize]:
                     if r == 1:
                         found += [TileSize(r, c, blocks, warps) for blocks in (4, 16)]
                     else:
-                        found += [TileSize(r, c, _TILE_COLS // c, warps, ahead) for ahead in (False, True)]
+                        found += [
+                            TileSize(r, c, _TILE_COLS // c, warps, ahead, maxnreg)
+                            for ahead, maxnreg in itertools.product((False, True), _MAXNREG)
+                        ]
     return found
 
 
@@ -138,6 +143,7 @@ def _calls(
             progress(f"{kernel} rank {rank}: {size} cannot run ({type(e).__name__})")
             continue
         name = f"{size.rows}x{size.cols}x{size.blocks}, {size.num_warps} warps" + (", ahead" if size.ahead else "")
+        name += "" if size.maxnreg is None else f", {size.maxnreg} registers"
         yield ("default" if i == 0 else name), (size, call)
 
 

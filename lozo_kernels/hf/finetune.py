@@ -19,7 +19,7 @@ from .loop.kept_weights import KeptWeights
 from .loop.measure import inference_peaks
 from .loop.processes import first_does, is_first, joined, own_folder
 from .loop.records import MetricsLog
-from .loop.scoring import score
+from .loop.scoring import check_examples, score
 from .loop.train import Outcome, eval_batch_size, evaluate, train
 from .models.checkpoint import load_model
 from .models.pretrained import computing, first_line
@@ -82,6 +82,8 @@ def finetune(
 
 def _run(settings: Settings, command: str, quiet: bool, resume: bool) -> dict[str, Any]:
     run, output = open_run(settings, quiet=quiet), Path(str(settings.output))
+    if run.data.test:
+        check_examples(run.objective, run.data.test, settings.max_new_tokens)
     keeper = new_keeper(output, settings, run.data, run.objective.name, run.train_set, run.dev_set)
     if resume:
         keeper = resumed_keeper(keeper)

@@ -94,7 +94,8 @@ class Backward:
         self._hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         if intercept:
             model.__dict__[self._place] = self
-        for part in _parts(model) if intercept else (model, *_parts(model)):
+        self._parts = _parts(model) if intercept else [model, *_parts(model)]
+        for part in self._parts:
             self._hooks.append(part.register_forward_pre_hook(self._enter_part, prepend=True))
             self._hooks.append(part.register_forward_hook(self._leave_part, prepend=True, always_call=True))
 
@@ -198,9 +199,8 @@ class Backward:
 
     def _watch_hooks(self) -> None:
         """What forward hooks of the user keep of an evaluation is not to be differentiated either."""
-        ours = set(_parts(self.model)) | {self.model}
         for module in self.model.modules():
-            if forward_hooks(module) > (module in ours) and module not in self._hooked:
+            if forward_hooks(module) > self._parts.count(module) and module not in self._hooked:
                 self._hooked.add(module)
                 self._hooks.append(module.register_forward_hook(self._refuse_hooked, prepend=True))
 

@@ -41,7 +41,7 @@ class OffloadedWeight:
     def place(self) -> Hashable:
         """A key of the place that :meth:`store` writes."""
         weights, key = self._place()
-        kept = self._in_memory()
+        kept = self.in_memory
         return (id(weights), key) if kept is None else ("memory", kept.data_ptr() or key)
 
     @property
@@ -49,7 +49,7 @@ class OffloadedWeight:
         """A key that is equal for weights that are read from one place."""
         weights, key = self._place()
         entry = getattr(weights, "index", {}).get(key, {})
-        if self._in_memory() is None and "safetensors_file" in entry:
+        if self.in_memory is None and "safetensors_file" in entry:
             return (entry["safetensors_file"], entry.get("weight_name", key))
         return self.place
 
@@ -60,7 +60,7 @@ class OffloadedWeight:
     def check_writable(self) -> None:
         """Raises TypeError if the hook's weights are in a mapping that :meth:`store` cannot write."""
         weights, key = self._place()
-        if self._in_memory() is None and not hasattr(weights, "index"):
+        if self.in_memory is None and not hasattr(weights, "index"):
             raise TypeError(
                 f"the offloaded weight {key!r} is kept in a {type(weights).__name__}, which cannot be written: exclude it"
             )
@@ -78,7 +78,7 @@ class OffloadedWeight:
         offload folder, or into memory where there is no folder, and is read from there from then on, but not by another process.
         """
         weights, key = self._place()
-        kept = self._in_memory()
+        kept = self.in_memory
         if kept is not None:
             if kept.data_ptr() != value.data_ptr():
                 kept.copy_(value)
@@ -100,7 +100,9 @@ class OffloadedWeight:
             weights, key = weights.dataset, f"{weights.prefix}{key}"
         return weights, key
 
-    def _in_memory(self) -> Tensor | None:
+    @property
+    def in_memory(self) -> Tensor | None:
+        """The weight, if it is kept as a tensor in memory and not on disk; otherwise None."""
         weights, key = self._place()
         return (weights if isinstance(weights, MutableMapping) else getattr(weights, "state_dict", {})).get(key)
 

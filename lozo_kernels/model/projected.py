@@ -34,7 +34,7 @@ class ProjectedValue(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name not in _ACCESSORS and any(isinstance(x, Tensor) and not isinstance(x, ProjectedValue) for x in args[:1]):
+        if name not in _ACCESSORS and _is_of_others(name, args[0] if args else None):
             raise TypeError(
                 "parameters of a driven model were paired with those of a copy that was made before drive='backward' added "
                 f"{NAME}.value, so that the two lists do not match: an average (AveragedModel, Lightning's WeightAveraging) needs "
@@ -49,6 +49,13 @@ class ProjectedValue(nn.Parameter):
         if result.requires_grad and torch.is_grad_enabled() and name != "expand_as":  # by which torch finds its gradient's hooks
             return refuse_gradients(result.detach(), lambda _: RuntimeError(_OF_A_SUM))
         return result
+
+
+def _is_of_others(name: str, first: Any) -> bool:
+    """Whether a function of torch, which has a :class:`ProjectedValue` among its arguments, works on the other tensors of it."""
+    if name.startswith("_foreach_"):
+        return isinstance(first, (tuple, list)) and not any(isinstance(x, ProjectedValue) for x in first)
+    return isinstance(first, Tensor) and not isinstance(first, ProjectedValue)
 
 
 class ProjectedGradient(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +18,9 @@ from .layout import Layout, Shard
 from .modules import own_parameters
 from .offload import OffloadedWeight
 from .sharding import block_of, check_block, check_rows, gather, is_sharded, local_of, running_device
+
+Memory = Callable[[Tensor], Tensor]
+"""Returns memory for a contiguous copy of a tensor."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +137,12 @@ class Storage:
         return self.tensor.detach().to(device)
 
     @contextlib.contextmanager
-    def borrowed(self, device: torch.device) -> Iterator[Shard]:
-        """Yields :meth:`shard` on a device and writes it back at the end. If the body raises, nothing is written back."""
+    def borrowed(self, device: torch.device, memory: Memory | None = None) -> Iterator[Shard]:  # noqa: ARG002  (for offloaded)
+        """Yields :meth:`shard` on a device and writes it back at the end. If the body raises, nothing is written back.
+
+        Args:
+            memory: where a copy of an offloaded weight is made; None: in new memory.
+        """
         shard = self.shard()
         here = dataclasses.replace(shard, x=shard.x.to(device))
         yield here
@@ -213,20 +220,29 @@ class Offloaded(Storage):
 
     def load(self, device: torch.device) -> Tensor:
         """Does not copy a weight that is in memory of the device."""
-        resident = self._resident
-        weight = self._places[0].load() if resident is None else resident
-        return weight.detach().to(device, self.tensor.dtype).contiguous()
+        return self._source.detach().to(device, self.tensor.dtype).contiguous()
 
     @contextlib.contextmanager
-    def borrowed(self, device: torch.device) -> Iterator[Shard]:
+    def borrowed(self, device: torch.device, memory: Memory | None = None) -> Iterator[Shard]:
         """Yields all of the weight, and stores it in every place where it is kept (:meth:`OffloadedWeight.store`)."""
-        weight = self.load(device)
+        weight = self.load(device) if memory is None or self._lies_on(device) else memory(self.tensor).copy_(self._source)
         yield self.layout.whole(weight)
         resident = self._resident
         if resident is not None and resident.data_ptr() != weight.data_ptr():
             resident.detach().copy_(weight)
         for kept in self._places:
             kept.store(weight)
+
+    @property
+    def _source(self) -> Tensor:
+        """The weight as it is kept."""
+        resident = self._resident
+        return self._places[0].load() if resident is None else resident
+
+    def _lies_on(self, device: torch.device) -> bool:
+        """Whether the weight is kept in memory of a device, where it does not move."""
+        kept = self._places[0].in_memory if self._resident is None else self._resident
+        return kept is not None and kept.device == device and kept.dtype == self.tensor.dtype and kept.is_contiguous()
 
     @property
     def _places(self) -> list[OffloadedWeight]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 from ...errors import InputError, require
 from ..data.examples import Example
-from ..objectives import Objective, PromptedObjective
+from ..objectives import Encoded, Objective, PromptedObjective
 from ..tasks.metrics import METRICS
 from .train import evaluate
 
@@ -52,9 +52,9 @@ def score(
     Raises:
         InputError: an example does not fit, or none of them can be predicted.
     """
-    encoded = objective.encode_all(examples, evaluation=True)
+    encoded = check_examples(objective, examples, max_new_tokens)
     record = evaluate(model, objective, encoded, 0, batch_size, device)
-    if objective.task.kind == "generation" and isinstance(objective, PromptedObjective):
+    if _writes(objective):
         answers = generate_answers(model, objective, examples, batch_size, max_new_tokens, device)
         metrics = {
             name: statistics.fmean(METRICS[name](answer, e.answers) for answer, e in zip(answers, examples, strict=True))
@@ -62,6 +62,17 @@ def score(
         }
         return Scores(metrics, record.loss, len(examples), answers)
     return Scores({} if record.accuracy is None else {"accuracy": record.accuracy}, record.loss, len(encoded))
+
+
+def check_examples(objective: Objective, examples: Sequence[Example], max_new_tokens: int) -> list[Encoded]:
+    """The examples as the model takes them. Called before a run, so that it does not end with an error in place of its scores.
+
+    Raises:
+        InputError: as :func:`score`.
+    """
+    if _writes(objective):
+        _room(objective, max_new_tokens)
+    return objective.encode_all(examples, evaluation=True)
 
 
 @torch.no_grad()
@@ -78,9 +89,7 @@ def generate_answers(
     Raises:
         InputError: the prompt and ``max_new_tokens`` do not fit in the objective's length together.
     """
-    room = objective.max_length - max_new_tokens
-    if room < 1:
-        raise InputError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in {objective.max_length} tokens")
+    room = _room(objective, max_new_tokens)
     tokenizer = objective.tokenizer
     one_line = objective.task.answer.endswith("\n")
     ends = [t for t in (tokenizer.eos_token_id, _line_end(tokenizer) if one_line else None) if t is not None]
@@ -97,6 +106,18 @@ def generate_answers(
         texts = tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
         answers += [(text.split("\n")[0] if one_line else text).strip() for text in texts]
     return answers
+
+
+def _writes(objective: Objective) -> TypeGuard[PromptedObjective]:
+    """Whether the model writes the answers."""
+    return objective.task.kind == "generation" and isinstance(objective, PromptedObjective)
+
+
+def _room(objective: Objective, max_new_tokens: int) -> int:
+    room = objective.max_length - max_new_tokens
+    if room < 1:
+        raise InputError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in {objective.max_length} tokens")
+    return room
 
 
 def _line_end(tokenizer: Any) -> int | None:

@@ -86,7 +86,10 @@ def side_seconds(member: Member, used: Uses, costs: Costs) -> float:
 
 def state_in_place(members: Sequence[Member], config: PatchConfig, *, momentum: bool) -> State:
     """The state of a method that moves weights."""
-    return State(_factors(members, config), _left_factors(members, config.rank) if momentum else 0)
+    factors = _factors(members, config)
+    if config.estimator == "subspace":  # the draws of a pass, added up
+        factors += sum(_FLOAT * config.rank * batch * rows for batch, rows, _ in _matrices(members))
+    return State(factors, _left_factors(members, config.rank) if momentum else 0)
 
 
 def state_of_probe(model: nn.Module, members: Sequence[Member], config: PatchConfig, *, momentum: bool) -> State:

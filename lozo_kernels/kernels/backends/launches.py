@@ -27,7 +27,7 @@ _FIRST_STEP = HEADER.index("step_0")
 _VECTOR = 8  # where columns, strides and offsets are multiples of it, access to every dtype and to V may be 128 bits wide
 _UPPER_BITS = 34  # higher bits of a flat position go into another word of the counter, which is constant in an aligned tensor
 _LEAST_BYTES = 4 << 20  # a dtype whose aligned tensors have fewer bytes gets no launch of its own
-_MOST_OUTPUTS = 4  # the most tables of outputs for which a table keeps a device form
+_MOST_SOURCES = 4  # the most tables whose merges into it a table of outputs keeps a device form for
 _AT = {name: i for i, name in enumerate(FIELDS)}
 
 
@@ -201,17 +201,18 @@ def device_table(table: TensorTable, factors: bool = False) -> DeviceTable:
 
 
 def merge_table(table: TensorTable, out: TensorTable) -> DeviceTable:
-    """The device form of a table whose results are written to the weights of ``out``, kept with the table by their addresses."""
+    """The device form of a table whose results are written to the weights of ``out``.
+
+    It is kept with ``out``, so that whoever keeps many tables of outputs, one for each evaluation, has one made for each.
+    """
     if out is table:
         return device_table(table)
-    made = table.cache.setdefault("gpu outputs", {})
-    assert isinstance(made, dict)
-    where = tuple((x.data_ptr(), x.stride()) for x in out.x)
-    found = made.get(where)
+    made = out.cache.setdefault("gpu merges", [])
+    assert isinstance(made, list)
+    found = next((on_device for source, on_device in made if source is table.cache), None)
     if found is None:
-        if len(made) >= _MOST_OUTPUTS:
-            made.clear()
-        found = made[where] = DeviceTable(table, out)
+        found = DeviceTable(table, out)
+        made[:] = [*made[1 - _MOST_SOURCES :], (table.cache, found)]
     return found  # type: ignore[no-any-return]
 
 

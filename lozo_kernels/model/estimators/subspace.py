@@ -93,8 +93,10 @@ class Subspace(Estimator):
         elif op.out:
             self._merge(table, call, backend)
         else:
-            step = _with_factor(table)
+            step = self._with_factor(table)
             assert step.n is not None
+            for p in step.n:
+                p.zero_()
             if op.momentum:
                 self._carry(table, call)
             self._add(table, step.n, call.seed, call.draws, call.scales)
@@ -116,14 +118,21 @@ class Subspace(Estimator):
         if not call.draws:
             self._apply(table, call, call.out, backend)
             return
-        at = table.cache.get(self.name)
-        if not isinstance(at, TensorTable):
-            table.cache[self.name] = at = _with_factor(table)
+        at = self._with_factor(table)
         assert table.n is not None and at.n is not None
         for p, n in zip(at.n, table.n, strict=True):
             p.copy_(n)
         self._add(table, at.n, call.seed, call.draws, call.scales)
         self._apply(at, call, table if call.out is None else call.out, backend)
+
+    def _with_factor(self, table: TensorTable) -> TensorTable:
+        """A table of the same weights with a factor of its own, for the caller to fill. It is kept with the table."""
+        found = table.cache.get(self.name)
+        if not isinstance(found, TensorTable):
+            assert table.v is not None
+            n = [torch.zeros(x.shape[0], x.shape[1], table.rank, dtype=torch.float32, device=x.device) for x in table.x]
+            found = table.cache[self.name] = TensorTable(table.x, table.tensor_ids, v=table.v, n=n, checked=True)
+        return found
 
     def _apply(self, table: TensorTable, call: TableCall, out: TensorTable | None, backend: Backend) -> None:
         """Merges the factor of a table into ``out``, with the decay and the rounding of a call."""
@@ -218,10 +227,3 @@ def _product(u: Tensor, s: Tensor, divisor: float) -> Tensor:
     """U' S / divisor in fp32: the product, exact in fp64, is rounded once, and so is the division."""
     product = (u.double() @ s.double() + 0.0).float()
     return product / torch.full((), divisor, dtype=torch.float32, device=u.device)
-
-
-def _with_factor(table: TensorTable) -> TensorTable:
-    """Returns a table of the same weights with a new factor of zeros."""
-    assert table.v is not None
-    n = [torch.zeros(x.shape[0], x.shape[1], table.rank, dtype=torch.float32, device=x.device) for x in table.x]
-    return TensorTable(table.x, table.tensor_ids, v=table.v, n=n, checked=True)

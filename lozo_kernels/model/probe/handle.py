@@ -55,6 +55,7 @@ class ProbeHandle(Handle):
         self._ledger = Ledger(self.members, self.config)
         self._states: list[StateGroup] = []
         self._resting: list[Group] = []
+        self._away: dict[Member, Group] = {}
         self._applied: Point | None = None
         self._last_step = 0
         self._warned = False
@@ -125,6 +126,7 @@ class ProbeHandle(Handle):
             self.precision = preparation.precision
             self.prepared = True
         else:
+            preparation.precision = self.precision
             self._notes += preparation.look_again() if look else preparation.check()
         self._lookout.stand()
         self._versions.look()  # a check changes weights and puts them back
@@ -215,7 +217,7 @@ class ProbeHandle(Handle):
         run_update(self._resting, update)
         for member in self.members:
             if member.b is None and not member.storage.resident:
-                with member.storage.borrowed(member.device) as shard:
+                with self.probed.borrowed(member) as shard:
                     run_update([self._group_away(member, shard.x)], update)
         run_update(self._groups, update, applied)
         self._last_step = self._last_step + 1 if isinstance(update.step, Tensor) else update.step
@@ -429,6 +431,7 @@ class ProbeHandle(Handle):
 
     def _rebuild_groups(self) -> None:
         probed = self.probed
+        self._away.clear()
         probed.follow()
         self._v |= {m.name: m.v for m in probed.members if m.v is not None}
         for member in probed.members:
@@ -441,11 +444,16 @@ class ProbeHandle(Handle):
         probed.rebuild()
 
     def _group_away(self, member: Member, x: Tensor) -> Group:
-        """A group for one offloaded weight, for as long as it is here."""
+        """A group for one offloaded weight while it is here. It is used again where the weight is at the same address."""
+        known = self._away.get(member)
+        if known is not None and known.table.x[0].data_ptr() == x.data_ptr() and known.table.x[0].dtype == x.dtype:
+            return known
         p, backend = member.parameter, self.probed.backends[member.device]
         momentum = [self._momentum[p.name]] if self._momentum else None
         index = torch.tensor([member.index], device=member.device, dtype=torch.int64)
-        return Group(p.kind, index, TensorTable([x], [p.tensor_id], n=momentum), backend, self.estimator, self.config)
+        group = Group(p.kind, index, TensorTable([x], [p.tensor_id], n=momentum), backend, self.estimator, self.config)
+        self._away[member] = group
+        return group
 
     def _describe(self, p: Parameter, backend: str) -> ParameterReport:
         member = self.probed.member(p)

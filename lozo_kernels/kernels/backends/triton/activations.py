@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...calls import LayerCall
 from .launcher import Launcher
-from .plans import ALL_REGISTERS, FACTOR_ROWS, Plan, Target, as_int32, padded, target_of
+from .plans import ALL_REGISTERS, FACTOR_ROWS, Plan, Target, as_int32, padded, registers_of, target_of
 from .skinny import contraction, expansion, lookup
 from .tilesizes import TileSize
 from .work import SizeOf
@@ -32,7 +32,7 @@ def contraction_plan(rank: int, factor: bool, size: TileSize, target: Target) ->
         "TF32": target.tf32,
         "EMULATE": target.emulate,
     }
-    return Plan(contraction, constants, size.num_warps, ALL_REGISTERS if target.dp4a else None)
+    return Plan(contraction, constants, size.num_warps, registers_of(size, target, ALL_REGISTERS))
 
 
 def lookup_plan(rank: int, tokens: int, target: Target) -> Plan:
@@ -58,7 +58,7 @@ def expansion_plan(
         "TF32": target.tf32,
         "EMULATE": target.emulate,
     }
-    return Plan(expansion, constants, size.num_warps)
+    return Plan(expansion, constants, size.num_warps, registers_of(size, target))
 
 
 def launch_linear(call: LayerCall, launcher: Launcher, size_of: SizeOf) -> None:

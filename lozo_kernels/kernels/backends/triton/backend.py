@@ -14,6 +14,7 @@ from ...op_table import Op
 from ...registry import Backend
 from ...table import TensorTable
 from .tilesizes import TileSize, tile_sizes
+from .versions import unsupported
 
 if TYPE_CHECKING:
     from .launcher import Launcher
@@ -41,9 +42,12 @@ class TritonBackend(Backend):
         if device.type not in ("cuda", "cpu"):
             return "it serves cuda (and rocm) devices only"
         try:
-            import triton  # noqa: F401
+            import triton
         except ImportError:
             return "triton is not installed: pip install triton"
+        old = unsupported(triton.__version__)
+        if old is not None:
+            return old
         if device.type == "cpu":
             interpreting = self._launcher is not None or os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
             return None if interpreting else "it serves GPUs, and the CPU through TRITON_INTERPRET=1"

@@ -4,8 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .arithmetic import times
 from .noise import STREAM_Z, dense_any, dense_block, draw_words, rounding_any, rounding_block, rounding_words, seed_words
-from .plans import WEIGHTS, Plan, Target, UpdateKind
+from .plans import SCALARS, WEIGHTS, Plan, Target, UpdateKind, registers_of
 from .tables import dtype_at, extent_at, factors_at, place_at, tile_at, weights_at
 from .tilesizes import TileSize
 from .weights import as_fp32, read_any, read_bf16_pairs, read_weights, store_any, store_stochastic, store_weights
@@ -41,17 +42,17 @@ def update_block(
         if DRAWS == 2:
             z1 = dense_any(first + cols, direction1, tensor_id, c3_1, k0, k1, DP4A)
     if DECAY:
-        y = y * factor_of_x
-    y = y + z0 * scale0
+        y = times(y, factor_of_x, DP4A)
+    y = y + times(z0, scale0, DP4A)
     if DRAWS == 2:
-        y = y + z1 * scale1
+        y = y + times(z1, scale1, DP4A)
     if MOMENTUM:
-        m = tl.load(n + cols, mask=mask) * keep
-        m = m + z0 * coefficient0
+        m = times(tl.load(n + cols, mask=mask), keep, DP4A)
+        m = m + times(z0, coefficient0, DP4A)
         if DRAWS == 2:
-            m = m + z1 * coefficient1
+            m = m + times(z1, coefficient1, DP4A)
         tl.store(n + cols, m, mask=mask)
-        y = y + m * rate
+        y = y + times(m, rate, DP4A)
     bits = 0
     if STOCHASTIC:
         if ALIGNED:
@@ -66,7 +67,7 @@ def update_block(
         store_weights(x + cols, y, mask, EMULATE)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=SCALARS)
 def dense_update(
     tiles, tensors, header, scales, decay, coefficients, alpha, beta, count,
     WEIGHT: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr, MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr,
@@ -153,7 +154,7 @@ def dense_plan(dtype: torch.dtype | None, kind: UpdateKind, size: TileSize, targ
         "DP4A": target.dp4a,
         "EMULATE": target.emulate,
     }
-    return Plan(dense_update, constants, size.num_warps)
+    return Plan(dense_update, constants, size.num_warps, registers_of(size, target))
 
 
 def launch_dense(work: Work) -> None:

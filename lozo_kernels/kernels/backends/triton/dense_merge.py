@@ -4,8 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .arithmetic import times
 from .noise import STREAM_Z, dense_any, dense_block, draw_words, rounding_any, rounding_block, rounding_words, seed_words
-from .plans import HALF_THE_REGISTERS, WEIGHTS, Plan, Target, UpdateKind
+from .plans import HALF_THE_REGISTERS, SCALARS, WEIGHTS, Plan, Target, UpdateKind, registers_of
 from .tables import dtype_at, extent_at, factors_at, place_at, tile_at, weights_at
 from .tilesizes import TileSize
 from .weights import as_fp32, read_any, read_bf16_pairs, read_weights, store_any, store_stochastic, store_weights
@@ -33,12 +34,13 @@ def dense_merge_block(
     else:
         y = as_fp32(read_weights(x + cols, mask), EMULATE)
     if DECAY:
-        y = y * factor_of_x
+        y = times(y, factor_of_x, DP4A)
     if DRAWS == 1:
         if ALIGNED:
-            term = dense_block(first, block * COUNT, direction, tensor_id, c3_z, k0, k1, COUNT, DP4A) * scale
+            z = dense_block(first, block * COUNT, direction, tensor_id, c3_z, k0, k1, COUNT, DP4A)
         else:
-            term = dense_any(first + cols, direction, tensor_id, c3_z, k0, k1, DP4A) * scale
+            z = dense_any(first + cols, direction, tensor_id, c3_z, k0, k1, DP4A)
+        term = times(z, scale, DP4A)
         if FACTOR:
             term = tl.load(n + cols, mask=mask) + term
         y = y + term
@@ -58,7 +60,7 @@ def dense_merge_block(
         store_weights(out + cols, y, mask, EMULATE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SCALARS)
 def dense_merge(
     tiles, tensors, outputs, header, scales, decay,
     WEIGHT: tl.constexpr, FACTOR: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr, STOCHASTIC: tl.constexpr,
@@ -126,7 +128,7 @@ def dense_merge_plan(dtype: torch.dtype | None, kind: UpdateKind, size: TileSize
         "DP4A": target.dp4a,
         "EMULATE": target.emulate,
     }
-    return Plan(dense_merge, constants, size.num_warps, HALF_THE_REGISTERS if target.dp4a and not kind.draws else None)
+    return Plan(dense_merge, constants, size.num_warps, registers_of(size, target, None if kind.draws else HALF_THE_REGISTERS))
 
 
 def launch_dense_merge(work: Work) -> None:

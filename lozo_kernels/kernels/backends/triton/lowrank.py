@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .arithmetic import times
 from .noise import STREAM_U, draw_words, factor, rounding_any, rounding_rows, rounding_words, seed_words
-from .plans import ALL_REGISTERS, FACTOR_ROWS, WEIGHTS, Plan, Target, UpdateKind, factor_width, padded
+from .plans import ALL_REGISTERS, FACTOR_ROWS, SCALARS, WEIGHTS, Plan, Target, UpdateKind, factor_width, padded, registers_of
 from .tables import dtype_at, extent_at, factors_at, place_at, tile_at, weights_at
 from .tilesizes import TileSize
 from .weights import as_fp32, read_any, read_weights, store_any, store_stochastic, store_weights
@@ -80,7 +81,7 @@ def update_block(
     flat, header, tensor_id, k0, k1, address, code,
     WEIGHT: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr,
     MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EIGHTS: tl.constexpr,
-    EMULATE: tl.constexpr, MASKED: tl.constexpr,
+    DP4A: tl.constexpr, EMULATE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Updates a block of ROWS by COLS that was read as ``y``; ``x`` are pointers to its rows, or offsets where WEIGHT is None.
 
@@ -100,10 +101,10 @@ def update_block(
     else:
         v_block = tl.load(v_block_pointer)
     if DECAY:
-        y = y * factor_of_x
-    y = y + tl.dot(u0, v_block) * scale0
+        y = times(y, factor_of_x, DP4A)
+    y = y + times(tl.dot(u0, v_block), scale0, DP4A)
     if DRAWS == 2:
-        y = y + tl.dot(u1, v_block) * scale1
+        y = y + times(tl.dot(u1, v_block), scale1, DP4A)
     if MOMENTUM:
         if RANK > 8:
             product = tl.dot(high, v_block) + tl.dot(low, v_block) * 0.00048828125
@@ -134,7 +135,7 @@ def update_block(
         store_weights(x + cols[None, :], y, mask, EMULATE)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=SCALARS)
 def lowrank_update(
     tiles, tensors, header, scales, decay, alpha, count,
     WEIGHT: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr,
@@ -220,7 +221,7 @@ def lowrank_update(
             update_block(
                 x, y, start, row_mask, end, v_matrix, width, u0, u1, high, low, unit, columns, scale0, scale1, factor_of_x, rate,
                 flat, header, tensor_id, k0, k1, address, code,
-                WEIGHT, RANK, PADDED, DRAWS, DECAY, MOMENTUM, STOCHASTIC, ROWS, COLS, EIGHTS, EMULATE, False,
+                WEIGHT, RANK, PADDED, DRAWS, DECAY, MOMENTUM, STOCHASTIC, ROWS, COLS, EIGHTS, DP4A, EMULATE, False,
             )  # fmt: skip
     for block in range(full, (end - col0 + COLS - 1) // COLS):
         start = col0 + block * COLS
@@ -236,11 +237,11 @@ def lowrank_update(
         update_block(
             x, y, start, row_mask, end, v_matrix, width, u0, u1, high, low, unit, columns, scale0, scale1, factor_of_x, rate,
             flat, header, tensor_id, k0, k1, address, code,
-            WEIGHT, RANK, PADDED, DRAWS, DECAY, MOMENTUM, STOCHASTIC, ROWS, COLS, EIGHTS, EMULATE, True,
+            WEIGHT, RANK, PADDED, DRAWS, DECAY, MOMENTUM, STOCHASTIC, ROWS, COLS, EIGHTS, DP4A, EMULATE, True,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=SCALARS)
 def factor_update(
     tiles, tensors, header, scales, decay, count,
     MOMENTUM: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr,
@@ -269,11 +270,11 @@ def factor_update(
         pointer = address.to(tl.pointer_type(tl.float32)) + begins + ks[None, :]
     value = tl.load(pointer, mask=mask, other=0.0)
     if DECAY:
-        value = value * tl.load(decay + t)
+        value = times(value, tl.load(decay + t), DP4A)
     for d in tl.static_range(DRAWS):
         direction, c3 = draw_words(header, d, STREAM_U)
         u = factor(first, tensor_id, direction, c3, k0, k1, ROWS, RANK, PADDED, DP4A)
-        value = value + u * tl.load(scales + d * count + t)
+        value = value + times(u, tl.load(scales + d * count + t), DP4A)
     tl.store(pointer, value, mask=mask)
 
 
@@ -300,7 +301,7 @@ def lowrank_plan(dtype: torch.dtype | None, kind: UpdateKind, size: TileSize, ta
     # N, two draws and the sums of each need more registers than four warps have.
     crowded = kind.momentum and kind.draws == 2 and rank > 32 and target.dp4a and dtype is not None
     num_warps = max(8, size.num_warps) if crowded else size.num_warps
-    return Plan(lowrank_update, constants, num_warps, ALL_REGISTERS if large and target.dp4a else None)
+    return Plan(lowrank_update, constants, num_warps, registers_of(size, target, ALL_REGISTERS if large else None))
 
 
 @functools.cache

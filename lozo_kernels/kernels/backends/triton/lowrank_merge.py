@@ -7,9 +7,21 @@ import torch
 import triton
 import triton.language as tl
 
+from .arithmetic import times
 from .lowrank import momentum_block, momentum_columns, random_bits
 from .noise import STREAM_U, draw_words, factor, factor_quad, seed_words
-from .plans import ALL_REGISTERS, FACTOR_ROWS, HALF_THE_REGISTERS, WEIGHTS, Plan, Target, UpdateKind, factor_width
+from .plans import (
+    ALL_REGISTERS,
+    FACTOR_ROWS,
+    HALF_THE_REGISTERS,
+    SCALARS,
+    WEIGHTS,
+    Plan,
+    Target,
+    UpdateKind,
+    factor_width,
+    registers_of,
+)
 from .tables import dtype_at, extent_at, factors_at, place_at, tile_at, weights_at
 from .tilesizes import TileSize
 from .weights import as_fp32, read_any, read_weights, store_any, store_stochastic, store_weights
@@ -27,9 +39,9 @@ def merged_quad(
     columns = momentum_columns(n_row + quad * 4, row_mask, COUNT)
     if DRAWS == 1:
         us = factor_quad(global_rows, global_rows * 0 + (direction + quad), tensor_id, c3, k0, k1, DP4A)
-        probed = (columns[0] + us[0] * scale,)
+        probed = (columns[0] + times(us[0], scale, DP4A),)
         for k in tl.static_range(1, COUNT):
-            probed = probed + (columns[k] + us[k] * scale,)  # type: ignore[assignment]  # noqa: RUF005
+            probed = probed + (columns[k] + times(us[k], scale, DP4A),)  # type: ignore[assignment]  # noqa: RUF005
         columns = probed
     return columns
 
@@ -63,7 +75,7 @@ def wide_product(
     return product
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SCALARS)
 def probed_factor(
     tiles, tensors, header, scales, factors, starts,
     RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, DP4A: tl.constexpr,
@@ -81,7 +93,7 @@ def probed_factor(
     ks = tl.arange(0, PADDED)
     mask = (row0 + rows < height)[:, None] & (ks < RANK)[None, :]
     at = (first + rows)[:, None] * RANK + ks[None, :]
-    value = tl.load(n + at, mask=mask, other=0.0) + u * tl.load(scales + t)
+    value = tl.load(n + at, mask=mask, other=0.0) + times(u, tl.load(scales + t), DP4A)
     tl.store(factors + tl.load(starts + t) * RANK + at, value, mask=mask)
 
 
@@ -90,7 +102,7 @@ def merge_block(
     x, out, start, row_mask, end, v_matrix, width, factor_row, columns, quads, factor_of_x,
     flat, header, tensor_id, k0, k1, address, out_address, code,
     WEIGHT: tl.constexpr, RANK: tl.constexpr, DECAY: tl.constexpr, STOCHASTIC: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, EMULATE: tl.constexpr, MASKED: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Merges a block of ROWS by COLS; ``x`` and ``out`` are pointers to its rows, or offsets where WEIGHT is None.
 
@@ -107,7 +119,7 @@ def merge_block(
     else:
         y = as_fp32(read_weights(x + cols[None, :], mask), EMULATE)
     if DECAY:
-        y = y * factor_of_x
+        y = times(y, factor_of_x, DP4A)
     if RANK <= REGISTER_RANK:
         product = momentum_block(columns, v_matrix, cols, col_mask, width, RANK)
     else:
@@ -124,7 +136,7 @@ def merge_block(
         store_weights(out + cols[None, :], y, mask, EMULATE)
 
 
-@triton.jit(do_not_specialize=["quads"])
+@triton.jit(do_not_specialize=["quads"], do_not_specialize_on_alignment=SCALARS)
 def lowrank_merge(
     tiles, tensors, outputs, header, scales, decay, factors, starts, quads,
     WEIGHT: tl.constexpr, RANK: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr, STOCHASTIC: tl.constexpr,
@@ -200,13 +212,13 @@ def lowrank_merge(
             merge_block(
                 x, out, col0 + block * COLS, row_mask, end, v_matrix, width, factor_row, columns, quads, factor_of_x,
                 flat, header, tensor_id, k0, k1, address, out_address, code,
-                WEIGHT, RANK, DECAY, STOCHASTIC, ROWS, COLS, EMULATE, False,
+                WEIGHT, RANK, DECAY, STOCHASTIC, ROWS, COLS, DP4A, EMULATE, False,
             )  # fmt: skip
     for block in range(full, (end - col0 + COLS - 1) // COLS):
         merge_block(
             x, out, col0 + block * COLS, row_mask, end, v_matrix, width, factor_row, columns, quads, factor_of_x,
             flat, header, tensor_id, k0, k1, address, out_address, code,
-            WEIGHT, RANK, DECAY, STOCHASTIC, ROWS, COLS, EMULATE, True,
+            WEIGHT, RANK, DECAY, STOCHASTIC, ROWS, COLS, DP4A, EMULATE, True,
         )  # fmt: skip
 
 
@@ -235,9 +247,9 @@ def lowrank_merge_plan(dtype: torch.dtype | None, kind: UpdateKind, size: TileSi
         "DP4A": target.dp4a,
         "EMULATE": target.emulate,
     }
-    large = dtype == torch.float32 or kind.stochastic or rank > 4
+    large = dtype == torch.float32 or kind.stochastic or rank > 8
     registers = ALL_REGISTERS if large else HALF_THE_REGISTERS
-    return Plan(lowrank_merge, constants, size.num_warps, registers if target.dp4a else None)
+    return Plan(lowrank_merge, constants, size.num_warps, registers_of(size, target, registers))
 
 
 def launch_lowrank_merge(work: Work) -> None:

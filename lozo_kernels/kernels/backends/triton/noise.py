@@ -7,6 +7,8 @@ They use plain integer and fp32 operations only: no ``tl.rand``, no libdevice. K
 import triton
 import triton.language as tl
 
+from .arithmetic import times
+
 M0 = tl.constexpr(0xD2511F53)
 M1 = tl.constexpr(0xCD9E8D57)
 W0 = tl.constexpr(0x9E3779B9)
@@ -50,13 +52,13 @@ def normal(w, DP4A: tl.constexpr):
         m = ((pairs & 0xFFFF) + (pairs >> 16)) | 0x4B000000
     x = m.to(tl.float32, bitcast=True) - 8389118.0  # 2^23 + 510: the sum of the bytes less its mean, exact
     q = x * x
-    p = q * C3
+    p = times(q, C3, DP4A)
     p = p + C2
-    p = p * q
+    p = times(p, q, DP4A)
     p = p + C1
-    p = p * q
+    p = times(p, q, DP4A)
     p = p + C0
-    return x * p
+    return times(x, p, DP4A)
 
 
 @triton.jit

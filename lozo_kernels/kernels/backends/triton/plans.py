@@ -12,6 +12,7 @@ import torch
 import triton.language as tl
 
 from ...table import DTYPES
+from .tilesizes import TileSize
 
 WEIGHTS: dict[torch.dtype | None, Any] = {None: None, **dict(zip(DTYPES, (tl.float32, tl.bfloat16, tl.float16), strict=True))}
 """Triton's names of the dtypes of weights; None stands for any dtype."""
@@ -21,6 +22,9 @@ ALL_REGISTERS = 255
 """The most registers of a thread on an NVIDIA GPU. By default ptxas spills some bytes of large kernels to keep more programs on
 a multiprocessor."""
 HALF_THE_REGISTERS = 128
+SCALARS = ["scales", "decay", "coefficients", "alpha", "beta", "factors", "draws", "gain", "shift"]
+"""Pointers of kernels to numbers that are read one at a time. A kernel is not compiled once more where they are not at a multiple
+of 16 bytes, as those of one tensor or one direction among many are not."""
 FACTOR_ROWS = 64  # rows per program where only a factor is touched
 
 
@@ -82,6 +86,11 @@ def padded(rank: int) -> int:
 def factor_width(rank: int) -> int:
     """The rank rounded up to whole counters (four columns each), as a power of two."""
     return max(4, 1 << (rank - 1).bit_length())
+
+
+def registers_of(size: TileSize, target: Target, otherwise: int | None = None) -> int | None:
+    """The most registers of a thread: those of the tile size, or ``otherwise`` where it names none; a matter of NVIDIA GPUs."""
+    return (size.maxnreg or otherwise) if target.dp4a else None
 
 
 def as_int32(word: int) -> int:

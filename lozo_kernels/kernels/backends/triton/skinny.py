@@ -12,7 +12,10 @@ import triton
 import triton.language as tl
 
 from .noise import STREAM_U, factor_at
+from .plans import SCALARS
 from .weights import as_fp32, read_activations, read_weights, store_weights
+
+NUMBERS = ("seed_low", "seed_high", "tensor_id", "row_offset", "size")  # of every kernel here; none is compiled once more for one
 
 
 @triton.jit
@@ -65,7 +68,7 @@ def factor_block(
     return tl.where(mask, at_rest + u * tl.load(scales + group), 0.0)
 
 
-@triton.jit(do_not_specialize=["parts", "seed_low", "seed_high", "tensor_id", "row_offset", "size", "groups", "blocks"])
+@triton.jit(do_not_specialize=[*NUMBERS, "groups", "parts", "blocks"], do_not_specialize_on_alignment=SCALARS)
 def contraction(
     x, v, b, draws, scales, sums, seed_low, seed_high, tensor_id, row_offset, size, groups, parts, blocks, inner, stride,
     FACTOR: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr, COLS: tl.constexpr,
@@ -100,7 +103,7 @@ def contraction(
     tl.store(out, total, mask=token_mask)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "tensor_id", "row_offset", "size", "height"])
+@triton.jit(do_not_specialize=[*NUMBERS, "height"], do_not_specialize_on_alignment=SCALARS)
 def lookup(
     ids, b, draws, scales, sums, seed_low, seed_high, tensor_id, row_offset, size, height,
     RANK: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr, DP4A: tl.constexpr,
@@ -151,7 +154,7 @@ def expand_block(
         store_weights(pointer, y, mask, EMULATE)
 
 
-@triton.jit(do_not_specialize=["parts", "seed_low", "seed_high", "tensor_id", "row_offset", "size", "groups", "blocks"])
+@triton.jit(do_not_specialize=[*NUMBERS, "groups", "parts", "blocks"], do_not_specialize_on_alignment=SCALARS)
 def expansion(
     y, sums, v, b, draws, scales, gain, shift, seed_low, seed_high, tensor_id, row_offset, size, groups, parts, blocks,
     outer, stride,

@@ -28,6 +28,8 @@ class TileSize:
         blocks: how many blocks, side by side, a program works through; for activations the most.
         num_warps: warps of a program.
         ahead: the next block is read while one is worked on (low-rank kernels): more bytes in flight, more registers.
+        maxnreg: the most registers of a thread on an NVIDIA GPU: fewer leave room for more programs. None: what the kernel's plan
+            says.
     """
 
     rows: int
@@ -35,12 +37,15 @@ class TileSize:
     blocks: int
     num_warps: int
     ahead: bool = False
+    maxnreg: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("rows", "cols", "blocks", "num_warps"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1 or value & (value - 1):
                 raise ValueError(f"{name} of a tile is a power of two, not {value!r}")
+        if self.maxnreg is not None and (not isinstance(self.maxnreg, int) or not 32 <= self.maxnreg <= 255):
+            raise ValueError(f"maxnreg of a tile is from 32 to 255 registers, not {self.maxnreg!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,5 +119,7 @@ def read(path: Path) -> TileSizes:
 def _entry(entry: dict[str, Any]) -> tuple[str, str, int, TileSize]:
     if entry["kernel"].removesuffix(_STOCHASTIC) not in KERNELS or entry["weights"] not in ("aligned", "any"):
         raise ValueError(f"unknown kernel or weights in {entry}")
-    size = TileSize(entry["rows"], entry["cols"], entry["blocks"], entry["num_warps"], bool(entry.get("ahead", False)))
+    size = TileSize(
+        entry["rows"], entry["cols"], entry["blocks"], entry["num_warps"], bool(entry.get("ahead", False)), entry.get("maxnreg")
+    )
     return entry["kernel"], entry["weights"], int(entry["rank_up_to"]), size

@@ -46,7 +46,7 @@ class Preparation:
         step: a step of the window whose V is in memory.
 
     Attributes:
-        precision: the coarsest dtype that evaluations compute with, known after :meth:`choose`.
+        precision: the coarsest dtype that evaluations compute with. :meth:`choose` finds it; for the others it has to be set.
     """
 
     def __init__(

@@ -68,15 +68,20 @@ class PerturbedWeights:
             if shifts:
                 _add_decayed_biases(batch.members)
 
-    def fill(self, member: Member, out: Tensor, group: int, base: Tensor | None = None) -> None:
+    def fill(self, member: Member, out: Tensor, group: int, base: Tensor | None = None, *, keep: bool = True) -> None:
         """Writes the perturbed weight of a member at a point into a tensor of its shape.
+
+        A weight that is not always here lies elsewhere every time. It is copied to ``out``, and perturbed there.
 
         Args:
             base: the whole weight; None: this process's part of it, where it is now.
+            keep: tables are kept for the next call, since ``out`` will be the same memory.
         """
         local = member.local if base is None else None
         if base is None:
             base = member.storage.present()[0].detach()
+        if keep and not member.storage.always_here:  # a table keeps its tensors alive, and this one has to go
+            base = out.copy_(base)
         key = (base.data_ptr(), out.data_ptr())
         known = self._fills.get(member)
         if known is None or known[0] != key:
@@ -85,8 +90,8 @@ class PerturbedWeights:
             shard = Shard(x, 0, 0, x.shape[2]) if local is None else dataclasses.replace(local.shard, x=x)
             table = table_of([member], [shard])
             table.check_positions(factors=member.v is not None, flat=member.v is None)
-            known = (key, table, _outputs(table, [out]))
-            if member.storage.always_here and base.numel():  # a table keeps its tensors alive, and offloaded weights must go
+            known = (key, table, table if base is out else _outputs(table, [out]))
+            if keep and base.numel():
                 self._fills[member] = known
         self._merge(known[1], known[2], group, member.gain, self._backends[member.device])
 

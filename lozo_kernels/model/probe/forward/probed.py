@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ....kernels.registry import Backend, choose_backend
 from ...config import PatchConfig
 from ...estimators import Estimator
+from ...layout import Shard
 from ...parameters import Parameter
 from ...reading import BeforeRead
 from ...storage import check_trainable
@@ -100,7 +102,15 @@ class ProbedModel:
 
     def fill(self, member: Member, out: Tensor, base: Tensor | None = None) -> None:
         """Writes the perturbed weight of a member into a tensor of its shape. Arguments as :meth:`PerturbedWeights.fill`."""
-        self._weights.fill(member, out, 0, base)
+        self._weights.fill(member, out, 0, base, keep=False)
+
+    @contextlib.contextmanager
+    def borrowed(self, member: Member) -> Iterator[Shard]:
+        """Yields a weight that is not always here, and writes it back. A copy lies in scratch memory, at the same address in
+        every step, so that what was prepared to launch on it stays good."""
+        arena = self._arenas.setdefault(member.device, Arena(member.device))
+        with arena.lent() as memory, member.storage.borrowed(member.device, memory) as shard:
+            yield shard
 
     def _follow(self, member: Member) -> None:
         member.device = device = member.storage.device

@@ -6,8 +6,9 @@ tensors of fixed storage are put into the module instead, which compilers unders
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from ...interrupts import deferred_interrupt, interruptible
 from ...modules import own_parameters
+from ...storage import Memory
 from ..members import Member
 from ..runtime import Runtime
 
@@ -46,6 +48,15 @@ class Arena:
     def give_back(self, start: int) -> None:
         """Frees everything from ``start`` on."""
         self._top = start
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[Memory]:
+        """Memory that is taken with what this yields is given back when the body ends."""
+        before = self._top
+        try:
+            yield lambda like: self.take(like)[0]
+        finally:
+            self.give_back(before)
 
 
 Fill = Callable[[Member, Tensor, int], None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +75,7 @@ class StateGroup:
     learned: Group
     windows: TensorTable | None
     gains: Tensor
+    _merged: tuple[list[Any], TensorTable] | None = dataclasses.field(default=None, init=False)
 
     @property
     def backend(self) -> Backend:
@@ -99,11 +101,22 @@ class StateGroup:
             members: some of the group's.
             shards: this process's part of their weights, on the group's device: a shard has the bits of the whole weight.
         """
-        table, dense = table_of(members, shards), self.learned.kind == "dense"
+        dense = self.learned.kind == "dense"
+        table = self._table_for(members, shards)
         table.check_positions(factors=not dense, flat=dense or rounding is not None)
         nothing = torch.empty(0, len(members), dtype=torch.float32, device=table.device)
         call = TableCall(self.learned.config.seed, (), nothing, gains_of(members), rounding)
         ops.dispatch(OPS["dense_merge_" if dense else "lowrank_merge_"], table, call, self.backend)
+
+    def _table_for(self, members: Sequence[Member], shards: Sequence[Shard]) -> TensorTable:
+        """The table of a merge. Where all weights are always here it is kept for the next window."""
+        found = [(s.x.data_ptr(), s.x.shape, s.x.stride(), s.x.dtype) for s in shards]
+        if self._merged is not None and self._merged[0] == found:
+            return self._merged[1]
+        table = table_of(members, shards)
+        if all(member.storage.always_here for member in members):
+            self._merged = found, table
+        return table
 
 
 def make_groups(

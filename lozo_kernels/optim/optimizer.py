@@ -125,7 +125,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         name = type(self).__name__
         check_model(f"{name}(model, lr=...)", target.model if isinstance(target, Handle) else target)
         check_names(name, patch_options, KEYWORDS)
-        factor = 1.0 if isinstance(lr, str) and lr == AUTO else lr
+        if isinstance(lr, str) and lr != AUTO:
+            raise ValueError(f"lr is a number, a 0-dim tensor or {AUTO!r}, not {lr!r}")
+        factor = 1.0 if isinstance(lr, str) else lr
         check_number("lr", factor, low=0.0)
         check_number("weight_decay", weight_decay, low=0.0)
         settings = StepSettings(

@@ -31,7 +31,7 @@ _KEPT = 24
 """Measurements from which the curvature is averaged."""
 _MEMORY = 0.98
 """The factor by which each measurement makes earlier ones count less in the share of the gradient."""
-_CAUTION = 0.3
+_CAUTION = 0.2
 """The part of the rate at which the loss falls most in one step. Over many steps a smaller rate falls further, and noise of a
 direction that adds up to much curvature is rare, so that averages see it late."""
 _LEAST_SHARE = 0.2

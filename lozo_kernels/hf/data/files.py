@@ -51,7 +51,7 @@ def _check_plain(line: str, where: str) -> None:
     if line.startswith("{"):
         try:
             json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return
         raise InputError(f"{where}: a JSON object in a file of plain text; name the file .jsonl, so that its fields are read")
     for mark, ending in (("\t", ".tsv"), (",", ".csv"), (";", ".csv")):

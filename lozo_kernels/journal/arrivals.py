@@ -53,7 +53,7 @@ class Arrival:
 def send(optimizer: ZerothOrderOptimizer, info: StepInfo, *, at_rest: bool, returned: bool) -> Arrival:
     """Sends the numbers of a step on their way. On the CPU they are there at once."""
     groups = optimizer.param_groups
-    lr, decay = [g["lr"] for g in groups], [g["weight_decay"] for g in groups]
+    lr, decay = optimizer.learning_rates, [g["weight_decay"] for g in groups]
     tensors = [v.detach().to(info.c.device, torch.float64, non_blocking=True) for v in (*lr, *decay) if isinstance(v, Tensor)]
     values, arrived = to_host(torch.cat([info.c, *(v.to(torch.float64).reshape(1) for v in (info.skipped, *tensors))]))
     return Arrival(values, arrived, optimizer.directions, _plain(lr), _plain(decay), at_rest, returned)

@@ -27,7 +27,7 @@ HEAD = struct.Struct("<BII")
 MOVES = struct.Struct("<BI")
 DIGEST_BYTES = 32
 
-SETTLED, FLUSHED, DETOUR, SIDES, END = range(1, 6)
+SETTLED, FLUSHED, DETOUR, SIDES, END, MEASURED = range(1, 7)
 STEP = 0x80
 """The first byte of a step has this bit and those of its flags."""
 LR, LR_EACH, DECAY, DECAY_EACH, SKIPPED, RETURNED, AT_REST = (1 << bit for bit in range(7))
@@ -74,13 +74,19 @@ class Sides(NamedTuple):
     described: dict[str, Any]
 
 
+class Measurement(NamedTuple):
+    """What the directions of the next step showed ``lr="auto"``: F(0), c^2, c c' and the curvature of each."""
+
+    rows: tuple[tuple[float, ...], ...]
+
+
 class End(NamedTuple):
     """The end of the run. ``fingerprint`` is that of the weights, in hexadecimal."""
 
     fingerprint: str
 
 
-Record = StepTaken | Settled | Flushed | Detour | Sides | End
+Record = StepTaken | Settled | Flushed | Detour | Sides | End | Measurement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +160,9 @@ def encode_record(record: Record, before: StepTaken | None) -> bytes:
             return MOVES.pack(DETOUR, record.moves)
         case Sides():
             return bytes([SIDES]) + json.dumps(record.described, separators=(",", ":")).encode()
+        case Measurement():
+            numbers = [number for row in record.rows for number in row]
+            return MOVES.pack(MEASURED, len(record.rows)) + struct.pack(f"<{len(numbers)}d", *numbers)
         case End():
             return bytes([END]) + bytes.fromhex(record.fingerprint)
 

@@ -25,6 +25,7 @@ from .format import (
     LR,
     LR_EACH,
     MAGIC,
+    MEASURED,
     MOVES,
     PREFIX,
     RETURNED,
@@ -37,6 +38,7 @@ from .format import (
     End,
     Flushed,
     Header,
+    Measurement,
     Record,
     Settled,
     Sides,
@@ -187,6 +189,8 @@ class _Parser:
             if self.records and isinstance(self.records[-1], Sides):  # later in a run they may change
                 raise JournalError("the sides are there already")
             record = self._sides()
+        elif kind == MEASURED:
+            record = self._measurement()
         elif kind == END:
             record = End(bytes(self._take(1 + DIGEST_BYTES)[1:]).hex())
         else:
@@ -231,6 +235,17 @@ class _Parser:
             bool(kind & AT_REST),
             bool(kind & RETURNED),
         )
+
+    def _measurement(self) -> Measurement:
+        if self.position + MOVES.size > len(self.data):
+            raise _Torn
+        count = MOVES.unpack_from(self.data, self.position)[1]
+        if not 1 <= count <= self._directions:
+            raise JournalError(f"a measurement of {count} directions")
+        numbers = struct.unpack_from(f"<{4 * count}d", self._take(MOVES.size + 32 * count), MOVES.size)
+        if not all(map(math.isfinite, numbers)):
+            raise JournalError("it has a number that is not finite")
+        return Measurement(tuple(numbers[i : i + 4] for i in range(0, 4 * count, 4)))
 
     def _each(self, values: tuple[float, ...]) -> tuple[float, ...]:
         return values * self._groups if len(values) == 1 else values

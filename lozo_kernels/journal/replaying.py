@@ -17,10 +17,11 @@ from ..model.contract import version_of, version_problem
 from ..model.handle import Handle
 from ..optim.groups import rates_of
 from ..optim.optimizer import OPTIMIZERS, ZerothOrderOptimizer
+from ..optim.rate_finder import Measured
 from ..optim.stepper import Stepper
 from .describe import describe_groups, describe_parameters, made_with
 from .fingerprint import fingerprint
-from .format import Detour, Flushed, Header, Record, Settled, Sides, StepTaken
+from .format import Detour, Flushed, Header, Measurement, Record, Settled, Sides, StepTaken
 from .reader import RecordedRun, read_journal
 
 _EXACT_RANK = 8
@@ -162,6 +163,8 @@ def retake(optimizer: ZerothOrderOptimizer, records: Iterable[Record]) -> None:
                     handle.merge()
                 case Flushed():
                     stepper.flush()
+                case Measurement():
+                    stepper.measured = [Measured(*row) for row in record.rows]
                 case Detour():
                     _make_detour(stepper, record.moves)
                 case Sides():

@@ -18,7 +18,7 @@ from .arrivals import Arrival, send
 from .describe import describe_groups, describe_parameters, made_with
 from .file import JournalFile, Tail, already_there, as_path, check_fsync, open_alone
 from .fingerprint import fingerprint
-from .format import Detour, End, Flushed, Header, Record, Settled, Sides, StepTaken, encode_header
+from .format import Detour, End, Flushed, Header, Measurement, Record, Settled, Sides, StepTaken, encode_header
 from .reader import read_journal
 from .replaying import check_fits, retake
 
@@ -186,6 +186,8 @@ class Journal:
                 if described is not None:
                     self._put(Sides(described))
             at_rest, returned = self._put_detours(optimizer)
+            if optimizer.stepper.measured:
+                self._put(Measurement(tuple(map(tuple, optimizer.stepper.measured))))
             self._put(send(optimizer, info, at_rest=at_rest, returned=returned))
             self._drain()
             self._choices = choices

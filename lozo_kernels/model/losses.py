@@ -26,6 +26,12 @@ def mean_loss(closures: Sequence[Closure], conditions: Conditions) -> Tensor:
     return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
 
+def part_losses(closures: Sequence[Closure], conditions: Conditions) -> Tensor:
+    """As :func:`mean_loss`, but returns the loss of each closure, (closures,) fp64. Their mean is the mean loss, in every bit."""
+    conditions.begin_evaluation()
+    return torch.stack([as_loss(closure()) for closure in closures])
+
+
 def as_loss(value: Any) -> Tensor:
     """Returns a closure's result as a 0-dim fp64 tensor on its device; TypeError unless it is one real number, or (sum, weight)."""
     if isinstance(value, tuple) and len(value) == 2:

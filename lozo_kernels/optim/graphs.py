@@ -58,6 +58,8 @@ class CapturedStep:
 
     def __init__(self, optimizer: ZerothOrderOptimizer, closure: Any, inputs: Any = None) -> None:
         handle, stepper = optimizer.handle, optimizer.stepper
+        if stepper.finder is not None:
+            raise ValueError("a captured step measures no learning rate: give a number, e.g. what optimizer.learning_rates says")
         self._closures, self._batches = pair_closures(closure, inputs)
         if stepper.settings.evaluation == "batched" and self._batches is None:
             raise TypeError(

@@ -20,6 +20,7 @@ from ..model.weighed import StepClosure
 from .advice import DRIVEN, IN_A_CLOSURE, FirstStep, explain
 from .groups import check_cover, groups_of, named_group, rates_of, trained_names
 from .parallel import Parallel, as_parallel, shared_shards
+from .rate_finder import AUTO, in_parts, make_finder
 from .state import load_state, state_of
 from .stepper import Stepper
 from .steps import StepInfo, StepLog, StepSettings
@@ -58,7 +59,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         target: a model, which is patched with ``patch_options``, or the :class:`Handle` of one that is.
         params: parameter groups as torch takes them (parameters, named parameters, or dicts with "params" and "lr" or
             "weight_decay"); they must cover the patched parameters. None: one group of all.
-        lr: learning rate alpha; may be a 0-dim tensor.
+        lr: learning rate alpha; may be a 0-dim tensor. "auto": found from forward passes (:mod:`lozo_kernels.optim.rate_finder`),
+            for which step() is called with inputs or with several closures; the "lr" of groups is then a factor.
         eps: perturbation scale epsilon.
         momentum: beta of LOZO-M / MeZO-M; 0 for none.
         weight_decay: decoupled: X is multiplied by 1 - lr * weight_decay at each update.
@@ -107,7 +109,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         target: nn.Module | Handle,
         params: Iterable[Any] | None = None,
         *,
-        lr: float | Tensor = 1e-6,
+        lr: float | Tensor | str = 1e-6,
         eps: float = 1e-3,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
@@ -123,7 +125,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         name = type(self).__name__
         check_model(f"{name}(model, lr=...)", target.model if isinstance(target, Handle) else target)
         check_names(name, patch_options, KEYWORDS)
-        check_number("lr", lr, low=0.0)
+        if isinstance(lr, str) and lr != AUTO:
+            raise ValueError(f"lr is a number, a 0-dim tensor or {AUTO!r}, not {lr!r}")
+        factor = 1.0 if isinstance(lr, str) else lr
+        check_number("lr", factor, low=0.0)
         check_number("weight_decay", weight_decay, low=0.0)
         settings = StepSettings(
             eps=eps,
@@ -143,9 +148,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             self._check_handle(handle, settings, together)
             if together is None and handle.backward is None:
                 together = shared_shards(handle.model)
-            self.stepper = Stepper(handle, settings, together)
+            finder = make_finder(handle, settings, parallel=together is not None) if lr is not factor else None
+            self.stepper = Stepper(handle, settings, together, finder)
             self._stepped = False
-            super().__init__(groups_of(handle, params), {"lr": lr, "weight_decay": weight_decay})
+            super().__init__(groups_of(handle, params), {"lr": factor, "weight_decay": weight_decay})
             check_cover(self.param_groups, handle)
             if settings.momentum:
                 handle.enable_momentum()
@@ -170,6 +176,17 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def steps_done(self) -> int:
         """The number of steps taken so far, which is the index of the next one."""
         return self.stepper.count
+
+    @property
+    def learning_rates(self) -> list[float | Tensor]:
+        """The learning rate of each group in the next step: with ``lr="auto"``, what was found times the group's factor."""
+        finder = self.stepper.finder
+        return [group["lr"] if finder is None else group["lr"] * finder.rate for group in self.param_groups]
+
+    @property
+    def measures_next(self) -> bool:
+        """Whether the next step measures for ``lr="auto"``, and needs its batch in parts."""
+        return self.stepper.finder is not None and self.stepper.finder.due(self.steps_done)
 
     @property
     def projected_gradient(self) -> Tensor | None:
@@ -211,10 +228,13 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         closures, batches = pair_closures(closure, inputs)
         if self.evaluation == "batched" and batches is None:
             raise TypeError("evaluation='batched' needs step(closure, inputs), with a closure that takes the inputs")
+        measuring = self.measures_next
+        if measuring:
+            closures, batches = in_parts(closures, batches), None
         first = None if self._stepped else FirstStep(self.handle.parameters)
         with stepper.alone(), deferred_interrupt():
             try:
-                plus, minus = stepper.evaluate([StepClosure(one) for one in closures], batches)
+                plus, minus = stepper.evaluate([StepClosure(one) for one in closures], batches, measuring=measuring)
                 info = self._conclude(stepper.differences(plus, minus), plus, minus)
             except BaseException as e:
                 stepper.go_back()
@@ -231,6 +251,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def _conclude(self, c: Tensor, plus: Tensor, minus: Tensor) -> StepInfo:
         rates = rates_of(self.param_groups, self.handle, c.device)
+        if self.stepper.finder is not None:
+            rates = dataclasses.replace(rates, lr=rates.lr * self.stepper.finder.rate)
         update, info = self.stepper.conclude(c, plus, minus, rates)
         self.stepper.commit(update, info)
         return info

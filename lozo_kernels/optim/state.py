@@ -28,6 +28,7 @@ def state_of(stepper: Stepper, groups: Groups) -> dict[str, Any]:
     return {
         **_setup(stepper),
         "step": stepper.count,
+        "rate": None if stepper.finder is None else stepper.finder.state(),
         "window": handle.window,
         "skipped": [int(stepper.skipped_total), int(stepper.skipped_in_a_row)],
         "state": {name: {"momentum": value} for name, value in handle.momentum_state.items()},
@@ -62,6 +63,7 @@ def load_state(state: dict[str, Any], stepper: Stepper, groups: Groups, needed: 
     _check_momentum(state["state"], handle)
     if handle.probes:
         _check_factors(state, handle)
+    _load_rate(state.get("rate"), stepper)
     stepper.flush()
     handle.load_learned(state.get("past", {}), state.get("history", []))
     if stepper.settings.momentum:
@@ -72,6 +74,13 @@ def load_state(state: dict[str, Any], stepper: Stepper, groups: Groups, needed: 
     stepper.step = state["step"]
     stepper.skipped_total = torch.tensor(total, dtype=torch.int64, device="cpu")
     stepper.skipped_in_a_row = torch.tensor(in_a_row, dtype=torch.int64, device="cpu")
+
+
+def _load_rate(rate: Any, stepper: Stepper) -> None:
+    if (stepper.finder is None) != (rate is None):
+        raise ValueError("the state was saved with another kind of learning rate: lr='auto' or a number")
+    if stepper.finder is not None:
+        stepper.finder.load(rate)
 
 
 def _setup(stepper: Stepper) -> dict[str, Any]:

@@ -30,10 +30,12 @@ from ..model.losses import (
     count_examples,
     mean_loss,
     mean_totals,
+    part_losses,
 )
 from ..model.passes import Update
 from .flat import FLAT_STEPS, why_flat
 from .parallel import Parallel
+from .rate_finder import Measured, RateFinder, measure
 from .readback import Readback
 from .steps import Rates, StepInfo, StepLog, StepSettings
 
@@ -51,6 +53,7 @@ class Stepper:
         settings: the settings of the steps.
         step: the index of the next step; in a captured step a 0-dim int64 tensor, which is not read.
         parallel: how several processes take the steps together, or None.
+        finder: finds the learning rate, or None; measured: what the current step showed it.
         log: the journal that is told of steps, or None.
         info: what the last step saw.
         pending: the update of the last step, if it is left for the next pass over the weights (``fuse_steps``).
@@ -58,10 +61,14 @@ class Stepper:
         skipped_total, skipped_in_a_row, flat: 0-dim integers, as in :class:`StepInfo`.
     """
 
-    def __init__(self, handle: Handle, settings: StepSettings, parallel: Parallel | None = None) -> None:
+    def __init__(
+        self, handle: Handle, settings: StepSettings, parallel: Parallel | None = None, finder: RateFinder | None = None
+    ) -> None:
         self.handle = handle
         self.settings = settings
         self.parallel = parallel
+        self.finder = finder
+        self.measured: list[Measured] = []
         self.step: Step = 0
         self.log: StepLog | None = None
         self.info: StepInfo | None = None
@@ -114,23 +121,29 @@ class Stepper:
         """The perturbation that is in the weights after all evaluations."""
         return self.settings.directions - 1, -self.settings.eps if self.settings.two_sided else self.settings.eps
 
-    def evaluate(self, closures: Sequence[Any], batches: Sequence[Any] | None = None) -> tuple[Tensor, Tensor]:
+    def evaluate(
+        self, closures: Sequence[Any], batches: Sequence[Any] | None = None, *, measuring: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Evaluates F(+) and F(-) (or F at the unperturbed weights) of every direction, and leaves the weights at the last point.
 
         Args:
             closures: micro-batches, whose mean is the loss.
             batches: what each closure is called with; None: nothing.
+            measuring: measure for the learning rate too. There are several closures then.
 
         Returns:
             (directions,) fp64 each, on the device of the loss; with ``parallel`` those of all processes.
         """
         settings = self.settings
         conditions = self.handle.conditions(randomness=settings.common_random_numbers)
+        self.measured = []
         alone = closures if batches is None else bind_inputs(closures, batches)
         if not isinstance(self.step, Tensor):  # otherwise prepare() was called
             self.handle.prepare(alone, conditions, step=self.step)
         try:
-            if settings.evaluation == "batched":
+            if measuring:
+                plus, minus = self._evaluate_parts(alone, conditions)
+            elif settings.evaluation == "batched":
                 assert batches is not None
                 plus, minus = self._evaluate_together(closures, batches, conditions)
             else:
@@ -320,6 +333,9 @@ class Stepper:
 
     def _count(self, info: StepInfo) -> None:
         self.step = self.count + 1
+        if self.finder is not None and self.measured:
+            self.finder.add(self.measured)
+            self.measured = []
         self._moves = 0
         self.info = info
         self.skipped_total, self.skipped_in_a_row, self.flat = info.skipped_total, info.skipped_in_a_row, info.flat
@@ -351,6 +367,23 @@ class Stepper:
                 self.move((d, -eps))
                 if mine:
                     minus.append(evaluate(closures, conditions))
+        return plus, minus
+
+    def _evaluate_parts(self, closures: Sequence[Closure], conditions: Conditions) -> tuple[list[Tensor], list[Tensor]]:
+        """As :meth:`_evaluate_in_turn`, and measures: at unperturbed weights too, and each closure by itself."""
+        assert self.finder is not None
+        plus: list[Tensor] = []
+        minus: list[Tensor] = []
+        self.flush()
+        eps, rest = self.settings.eps, part_losses(closures, conditions)
+        for d in range(self.settings.directions):
+            self.move((d, eps))
+            above = part_losses(closures, conditions)
+            self.move((d, -eps))
+            below = part_losses(closures, conditions)
+            self.measured.append(measure(rest, above, below, eps))
+            plus.append(above.mean())
+            minus.append((below if self.settings.two_sided else rest).mean())
         return plus, minus
 
     def _evaluate_together(

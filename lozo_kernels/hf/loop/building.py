@@ -9,6 +9,7 @@ from torch import nn
 
 from ...errors import InputError
 from ...optim.optimizer import ZerothOrderOptimizer
+from ...optim.rate_finder import AUTO
 from ..methods import METHODS
 from ..settings import Settings
 from .baselines import FirstOrder, ForwardGradient, LoRA
@@ -23,10 +24,11 @@ def build_optimizer(model: nn.Module, settings: Settings) -> ZerothOrderOptimize
     """
     method = METHODS[settings.method]
     assert method.optimizer is not None
-    names = ["lr", "weight_decay", "seed", *(name for name in method.uses if name not in ("placement", "one_sided"))]
+    names = ["weight_decay", "seed", *(name for name in method.uses if name not in ("placement", "one_sided"))]
     # Fused steps save passes over the weights, of which a probe makes none.
     placing = {"fuse_steps": True} if settings.placement == "inplace" else {"placement": settings.placement}
-    options = placing | {"parallel": settings.parallel, "two_sided": not settings.one_sided}
+    rates: dict[str, Any] = {"lr": AUTO if settings.lr is None else settings.lr}
+    options = rates | placing | {"parallel": settings.parallel, "two_sided": not settings.one_sided}
     try:
         return method.optimizer(model, **options, **{name: getattr(settings, name) for name in names})  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError) as e:

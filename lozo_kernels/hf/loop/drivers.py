@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -60,8 +60,16 @@ class Driver(Protocol):
     def steps_done(self) -> int:
         """Steps taken so far."""
 
-    def step(self, closure: Closure) -> Tensor:
-        """Evaluates the closure and changes the weights once; returns the loss, 0-dim.
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+
+    @property
+    def parts(self) -> int:
+        """The number of closures that the next step needs: parts of its batch, whose mean is the loss."""
+
+    def step(self, closure: Any) -> Tensor:
+        """Evaluates the closure, or those of :attr:`parts`, and changes the weights once; returns the loss, 0-dim.
 
         Raises:
             NonFiniteLossError: the loss was not finite :data:`MAX_NONFINITE` times in a row.
@@ -91,7 +99,15 @@ class ZerothOrder:
     def steps_done(self) -> int:
         return self.optimizer.steps_done
 
-    def step(self, closure: Closure) -> Tensor:
+    @property
+    def lr(self) -> float:
+        return float(self.optimizer.learning_rates[0])
+
+    @property
+    def parts(self) -> int:
+        return 2 if self.optimizer.measures_next else 1
+
+    def step(self, closure: Any) -> Tensor:
         return self.optimizer.step(closure)
 
     def close(self) -> None:
@@ -115,6 +131,12 @@ class CountingDriver:
         self.info: StepResult | None = None
         self.steps_done = 0
         self._nonfinite = 0
+
+    parts = 1
+
+    @property
+    def lr(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def finish_step(self, loss: Tensor, c: Tensor, update: Callable[[], object]) -> Tensor:
         """Makes an update, records the step and returns its loss. It reads the loss, so it waits for the device.

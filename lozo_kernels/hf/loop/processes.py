@@ -65,7 +65,8 @@ def joined(settings: Settings) -> Iterator[Settings]:
     device = settings.device
     if device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{local % torch.cuda.device_count()}"
-    settings = dataclasses.replace(settings, parallel=settings.parallel or "examples", device=device, compare_steps=0)
+    lr = METHODS[settings.method].lr if settings.lr is None else settings.lr  # several processes find none
+    settings = dataclasses.replace(settings, parallel=settings.parallel or "examples", device=device, compare_steps=0, lr=lr)
     join(rank, size)
     try:
         yield settings

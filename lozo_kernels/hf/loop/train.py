@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import sys
@@ -189,15 +190,18 @@ class _Steps:
 
     def take(self) -> None:
         """Takes one step and records it. Ctrl-C comes through only while the driver is at work."""
-        batch = self.objective.collate(part(self.sampler.next(), self.settings.parallel), self.reader.device)
-        lr = float(self.driver.optimizer.param_groups[0]["lr"])
+        rows, parts = part(self.sampler.next(), self.settings.parallel), self.driver.parts
+        cuts = [len(rows) * i // parts for i in range(parts + 1)]
+        batches = [self.objective.collate(rows[a:b], self.reader.device) for a, b in itertools.pairwise(cuts)]
+        lr = self.driver.lr
         before = self.driver.info
         watch = Stopwatch(self.reader.device)
         with deferred_interrupt():
             watch.start("step")
             try:
                 with interruptible():
-                    self.driver.step(watch.timed("forwards", lambda: self._loss(batch)))
+                    closures = [watch.timed("forwards", functools.partial(self._loss, batch)) for batch in batches]
+                    self.driver.step(closures if parts > 1 else closures[0])
             finally:  # a step that was taken is logged, also when it is the one that ends the run
                 watch.stop("step")
                 if self.driver.info is not None and self.driver.info is not before:

@@ -94,7 +94,7 @@ def render_summary(summary: dict[str, Any]) -> str:
     s, settings = summary, summary["settings"]
     method = METHODS[s["method"]]
     names = [name for name in ("rank", "interval", "eps") if name in method.uses] + ["lr"]
-    details = ", ".join(f"{name} {settings[name]:g}" for name in names)
+    details = ", ".join(f"{name} {'auto' if settings[name] is None else format(settings[name], 'g')}" for name in names)
     if settings["momentum"]:
         details += f", momentum {settings['momentum']:g}"
     scores = [["", "before", "after"]]

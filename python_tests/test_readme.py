@@ -149,7 +149,7 @@ def few_steps(folder, **settings):
 def loop(monkeypatch, model, tokenizer):
     for cls, made in ((transformers.AutoModelForCausalLM, model), (transformers.AutoTokenizer, tokenizer)):
         monkeypatch.setattr(cls, "from_pretrained", lambda name, made=made, **options: made)
-    names = {"batches": [["a line", "a longer line of text"], ["another one"]]}
+    names = {"batches": [["a line", "a longer line of text"], ["another one", "and one more"]]}
     yield names
     assert names["optimizer"].steps_done == 2 and Path("tuned/config.json").is_file()
 
@@ -298,6 +298,13 @@ def directions(monkeypatch, model, tokenizer):
 
 
 @contextmanager
+def found(monkeypatch, model, tokenizer):
+    half = torch.no_grad()(lambda: model(**BATCH))
+    batch = {name: torch.cat([tensor, tensor]) for name, tensor in BATCH.items()}
+    yield {"model": model, "batch": batch, "first_half": half, "second_half": half}
+
+
+@contextmanager
 def planned(monkeypatch, model, tokenizer):
     config = transformers.OPTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=64, word_embed_proj_dim=32)
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda name, **options: config)
@@ -311,6 +318,7 @@ STAND_INS = {
     ("README.md", "TrainingArguments"): trainer,
     ("docs/library.md", "lozo_kernels.patch("): handle,
     ("docs/library.md", "capture_step"): captured,
+    ("docs/library.md", 'lr="auto"'): found,
     ("docs/probe.md", "interval=50"): probe,
     ("docs/probe.md", 'evaluation="batched"'): batched,
     ("docs/trainer.md", 'drive="backward"'): driven,
@@ -325,7 +333,7 @@ STAND_INS = {
     ("docs/adapters.md", "DirectionBackend"): directions,
     ("docs/plan.md", "plan("): planned,
 }
-STAYS = (probe, batched, resumed, adapter, planned)
+STAYS = (probe, batched, resumed, adapter, planned, found)
 """Blocks that leave the weights of the model as they are: they only prepare it, are a probe's first steps, or use no model."""
 
 

@@ -80,7 +80,7 @@ REASONS = (
     Reason("lowrank_momentum_stochastic", "*16", _ANY, "arithmetic, and registers: a product with N and random bits"),
     Reason("lowrank_momentum_2", "*", _ANY, "registers: U of two draws, N and a block ahead"),
     Reason("lowrank_merge_stochastic", "*16", _ANY, "arithmetic, and registers: a product with N and random bits"),
-    Reason("lowrank_merge*", "*", (9, 64), "arithmetic in a fixed order, and registers for columns of N"),
+    Reason("lowrank_merge*", "*", (9, 64), "registers for columns of N, and above rank 16 arithmetic in a fixed order"),
 )
 
 

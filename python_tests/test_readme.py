@@ -333,7 +333,7 @@ STAND_INS = {
     ("docs/adapters.md", "DirectionBackend"): directions,
     ("docs/plan.md", "plan("): planned,
 }
-STAYS = (probe, batched, resumed, adapter, planned, found)
+STAYS = (probe, batched, resumed, adapter, planned)
 """Blocks that leave the weights of the model as they are: they only prepare it, are a probe's first steps, or use no model."""
 
 

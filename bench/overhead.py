@@ -65,7 +65,7 @@ def steps_in_turn(checkouts: Sequence[Path], repeats: int) -> dict[str, list[lis
 def main() -> int:
     parser = result_parser(__doc__, "overhead.json")
     parser.add_argument("--before", type=Path, required=True, help="the other checkout")
-    parser.add_argument("--rounds", type=int, default=7, help="(default: 7)")
+    parser.add_argument("--rounds", type=int, default=7, help="of host passes; 0 leaves them out (default: 7)")
     parser.add_argument("--repeats", type=int, default=300, help="passes of each kind in a round (default: 300)")
     parser.add_argument("--steps", type=int, default=200, help="of OPT-125m, for each placement (default: 200)")
     args = parser.parse_args()
@@ -80,7 +80,7 @@ def main() -> int:
     for i in range(args.rounds):
         for place in (before, after) if i % 2 == 0 else (after, before):
             rounds[place].append(host(place, args.repeats))
-    for name in rounds[after][0]:
+    for name in rounds[after][0] if args.rounds else ():
         was, now = (statistics.median(found[name] for found in rounds[place]) for place in (before, after))
         rows.append({"measured": "host microseconds of a pass", "row": name, "before": was, "after": now})
     for name, pairs in steps_in_turn((before, after), args.steps).items():

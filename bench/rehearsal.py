@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench import kernels, runner, stages
+from bench import compiling, runner, stages
 from bench.evidence import REPO
 from lozo_kernels.bench.arguments import positive
 from lozo_kernels.bench.deadline import EXIT_INCOMPLETE
@@ -48,7 +48,7 @@ _TRANSFORMERS = ("throughput", "step", "memory", "probe", "fits")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this measurement."""
-    kernels.add_arguments(parser)
+    compiling.add_arguments(parser)
     parser.add_argument("--cores", type=positive, default=8, help="of the machine with the GPU (default: 8)")
     parser.add_argument("--minutes", type=float, default=9.0, help="that bench-gpu has (default: 9)")
     parser.add_argument("--build-seconds", type=float, help="CPU seconds of building csrc (default: build it)")

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from lozo_kernels import LOZO, MeZO, SubZero, capture_step, patch
-from lozo_kernels.errors import InputError
 from lozo_kernels.hf.finetune import finetune
 from lozo_kernels.hf.settings import Settings
 from lozo_kernels.journal import Journal, read_journal, replay
@@ -189,17 +188,6 @@ def test_a_loss_that_never_varies_moves_nothing(kind):
         for _ in range(30):
             optimizer.step(lambda batch: batch[:, 0] * 0.0, torch.ones(4, 4))
     assert torch.allclose(model.weight, before, atol=1e-6) and optimizer.learning_rates == [0.0]
-
-
-def test_finetune_finds_its_rate(tmp_path):
-    for name in ("first", "second"):
-        finetune(Settings(steps=30, eval_size=8, output=str(tmp_path / name)), quiet=True)
-    settings = Settings(model="m", task="sst2", data_dir=str(tmp_path))
-    assert settings.resolved().lr is None
-    assert Settings(model="m", task="sst2", data_dir=str(tmp_path), one_sided=True).resolved().lr == 1e-6
-    assert Settings(model="m", task="sst2", data_dir=str(tmp_path), method="ft").resolved().lr == 1e-5
-    with pytest.raises(InputError):
-        Settings(lr=-1.0).resolved()
 
 
 def test_metrics_hold_the_rate(tmp_path, monkeypatch):

@@ -292,7 +292,7 @@ def test_a_decoder_that_lacks_weights(tmp_path, capsys, llama, text, lost, named
 
 @pytest.mark.parametrize("lost", ["attention.self.query", "intermediate", "word_embeddings"])
 def test_an_encoder_may_lack_its_head_only(tmp_path, capsys, roberta, labelled, lost):
-    train = ["finetune", "--train-file", labelled, "--output", tmp_path / "out", *TRAIN, "--model"]
+    train = ["finetune", "--train-file", labelled, "--output", tmp_path / "out", "--overwrite", *TRAIN, "--model"]
     assert run(*train, roberta) == 0  # a classification head is new to a masked language model
     capsys.readouterr()
     odd = without(roberta, tmp_path / "odd", lost)

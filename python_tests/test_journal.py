@@ -270,7 +270,7 @@ def test_a_full_disk_between_steps(tmp_path, rng, monkeypatch, options):
     optimizer = LOZO(model, lr=1e-2, eps=1e-2, **options)
     journal = Journal.create(path, optimizer)
     optimizer.step(loss)
-    before, size = {name: p.detach().clone() for name, p in model.named_parameters()}, path.stat().st_size
+    before, size = weights(model), path.stat().st_size
     real = os.pwrite
 
     def full(descriptor, data, offset):

@@ -55,7 +55,7 @@ class Settings:
     rank: int = _method(2, "columns of U and V", low=1, high=MAX_RANK)
     interval: int = _method(50, "steps between two draws of V", low=1)
     eps: float = _method(1e-3, "scale of the perturbation", low=0.0, above=0)
-    lr: float | None = _method(None, "learning rate (default: found in the run; tuned for the embedded model)", low=0.0)
+    lr: float | None = _method(None, "learning rate (default: the method's; tuned values for the embedded model)", low=0.0)
     lr_schedule: str | None = _method(None, "constant, or linear or cosine to zero (default: the method's)", choices=SCHEDULES)
     momentum: float | None = _method(None, "beta of lozo-m and mezo-m (default: 0.9), and of ft-sgd", low=0.0, below=1)
     weight_decay: float = _method(0.0, "decoupled", low=0.0)
@@ -126,13 +126,7 @@ class Settings:
         return dataclasses.asdict(self)
 
     def _resolved_lr(self, method: Method) -> float | None:
-        """None: it is found during the run."""
-        if self.lr is not None:
-            return self.lr
-        if self.model is None:
-            return method.embedded_lr
-        measurable = self.parallel is None and self.batch_size > 1 and (not self.one_sided or self.placement == "probe")
-        return None if method.optimizer is not None and measurable else method.lr
+        return self.lr if self.lr is not None else method.embedded_lr if self.model is None else method.lr
 
     def _resolved_momentum(self, method: Method) -> float:
         if self.momentum is None or "momentum" not in method.uses:

@@ -126,7 +126,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         check_model(f"{name}(model, lr=...)", target.model if isinstance(target, Handle) else target)
         check_names(name, patch_options, KEYWORDS)
         if isinstance(lr, str) and lr != AUTO:
-            raise ValueError(f"lr is a number, a 0-dim tensor or {AUTO!r}, not {lr!r}")
+            raise TypeError(f"lr is a number, a 0-dim tensor or {AUTO!r}, not {lr!r}")
         factor = 1.0 if isinstance(lr, str) else lr
         check_number("lr", factor, low=0.0)
         check_number("weight_decay", weight_decay, low=0.0)
@@ -232,7 +232,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if measuring:
             closures, batches = in_parts(closures, batches), None
         first = None if self._stepped else FirstStep(self.handle.parameters)
-        with stepper.alone(), deferred_interrupt():
+        with deferred_interrupt(), stepper.alone():  # in this order: an interrupt must not leave the stepper taken
             try:
                 plus, minus = stepper.evaluate([StepClosure(one) for one in closures], batches, measuring=measuring)
                 info = self._conclude(stepper.differences(plus, minus), plus, minus)

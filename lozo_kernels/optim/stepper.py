@@ -183,7 +183,7 @@ class Stepper:
         Returns:
             (3, directions) fp64: c, F(+) and F(-); and the loss of the step.
         """
-        with self.alone(), deferred_interrupt():
+        with deferred_interrupt(), self.alone():
             try:
                 plus, minus = self.evaluate(closures)
             finally:

@@ -245,7 +245,12 @@ def test_sums_beyond_fp32_are_counted_apart():
 
 
 def test_exactness_of_the_kernels(capsys):
-    assert bench.main(["exactness", "--size", "40", "--draws", "1", "--rank", "1,6,64", "--json"], MEASUREMENTS) == 0
+    assert (
+        bench.main(
+            ["exactness", "--size", "40", "--draws", "1", "--rank", "1,6,64", "--kernel-rank", "1,64", "--json"], MEASUREMENTS
+        )
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert [row["kernel_wrong"] for row in found["rows"] if row["values"] == "noise"] == [0, None, 0]
     assert 0 < found["greatest_sum"] < 1 << 24

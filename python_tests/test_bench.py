@@ -34,6 +34,12 @@ def mid_size() -> tuple[nn.Module, torch.Tensor]:
     return model, torch.randn(8, 1024)
 
 
+def test_a_command_names_no_folder_of_one_machine(tmp_path):
+    words = ["--before", str(tmp_path), f"--output={tmp_path / 'a.json'}", "bench/results/b.json", "--lr=1e-3"]
+    command = environment.environment(torch.device("cpu"), words)["command"]
+    assert command == f"lozo-kernels bench --before {tmp_path.name} --output=a.json bench/results/b.json --lr=1e-3"
+
+
 def test_perturb_rows(capsys):
     result = document(capsys, "--rank", "1,4")
     for key in ("device", "cpu", "threads", "isa", "versions", "commit", "command", "date", "cpus_used_by_others"):

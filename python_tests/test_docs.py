@@ -102,6 +102,11 @@ def test_every_result_is_on_a_page():
     assert [path.name for path in RESULTS.glob("*.json") if path.name not in text] == []
 
 
+def test_no_command_of_a_result_names_a_folder_of_one_machine():
+    commands = {path.name: str(json.loads(path.read_text(encoding="utf-8")).get("command")) for path in RESULTS.glob("*.json")}
+    assert {name: command for name, command in commands.items() if re.search(r"(^|[ =])/", command)} == {}
+
+
 def test_measurements_of_the_readme_name_their_file_and_machine():
     table = PAGES["README.md"].split("## What was measured")[1].split("\n\n")[1].split("\n")[2:]
     assert len(table) == 5

@@ -14,6 +14,7 @@ from torch import nn
 from ..model.config import PatchConfig
 from ..model.passes import Scalar
 from .listed import Pairs, Weights
+from .streams import perturb_dense
 
 COMPAT = (None, "published")
 
@@ -129,6 +130,25 @@ class TrainerAdapter:
 
     def _refuse(self, what: str) -> ValueError:
         return ValueError(f"this {self.family} trainer cannot be served: {what}")
+
+
+class SeededAdapter(TrainerAdapter):
+    """What serves the trainers whose ``zo_perturb_parameters`` moves weights along the dense direction of a seed.
+
+    Attributes:
+        _moved: the weights that are moved; not there with ``compat="published"``, which draws from torch's generator.
+    """
+
+    _moved: Weights
+
+    def _perturb(self, random_seed: int | None = None, scaling_factor: float = 1) -> None:
+        t = self.trainer
+        seed = t.zo_random_seed if random_seed is None else random_seed
+        scale = scaling_factor * t.args.zo_eps
+        if self.settings.compat == "published":
+            perturb_dense(t.named_parameters_to_optim, seed, scale)
+        else:
+            self._moved.perturb(t.named_parameters_to_optim, seed, scale)
 
 
 def learning_rate(trainer: Any) -> float:

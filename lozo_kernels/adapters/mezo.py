@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Settings, TrainerAdapter, learning_rate
+from .base import SeededAdapter, Settings, TrainerAdapter, learning_rate
 from .listed import decay_of_names
 from .streams import perturb_dense, update_dense
 
@@ -14,7 +14,7 @@ WITHOUT_DECAY = ("bias", "layer_norm", "layernorm")
 """Words in names of parameters that MeZO and LOZO do not decay."""
 
 
-class MezoAdapter(TrainerAdapter):
+class MezoAdapter(SeededAdapter):
     """Serves ``zo_perturb_parameters`` and ``zo_update`` of MeZO's large_models trainer."""
 
     family = "MeZO (large_models)"
@@ -23,15 +23,6 @@ class MezoAdapter(TrainerAdapter):
         self._moved = self._weights()
         self._replace("zo_perturb_parameters", self._perturb)
         self._replace("zo_update", self._update)
-
-    def _perturb(self, random_seed: int | None = None, scaling_factor: float = 1) -> None:
-        t = self.trainer
-        seed = t.zo_random_seed if random_seed is None else random_seed
-        scale = scaling_factor * t.args.zo_eps
-        if self.settings.compat == "published":
-            perturb_dense(t.named_parameters_to_optim, seed, scale)
-        else:
-            self._moved.perturb(t.named_parameters_to_optim, seed, scale)
 
     def _update(self, model: Any = None) -> None:  # noqa: ARG002  (the trainer gives its model)
         t = self.trainer

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..kernels.noise import MAX_RANK
 from ..model.estimators import Subspace
-from .base import SGD, Settings, TrainerAdapter, read_sgd
+from .base import SGD, SeededAdapter, Settings, TrainerAdapter, read_sgd
 from .listed import Pairs, Weights
-from .streams import draw_dense, perturb_dense
+from .streams import draw_dense
 
 RESHAPED = ("lora", "prefix", "prompt")
 """Values of ``args.mode`` for which a parameter is seen as the most nearly square matrix of its size."""
@@ -136,7 +136,7 @@ class SubZeroAdapter(TrainerAdapter):
         x.view(u.shape[0], v.shape[1]).addmm_(a, v, alpha=scale)
 
 
-class DenseSubZeroAdapter(TrainerAdapter):
+class DenseSubZeroAdapter(SeededAdapter):
     """Serves ``zo_perturb_parameters`` and ``zo_update`` of the same trainer, its MeZO (``args.trainer="zo_sgd"``), which updates
     with ``torch.optim.SGD``. With ``compat="published"`` the update is the trainer's own, so that its zo_adam can be used too.
     """
@@ -153,23 +153,15 @@ class DenseSubZeroAdapter(TrainerAdapter):
             )
 
     def serve(self) -> None:
-        if self.settings.compat == "published":
-            self._replace("zo_perturb_parameters", self._published)
-            return
-        self._moved = self._weights()
         self._replace("zo_perturb_parameters", self._perturb)
-        self._replace("zo_update", self._update)
+        if self.settings.compat != "published":
+            self._moved = self._weights()
+            self._replace("zo_update", self._update)
 
     def _perturb(self, random_seed: int | None = None, scaling_factor: float = 1) -> None:
-        t = self.trainer
-        read_sgd(t.optimizer, t.named_parameters_to_optim)  # refused before a weight moves
-        seed = t.zo_random_seed if random_seed is None else random_seed
-        self._moved.perturb(t.named_parameters_to_optim, seed, scaling_factor * t.args.zo_eps)
-
-    def _published(self, random_seed: int | None = None, scaling_factor: float = 1) -> None:
-        t = self.trainer
-        seed = t.zo_random_seed if random_seed is None else random_seed
-        perturb_dense(t.named_parameters_to_optim, seed, scaling_factor * t.args.zo_eps)
+        if self.settings.compat != "published":
+            read_sgd(self.trainer.optimizer, self.trainer.named_parameters_to_optim)  # refused before a weight moves
+        super()._perturb(random_seed, scaling_factor)
 
     def _update(self, model: Any = None) -> None:  # noqa: ARG002  (the trainer gives its model)
         t = self.trainer

@@ -9,16 +9,15 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import require
-from .base import SGD, Settings, TrainerAdapter, read_sgd
-from .listed import Pairs, Weights
-from .streams import perturb_dense
+from .base import SGD, SeededAdapter, Settings, read_sgd
+from .listed import Pairs
 
 STEPS = ("zo_step", "zo_step_v1", "zo_step_v2", "zo_conserv_step")
 _MODULE_WISE = ("zo_step_with_module_wise_perturbation", "zo_step_with_module_wise_perturbation_coordinate")
 _SEEDS = 1_000_000_000
 
 
-class ZoLlmAdapter(TrainerAdapter):
+class ZoLlmAdapter(SeededAdapter):
     """Serves ``zo_perturb_parameters`` and the steps of the trainer's zo_sgd and zo_sign_opt with ``torch.optim.SGD``.
 
     ``zo_step`` restores and updates in one pass. ``zo_step_v1`` and ``zo_step_v2`` take the mean over ``args.q`` directions, kept
@@ -37,27 +36,16 @@ class ZoLlmAdapter(TrainerAdapter):
             self.notes = ("the updates are the trainer's own",)
 
     def serve(self) -> None:
-        if self.settings.compat == "published":
-            self._replace("zo_perturb_parameters", self._published)
-            return
-        self._moved: Weights = self._weights()
         self._replace("zo_perturb_parameters", self._perturb)
+        if self.settings.compat == "published":
+            return
+        self._moved = self._weights()
         for name, step in zip(STEPS, (self._step, self._mean_step, self._mean_step, self._conservative_step), strict=True):
             if hasattr(self.trainer, name):
                 self._replace(name, step)
         for name in _MODULE_WISE:
             if hasattr(self.trainer, name):
                 self._replace(name, self._not_served)
-
-    def _perturb(self, random_seed: int | None = None, scaling_factor: float = 1) -> None:
-        t = self.trainer
-        seed = t.zo_random_seed if random_seed is None else random_seed
-        self._moved.perturb(t.named_parameters_to_optim, seed, scaling_factor * t.args.zo_eps)
-
-    def _published(self, random_seed: int | None = None, scaling_factor: float = 1) -> None:
-        t = self.trainer
-        seed = t.zo_random_seed if random_seed is None else random_seed
-        perturb_dense(t.named_parameters_to_optim, seed, scaling_factor * t.args.zo_eps)
 
     def _not_served(self, *_: Any) -> None:
         raise RuntimeError("module-wise perturbation is not served: restore() the adapter, or accelerate with compat='published'")

@@ -85,7 +85,6 @@ class Handle:
         self._groups: list[Group] = []
         self._flush: Callable[[], object] | None = None
         self._reads: ReadHooks | None = None
-        self._overrides = Overrides()
         self._restored = False
         self._begin()
 
@@ -399,7 +398,7 @@ class Handle:
         if self._flush is not None:
             raise RuntimeError("the handle is guarded already; use one optimiser per handle")
         self._flush = flush
-        self._reads = ReadHooks(self.model, self.before_read, self._overrides, forwards=True)
+        self._reads = ReadHooks(self.model, self.before_read, Overrides(), forwards=True)
 
     def before_read(self, use: str) -> bool:  # noqa: ARG002  (for probes)
         """Brings the weights up to date before something reads them (:data:`~lozo_kernels.model.reading.BeforeRead`)."""
@@ -414,7 +413,6 @@ class Handle:
             self._flush = None  # it would keep the optimiser alive, which holds the model
         if self._reads is not None:
             self._reads.remove()
-            self._overrides.remove()
         if self.backward is not None:
             self.backward.remove()
         self._restored = True
@@ -473,14 +471,11 @@ class Handle:
 
     def _check_weights(self) -> None:
         """Raises RuntimeError, once, if weights changed since our last pass, which left a perturbation in them."""
-        name = self._versions.changed()
-        if name is not None:
-            self._versions.look()
-            raise RuntimeError(
-                f"{name!r} was changed while it is perturbed, and evaluations must only read weights. If its module changes it "
-                "(Embedding(max_norm=...)), exclude it; if the model rescales weights when its mode changes (RWKV), call it once "
-                "in that mode before step(); if you change weights between steps with fuse_steps, call flush() first"
-            )
+        self._versions.check(
+            "while it is perturbed, and evaluations must only read weights. If its module changes it (Embedding(max_norm=...)), "
+            "exclude it; if the model rescales weights when its mode changes (RWKV), call it once in that mode before step(); if "
+            "you change weights between steps with fuse_steps, call flush() first"
+        )
 
     def _start(self, step: Step) -> None:
         torch.clear_autocast_cache()  # it holds casts of weights as they were

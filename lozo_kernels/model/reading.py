@@ -57,10 +57,11 @@ class ReadHooks:
             self._override(module)
 
     def remove(self) -> None:
-        """Takes the hooks out. What was put into modules is in the overrides."""
+        """Takes the hooks out, and everything that the overrides put into modules."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._overrides.remove()
 
     def _override(self, module: nn.Module) -> None:
         put = self._overrides.put

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .backward import NAME
-from .modules import children_by_name, own_parameters
+from .modules import children_by_name, own_parameters, reader_of
 from .parameters import LeftAlone, Parameter, canonical
 from .storage import Owner
 
@@ -24,18 +24,14 @@ class _Places:
     """Some entries of the dictionaries in which modules keep their parts.
 
     Attributes:
-        names: their names in the model; before: what they were.
+        names: their names in the model; before: what they were; now(): what they are, None for one that is gone.
     """
 
     def __init__(self, parts: Mapping[str, dict[str, Any]], wanted: Callable[[Any], bool]) -> None:
         found = [(path, own, key) for path, own in parts.items() for key, part in own.items() if wanted(part)]
         self.names = [f"{path}.{key}" if path else key for path, _, key in found]
-        self._owned, self._keys = [own for _, own, _ in found], [key for _, _, key in found]
-        self.before = self.now()
-
-    def now(self) -> list[Any]:
-        """What the entries are now; None for one that is gone."""
-        return list(map(dict.get, self._owned, self._keys))
+        self.now = reader_of((own, key) for _, own, key in found)
+        self.before = list(self.now())
 
 
 class Structure:

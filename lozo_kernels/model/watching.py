@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.calls import Step
-from .modules import own_parameters, versions_of
+from .modules import own_parameters, reader_of, versions_of
 from .parameters import Parameter
 from .sharding import is_sharded, local_of
 
@@ -31,8 +31,7 @@ class StorageWatch:
         self._gone: list[object] = []
         self._modules = [weakref.ref(p.storage.owners[0].module, self._gone.append) for p in parameters]
         resident = [p.storage.owners[0] for p in parameters if p.storage.resident]
-        self._owned = [own_parameters(owner.module) for owner in resident]
-        self._keys = [owner.attribute for owner in resident]
+        self._read = reader_of((own_parameters(owner.module), owner.attribute) for owner in resident)
         self._shapes = [p.tensor.shape for p in parameters]
         self._seen: Seen | None = None
         self._seen_at: Step | None = None
@@ -50,10 +49,10 @@ class StorageWatch:
         """
         again = isinstance(step, int) and step == self._seen_at
         try:
-            tensors: list[Any] = list(map(dict.__getitem__, self._owned, self._keys))
+            tensors: list[Any] = list(self._read())
             addresses = list(map(Tensor.data_ptr, tensors))
             gone = bool(self._gone)
-        except (KeyError, TypeError):
+        except TypeError:  # of None, for one that a module does not have any more
             gone = True
         if gone:
             tensors = [p.tensor for p in self._parameters]  # raises for the one that is gone
@@ -87,26 +86,28 @@ class WeightVersions:
     def __init__(self, parameters: Sequence[Parameter]) -> None:
         here = [p for p in parameters if p.storage.always_here]
         self._names = [p.name for p in here]
-        self._owned = [own_parameters(p.storage.owners[0].module) for p in here]
-        self._keys = [p.storage.owners[0].attribute for p in here]
+        self._read = reader_of((own_parameters(p.storage.owners[0].module), p.storage.owners[0].attribute) for p in here)
         self._in_blocks = any(p.storage.in_blocks for p in here)
         self._seen: list[Any] = []
         self._versions: list[int] = []
 
     def look(self) -> None:
         """Remembers the weights as they are now."""
-        self._seen = list(map(dict.get, self._owned, self._keys))
+        self._seen = list(self._read())
         self._versions = (_blocks_too if self._in_blocks else versions_of)(self._seen)
 
-    def changed(self) -> str | None:
-        """The name of a weight that was changed in place since the last look, or None. A parameter that was replaced is followed
-        by :class:`StorageWatch`."""
-        now = list(map(dict.get, self._owned, self._keys))
+    def check(self, why: str) -> None:
+        """Raises RuntimeError, once, if a weight was changed in place since the last look: its name, and ``why`` that is an error.
+        A parameter that was replaced is followed by :class:`StorageWatch`."""
+        now = list(self._read())
         versions = (_blocks_too if self._in_blocks else versions_of)(now)
         if versions == self._versions or not self._seen:
-            return None
+            return
         rows = zip(self._names, self._seen, now, self._versions, versions, strict=True)
-        return next((name for name, old, new, before, after in rows if old is new and before != after), None)
+        name = next((name for name, old, new, before, after in rows if old is new and before != after), None)
+        if name is not None:
+            self.look()
+            raise RuntimeError(f"{name!r} was changed {why}")
 
 
 def _blocks_too(tensors: list[Any]) -> list[int]:

@@ -65,8 +65,7 @@ def joined(settings: Settings) -> Iterator[Settings]:
     device = settings.device
     if device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{local % torch.cuda.device_count()}"
-    lr = METHODS[settings.method].lr if settings.lr is None else settings.lr  # several processes find none
-    settings = dataclasses.replace(settings, parallel=settings.parallel or "examples", device=device, compare_steps=0, lr=lr)
+    settings = dataclasses.replace(settings, parallel=settings.parallel or "examples", device=device, compare_steps=0)
     join(rank, size)
     try:
         yield settings

@@ -108,9 +108,7 @@ class ProbeHandle(Handle):
             step: the step that follows.
         """
         look = not self.prepared or self._lookout.due()
-        if (
-            self._sharded and self._lookout.asleep
-        ):  # processes that share weights may run other modules (experts), and look together
+        if self._sharded and self._lookout.asleep:  # processes may run other modules (experts), and look together
             look = Peers(self.parameters).any(look)
         if not look and not self._doubts.due():
             return
@@ -378,9 +376,10 @@ class ProbeHandle(Handle):
         super().restore()
 
     def before_read(self, use: str) -> bool:
-        learned, names = self.probed.learned, self._ledger.unmergeable(self.probed.learned)
+        learned = self.probed.learned
         if use == "parameters" and self._applied is not None:
             return False  # a closure reads weights, which is checked once: see prepare()
+        names = self._ledger.unmergeable(learned) if use in ("copy", "state_dict") else []
         if use == "copy" and names:
             raise RuntimeError(
                 f"a copy would be without what {len(names)} quantised layers learned (e.g. {names[0]!r}): save it with "
@@ -416,22 +415,15 @@ class ProbeHandle(Handle):
 
     def _check_between_steps(self) -> None:
         """Raises RuntimeError if somebody changed weights while a part of what was learned is not in them."""
-        name = self._versions.changed() if self.probed.learned else None
-        if name is not None:
-            self._versions.look()
-            raise RuntimeError(
-                f"{name!r} was changed between steps, but what was learned lately is not in it yet and would be added to the "
-                "change: call merge() of the handle before you change weights. To go on with the sum of both, call step() again"
+        if self.probed.learned:
+            self._versions.check(
+                "between steps, but what was learned lately is not in it yet and would be added to the change: call merge() of the "
+                "handle before you change weights. To go on with the sum of both, call step() again"
             )
         self._versions.look()
 
     def _check_weights(self) -> None:
-        name = self._versions.changed()
-        if name is not None:
-            self._versions.look()
-            raise RuntimeError(
-                f"{name!r} was changed during the evaluations of a step: a probe only reads weights, and so must the closure"
-            )
+        self._versions.check("during the evaluations of a step: a probe only reads weights, and so must the closure")
 
     def _move_to(self, point: Point) -> None:
         self._applied = point if point.scale else None

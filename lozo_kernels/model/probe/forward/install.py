@@ -62,7 +62,6 @@ class Installation:
             self._reads.remove()
         for hook in self._hooks:
             hook.remove()
-        self._overrides.remove()
         self._outermost.clear()
 
     def lost(self) -> str | None:

@@ -208,7 +208,7 @@ def test_a_parameter_that_is_gone_is_named():
     handle = patch(model)
     model[0] = nn.Identity()
     gc.collect()
-    with pytest.raises(RuntimeError, match=r"('0.weight' no longer exists|module '0' was replaced.*): restore\(\) and patch"):
+    with pytest.raises(RuntimeError, match=r"module '0' was replaced after patching: restore\(\) and patch"):
         handle.perturb_(0, 1.0)
 
 

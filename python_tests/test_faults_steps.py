@@ -1,6 +1,8 @@
 """Faults of single steps: casts that autocast keeps, losses that are finite only in fp64, steps within steps."""
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -117,3 +119,38 @@ def test_two_threads():
         go_on.set()
         thread.join()
     assert optimizer.steps_done == 1
+
+
+@pytest.mark.parametrize("placement", ["activation", "scratch", "copy"])
+@pytest.mark.parametrize("kind", [LOZO, SubZero])
+def test_all_losses_of_a_one_sided_step_see_the_same_merged_weights(kind, placement):
+    """Where a window begins, a merge rounds bf16 weights: F(+) after it less F(0) before it would be mostly the rounding."""
+    model, data = make(torch.bfloat16), batch()
+    optimizer = kind(model, lr=0.1, eps=1e-2, interval=2, placement="probe", side=placement, two_sided=False)
+    windows = []
+
+    def closure():
+        windows.append(optimizer.handle.window)  # entering one merges what was learned in the one before
+        return loss_of(model, data)
+
+    for step in range(5):
+        windows.clear()
+        optimizer.step(closure)
+        assert windows[-2:] == [step // 2] * 2
+
+
+@pytest.mark.parametrize("options", [{"placement": "inplace", "fuse_steps": True}, {"placement": "probe"}], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_of_a_restored_optimiser_does_not_wait_for_the_garbage_collector(kind, options):
+    model, data = make(), batch()
+    optimizer = kind(model, lr=1e-3, momentum=0.9, **options)
+    optimizer.step(lambda: loss_of(model, data))
+    gone = [weakref.ref(optimizer), weakref.ref(optimizer.handle), weakref.ref(optimizer.stepper)]
+    gc.collect()
+    gc.disable()
+    try:
+        optimizer.handle.restore()
+        del optimizer
+        assert [ref() for ref in gone] == [None] * 3
+    finally:
+        gc.enable()

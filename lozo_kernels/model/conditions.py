@@ -52,6 +52,11 @@ class Conditions:
         self._buffers.put_back()
 
 
+def small_buffer_bytes(model: nn.Module) -> int:
+    """Bytes of the buffers that are kept for every step, in :class:`Buffers` of a model with memory."""
+    return sum(b.nbytes for module in model.modules() for b in own_buffers(module).values() if b is not None and b.nbytes <= _SMALL)
+
+
 class Buffers:
     """The buffers of a model that its forwards may write, such as the statistics of ``BatchNorm``."""
 

@@ -413,6 +413,7 @@ class Handle:
             self._flush = None  # it would keep the optimiser alive, which holds the model
         if self._reads is not None:
             self._reads.remove()
+            self._reads = None  # it holds this handle: their memory would wait for the garbage collector
         if self.backward is not None:
             self.backward.remove()
         self._restored = True

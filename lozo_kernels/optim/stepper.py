@@ -354,8 +354,7 @@ class Stepper:
         evaluate = mean_loss if self.parallel is None else mean_totals
         directions, two_sided, eps = self.settings.directions, self.settings.two_sided, self.settings.eps
         if not two_sided:
-            if self.pending is not None:
-                self.make(self.pending)
+            self._enter()
             minus = [evaluate(closures, conditions)] * sum(map(self._is_mine, range(directions)))
         for d in range(directions):
             # Other processes' directions are moved along too: every move rounds the weights, and all processes have to round alike.
@@ -369,12 +368,21 @@ class Stepper:
                     minus.append(evaluate(closures, conditions))
         return plus, minus
 
+    def _enter(self) -> None:
+        """Before F(0): makes what is pending, and what a window's begin does to the weights, which the other evaluations see too. A
+        merge rounds: F(+) after it less F(0) before it would have that in c."""
+        if self.pending is not None:
+            self.make(self.pending)
+        if not isinstance(self.step, Tensor):  # otherwise prepare() and every replay enter it
+            self.handle.enter_window(self.step)
+
     def _evaluate_parts(self, closures: Sequence[Closure], conditions: Conditions) -> tuple[list[Tensor], list[Tensor]]:
         """As :meth:`_evaluate_in_turn`, and measures: at unperturbed weights too, and each closure by itself."""
         assert self.finder is not None
         plus: list[Tensor] = []
         minus: list[Tensor] = []
         self.flush()
+        self._enter()
         eps, rest = self.settings.eps, part_losses(closures, conditions)
         for d in range(self.settings.directions):
             self.move((d, eps))

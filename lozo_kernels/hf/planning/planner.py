@@ -183,7 +183,7 @@ class _Planner:
 
     def _in_place(self) -> Alternative:
         members = self._members()
-        state = state_in_place(members, self._config(), momentum=bool(self.method.momentum))
+        state = state_in_place(self.dry.model, members, self._config(), momentum=bool(self.method.momentum))
         passes = self.machine.passes * sum(m.numel for m in members)
         return Alternative("inplace", state, self.activation_bytes, self.forwards + passes, self.forwards, {})
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ...model.conditions import small_buffer_bytes
 from ...model.config import PatchConfig
 from ...model.layout import Layout
 from ...model.parameters import find_parameters
@@ -36,7 +37,7 @@ class State:
         factors: V (fp16); for a probe also B or what vectors learned (fp32); for SubZero also U (fp16) and U S (fp32).
         momentum: N or dense momentum, fp32.
         scratch: memory that modules share for perturbed weights.
-        copies: perturbed weights and shifts with memory of their own.
+        copies: perturbed weights and shifts with memory of their own, and small buffers as they were when a step began.
         first_step: what a probe's check adds in the first step only.
     """
 
@@ -84,12 +85,12 @@ def side_seconds(member: Member, used: Uses, costs: Costs) -> float:
     return member.numel * costs.element if member.side == "copy" else 0.0
 
 
-def state_in_place(members: Sequence[Member], config: PatchConfig, *, momentum: bool) -> State:
+def state_in_place(model: nn.Module, members: Sequence[Member], config: PatchConfig, *, momentum: bool) -> State:
     """The state of a method that moves weights."""
     factors = _factors(members, config)
     if config.estimator == "subspace":  # the draws of a pass, added up
         factors += sum(_FLOAT * config.rank * batch * rows for batch, rows, _ in _matrices(members))
-    return State(factors, _left_factors(members, config.rank) if momentum else 0)
+    return State(factors, _left_factors(members, config.rank) if momentum else 0, copies=small_buffer_bytes(model))
 
 
 def state_of_probe(model: nn.Module, members: Sequence[Member], config: PatchConfig, *, momentum: bool) -> State:
@@ -104,7 +105,7 @@ def state_of_probe(model: nn.Module, members: Sequence[Member], config: PatchCon
         factors,
         _left_factors(members, config.rank) if momentum else 0,
         _scratch(model, members),
-        copies + sum(_FLOAT * m.numel for m in members if m.side == "shift"),
+        copies + small_buffer_bytes(model) + sum(_FLOAT * m.numel for m in members if m.side == "shift"),
         _checked_at_once(members),
     )
 

@@ -60,6 +60,7 @@ class Installation:
         """Gives every module its own forward back."""
         if self._reads is not None:
             self._reads.remove()
+            self._reads = None  # it holds the handle: their memory would wait for the garbage collector
         for hook in self._hooks:
             hook.remove()
         self._outermost.clear()

@@ -13,14 +13,14 @@ from python_tests.earlier import make
 
 NAMES = json.loads((make.HERE / "public_names.json").read_text(encoding="utf-8"))
 FIRST = torch.load(make.HERE / "states.pt", weights_only=True)
-SAVED = FIRST | torch.load(make.HERE / "contract_2" / "states.pt", weights_only=True)
+SAVED = {name: torch.load(make.folder_of(name) / "states.pt", weights_only=True)[name] for name in make.RUNS}
 ONE_LINE = (
-    r"^.* was made with version 1 of the contract on bits \(docs/noise.md\), and this lozo_kernels makes version 2 of such a run"
+    r"^.* was made with version 1 of the contract on bits \(docs/noise.md\), and this lozo_kernels makes version %d of such a run"
 )
 
 
 def journal_of(name):
-    return make.HERE / ("contract_2" if name in make.CONTRACT_2 else "") / f"{name}.journal"
+    return make.folder_of(name) / f"{name}.journal"
 
 
 def same(model, expected):
@@ -58,14 +58,14 @@ def test_a_whole_run_is_the_same(name, tmp_path):
     assert same(model, SAVED[name]["final"])
 
 
-@pytest.mark.parametrize("name", make.CONTRACT_2)
+@pytest.mark.parametrize("name", make.LATER)
 def test_a_run_of_another_contract_is_refused_in_one_line(name):
     model, optimizer, _ = make.build(name)
     before = make.weights(model)
-    with pytest.raises(JournalError, match=ONE_LINE) as error:
+    with pytest.raises(JournalError, match=ONE_LINE % make.VERSIONS[name]) as error:
         replay(make.Net(), make.HERE / f"{name}.journal")
     assert len(str(error.value).splitlines()) == 1
-    with pytest.raises(ValueError, match=ONE_LINE) as error:
+    with pytest.raises(ValueError, match=ONE_LINE % make.VERSIONS[name]) as error:
         optimizer.load_state_dict(FIRST[name]["state"])
     assert len(str(error.value).splitlines()) == 1
     assert same(model, before) and optimizer.steps_done == 0
@@ -74,7 +74,7 @@ def test_a_run_of_another_contract_is_refused_in_one_line(name):
 @pytest.mark.parametrize("name", make.RUNS)
 def test_a_state_names_its_contract(name):
     _, optimizer, _ = make.build(name)
-    assert optimizer.state_dict()["noise_version"] == (2 if name in make.CONTRACT_2 else 1)
+    assert optimizer.state_dict()["noise_version"] == make.VERSIONS[name]
 
 
 @pytest.mark.parametrize("module", [name for name in NAMES if name != "schemas"])

@@ -25,7 +25,6 @@ from lozo_kernels.journal import (
 )
 from lozo_kernels.journal import arrivals as arrivals_module
 from lozo_kernels.journal import file as file_module
-from lozo_kernels.kernels import noise
 from lozo_kernels.kernels.backends import native
 from lozo_kernels.model import contract
 from python_tests.journal_helpers import recorded, zoo
@@ -230,7 +229,7 @@ def test_what_is_refused(tmp_path, rng, monkeypatch):
     with pytest.raises(JournalError, match=r"other settings: eps is 0\.01 there and 0\.02 here"):
         Journal.resume(path, optimizer)
     optimizer.handle.restore()
-    monkeypatch.setattr(contract, "CONTRACT_VERSION", noise.CONTRACT_VERSION + 1)
+    monkeypatch.setattr(contract, "_PRODUCTS", 3)
     with pytest.raises(JournalError, match=r"made with version 2 of the contract .* this lozo_kernels makes version 3"):
         replay(base, path)
     assert same(weights(trained), after)

@@ -181,7 +181,7 @@ def retake(optimizer: ZerothOrderOptimizer, records: Iterable[Record]) -> None:
 def check_fits(run: RecordedRun, optimizer: ZerothOrderOptimizer, *, weights: bool = True) -> None:
     """Raises JournalError unless a journal is of this optimiser's model, settings and, with ``weights``, the same weights."""
     header, handle = run.header, optimizer.handle
-    needed = version_of(header.config, header.settings["momentum"])
+    needed = version_of(header.config, header.settings)
     problem = version_problem(str(run.source), header.noise_version, needed)
     if problem is not None:
         raise JournalError(problem)

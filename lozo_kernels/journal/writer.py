@@ -108,7 +108,7 @@ class Journal:
             optimizer.stepper.settings.of_run,
             describe_parameters(handle),
             describe_groups(optimizer),
-            version_of(handle.config, optimizer.momentum),
+            version_of(handle.config, optimizer.stepper.settings.of_run),
             optimizer.steps_done,
             made_with(handle),
             notes,

@@ -29,9 +29,9 @@ from .checks import check_integer, check_range
 
 NOISE_VERSION = 1
 """Version of the noise. Checkpoints store it, so that a run is never resumed with other noise."""
-CONTRACT_VERSION = 2
-"""Version of all promised bits: the noise, and what is computed with it. Version 2 changed the products with momentum and with the
-factors of merges (``reference.momentum_product``), and no noise. Checkpoints with such products store it instead."""
+CONTRACT_VERSION = 3
+"""Version of all promised bits: the noise, and what is computed with it. Later versions than the noise's changed sums, and no noise
+(docs/noise.md). Checkpoints of runs with such sums store theirs instead."""
 
 STREAMS = {"U": 0, "V": 1, "Z": 2, "S": 3, "rounding": 8}
 MAX_DRAW = 1 << 28

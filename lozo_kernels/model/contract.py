@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ..kernels.noise import CONTRACT_VERSION, NOISE_VERSION
+from ..kernels.op_table import MAX_DRAWS
 from .config import PatchConfig
 
 
-def version_of(config: PatchConfig, momentum: float) -> int:
+def version_of(config: PatchConfig, settings: Mapping[str, Any]) -> int:
     """Returns the version that journals and states of a run name: the latest one that changed a bit of such a run.
 
-    Version 2 sums the products with momentum and with the factors of merges in another way. Runs without any (MeZO, and LOZO that
-    moves the weights and has no momentum) have the bits of version 1.
+    Version 2 sums the products with momentum and with the factors of merges in another way. Version 3 makes the update of many
+    directions of low rank in one pass. Runs without any (MeZO, and LOZO that moves the weights, has no momentum, and adds at most
+    two draws in an update) have the bits of version 1.
+
+    Args:
+        settings: of the steps; "momentum", "directions" and "fuse_steps" are read.
     """
+    if config.estimator == "dense":
+        return NOISE_VERSION
+    if settings["directions"] + settings["fuse_steps"] > MAX_DRAWS:
+        return CONTRACT_VERSION
     merges = config.placement != "inplace" or config.estimator == "subspace"
-    return CONTRACT_VERSION if config.estimator != "dense" and (momentum or merges) else NOISE_VERSION
+    return _PRODUCTS if settings["momentum"] or merges else NOISE_VERSION
+
+
+_PRODUCTS = 2
+"""The version that changed products with momentum and with the factors of merges."""
 
 
 def version_problem(what: str, found: object, needed: int) -> str | None:

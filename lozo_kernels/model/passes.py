@@ -124,6 +124,11 @@ class Group:
         call.alpha, call.beta = self.row(carried.alpha * self.update_factor), self.row(carried.beta)
         self.run(self._momentum, call)
 
+    @property
+    def most_draws(self) -> int | None:
+        """How many draws a pass can add; None: any number."""
+        return None if self.kind == "lowrank" else MAX_DRAWS
+
     def run(self, op: Op, call: TableCall) -> None:
         """Runs an op on the group's table, with the directions of its kind."""
         self._run(op, self.table, call, self.backend)
@@ -163,7 +168,7 @@ def run_pass(groups: Sequence[Group], terms: Sequence[Term]) -> None:
 
 
 def run_update(groups: Sequence[Group], update: Update, applied: float = 0.0, perturb_next: float | None = None) -> None:
-    """Runs the passes of an update over the weights of some groups. Each pass has up to two draws.
+    """Runs the passes of an update over the weights of some groups: one, or for dense directions one for each two draws.
 
     Args:
         applied: scale of the perturbation along the last direction that is still in the weights; it is taken out.
@@ -181,10 +186,11 @@ def run_update(groups: Sequence[Group], update: Update, applied: float = 0.0, pe
     decay = decay_of(update.lr, update.weight_decay)
     if perturb_next is not None:
         terms.append(Term(Draw(update.step + 1), perturb=perturb_next, decays=False))
-    chunks = [terms[i : i + MAX_DRAWS] for i in range(0, len(terms), MAX_DRAWS)]
-    # The first chunk decays, and the one with the last draw of this step adds the momentum product; others only add their draws.
-    last = (count - 1) // MAX_DRAWS
     for group in groups:
+        most = group.most_draws or len(terms)
+        chunks = [terms[i : i + most] for i in range(0, len(terms), most)]
+        # The first chunk decays, and the one with the last draw of this step adds the momentum product; others add their draws.
+        last = (count - 1) // most
         for i, chunk in enumerate(chunks):
             carried = None
             if update.beta is not None and i <= last:

@@ -86,7 +86,7 @@ def _load_rate(rate: Any, stepper: Stepper) -> None:
 def _setup(stepper: Stepper) -> dict[str, Any]:
     """What the saved and the loading optimiser must have in common."""
     return {
-        "noise_version": version_of(stepper.handle.config, stepper.settings.momentum),
+        "noise_version": version_of(stepper.handle.config, stepper.settings.of_run),
         "patch": stepper.handle.config.to_dict(),
         "settings": stepper.settings.of_run,
     }

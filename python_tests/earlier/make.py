@@ -2,7 +2,8 @@
 
 The files here were written by version 0.1.0 at commit 6fe3f91 (``python -m python_tests.earlier.make``, with the package of that
 commit on the path). They are not written anew when the code changes: a later version has to read them, or to refuse them where the
-contract on bits has another version. Those of contract_2 are of the first commit whose contract has version 2.
+contract on bits has another version. Those of contract_2 and contract_3 are of the first commit whose contract has it;
+6fe3f91 wrote those of contract_1 too.
 """
 
 from __future__ import annotations
@@ -26,14 +27,22 @@ IDS = torch.arange(8).view(2, 4)
 RUNS = {
     "lozo_m_fused": (LOZO, {"rank": 3, "momentum": 0.9, "fuse_steps": True, "weight_decay": 0.1}),
     "lozo_stochastic": (LOZO, {"rank": 2, "rounding": "stochastic", "directions": 3, "two_sided": False, "dtype": "bfloat16"}),
+    "lozo_two": (LOZO, {"rank": 2, "rounding": "stochastic", "directions": 2, "weight_decay": 0.1, "dtype": "bfloat16"}),
     "lozo_probe": (LOZO, {"rank": 2, "placement": "probe", "side": "scratch", "keep_factors": True}),
     "lozo_m_probe": (LOZO, {"rank": 4, "placement": "probe", "side": "activation", "momentum": 0.8, "weight_decay": 0.1}),
     "mezo_m": (MeZO, {"momentum": 0.5}),
 }
 
 
-CONTRACT_2 = ("lozo_m_fused", "lozo_probe", "lozo_m_probe")
-"""Runs with products that version 2 of the contract sums in another way: ``main(CONTRACT_2, HERE / "contract_2")``."""
+VERSIONS = {"lozo_two": 1, "mezo_m": 1, "lozo_m_fused": 2, "lozo_probe": 2, "lozo_m_probe": 2, "lozo_stochastic": 3}
+"""The version of the contract whose bits each run has now: ``main([name, ...], HERE / "contract_2")`` wrote those of version 2."""
+LATER = [name for name, version in VERSIONS.items() if version > 1]
+"""Runs that 6fe3f91 wrote with version 1, which are refused now."""
+
+
+def folder_of(name: str) -> Path:
+    """Where the files of a run lie."""
+    return HERE if name == "mezo_m" else HERE / f"contract_{VERSIONS[name]}"
 
 
 class Net(nn.Module):

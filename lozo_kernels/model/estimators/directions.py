@@ -15,6 +15,7 @@ from ...kernels.op_table import Op
 from ...kernels.registry import Backend
 from ...kernels.table import TensorTable
 from ..config import PatchConfig
+from .summed import add_draws, add_summed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,14 @@ class LowRank(Estimator):
     """Directions U V^T with a new U at every step and a new V every ``interval`` steps; with ``interval=1`` the plain LGE."""
 
     name = "lowrank"
+
+    def run(self, op: Op, table: TensorTable, call: TableCall, backend: Backend) -> None:
+        if len(call.draws) <= op.draws[1]:
+            ops.dispatch(op, table, call, backend)
+        elif op.factors:
+            add_draws(table, call, backend)
+        else:
+            add_summed(op, table, call, backend)
 
     def left(self, spec: FactorSpec, draw: Draw) -> Tensor:
         return self._factor(spec, spec.extent[1], draw, "U")

@@ -17,6 +17,8 @@ OPTIONS = [
     {},
     {"fuse_steps": True},
     {"momentum": 0.9},
+    {"two_sided": False},
+    {"two_sided": False, "fuse_steps": True, "directions": 3, "rounding": "stochastic"},
     {"placement": "probe"},
     {"placement": "probe", "two_sided": False, "directions": 3},
     {"placement": "probe", "evaluation": "batched", "directions": 2},
@@ -84,7 +86,7 @@ def test_a_measurement_is_that_of_a_parabola():
     eps, slopes, bends = 1e-2, torch.tensor([1.0, 3.0], dtype=torch.float64), torch.tensor([2.0, 6.0], dtype=torch.float64)
     rest = torch.tensor([1.0, 2.0], dtype=torch.float64)
     plus, minus = (rest + s * eps * slopes + eps**2 * bends / 2 for s in (1, -1))
-    found = measure(rest, plus, minus, eps)
+    found = measure(rest, plus, minus, eps=eps)
     assert found == pytest.approx((1.5, 4.0, 3.0, 4.0), rel=1e-9)
 
 
@@ -140,11 +142,41 @@ def test_a_run_goes_on_from_its_state_and_from_its_journal(options, tmp_path):
         assert torch.equal(model.state_dict()["weight"], expected)
 
 
+@pytest.mark.parametrize("fuse_steps", [False, True])
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_a_measuring_step_that_fails_is_replayed(tmp_path, two_sided, fuse_steps):
+    """Evaluations that were made before the closure failed rounded the weights, at F(-) too where a step measures."""
+    problem = Quadratic()
+    model, base = problem.model.to(torch.bfloat16), copy.deepcopy(problem.model)
+    options = {"two_sided": two_sided, "fuse_steps": fuse_steps, "directions": 2}
+    optimizer = LOZO(model, lr="auto", eps=1e-2, interval=5, **options)
+    failing = iter([3, 5, 7, 4, 6, 9, 100])
+    with Journal.create(tmp_path / "run.journal", optimizer):
+        for step in range(20):
+            calls, last = [], next(failing) if step % 3 == 0 and step < 16 else 100
+
+            def losses(batch, calls=calls, last=last):
+                calls.append(1)
+                if len(calls) == last:
+                    raise InterruptedError
+                return (model(batch[0].bfloat16()).float() - batch[1]).square().sum(1)
+
+            batch = problem.batch()
+            try:
+                optimizer.step(losses, batch)
+            except InterruptedError:
+                calls[:] = [1] * 200
+                optimizer.step(losses, batch)
+    weights = {name: p.clone() for name, p in model.state_dict().items()}
+    again = copy.deepcopy(base)
+    assert replay(again, tmp_path / "run.journal").agrees
+    assert all(torch.equal(p, weights[name]) for name, p in again.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"lr": "fast"}, "'auto'"),
-        ({"lr": "auto", "two_sided": False}, "placement='probe'"),
         ({"lr": "auto", "drive": "backward"}, "drive"),
     ],
     ids=str,

@@ -25,6 +25,7 @@ CRC = struct.Struct("<I")
 HEAD = struct.Struct("<BII")
 """The head of a record with JSON: kind, number of bytes, and a checksum of both, so that a damaged number is noticed."""
 MOVES = struct.Struct("<BI")
+DETOUR_MOVES = struct.Struct("<Bi")
 DIGEST_BYTES = 32
 
 SETTLED, FLUSHED, DETOUR, SIDES, END, MEASURED = range(1, 7)
@@ -63,9 +64,11 @@ class Flushed(NamedTuple):
 
 
 class Detour(NamedTuple):
-    """Weights went through the first ``moves`` points of the next step and back, and the step was not taken then."""
+    """Weights went through the first ``moves`` points of the next step and back, and the step was not taken then. ``measuring``:
+    they were the points of a step that measures for ``lr="auto"``, where they are not the same."""
 
     moves: int
+    measuring: bool = False
 
 
 class Sides(NamedTuple):
@@ -157,7 +160,7 @@ def encode_record(record: Record, before: StepTaken | None) -> bytes:
         case Flushed():
             return bytes([FLUSHED])
         case Detour():
-            return MOVES.pack(DETOUR, record.moves)
+            return DETOUR_MOVES.pack(DETOUR, -record.moves if record.measuring else record.moves)
         case Sides():
             return bytes([SIDES]) + json.dumps(record.described, separators=(",", ":")).encode()
         case Measurement():

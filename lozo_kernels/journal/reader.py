@@ -18,6 +18,7 @@ from .format import (
     DECAY,
     DECAY_EACH,
     DETOUR,
+    DETOUR_MOVES,
     DIGEST_BYTES,
     END,
     FLUSHED,
@@ -182,7 +183,8 @@ class _Parser:
             self._take(1)
             record = Flushed()
         elif kind == DETOUR:
-            record = Detour(MOVES.unpack_from(self._take(MOVES.size))[1])
+            moves = DETOUR_MOVES.unpack_from(self._take(DETOUR_MOVES.size))[1]
+            record = Detour(abs(moves), moves < 0)
             if not 1 <= record.moves <= 2 * self._directions:
                 raise JournalError(f"a detour of {record.moves} moves")
         elif kind == SIDES:

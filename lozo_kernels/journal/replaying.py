@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import JournalError
 from ..model.contract import version_of, version_problem
-from ..model.handle import Handle
+from ..model.handle import Handle, Perturbation
 from ..optim.groups import rates_of
 from ..optim.optimizer import OPTIMIZERS, ZerothOrderOptimizer
 from ..optim.rate_finder import Measured
@@ -166,7 +166,7 @@ def retake(optimizer: ZerothOrderOptimizer, records: Iterable[Record]) -> None:
                 case Measurement():
                     stepper.measured = [Measured(*row) for row in record.rows]
                 case Detour():
-                    _make_detour(stepper, record.moves)
+                    _make_detour(stepper, stepper.points_of(measuring=record.measuring)[: record.moves])
                 case Sides():
                     handle.adopt_sides(record.described, install=False)
                 case _:
@@ -281,11 +281,11 @@ def _take_step(optimizer: ZerothOrderOptimizer, record: StepTaken) -> None:
     for group, lr, decay in zip(optimizer.param_groups, record.lr, record.weight_decay, strict=True):
         group["lr"], group["weight_decay"] = lr, decay
     if record.returned:
-        _make_detour(stepper, len(stepper.points))
+        _make_detour(stepper, stepper.points)
     if record.at_rest:
         stepper.applied = (stepper.settings.directions - 1, 0.0)
     elif stepper.settings.evaluation == "sequential":
-        stepper.visit(stepper.points)
+        stepper.visit(stepper.points_of(measuring=bool(stepper.measured)))
     c = torch.tensor(record.c, dtype=torch.float64, device=handle.devices[0])
     if record.skipped:
         c.fill_(float("nan"))
@@ -293,8 +293,8 @@ def _take_step(optimizer: ZerothOrderOptimizer, record: StepTaken) -> None:
     stepper.commit(*stepper.conclude(c, unknown, unknown, rates_of(optimizer.param_groups, handle, c.device)))
 
 
-def _make_detour(stepper: Stepper, moves: int) -> None:
-    stepper.visit(stepper.points[:moves])
+def _make_detour(stepper: Stepper, points: list[Perturbation]) -> None:
+    stepper.visit(points)
     stepper.leave()
 
 

@@ -55,8 +55,11 @@ class Journal:
         self._optimizer = optimizer
         self._queue: deque[_Waiting] = deque()
         self._number = 0
-        self._detours: list[int] = []
-        self._mark: tuple[int, list[int]] = (0, [])  # of the last step: the number of its first record, and the detours before it
+        self._detours: list[Detour] = []
+        self._mark: tuple[int, list[Detour]] = (
+            0,
+            [],
+        )  # of the last step: the number of its first record, and the detours before it
         self._before_mark: Tail | None = None
         self._choices: int | None = optimizer.handle.choices  # as they were when sides were written
         optimizer.journal = self
@@ -207,10 +210,10 @@ class Journal:
     def add_flush(self) -> None:
         self._tell(Flushed())
 
-    def add_detour(self, moves: int) -> None:
+    def add_detour(self, moves: int, *, measuring: bool) -> None:
         """The record is written with the next step; a run that is killed before that goes on without it."""
         if self._optimizer.handle.moves_weights:
-            self._detours.append(moves)
+            self._detours.append(Detour(moves, measuring))
 
     def finish(self) -> None:
         """Ends the run: merges what was learned, writes the weights' fingerprint, and closes the file. A second call does nothing.
@@ -272,15 +275,15 @@ class Journal:
         """Queues the detours since the last step. Returns the step's flags: made at rest, and after one round and back."""
         at_rest = optimizer.handle.backward is not None and optimizer.handle.moves_weights
         whole = optimizer.directions * (2 if optimizer.two_sided else 1)
-        returned = at_rest and self._detours[-1:] == [whole]
+        returned = at_rest and self._detours[-1:] == [Detour(whole)]
         if returned:
             self._detours.pop()
         self._write_detours()
         return at_rest, returned
 
     def _write_detours(self) -> None:
-        for moves in self._detours:
-            self._put(Detour(moves))
+        for detour in self._detours:
+            self._put(detour)
         self._detours = []
 
     def _put(self, record: Record | Arrival) -> None:

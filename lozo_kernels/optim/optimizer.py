@@ -19,6 +19,7 @@ from ..model.patching import DriveOptions, check_model, patch
 from ..model.weighed import StepClosure
 from .advice import DRIVEN, IN_A_CLOSURE, FirstStep, explain
 from .groups import check_cover, groups_of, named_group, rates_of, trained_names
+from .measuring import has_parts
 from .parallel import Parallel, as_parallel, shared_shards
 from .rate_finder import AUTO, in_parts, make_finder
 from .state import load_state, state_of
@@ -148,7 +149,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             self._check_handle(handle, settings, together)
             if together is None and handle.backward is None:
                 together = shared_shards(handle.model)
-            finder = make_finder(handle, settings, parallel=together is not None) if lr is not factor else None
+            finder = make_finder(handle, settings) if lr is not factor else None
             self.stepper = Stepper(handle, settings, together, finder)
             self._stepped = False
             super().__init__(groups_of(handle, params), {"lr": factor, "weight_decay": weight_decay})
@@ -230,7 +231,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             raise TypeError("evaluation='batched' needs step(closure, inputs), with a closure that takes the inputs")
         measuring = self.measures_next
         if measuring:
-            closures, batches = in_parts(closures, batches), None
+            closures, batches = in_parts(closures, batches, of_ranks=has_parts(stepper.parallel)), None
         first = None if self._stepped else FirstStep(self.handle.parameters)
         with deferred_interrupt(), stepper.alone():  # in this order: an interrupt must not leave the stepper taken
             try:
@@ -242,6 +243,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 raise
             if stepper.parallel is not None:
                 settings = [float(group[key]) for group in self.param_groups for key in ("lr", "weight_decay")]
+                settings += [] if stepper.finder is None else [stepper.finder.rate]
                 stepper.parallel.committed(info, settings)
         if first is not None:
             first.check()
@@ -335,6 +337,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             **self.stepper.settings.of_run,
             "common_random_numbers": self.common_random_numbers,
             "max_nonfinite": self.max_nonfinite,
+            "learning rate": "a number" if self.stepper.finder is None else AUTO,
             "parameter groups (parameters, lr, weight_decay)": groups,
             "groups of parameters": trained_names(self.param_groups, self.handle),
         }

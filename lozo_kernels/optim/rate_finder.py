@@ -120,33 +120,30 @@ class RateFinder:
         return math.sqrt(self._directions) * min(bounds) / self._scale if bounds else 0.0
 
 
-def make_finder(handle: Handle, settings: StepSettings, *, parallel: bool) -> RateFinder:
+def make_finder(handle: Handle, settings: StepSettings) -> RateFinder:
     """Makes the finder of a run with ``lr="auto"``. Raises ValueError if the run cannot be measured."""
-    problem = None
     if handle.backward is not None:
-        problem = "drive='backward' evaluates a loss that is not given in parts"
-    elif parallel:
-        problem = "processes that share a step do not measure together yet"
-    elif not settings.two_sided and not handle.probes:
-        problem = "one-sided directions in place have no F(-), from which the curvature is known: use placement='probe'"
-    if problem is not None:
-        raise ValueError(f"lr='auto': {problem}; or give a number")
+        raise ValueError("lr='auto': drive='backward' evaluates a loss that is not given in parts; give a number")
     config = handle.config
     dense = config.estimator == "dense"
     return RateFinder(1.0 if dense else config.update_factor / config.perturb_factor, settings.directions)
 
 
-def in_parts(closures: Sequence[Any], batches: Sequence[Any] | None) -> list[Closure]:
+def in_parts(closures: Sequence[Any], batches: Sequence[Any] | None, *, of_ranks: bool) -> list[Closure]:
     """Returns closures of the parts of a batch: the closures, if there are several; otherwise of both halves of the inputs.
-    Raises TypeError if there are no parts."""
+    Raises TypeError if there are no parts.
+
+    Args:
+        of_ranks: processes have a part each, so that nothing is cut.
+    """
     if batches is None:
-        if len(closures) > 1:
+        if len(closures) > 1 or of_ranks:
             return list(closures)
         raise TypeError(
             "lr='auto' tells the gradient from the noise of a batch by its parts: call step(closure, inputs), or give several "
             "closures (micro-batches)"
         )
-    if len(closures) > 1:
+    if len(closures) > 1 or of_ranks:
         return bind_inputs(closures, batches)
     count = count_examples(batches[0])
     if count < 2:
@@ -156,7 +153,7 @@ def in_parts(closures: Sequence[Any], batches: Sequence[Any] | None) -> list[Clo
     return bind_inputs([*closures, *closures], parts)
 
 
-def measure(rest: Tensor, plus: Tensor, minus: Tensor, eps: float) -> Measured:
+def measure(rest: Tensor, plus: Tensor, minus: Tensor, *, eps: float) -> Measured:
     """What a direction showed.
 
     Args:

@@ -30,12 +30,12 @@ from ..model.losses import (
     count_examples,
     mean_loss,
     mean_totals,
-    part_losses,
 )
 from ..model.passes import Update
 from .flat import FLAT_STEPS, why_flat
+from .measuring import evaluate_parts
 from .parallel import Parallel
-from .rate_finder import Measured, RateFinder, measure
+from .rate_finder import Measured, RateFinder
 from .readback import Readback
 from .steps import Rates, StepInfo, StepLog, StepSettings
 
@@ -78,7 +78,7 @@ class Stepper:
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device="cpu")
         self.flat = torch.zeros((), dtype=torch.int64, device="cpu")
         self._warned_flat = False
-        self._moves = 0
+        self._moves, self._measuring = 0, False
         self._batches_checked = False
         self._watched = Readback()
         self._running = threading.Lock()
@@ -112,8 +112,12 @@ class Stepper:
     @property
     def points(self) -> list[Perturbation]:
         """The perturbations, (direction, scale), that the weights go through in a step."""
+        return self.points_of(measuring=False)
+
+    def points_of(self, *, measuring: bool) -> list[Perturbation]:
+        """As :attr:`points`, of a step that measures for ``lr="auto"``, which goes to both sides in any case, or of another."""
         eps = self.settings.eps
-        scales = (eps, -eps) if self.settings.two_sided else (eps,)
+        scales = (eps, -eps) if self.settings.two_sided or measuring else (eps,)
         return [(direction, scale) for direction in range(self.settings.directions) for scale in scales]
 
     @property
@@ -129,20 +133,20 @@ class Stepper:
         Args:
             closures: micro-batches, whose mean is the loss.
             batches: what each closure is called with; None: nothing.
-            measuring: measure for the learning rate too. There are several closures then.
+            measuring: measure for the learning rate too. There are several closures then, or several processes with examples.
 
         Returns:
             (directions,) fp64 each, on the device of the loss; with ``parallel`` those of all processes.
         """
         settings = self.settings
         conditions = self.handle.conditions(randomness=settings.common_random_numbers)
-        self.measured = []
+        self.measured, self._measuring = [], measuring
         alone = closures if batches is None else bind_inputs(closures, batches)
         if not isinstance(self.step, Tensor):  # otherwise prepare() was called
             self.handle.prepare(alone, conditions, step=self.step)
         try:
             if measuring:
-                plus, minus = self._evaluate_parts(alone, conditions)
+                plus, minus, self.measured = evaluate_parts(self, alone, conditions)
             elif settings.evaluation == "batched":
                 assert batches is not None
                 plus, minus = self._evaluate_together(closures, batches, conditions)
@@ -272,7 +276,7 @@ class Stepper:
         with deferred_interrupt():
             self.move(None)
             if self._moves and self.log is not None:
-                self.log.add_detour(self._moves)
+                self.log.add_detour(self._moves, measuring=self._measuring)
             self._moves = 0
 
     def visit(self, points: Sequence[Perturbation]) -> None:
@@ -335,7 +339,7 @@ class Stepper:
         self.step = self.count + 1
         if self.finder is not None and self.measured:
             self.finder.add(self.measured)
-            self.measured = []
+        self.measured = []
         self._moves = 0
         self.info = info
         self.skipped_total, self.skipped_in_a_row, self.flat = info.skipped_total, info.skipped_in_a_row, info.flat
@@ -344,7 +348,7 @@ class Stepper:
         if not self._batches_checked:
             self._batches_checked = self.handle.check_batches(closures, batches, conditions, step=self.count)
 
-    def _is_mine(self, direction: int) -> bool:
+    def is_mine(self, direction: int) -> bool:
         """Whether this process evaluates a direction."""
         return self.parallel is None or self.parallel.evaluates(direction, self.settings.directions)
 
@@ -354,11 +358,11 @@ class Stepper:
         evaluate = mean_loss if self.parallel is None else mean_totals
         directions, two_sided, eps = self.settings.directions, self.settings.two_sided, self.settings.eps
         if not two_sided:
-            self._enter()
-            minus = [evaluate(closures, conditions)] * sum(map(self._is_mine, range(directions)))
+            self.enter()
+            minus = [evaluate(closures, conditions)] * sum(map(self.is_mine, range(directions)))
         for d in range(directions):
             # Other processes' directions are moved along too: every move rounds the weights, and all processes have to round alike.
-            mine = self._is_mine(d)
+            mine = self.is_mine(d)
             self.move((d, eps))
             if mine:
                 plus.append(evaluate(closures, conditions))
@@ -368,31 +372,13 @@ class Stepper:
                     minus.append(evaluate(closures, conditions))
         return plus, minus
 
-    def _enter(self) -> None:
+    def enter(self) -> None:
         """Before F(0): makes what is pending, and what a window's begin does to the weights, which the other evaluations see too. A
         merge rounds: F(+) after it less F(0) before it would have that in c."""
         if self.pending is not None:
             self.make(self.pending)
         if not isinstance(self.step, Tensor):  # otherwise prepare() and every replay enter it
             self.handle.enter_window(self.step)
-
-    def _evaluate_parts(self, closures: Sequence[Closure], conditions: Conditions) -> tuple[list[Tensor], list[Tensor]]:
-        """As :meth:`_evaluate_in_turn`, and measures: at unperturbed weights too, and each closure by itself."""
-        assert self.finder is not None
-        plus: list[Tensor] = []
-        minus: list[Tensor] = []
-        self.flush()
-        self._enter()
-        eps, rest = self.settings.eps, part_losses(closures, conditions)
-        for d in range(self.settings.directions):
-            self.move((d, eps))
-            above = part_losses(closures, conditions)
-            self.move((d, -eps))
-            below = part_losses(closures, conditions)
-            self.measured.append(measure(rest, above, below, eps))
-            plus.append(above.mean())
-            minus.append((below if self.settings.two_sided else rest).mean())
-        return plus, minus
 
     def _evaluate_together(
         self, closures: Sequence[BatchClosure], batches: Sequence[Any], conditions: Conditions
@@ -404,7 +390,7 @@ class Stepper:
             raise ValueError(f"micro-batches that are evaluated together have one number of examples, not {sorted(examples)}")
         if not isinstance(self.step, Tensor):
             self._check_batches(closures, batches, conditions)
-        offsets = [point for point in self.points if self._is_mine(point[0])]
+        offsets = [point for point in self.points if self.is_mine(point[0])]
         if not two_sided:
             offsets.append((0, 0.0))
         try:

@@ -88,8 +88,8 @@ class StepLog(Protocol):
     def add_flush(self) -> None:
         """A pending update is about to be made outside of a step, in a pass of its own."""
 
-    def add_detour(self, moves: int) -> None:
-        """Weights went through the first ``moves`` points of the current step and back."""
+    def add_detour(self, moves: int, *, measuring: bool) -> None:
+        """Weights went through the first ``moves`` points of the current step and back, which measures for ``lr="auto"`` or not."""
 
     def finish(self) -> None:
         """The run ends: merges what was learned, records the weights' fingerprint and closes the file."""

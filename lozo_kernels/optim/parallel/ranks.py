@@ -165,6 +165,24 @@ class Parallel:
         """Whether this rank evaluates a direction."""
         return self.mode == "examples" or direction in self._share(self.rank, directions)
 
+    def count_of(self, rank: int, directions: int) -> int:
+        """How many directions of a step a rank evaluates."""
+        return directions if self.mode == "examples" else len(self._share(rank, directions))
+
+    def share(self, values: Tensor) -> Tensor:
+        """Gives every rank the values of all: (values,) fp64, as many on each, become (ranks, values) on the CPU.
+
+        Raises:
+            PeerLostError: a rank is gone.
+        """
+        channel = self._connected
+        words = values.detach().to("cpu", torch.float64).contiguous().view(torch.int64)
+        try:
+            answer = channel.exchange(words, channel.size * len(words), Tensor.flatten)
+        except PeerLostError as error:
+            raise PeerLostError(f"{error}. {self._how_to_go_on(None)}") from None
+        return answer.contiguous().view(torch.float64).view(channel.size, -1)
+
     def combine(self, step: int, plus: Sequence[Tensor], minus: Sequence[Tensor], directions: int) -> tuple[Tensor, Tensor]:
         """Combines the losses of all ranks to those of the step.
 

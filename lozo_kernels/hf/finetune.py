@@ -91,7 +91,7 @@ def _run(settings: Settings, command: str, quiet: bool, resume: bool) -> dict[st
     notes = [*notes, *run.notes()]
     for line in (*run.describe(), *notes):
         run.say(line)
-    measured = run.first_batches(keeper.goes_on_at or 0)
+    measured = run.batches_of(run.measured_steps(keeper.goes_on_at or 0))
     with computing(run.checkpoint.path):
         inference = inference_peaks(run.objective, model, measured, run.device)
     comparison = None
@@ -155,6 +155,7 @@ def _train(run: Run, model: Any, keeper: Keeper, log: MetricsLog, kept: KeptWeig
         log=log,
         settings=settings,
         device=device,
+        measured=run.measured_steps(keeper.goes_on_at or 0),
         quiet=run.quiet,
         evaluated=kept.offer,
     )

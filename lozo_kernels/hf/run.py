@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 
@@ -13,6 +14,7 @@ import torch
 from ..bench.document import progress
 from ..errors import InputError, require
 from ..kernels.registry import choose_backend
+from ..optim.rate_finder import measures
 from .data.examples import TaskData
 from .data.load import load_data
 from .data.splits import draw_demonstrations
@@ -95,14 +97,21 @@ class Run:
         rows = encoded.get("options", [encoded])
         return max(len(row.get("input_ids", ())) for row in rows) >= self.objective.max_length
 
-    def first_batches(self, start: int) -> list[Sequence[Encoded]]:
-        """This process's part of the batches of the next two steps after so many, whose memory is measured; fewer at the end."""
-        batches = self.batches()
-        for _ in range(start):
-            batches.next()
-        return [
-            part(batches.next(), self.settings.parallel) for _ in range(min(MEASURED_STEPS, (self.settings.steps or 0) - start))
-        ]
+    def measured_steps(self, start: int) -> list[int]:
+        """The steps after so many whose memory is measured, two or fewer at the end. Those that measure for a learning rate, which
+        evaluate a batch in parts, are not among them."""
+        steps = range(start, self.settings.steps or 0)
+        whole = (step for step in steps if self.settings.lr is not None or not measures(step))
+        return list(itertools.islice(whole, MEASURED_STEPS))
+
+    def batches_of(self, steps: Sequence[int]) -> list[Sequence[Encoded]]:
+        """This process's part of the batches of some steps, which ascend."""
+        batches, found = self.batches(), []
+        for step in range(max(steps, default=-1) + 1):
+            batch = batches.next()
+            if step in steps:
+                found.append(part(batch, self.settings.parallel))
+        return found
 
     def say(self, message: str) -> None:
         if not self.quiet:

@@ -19,6 +19,8 @@ from .tasks import TASKS
 
 DTYPES = ("float32", "bfloat16", "float16")
 SCHEDULES = ("constant", "linear", "cosine")
+_FINDING_STEPS = 50
+"""The least steps of a run whose learning rate finds itself: the first eight only measure."""
 
 _data, _method, _run = (functools.partial(option, group=group) for group in ("model and data", "method", "run"))
 
@@ -55,7 +57,9 @@ class Settings:
     rank: int = _method(2, "columns of U and V", low=1, high=MAX_RANK)
     interval: int = _method(50, "steps between two draws of V", low=1)
     eps: float = _method(1e-3, "scale of the perturbation", low=0.0, above=0)
-    lr: float | None = _method(None, "learning rate (default: the method's; tuned values for the embedded model)", low=0.0)
+    lr: float | None = _method(
+        None, "learning rate (default: found from forward passes; the method's in runs of less than 50 steps)", low=0.0
+    )
     lr_schedule: str | None = _method(None, "constant, or linear or cosine to zero (default: the method's)", choices=SCHEDULES)
     momentum: float | None = _method(None, "beta of lozo-m and mezo-m (default: 0.9), and of ft-sgd", low=0.0, below=1)
     weight_decay: float = _method(0.0, "decoupled", low=0.0)
@@ -83,7 +87,8 @@ class Settings:
     output: str | None = _run(None, "folder for the results (default: runs/TASK-METHOD, or with -2, -3, ... if a run is there)")
 
     def resolved(self) -> Settings:
-        """These settings, checked, with every None replaced that has a fixed default and that the method uses.
+        """These settings, checked, with every None replaced that has a fixed default and that the method uses; an ``lr`` that stays
+        None finds itself.
 
         Raises:
             InputError: a setting is unknown, out of range, or names a file that is not there.
@@ -109,7 +114,7 @@ class Settings:
         steps = self.steps if self.steps is not None else 1500 if demo else 1000
         return dataclasses.replace(
             common,
-            lr=self._resolved_lr(method),
+            lr=self._resolved_lr(method, steps),
             lr_schedule=self.lr_schedule or method.lr_schedule,
             steps=steps,
             eval_every=self.eval_every if self.eval_every is not None else max(1, steps // 10),
@@ -125,8 +130,14 @@ class Settings:
         """Plain values by name."""
         return dataclasses.asdict(self)
 
-    def _resolved_lr(self, method: Method) -> float | None:
-        return self.lr if self.lr is not None else method.embedded_lr if self.model is None else method.lr
+    def _resolved_lr(self, method: Method, steps: int) -> float | None:
+        """The learning rate; None for one that finds itself (``lr="auto"``), which needs some steps and a batch in parts."""
+        if self.lr is not None:
+            return self.lr
+        if self.model is None:
+            return method.embedded_lr
+        found = method.kind == "zeroth-order" and steps >= _FINDING_STEPS and self.batch_size > 1
+        return None if found else method.lr
 
     def _resolved_momentum(self, method: Method) -> float:
         if self.momentum is None or "momentum" not in method.uses:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ..model.config import PatchConfig
 from ..model.handle import Handle
 from ..model.losses import Closure, bind_inputs, count_examples
 from .steps import StepSettings
@@ -40,6 +41,11 @@ _LARGEST_FALL = 0.01
 
 
 AUTO = "auto"
+
+
+def measures(step: int) -> bool:
+    """Whether a step measures in a run whose losses are all finite."""
+    return step < WARM_UP or step % EVERY == 0
 
 
 class Measured(NamedTuple):
@@ -124,9 +130,12 @@ def make_finder(handle: Handle, settings: StepSettings) -> RateFinder:
     """Makes the finder of a run with ``lr="auto"``. Raises ValueError if the run cannot be measured."""
     if handle.backward is not None:
         raise ValueError("lr='auto': drive='backward' evaluates a loss that is not given in parts; give a number")
-    config = handle.config
-    dense = config.estimator == "dense"
-    return RateFinder(1.0 if dense else config.update_factor / config.perturb_factor, settings.directions)
+    return RateFinder(step_scale(handle.config), settings.directions)
+
+
+def step_scale(config: PatchConfig) -> float:
+    """k: an update moves weights by -k lr c along a direction that evaluations move them by eps along."""
+    return 1.0 if config.estimator == "dense" else config.update_factor / config.perturb_factor
 
 
 def in_parts(closures: Sequence[Any], batches: Sequence[Any] | None, *, of_ranks: bool) -> list[Closure]:

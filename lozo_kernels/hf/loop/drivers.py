@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ...errors import NonFiniteLossError
 from ...model.handle import Handle
+from ...optim.measuring import has_parts
 from ...optim.optimizer import ZerothOrderOptimizer
+from ...optim.rate_finder import step_scale
 from ...optim.steps import StepInfo
 
 Closure = Callable[[], Tensor]
@@ -65,6 +67,10 @@ class Driver(Protocol):
         """The learning rate of the next step."""
 
     @property
+    def scale(self) -> float | None:
+        """What the scaling of directions makes of a step along them; None where there are none."""
+
+    @property
     def parts(self) -> int:
         """The number of closures that the next step needs: parts of its batch, whose mean is the loss."""
 
@@ -104,8 +110,12 @@ class ZerothOrder:
         return float(self.optimizer.learning_rates[0])
 
     @property
+    def scale(self) -> float | None:
+        return step_scale(self.optimizer.handle.config)
+
+    @property
     def parts(self) -> int:
-        return 2 if self.optimizer.measures_next else 1
+        return 2 if self.optimizer.measures_next and not has_parts(self.optimizer.parallel) else 1
 
     def step(self, closure: Any) -> Tensor:
         return self.optimizer.step(closure)
@@ -133,6 +143,7 @@ class CountingDriver:
         self._nonfinite = 0
 
     parts = 1
+    scale: float | None = None
 
     @property
     def lr(self) -> float:

@@ -24,6 +24,7 @@ from ..settings import Settings
 from .drivers import Driver, StepResult
 from .measure import Stopwatch, peak_memory, since
 from .processes import part
+from .prospects import Prospects
 from .records import EvalRecord, MetricsLog, StepRecord
 
 MEASURED_STEPS = 2
@@ -101,6 +102,7 @@ def train(
     settings: Settings,
     device: torch.device,
     *,
+    measured: Sequence[int] = (),
     quiet: bool = False,
     evaluated: Callable[[EvalRecord], None] | None = None,
 ) -> Outcome:
@@ -110,6 +112,7 @@ def train(
 
     Args:
         dev: examples that are evaluated every ``settings.eval_every`` steps.
+        measured: steps whose memory is measured, together with the making of the driver.
         evaluated: is given every evaluation while the model has the weights that were evaluated.
     """
     assert settings.steps is not None and settings.eval_every is not None
@@ -122,13 +125,14 @@ def train(
         with peak_memory(device) as memory:
             driver = make_driver()
             failing.callback(_give_up, driver)
+            reader.prospects = Prospects(driver.scale, settings.steps)
             steps = _Steps(model, driver, objective, sampler, settings, reader)
             first = driver.steps_done
             bar.update(first)
             if first == 0:
                 steps.take()
         outcome.peak_bytes, outcome.backends = memory.bytes, driver.backends
-        outcome.measured_steps = driver.steps_done - first
+        outcome.measured_steps = int(first == 0 and 0 in measured)
         try:
             while driver.steps_done < settings.steps:
                 if driver.steps_done % settings.eval_every == 0:
@@ -137,13 +141,13 @@ def train(
                     log.add_evaluation(evaluation)
                     if evaluated is not None:
                         evaluated(evaluation)
-                if driver.steps_done >= first + MEASURED_STEPS:
+                if driver.steps_done not in measured:
                     steps.take()
                     continue
                 with peak_memory(device) as next_step:
                     steps.take()
                 memory = memory.then(next_step)
-                outcome.peak_bytes, outcome.measured_steps = memory.bytes, driver.steps_done - first
+                outcome.peak_bytes, outcome.measured_steps = memory.bytes, outcome.measured_steps + 1
         except KeyboardInterrupt:
             outcome.stopped = "interrupted"
         except (NonFiniteLossError, PeerLostError, DivergenceError) as e:
@@ -237,6 +241,7 @@ class _StepReader:
         self.device = device
         self._log = log
         self._bar = bar
+        self.prospects: Prospects | None = None
         self._every = 1 if device.type == "cpu" else 10
         self._waiting: list[tuple[StepInfo | StepResult, float, Stopwatch]] = []
 
@@ -260,6 +265,8 @@ class _StepReader:
                 skipped=bool(info.skipped),
             )
             self._log.add_step(record)
+            if self.prospects is not None:
+                self.prospects.look(record)
             self._bar.update()
         if record is not None:
             values = {"loss": f"{record.loss:.4f}"}

@@ -1,0 +1,46 @@
+"""Whether a run can learn anything with its learning rate, said while there is time to stop it."""
+
+from __future__ import annotations
+
+import statistics
+import warnings
+
+from .records import StepRecord
+
+LOOKED_AT = 20
+"""Steps after which a run is judged."""
+_NEGLIGIBLE = 1e-3
+"""Of the loss: less than that in the whole run is no learning."""
+
+
+class Prospects:
+    """Looks at the first steps of a run, and warns once if all of its steps together change the loss by next to nothing.
+
+    A step moves the weights by -lr k c D along a direction in which the loss falls by c, so that it takes at most lr k c^2 off the
+    loss; noise of the batch makes c larger than what is learned, never smaller.
+
+    Args:
+        scale: k, what the scaling of directions makes of a step; None where it is not known, and nothing is said.
+        steps: of the whole run.
+    """
+
+    def __init__(self, scale: float | None, steps: int) -> None:
+        self._scale, self._steps = scale, steps
+        self._seen: list[StepRecord] = []
+
+    def look(self, record: StepRecord) -> None:
+        """Takes in a step."""
+        if self._scale is None or len(self._seen) >= LOOKED_AT:
+            return
+        if record.lr and record.c and not record.skipped:
+            self._seen.append(record)
+        if len(self._seen) < LOOKED_AT:
+            return
+        fall = statistics.mean(r.lr * self._scale * statistics.mean(c * c for c in r.c) for r in self._seen) * self._steps
+        loss = statistics.mean(abs(r.loss) for r in self._seen)
+        if fall < _NEGLIGIBLE * loss:
+            warnings.warn(
+                f"with a learning rate of {record.lr:.3g}, all {self._steps} steps together change the loss of {loss:.4g} by "
+                f"{fall:.2g} at most: the run will learn next to nothing. Leave --lr out, or give a larger one",
+                stacklevel=2,
+            )

@@ -93,6 +93,7 @@ class JournalFile:
         if self._descriptor is not None:
             with contextlib.suppress(OSError):
                 os.fsync(self._descriptor)
+            _unlock(self._descriptor)  # a process that was forked just now may not have left the file yet
             os.close(self._descriptor)
             self._descriptor = None
 
@@ -148,6 +149,14 @@ def as_path(path: str | os.PathLike[str]) -> Path:
 def already_there(path: Path) -> JournalError:
     """The error for a name that is taken."""
     return JournalError(f"{path} is there already: resume it, give overwrite=True, or another name")
+
+
+def _unlock(descriptor: int) -> None:
+    """Takes the lock off a file, in whatever processes it is open."""
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def open_alone(path: Path) -> int:

@@ -115,15 +115,23 @@ def runs_table(runs: Sequence[RunRecord]) -> str:
 
 
 def plot_losses(path: Path, log: MetricsLog, title: str) -> None:
-    """Training loss (every step, and smoothed), dev loss and dev accuracy of a run over steps, as a PNG."""
-    with _figure(path, figsize=(8, 4.5)) as axis:
-        steps, losses = [r.step + 1 for r in log.steps], [r.loss for r in log.steps]
+    """Training loss (every step, and smoothed), dev loss and dev accuracy of a run over steps, as a PNG; below them the learning
+    rate, if it is not always the same."""
+    steps, losses = [r.step + 1 for r in log.steps], [r.loss for r in log.steps]
+    rates = [r.lr for r in log.steps]
+    varies = len(set(rates)) > 1
+    grid = {"nrows": 2, "height_ratios": (3, 1), "sharex": True} if varies else {}
+    with _figure(path, figsize=(8, 6 if varies else 4.5), **grid) as axes:
+        axis = axes[0] if varies else axes
+        if varies:
+            axes[1].plot(steps, rates, color="tab:purple")
+            axes[1].set(xlabel="step", ylabel="learning rate")
         axis.plot(steps, losses, color="tab:blue", alpha=0.2, linewidth=0.8)
         axis.plot(steps, smoothed(losses), color="tab:blue", label="train loss (smoothed)")
         at = [e.step for e in log.evaluations]
         accuracies = [e.accuracy for e in log.evaluations if e.accuracy is not None]
         axis.plot(at, [e.loss for e in log.evaluations], "o-", color="tab:orange", label="dev loss")
-        axis.set(xlabel="step", ylabel="loss", title=title)
+        axis.set(xlabel="" if varies else "step", ylabel="loss", title=title)
         lines, labels = axis.get_legend_handles_labels()
         if accuracies:
             right = axis.twinx()
@@ -197,12 +205,12 @@ def _memory_bars(axis: Any, names: list[str], weights: list[int], peaks: list[in
 
 
 @contextlib.contextmanager
-def _figure(path: Path, *grid: int, figsize: tuple[float, float]) -> Iterator[Any]:
+def _figure(path: Path, *grid: int, figsize: tuple[float, float], **more: Any) -> Iterator[Any]:
     """The axes of a figure, which is saved as a PNG at the end of the block."""
     require("matplotlib").use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(*grid, figsize=figsize, layout="constrained")
+    figure, axes = pyplot.subplots(*grid, figsize=figsize, layout="constrained", **more)
     try:
         yield axes
         with replacing(path) as part:

@@ -64,6 +64,7 @@ def summarize(
         "loss_after": after and after.loss,
         "accuracy_before": before and before.accuracy,
         "accuracy_after": after and after.accuracy,
+        "learning_rate": log.steps[-1].lr if log.steps else None,
         "evaluations": [dataclasses.asdict(e) for e in log.evaluations],
         "skipped_updates": log.skipped,
         "train_seconds": outcome.seconds,
@@ -94,7 +95,7 @@ def render_summary(summary: dict[str, Any]) -> str:
     s, settings = summary, summary["settings"]
     method = METHODS[s["method"]]
     names = [name for name in ("rank", "interval", "eps") if name in method.uses] + ["lr"]
-    details = ", ".join(f"{name} {'auto' if settings[name] is None else format(settings[name], 'g')}" for name in names)
+    details = ", ".join(f"{name} {_setting(s, name)}" for name in names)
     if settings["momentum"]:
         details += f", momentum {settings['momentum']:g}"
     scores = [["", "before", "after"]]
@@ -118,6 +119,12 @@ def render_summary(summary: dict[str, Any]) -> str:
     if s["stopped"]:
         lines.append(f"stopped early: {s['stopped']}")
     return "\n".join(lines)
+
+
+def _setting(summary: dict[str, Any], name: str) -> str:
+    """A setting; a learning rate that found itself with what it was in the last step."""
+    value = summary["settings"][name]
+    return format(value, "g") if value is not None else f"auto ({number(summary.get('learning_rate'), '.3g')} at the end)"
 
 
 def _costs(summary: dict[str, Any], forwards: int) -> list[list[str]]:

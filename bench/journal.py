@@ -66,7 +66,7 @@ def writing(folder: Path, model: str) -> dict[str, Any]:
     start = time.perf_counter()
     for i in range(1, LONG_RUN):
         optimizer.param_groups[0]["lr"] = 1e-6 * (1 - i / LONG_RUN)
-        journal.add_step(optimizer, StepInfo(i, losses[0], losses, losses, cs[i], no, zero, zero, zero))
+        journal.add_step(optimizer, StepInfo(i, losses[0], losses, losses, cs[i], no, zero, zero, zero, losses))
     seconds = time.perf_counter() - start
     journal.close()
     size = (folder / "long.journal").stat().st_size

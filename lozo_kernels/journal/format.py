@@ -16,6 +16,7 @@ from ..errors import JournalError
 from ..kernels.checks import LARGEST, check_range
 from ..kernels.noise import MAX_DRAW
 from ..model.config import PatchConfig
+from ..optim.normalise import NORMALISE
 
 MAGIC = b"LOZOJRNL"
 VERSION = 1
@@ -232,14 +233,18 @@ def _checked_parameter(name: Any, shape: Any, dtype: Any, kind: Any, tensor_id: 
     return RecordedParameter(name, tuple(shape), dtype, kind, tensor_id, fingerprint)
 
 
-def _checked_settings(eps: Any, momentum: Any, directions: Any, two_sided: Any, fuse_steps: Any, evaluation: Any) -> dict[str, Any]:
+def _checked_settings(
+    eps: Any, momentum: Any, directions: Any, two_sided: Any, fuse_steps: Any, evaluation: Any, normalise: Any = None
+) -> dict[str, Any]:
     if type(eps) not in (int, float) or not 0 < eps <= LARGEST or type(momentum) not in (int, float) or not 0 <= momentum <= 1:
         raise ValueError("eps or momentum is out of range")
     if type(directions) is not int or not 1 <= directions <= _MOST_DIRECTIONS:
         raise ValueError("directions is out of range")
     if type(two_sided) is not bool or type(fuse_steps) is not bool or evaluation not in ("sequential", "batched"):
         raise ValueError("two_sided, fuse_steps or evaluation is not known")
-    return {
+    if normalise not in (None, *NORMALISE):
+        raise ValueError("normalise is not known")
+    found = {
         "eps": eps,
         "momentum": momentum,
         "directions": directions,
@@ -247,3 +252,4 @@ def _checked_settings(eps: Any, momentum: Any, directions: Any, two_sided: Any, 
         "fuse_steps": fuse_steps,
         "evaluation": evaluation,
     }
+    return found if normalise is None else found | {"normalise": normalise}

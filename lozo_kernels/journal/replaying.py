@@ -211,10 +211,10 @@ def _check_settings(run: RecordedRun, optimizer: ZerothOrderOptimizer) -> None:
     mine, theirs = handle.config.to_dict(), header.config.to_dict()
     differing = [name for name in mine if name not in ("backend", "side", "allow_drift") and mine[name] != theirs[name]]
     own = optimizer.stepper.settings.of_run
-    differing += [name for name in own if own[name] != header.settings[name]]
+    differing += [name for name in own | header.settings if own.get(name) != header.settings.get(name)]
     if differing:
         name = differing[0]
-        x, y = (mine[name], theirs[name]) if name in mine else (own[name], header.settings[name])
+        x, y = (mine[name], theirs[name]) if name in mine else (own.get(name), header.settings.get(name))
         raise JournalError(f"{run.source} was written with other settings: {name} is {y!r} there and {x!r} here")
     if describe_groups(optimizer) != header.groups:
         raise JournalError(f"{run.source} was written with other parameter groups")

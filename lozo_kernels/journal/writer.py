@@ -103,6 +103,8 @@ class Journal:
             raise already_there(path)
         if optimizer.steps_done and optimizer.momentum:
             raise JournalError(f"momentum of {optimizer.steps_done} steps is in no journal: begin it before the first step")
+        if optimizer.steps_done and optimizer.stepper.settings.normalise == "scalar":
+            raise JournalError(f"the mean of c^2 of {optimizer.steps_done} steps is in no journal: begin it before the first step")
         notes = _plain(about)
         optimizer.flush()
         handle.merge()

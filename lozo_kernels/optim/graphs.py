@@ -134,6 +134,7 @@ class CapturedStep:
             info.skipped_total.copy_(stepper.skipped_total, non_blocking=True)
             info.skipped_in_a_row.copy_(stepper.skipped_in_a_row, non_blocking=True)
             info.flat.copy_(stepper.flat, non_blocking=True)
+            info.moment.copy_(stepper.moment, non_blocking=True)
         values = [(group["lr"], group["weight_decay"]) for group in self._optimizer.param_groups]
         if any(isinstance(v, Tensor) for pair in values for v in pair) or values != self._uploaded:
             rates = rates_of(self._optimizer.param_groups, stepper.handle, self._device)
@@ -180,7 +181,7 @@ class CapturedStep:
                 "model.eval(), or give the optimiser common_random_numbers=False"
             )
         self._twin.skipped_total, self._twin.skipped_in_a_row = static.skipped_total, static.skipped_in_a_row
-        self._twin.flat = static.flat
+        self._twin.flat, self._twin.moment = static.flat, static.moment
         return static, None if pending is None else _clone(pending)
 
     def _record(self, pending: Update | None) -> Callable[[], None]:

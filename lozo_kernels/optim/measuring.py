@@ -7,22 +7,33 @@ they saw, so that all find the same rate.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..model.conditions import Conditions
+from ..model.handle import Perturbation
 from ..model.losses import Closure, mean_totals, part_losses
+from .parallel import Parallel
 from .rate_finder import Measured, measure
+from .steps import StepSettings
 
-if TYPE_CHECKING:
-    from .parallel import Parallel
-    from .stepper import Stepper
+
+class Moving(Protocol):
+    """What evaluates here needs of a :class:`~lozo_kernels.optim.stepper.Stepper`."""
+
+    settings: StepSettings
+    parallel: Parallel | None
+
+    def flush(self) -> bool: ...
+    def enter(self) -> None: ...
+    def move(self, target: Perturbation | None) -> None: ...
+    def is_mine(self, direction: int) -> bool: ...
 
 
 def evaluate_parts(
-    stepper: Stepper, closures: Sequence[Closure], conditions: Conditions
+    stepper: Moving, closures: Sequence[Closure], conditions: Conditions
 ) -> tuple[list[Tensor], list[Tensor], list[Measured]]:
     """Evaluates at the points of a step, which are left at the last one.
 

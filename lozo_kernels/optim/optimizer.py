@@ -75,6 +75,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             that reads the weights once, for few tokens. The latter needs a probe, ``step(closure, inputs)`` and memory for the
             activations of all; dropout then differs between evaluations.
         common_random_numbers: give every evaluation of a step the same state of torch's generators (dropout, sampling).
+        normalise: divide c, so that a good learning rate does not depend on the scale of the loss: "spread", by its standard
+            deviation over the directions of the step (FZOO); "scalar", by the root of a running mean of its square (MEAZO).
         max_nonfinite: raise :class:`NonFiniteLossError` after this many steps in a row with a loss that is not finite.
         parallel: several processes take each step together: "examples", each evaluates its own, "directions", each evaluates some
             of them, or a :class:`~lozo_kernels.Parallel`, whose page says what is exchanged and compared. None: nothing is
@@ -120,6 +122,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         evaluation: str = "sequential",
         common_random_numbers: bool = True,
         max_nonfinite: int = 10,
+        normalise: str | None = None,
         parallel: Parallel | str | None = None,
         **patch_options: Unpack[DriveOptions],
     ) -> None:
@@ -140,6 +143,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             evaluation=evaluation,
             common_random_numbers=common_random_numbers,
             max_nonfinite=max_nonfinite,
+            normalise=normalise,
         )
         together = as_parallel(parallel)
         if isinstance(target, Handle) and patch_options:

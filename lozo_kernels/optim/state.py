@@ -29,6 +29,7 @@ def state_of(stepper: Stepper, groups: Groups) -> dict[str, Any]:
         **_setup(stepper),
         "step": stepper.count,
         "rate": None if stepper.finder is None else stepper.finder.state(),
+        "moment": None if stepper.settings.normalise is None else stepper.moment.tolist(),
         "window": handle.window,
         "skipped": [int(stepper.skipped_total), int(stepper.skipped_in_a_row)],
         "state": {name: {"momentum": value} for name, value in handle.momentum_state.items()},
@@ -63,7 +64,7 @@ def load_state(state: dict[str, Any], stepper: Stepper, groups: Groups, needed: 
     _check_momentum(state["state"], handle)
     if handle.probes:
         _check_factors(state, handle)
-    _load_rate(state.get("rate"), stepper)
+    _load_means(state, stepper)
     stepper.flush()
     handle.load_learned(state.get("past", {}), state.get("history", []))
     if stepper.settings.momentum:
@@ -76,7 +77,13 @@ def load_state(state: dict[str, Any], stepper: Stepper, groups: Groups, needed: 
     stepper.skipped_in_a_row = torch.tensor(in_a_row, dtype=torch.int64, device="cpu")
 
 
-def _load_rate(rate: Any, stepper: Stepper) -> None:
+def _load_means(state: Mapping[str, Any], stepper: Stepper) -> None:
+    """Loads what the length of steps follows from: the measurements of ``lr="auto"``, the running mean of ``normalise``."""
+    rate, saved = state.get("rate"), state.get("moment")
+    if stepper.settings.normalise is not None:
+        if not isinstance(saved, list) or len(saved) != 2 or not all(isinstance(v, float) and v >= 0 for v in saved):
+            raise _not("moment", "the running mean of c^2 and its weight", saved)
+        stepper.moment = torch.tensor(saved, dtype=torch.float64, device="cpu")
     if (stepper.finder is None) != (rate is None):
         raise ValueError("the state was saved with another kind of learning rate: lr='auto' or a number")
     if stepper.finder is not None:

@@ -34,6 +34,7 @@ from ..model.losses import (
 from ..model.passes import Update
 from .flat import FLAT_STEPS, why_flat
 from .measuring import evaluate_parts
+from .normalise import no_moment, normalised
 from .parallel import Parallel
 from .rate_finder import Measured, RateFinder
 from .readback import Readback
@@ -58,7 +59,7 @@ class Stepper:
         info: what the last step saw.
         pending: the update of the last step, if it is left for the next pass over the weights (``fuse_steps``).
         applied: the perturbation that is in the weights now, or None. While an update is pending it is that of the update's step.
-        skipped_total, skipped_in_a_row, flat: 0-dim integers, as in :class:`StepInfo`.
+        skipped_total, skipped_in_a_row, flat, moment: as in :class:`StepInfo`.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Stepper:
         self.skipped_total = torch.zeros((), dtype=torch.int64, device="cpu")
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device="cpu")
         self.flat = torch.zeros((), dtype=torch.int64, device="cpu")
+        self.moment = no_moment()
         self._warned_flat = False
         self._moves, self._measuring = 0, False
         self._batches_checked = False
@@ -202,20 +204,25 @@ class Stepper:
             c: as :meth:`differences` makes it; a number that is not finite skips the update.
             plus, minus: what :meth:`evaluate` returned.
         """
-        moved = c * torch.clamp(rates.lr.max() * _LARGEST_DIRECTION, min=1.0)
+        along, moment = c, self.moment.to(c.device, non_blocking=True)
+        if self.settings.normalise is not None:
+            along, taken = normalised(self.settings.normalise, c, moment)
+        moved = along * torch.clamp(rates.lr.max() * _LARGEST_DIRECTION, min=1.0)
         good = torch.isfinite(moved.to(torch.float32)).all()  # kernels compute in fp32: a loss of 1e38 is finite, its update is not
         flat = self.flat.to(c.device, non_blocking=True)
         flat = torch.where(c.any(), flat - 1, flat + 1).clamp(min=0)  # a c that is not a number is not zero
-        c = torch.where(good, c, 0.0)
+        c, along = torch.where(good, c, 0.0), torch.where(good, along, 0.0)
+        if self.settings.normalise is not None:
+            moment = torch.where(good, taken, moment)
         beta = None
         if self.settings.momentum:  # rounded to fp32, whatever torch's default dtype is
             momentum = torch.full((), self.settings.momentum, dtype=torch.float32, device=c.device)
             beta = torch.where(good, momentum, 1.0).to(torch.float64)
-        update = Update(self.step, list(c.unbind()), torch.where(good, rates.lr, 0.0), rates.weight_decay, beta)
+        update = Update(self.step, list(along.unbind()), torch.where(good, rates.lr, 0.0), rates.weight_decay, beta)
         total = self.skipped_total.to(c.device, non_blocking=True) + ~good
         in_a_row = (self.skipped_in_a_row.to(c.device, non_blocking=True) + 1) * ~good
         number = -1 if isinstance(self.step, Tensor) else self.step
-        return update, StepInfo(number, self.mean(plus, minus), plus, minus, c, ~good, total, in_a_row, flat)
+        return update, StepInfo(number, self.mean(plus, minus), plus, minus, c, ~good, total, in_a_row, flat, moment)
 
     def commit(self, update: Update, info: StepInfo) -> None:
         """Takes the step: makes the update or leaves it pending. A journal records the step before the weights change."""
@@ -343,6 +350,7 @@ class Stepper:
         self._moves = 0
         self.info = info
         self.skipped_total, self.skipped_in_a_row, self.flat = info.skipped_total, info.skipped_in_a_row, info.flat
+        self.moment = info.moment
 
     def _check_batches(self, closures: Sequence[BatchClosure], batches: Sequence[Any], conditions: Conditions) -> None:
         if not self._batches_checked:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..kernels.checks import as_integer, check_flag, check_number
+from .normalise import NORMALISE
 
 EVALUATIONS = ("sequential", "batched")
 
@@ -25,6 +26,7 @@ class StepSettings:
     evaluation: str = "sequential"
     common_random_numbers: bool = True
     max_nonfinite: int = 10
+    normalise: str | None = None
 
     def __post_init__(self) -> None:
         check_number("eps", self.eps, low=0.0, open_low=True)
@@ -35,12 +37,17 @@ class StepSettings:
             check_flag(name, getattr(self, name))
         if self.evaluation not in EVALUATIONS:
             raise ValueError(f"evaluation is one of {', '.join(map(repr, EVALUATIONS))}, not {self.evaluation!r}")
+        if self.normalise not in (None, *NORMALISE):
+            raise ValueError(f"normalise is one of {', '.join(map(repr, NORMALISE))} or None, not {self.normalise!r}")
+        if self.normalise == "spread" and self.directions < 2:
+            raise ValueError("normalise='spread' is the spread of c over the directions of a step: give directions=2 or more")
 
     @property
     def of_run(self) -> dict[str, Any]:
         """The settings that stay the same for a whole run, because its weights follow from them."""
         names = ("eps", "momentum", "directions", "two_sided", "fuse_steps", "evaluation")
-        return {name: getattr(self, name) for name in names}
+        found = {name: getattr(self, name) for name in names}
+        return found if self.normalise is None else found | {"normalise": self.normalise}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +61,7 @@ class StepInfo:
         c: (directions,) projected gradients; 0 when the update was skipped.
         skipped: 0-dim bool: a loss was not finite and the update was skipped.
         skipped_total, skipped_in_a_row: 0-dim integers: skipped updates so far, and those since the last that was made.
+        moment: (2,), the running mean of c^2 and its weight of ``normalise="scalar"``; zeros without.
         flat: 0-dim integer: by how many the recent steps in which F(+) and F(-) were equal in every bit outnumber the others.
     """
 
@@ -66,6 +74,7 @@ class StepInfo:
     skipped_total: Tensor
     skipped_in_a_row: Tensor
     flat: Tensor
+    moment: Tensor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,12 +19,13 @@ from python_tests import hf_helpers
 
 COMMON = "--steps 500 --eval-every 250 --compare-steps 0 --threads 1"
 REAL = f"--data-dir ./data --max-length 48 --batch-size 16 {COMMON}"
+SHORT = f"--data-dir ./data --max-length 32 --batch-size 8 --eval-size 250 {COMMON}"
 PAIRS = {
     "demo": (COMMON, (-7, -6)),
     "llama lm": (f"--model ./stories260K --task sst2 --objective lm {REAL}", (-9, -8)),
     "llama sst2": (f"--model ./stories260K --task sst2 {REAL}", (-9, -8)),
-    "minilm sst2": (f"--model ./minilm --task sst2 {REAL}", (-8, -7)),
-    "minilm trec": (f"--model ./minilm --task trec {REAL}", (-8, -7)),
+    "minilm sst2": (f"--model ./minilm --task sst2 {SHORT}", (-8, -7)),
+    "minilm trec": (f"--model ./minilm --task trec {SHORT}", (-8, -7)),
 }
 """Arguments of ``finetune`` by pair, and the half decades at which its grid begins."""
 MOST = 12

@@ -1,5 +1,6 @@
 """Whole runs of ``finetune`` on tiny models: what they leave behind, and how they end."""
 
+import dataclasses
 import json
 import math
 
@@ -153,6 +154,22 @@ def test_one_sided_directions_share_a_forward(tmp_path, method, placement):
         Settings(one_sided=True, compare_steps=4).resolved()
     with pytest.raises(InputError, match="means nothing"):
         Settings(one_sided=True, method="ft").resolved()
+
+
+@pytest.mark.parametrize("kind", ["spread", "scalar"])
+def test_normalised_steps(tmp_path, kind):
+    settings = Settings(steps=4, directions=2, normalise=kind, lr=1e-3, eval_size=8, output=str(tmp_path))
+    summary = finetune(settings, quiet=True)
+    assert summary["settings"]["normalise"] == kind and summary["steps_done"] == 4
+    assert cli.main(["verify", "--journal", str(tmp_path), "--checkpoint", str(tmp_path)]) == 0
+    for bad, words in (
+        ({"lr": None}, "needs --lr"),
+        ({"directions": 1, "normalise": "spread"}, "--directions 2"),
+        ({"method": "ft"}, "means nothing"),
+        ({"normalise": "sd"}, "not known"),
+    ):
+        with pytest.raises(InputError, match=words):
+            dataclasses.replace(settings, **bad).resolved()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -12,6 +12,7 @@ from ..errors import InputError
 from ..kernels.checks import MAX_THREADS
 from ..kernels.noise import MAX_RANK
 from ..model.config import PLACEMENTS, SCALINGS
+from ..optim.normalise import NORMALISE
 from .command_line import check_options, flag, option
 from .methods import METHODS, Method
 from .objectives import OBJECTIVES, ImageObjective
@@ -66,6 +67,9 @@ class Settings:
     scaling: str = _method("paper", "where 1/rank goes: paper, card or published", choices=SCALINGS)
     directions: int = _method(1, "directions per step", low=1)
     one_sided: bool = _method(False, "F(+) - F(0) in place of F(+) - F(-): all directions of a step share F(0)")
+    normalise: str | None = _method(
+        None, "divide c by its spread over the directions (FZOO) or by a running mean of its square; needs --lr", choices=NORMALISE
+    )
     placement: str = _method("inplace", "inplace moves the weights, probe only reads them, or auto", choices=PLACEMENTS)
     parallel: str | None = _method(
         None, "what processes share: examples or directions (default: examples, under torchrun)", choices=("examples", "directions")
@@ -99,7 +103,7 @@ class Settings:
         self._check_data()
         self._check_method(method)
         demo = self.model is None and self.task is None and self.train_file is None
-        comparable = demo and self.directions == 1 and not self.one_sided and method.published
+        comparable = demo and self.directions == 1 and not (self.one_sided or self.normalise) and method.published
         file = self.train_file or self.dev_file
         task = self.task or (None if file else next(iter(TASKS)))
         common = dataclasses.replace(
@@ -150,8 +154,12 @@ class Settings:
     def _check_combinations(self) -> None:
         if self.k_shot is not None and (self.num_train is not None or self.num_dev is not None):
             raise InputError("--k-shot says how many train and dev examples there are: leave out --num-train and --num-dev")
-        if self.compare_steps and (self.directions > 1 or self.one_sided):
-            raise InputError("--compare-steps: the published code has one direction a step, on two sides")
+        if self.compare_steps and (self.directions > 1 or self.one_sided or self.normalise):
+            raise InputError("--compare-steps: the published code has one direction a step, on two sides, and no --normalise")
+        if self.normalise and self.lr is None:
+            raise InputError("--normalise needs --lr: its rates have another scale, e.g. 1e-3")
+        if self.normalise == "spread" and self.directions < 2:
+            raise InputError("--normalise spread is the spread over the directions of a step: give --directions 2 or more")
 
     def _check_method(self, method: Method) -> None:
         for f in dataclasses.fields(self):

@@ -111,7 +111,8 @@ class ZerothOrder:
 
     @property
     def scale(self) -> float | None:
-        return step_scale(self.optimizer.handle.config)
+        plain = self.optimizer.stepper.settings.normalise is None
+        return step_scale(self.optimizer.handle.config) if plain else None
 
     @property
     def parts(self) -> int:

@@ -20,7 +20,7 @@ class Prospects:
     loss; noise of the batch makes c larger than what is learned, never smaller.
 
     Args:
-        scale: k, what the scaling of directions makes of a step; None where it is not known, and nothing is said.
+        scale: k, what the scaling of directions makes of a step; None if not known, or c is normalised: nothing is said.
         steps: of the whole run.
     """
 

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...errors import require
-from ...kernels.checks import as_integer, check_number
+from ...kernels.checks import check_number
 from ...model.backward import CHECKPOINTING_IS_IN_VAIN
 from ...model.config import PatchConfig, check_names
+from ...optim.steps import StepSettings
 from ..methods import ZEROTH_ORDER
 
 require("accelerate")
@@ -65,6 +66,7 @@ class ZOArguments(TrainingArguments):  # type: ignore[misc, valid-type]
     momentum: float | None = dataclasses.field(default=None, metadata={"help": "beta; None: 0.9 for lozo-m and mezo-m"})
     directions: int = dataclasses.field(default=1, metadata={"help": "directions per step, whose estimates are averaged"})
     two_sided: bool = dataclasses.field(default=True, metadata={"help": "(F(+) - F(-)) / (2 eps), or (F(+) - F) / eps"})
+    normalise: str | None = dataclasses.field(default=None, metadata={"help": "divide c by its spread or by a running scalar"})
     placement: str = dataclasses.field(default="inplace", metadata={"help": "inplace, probe or auto"})
     side: str = dataclasses.field(default="auto", metadata={"help": "of a probe: auto, activation, scratch or copy"})
     rounding: str = dataclasses.field(default="nearest", metadata={"help": "of updates in half precision: nearest or stochastic"})
@@ -94,9 +96,7 @@ class ZOArguments(TrainingArguments):  # type: ignore[misc, valid-type]
     def _check_method(self) -> None:
         own = {name: getattr(self, name) for name in (*_LOW_RANK, "momentum")}
         check_method_options(self.method, {name: value for name, value in own.items() if value is not None})
-        check_number("eps", self.eps, low=0.0, open_low=True)
-        as_integer("directions", self.directions, 1)
-        as_integer("max_nonfinite", self.max_nonfinite, 1)
+        StepSettings(**self.optimizer_options())
         PatchConfig(estimator=ZEROTH_ORDER[self.method].estimator, **self.patch_options())
 
     def patch_options(self) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class ZOArguments(TrainingArguments):  # type: ignore[misc, valid-type]
 
     def optimizer_options(self) -> dict[str, Any]:
         """Arguments of the optimiser, without those of its groups."""
-        options = {name: getattr(self, name) for name in ("eps", "directions", "two_sided", "max_nonfinite")}
+        options = {name: getattr(self, name) for name in ("eps", "directions", "two_sided", "max_nonfinite", "normalise")}
         momentum = ZEROTH_ORDER[self.method].momentum if self.momentum is None else self.momentum
         return options | ({"momentum": momentum} if momentum else {})
 

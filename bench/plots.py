@@ -193,6 +193,29 @@ def learning(document: Row) -> Any:
     return figure
 
 
+def passes(document: Row) -> Any:
+    """Dev loss of every rule at its best rate over forward passes, and over the seconds of steps: means over seeds."""
+    figure, both = plt.subplots(1, 2, figsize=(WIDTH, 5), sharey=True)
+    for rule in document["rules"]:
+        runs = [r for r in document["runs"] if r["rule"] == rule["rule"] and r["best"]]
+        points = list(zip(*(r["points"] for r in runs), strict=False))
+        losses = [statistics.mean(p["loss"] for p in at) for at in points]
+        for axes, x in zip(both, ("passes", "seconds"), strict=True):
+            along = [statistics.mean(p[x] for p in at) for at in points]
+            rate = "" if rule["lr"] == "auto" else f", lr {rule['lr']:g}"
+            axes.plot(along, losses, marker=".", label=f"{rule['rule']}{rate}")
+    both[0].set(xlabel="forward passes", ylabel=document["unit"])
+    both[1].set(xlabel="seconds in steps")
+    both[0].set_title(document["task"], loc="left")
+    both[1].set_title(f"mean of {len(runs)} seeds", loc="right", fontsize=9)
+    for axes in both:
+        axes.grid(alpha=0.3)
+    handles, labels = both[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=2, bbox_to_anchor=(0.5, 0.05), frameon=False)
+    figure.tight_layout(rect=(0, 0.06 + 0.05 * math.ceil(len(labels) / 2), 1, 1))
+    return figure
+
+
 def instructions(document: Row, target: str = "sm_90", dtype: str = "bfloat16") -> Any:
     """Instructions per element of every kernel that moves weights: a plot by rank for each, and bars of those without one."""
     chosen = next(t for t in document["targets"] if t["target"] == target)

@@ -11,6 +11,7 @@ from .kernels.registry import choose_backend
 from .kernels.table import TensorTable
 from .kernels.version import __version__ as __version__
 from .model.config import PatchConfig
+from .model.estimators import FactoredEstimator, FactorSpec
 from .model.handle import Handle
 from .model.patching import handle_of, patch
 from .model.probe import BatchSplitError, LoraAdapter, ProbeHandle, export_lora
@@ -18,6 +19,7 @@ from .model.report import ParameterReport, Report
 from .optim.graphs import CapturedStep, capture_step
 from .optim.optimizer import LOZO, MeZO, SubZero
 from .optim.parallel import DivergenceError, Parallel, PeerLostError
+from .optim.registering import register_estimator
 from .optim.steps import StepInfo
 
 for _module in (noise, ops, reference, skinny):  # so that ``from lozo_kernels.noise import factor`` works too
@@ -29,6 +31,8 @@ __all__ = [
     "CapturedStep",
     "DivergenceError",
     "Draw",
+    "FactorSpec",
+    "FactoredEstimator",
     "Handle",
     "LoraAdapter",
     "MeZO",
@@ -51,5 +55,6 @@ __all__ = [
     "ops",
     "patch",
     "reference",
+    "register_estimator",
     "skinny",
 ]

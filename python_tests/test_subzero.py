@@ -298,4 +298,4 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_config_names_the_estimators():
-    assert tuple(ESTIMATORS) == lozo_kernels.model.config.ESTIMATORS
+    assert list(ESTIMATORS) == lozo_kernels.model.config.ESTIMATORS

@@ -241,10 +241,11 @@ def _check_promise(run: RecordedRun, optimizer: ZerothOrderOptimizer) -> None:
                 f"{run.source} was made on {', '.join(then.get('backends', ()))}, and momentum {what} has the same bits on that "
                 f"backend only, not on {', '.join(now['backends'])}"
             )
-    if config.estimator == "subspace" and (other or then.get("torch") != now["torch"]):
+    if config.factored and (other or then.get("torch") != now["torch"]):
         warnings.warn(
-            f"{run.source} was made with torch {then.get('torch')} on {', '.join(then.get('backends', ()))}: SubZero's bases come "
-            "from its QR decomposition, so that equal bits are likely here but not promised",
+            f"{run.source} was made with torch {then.get('torch')} on {', '.join(then.get('backends', ()))}: factors of "
+            f"{config.estimator!r} come from operations of torch (SubZero's from its QR decomposition), so that equal bits are "
+            "likely here but not promised",
             stacklevel=4,
         )
 

@@ -10,7 +10,9 @@ from typing import Any, TypedDict
 from ..kernels.checks import as_integer, check_flag, suggestion
 from ..kernels.noise import MAX_RANK
 
-ESTIMATORS = ("lowrank", "dense", "subspace")
+ESTIMATORS = ["lowrank", "dense", "subspace"]
+FACTORED = {"subspace"}
+"""Those whose directions L V^T have an L, and a scale, of their own."""
 SCALINGS = ("paper", "card", "published")
 ROUNDINGS = ("nearest", "stochastic")
 PLACEMENTS = ("inplace", "probe", "auto")
@@ -43,8 +45,8 @@ class PatchConfig:
     """How a model's parameters are perturbed and updated.
 
     Attributes:
-        estimator: "lowrank" (LOZO: U V^T for matrices), "subspace" (SubZero: U S V^T) or "dense" (MeZO); one-dimensional tensors
-            have dense noise with all.
+        estimator: "lowrank" (LOZO: U V^T for matrices), "subspace" (SubZero: U S V^T), "dense" (MeZO), or one that was registered
+            (:func:`lozo_kernels.register_estimator`); one-dimensional tensors have dense noise with all.
         rank: r, columns of U and V, 1 to 64.
         interval: nu, the steps of a window, which share V (LOZO, Algorithm 1), or U and V (SubZero).
         seed: 64-bit seed of all noise.
@@ -109,8 +111,8 @@ class PatchConfig:
         object.__setattr__(self, "side", _sides(self.side))
         for name in ("keep_factors", "allow_drift"):
             check_flag(name, getattr(self, name))
-        if self.estimator == "subspace" and self.scaling != "paper":
-            raise ValueError(f"scaling={self.scaling!r} is about LOZO: SubZero's directions have one scale")
+        if self.factored and self.scaling != "paper":
+            raise ValueError(f"scaling={self.scaling!r} is about LOZO: directions of {self.estimator!r} have one scale")
         if self.backend is not None and not isinstance(self.backend, str):
             raise TypeError(f"backend is a name or None, not {self.backend!r}")
         if self.placement == "inplace" and (self.side, self.keep_factors, self.allow_drift) != ("auto", False, False):
@@ -125,7 +127,12 @@ class PatchConfig:
     @property
     def update_factor(self) -> float:
         """What multiplies lr * c for a low-rank tensor."""
-        return 1.0 if self.scaling == "published" or self.estimator == "subspace" else 1.0 / self.rank
+        return 1.0 if self.scaling == "published" or self.factored else 1.0 / self.rank
+
+    @property
+    def factored(self) -> bool:
+        """Whether the directions of matrices are products L V^T with an L of the estimator's own (SubZero)."""
+        return self.estimator in FACTORED
 
     @property
     def square_patterns(self) -> tuple[str, ...]:

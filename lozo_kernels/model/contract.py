@@ -24,7 +24,7 @@ def version_of(config: PatchConfig, settings: Mapping[str, Any]) -> int:
         return NOISE_VERSION
     if settings["directions"] + settings["fuse_steps"] > MAX_DRAWS:
         return CONTRACT_VERSION
-    merges = config.placement != "inplace" or config.estimator == "subspace"
+    merges = config.placement != "inplace" or config.factored
     return _PRODUCTS if settings["momentum"] or merges else NOISE_VERSION
 
 

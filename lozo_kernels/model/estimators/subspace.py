@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ...kernels import noise, ops, reference
-from ...kernels.calls import Draw, TableCall
-from ...kernels.op_table import OPS, Op
-from ...kernels.registry import Backend
-from ...kernels.table import TensorTable
+from ...kernels import noise, ops
+from ...kernels.calls import Draw
 from ..config import PatchConfig
-from .directions import Estimator, FactorSpec
+from .directions import FactorSpec
+from .factored import FactoredEstimator, Key
 
 _GRID = 256.0
 _LARGEST = 8.0 - 1.0 / _GRID
@@ -38,7 +35,7 @@ class _Basis:
     first_core: int
 
 
-class Subspace(Estimator):
+class Subspace(FactoredEstimator):
     """Draws the bases U' and V' of a window when V is drawn, and the cores S of a step for all tensors at once.
 
     Args:
@@ -47,14 +44,14 @@ class Subspace(Estimator):
     """
 
     name = "subspace"
+    label = "SubZero"
 
     def __init__(self, config: PatchConfig, *, whole: bool = False) -> None:
         super().__init__(config)
         self._whole = whole
         self._bases: dict[int, _Basis] = {}
         self._owners: list[tuple[int, int]] = []  # (tensor id, index of the matrix in its batch) of every core
-        self._cores: tuple[tuple[int, int, int], Tensor] | None = None
-        self._left: dict[int, tuple[tuple[int, int, int], Tensor]] = {}
+        self._cores: tuple[Key, Tensor] | None = None
 
     def left(self, spec: FactorSpec, draw: Draw) -> Tensor:
         step, seed = int(draw.step), self.config.seed
@@ -70,94 +67,12 @@ class Subspace(Estimator):
         """U' of a tensor for the window in memory, (batch, rows, rank) fp16. V must have been drawn for the tensor."""
         return self._bases[tensor_id].u
 
-    def resample_(self, table: TensorTable, *, window: int, reproject: bool, backend: Backend) -> None:
-        assert table.v is not None
-        for t, (x, v, tensor_id) in enumerate(zip(table.x, table.v, table.tensor_ids, strict=True)):
-            batch, rows, cols = x.shape
-            spec = FactorSpec(tensor_id, (batch, rows, cols), backend, x.device)
-            new = self._draw_basis(spec, "V", window).transpose(1, 2)
-            if reproject:
-                assert table.n is not None
-                table.n[t].copy_(reference.reproject(table.n[t], v, new))
-            v.copy_(new)
-            self._enter(spec, window)
-        self._left.clear()
+    def _make_left(self, tensor_id: int, key: Key, device: torch.device) -> Tensor:
+        basis = self._bases[tensor_id]
+        cores = self._cores_of(key, device)[basis.first_core :][: len(basis.u)]
+        return _product(basis.u.to(device), cores, basis.divisor)
 
-    def run(self, op: Op, table: TensorTable, call: TableCall, backend: Backend) -> None:
-        """Adds the draws to a factor, each by a rounded multiply and a rounded add in order, and merges it into the weights."""
-        if op.factors:
-            if call.decay is not None:
-                for f, decay in zip(table.x, call.decay.unbind(), strict=True):
-                    f.mul_(decay)
-            self._add(table, table.x, call.seed, call.draws, call.scales)
-        elif op.out:
-            self._merge(table, call, backend)
-        else:
-            step = self._with_factor(table)
-            assert step.n is not None
-            for p in step.n:
-                p.zero_()
-            if op.momentum:
-                self._carry(table, call)
-            self._add(table, step.n, call.seed, call.draws, call.scales)
-            if op.momentum:
-                assert table.n is not None and call.alpha is not None
-                for p, n, alpha in zip(step.n, table.n, call.alpha.unbind(), strict=True):
-                    p.add_(n * alpha)
-            self._apply(step, call, table, backend)
-
-    def _carry(self, table: TensorTable, call: TableCall) -> None:
-        """N <- beta * N + sum of coefficient * L."""
-        assert table.n is not None and call.beta is not None and call.coefficients is not None
-        for n, beta in zip(table.n, call.beta.unbind(), strict=True):
-            n.mul_(beta)
-        self._add(table, table.n, call.seed, call.draws, call.coefficients)
-
-    def _merge(self, table: TensorTable, call: TableCall, backend: Backend) -> None:
-        """Merges the factor of a table. A draw is added to a copy of it."""
-        if not call.draws:
-            self._apply(table, call, call.out, backend)
-            return
-        at = self._with_factor(table)
-        assert table.n is not None and at.n is not None
-        for p, n in zip(at.n, table.n, strict=True):
-            p.copy_(n)
-        self._add(table, at.n, call.seed, call.draws, call.scales)
-        self._apply(at, call, table if call.out is None else call.out, backend)
-
-    def _with_factor(self, table: TensorTable) -> TensorTable:
-        """A table of the same weights with a factor of its own, for the caller to fill. It is kept with the table."""
-        found = table.cache.get(self.name)
-        if not isinstance(found, TensorTable):
-            assert table.v is not None
-            n = [torch.zeros(x.shape[0], x.shape[1], table.rank, dtype=torch.float32, device=x.device) for x in table.x]
-            found = table.cache[self.name] = TensorTable(table.x, table.tensor_ids, v=table.v, n=n, checked=True)
-        return found
-
-    def _apply(self, table: TensorTable, call: TableCall, out: TensorTable | None, backend: Backend) -> None:
-        """Merges the factor of a table into ``out``, with the decay and the rounding of a call."""
-        merge = TableCall(call.seed, (), call.scales[:0], call.decay, call.rounding, out=out)
-        ops.dispatch(OPS["lowrank_merge_"], table, merge, backend)
-
-    def _add(self, table: TensorTable, factors: Sequence[Tensor], seed: int, draws: Sequence[Draw], scales: Tensor) -> None:
-        """F <- F + sum of scale * L, a rounded multiply and a rounded add each."""
-        for draw, row in zip(draws, scales.unbind(), strict=True):
-            if isinstance(draw.step, Tensor):
-                raise NotImplementedError("SubZero cannot be captured: its cores are drawn for a step that is a number")
-            key = (seed, draw.step, draw.direction)
-            for f, tensor_id, scale in zip(factors, table.tensor_ids, row.unbind(), strict=True):
-                f.add_(self._left_of(tensor_id, key, f.device) * scale)
-
-    def _left_of(self, tensor_id: int, key: tuple[int, int, int], device: torch.device) -> Tensor:
-        """L for the window in memory. The last one of every tensor is kept, since a step uses it three times."""
-        kept = self._left.get(tensor_id)
-        if kept is None or kept[0] != key or kept[1].device != device:
-            basis = self._bases[tensor_id]
-            cores = self._cores_of(key, device)[basis.first_core :][: len(basis.u)]
-            kept = self._left[tensor_id] = (key, _product(basis.u.to(device), cores, basis.divisor))
-        return kept[1]
-
-    def _cores_of(self, key: tuple[int, int, int], device: torch.device) -> Tensor:
+    def _cores_of(self, key: Key, device: torch.device) -> Tensor:
         """The cores S of all tensors: (cores, rank, rank) fp32."""
         if self._cores is None or self._cores[0] != key or self._cores[1].device != device:
             seed, step, direction = key

@@ -213,7 +213,7 @@ def test_a_state_in_part_is_refused(options):
     optimizer.step(loss)
     whole = copy.deepcopy(optimizer.state_dict())
     optimizer.step(loss)
-    partial = [{k: v for k, v in whole.items() if k != key} for key in whole if key != "rate"]  # earlier states have none
+    partial = [{k: v for k, v in whole.items() if k != key} for key in whole]
     if not options.get("placement"):  # of a probe alone
         partial = [state for state in partial if state.keys() >= {"past", "history"}]
     partial += [whole | {"param_groups": [{k: v for k, v in whole["param_groups"][0].items() if k != "lr"}]}]

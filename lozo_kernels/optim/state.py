@@ -28,8 +28,8 @@ def state_of(stepper: Stepper, groups: Groups) -> dict[str, Any]:
     return {
         **_setup(stepper),
         "step": stepper.count,
-        "rate": None if stepper.finder is None else stepper.finder.state(),
-        "moment": None if stepper.settings.normalise is None else stepper.moment.tolist(),
+        **({} if stepper.finder is None else {"rate": stepper.finder.state()}),
+        **({} if stepper.settings.normalise is None else {"moment": stepper.moment.tolist()}),
         "window": handle.window,
         "skipped": [int(stepper.skipped_total), int(stepper.skipped_in_a_row)],
         "state": {name: {"momentum": value} for name, value in handle.momentum_state.items()},

@@ -112,11 +112,12 @@ def test_lowrank_update(rng, emulated, guard, rank, draws):
         check(emulated, guard, case)
 
 
+@pytest.mark.parametrize("law", noise.LAWS)
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("draws", [1, 2])
 @pytest.mark.parametrize("op", ["dense_update_", "dense_momentum_"])
-def test_dense(rng, emulated, guard, op, draws, stochastic):
-    for case in both_kinds(rng, op, call={"draws": draws, "stochastic": stochastic}):
+def test_dense(rng, emulated, guard, op, draws, stochastic, law):
+    for case in both_kinds(rng, op, call={"draws": draws, "stochastic": stochastic, "law": law}):
         check(emulated, guard, case)
 
 

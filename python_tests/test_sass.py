@@ -258,7 +258,7 @@ def test_mangled_names_are_understood():
     momentum = describe("_ZN4lozo24lowrank_momentum_alignedIfNS_14SplitProduct32ELi1EEEvNS_6LaunchE")
     assert [momentum[k] for k in ("kernel", "dtype", "rank", "exact")] == ["cuda_lowrank_momentum", "float32", 32, False]
     for argument, suffix in (("Lb0E", ""), ("Lb1E", "_signs")):
-        dense = describe(f"_ZN4lozo20dense_momentum_alignedINS_3f16ELi1E{argument}EEvNS_6LaunchE")
+        dense = describe(f"_ZN4lozo22dense_momentum_alignedINS_3f16ELi1E{argument}EEvNS_6LaunchE")
         assert (dense["kernel"], dense["dtype"], dense["exact"]) == (f"cuda_dense_momentum{suffix}", "float16", True)
         other = describe(f"_ZN4lozo16dense_update_anyI{argument}EEvNS_6LaunchE")
         assert (other["kernel"], other["dtype"], other["exact"]) == (f"cuda_dense_update_any{suffix}", "any", True)

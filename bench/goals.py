@@ -45,6 +45,7 @@ _CPU = (
     SpeedTarget("lowrank_update", "bfloat16", (8,), "floor", 0.45),
     SpeedTarget("dense_update", "float32", (None,), "floor", 0.25),
     SpeedTarget("dense_update", "bfloat16", (None,), "floor", 0.13),
+    SpeedTarget("dense_update_signs", "float32", (None,), "floor", 0.85),
     SpeedTarget("lowrank_update", "float32", (4,), "addmm", 1.7),
     SpeedTarget("lowrank_update", "bfloat16", (4,), "addmm", 1.7),
     SpeedTarget("lowrank_update", "float32", (1, 2, 4, 8), "reference", 20.0),

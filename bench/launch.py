@@ -24,7 +24,7 @@ def main() -> int:
     device = torch.device(options.device)
     backend = choose_backend(device).backend
     case = op_calls.make_weights(options.shape, DTYPE_NAMES[options.dtype], device)
-    if options.op == "dense_update":
+    if options.op.startswith("dense_update"):
         calls = op_calls.dense_calls(case.dense_table(), backend)
     else:
         calls = op_calls.lowrank_calls(case.lowrank_table(options.rank, backend), backend)

@@ -40,6 +40,8 @@ def in_tmp(tmp_path, monkeypatch):
         ("--task sst3", "--task 'sst3' is not known; there are go-again, sst2, sst5, trec, rte, "),
         ("--dtype int8", "--dtype 'int8' is not known; there are float32, bfloat16, float16"),
         ("--scaling both", "--scaling 'both' is not known; there are paper, card, published"),
+        ("--method mezo --directions-law normals", "--directions-law 'normals' is not known; there are normal, rademacher"),
+        ("--method ft --directions-law rademacher", "--directions-law means nothing to --method ft"),
         ("--objective rl", "--objective 'rl' is not known"),
         ("--lr-schedule step", "--lr-schedule 'step' is not known"),
         ("--rank 0", "--rank is at least 1, not 0"),

@@ -112,11 +112,12 @@ def test_lowrank_update(rng, emulated, guard, rank, draws):
         check(emulated, guard, case)
 
 
+@pytest.mark.parametrize("law", noise.LAWS)
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("draws", [1, 2])
 @pytest.mark.parametrize("op", ["dense_update_", "dense_momentum_"])
-def test_dense(rng, emulated, guard, op, draws, stochastic):
-    for case in both_kinds(rng, op, call={"draws": draws, "stochastic": stochastic}):
+def test_dense(rng, emulated, guard, op, draws, stochastic, law):
+    for case in both_kinds(rng, op, call={"draws": draws, "stochastic": stochastic, "law": law}):
         check(emulated, guard, case)
 
 
@@ -204,15 +205,16 @@ def test_factor(rng, emulated, rank, stream):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("momentum", [False, True])
-def test_flat_positions_beyond_32_bits(rng, emulated, dtype, momentum):
-    """The carry of the counters into their second word, inside a tensor."""
+@pytest.mark.parametrize("first", [(1 << 22) - 2, (1 << 26) - 2, (1 << 27) + 5], ids=["2^35", "2^39", "beyond 2^40"])
+@pytest.mark.parametrize("law", noise.LAWS)
+def test_flat_positions_beyond_32_bits(rng, emulated, law, first, dtype, momentum):
+    """The carry of the counters into their second word, inside a tensor: at 2^34 elements, of signs at 2^39; and beyond both."""
     x = torch.randn(1, 3, 1 << 12).to(dtype)
     cases = []
     for backend in (emulated, peer()):
         n = [torch.ones(1, 3, 1 << 12)] if momentum else None
-        # Global elements around 2^34 and 2^35.
-        table = TensorTable([x.clone()], [9], n=n, row_offsets=[(1 << 22) - 2], col_offsets=[2056], global_cols=[1 << 13])
-        call = {"seed": 5, "draws": [Draw(1), Draw(2)], "scales": 0.5, "rounding": Rounding(4)}
+        table = TensorTable([x.clone()], [9], n=n, row_offsets=[first], col_offsets=[2056], global_cols=[1 << 13])
+        call = {"seed": 5, "draws": [Draw(1), Draw(2)], "scales": 0.5, "rounding": Rounding(4), "law": law}
         if momentum:
             ops.dense_momentum_(table, **call, coefficients=0.1, alpha=0.2, beta=0.9, backend=backend)
         else:

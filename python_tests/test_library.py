@@ -35,7 +35,7 @@ def activations(op, backend):
     return torch.randn(6, 7), torch.randn(6, 10), v, b, *where, False, torch.rand(1), torch.randn(2, 7), backend
 
 
-def arguments(rng, op, backend, rounding):
+def arguments(rng, op, backend, rounding, law=()):
     if op in ("lowrank_linear_", "lowrank_embedding_"):
         return activations(op, backend)
     if op == "factor":
@@ -49,7 +49,7 @@ def arguments(rng, op, backend, rounding):
     momentum = (torch.randn(2, 2), torch.randn(2), torch.rand(2)) if "momentum" in op else ()
     factors = () if v is None else (v,)
     out = ([torch.zeros_like(x) for x in xs],) if "merge" in op else ()
-    return (*out, xs, *factors, *(() if n is None else (n,)), place, *update, *momentum)
+    return (*out, xs, *factors, *(() if n is None else (n,)), place, *update, *momentum, *law)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,11 @@ def test_opcheck(rng, any_backend, op):
         torch.library.opcheck(getattr(TORCH_OPS, op).default, arguments(rng, op, any_backend.name, rounding), test_utils=TESTS)
 
 
+@pytest.mark.parametrize("op", ["dense_update_", "dense_momentum_", "dense_merge_"])
+def test_opcheck_with_a_law(rng, any_backend, op):
+    torch.library.opcheck(getattr(TORCH_OPS, op).law, arguments(rng, op, any_backend.name, True, ("rademacher",)), test_utils=TESTS)
+
+
 def test_weights_that_require_grad(rng, any_backend):
     x = torch.nn.Parameter(torch.randn(1, 4, 8))
     call = (0, torch.tensor([3]), [0], torch.ones(1, 1), None, None, 0, any_backend.name)
@@ -74,9 +79,10 @@ def test_weights_that_require_grad(rng, any_backend):
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("law", noise.LAWS)
 @pytest.mark.parametrize("op", ["lowrank_update_", "dense_update_", "lowrank_momentum_", "dense_momentum_", "resample_"])
-def test_compiled_call_gives_the_same_bits(rng, op, compiler):
-    ours = random_case(rng, OPS[op], SHAPES, 3)
+def test_compiled_call_gives_the_same_bits(rng, op, law, compiler):
+    ours = random_case(rng, OPS[op], SHAPES, 3, call={"law": law})
     ours.call["seed"] |= 1 << 63
     expected = ours.on()
     expected.run(None)
@@ -91,12 +97,13 @@ def test_compiled_factor():
 
 @pytest.mark.parametrize("op", ["factor_update_", "lowrank_merge_", "dense_merge_"])
 def test_compiled_merge_gives_the_same_bits(rng, op):
-    ours = random_case(rng, OPS[op], SHAPES, 3, call={"draws": 1, "stochastic": False}, apart=True)
-    ours.call["seed"] |= 1 << 63
-    expected = ours.on()
-    expected.run(None)
-    torch.compile(lambda: ours.run(None), backend="aot_eager", fullgraph=True)()
-    assert_same(ours, expected)
+    for law in noise.LAWS:
+        ours = random_case(rng, OPS[op], SHAPES, 3, call={"draws": 1, "stochastic": False, "law": law}, apart=True)
+        ours.call["seed"] |= 1 << 63
+        expected = ours.on()
+        expected.run(None)
+        torch.compile(lambda ours=ours: ours.run(None), backend="aot_eager", fullgraph=True)()
+        assert_same(ours, expected)
 
 
 def test_a_probed_layer_is_compiled_once(rng):

@@ -69,10 +69,23 @@ def test_lowrank(op, dtype, rank, rng):
 
 @pytest.mark.parametrize("draws", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("law", noise.LAWS)
 @pytest.mark.parametrize("op", ["dense_update_", "dense_momentum_"])
-def test_dense(op, dtype, draws, rng):
+def test_dense(op, law, dtype, draws, rng):
     for _ in range(3):
-        check(make_case(rng, op, dtype, call={"draws": draws}))
+        check(make_case(rng, op, dtype, call={"draws": draws, "law": law}))
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("op", ["dense_update_", "dense_momentum_", "dense_merge_"])
+def test_runs_of_signs_that_begin_anywhere(op, stochastic, rng):
+    """Longer than what is made at once, from every place in a word, a counter and what is made at once."""
+    for dtype in DTYPES:
+        first = rng.choice((0, 1, 31, 32, 33, 127, 128, 1023, 1025, 2047, rng.randint(0, 5000)))
+        call = {"draws": OPS[op].draws[1], "law": "rademacher", "stochastic": stochastic}
+        case = make_case(rng, op, dtype, shapes=[(1, 1, rng.randint(1, 7000)), (1, 3, 70)], call=call)
+        case.table = dataclasses.replace(case.table, col_offsets=[first, 5], global_cols=[1 << 20, 75], cache={})
+        check(case)
 
 
 @pytest.mark.parametrize("rank", RANKS)
@@ -101,8 +114,8 @@ def test_lowrank_merge(dtype, rank, apart, rng):
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dense_merge(dtype, kept, draws, apart, rng):
-    for _ in range(3):
-        check(make_case(rng, "dense_merge_", dtype, n=kept, apart=apart, call={"draws": draws}))
+    for law in noise.LAWS * 2:
+        check(make_case(rng, "dense_merge_", dtype, n=kept, apart=apart, call={"draws": draws, "law": law}))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -200,8 +213,9 @@ def test_worst_case_product():
 def test_counters_past_32_bits(op, rng):
     """Flat elements around the point where the counter carries into its second word."""
     for dtype in (torch.float32, torch.bfloat16):
-        for bits in (34, 35):
-            case = make_case(rng, op, dtype, shapes=[(1, 1, 999)], call={"draws": OPS[op].draws[1], "stochastic": True})
+        for bits, law in ((34, "normal"), (35, "normal"), (35, "rademacher"), (39, "rademacher")):
+            call = {"draws": OPS[op].draws[1], "stochastic": True, "law": law}
+            case = make_case(rng, op, dtype, shapes=[(1, 1, 999)], call=call)
             place = {"row_offsets": [0], "col_offsets": [(1 << bits) - rng.randint(1, 998)], "global_cols": [1 << 40]}
             case.table = dataclasses.replace(case.table, **place, cache={})
             check(case)

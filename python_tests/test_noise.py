@@ -57,6 +57,8 @@ def test_factor_equals_specification(seed, tid, draw, direction, rank, rows, off
 def test_flat_streams_equal_specification(seed, tid, draw, direction, numel, offset):
     z = noise.dense(seed, numel, tid, draw, offset=offset, direction=direction)
     np.testing.assert_array_equal(bits(z), bits(noise_spec.dense(seed, numel, tid, draw, offset, direction)))
+    s = noise.dense(seed, numel, tid, draw, offset=offset, direction=direction, law="rademacher")
+    np.testing.assert_array_equal(bits(s), bits(noise_spec.dense(seed, numel, tid, draw, offset, direction, "rademacher")))
     r = noise.rounding_bits(seed, numel, tid, draw, offset=offset, direction=direction)
     np.testing.assert_array_equal(r.numpy(), noise_spec.rounding_bits(seed, numel, tid, draw, offset, direction))
 
@@ -87,9 +89,10 @@ def test_backends_regenerate_the_specification(name, isa, seed, tid, draw, direc
     expected = noise_spec.factor(seed, rows, rank, tid, draw, "V", offset)
     np.testing.assert_array_equal(bits(v.v[0][0].T.float()), bits(expected))
 
-    z = TensorTable([torch.zeros(1, 1, rows)], [tid], col_offsets=[offset], global_cols=[offset + rows])
-    ops.dense_update_(z, seed=seed, draws=[where], scales=1.0, backend=backend)
-    np.testing.assert_array_equal(bits(z.x[0].view(-1)), bits(noise_spec.dense(seed, rows, tid, draw, offset, direction)))
+    for law in noise.LAWS:
+        z = TensorTable([torch.zeros(1, 1, rows)], [tid], col_offsets=[offset], global_cols=[offset + rows])
+        ops.dense_update_(z, seed=seed, draws=[where], scales=1.0, law=law, backend=backend)
+        np.testing.assert_array_equal(bits(z.x[0].view(-1)), bits(noise_spec.dense(seed, rows, tid, draw, offset, direction, law)))
 
     for stream in "UVS":
         f = ops.factor(seed, rows, rank, tid, where, stream=stream, row_offset=offset, backend=backend)
@@ -102,14 +105,18 @@ def test_ranks_nest_and_shards_agree(rng):
     seed, tid, draw = rng.getrandbits(64), rng.getrandbits(32), rng.getrandbits(28)
     whole = noise.factor(seed, 100, 64, tid, draw)
     assert torch.equal(noise.factor(seed, 37, 5, tid, draw, row_offset=21), whole[21:58, :5])
-    assert torch.equal(noise.dense(seed, 50, tid, draw, offset=13), noise.dense(seed, 100, tid, draw)[13:63])
+    for law in noise.LAWS:
+        part = noise.dense(seed, 300, tid, draw, offset=13, law=law)
+        assert torch.equal(part, noise.dense(seed, 400, tid, draw, law=law)[13:313])
 
 
 def test_long_ranges_are_made_in_pieces(monkeypatch):
-    whole = noise.dense(3, 1000, 4, 5, offset=7), noise.factor(3, 300, 9, 4, 5)
+    def make():
+        return *(noise.dense(3, 1000, 4, 5, offset=7, law=law) for law in noise.LAWS), noise.factor(3, 300, 9, 4, 5)
+
+    whole = make()
     monkeypatch.setattr(noise, "_CHUNK", 16)
-    assert torch.equal(noise.dense(3, 1000, 4, 5, offset=7), whole[0])
-    assert torch.equal(noise.factor(3, 300, 9, 4, 5), whole[1])
+    assert all(map(torch.equal, make(), whole))
 
 
 def test_moments_of_every_atom():
@@ -147,6 +154,7 @@ def kolmogorov_distance(values, probabilities):
 def test_streams_and_draws_are_uncorrelated(rng):
     seed, n = rng.getrandbits(64), 1 << 16
     z = [noise.dense(seed, n, tid, draw) for tid in (1, 2) for draw in (0, 1)]
+    z += [noise.dense(seed, n, tid, draw, law="rademacher") for tid in (1, 2) for draw in (0, 1)]
     z += [noise.factor(seed, n, 1, 1, 0, stream=stream)[:, 0] for stream in "UV"]
     correlation = torch.corrcoef(torch.stack(z).double())
     off_diagonal = correlation - torch.eye(len(z))

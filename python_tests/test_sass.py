@@ -257,8 +257,11 @@ def test_mangled_names_are_understood():
     assert found == ["cuda_lowrank_update_2", "bfloat16", 64, True, True]
     momentum = describe("_ZN4lozo24lowrank_momentum_alignedIfNS_14SplitProduct32ELi1EEEvNS_6LaunchE")
     assert [momentum[k] for k in ("kernel", "dtype", "rank", "exact")] == ["cuda_lowrank_momentum", "float32", 32, False]
-    assert describe("_ZN4lozo20dense_momentum_alignedINS_3f16ELi1EEE")["kernel"].startswith("cuda_dense")
-    assert describe("_ZN4lozo16dense_update_anyENS_6LaunchE")["dtype"] == "any"
+    for argument, suffix in (("Lb0E", ""), ("Lb1E", "_signs")):
+        dense = describe(f"_ZN4lozo22dense_momentum_alignedINS_3f16ELi1E{argument}EEvNS_6LaunchE")
+        assert (dense["kernel"], dense["dtype"], dense["exact"]) == (f"cuda_dense_momentum{suffix}", "float16", True)
+        other = describe(f"_ZN4lozo16dense_update_anyI{argument}EEvNS_6LaunchE")
+        assert (other["kernel"], other["dtype"], other["exact"]) == (f"cuda_dense_update_any{suffix}", "any", True)
 
 
 def test_cuda_kernels_are_compiled_as_setup_compiles_them():

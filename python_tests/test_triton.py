@@ -11,7 +11,7 @@ from lozo_kernels.kernels.backends import launches
 from lozo_kernels.kernels.backends.triton import TritonBackend
 from lozo_kernels.kernels.backends.triton.tilesizes import TileSize
 from lozo_kernels.kernels.calls import Draw, LayerCall
-from lozo_kernels.kernels.noise import dense, factor, to_grid
+from lozo_kernels.kernels.noise import LAWS, dense, factor, to_grid
 from lozo_kernels.kernels.registry import choose_backend
 from lozo_kernels.kernels.table import TensorTable
 from python_tests.table_helpers import Product, assert_same
@@ -264,11 +264,24 @@ def test_special_values(rng, backend):
 
 def test_positions_beyond_32_bits(rng, backend):
     """The upper bits of flat positions and of counters reach the noise."""
-    storage = torch.zeros(1, 1, 64, device=DEVICE)
-    tensor_id, start = rng.getrandbits(32), (1 << 41) + 8 * rng.getrandbits(30)
-    table = TensorTable([storage], [tensor_id], col_offsets=[start], global_cols=[start + 64])
-    ops.dense_update_(table, seed=3, draws=[Draw(9, 2)], scales=1.0, backend=backend)
-    assert torch.equal(storage.cpu()[0, 0], dense(3, 64, tensor_id, 9, offset=start, direction=2))
+    for law in LAWS:
+        for low in (rng.getrandbits(30), 15, 16):
+            storage = torch.zeros(1, 1, 64, device=DEVICE)
+            tensor_id, start = rng.getrandbits(32), (1 << 41) + 8 * low
+            table = TensorTable([storage], [tensor_id], col_offsets=[start], global_cols=[start + 64])
+            ops.dense_update_(table, seed=3, draws=[Draw(9, 2)], scales=1.0, law=law, backend=backend)
+            assert torch.equal(storage.cpu()[0, 0], dense(3, 64, tensor_id, 9, offset=start, direction=2, law=law))
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("op", ["dense_update_", "dense_momentum_", "dense_merge_"])
+def test_both_laws_of_dense_noise(rng, backend, op, aligned, law):
+    """Several blocks and tiles of every dtype, from positions anywhere in a counter."""
+    for dtype in DTYPES:
+        call = {"draws": OPS[op].draws[1], "law": law}
+        check(example(rng, op, (aligned, None, dtype), apart=rng.random() < 0.5, call=call), backend, EAGER)
+        check_kernel(backend, aligned)
 
 
 def test_empty_tensors(backend):

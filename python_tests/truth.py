@@ -3,6 +3,8 @@
 No code of a backend is used, so that the eager one is held to this too.
 """
 
+import functools
+
 import torch
 
 from lozo_kernels.bench.cases import UNIT, storage_of
@@ -41,7 +43,7 @@ def noises(case, t):
     return [
         left_factor(table, t, seed, draw, rank)
         if case.op.along_rows
-        else by_row(table, t, noise.dense, seed, draw.step, draw.direction)
+        else by_row(table, t, functools.partial(noise.dense, law=case.call.get("law", "normal")), seed, draw.step, draw.direction)
         for draw in case.call["draws"]
     ]
 

@@ -90,6 +90,7 @@ BUDGETS = (
     Budget("lowrank_update", "bfloat16", _LARGE, "sm_90", 22),
     Budget("dense_update", "bfloat16", _ANY, "sm_90", 25),
     Budget("lowrank_merge", "bfloat16", _LEAST, "sm_90", 28),
+    Budget("dense_update_2_signs", "bfloat16", _ANY, "sm_90", 28),
     # X and a product on tensor cores
     *_both("lowrank_update", "*16", _SMALL, 11, 18),
     *_both("lowrank_update", "*16", _MIDDLE, 12, 19),  # 11.03 with Triton 3.6
@@ -126,6 +127,13 @@ BUDGETS = (
     *_both("dense_momentum", "*", _ANY, 45, 50),
     *_both("dense_momentum_2", "*", _ANY, 75, 80),
     *_both("dense_momentum_stochastic", "*16", _ANY, 68, 80),
+    # a sign for every element: one counter for the eight of a thread
+    *_both("dense_update_signs", "*", _ANY, 15, 22),
+    *_both("dense_update_2_signs", "*", _ANY, 27, 34),
+    *_both("dense_momentum_signs", "*", _ANY, 23, 27),
+    *_both("dense_momentum_2_signs", "*", _ANY, 36, 41),
+    *_both("dense_merge_signs", "*", _ANY, 17, 23),
+    *_both("dense_*_any_signs", "any", _ANY, 150, 330),
     # a product of fp32 numbers in a fixed order: a fused multiply-add for each rank
     *_both("lowrank_merge_any", "any", _ANY, 130, 330),
     *_both("lowrank_merge_stochastic", "*16", _SMALL, 60, 90),
@@ -173,6 +181,11 @@ BUDGETS = (
     Budget("cuda_*", "none", _ANY, "*", 220),
     Budget("cuda_dense_update", "*", _ANY, "*", 36),
     Budget("cuda_dense_update_2", "*", _ANY, "*", 65),
+    Budget("cuda_dense_update_signs", "*", _ANY, "*", 24),
+    Budget("cuda_dense_update_2_signs", "*16", _ANY, "*", 30),
+    Budget("cuda_dense_update_2_signs", "*", _ANY, "*", 40),
+    Budget("cuda_dense_momentum_signs", "*", _ANY, "*", 31),
+    Budget("cuda_dense_momentum_2_signs", "*", _ANY, "*", 49),
     Budget("cuda_dense_momentum", "*", _ANY, "*", 45),
     Budget("cuda_dense_momentum_2", "*", _ANY, "*", 75),
     Budget("cuda_lowrank_update", "*16", (1, 16), "*", 16),

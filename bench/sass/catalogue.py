@@ -41,7 +41,7 @@ class Compilation:
     """A kernel as it is launched.
 
     Attributes:
-        kernel: the op, with "_2" for two draws, "_stochastic", or "_any" for the variant of any dtype and alignment.
+        kernel: the op, with "_2" for two draws, "_stochastic", "_any" for the variant of any dtype and alignment, and "_signs".
         function: the Triton function.
         signature: types of its runtime arguments; the others are constants.
         constants: its compile-time arguments.
@@ -143,7 +143,7 @@ def _merges(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
             size = tile_sizes(None, _vendor(target)).find("dense_merge", dtype is not None, 0, kind.stochastic)
             plan = dense_merge.dense_merge_plan(dtype, kind, size, target)
             yield _update("dense_merge" + name, plan, dtype, None, size, exact=True)
-            for rank in ranks if kind.momentum else ():
+            for rank in ranks if kind.momentum and not kind.signs else ():
                 kind = dataclasses.replace(kind, rank=rank)
                 size = tile_sizes(None, _vendor(target)).find("lowrank_merge", dtype is not None, rank, kind.stochastic)
                 plan = lowrank_merge.lowrank_merge_plan(dtype, kind, size, target)
@@ -168,12 +168,18 @@ def _vendor(target: Target) -> str:
 
 
 def _kinds(momentum: bool, dtype: torch.dtype | None, rank: int = 0) -> Iterator[tuple[str, UpdateKind]]:
-    """Yields one draw, two draws and stochastic rounding; for the variant for any dtype, everything at once."""
+    """Yields one draw, two draws and stochastic rounding; for the variant for any dtype, everything at once. Of dense noise, with
+    signs in place of normal numbers too."""
     if dtype is None:
         yield "_any", UpdateKind(2, True, True, momentum, rank)
+        if not rank:
+            yield "_any_signs", UpdateKind(2, True, True, momentum, signs=True)
         return
     yield "", UpdateKind(1, False, False, momentum, rank)
     yield "_2", UpdateKind(2, True, False, momentum, rank)
+    if not rank:
+        yield "_signs", UpdateKind(1, False, False, momentum, signs=True)
+        yield "_2_signs", UpdateKind(2, True, False, momentum, signs=True)
     if dtype != torch.float32:
         yield "_stochastic", UpdateKind(1, False, True, momentum, rank)
 
@@ -186,6 +192,7 @@ def _merge_kinds(dtype: torch.dtype | None) -> Iterator[tuple[str, UpdateKind]]:
     yield "", UpdateKind(1, False, False, True)
     yield "_0", UpdateKind(0, True, False, True)
     yield "_fresh", UpdateKind(1, False, False, False)
+    yield "_signs", UpdateKind(1, False, False, True, signs=True)
     if dtype != torch.float32:
         yield "_stochastic", UpdateKind(1, False, True, True)
 

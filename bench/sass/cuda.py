@@ -86,11 +86,13 @@ def describe(name: str) -> dict[str, Any]:
         rank = _EXACT_MOMENTUM_RANK
     elif len(numbers) == 2:
         rank = _RANKS_A_STEP * numbers[0]
-    ratios = "ILb1E" in arguments
+    signs = op.startswith("dense_") and "Lb1E" in arguments
+    ratios = not signs and "ILb1E" in arguments
+    suffix = "_2" if numbers[-1:] == [2] else "_ratios" if ratios else ""
     stored = itemsize + (4 if op.startswith("dense_momentum") and aligned else 0)
     return {
         "triton": None,
-        "kernel": "cuda_" + op.removesuffix("_aligned") + ("_2" if numbers[-1:] == [2] else "_ratios" if ratios else ""),
+        "kernel": "cuda_" + op.removesuffix("_aligned") + suffix + ("_signs" if signs else ""),
         "dtype": dtype,
         "rank": rank,
         "aligned": aligned,

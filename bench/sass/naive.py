@@ -34,7 +34,7 @@ def dense_scalar(x, scale, seed_low, seed_high, tensor_id, step, count, BLOCK: t
     step = step.to(tl.uint32) | (tl.full([], 2, tl.uint32) << 28)
     zero = tl.full([], 0, tl.uint32)
     key = (seed_low.to(tl.uint32), seed_high.to(tl.uint32))
-    z = dense_any(at.to(tl.int64), zero, tensor_id.to(tl.uint32), step, key[0], key[1], DP4A)
+    z = dense_any(at.to(tl.int64), zero, tensor_id.to(tl.uint32), step, key[0], key[1], False, DP4A)
     store_weights(x + at, y + z * scale, mask, False)
 
 

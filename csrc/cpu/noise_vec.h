@@ -88,6 +88,24 @@ LOZO_INLINE void flat_words(Pair<I> (&words)[N], const Counters &s, uint32_t qua
   }
 }
 
+// The bit of each element of a block, whose lowest 2 W bits are those of a word.
+template <bool interleaved>
+struct LaneBits {
+  alignas(64) int32_t a[W] = {}, b[W] = {};
+  constexpr LaneBits() {
+    for (int i = 0; i < W; ++i) {
+      a[i] = (int32_t)(1u << (interleaved ? 2 * i : i));
+      b[i] = (int32_t)(1u << (interleaved ? 2 * i + 1 : W + i));
+    }
+  }
+};
+
+template <bool interleaved>
+LOZO_INLINE Pair<I> lane_bits() {
+  static constexpr LaneBits<interleaved> bits;
+  return {load_int(bits.a), load_int(bits.b)};
+}
+
 LOZO_INLINE F normal(I words) {
   const F x = to_float(byte_sums(words)), q = mul(x, x);
   F p = mul(q, splat(float_from_bits(kNormalBits[0])));

@@ -121,6 +121,7 @@ int for_each_tile(const Work &work) {
 
 bool valid_call(const lozo_tensor *tensors, int64_t count, const lozo_call *call, bool low_rank) {
   if (count < 0 || call->num_draws < 0 || call->num_draws > LOZO_MAX_DRAWS) return false;
+  if (call->law != LOZO_NORMAL && call->law != LOZO_RADEMACHER) return false;
   if (low_rank && count > 0 && (call->rank < 1 || call->rank > LOZO_MAX_RANK)) return false;
   for (int64_t i = 0; i < count; ++i)
     if (!is_dtype(tensors[i].dtype)) return false;

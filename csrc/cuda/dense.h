@@ -18,14 +18,14 @@ struct DenseNumbers {
   bool decays;
 };
 
-template <bool MOMENTUM, int DRAWS>
+template <bool MOMENTUM, bool SIGNS, int DRAWS>
 LOZO_DEVICE DenseNumbers<DRAWS> dense_numbers(const Launch &launch, const Tile &tile) {
   DenseNumbers<DRAWS> a = {};
   a.keys = make_keys(launch.call.header[LOZO_SEED_LOW] | (uint64_t)launch.call.header[LOZO_SEED_HIGH] << 32);
   LOZO_UNROLL
   for (int d = 0; d < DRAWS; ++d) {
     if (d >= launch.call.num_draws) continue;
-    a.noise[d] = draw_noise(launch, tile, kStreamZ, d);
+    a.noise[d] = draw_noise(launch, tile, SIGNS ? kStreamSigns : kStreamZ, d);
     a.scales[d] = of_tensor(launch.call.scales, launch, tile, d);
     if (MOMENTUM) a.coefficients[d] = of_tensor(launch.call.coefficients, launch, tile, d);
   }
@@ -36,9 +36,42 @@ LOZO_DEVICE DenseNumbers<DRAWS> dense_numbers(const Launch &launch, const Tile &
   return a;
 }
 
+LOZO_DEVICE uint32_t word_of(const uint32_t (&c)[4], int word) {
+  return word == 0 ? c[0] : word == 1 ? c[1] : word == 2 ? c[2] : c[3];
+}
+
+// The signs of the elements from those of the counter ``quad`` on, as bits.
+LOZO_DEVICE uint32_t sign_bits(const Noise &noise, const RoundKeys &keys, uint32_t quad, uint32_t high) {
+  uint32_t c[4];
+  noise_words(c, noise, keys, (uint32_t)(((uint64_t)high << 32 | quad) >> 5), high >> 5);
+  return word_of(c, (int)(quad >> 3) & 3) >> 4 * (quad & 7);
+}
+
+LOZO_DEVICE float sign_of(uint32_t bits, int i) { return float_from_bits((bits << (31 - i) & 0x80000000u) | 0x3f800000u); }
+
+// The noise of a thread's eight elements: two runs of four, which begin with the counters ``quad`` and ``other``.
+template <bool SIGNS, bool ADJACENT>
+LOZO_DEVICE void dense_eight(float (&z)[8], const Noise &noise, const RoundKeys &keys, uint32_t quad, uint32_t other,
+                             uint32_t high) {
+  if constexpr (SIGNS) {
+    const uint32_t bits = sign_bits(noise, keys, quad, high);
+    const uint32_t more = ADJACENT ? bits >> 4 : sign_bits(noise, keys, other, high);
+    LOZO_UNROLL
+    for (int i = 0; i < 4; ++i) z[i] = sign_of(bits, i), z[4 + i] = sign_of(more, i);
+  } else {
+    LOZO_UNROLL
+    for (int run = 0; run < 2; ++run) {
+      uint32_t c[4];
+      noise_words(c, noise, keys, run ? other : quad, high);
+      LOZO_UNROLL
+      for (int i = 0; i < 4; ++i) z[4 * run + i] = normal(c[i]);
+    }
+  }
+}
+
 // The thread's eight elements, starting with counter ``quad``. In a half-precision type they are adjacent; in fp32 they are two
 // runs of four, ``apart`` from each other.
-template <class T, bool MOMENTUM, int DRAWS>
+template <class T, bool MOMENTUM, bool SIGNS, int DRAWS>
 LOZO_DEVICE void update_eight(T *x, float *n, uint32_t quad, uint32_t high, int left, int apart, bool stochastic,
                               const DenseNumbers<DRAWS> &a) {
   const int second = kPieces<T> == 1 ? 4 : apart;
@@ -68,16 +101,12 @@ LOZO_DEVICE void update_eight(T *x, float *n, uint32_t quad, uint32_t high, int 
   }
   LOZO_UNROLL
   for (int d = 0; d < DRAWS; ++d) {
+    float z[8];
+    dense_eight<SIGNS, kPieces<T> == 1>(z, a.noise[d], a.keys, quad, quad + (uint32_t)second / 4, high);
     LOZO_UNROLL
-    for (int run = 0; run < 2; ++run) {
-      uint32_t c[4];
-      noise_words(c, a.noise[d], a.keys, quad + run * (uint32_t)second / 4, high);
-      LOZO_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const float z = normal(c[i]);
-        y[4 * run + i] = LOZO_ADD(y[4 * run + i], LOZO_MUL(z, a.scales[d]));
-        if (MOMENTUM) m[4 * run + i] = LOZO_ADD(m[4 * run + i], LOZO_MUL(z, a.coefficients[d]));
-      }
+    for (int i = 0; i < 8; ++i) {
+      y[i] = LOZO_ADD(y[i], LOZO_MUL(z[i], a.scales[d]));
+      if (MOMENTUM) m[i] = LOZO_ADD(m[i], LOZO_MUL(z[i], a.coefficients[d]));
     }
   }
   if (MOMENTUM) {
@@ -96,12 +125,12 @@ LOZO_DEVICE void update_eight(T *x, float *n, uint32_t quad, uint32_t high, int 
     if (p == 0 || both) store_global((uint4 *)(x + p * second), raw.pieces[p]);
 }
 
-template <class T, bool MOMENTUM, int DRAWS>
+template <class T, bool MOMENTUM, bool SIGNS, int DRAWS>
 LOZO_DEVICE void update_dense_aligned(const Launch &launch) {
   constexpr int kRun = kPieceSize<T>;                         // adjacent elements of a thread
   constexpr int kStride = kDenseThreads * kRun * kPieces<T>;  // elements of a block at once
   const Tile tile = find_tile(launch);
-  const DenseNumbers<DRAWS> a = dense_numbers<MOMENTUM, DRAWS>(launch, tile);
+  const DenseNumbers<DRAWS> a = dense_numbers<MOMENTUM, SIGNS, DRAWS>(launch, tile);
   const lozo_tensor &tensor = *tile.tensor;
   for (int row = 0; row < tile.rows; ++row) {
     T *x = (T *)tensor.x + weight_offset(tile) + row * tensor.row_stride;
@@ -114,18 +143,18 @@ LOZO_DEVICE void update_dense_aligned(const Launch &launch) {
       const int end = extent(until_carry, tile.cols);
       const uint32_t quad = (uint32_t)(element >> 2);
       for (int i = (int)begin + (int)threadIdx.x * kRun; i < end; i += kStride)
-        update_eight<T, MOMENTUM, DRAWS>(x + i, MOMENTUM ? n + i : nullptr, quad + (uint32_t)i / 4, high, end - i,
-                                         kDenseThreads * kRun, launch.call.rounding, a);
+        update_eight<T, MOMENTUM, SIGNS, DRAWS>(x + i, MOMENTUM ? n + i : nullptr, quad + (uint32_t)i / 4, high, end - i,
+                                                kDenseThreads * kRun, launch.call.rounding, a);
       begin = end;
     }
   }
 }
 
 // Any dtype, stride and width, one element after the other.
-template <bool MOMENTUM>
+template <bool MOMENTUM, bool SIGNS>
 LOZO_DEVICE void update_dense_any(const Launch &launch) {
   const Tile tile = find_tile(launch);
-  const DenseNumbers<LOZO_MAX_DRAWS> a = dense_numbers<MOMENTUM, LOZO_MAX_DRAWS>(launch, tile);
+  const DenseNumbers<LOZO_MAX_DRAWS> a = dense_numbers<MOMENTUM, SIGNS, LOZO_MAX_DRAWS>(launch, tile);
   const lozo_tensor &tensor = *tile.tensor;
   const int dtype = (int)tensor.dtype;
   for (int64_t i = threadIdx.x; i < (int64_t)tile.rows * tile.cols; i += kDenseThreads) {
@@ -137,10 +166,11 @@ LOZO_DEVICE void update_dense_any(const Launch &launch) {
     if (a.decays) y = LOZO_MUL(y, a.decay);
     float m = MOMENTUM ? LOZO_MUL(load_global(n), a.beta) : 0.0f;
     for (int d = 0; d < (int)launch.call.num_draws; ++d) {
+      constexpr int kShift = SIGNS ? 5 : 0;  // a word has one normal number, or 32 signs
       uint32_t c[4];
-      noise_words(c, d ? a.noise[1] : a.noise[0], (uint32_t)(element >> 2), (uint32_t)(element >> 34));
-      const int word = (int)element & 3;
-      const float z = normal(word == 0 ? c[0] : word == 1 ? c[1] : word == 2 ? c[2] : c[3]);
+      noise_words(c, d ? a.noise[1] : a.noise[0], (uint32_t)(element >> (2 + kShift)), (uint32_t)(element >> (34 + kShift)));
+      const uint32_t w = word_of(c, (int)(element >> kShift) & 3);
+      const float z = SIGNS ? sign_of(w, (int)element & 31) : normal(w);
       y = LOZO_ADD(y, LOZO_MUL(z, d ? a.scales[1] : a.scales[0]));
       if (MOMENTUM) m = LOZO_ADD(m, LOZO_MUL(z, d ? a.coefficients[1] : a.coefficients[0]));
     }

@@ -208,6 +208,7 @@ def random_call(
     draws: int | None = None,
     decay: bool | None = None,
     stochastic: bool | None = None,
+    law: str | None = None,
     reproject: bool = True,
 ) -> dict[str, Any]:
     """Makes arguments for a table of ``count`` tensors. What is None is chosen at random."""
@@ -223,6 +224,8 @@ def random_call(
     if op.rounding:
         rounds = rng.random() < 0.5 if stochastic is None else stochastic
         call["rounding"] = Rounding(rng.getrandbits(28), rng.getrandbits(24)) if rounds else None
+    if not op.along_rows:
+        call["law"] = rng.choice(noise.LAWS) if law is None else law
     if op.momentum:
         call |= {
             "coefficients": torch.randn(draws, count, dtype=torch.float32, device="cpu"),

@@ -125,8 +125,11 @@ def lowrank_calls(table: TensorTable, backend: Backend) -> dict[str, OpCall]:
 
 
 def dense_calls(table: TensorTable, backend: Backend) -> dict[str, OpCall]:
-    """Makes the call of the dense op, by the name of its row."""
-    return {"dense_update": _call("dense_update_", table, backend, scales=[EPS])}
+    """Makes the calls of the dense op, by the names of their rows: with normal numbers, and with signs."""
+    return {
+        "dense_update": _call("dense_update_", table, backend, scales=[EPS]),
+        "dense_update_signs": _call("dense_update_", table, backend, scales=[EPS], law="rademacher"),
+    }
 
 
 def _call(op: str, table: TensorTable, backend: Backend, *, scales: list[float], **more: Any) -> OpCall:

@@ -34,6 +34,7 @@ BESIDE: dict[str, dict[str, tuple[str, int]]] = {
     },
     "lowrank_momentum": {"addmm": ("addmm momentum", 1), "reference": ("published lozo-m", 1)},
     "dense_update": {"reference": ("published mezo", 1), "compiled": ("compiled mezo", 1), "foreach": ("foreach", 1)},
+    "dense_update_signs": {"reference": ("published mezo", 1)},
 }
 """For every op and column, what it is compared with and how many passes of that do the same work."""
 

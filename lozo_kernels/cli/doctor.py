@@ -23,7 +23,7 @@ from ..optim.optimizer import LOZO
 _PHILOX_ZERO = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
 """Philox4x32-10 of a zero counter under a zero key, from the test vectors of its authors."""
 
-_NOISE_DIGEST = "a00e8131a7e963a1"
+_NOISE_DIGEST = "ad0f9070bbd6ebcb"
 """BLAKE2s of a sample of every stream; see :func:`_noise_digest`."""
 
 
@@ -140,12 +140,13 @@ def _test_noise() -> str | None:
 
 
 def _noise_digest() -> str:
-    """BLAKE2s of U, V, Z and rounding bits at some coordinates, as little-endian bytes."""
+    """BLAKE2s of U, V, Z, signs and rounding bits at some coordinates, as little-endian bytes."""
     seed, i = 0x123456789ABCDEF, noise.tensor_id("model.layers.0.weight")
     sample = [
         noise.factor(seed, 1000, 7, i, 3, row_offset=11),
         noise.factor(seed, 1000, 7, i, 3, stream="V", direction=2),
         noise.dense(seed, 10_000, i, 5, offset=(1 << 34) - 4097),
+        noise.dense(seed, 10_000, i, 5, offset=(1 << 39) - 4097, law="rademacher"),
         noise.rounding_bits(seed, 10_000, i, 5, offset=3),
     ]
     digest = hashlib.blake2s(digest_size=8)

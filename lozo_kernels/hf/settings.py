@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..kernels.checks import MAX_THREADS
-from ..kernels.noise import MAX_RANK
+from ..kernels.noise import LAWS, MAX_RANK
 from ..model.config import PLACEMENTS, SCALINGS
 from ..optim.normalise import NORMALISE
 from .command_line import check_options, flag, option
@@ -70,6 +70,7 @@ class Settings:
     normalise: str | None = _method(
         None, "divide c by its spread over the directions (FZOO) or by a running mean of its square; needs --lr", choices=NORMALISE
     )
+    directions_law: str = _method("normal", "of dense directions: normal numbers, or rademacher for random signs", choices=LAWS)
     placement: str = _method("inplace", "inplace moves the weights, probe only reads them, or auto", choices=PLACEMENTS)
     parallel: str | None = _method(
         None, "what processes share: examples or directions (default: examples, under torchrun)", choices=("examples", "directions")

@@ -41,6 +41,7 @@ class TableCall:
         rounding: None rounds to nearest even.
         coefficients, alpha, beta: (draws, tensors), (tensors,) and (tensors,) if the op updates momentum, else None.
         out: the table that a merge writes, which can be the table itself; None for other ops.
+        law: of dense noise, one of :data:`~.noise.LAWS`; "normal" for ops whose noise is U.
     """
 
     seed: int
@@ -52,6 +53,12 @@ class TableCall:
     alpha: Tensor | None = None
     beta: Tensor | None = None
     out: TensorTable | None = None
+    law: str = "normal"
+
+    @property
+    def signs(self) -> bool:
+        """Whether dense noise is signs and not Z."""
+        return self.law == "rademacher"
 
 
 @dataclasses.dataclass(slots=True)  # not frozen: that would double the time to make one, which happens after every layer

@@ -18,7 +18,8 @@ def call_operator(op: Op, table: TensorTable, call: TableCall, backend: Backend 
     device, rounding = table.device, call.rounding
     tensors = {"out": None if call.out is None else call.out.x, "x": table.x, "v": table.v, "n": table.n}
     steps = [torch.as_tensor(draw.step, device=device, dtype=torch.int64) for draw in call.draws]
-    getattr(torch.ops.lozo_kernels, op.name)(
+    packet = getattr(torch.ops.lozo_kernels, op.name)
+    (packet.law if call.signs else packet.default)(
         *[tensors[name] or [] for name in op.lists],
         table.positions,
         signed_seed(call.seed),
@@ -30,6 +31,7 @@ def call_operator(op: Op, table: TensorTable, call: TableCall, backend: Backend 
         0 if rounding is None else rounding.index,
         name_of(backend),
         *([call.coefficients, call.alpha, call.beta] if op.momentum else []),
+        *([call.law] if call.signs else []),
     )
 
 

@@ -10,7 +10,11 @@ Philox4x32-10 (Salmon et al., SC'11) turns a 128-bit counter into four 32-bit wo
 * ``c2`` = tensor id, ``c3 = stream << 28 | draw`` with ``draw < 2**28``: the step, or for V the window ``step // interval``;
 * U, V, S at ``[i, k]``: ``c0 = i``, ``c1 = (k >> 2) | direction << 8``, word ``k & 3``;
 * Z at flat element ``e``: ``c0 = low 32 bits of e >> 2``, ``c1 = e >> 34 | direction << 8``, word ``e & 3``;
+* signs at flat element ``e``: ``c0 = low 32 bits of e >> 7``, ``c1 = e >> 39 | direction << 8``, bit ``e & 31`` of word
+  ``(e >> 5) & 3``;
 * rounding bits at flat element ``e``: ``c0 = low 32 bits of e >> 3``, ``c1 = e >> 35 | direction << 8``, half-word ``e & 7``.
+
+Dense directions are Z (the law "normal") or signs ("rademacher"): -1 where the bit is set, else 1.
 
 A word becomes a standard normal from the sum of its four bytes by an odd polynomial of degree 7, every operation rounded to
 fp32 and never contracted. U, V and S are then rounded to multiples of 2**-8, which makes ``U @ V.T`` a sum of integers.
@@ -33,7 +37,9 @@ CONTRACT_VERSION = 3
 """Version of all promised bits: the noise, and what is computed with it. Later versions than the noise's changed sums, and no noise
 (docs/noise.md). Checkpoints of runs with such sums store theirs instead."""
 
-STREAMS = {"U": 0, "V": 1, "Z": 2, "S": 3, "rounding": 8}
+STREAMS = {"U": 0, "V": 1, "Z": 2, "S": 3, "signs": 4, "rounding": 8}
+LAWS = ("normal", "rademacher")
+"""The laws that dense directions can have: normal numbers (stream Z), or signs, each 1 or -1 with the same probability."""
 MAX_DRAW = 1 << 28
 MAX_RANK = 64
 MAX_DIRECTION = 1 << 24
@@ -43,7 +49,7 @@ GRID = 49152.0
 # C3 to C0 of docs/noise.md as the doubles that equal their fp32 bit patterns (0x207c3b8f, 0xa9065b6e, 0x31b0c331, 0x3bd4a59c).
 _COEFFICIENTS = tuple(float.fromhex(h) for h in ("0x1.f8771ep-63", "-0x1.0cb6dcp-45", "0x1.618662p-28", "0x1.a94b38p-8"))
 _MASK = 0xFFFFFFFF
-_CHUNK = 1 << 20  # counters expanded at once; bounds the int64 temporaries of this slow path to some 64 MiB
+_CHUNK = 1 << 20  # counters of four values expanded at once; bounds the int64 temporaries of this slow path to some 64 MiB
 
 
 def tensor_id(name: str) -> int:
@@ -194,19 +200,26 @@ def dense(
     *,
     offset: int = 0,
     direction: int = 0,
+    law: str = "normal",
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Makes dense Gaussian noise Z (MeZO, and every one-dimensional tensor). Raises as :func:`factor`.
+    """Makes dense noise: Z (MeZO, and every one-dimensional tensor), or signs in its place. Raises as :func:`factor`.
 
     Args:
         seed, tensor_id, draw, direction: as in :func:`factor`; ``draw`` is the step.
         numel: number of values; ``offset`` is the global flat index of the first.
+        law: one of :data:`LAWS`.
 
     Returns:
         (numel,) fp32.
     """
+    check_law("law", law)
     _check(seed, numel, tensor_id, draw, offset, direction, limit=1 << 42)
     out = torch.empty(numel, dtype=torch.float32, device=device)
+    if law == "rademacher":
+        for piece, bits in _flat_words(seed, numel, tensor_id, STREAMS["signs"] << 28 | draw, offset, direction, 128, device):
+            out[piece] = 1 - 2 * bits
+        return out
     for piece, words in _flat_words(seed, numel, tensor_id, STREAMS["Z"] << 28 | draw, offset, direction, 4, device):
         out[piece] = normal(words)
     return out
@@ -248,14 +261,17 @@ def _flat_words(
     per: int,
     device: torch.device | str,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yields (slice of the range, its int64 values), with ``per`` values from each counter: 4 words of 32 bits or 8 of 16."""
-    end = offset + numel
-    for start in range(offset // per, -(-end // per), _CHUNK):
-        stop = min(start + _CHUNK, -(-end // per))
+    """Yields (slice of the range, its int64 values), with ``per`` values from each counter: 4 words of 32 bits, 8 of 16, or 128
+    single bits."""
+    end, chunk = offset + numel, max(1, _CHUNK * 4 // per)
+    for start in range(offset // per, -(-end // per), chunk):
+        stop = min(start + chunk, -(-end // per))
         q = torch.arange(start, stop, device=device, dtype=torch.int64)
         values = philox(seed, q & _MASK, (q >> 32) | direction << 8, tensor_id, c3)
         if per == 8:
             values = torch.stack((values & 0xFFFF, values >> 16), -1)
+        elif per == 128:
+            values = values.unsqueeze(-1) >> torch.arange(32, device=device, dtype=torch.int64) & 1
         lo, hi = max(offset, start * per), min(end, stop * per)
         yield slice(lo - offset, hi - offset), values.view(-1)[lo - start * per : hi - start * per]
 
@@ -270,6 +286,12 @@ def check_factor(
     if not 1 <= rank <= MAX_RANK:
         raise ValueError(f"rank is 1 to {MAX_RANK}, not {rank}")
     _check(seed, rows, tensor_id, draw, row_offset, direction, limit=1 << 32)
+
+
+def check_law(name: str, law: object) -> None:
+    """Raises ValueError unless it is a law of dense directions."""
+    if law not in LAWS:
+        raise ValueError(f"{name} is one of {', '.join(map(repr, LAWS))}, not {law!r}")
 
 
 def check_draw(name: str, draw: int | Tensor) -> None:

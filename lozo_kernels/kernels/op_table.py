@@ -54,6 +54,11 @@ class Op:
         return self.v or self.factors
 
     @property
+    def overloads(self) -> tuple[str, ...]:
+        """The overloads of its torch operator: "law", where it takes the law of its noise, beside the default."""
+        return ("default",) if self.along_rows else ("default", "law")
+
+    @property
     def lists(self) -> dict[str, str]:
         """The lists of tensors that its torch operator takes, in order, each with its type in the schema."""
         lists = {"out": "Tensor(a!)[]", "x": "Tensor[]"} if self.out else {"x": "Tensor(a!)[]"}

@@ -19,7 +19,7 @@ from torch import Tensor
 from .calls import Draw, Rounding, TableCall
 from .checks import LARGEST, check_range
 from .compiled import call_operator, name_of, signed_seed
-from .noise import MAX_DIRECTION, MAX_DRAW, MAX_RANK, STREAMS, check_draw, check_factor
+from .noise import MAX_DIRECTION, MAX_DRAW, MAX_RANK, STREAMS, check_draw, check_factor, check_law
 from .op_table import MAX_DRAWS, OPS, Op
 from .registry import Backend, choose_backend
 from .table import TensorTable, check_alike
@@ -100,9 +100,16 @@ def dense_update_(
     scales: Scalars,
     decay: Scalars | None = None,
     rounding: Rounding | None = None,
+    law: str = "normal",
     backend: Backend | None = None,
 ) -> None:
-    """X <- decay * X + sum over draws of scale * Z (MeZO). Arguments as :func:`lowrank_update_`; a table without V."""
+    """X <- decay * X + sum over draws of scale * Z (MeZO).
+
+    Args:
+        table: dense tensors (without ``v``).
+        law: that of Z, "normal" or "rademacher": random signs, which cost one bit each instead of 32.
+        seed, draws, scales, decay, rounding, backend: as in :func:`lowrank_update_`.
+    """
 
 
 @op(v=True, n="needed", momentum=True)
@@ -143,11 +150,12 @@ def dense_momentum_(
     beta: Scalars,
     decay: Scalars | None = None,
     rounding: Rounding | None = None,
+    law: str = "normal",
     backend: Backend | None = None,
 ) -> None:
     """M <- beta * M + sum of coefficient * Z, then X <- decay * X + sum of scale * Z + alpha * M (MeZO-M).
 
-    Arguments as :func:`lowrank_momentum_`, for a table without V; M is ``table.n``.
+    Arguments as :func:`lowrank_momentum_`, and ``law`` as :func:`dense_update_`, for a table without V; M is ``table.n``.
     """
 
 
@@ -206,10 +214,14 @@ def dense_merge_(
     scales: Scalars = 0.0,
     decay: Scalars | None = None,
     rounding: Rounding | None = None,
+    law: str = "normal",
     out: TensorTable | None = None,
     backend: Backend | None = None,
 ) -> None:
-    """OUT <- decay * X + (N + scale * Z). Arguments as :func:`lowrank_merge_`, for a table without V; ``n`` may be missing."""
+    """OUT <- decay * X + (N + scale * Z).
+
+    Arguments as :func:`lowrank_merge_`, and ``law`` as :func:`dense_update_`, for a table without V; ``n`` may be missing.
+    """
 
 
 def run(
@@ -221,6 +233,7 @@ def run(
     scales: Scalars = 0.0,
     decay: Scalars | None = None,
     rounding: Rounding | None = None,
+    law: str = "normal",
     coefficients: Scalars | None = None,
     alpha: Scalars | None = None,
     beta: Scalars | None = None,
@@ -238,6 +251,9 @@ def run(
     _check_table(op, table)
     check_range("seed", seed, 1 << 64)
     _check_draws(op, draws, rounding)
+    check_law("law", law)
+    if op.along_rows and law != "normal":
+        raise ValueError(f"law={law!r} is about dense noise, and that of {op.name} is U")
     table.check_positions(factors=op.along_rows, flat=not op.along_rows or rounding is not None)
     if out is not None:
         check_alike(table, out)
@@ -249,6 +265,7 @@ def run(
         None if decay is None else _broadcast(decay, (count,), device, "decay"),
         rounding,
         out=out,
+        law=law,
     )
     if op.momentum:
         assert coefficients is not None and alpha is not None and beta is not None

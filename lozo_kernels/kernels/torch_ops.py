@@ -5,7 +5,7 @@ through the dispatcher takes longer than launching the kernel.
 
 Arguments that differ from ``ops.py``: ``place`` holds tensor id, row offset, column offset and global columns of each tensor;
 ``seed`` is its 64 bits as a signed number; ``steps`` (draws,) and ``rounding_step`` (0-dim, or None to round to nearest) are int64,
-on the device of the weights or on the CPU; ``backend`` is a name, "" for the best.
+on the device of the weights or on the CPU; ``backend`` is a name, "" for the best. ``law`` is taken by an overload of that name.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ _MOST_PACKED = 32
 _PACKING = threading.Lock()
 
 
-def _schema(op: Op) -> str:
+def _schema(op: Op, overload: str) -> str:
     lists = [f"{kind} {name}" for name, kind in op.lists.items()]
     momentum = [f"Tensor {name}" for name in _MOMENTUM] if op.momentum else []
-    return f"{op.name}({', '.join([*lists, 'int[] place', _UPDATE, *momentum])}) -> ()"
+    name, law = (op.name, []) if overload == "default" else (f"{op.name}.{overload}", ["str law"])
+    return f"{name}({', '.join([*lists, 'int[] place', _UPDATE, *momentum, *law])}) -> ()"
 
 
 def _run(op: Op, *arguments: Any) -> None:
@@ -52,7 +53,7 @@ def _run(op: Op, *arguments: Any) -> None:
     names = list(op.lists)
     tensors = dict(zip(names, arguments, strict=False))
     place, *rest = arguments[len(names) :]
-    seed, steps, directions, scales, decay, rounding_step, rounding_index, backend, *momentum = rest
+    seed, steps, directions, scales, decay, rounding_step, rounding_index, backend, *more = rest
     table = _table(tensors["x"], tensors.get("v"), tensors.get("n") or None, place)
     ops.run(
         op,
@@ -64,7 +65,7 @@ def _run(op: Op, *arguments: Any) -> None:
         rounding=None if rounding_step is None else Rounding(_step(rounding_step), rounding_index),
         out=_table(tensors["out"], None, None, place) if op.out else None,
         backend=_backend(backend, scales.device),
-        **dict(zip(_MOMENTUM, momentum, strict=False)),
+        **dict(zip((*(_MOMENTUM if op.momentum else ()), "law"), more, strict=False)),
     )
 
 
@@ -163,7 +164,8 @@ def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..
 
 
 for _op in ops.OPS.values():
-    _register(_schema(_op), functools.partial(_run, _op))
+    for _overload in _op.overloads:
+        _register(_schema(_op, _overload), functools.partial(_run, _op))
 _register(
     "resample_(Tensor[] x, Tensor(a!)[] v, Tensor(b!)[] n, int[] place, int seed, SymInt window, str backend) -> ()", _resample_
 )

@@ -364,7 +364,8 @@ class Handle:
         check_range("step", step, MAX_DRAW)
         device, shape = self.device_of(p), p.storage.shape
         if not p.low_rank:
-            return dense(self.config.seed, shape.numel(), p.tensor_id, step, direction=direction, device=device).view(shape)
+            more: dict[str, Any] = {"direction": direction, "law": self.config.directions_law, "device": device}
+            return dense(self.config.seed, shape.numel(), p.tensor_id, step, **more).view(shape)
         spec = FactorSpec(p.tensor_id, p.extent, choose_backend(device, self.config.backend).backend, device)
         left, v = self.estimator.left(spec, Draw(step, direction)), self.estimator.right(spec, step // self.config.interval)
         return (reference.low_rank_product(left, v) * self.config.perturb_factor).view(shape)

@@ -89,6 +89,7 @@ class Group:
         self.perturb_factor = self.config.perturb_factor if low_rank else 1.0
         self.update_factor = self.config.update_factor if low_rank else 1.0
         self._run = self.estimator.run if low_rank else ops.dispatch
+        self._law = "normal" if low_rank else self.config.directions_law
         self._update = OPS[f"{self.kind}_update_"]
         self._momentum = OPS[f"{self.kind}_momentum_"]
         self.table.check_positions(factors=low_rank, flat=not low_rank or self.rounds)
@@ -116,6 +117,7 @@ class Group:
             scales,
             None if decay is None else self.row(decay),
             rounding,
+            law=self._law,
         )
         if carried is None:
             self.run(self._update, call)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.noise import MAX_DRAW
+from ..model.config import ADDED_LATER
 from ..model.contract import version_of, version_problem
 from ..model.handle import Handle
 from ..model.momentum import check_saved
@@ -49,7 +50,7 @@ def load_state(state: dict[str, Any], stepper: Stepper, groups: Groups, needed: 
         raise RuntimeError("the optimiser has a journal, which cannot say how it came to another state: close() it first")
     setup = _setup(stepper)
     for key in ("patch", "settings"):
-        saved, value = state.get(key), setup[key]
+        saved, value = _saved(state, key), setup[key]
         if saved != value:
             what = key
             if isinstance(saved, dict) and isinstance(value, dict):
@@ -75,6 +76,12 @@ def load_state(state: dict[str, Any], stepper: Stepper, groups: Groups, needed: 
     stepper.step = state["step"]
     stepper.skipped_total = torch.tensor(total, dtype=torch.int64, device="cpu")
     stepper.skipped_in_a_row = torch.tensor(in_a_row, dtype=torch.int64, device="cpu")
+
+
+def _saved(state: dict[str, Any], key: str) -> Any:
+    """What was saved under a key, with the fields of a config that earlier versions did not save."""
+    saved = state.get(key)
+    return ADDED_LATER | saved if key == "patch" and isinstance(saved, dict) else saved
 
 
 def _load_means(state: Mapping[str, Any], stepper: Stepper) -> None:

@@ -131,6 +131,10 @@ def _arguments(case: Choices, op: Op, count: int, carry: bool) -> dict[str, Any]
         call["rounding"] = Rounding(_step(case), case.whole("rounding index", noise.MAX_DIRECTION, 3))
         for odd in case.odd(2, "stochastic", 3, note="rounding"):
             call["rounding"] = odd
+    if not op.along_rows and case.chance(50):
+        call["law"] = "rademacher"
+        for odd in case.odd(2, "gaussian", None, [], note="law"):
+            call["law"] = odd
     if op.momentum:
         shapes = {"coefficients": (len(draws), count), "alpha": (count,), "beta": (count,)}
         call |= {name: _scalars(case, shape, name) for name, shape in shapes.items()}

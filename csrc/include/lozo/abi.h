@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define LOZO_ABI_VERSION 4
+#define LOZO_ABI_VERSION 5
 #define LOZO_MAX_RANK 64
 #define LOZO_MAX_DRAWS 2
 
@@ -21,6 +21,8 @@ extern "C" {
 enum lozo_status { LOZO_OK = 0, LOZO_BAD_ARGUMENT = 1, LOZO_NO_MEMORY = 2, LOZO_NO_ISA = 3 };
 
 enum lozo_dtype { LOZO_FLOAT32 = 0, LOZO_BFLOAT16 = 1, LOZO_FLOAT16 = 2 };
+
+enum lozo_law { LOZO_NORMAL = 0, LOZO_RADEMACHER = 1 };
 
 // One row of the int64 table that Python packs: a batch of (rows, cols) matrices and their place in the noise.
 typedef struct lozo_tensor {
@@ -55,6 +57,7 @@ typedef struct lozo_call {
   const float *decay;         // (tensors,), or NULL for 1
   const lozo_tensor *out;     // merges only: the weights that are written, of which only x and its strides count
   int64_t reproject;          // resample only: N is carried over into the new V
+  int64_t law;                // dense ops only: lozo_law of the noise
   int64_t threads;
 } lozo_call;
 

@@ -5,7 +5,7 @@
 
 #include "lozo/abi.h"
 
-#define LOZO_CUDA_ABI_VERSION 2
+#define LOZO_CUDA_ABI_VERSION 3
 #define LOZO_ANY_DTYPE (-1)
 
 #ifdef __cplusplus
@@ -43,6 +43,7 @@ typedef struct lozo_gpu_call {
   int64_t rank;            // 0 for dense tensors
   int64_t num_draws;       // 1 or 2
   int64_t rounding;        // 1: stochastic into bf16 and fp16, 0: to nearest even
+  int64_t law;             // dense ops only: lozo_law of the noise
   const float *scales;     // (draws, tensors)
   const float *coefficients;
   const float *alpha;

@@ -15,6 +15,7 @@
 #include "lozo/noise.h"
 
 #define LOZO_INLINE static inline __attribute__((always_inline))
+#define LOZO_INLINE_METHOD inline __attribute__((always_inline))
 
 #if defined(LOZO_ISA_avx512_bf16)
 #define LOZO_ISA avx512_bf16

@@ -27,6 +27,11 @@ LOZO_INLINE F to_float(I x) { return _mm256_cvtepi32_ps(x); }
 LOZO_INLINE I splat_int(int32_t x) { return _mm256_set1_epi32(x); }
 LOZO_INLINE I load_int(const int32_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
 LOZO_INLINE void store_int(int32_t *p, I x) { _mm256_storeu_si256((__m256i *)p, x); }
+// x, negated in the lanes where a word has the lane's bit.
+LOZO_INLINE F negate_where(F x, I words, I bits) {
+  const I set = _mm256_cmpeq_epi32(_mm256_and_si256(words, bits), bits);
+  return _mm256_xor_ps(x, _mm256_and_ps(_mm256_castsi256_ps(set), _mm256_set1_ps(-0.0f)));
+}
 LOZO_INLINE I zero_int() { return _mm256_setzero_si256(); }
 
 // sum + a * b over the two int16 of each lane.

@@ -25,6 +25,10 @@ LOZO_INLINE F to_float(I x) { return _mm512_cvtepi32_ps(x); }
 LOZO_INLINE I splat_int(int32_t x) { return _mm512_set1_epi32(x); }
 LOZO_INLINE I load_int(const int32_t *p) { return _mm512_loadu_si512(p); }
 LOZO_INLINE void store_int(int32_t *p, I x) { _mm512_storeu_si512(p, x); }
+// x, negated in the lanes where a word has the lane's bit.
+LOZO_INLINE F negate_where(F x, I words, I bits) {
+  return _mm512_mask_xor_ps(x, _mm512_test_epi32_mask(words, bits), x, _mm512_set1_ps(-0.0f));
+}
 LOZO_INLINE I zero_int() { return _mm512_setzero_si512(); }
 
 // sum + a * b over the two int16 of each lane.

@@ -40,6 +40,8 @@ LOZO_INLINE I load_int(const int32_t *p) {
   return x;
 }
 LOZO_INLINE void store_int(int32_t *p, I x) { memcpy(p, &x, sizeof x); }
+// x, negated in the lanes where a word has the lane's bit.
+LOZO_INLINE F negate_where(F x, I words, I bits) { return (F)((Bits)x ^ ((Bits)((words & bits) == bits) & 0x80000000u)); }
 LOZO_INLINE I zero_int() { return I{}; }
 
 // sum + a * b over the two int16 of each lane.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..calls import Draw, LayerCall, TableCall
-from ..noise import STREAMS
+from ..noise import LAWS, STREAMS
 from ..op_table import Op
 from ..registry import Backend
 from ..table import TensorTable
@@ -23,7 +23,7 @@ from .native import Factor
 from .shared_library import open_library
 from .structs import int64s, pointers
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 _BAD_ARGUMENT = 1  # a lozo_status
 _KERNELS = ("lowrank_update", "dense_update", "lowrank_momentum", "dense_momentum")
@@ -60,7 +60,7 @@ class _Call(ctypes.Structure):
         ("tensors", ctypes.c_void_p),
         ("count", ctypes.c_int64),
         ("header", ctypes.c_void_p),
-        *int64s("rank num_draws rounding"),
+        *int64s("rank num_draws rounding law"),
         *pointers("scales coefficients alpha beta decay ratios"),
         ("device", ctypes.c_int64),
         ("stream", ctypes.c_void_p),
@@ -155,6 +155,7 @@ class CudaBackend(Backend):
                 rank=table.rank,
                 num_draws=len(call.draws),
                 rounding=call.rounding is not None,
+                law=LAWS.index(call.law),
                 device=_index(table.device),
                 stream=_stream(table.device),
             )

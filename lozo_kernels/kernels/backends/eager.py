@@ -32,7 +32,7 @@ class EagerBackend(Backend):
                 given.append(table.v[t])
             if op.n != "none":
                 given.append(None if table.n is None else table.n[t])  # type: ignore[arg-type]
-            noise = [_noise(op, table, t, call.seed, draw) for draw in call.draws]
+            noise = [_noise(op, table, t, call, draw) for draw in call.draws]
             decay = None if call.decay is None else call.decay[t]
             if op.momentum:
                 assert table.n is not None and call.coefficients is not None and call.alpha is not None and call.beta is not None
@@ -74,11 +74,11 @@ class EagerBackend(Backend):
         )
 
 
-def _noise(op: Op, table: TensorTable, t: int, seed: int, draw: Draw) -> Tensor:
+def _noise(op: Op, table: TensorTable, t: int, call: TableCall, draw: Draw) -> Tensor:
     """The noise that a draw adds to one tensor: U or Z."""
     if not op.along_rows:
-        return dense_noise(table, t, seed, draw)
-    return _rows_of_u(table, t, table.x[t].shape[2] if op.factors else table.rank, seed, draw)
+        return dense_noise(table, t, call.seed, draw, call.law)
+    return _rows_of_u(table, t, table.x[t].shape[2] if op.factors else table.rank, call.seed, draw)
 
 
 def row_factor(table: TensorTable, t: int, seed: int, draw: Draw) -> Tensor:
@@ -120,10 +120,10 @@ def column_factor(table: TensorTable, t: int, seed: int, window: int) -> Tensor:
     return torch.stack(blocks).transpose(1, 2).to(torch.float16)
 
 
-def dense_noise(table: TensorTable, t: int, seed: int, draw: Draw) -> Tensor:
+def dense_noise(table: TensorTable, t: int, seed: int, draw: Draw, law: str) -> Tensor:
     """Z of one tensor: (batch, rows, cols) fp32."""
     return _flat(table, t, lambda numel, offset: noise.dense(
-        seed, numel, table.tensor_ids[t], draw.step, offset=offset, direction=draw.direction, device=table.device
+        seed, numel, table.tensor_ids[t], draw.step, offset=offset, direction=draw.direction, law=law, device=table.device
     ))  # fmt: skip
 
 

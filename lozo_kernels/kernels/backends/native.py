@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..calls import Draw, LayerCall, TableCall
-from ..noise import STREAMS
+from ..noise import LAWS, STREAMS
 from ..op_table import MAX_DRAWS, OPS, Op
 from ..registry import Backend
 from ..table import DTYPES, TensorTable
@@ -23,7 +23,7 @@ from .packing import pack
 from .shared_library import open_library
 from .structs import int64s, pointers
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 
 class _Call(ctypes.Structure):
@@ -36,7 +36,7 @@ class _Call(ctypes.Structure):
         ("directions", ctypes.c_int64 * MAX_DRAWS),
         *int64s("rounding rounding_step rounding_index"),
         *pointers("scales coefficients alpha beta decay out"),
-        *int64s("reproject threads"),
+        *int64s("reproject law threads"),
     )
 
 
@@ -236,7 +236,8 @@ def _check(status: int, function: Any) -> None:
 
 def _arguments(rank: int, call: TableCall) -> _Call:
     """The arguments of a call as the C struct. It holds addresses, so the caller has to keep ``call`` alive."""
-    arguments = _Call(seed=call.seed, rank=rank, num_draws=len(call.draws), threads=torch.get_num_threads())
+    law, threads = LAWS.index(call.law), torch.get_num_threads()
+    arguments = _Call(seed=call.seed, rank=rank, num_draws=len(call.draws), law=law, threads=threads)
     for d, draw in enumerate(call.draws):
         arguments.draw_steps[d], arguments.directions[d] = int(draw.step), draw.direction
     rounding = call.rounding

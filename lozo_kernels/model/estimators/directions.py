@@ -31,8 +31,8 @@ class FactorSpec:
 class Estimator(abc.ABC):
     """Makes the directions of matrices, L V^T, where L is new for every draw and V is kept for a window of steps.
 
-    One object serves one handle. Vectors, and matrices where :attr:`low_rank` is False, have dense Gaussian directions instead,
-    which are the same for all estimators.
+    One object serves one handle. Vectors, and matrices where :attr:`low_rank` is False, have dense directions instead, of the
+    config's law, which are the same for all estimators.
 
     Attributes:
         name: as in :class:`~lozo_kernels.model.config.PatchConfig`.

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import times
-from .noise import STREAM_Z, dense_any, dense_block, draw_words, rounding_any, rounding_block, rounding_words, seed_words
+from .noise import dense_any, dense_block, dense_words, rounding_any, rounding_block, rounding_words, seed_words
 from .plans import SCALARS, WEIGHTS, Plan, Target, UpdateKind, registers_of
 from .tables import dtype_at, extent_at, factors_at, place_at, tile_at, weights_at
 from .tilesizes import TileSize
@@ -17,8 +17,8 @@ from .work import Work
 def update_block(
     address, x, n, first, block, left, code, tensor_id, k0, k1, direction0, c3_0, direction1, c3_1, index, c3,
     scale0, scale1, factor_of_x, coefficient0, coefficient1, rate, keep,
-    WEIGHT: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr, MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr,
-    COUNT: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr, MASKED: tl.constexpr,
+    WEIGHT: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr, SIGNS: tl.constexpr, MOMENTUM: tl.constexpr,
+    STOCHASTIC: tl.constexpr, COUNT: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Updates COUNT elements; with MASKED, those below ``left``. ``x`` is a pointer, or an offset where WEIGHT is None."""
     ALIGNED: tl.constexpr = WEIGHT is not None
@@ -33,14 +33,14 @@ def update_block(
             y = read_bf16_pairs(x, block * COUNT, half_mask, COUNT)
         else:
             y = as_fp32(read_weights(x + cols, mask), EMULATE)
-        z0 = dense_block(first, block * COUNT, direction0, tensor_id, c3_0, k0, k1, COUNT, DP4A)
+        z0 = dense_block(first, block * COUNT, direction0, tensor_id, c3_0, k0, k1, COUNT, SIGNS, DP4A)
         if DRAWS == 2:
-            z1 = dense_block(first, block * COUNT, direction1, tensor_id, c3_1, k0, k1, COUNT, DP4A)
+            z1 = dense_block(first, block * COUNT, direction1, tensor_id, c3_1, k0, k1, COUNT, SIGNS, DP4A)
     else:
         y = read_any(address, x + cols, mask, code, EMULATE)
-        z0 = dense_any(first + cols, direction0, tensor_id, c3_0, k0, k1, DP4A)
+        z0 = dense_any(first + cols, direction0, tensor_id, c3_0, k0, k1, SIGNS, DP4A)
         if DRAWS == 2:
-            z1 = dense_any(first + cols, direction1, tensor_id, c3_1, k0, k1, DP4A)
+            z1 = dense_any(first + cols, direction1, tensor_id, c3_1, k0, k1, SIGNS, DP4A)
     if DECAY:
         y = times(y, factor_of_x, DP4A)
     y = y + times(z0, scale0, DP4A)
@@ -70,8 +70,8 @@ def update_block(
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=SCALARS)
 def dense_update(
     tiles, tensors, header, scales, decay, coefficients, alpha, beta, count,
-    WEIGHT: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr, MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr,
-    COUNT: tl.constexpr, BLOCKS: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr,
+    WEIGHT: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr, SIGNS: tl.constexpr, MOMENTUM: tl.constexpr,
+    STOCHASTIC: tl.constexpr, COUNT: tl.constexpr, BLOCKS: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """The kernel of dense_update and, with MOMENTUM, of dense_momentum.
 
@@ -84,8 +84,8 @@ def dense_update(
     height, width = extent_at(tensors, t, ALIGNED)
     tensor_id, row_offset, col_offset, global_cols = place_at(tensors, t)
     k0, k1 = seed_words(header)
-    direction0, c3_0 = draw_words(header, 0, STREAM_Z)
-    direction1, c3_1 = draw_words(header, 1, STREAM_Z)
+    direction0, c3_0 = dense_words(header, 0, SIGNS)
+    direction1, c3_1 = dense_words(header, 1, SIGNS)
     index, c3 = rounding_words(header)
     local_row = matrix.to(tl.int64) * height + row
     col0 = block0.to(tl.int64) * (BLOCKS * COUNT)
@@ -124,20 +124,20 @@ def dense_update(
             update_block(
                 address, x, n, first, block, left, code, tensor_id, k0, k1, direction0, c3_0, direction1, c3_1, index, c3,
                 scale0, scale1, factor_of_x, coefficient0, coefficient1, rate, keep,
-                WEIGHT, DRAWS, DECAY, MOMENTUM, STOCHASTIC, COUNT, DP4A, EMULATE, False,
+                WEIGHT, DRAWS, DECAY, SIGNS, MOMENTUM, STOCHASTIC, COUNT, DP4A, EMULATE, False,
             )  # fmt: skip
         if full * COUNT < left:
             update_block(
                 address, x, n, first, full, left, code, tensor_id, k0, k1, direction0, c3_0, direction1, c3_1, index, c3,
                 scale0, scale1, factor_of_x, coefficient0, coefficient1, rate, keep,
-                WEIGHT, DRAWS, DECAY, MOMENTUM, STOCHASTIC, COUNT, DP4A, EMULATE, True,
+                WEIGHT, DRAWS, DECAY, SIGNS, MOMENTUM, STOCHASTIC, COUNT, DP4A, EMULATE, True,
             )  # fmt: skip
     else:
         for block in range(0, (left + COUNT - 1) // COUNT):
             update_block(
                 address, x, n, first, block, left, code, tensor_id, k0, k1, direction0, c3_0, direction1, c3_1, index, c3,
                 scale0, scale1, factor_of_x, coefficient0, coefficient1, rate, keep,
-                WEIGHT, DRAWS, DECAY, MOMENTUM, STOCHASTIC, COUNT, DP4A, EMULATE, True,
+                WEIGHT, DRAWS, DECAY, SIGNS, MOMENTUM, STOCHASTIC, COUNT, DP4A, EMULATE, True,
             )  # fmt: skip
 
 
@@ -147,6 +147,7 @@ def dense_plan(dtype: torch.dtype | None, kind: UpdateKind, size: TileSize, targ
         "WEIGHT": WEIGHTS[dtype],
         "DRAWS": kind.draws,
         "DECAY": kind.decay,
+        "SIGNS": kind.signs,
         "MOMENTUM": kind.momentum,
         "STOCHASTIC": kind.stochastic,
         "COUNT": size.cols,

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import times
-from .noise import STREAM_Z, dense_any, dense_block, draw_words, rounding_any, rounding_block, rounding_words, seed_words
+from .noise import dense_any, dense_block, dense_words, rounding_any, rounding_block, rounding_words, seed_words
 from .plans import HALF_THE_REGISTERS, SCALARS, WEIGHTS, Plan, Target, UpdateKind, registers_of
 from .tables import dtype_at, extent_at, factors_at, place_at, tile_at, weights_at
 from .tilesizes import TileSize
@@ -16,8 +16,8 @@ from .work import Work
 @triton.jit
 def dense_merge_block(
     address, x, out_address, out, n, first, block, left, code, tensor_id, k0, k1, direction, c3_z, index, c3, scale, factor_of_x,
-    WEIGHT: tl.constexpr, FACTOR: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr, STOCHASTIC: tl.constexpr,
-    COUNT: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr, MASKED: tl.constexpr,
+    WEIGHT: tl.constexpr, FACTOR: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr, SIGNS: tl.constexpr,
+    STOCHASTIC: tl.constexpr, COUNT: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Merges COUNT elements; with MASKED, those below ``left`` in the stretch. ``x`` and ``out`` are as in :func:`merge_block`."""
     ALIGNED: tl.constexpr = WEIGHT is not None
@@ -37,9 +37,9 @@ def dense_merge_block(
         y = times(y, factor_of_x, DP4A)
     if DRAWS == 1:
         if ALIGNED:
-            z = dense_block(first, block * COUNT, direction, tensor_id, c3_z, k0, k1, COUNT, DP4A)
+            z = dense_block(first, block * COUNT, direction, tensor_id, c3_z, k0, k1, COUNT, SIGNS, DP4A)
         else:
-            z = dense_any(first + cols, direction, tensor_id, c3_z, k0, k1, DP4A)
+            z = dense_any(first + cols, direction, tensor_id, c3_z, k0, k1, SIGNS, DP4A)
         term = times(z, scale, DP4A)
         if FACTOR:
             term = tl.load(n + cols, mask=mask) + term
@@ -63,8 +63,8 @@ def dense_merge_block(
 @triton.jit(do_not_specialize_on_alignment=SCALARS)
 def dense_merge(
     tiles, tensors, outputs, header, scales, decay,
-    WEIGHT: tl.constexpr, FACTOR: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr, STOCHASTIC: tl.constexpr,
-    COUNT: tl.constexpr, BLOCKS: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr,
+    WEIGHT: tl.constexpr, FACTOR: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr, SIGNS: tl.constexpr,
+    STOCHASTIC: tl.constexpr, COUNT: tl.constexpr, BLOCKS: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """The kernel of dense_merge, with no draw or one, and with N if FACTOR. Its tiles are those of dense_update."""
     ALIGNED: tl.constexpr = WEIGHT is not None
@@ -75,7 +75,7 @@ def dense_merge(
     height, width = extent_at(tensors, t, ALIGNED)
     tensor_id, row_offset, col_offset, global_cols = place_at(tensors, t)
     k0, k1 = seed_words(header)
-    direction, c3_z = draw_words(header, 0, STREAM_Z)
+    direction, c3_z = dense_words(header, 0, SIGNS)
     index, c3 = rounding_words(header)
     matrix = matrix.to(tl.int64)
     row = row.to(tl.int64)
@@ -106,12 +106,12 @@ def dense_merge(
         for block in range(0, full):  # without masks, which cost an instruction for every other element
             dense_merge_block(
                 address, x, out_address, out, n, first, block, left, code, tensor_id, k0, k1, direction, c3_z, index, c3, scale,
-                factor_of_x, WEIGHT, FACTOR, DRAWS, DECAY, STOCHASTIC, COUNT, DP4A, EMULATE, False,
+                factor_of_x, WEIGHT, FACTOR, DRAWS, DECAY, SIGNS, STOCHASTIC, COUNT, DP4A, EMULATE, False,
             )  # fmt: skip
     for block in range(full, (left + COUNT - 1) // COUNT):
         dense_merge_block(
             address, x, out_address, out, n, first, block, left, code, tensor_id, k0, k1, direction, c3_z, index, c3, scale,
-            factor_of_x, WEIGHT, FACTOR, DRAWS, DECAY, STOCHASTIC, COUNT, DP4A, EMULATE, True,
+            factor_of_x, WEIGHT, FACTOR, DRAWS, DECAY, SIGNS, STOCHASTIC, COUNT, DP4A, EMULATE, True,
         )  # fmt: skip
 
 
@@ -122,6 +122,7 @@ def dense_merge_plan(dtype: torch.dtype | None, kind: UpdateKind, size: TileSize
         "FACTOR": kind.momentum,
         "DRAWS": kind.draws,
         "DECAY": kind.decay,
+        "SIGNS": kind.signs,
         "STOCHASTIC": kind.stochastic,
         "COUNT": size.cols,
         "BLOCKS": size.blocks,

@@ -22,6 +22,7 @@ GRID = tl.constexpr(49152.0)
 STREAM_U = tl.constexpr(0)
 STREAM_V = tl.constexpr(1)
 STREAM_Z = tl.constexpr(2)
+STREAM_SIGNS = tl.constexpr(4)
 STREAM_ROUNDING = tl.constexpr(8)
 
 
@@ -76,6 +77,12 @@ def draw_words(header, DRAW: tl.constexpr, STREAM: tl.constexpr):
 
 
 @triton.jit
+def dense_words(header, DRAW: tl.constexpr, SIGNS: tl.constexpr):
+    """Returns :func:`draw_words` for dense noise: signs, or normal numbers."""
+    return draw_words(header, DRAW, STREAM_SIGNS if SIGNS else STREAM_Z)
+
+
+@triton.jit
 def factor_quad(c0, c1, tensor_id, c3, k0, k1, DP4A: tl.constexpr):
     """Returns four neighbouring entries of a factor for each counter: c0 is the global row, c1 is column / 4 | direction."""
     zero = c0 * 0
@@ -119,11 +126,44 @@ def flat_words(counter, direction, tensor_id, c3, k0, k1):
 
 
 @triton.jit
-def dense_block(first, offset, direction, tensor_id, c3, k0, k1, COUNT: tl.constexpr, DP4A: tl.constexpr):
-    """Returns (COUNT,) fp32 of Z from flat element ``first + offset`` on, a multiple of 8. A thread makes 8 neighbours.
+def sign(w):
+    """Returns fp32 -1 for uint32 words whose highest bit is set, and 1 for others."""
+    return ((w & 0x80000000) | 0x3F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def signs_block(first, offset, direction, tensor_id, c3, k0, k1, COUNT: tl.constexpr):
+    """Returns what :func:`dense_block` does for signs. The 8 of a thread have one byte."""
+    byte = (first + offset) >> 3
+    bytes = (byte & 15).to(tl.uint32) + tl.arange(0, COUNT // 8).to(tl.uint32)  # from the first one's counter on
+    c0 = (byte >> 4).to(tl.uint32) + (bytes >> 4)
+    zero = c0 * 0
+    c1 = zero + ((first >> 39).to(tl.uint32) | direction)
+    w0, w1, w2, w3 = philox(c0, c1, zero + tensor_id, zero + c3, k0, k1)
+    k = (bytes >> 2) & 3
+    w = tl.where(k < 2, tl.where(k == 0, w0, w1), tl.where(k == 2, w2, w3)) >> ((bytes & 3) * 8)
+    a = tl.join(tl.join(sign(w << 31), sign(w << 27)), tl.join(sign(w << 29), sign(w << 25)))
+    b = tl.join(tl.join(sign(w << 30), sign(w << 26)), tl.join(sign(w << 28), sign(w << 24)))
+    return tl.join(a, b).reshape(COUNT)
+
+
+@triton.jit
+def dense_block(
+    first, offset, direction, tensor_id, c3, k0, k1, COUNT: tl.constexpr, SIGNS: tl.constexpr, DP4A: tl.constexpr
+):  # fmt: skip
+    """Returns (COUNT,) fp32 of dense noise from flat element ``first + offset`` on, a multiple of 8. A thread makes 8 neighbours.
 
     The upper bits of the counters are those of ``first``: only tensors in which they do not change are launched this way.
     """
+    if SIGNS:
+        return signs_block(first, offset, direction, tensor_id, c3, k0, k1, COUNT)
+    else:
+        return normal_block(first, offset, direction, tensor_id, c3, k0, k1, COUNT, DP4A)
+
+
+@triton.jit
+def normal_block(first, offset, direction, tensor_id, c3, k0, k1, COUNT: tl.constexpr, DP4A: tl.constexpr):
+    """Returns what :func:`dense_block` does for Z."""
     low = ((first + offset) >> 2).to(tl.uint32)
     c0 = low + tl.arange(0, COUNT // 8).to(tl.uint32) * 2
     zero = c0 * 0
@@ -136,12 +176,16 @@ def dense_block(first, offset, direction, tensor_id, c3, k0, k1, COUNT: tl.const
 
 
 @triton.jit
-def dense_any(element, direction, tensor_id, c3, k0, k1, DP4A: tl.constexpr):
-    """Returns fp32 of Z at arbitrary flat elements (int64 tensor), with a counter for each."""
-    w0, w1, w2, w3 = flat_words(element >> 2, direction, tensor_id, c3, k0, k1)
-    k = (element & 3).to(tl.int32)
+def dense_any(element, direction, tensor_id, c3, k0, k1, SIGNS: tl.constexpr, DP4A: tl.constexpr):
+    """Returns fp32 of dense noise at arbitrary flat elements (int64 tensor), with a counter for each."""
+    words = element >> 5 if SIGNS else element  # each has a normal number, or 32 signs
+    w0, w1, w2, w3 = flat_words(words >> 2, direction, tensor_id, c3, k0, k1)
+    k = (words & 3).to(tl.int32)
     w = tl.where(k < 2, tl.where(k == 0, w0, w1), tl.where(k == 2, w2, w3))
-    return normal(w, DP4A)
+    if SIGNS:
+        return sign(w << (31 - (element & 31).to(tl.uint32)))
+    else:
+        return normal(w, DP4A)
 
 
 @triton.jit

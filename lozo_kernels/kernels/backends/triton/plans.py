@@ -63,13 +63,15 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class UpdateKind:
-    """The properties of an update that its code depends on. The rank of dense tensors is 0."""
+    """The properties of an update that its code depends on. The rank of dense tensors is 0; ``signs`` are dense noise in place of
+    normal numbers."""
 
     draws: int
     decay: bool
     stochastic: bool
     momentum: bool
     rank: int = 0
+    signs: bool = False
 
 
 def target_of(device: torch.device) -> Target:

@@ -67,7 +67,8 @@ class Work:
     def over_weights(self, plan_of: PlanOf) -> list[tuple[Plan, Tensor]]:
         """Returns the plans and tiles of the pass over the weights. The table keeps them, since a pass may not cost much Python."""
         call, prepared = self.call, self.on_device.prepared
-        key = (self._size_of, self.op, len(call.draws), call.decay is None, call.rounding is None)  # sizes are a backend's own
+        # Sizes are a backend's own.
+        key = (self._size_of, self.op, len(call.draws), call.decay is None, call.rounding is None, call.law)
         found = prepared.get(key)
         if found is None:
             found = prepared[key] = self._plans(plan_of)
@@ -76,7 +77,7 @@ class Work:
     def _plans(self, plan_of: PlanOf) -> list[tuple[Plan, Tensor]]:
         op, table, call = self.op, self.table, self.call
         momentum = op.momentum or (op.n == "optional" and table.n is not None)
-        kind = UpdateKind(len(call.draws), call.decay is not None, call.rounding is not None, momentum, table.rank)
+        kind = UpdateKind(len(call.draws), call.decay is not None, call.rounding is not None, momentum, table.rank, call.signs)
 
         def size_of(code: int) -> TileSize:
             return self._size_of(op.kernel, table.device, code != ANY_DTYPE, table.rank, kind.stochastic)

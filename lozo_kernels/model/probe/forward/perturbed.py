@@ -107,10 +107,11 @@ class PerturbedWeights:
         if table.v is None:
             scales = torch.full((len(draws), count), point.scale, dtype=torch.float32, device=table.device)
             run: Callable[..., None] = ops.dispatch
+            law = self._estimator.config.directions_law
         else:
             scales = runtime.on(table.device).scales[group : group + 1].view(1, 1).expand(len(draws), count).contiguous()
-            run = self._estimator.run
-        run(op, table, TableCall(runtime.seed, draws, scales, gains, out=out), backend)
+            run, law = self._estimator.run, "normal"
+        run(op, table, TableCall(runtime.seed, draws, scales, gains, out=out, law=law), backend)
 
     def _copies(self, members: Sequence[Member], groups: int) -> tuple[TensorTable, list[TensorTable]]:
         for member in members:

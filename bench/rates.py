@@ -1,6 +1,6 @@
 """What ``finetune`` learns without a learning rate, beside the best constant one of a grid.
 
-``python -m bench.rates`` writes ``bench/results/rates.json``: five pairs of model and task, each trained for 500 steps with the
+``python -m bench.rates`` writes ``bench/results/rates.json``: four pairs of model and task, each trained for 500 steps with the
 default rate and with constant rates, two a decade. A grid goes on until its best rate has a worse one on either side.
 ``share`` is the fall of the dev loss by default, over that of the best constant rate. The data folder is named by
 LOZO_KERNELS_DATA, or is shared/data beside the repository.
@@ -19,15 +19,14 @@ from python_tests import hf_helpers
 
 COMMON = "--steps 500 --eval-every 250 --compare-steps 0 --threads 1"
 REAL = f"--data-dir ./data --max-length 48 --batch-size 16 {COMMON}"
-SHORT = f"--data-dir ./data --max-length 32 --batch-size 8 --eval-size 250 {COMMON}"
 PAIRS = {
     "demo": (COMMON, (-7, -6)),
     "llama lm": (f"--model ./stories260K --task sst2 --objective lm {REAL}", (-9, -8)),
     "llama sst2": (f"--model ./stories260K --task sst2 {REAL}", (-9, -8)),
-    "minilm sst2": (f"--model ./minilm --task sst2 {SHORT}", (-8, -7)),
-    "minilm trec": (f"--model ./minilm --task trec {SHORT}", (-8, -7)),
+    "minilm trec": (f"--model ./minilm --task trec --data-dir ./data --max-length 24 --batch-size 16 {COMMON}", (-7, -6)),
 }
-"""Arguments of ``finetune`` by pair, and the half decades at which its grid begins."""
+"""Arguments of ``finetune`` by pair, and the half decades at which its grid begins. MiniLM on SST-2 is not among them: from
+a new head no constant rate of 1e-5 to 3e-4 lowers its dev loss in 500 steps."""
 MOST = 12
 """Rates of a grid."""
 

@@ -316,6 +316,11 @@ def test_arguments_from_a_command_line(tmp_path):
     (args,) = parser.parse_args_into_dataclasses(words)
     assert args.patch_options()["rank"] == 4 and args.patch_options()["seed"] == 7 and args.exclude == ["*.bias"]
     assert args.optimizer_options()["momentum"] == 0.9 and args.max_grad_norm == 0
+    args = ZOArguments(str(tmp_path), directions_law="rademacher", normalise="spread", directions=3)
+    assert args.optimizer_options()["normalise"] == "spread" and args.patch_options()["directions_law"] == "rademacher"
+    for bad in ({"normalise": "spread"}, {"normalise": "max"}, {"directions_law": "uniform"}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            ZOArguments(str(tmp_path), **bad)
 
 
 def test_transformers_is_imported_when_it_is_asked_for():

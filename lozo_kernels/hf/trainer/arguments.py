@@ -66,6 +66,7 @@ class ZOArguments(TrainingArguments):  # type: ignore[misc, valid-type]
     momentum: float | None = dataclasses.field(default=None, metadata={"help": "beta; None: 0.9 for lozo-m and mezo-m"})
     directions: int = dataclasses.field(default=1, metadata={"help": "directions per step, whose estimates are averaged"})
     two_sided: bool = dataclasses.field(default=True, metadata={"help": "(F(+) - F(-)) / (2 eps), or (F(+) - F) / eps"})
+    directions_law: str = dataclasses.field(default="normal", metadata={"help": "of dense directions: normal or rademacher"})
     normalise: str | None = dataclasses.field(default=None, metadata={"help": "divide c by its spread or by a running scalar"})
     placement: str = dataclasses.field(default="inplace", metadata={"help": "inplace, probe or auto"})
     side: str = dataclasses.field(default="auto", metadata={"help": "of a probe: auto, activation, scratch or copy"})
@@ -101,7 +102,7 @@ class ZOArguments(TrainingArguments):  # type: ignore[misc, valid-type]
 
     def patch_options(self) -> dict[str, Any]:
         """Arguments of :func:`lozo_kernels.patch`."""
-        names = ("placement", "side", "rounding", "include", "exclude", "keep_factors", "backend")
+        names = ("placement", "side", "rounding", "include", "exclude", "keep_factors", "backend", "directions_law")
         options = {name: getattr(self, name) for name in names} | {"seed": self.zo_seed}
         return options | {name: getattr(self, name) for name in _LOW_RANK if getattr(self, name) is not None}
 

@@ -3,6 +3,7 @@
 import copy
 import io
 import signal
+import statistics
 import warnings
 
 import pytest
@@ -26,6 +27,9 @@ SHAPES = {
     "fused-directions": {"fuse_steps": True, "directions": 2},
     "fused-one-sided": {"fuse_steps": True, "two_sided": False},
     "decay": {"weight_decay": 0.1},
+    "seven one-sided": {"two_sided": False, "directions": 7, "fuse_steps": True},
+    "spread": {"two_sided": False, "directions": 3, "normalise": "spread"},
+    "scalar": {"directions": 2, "normalise": "scalar"},
 }
 
 
@@ -47,10 +51,11 @@ def test_step_follows_the_formula(backend, method, shape):
     loss, simulated_loss = zoo_loss(model), zoo_loss(simulated)
     q, two_sided, decay = options.get("directions", 1), options.get("two_sided", True), options.get("weight_decay", 0.0)
     m = {name: torch.zeros_like(p) for name, p in simulated.named_parameters()}
+    v, weight = 0.0, 0.0
     with torch.no_grad():
         for step in range(3):  # within one window, where low-rank momentum is the dense one
             optimizer.step(loss)
-            base, total = weights(simulated), {}
+            base, total, cs = weights(simulated), {}, []
             f0 = simulated_loss()
             for d in range(q):
                 values = []
@@ -59,10 +64,15 @@ def test_step_follows_the_formula(backend, method, shape):
                     for name in handle.names:
                         simulated.get_parameter(name).copy_(base[name] + sign * eps * directions[name])
                     values.append(simulated_loss())
-                c = (values[0] - values[1]) / (2 * eps) if two_sided else (values[0] - f0) / eps
-                for name, z in directions.items():
+                cs.append(float(values[0] - values[1]) / (2 * eps) if two_sided else float(values[0] - f0) / eps)
+            v, weight = 0.99 * v + 0.01 * statistics.mean(c * c for c in cs), 0.99 * weight + 0.01
+            by = {"spread": lambda cs=cs: statistics.stdev(cs), "scalar": lambda v=v, w=weight: (v / w) ** 0.5}
+            divisor = by.get(options.get("normalise"), lambda: 1.0)()
+            for d, c in enumerate(cs):
+                for name in handle.names:
+                    z = handle.materialize(name, step, direction=d)
                     r = 3 if method.startswith("lozo") and z.dim() > 1 else 1
-                    total[name] = total.get(name, 0) + c * z / r / q
+                    total[name] = total.get(name, 0) + c / divisor * z / r / q
             for name in handle.names:
                 m[name] = beta * m[name] + (1 - beta) * total[name]
                 simulated.get_parameter(name).copy_((1 - lr * decay) * base[name] - lr * m[name])

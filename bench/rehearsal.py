@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compiling.add_arguments(parser)
     parser.add_argument("--cores", type=positive, default=8, help="of the machine with the GPU (default: 8)")
     parser.add_argument("--minutes", type=float, default=9.0, help="that bench-gpu has (default: 9)")
+    parser.add_argument("--kernel", help="names of kernels whose machine code is read, as a pattern (default: all); for tests")
     parser.add_argument("--build-seconds", type=float, help="CPU seconds of building csrc (default: build it)")
 
 
@@ -64,6 +65,8 @@ def measure(options: argparse.Namespace, document: Row) -> Row:
     document["assumed"] = "seconds of the device and of its contexts; see bench/stages.py"
     start = {name: _cpu(sys.executable, "-c", code) for name, code in _START.items()}
     document["start_cpu_seconds"] = {name: round(seconds, 1) for name, seconds in start.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        document["machine_code"] = _machine_code(options, Path(folder))
     document["build_cpu_seconds"] = round(_build() if options.build_seconds is None else options.build_seconds, 1)
     with tempfile.TemporaryDirectory() as folder:
         cold = _kernels(options, Path(folder), document)
@@ -96,6 +99,10 @@ def plan(options: argparse.Namespace, document: Row) -> list[Row]:
             parts["start"] = start["transformers"] + start["triton"]
             parts["host"] = sum(row["finding_seconds"] for row in compiled.values())
             parts["compile"] = max(slowest, _UNEVEN * (total + parts["host"]) / cores - parts["host"])
+        elif stage.name == "machine-code":
+            # It starts a process that lists kernels, and then those that read them.
+            parts["start"] = 3 * start["torch"] + 2 * start["triton"]
+            parts["compile"] = _UNEVEN * document["machine_code"]["cpu_seconds"] / cores
         elif stage.name != "machine":
             whole = stage.name.startswith(_TRANSFORMERS)
             parts["start"] = start["transformers" if whole else "torch"] + start["triton"] + _CONTEXT
@@ -174,6 +181,20 @@ def _codes(folder: Path) -> int:
     return sum(1 for _ in folder.rglob("*.cubin"))
 
 
+def _machine_code(options: argparse.Namespace, folder: Path) -> Row:
+    """Runs the stage ``machine-code`` with empty caches, for as long as it takes; returns its CPU seconds and what it found."""
+    progress("machine code")
+    result = folder / "machine-code.json"
+    stage = next(s for s in stages.gpu_stages(folder, capability=options.capability) if s.name == "machine-code")
+    words = [word for word in stage.command if word not in ("--seconds", stages.ALLOWED)]
+    words += ["--cache", str(folder / "sass"), "--jobs", str(options.processes)]
+    words += ["--kernel", options.kernel] if options.kernel else []
+    words += ["--rank", *map(str, options.rank)] if options.rank else []
+    seconds = _cpu(*words, environment={"TRITON_CACHE_DIR": str(folder / "triton")}, good=(0, 1))
+    found = json.loads(result.read_text())
+    return {"kernels": len(found["rows"]), "cpu_seconds": round(seconds, 1), "defects": found["defects"]}
+
+
 def _correctness_host() -> float:
     """Returns the CPU seconds of drawing the cases of ``correctness`` and of computing them on the CPU."""
     code = "import torch; torch.set_num_threads(1); from lozo_kernels.bench import main; import sys; sys.exit(main(['correctness',"
@@ -190,13 +211,13 @@ def _build() -> float:
         return _cpu(*command, environment={"LOZO_KERNELS_CUDA_ARCHS": "90"})
 
 
-def _cpu(*command: str, environment: dict[str, str] | None = None) -> float:
-    """Runs a command; returns its CPU seconds and those of its children."""
+def _cpu(*command: str, environment: dict[str, str] | None = None, good: tuple[int, ...] = (0,)) -> float:
+    """Runs a command that ends with a good status; returns its CPU seconds and those of its children."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         command, cwd=REPO, env=os.environ | (environment or {}), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    if done.returncode:
+    if done.returncode not in good:
         raise InputError(f"{' '.join(command)[:200]}: exit status {done.returncode}: {done.stderr.strip()[-300:]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -231,4 +252,6 @@ def render(document: Row) -> str:
     text += (
         "" if done == count else ", each of the others is taken to need as long as the mean of its stage or, without one, of all"
     )
+    code = document["machine_code"]
+    text += f"\nmachine code of {code['kernels']} kernels: {code['cpu_seconds']} s of CPU, {len(code['defects'])} defects"
     return text + f"\nkernels compiled a second time: {document['compiled_again']}; assumed: {document['assumed']}"

@@ -121,6 +121,13 @@ def _without(module: str) -> str | None:
     return None if importlib.util.find_spec(module) else f"{module} is not installed"
 
 
+def _without_disassembler() -> str | None:
+    """Says where Triton's package lacks the program that machine code is read with, as some builds of it do."""
+    spec = importlib.util.find_spec("triton")
+    program = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm" if spec and spec.origin else None
+    return None if program and program.exists() else "Triton's package has no nvdisasm"
+
+
 _MACHINE = (
     "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu,mig.mode.current,ecc.mode.current"
 )
@@ -190,7 +197,7 @@ def _machine_code(output: Path, target: str) -> Stage:
     command = (sys.executable, "-m", "bench.sass", "--target", target, "--default", "--no-cuda", "--no-naive")
     command += ("--seconds", ALLOWED, "--output", str(output / file))
     unknown = None if target in TARGETS else f"bench.sass knows {', '.join(TARGETS)}, and not {target}"
-    skip = _without("triton") or unknown
+    skip = unknown or _without("triton") or _without_disassembler()
     return Stage("machine-code", command, 60, 30, goal=True, output=file, skip=skip, verdict=machine_code_verdict)
 
 

@@ -110,7 +110,8 @@ BUDGETS = (
     *_both("lowrank_momentum", "*16", _MIDDLE, 16, 23),
     *_both("lowrank_momentum", "*16", _LARGE, 22, 30),  # 20.4 and 27.6 with Triton 3.6
     *_both("lowrank_momentum", "float32", _MIDDLE, 19, 18),
-    Budget("lowrank_momentum", "float32", _LARGE, "sm_120", 35),  # eight warps, whose matrix units take what lies in registers
+    # eight warps, whose matrix units take what lies in registers: two of them make each element
+    *(Budget("lowrank_momentum", "float32", _LARGE, target, 35) for target in ("sm_80", "sm_120")),
     *_both("lowrank_momentum", "float32", _LARGE, 27, 21),
     *_both("lowrank_momentum_2", "*", _SMALL, 42, 53),
     *_both("lowrank_momentum_2", "*", _MIDDLE, 25, 26),

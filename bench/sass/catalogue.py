@@ -192,9 +192,10 @@ def _merge_kinds(dtype: torch.dtype | None) -> Iterator[tuple[str, UpdateKind]]:
         yield "_stochastic", UpdateKind(1, False, True, True)
 
 
-def _fused_of_momentum(rank: int) -> int:
-    """Counts the fused multiply-adds of an element: the first product of N V^T is rounded, and alpha N V^T is added by one more."""
-    return rank if rank <= _EXACT_MOMENTUM_RANK else 1
+def _fused_of_momentum(rank: int) -> int | None:
+    """Counts the fused multiply-adds of an element: the first product of N V^T is rounded, and alpha N V^T is added by one more.
+    Above the ranks whose bits are promised, none are."""
+    return rank if rank <= _EXACT_MOMENTUM_RANK else None
 
 
 def _fused_of_merge(rank: int) -> int:
@@ -202,7 +203,9 @@ def _fused_of_merge(rank: int) -> int:
     return rank if lowrank_merge.is_wide(rank) else rank - 1
 
 
-def _update(kernel: str, plan: Plan, dtype: torch.dtype | None, rank: int | None, size: TileSize, *, fused: int = 0) -> Compilation:
+def _update(
+    kernel: str, plan: Plan, dtype: torch.dtype | None, rank: int | None, size: TileSize, *, fused: int | None = 0
+) -> Compilation:
     itemsize = 0 if dtype is None else dtype.itemsize
     name = "any" if dtype is None else str(dtype).removeprefix("torch.")
     moved = 2 * itemsize + (8 if kernel.startswith("dense_momentum") else 4 if plan.constants.get("FACTOR") else 0)
@@ -216,7 +219,7 @@ def _update(kernel: str, plan: Plan, dtype: torch.dtype | None, rank: int | None
         name,
         rank,
         dtype is not None,
-        not fused,
+        fused == 0,
         elements,
         size.blocks,
         itemsize,

@@ -2,8 +2,8 @@
 
 Every kernel that a stage launches is really compiled, into an empty cache. Then the stage's launches are made on a stubbed driver:
 what they compile (nothing) and what they take of the host is what is left to the stage. What a process needs to start, what the
-host computes for ``correctness``, and the stage ``machine-code``, are measured too. What the device will take is assumed (``bench/stages.py``), and so is the
-time to make a context on it. CPU seconds are those of this machine.
+host computes for ``correctness``, and the stage ``machine-code``, are measured too. What the device will take is assumed
+(``bench/stages.py``), and so is the time to make a context on it. CPU seconds are those of this machine.
 """
 
 from __future__ import annotations

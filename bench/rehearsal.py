@@ -94,11 +94,8 @@ def plan(options: argparse.Namespace, document: Row) -> list[Row]:
         if stage.name == "build":
             parts["compile"] = _UNEVEN * document["build_cpu_seconds"] / cores
         elif stage.name == "kernels":
-            total = sum(_compiling(row, list(compiled.values())) for row in compiled.values())
-            slowest = max((row["slowest_seconds"] for row in compiled.values()), default=0.0)
             parts["start"] = start["transformers"] + start["triton"]
-            parts["host"] = sum(row["finding_seconds"] for row in compiled.values())
-            parts["compile"] = max(slowest, _UNEVEN * (total + parts["host"]) / cores - parts["host"])
+            parts["host"], parts["compile"] = _ahead(list(compiled), compiled, cores)
         elif stage.name == "machine-code":
             # It starts a process that lists kernels, and then those that read them.
             parts["start"] = 3 * start["torch"] + 2 * start["triton"]
@@ -109,15 +106,31 @@ def plan(options: argparse.Namespace, document: Row) -> list[Row]:
             parts["launch"] = launching.get(_LIKE.get(stage.name, stage.name), 0.0)
             parts["host"] = host if stage.name == "correctness" else 0.0
             parts["host"] += _FULL_MODEL if whole and stage.name != "throughput" else 0.0
-        needed = sum(parts.values())
+        needed = least = sum(parts.values())
         given = max(0.0, runner.allowed_seconds(chosen[i:], left))
+        # It begins nothing more after a part of its time, so what it needs has to fit into that.
+        most = runner.MARGIN * given if stages.ALLOWED in stage.command else given
+        if stage.name == "kernels":
+            # Those of stages with a goal are compiled first; what is not compiled by the end of its time, later stages compile.
+            least = parts["start"] + sum(_ahead([s.name for s in chosen if s.goal], compiled, cores))
+            parts["compile"] -= max(0.0, needed - max(least, most))
+            needed = sum(parts.values())
         row: Row = {"stage": stage.name, "goal": stage.goal, "planned_seconds": stage.share, "given_seconds": round(given, 1)}
         row |= {f"{name}_seconds": round(seconds, 1) for name, seconds in parts.items()} | {"needed_seconds": round(needed, 1)}
-        # It begins nothing more after a part of its time, so what it needs has to fit into that.
-        row["fits"] = needed <= (runner.MARGIN * given if stages.ALLOWED in stage.command else given) if stage.goal else None
+        row["fits"] = least <= most if stage.goal else None
+        row |= {"goals_need_seconds": round(least, 1)} if stage.name == "kernels" else {}
         rows.append(row)
         left -= needed if stage.goal else given
     return rows
+
+
+def _ahead(names: list[str], compiled: dict[str, Row], cores: int) -> tuple[float, float]:
+    """Returns the seconds of finding what stages launch, and those of compiling it on all cores that come on top."""
+    rows = [compiled[name] for name in names if name in compiled]
+    total = sum(_compiling(row, list(compiled.values())) for row in rows)
+    finding = sum(row["finding_seconds"] for row in rows)
+    slowest = max((row["slowest_seconds"] for row in rows), default=0.0)
+    return finding, max(slowest, _UNEVEN * (total + finding) / cores - finding)
 
 
 def _launching(document: Row) -> dict[str, float]:

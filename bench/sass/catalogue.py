@@ -110,7 +110,7 @@ def _lowrank(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
             for name, kind in _kinds(True, dtype, rank):
                 size = tile_sizes(None, _vendor(target)).find("lowrank_momentum", dtype is not None, rank, kind.stochastic)
                 plan = lowrank.lowrank_plan(dtype, kind, size, target)
-                yield _update("lowrank_momentum" + name, plan, dtype, rank, size, fused=_fused_of_momentum(rank))
+                yield _update("lowrank_momentum" + name, plan, dtype, rank, size, fused=_fused_of_momentum(rank, kind, target))
 
 
 def _dense(target: Target) -> Iterator[Compilation]:
@@ -192,10 +192,11 @@ def _merge_kinds(dtype: torch.dtype | None) -> Iterator[tuple[str, UpdateKind]]:
         yield "_stochastic", UpdateKind(1, False, True, True)
 
 
-def _fused_of_momentum(rank: int) -> int | None:
+def _fused_of_momentum(rank: int, kind: UpdateKind, target: Target) -> int | None:
     """Counts the fused multiply-adds of an element: the first product of N V^T is rounded, and alpha N V^T is added by one more.
-    Above the ranks whose bits are promised, none are."""
-    return rank if rank <= _EXACT_MOMENTUM_RANK else None
+    Above the ranks whose bits are promised, none are. On CDNA, two waves make each element of a block that gets random bits."""
+    twice = kind.stochastic and not target.dp4a
+    return (2 * rank if twice else rank) if rank <= _EXACT_MOMENTUM_RANK else None
 
 
 def _fused_of_merge(rank: int) -> int:

@@ -99,7 +99,7 @@ BUDGETS = (
     *_both("lowrank_update", "float32", _LARGE, 16, 16),
     *_both("lowrank_update_2", "*16", _SMALL, 14, 20),
     *_both("lowrank_update_2", "*16", _MIDDLE, 17, 22),
-    *_both("lowrank_update_2", "*16", _LARGE, 19, 26),
+    *_both("lowrank_update_2", "*16", _LARGE, 20, 26),  # 19.5 with Triton 3.6
     *_both("lowrank_update_2", "float32", _SMALL, 16, 15),
     *_both("lowrank_update_2", "float32", _MIDDLE, 17, 17),
     *_both("lowrank_update_2", "float32", _LARGE, 21, 20),
@@ -114,8 +114,8 @@ BUDGETS = (
     *(Budget("lowrank_momentum", "float32", _LARGE, target, 35) for target in ("sm_80", "sm_120")),
     *_both("lowrank_momentum", "float32", _LARGE, 27, 21),
     *_both("lowrank_momentum_2", "*", _SMALL, 42, 53),
-    *_both("lowrank_momentum_2", "*", _MIDDLE, 25, 26),
-    *_both("lowrank_momentum_2", "*", _LARGE, 46, 40),
+    *_both("lowrank_momentum_2", "*", _MIDDLE, 25, 27),  # 26.1 with Triton 3.6
+    *_both("lowrank_momentum_2", "*", _LARGE, 47, 40),  # 46.3 with Triton 3.6
     *_both("lowrank_momentum_stochastic", "*16", _SMALL, 66, 105),
     *_both("lowrank_momentum_stochastic", "*16", _MIDDLE, 63, 67),
     *_both("lowrank_momentum_stochastic", "*16", _LARGE, 72, 75),
@@ -152,7 +152,8 @@ BUDGETS = (
     *_both("expansion", "*", _ANY, 38, 22),
     *_both("expansion_factor", "*", _PADDED, 17, 18),
     *_both("expansion_factor", "*", _ANY, 40, 27),
-    *_both("expansion_all", "*16", _PADDED, 26, 46),  # all 16 parts of a row are loaded without a loop, most of them by no row
+    # all 16 parts of a row are loaded without a loop, most of them by no row; 29.1 on sm_80 with Triton 3.6
+    *_both("expansion_all", "*16", _PADDED, 30, 46),
     *_both("expansion_all", "*16", _ANY, 54, 42),
     # any dtype and alignment: correct rather than fast
     *_both("lowrank_update_any", "any", _ANY, 80, 270),

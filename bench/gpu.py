@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     def save(records: list[runner.Record]) -> None:
         """Writes the summary after every stage, so that a run that is stopped leaves one of what it did."""
         last = records[-1]
-        print(f"{last['stage']}: {last['status']}, {last['seconds']:.1f} s", file=sys.stderr, flush=True)
+        reason = f": {last['reason']}" if last["reason"] else ""
+        print(f"{last['stage']}: {last['status']}, {last['seconds']:.1f} s{reason}", file=sys.stderr, flush=True)
         (output / "summary.json").write_text(json.dumps(summarise(document, records, output), indent=2) + "\n")
 
     records = runner.run_stages(

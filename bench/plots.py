@@ -73,7 +73,8 @@ def figures(document: Row) -> dict[str, Any]:
     if "extra_bytes" in first:
         return {"": memory(document)}
     if "instr_per_element" in first:
-        return {"": instructions(document)}
+        targets = [t["target"] for t in document["targets"]]
+        return {"": instructions(document, "sm_90" if "sm_90" in targets else targets[0])}
     return {}
 
 
@@ -216,7 +217,7 @@ def passes(document: Row) -> Any:
     return figure
 
 
-def instructions(document: Row, target: str = "sm_90", dtype: str = "bfloat16") -> Any:
+def instructions(document: Row, target: str, dtype: str = "bfloat16") -> Any:
     """Instructions per element of every kernel that moves weights: a plot by rank for each, and bars of those without one."""
     chosen = next(t for t in document["targets"] if t["target"] == target)
     limit = chosen[f"memory_bound_instr_{32 if dtype == 'float32' else 16}_bit"]

@@ -1,9 +1,9 @@
 """``python -m bench rehearsal``: whether ``make bench-gpu`` fits into its nine minutes, measured as far as that goes without a GPU.
 
 Every kernel that a stage launches is really compiled, into an empty cache. Then the stage's launches are made on a stubbed driver:
-what they compile (nothing) and what they take of the host is what is left to the stage. What a process needs to start, and what
-the host computes for ``correctness``, is measured too. What the device will take is assumed (``bench/stages.py``), and so is the
-time to make a context on it. CPU seconds are those of this machine.
+what they compile (nothing) and what they take of the host is what is left to the stage. What a process needs to start, what the
+host computes for ``correctness``, and the stage ``machine-code``, are measured too. What the device will take is assumed
+(``bench/stages.py``), and so is the time to make a context on it. CPU seconds are those of this machine.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compiling.add_arguments(parser)
     parser.add_argument("--cores", type=positive, default=8, help="of the machine with the GPU (default: 8)")
     parser.add_argument("--minutes", type=float, default=9.0, help="that bench-gpu has (default: 9)")
+    parser.add_argument("--kernel", help="names of kernels whose machine code is read, as a pattern (default: all); for tests")
     parser.add_argument("--build-seconds", type=float, help="CPU seconds of building csrc (default: build it)")
 
 
@@ -64,6 +65,8 @@ def measure(options: argparse.Namespace, document: Row) -> Row:
     document["assumed"] = "seconds of the device and of its contexts; see bench/stages.py"
     start = {name: _cpu(sys.executable, "-c", code) for name, code in _START.items()}
     document["start_cpu_seconds"] = {name: round(seconds, 1) for name, seconds in start.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        document["machine_code"] = _machine_code(options, Path(folder))
     document["build_cpu_seconds"] = round(_build() if options.build_seconds is None else options.build_seconds, 1)
     with tempfile.TemporaryDirectory() as folder:
         cold = _kernels(options, Path(folder), document)
@@ -91,26 +94,43 @@ def plan(options: argparse.Namespace, document: Row) -> list[Row]:
         if stage.name == "build":
             parts["compile"] = _UNEVEN * document["build_cpu_seconds"] / cores
         elif stage.name == "kernels":
-            total = sum(_compiling(row, list(compiled.values())) for row in compiled.values())
-            slowest = max((row["slowest_seconds"] for row in compiled.values()), default=0.0)
             parts["start"] = start["transformers"] + start["triton"]
-            parts["host"] = sum(row["finding_seconds"] for row in compiled.values())
-            parts["compile"] = max(slowest, _UNEVEN * (total + parts["host"]) / cores - parts["host"])
+            parts["host"], parts["compile"] = _ahead(list(compiled), compiled, cores)
+        elif stage.name == "machine-code":
+            # It starts a process that lists kernels, and then those that read them.
+            parts["start"] = 3 * start["torch"] + 2 * start["triton"]
+            parts["compile"] = _UNEVEN * document["machine_code"]["cpu_seconds"] / cores
         elif stage.name != "machine":
             whole = stage.name.startswith(_TRANSFORMERS)
             parts["start"] = start["transformers" if whole else "torch"] + start["triton"] + _CONTEXT
             parts["launch"] = launching.get(_LIKE.get(stage.name, stage.name), 0.0)
             parts["host"] = host if stage.name == "correctness" else 0.0
             parts["host"] += _FULL_MODEL if whole and stage.name != "throughput" else 0.0
-        needed = sum(parts.values())
+        needed = least = sum(parts.values())
         given = max(0.0, runner.allowed_seconds(chosen[i:], left))
+        # It begins nothing more after a part of its time, so what it needs has to fit into that.
+        most = runner.MARGIN * given if stages.ALLOWED in stage.command else given
+        if stage.name == "kernels":
+            # Those of stages with a goal are compiled first; what is not compiled by the end of its time, later stages compile.
+            least = parts["start"] + sum(_ahead([s.name for s in chosen if s.goal], compiled, cores))
+            parts["compile"] -= max(0.0, needed - max(least, most))
+            needed = sum(parts.values())
         row: Row = {"stage": stage.name, "goal": stage.goal, "planned_seconds": stage.share, "given_seconds": round(given, 1)}
         row |= {f"{name}_seconds": round(seconds, 1) for name, seconds in parts.items()} | {"needed_seconds": round(needed, 1)}
-        # It begins nothing more after a part of its time, so what it needs has to fit into that.
-        row["fits"] = needed <= (runner.MARGIN * given if stages.ALLOWED in stage.command else given) if stage.goal else None
+        row["fits"] = least <= most if stage.goal else None
+        row |= {"goals_need_seconds": round(least, 1)} if stage.name == "kernels" else {}
         rows.append(row)
         left -= needed if stage.goal else given
     return rows
+
+
+def _ahead(names: list[str], compiled: dict[str, Row], cores: int) -> tuple[float, float]:
+    """Returns the seconds of finding what stages launch, and those of compiling it on all cores that come on top."""
+    rows = [compiled[name] for name in names if name in compiled]
+    total = sum(_compiling(row, list(compiled.values())) for row in rows)
+    finding = sum(row["finding_seconds"] for row in rows)
+    slowest = max((row["slowest_seconds"] for row in rows), default=0.0)
+    return finding, max(slowest, _UNEVEN * (total + finding) / cores - finding)
 
 
 def _launching(document: Row) -> dict[str, float]:
@@ -174,6 +194,20 @@ def _codes(folder: Path) -> int:
     return sum(1 for _ in folder.rglob("*.cubin"))
 
 
+def _machine_code(options: argparse.Namespace, folder: Path) -> Row:
+    """Runs the stage ``machine-code`` with empty caches, for as long as it takes; returns its CPU seconds and what it found."""
+    progress("machine code")
+    result = folder / "machine-code.json"
+    stage = next(s for s in stages.gpu_stages(folder, capability=options.capability) if s.name == "machine-code")
+    words = [word for word in stage.command if word not in ("--seconds", stages.ALLOWED)]
+    words += ["--cache", str(folder / "sass"), "--jobs", str(options.processes)]
+    words += ["--kernel", options.kernel] if options.kernel else []
+    words += ["--rank", *map(str, options.rank)] if options.rank else []
+    seconds = _cpu(*words, environment={"TRITON_CACHE_DIR": str(folder / "triton")}, good=(0, 1))
+    found = json.loads(result.read_text())
+    return {"kernels": len(found["rows"]), "cpu_seconds": round(seconds, 1), "defects": found["defects"]}
+
+
 def _correctness_host() -> float:
     """Returns the CPU seconds of drawing the cases of ``correctness`` and of computing them on the CPU."""
     code = "import torch; torch.set_num_threads(1); from lozo_kernels.bench import main; import sys; sys.exit(main(['correctness',"
@@ -190,13 +224,13 @@ def _build() -> float:
         return _cpu(*command, environment={"LOZO_KERNELS_CUDA_ARCHS": "90"})
 
 
-def _cpu(*command: str, environment: dict[str, str] | None = None) -> float:
-    """Runs a command; returns its CPU seconds and those of its children."""
+def _cpu(*command: str, environment: dict[str, str] | None = None, good: tuple[int, ...] = (0,)) -> float:
+    """Runs a command that ends with a good status; returns its CPU seconds and those of its children."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         command, cwd=REPO, env=os.environ | (environment or {}), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    if done.returncode:
+    if done.returncode not in good:
         raise InputError(f"{' '.join(command)[:200]}: exit status {done.returncode}: {done.stderr.strip()[-300:]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -231,4 +265,6 @@ def render(document: Row) -> str:
     text += (
         "" if done == count else ", each of the others is taken to need as long as the mean of its stage or, without one, of all"
     )
+    code = document["machine_code"]
+    text += f"\nmachine code of {code['kernels']} kernels: {code['cpu_seconds']} s of CPU, {len(code['defects'])} defects"
     return text + f"\nkernels compiled a second time: {document['compiled_again']}; assumed: {document['assumed']}"

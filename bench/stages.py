@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bench.sass.targets import TARGETS
 from lozo_kernels.bench import MEASUREMENTS
 from lozo_kernels.bench.deadline import EXIT_INCOMPLETE
 
@@ -21,6 +22,9 @@ INCOMPLETE = "incomplete"
 
 ALLOWED = "{allowed}"
 """Stands in a command for the seconds that the stage has."""
+
+DEFECTS = "defects"
+"""The machine code of kernels is worse than it is held to be. That is no wrong bit: those are found by ``correctness``."""
 
 Verdict = tuple[str, str | None]
 """A status and its reason."""
@@ -87,6 +91,12 @@ def profiler_verdict(code: int, log: str) -> Verdict:
     return by_return_code(code, log)
 
 
+def machine_code_verdict(code: int, log: str) -> Verdict:
+    """Knows that a defect of machine code makes figures worse, and no bit wrong."""
+    lines = [line for line in log.splitlines() if "kernels checked, " in line]
+    return (DEFECTS, lines[-1].strip()[:200]) if code == 1 and lines else by_return_code(code, log)
+
+
 def backend_verdict(code: int, log: str) -> Verdict:
     """Knows that a backend that is asked for by name need not be there."""
     if code and "cannot serve" in log:
@@ -109,6 +119,13 @@ def _missing(program: str) -> str | None:
 
 def _without(module: str) -> str | None:
     return None if importlib.util.find_spec(module) else f"{module} is not installed"
+
+
+def _without_disassembler() -> str | None:
+    """Says where Triton's package lacks the program that machine code is read with, as some builds of it do."""
+    spec = importlib.util.find_spec("triton")
+    program = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm" if spec and spec.origin else None
+    return None if program and program.exists() else "Triton's package has no nvdisasm"
 
 
 _MACHINE = (
@@ -142,7 +159,8 @@ def _before_figures(output: Path, bench: Callable[..., Stage], capability: str |
     python = sys.executable
     no_compiler = None if any(map(shutil.which, ("c++", "g++", "clang++"))) else "there is no C++ compiler here"
     query = ("nvidia-smi", f"--query-gpu={_MACHINE}", "--format=csv")
-    compiling = f"kernels|--capability|{capability or '9.0'}" + (f"|--device-name|{name}" if name else "")
+    capability = capability or "9.0"
+    compiling = f"kernels|--capability|{capability}" + (f"|--device-name|{name}" if name else "")
     return [
         Stage("machine", query, 20, 2, goal=True, keep_log="machine.txt", skip=_missing("nvidia-smi")),
         Stage(
@@ -155,6 +173,7 @@ def _before_figures(output: Path, bench: Callable[..., Stage], capability: str |
             environment=only_this,
         ),
         _bench("kernels", compiling, output, device="cpu", limit=180, share=110, goal=True, skip=_without("triton")),
+        _machine_code(output, "sm_" + capability.replace(".", "")),
         bench("correctness", "correctness", limit=90, share=50, goal=True, device_seconds=6, red_if=(FAILED, TIMED_OUT, NOT_RUN)),
         Stage(
             "tests",
@@ -170,6 +189,16 @@ def _before_figures(output: Path, bench: Callable[..., Stage], capability: str |
         ),
         bench("exactness", "exactness", limit=40, share=20, goal=True, device_seconds=3),
     ]
+
+
+def _machine_code(output: Path, target: str) -> Stage:
+    """Reads what the installed Triton makes of the default kernels for this device. Defects are reported and stop no figures."""
+    file = "machine-code.json"
+    command = (sys.executable, "-m", "bench.sass", "--target", target, "--default", "--no-cuda", "--no-naive")
+    command += ("--seconds", ALLOWED, "--output", str(output / file))
+    unknown = None if target in TARGETS else f"bench.sass knows {', '.join(TARGETS)}, and not {target}"
+    skip = unknown or _without("triton") or _without_disassembler()
+    return Stage("machine-code", command, 60, 30, goal=True, output=file, skip=skip, verdict=machine_code_verdict)
 
 
 def _goals(bench: Callable[..., Stage]) -> list[Stage]:

@@ -16,6 +16,7 @@ import lozo_kernels.bench as measurements
 from bench import goals, gpu, rehearsal, runner, stages, summary
 from bench.__main__ import MEASUREMENTS
 from bench.evidence import REPO as ROOT
+from bench.sass import __main__ as sass
 from lozo_kernels.bench import arguments, models
 from python_tests.machine import stretched, wait_until
 
@@ -136,6 +137,10 @@ def test_an_old_result_is_not_taken_for_a_new_one(tmp_path):
         (stages.profiler_verdict, 1, "==ERROR== ERR_NVGPUCTRPERM", "skipped"),
         (stages.profiler_verdict, 0, "No kernels were profiled.", "failed"),
         (stages.profiler_verdict, 0, "", "ok"),
+        (stages.machine_code_verdict, 1, "63 kernels checked, 1 defects, the first: x sm_90: 8 bytes of stack", "defects"),
+        (stages.machine_code_verdict, 1, "ImportError: no triton", "failed"),
+        (stages.machine_code_verdict, 75, "", "incomplete"),
+        (stages.machine_code_verdict, 0, "63 kernels checked, 0 defects", "ok"),
         (stages.backend_verdict, 2, "error: backend 'cuda' cannot serve cuda:0: it was not built", "skipped"),
     ],
 )
@@ -160,9 +165,37 @@ def test_the_commands_for_a_gpu_are_understood(tmp_path):
             assert Path(options.output).name == s.output
     goals_first = [s.goal for s in stages.gpu_stages(tmp_path)]
     assert goals_first == sorted(goals_first, reverse=True) and {"throughput", "step", "memory", "probe"} <= set(names)
-    assert names.index("kernels") < names.index("correctness")
+    assert names.index("kernels") < names.index("machine-code") < names.index("correctness")
     assert names.index("correctness") < min(i for i, s in enumerate(stages.gpu_stages(tmp_path)) if s.figures)
     assert set(goals.STEP["cuda"]["model"].split()) <= set(models.MODELS) and "float16" in arguments.DTYPE_NAMES
+
+
+@pytest.mark.parametrize(("capability", "target"), [("8.0", "sm_80"), ("9.0", "sm_90"), ("12.0", "sm_120"), ("8.6", None)])
+def test_machine_code_is_read_for_the_device_at_hand(tmp_path, capability, target):
+    code = next(s for s in stages.gpu_stages(tmp_path, capability=capability) if s.name == "machine-code")
+    if target is None:
+        assert "sm_86" in code.skip
+        return
+    options = sass._parser().parse_args([w.replace(stages.ALLOWED, "5") for w in code.command[3:]])
+    assert options.target == [target] and options.default and options.seconds == 5 and options.triton is None
+    assert options.output == tmp_path / code.output and not code.red_if
+
+
+def test_machine_code_with_a_defect_is_reported_at_once_and_makes_nothing_red(tmp_path, monkeypatch, capsys):
+    """Whatever it says, wrong bits are found by correctness; the figures are worse, and stand beside the reason."""
+    line = "2 kernels checked, 1 defects, the first: lowrank_update sm_90 bfloat16 rank 4: 8 bytes of stack"
+    chosen = [
+        stage("machine-code", f"print({line!r}); print('a table'); raise SystemExit(1)", verdict=stages.machine_code_verdict),
+        stage("throughput", "pass", figures=True),
+    ]
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "machine", lambda _: {"device": "a device"})
+    monkeypatch.setattr(gpu.stages, "gpu_stages", lambda *_, **__: chosen)
+    assert gpu.main(["--output", str(tmp_path)]) == 0
+    assert f"s: {line}\n" in capsys.readouterr().err
+    records = json.loads((tmp_path / "summary.json").read_text())["stages"]
+    assert [(r["stage"], r["status"]) for r in records] == [("machine-code", "defects"), ("throughput", "ok")]
+    assert records[0]["reason"] == line
 
 
 def documents():
@@ -275,20 +308,28 @@ def test_every_gpu_test_is_in_a_file_that_a_stage_names():
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_a_rehearsal_in_a_small_form(tmp_path, monkeypatch):
     """The kernel of one rank is compiled; a launch of it on a stubbed driver compiles nothing. What takes long is given."""
+    real = rehearsal._cpu
     monkeypatch.setattr(rehearsal, "_correctness_host", lambda: 10.0)
-    monkeypatch.setattr(rehearsal, "_cpu", lambda *_, **__: 4.0)
+    monkeypatch.setattr(rehearsal, "_cpu", lambda *words, **more: real(*words, **more) if "bench.sass" in words else 4.0)
     path = tmp_path / "rehearsal.json"
-    small = ["--stages", "exactness", "--rank", "4", "--processes", "1", "--build-seconds", "130", "--output", str(path)]
+    small = ["--stages", "exactness", "--rank", "4", "--processes", "1", "--kernel", "lowrank_update"]
+    small += ["--build-seconds", "130", "--output", str(path)]
     assert measurements.main(["rehearsal", *small], MEASUREMENTS) == 0
     found = json.loads(path.read_text())
     assert found["kernels"][0]["compiled"] == found["launches"][0]["launches"] == 1
     assert found["compiled_again"] == 0 and found["fits"]
+    code = found["machine_code"]
+    assert code["kernels"] == 3 and code["cpu_seconds"] > 0 and not code["defects"]  # one of each dtype
     needed = {row["stage"]: row["needed_seconds"] for row in found["rows"]}
     assert needed["build"] == pytest.approx(1.15 * 130 / 8, abs=0.1)
-    # Twenty times the kernels do not fit.
-    found["kernels"][0]["cpu_seconds"] = 4000
     options = types.SimpleNamespace(minutes=9.0, cores=8)
-    assert not all(row["fits"] for row in rehearsal.plan(options, found) if row["goal"])
+
+    def late(**changed):
+        return [row["stage"] for row in rehearsal.plan(options, found | changed) if row["goal"] and not row["fits"]]
+
+    # Machine code that takes twenty times as long fits no more, and neither do the kernels.
+    assert late(machine_code={"cpu_seconds": 800.0}) == ["machine-code"]
+    assert "kernels" in late(kernels=[found["kernels"][0] | {"cpu_seconds": 4000}])
 
 
 def test_the_committed_rehearsal_fits():

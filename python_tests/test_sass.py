@@ -17,6 +17,7 @@ from bench.sass.pool import list_jobs, read_all
 from bench.sass.program import Resources
 from bench.sass.rows import row_of
 from bench.sass.toolchain import installed
+from lozo_kernels.bench.deadline import Deadline
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install triton")
 
@@ -203,6 +204,24 @@ def test_bounded_kernels_may_fuse_and_kernels_need_a_budget():
     assert defects(JOB, Facts(broken="no such register"), {}, BUDGET) == ["cannot be compiled or followed: no such register"]
 
 
+@pytest.mark.parametrize(("sums", "due", "says"), [(1, 2, None), (2, 2, "4 fused"), (0, 2, "0 fused"), (1, 1, "2 fused")])
+def test_products_written_with_fused_multiply_adds_have_as_many_as_promised(sums, due, says):
+    """Each of the two trips has 8 elements; the table's own instructions before the loop count too."""
+    fused = "\n".join(["/*01*/ FFMA R4, R4, R8, R9 ;"] * 16 * sums)
+    text = SASS.replace("        /*0040*/                   FADD R4, R4, R9 ;", fused)
+    _, found = found_in(text, exact=False, fused=due, default=False)
+    assert [d for d in found if "fused" in d] == ([f"{says} multiply-adds in fp32 an element, {due} promised"] if says else [])
+    one_more = text.replace("FMUL R9, R9, R8", "FFMA R9, R9, R8, R8")
+    assert any("multiply-adds" in d for d in found_in(one_more, exact=False, fused=due)[1])
+
+
+def test_pairs_are_two_fused_multiply_adds():
+    assert nvidia.instruction_of("FFMA2", "R4, R4.F32x2.HI_LO, R8.F32x2.HI_LO, R9.F32x2.HI_LO", "").fused == 2
+    assert nvidia.instruction_of("FFMA2", "R4, R4.F32x2.HI_LO, R8.F32x2.HI_LO, -RZ", "").fused == 0
+    assert amd.instruction_of("v_pk_fma_f32", "v[0:1], v[2:3], v[4:5], v[6:7]", "").fused == 2
+    assert amd.instruction_of("v_fma_mix_f32", "v2, v5, v119, v2 op_sel_hi:[1,0,0]", "").fused == 1
+
+
 def test_required_budgets_are_in_the_table():
     def budget(kernel, rank):
         return budget_for({"kernel": kernel, "dtype": "bfloat16", "target": "sm_90", "rank": rank})
@@ -357,6 +376,23 @@ def test_compiled_defects_are_found(tmp_path, monkeypatch):
     assert "instructions per element, 16 budgeted" in found["naive_dense_randn"]
     assert "accessed with fewer than 128 bits" in found["naive_dense_scalar"]
     assert "stack or spilled registers" in found["squeezed"]
+
+
+@needs_triton
+def test_time_that_is_over_leaves_kernels_out_and_says_so(capsys, tmp_path, monkeypatch):
+    """What was read before stays in the cache, and the next run goes on from there."""
+    chosen = ["--target", "sm_90", "--kernel", "lowrank_update", "--dtype", "bfloat16", "--rank", "1", "4", "--default"]
+    places = ["--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "sass.json")]
+    chosen += ["--no-cuda", "--no-naive", "--jobs", "1", *places]
+    assert main([*chosen, "--seconds", "1"]) == 75
+    assert "2 of 2 Triton kernels are not checked: the time was over" in capsys.readouterr().err
+    asked = iter([False, True])
+    monkeypatch.setattr(Deadline, "over", lambda self: setattr(self, "passed", next(asked)) or self.passed)
+    assert main(chosen) == 75
+    document = json.loads((tmp_path / "sass.json").read_text())
+    assert [row["rank"] for row in document["rows"]] == [4]  # what has a goal comes first
+    assert document["complete"] is False and document["remarks"] == ["1 of 2 Triton kernels are not checked: the time was over"]
+    assert str(tmp_path) not in document["command"]
 
 
 def test_filters_that_fit_nothing_are_an_error(capsys):

@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lozo_kernels.bench.arguments import positive
+from lozo_kernels.bench.deadline import EXIT_INCOMPLETE, Deadline
 from lozo_kernels.bench.document import dumps
-from lozo_kernels.bench.environment import commit, versions
+from lozo_kernels.bench.environment import commit, portable, versions
 from lozo_kernels.errors import InputError
 
 from . import cuda, report, summary
@@ -35,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the check, ``report`` or ``summary``.
 
     Returns:
-        0; 1 if a kernel is wrong; 2 for a wrong command line, one that chooses no kernel, or a Triton that is missing.
+        0; 1 if a kernel has a defect; 2 for a wrong command line, one that chooses no kernel, or a Triton that is missing; 75 if
+        the time that ``--seconds`` gives was over before all were read, and those that were have none.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["report"]:
@@ -49,35 +52,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bench.sass: {error}", file=sys.stderr)
         return 2
     cache = Cache(options.cache)
-    jobs, facts, remarks = _read(options, cache, toolchain)
+    deadline = Deadline(options.seconds)
+    jobs, facts, remarks = _read(options, cache, toolchain, deadline)
+    if deadline.passed and not jobs:
+        print("bench.sass:", *remarks, file=sys.stderr)
+        return EXIT_INCOMPLETE
     if not jobs:
         print("bench.sass: no kernel fits these filters", *remarks, sep="\n", file=sys.stderr)
         return 2
-    rows, failures = _check(jobs, facts)
+    rows, found = _check(jobs, facts)
     document = {
         "versions": versions() | {"triton": toolchain.version if toolchain is not None else None},
         "system": f"{platform.system()} {platform.machine()}",
         "commit": commit(),
-        "command": shlex.join(["python", "-m", "bench.sass", *words]),
+        "command": shlex.join(["python", "-m", "bench.sass", *map(portable, words)]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "remarks": remarks,
-        "failures": failures,
+        "defects": found,
         "targets": [report.target_row(TARGETS[name]) for name in TARGETS if any(r["target"] == name for r in rows)],
         "rows": rows,
-    }
+    } | deadline.note()
     text = dumps(document)
     if options.output is not None:
         options.output.write_text(text + "\n")
     print(text if options.json else report.table(document))
     if options.json:
-        print(*remarks, *failures, sep="\n", file=sys.stderr)
+        print(*remarks, *found, sep="\n", file=sys.stderr)
     checked = sum(not job["naive"] for job in jobs)
-    print(f"{checked} kernels checked, {len(failures)} defects", file=sys.stderr)
-    return 1 if failures else 0
+    first = f", the first: {found[0]}" if found else ""
+    print(f"{checked} kernels checked, {len(found)} defects{first}", file=sys.stderr, flush=True)
+    return 1 if found else EXIT_INCOMPLETE if deadline.passed else 0
 
 
 def _read(
-    options: argparse.Namespace, cache: Cache, toolchain: Toolchain | None
+    options: argparse.Namespace, cache: Cache, toolchain: Toolchain | None, deadline: Deadline
 ) -> tuple[list[dict[str, Any]], list[Facts], list[str]]:
     """Reads the chosen kernels; returns them, their facts, and remarks about what is left out and why."""
     remarks: list[str] = []
@@ -92,8 +100,12 @@ def _read(
         jobs += [job | {"target": name} for job in listed for name in options.target if TARGETS[name].vendor == job["vendor"]]
         jobs = [job for job in jobs if _chosen(job, options)]
         progress = _Progress(len(jobs))
-        facts = read_all(jobs, cache, options.jobs, progress.step, toolchain)
+        answers = read_all(jobs, cache, options.jobs, progress.step, toolchain, deadline.over)
         progress.end()
+        if None in answers:
+            remarks.append(f"{answers.count(None)} of {len(jobs)} Triton kernels are not checked: the time was over")
+        jobs = [job for job, answer in zip(jobs, answers, strict=True) if answer is not None]
+        facts = [answer for answer in answers if answer is not None]
     if not options.no_cuda:
         targets = [name for name in options.target if TARGETS[name].vendor == "nvidia"]
         found, read, reasons = cuda.read(targets, cache, options.jobs)
@@ -106,7 +118,8 @@ def _read(
 
 def _chosen(job: dict[str, Any], options: argparse.Namespace) -> bool:
     return (
-        (options.kernel is None or any(fnmatch.fnmatchcase(job["kernel"], pattern) for pattern in options.kernel))
+        (job["default"] or not options.default)
+        and (options.kernel is None or any(fnmatch.fnmatchcase(job["kernel"], pattern) for pattern in options.kernel))
         and (options.dtype is None or job["dtype"] in options.dtype)
         and (options.rank is None or job["rank"] is None or job["rank"] in options.rank)
     )
@@ -114,17 +127,17 @@ def _chosen(job: dict[str, Any], options: argparse.Namespace) -> bool:
 
 def _check(jobs: list[dict[str, Any]], facts: list[Facts]) -> tuple[list[dict[str, Any]], list[str]]:
     """Returns the rows in order, and a line for every defect."""
-    rows, failures = [], []
+    rows, found_defects = [], []
     for job, found in zip(jobs, facts, strict=True):
         budget = None if job["naive"] else budget_for(job)
         row = row_of(job, found, budget)
         rows.append(row)
         if not job["naive"]:
             place = f"{job['kernel']} {job['target']} {job['dtype']} rank {'-' if job['rank'] is None else job['rank']}"
-            failures += [f"{place}: {defect}" for defect in defects(job, found, row, budget)]
+            found_defects += [f"{place}: {defect}" for defect in defects(job, found, row, budget)]
         elif found.broken is not None:
-            failures.append(f"{job['kernel']} {job['target']} {job['dtype']}: {found.broken}")
-    return rows, failures
+            found_defects.append(f"{job['kernel']} {job['target']} {job['dtype']}: {found.broken}")
+    return rows, found_defects
 
 
 class _Progress:
@@ -157,6 +170,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", nargs="+", metavar="DTYPE", help="bfloat16, float16, float32, any, none")
     parser.add_argument("--rank", nargs="+", type=int, metavar="R", help="dense kernels are always included")
+    parser.add_argument("--default", action="store_true", help="only what training uses by default")
+    parser.add_argument(
+        "--seconds", type=positive, help="begin nothing more after so long, from the start of the process (default: read all)"
+    )
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that compile (default: all cores)"
     )

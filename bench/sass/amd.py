@@ -93,10 +93,16 @@ def instruction_of(opcode: str, operands: str, source: str) -> Instruction:
         pipe,
         work,
         access,
-        fused=_FUSED.match(bare) is not None and not (bare == "v_fma_mix_f32" and "neg(0)" in operands),
+        fused=_fused(bare, operands),
         local=bare.startswith("scratch_"),
         call=bare == "s_swappc_b64",
     )
+
+
+def _fused(bare: str, operands: str) -> int:
+    if _FUSED.match(bare) is None or (bare == "v_fma_mix_f32" and "neg(0)" in operands):
+        return 0
+    return 2 if bare.startswith("v_pk_") else 1
 
 
 def _access_bits(suffix: str) -> int:

@@ -50,7 +50,8 @@ class Compilation:
         dtype: of the weights, "any", or "none" where no weights are touched.
         rank: None for dense kernels.
         aligned: all access to weights must be 128 bits wide.
-        exact: no fused multiply-add may occur; products with N are written with them.
+        exact: no fused multiply-add may occur.
+        fused: those that an element has instead, in products that the contract writes with them; None where none are promised.
         tile_elements: weights (or entries of a factor) that a program handles in a full tile.
         iterations: of its main loop for a full tile.
         itemsize: bytes of a weight, 0 where no weights are touched.
@@ -77,6 +78,7 @@ class Compilation:
     default: bool
     writes: bool = True
     nested: int | None = None
+    fused: int | None = None
 
     @property
     def read_bytes(self) -> int:
@@ -104,11 +106,11 @@ def _lowrank(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
             for name, kind in _kinds(False, dtype, rank):
                 size = tile_sizes(None, _vendor(target)).find("lowrank_update", dtype is not None, rank, kind.stochastic)
                 plan = lowrank.lowrank_plan(dtype, kind, size, target)
-                yield _update("lowrank_update" + name, plan, dtype, rank, size, exact=True)
+                yield _update("lowrank_update" + name, plan, dtype, rank, size)
             for name, kind in _kinds(True, dtype, rank):
                 size = tile_sizes(None, _vendor(target)).find("lowrank_momentum", dtype is not None, rank, kind.stochastic)
                 plan = lowrank.lowrank_plan(dtype, kind, size, target)
-                yield _update("lowrank_momentum" + name, plan, dtype, rank, size, exact=False)
+                yield _update("lowrank_momentum" + name, plan, dtype, rank, size, fused=_fused_of_momentum(rank, kind, target))
 
 
 def _dense(target: Target) -> Iterator[Compilation]:
@@ -116,7 +118,7 @@ def _dense(target: Target) -> Iterator[Compilation]:
         for op in ("dense_update", "dense_momentum"):
             for name, kind in _kinds(op == "dense_momentum", dtype):
                 size = tile_sizes(None, _vendor(target)).find(op, dtype is not None, 0, kind.stochastic)
-                yield _update(op + name, dense.dense_plan(dtype, kind, size, target), dtype, None, size, exact=True)
+                yield _update(op + name, dense.dense_plan(dtype, kind, size, target), dtype, None, size)
 
 
 def _factors(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
@@ -142,12 +144,12 @@ def _merges(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
         for name, kind in _merge_kinds(dtype):
             size = tile_sizes(None, _vendor(target)).find("dense_merge", dtype is not None, 0, kind.stochastic)
             plan = dense_merge.dense_merge_plan(dtype, kind, size, target)
-            yield _update("dense_merge" + name, plan, dtype, None, size, exact=True)
+            yield _update("dense_merge" + name, plan, dtype, None, size)
             for rank in ranks if kind.momentum and not kind.signs else ():
                 kind = dataclasses.replace(kind, rank=rank)
                 size = tile_sizes(None, _vendor(target)).find("lowrank_merge", dtype is not None, rank, kind.stochastic)
                 plan = lowrank_merge.lowrank_merge_plan(dtype, kind, size, target)
-                yield _update("lowrank_merge" + name, plan, dtype, rank, size, exact=False)
+                yield _update("lowrank_merge" + name, plan, dtype, rank, size, fused=_fused_of_merge(rank))
 
 
 def _activations(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
@@ -197,7 +199,21 @@ def _merge_kinds(dtype: torch.dtype | None) -> Iterator[tuple[str, UpdateKind]]:
         yield "_stochastic", UpdateKind(1, False, True, True)
 
 
-def _update(kernel: str, plan: Plan, dtype: torch.dtype | None, rank: int | None, size: TileSize, *, exact: bool) -> Compilation:
+def _fused_of_momentum(rank: int, kind: UpdateKind, target: Target) -> int | None:
+    """Counts the fused multiply-adds of an element: the first product of N V^T is rounded, and alpha N V^T is added by one more.
+    Above the ranks whose bits are promised, none are. On CDNA, two waves make each element of a block that gets random bits."""
+    twice = kind.stochastic and not target.dp4a
+    return (2 * rank if twice else rank) if rank <= _EXACT_MOMENTUM_RANK else None
+
+
+def _fused_of_merge(rank: int) -> int:
+    """Counts those of a merge. Above the ranks that stay in registers, the first product is fused with -0."""
+    return rank if lowrank_merge.is_wide(rank) else rank - 1
+
+
+def _update(
+    kernel: str, plan: Plan, dtype: torch.dtype | None, rank: int | None, size: TileSize, *, fused: int | None = 0
+) -> Compilation:
     itemsize = 0 if dtype is None else dtype.itemsize
     name = "any" if dtype is None else str(dtype).removeprefix("torch.")
     moved = 2 * itemsize + (8 if kernel.startswith("dense_momentum") else 4 if plan.constants.get("FACTOR") else 0)
@@ -211,12 +227,13 @@ def _update(kernel: str, plan: Plan, dtype: torch.dtype | None, rank: int | None
         name,
         rank,
         dtype is not None,
-        exact,
+        fused == 0,
         elements,
         size.blocks,
         itemsize,
         bytes_per_element=moved,
         default=default,
+        fused=fused or None,
         nested=rank // 4 if kernel.startswith("lowrank_merge") and rank else None,
     )
 
@@ -263,6 +280,7 @@ def _compilation(
     default: bool,
     writes: bool = True,
     nested: int | None = None,
+    fused: int | None = None,
     types: Mapping[str, str] = _POINTERS,
 ) -> Compilation:
     signature = {name: {**types, **_NUMBERS}[name] for name in plan.kernel.arg_names if name not in plan.constants}
@@ -285,4 +303,5 @@ def _compilation(
         default=default,
         writes=writes,
         nested=nested,
+        fused=fused,
     )

@@ -72,6 +72,10 @@ def _rounding(job: Mapping[str, Any], facts: Facts) -> list[str]:
     found = []
     if job["exact"] and facts.fused:
         found.append(f"fused multiply-adds in fp32: {_listed(facts.fused)}")
+    if job["aligned"] and job.get("fused") is not None:
+        each = facts.fused_on_path * job["threads"] / job["tile_elements"]
+        if each != job["fused"]:
+            found.append(f"{each:g} fused multiply-adds in fp32 an element, {job['fused']} promised")
     if facts.flushing or facts.mode_flushes:
         found.append(f"subnormal numbers become zero: {_listed(facts.flushing) or 'mode of the kernel'}")
     return found

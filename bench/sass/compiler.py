@@ -52,6 +52,7 @@ def describe(compilation: Any, vendor: str) -> dict[str, Any]:
         "rank": compilation.rank,
         "aligned": compilation.aligned,
         "exact": compilation.exact,
+        "fused": compilation.fused,
         "tile_elements": compilation.tile_elements,
         "iterations": compilation.iterations,
         "ahead": bool(compilation.constants.get("AHEAD")),

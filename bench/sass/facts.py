@@ -44,6 +44,7 @@ class Facts:
         narrow: accesses to weights below 128 bits anywhere, by opcode.
         other_narrow_stores: stores below 128 bits to global memory, but not to weights, anywhere, by opcode.
         fused, flushing: by opcode, anywhere.
+        fused_on_path: fused multiply-adds on the path.
         local: accesses to spill memory anywhere.
         calls: functions called on the path.
         instructions: on the path, or of one trip of the main loop where that is all that is counted.
@@ -64,6 +65,7 @@ class Facts:
     other_narrow_stores: dict[str, int] = dataclasses.field(default_factory=dict)
     fused: dict[str, int] = dataclasses.field(default_factory=dict)
     flushing: dict[str, int] = dataclasses.field(default_factory=dict)
+    fused_on_path: int = 0
     local: int = 0
     calls: int = 0
     instructions: int = 0
@@ -128,6 +130,7 @@ def facts_of(blocks: Sequence[Block], resources: Resources, work: Work) -> Facts
         loads=dict(sizes[False]),
         stores=dict(sizes[True]),
         calls=sum(count * sum(i.call for i in blocks[block].instructions) for block, count in visits.items()),
+        fused_on_path=sum(count * sum(i.fused for i in blocks[block].instructions) for block, count in visits.items()),
         instructions=sum(count * len(blocks[block].instructions) for block, count in visits.items()),
         loop_instructions=sum(count * len(blocks[block].instructions) for block, count in trip.items()),
         loop_bytes=sum(count * stored(blocks[block].instructions) for block, count in trip.items()),

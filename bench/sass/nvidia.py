@@ -118,7 +118,7 @@ def instruction_of(opcode: str, operands: str, source: str) -> Instruction:
         pipe,
         work,
         access,
-        fused=base.startswith("FFMA") and not operands.rstrip().endswith("-RZ"),
+        fused=0 if not base.startswith("FFMA") or operands.rstrip().endswith("-RZ") else 2 if base in _FLOAT_PAIR else 1,
         flushes="FTZ" in modifiers and base in _FLOAT | _FLOAT_PAIR,
         local=base in _LOCAL,
         call=base == "CALL" and "guardrail_trap" not in operands,  # ptxas's assertions about tensor memory

@@ -116,16 +116,22 @@ def list_jobs(catalogue: str, vendors: Iterable[str], cache: Cache, toolchain: T
 
 
 def read_all(
-    jobs: Sequence[dict[str, Any]], cache: Cache, processes: int, done: Callable[[], None], toolchain: Toolchain
-) -> list[Facts]:
+    jobs: Sequence[dict[str, Any]],
+    cache: Cache,
+    processes: int,
+    done: Callable[[], None],
+    toolchain: Toolchain,
+    over: Callable[[], bool] = lambda: False,
+) -> list[Facts | None]:
     """Reads the facts of every job (of :func:`list_jobs`, with a "target"), compiled by so many processes.
 
     Args:
         done: called after each.
+        over: whether no more are to be begun. Those that were not have None. What has a goal (bf16, dense and rank 4) comes first.
     """
     answers: list[Any] = [None] * len(jobs)
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for i, job in enumerate(jobs):
+    for i, job in sorted(enumerate(jobs), key=lambda place: _urgency(place[1])):
         answers[i] = cache.get(_fingerprint(toolchain), _job_key(job))
         if answers[i] is None:
             waiting.put(i)
@@ -134,7 +140,7 @@ def read_all(
 
     def serve() -> None:
         worker: Worker | None = None
-        while (i := _next(waiting)) is not None:
+        while (i := _next(waiting)) is not None and not over():
             worker = worker or Worker(toolchain)
             try:
                 answers[i] = worker.ask({"do": "read"} | {k: jobs[i][k] for k in ("catalogue", "vendor", "index", "target")})
@@ -151,7 +157,11 @@ def read_all(
         thread.start()
     for thread in threads:
         thread.join()
-    return [Facts.from_json(answer) for answer in answers]
+    return [None if answer is None else Facts.from_json(answer) for answer in answers]
+
+
+def _urgency(job: dict[str, Any]) -> tuple[bool, bool, bool]:
+    return not job["default"], job["dtype"] != "bfloat16", job["rank"] not in (None, 4)
 
 
 def _next(waiting: queue.SimpleQueue[int]) -> int | None:

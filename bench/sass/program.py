@@ -23,7 +23,7 @@ class Instruction:
         source: name of the file that the line table says it comes from, "" without line table.
         pipe: the execution unit: a key of :attr:`~bench.sass.targets.Target.clocks`, or "shared", "global" or "tensor".
         work: how often it uses the pipe: 1; bytes of a warp for "shared" and "global"; multiply-adds of a warp for "tensor".
-        fused: a fused multiply-add in fp32.
+        fused: the fused multiply-adds in fp32 that it makes in a thread: two if it works on pairs.
         flushes: takes subnormal fp32 numbers for zero.
         local: reads or writes memory that spills go to.
         call: of a function whose instructions are counted nowhere.
@@ -35,7 +35,7 @@ class Instruction:
     pipe: str = "other"
     work: float = 1.0
     access: Access | None = None
-    fused: bool = False
+    fused: int = 0
     flushes: bool = False
     local: bool = False
     call: bool = False

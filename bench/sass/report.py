@@ -65,17 +65,17 @@ def target_row(target: Target) -> dict[str, Any]:
 def table(document: Mapping[str, Any]) -> str:
     """Formats the rows as plain text."""
     lines = text_table([_COLUMNS, *(_cells(row) for row in document["rows"])], left=3)
-    return "\n".join([_heading(document), "", lines, *_failures(document)])
+    return "\n".join([_heading(document), "", lines, *_defects(document)])
 
 
 def markdown(document: Mapping[str, Any]) -> str:
     """Formats them as Markdown."""
     lines = [_heading(document), "", _line(_COLUMNS), _line(["---"] * 3 + ["--:"] * (len(_COLUMNS) - 4) + ["---"])]
-    return "\n".join([*lines, *(_line(_cells(row)) for row in document["rows"]), *_failures(document)])
+    return "\n".join([*lines, *(_line(_cells(row)) for row in document["rows"]), *_defects(document)])
 
 
-def _failures(document: Mapping[str, Any]) -> list[str]:
-    return ["", *document["failures"]] if document["failures"] else []
+def _defects(document: Mapping[str, Any]) -> list[str]:
+    return ["", *document["defects"]] if document["defects"] else []
 
 
 def _line(cells: Sequence[str]) -> str:

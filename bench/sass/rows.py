@@ -64,6 +64,7 @@ def row_of(job: Mapping[str, Any], facts: Facts, budget: Budget | None) -> dict[
         "exact": job["exact"],
         "shared_bytes": facts.shared_bytes,
         "fused": sum(facts.fused.values()),
+        "fused_per_element": round(facts.fused_on_path / per_thread, 3) if per_thread else None,
         "elements_per_thread": per_thread,
         "bytes_per_element": job["bytes_per_element"],
         "picoseconds": prediction.picoseconds if prediction else {},

@@ -43,7 +43,7 @@ def environment(device: torch.device, argv: Sequence[str], *, program: Sequence[
         "versions": versions(),
         "system": f"{platform.system()} {platform.machine()}",
         "commit": commit(),
-        "command": shlex.join([*program, *map(_portable, argv)]),
+        "command": shlex.join([*program, *map(portable, argv)]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -120,8 +120,8 @@ def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True).stdout.strip()
 
 
-def _portable(word: str) -> str:
-    """A word of a command line, of which an absolute path, which means nothing on another machine, keeps its last name."""
+def portable(word: str) -> str:
+    """Returns a word of a command line, of which an absolute path, which means nothing on another machine, keeps its last name."""
     option, equals, value = word.rpartition("=")
     return f"{option}{equals}{Path(value).name}" if Path(value).is_absolute() else word
 

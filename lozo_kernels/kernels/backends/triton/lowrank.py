@@ -280,6 +280,10 @@ def factor_update(
     tl.store(pointer, value, mask=mask)
 
 
+_ENOUGH_REGISTERS = 96
+"""For momentum of the least ranks. Left alone, ptxas for Blackwell takes 72 and spills two, to have one program more."""
+
+
 def lowrank_plan(dtype: torch.dtype | None, kind: UpdateKind, size: TileSize, target: Target) -> Plan:
     """The plan of the pass over low-rank tensors; ``dtype`` None means any dtype and alignment."""
     rank = kind.rank
@@ -305,7 +309,9 @@ def lowrank_plan(dtype: torch.dtype | None, kind: UpdateKind, size: TileSize, ta
     # N, two draws and the sums of each need more registers than four warps have, and so do N and two blocks of fp32.
     crowded = kind.momentum and rank > 32 and target.dp4a and dtype is not None and (kind.draws == 2 or dtype == torch.float32)
     num_warps = max(8, size.num_warps) if crowded else size.num_warps
-    return Plan(lowrank_update, constants, num_warps, registers_of(size, target, ALL_REGISTERS if large else None))
+    small = kind.momentum and rank <= 2 and dtype is not None and dtype.itemsize == 2
+    registers = ALL_REGISTERS if large else _ENOUGH_REGISTERS if small else None
+    return Plan(lowrank_update, constants, num_warps, registers_of(size, target, registers))
 
 
 @functools.cache

@@ -8,6 +8,8 @@ from torch import nn
 
 from lozo_kernels import LOZO, Draw, FactoredEstimator, Handle, PatchConfig, capture_step, ops, patch, register_estimator
 from lozo_kernels.journal import Journal, replay
+from lozo_kernels.model import config, estimators
+from lozo_kernels.optim import optimizer as optimizer_module
 from python_tests.models import Zoo, same, weights, zoo_loss
 
 
@@ -31,7 +33,15 @@ class Halves(FactoredEstimator):
         return ((made * 2).round() / 2).view(batch, cols, self.config.rank).transpose(1, 2)
 
 
-Own = register_estimator(Halves)
+@pytest.fixture(scope="module", autouse=True)
+def own():
+    """The optimiser; other tests do not know the estimator."""
+    yield register_estimator(Halves)
+    config.ESTIMATORS.remove("halves")
+    config.FACTORED.remove("halves")
+    del estimators.ESTIMATORS["halves"], optimizer_module.OPTIMIZERS["halves"]
+
+
 OPTIONS = [
     {},
     {"fuse_steps": True, "directions": 3, "momentum": 0.5, "weight_decay": 0.1},
@@ -42,7 +52,7 @@ OPTIONS = [
 
 
 def make(model, **options):
-    return Own(model, lr=1e-2, eps=1e-2, rank=2, interval=3, seed=7, **options)
+    return register_estimator(Halves)(model, lr=1e-2, eps=1e-2, rank=2, interval=3, seed=7, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"placement": "probe"}], ids=str)
@@ -98,11 +108,11 @@ def test_a_run_is_replayed_and_goes_on_from_its_state(tmp_path, options):
     assert same(weights(other), after)
 
 
-def test_the_report_and_the_handle_know_it():
+def test_the_report_and_the_handle_know_it(own):
     model = Zoo()
     handle = patch(model, estimator="halves", rank=2)
     assert {p.treatment for p in handle.report().parameters} == {"low-rank 2", "dense", "left alone"}
-    assert handle.config.factored and register_estimator(Halves) is Own
+    assert handle.config.factored and register_estimator(Halves) is own
     with pytest.raises(ValueError, match="LOZO needs a handle with estimator='lowrank', and this one has 'halves'"):
         LOZO(handle)
 

@@ -13,13 +13,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...kernels import ops, reference
+from ...kernels import reference
 from ...kernels.calls import Draw, TableCall
-from ...kernels.op_table import OPS, Op
+from ...kernels.op_table import Op
 from ...kernels.registry import Backend
 from ...kernels.table import TensorTable
 from ..config import PatchConfig
 from .directions import Estimator, FactorSpec
+from .summed import add_momentum, merge_factor, with_factor
 
 Key = tuple[int, int, int]
 """Which draw: the seed, the step and the direction."""
@@ -73,7 +74,7 @@ class FactoredEstimator(Estimator, abc.ABC):
         elif op.out:
             self._merge(table, call, backend)
         else:
-            step = self._with_factor(table)
+            step = with_factor(table)
             assert step.n is not None
             for p in step.n:
                 p.zero_()
@@ -81,10 +82,8 @@ class FactoredEstimator(Estimator, abc.ABC):
                 self._carry(table, call)
             self._add(table, step.n, call, call.scales)
             if op.momentum:
-                assert table.n is not None and call.alpha is not None
-                for p, n, alpha in zip(step.n, table.n, call.alpha.unbind(), strict=True):
-                    p.add_(n * alpha)
-            self._apply(step, call, table, backend)
+                add_momentum(step, table, call)
+            merge_factor(step, call, None, backend)
 
     def _enter(self, spec: FactorSpec, window: int) -> None:  # noqa: ARG002  (for what belongs to a window)
         """Called for every tensor when its V was drawn."""
@@ -120,28 +119,14 @@ class FactoredEstimator(Estimator, abc.ABC):
     def _merge(self, table: TensorTable, call: TableCall, backend: Backend) -> None:
         """Merges the factor of a table. A draw is added to a copy of it."""
         if not call.draws:
-            self._apply(table, call, call.out, backend)
+            merge_factor(table, call, call.out, backend)
             return
-        at = self._with_factor(table)
+        at = with_factor(table)
         assert table.n is not None and at.n is not None
         for p, n in zip(at.n, table.n, strict=True):
             p.copy_(n)
         self._add(table, at.n, call, call.scales)
-        self._apply(at, call, table if call.out is None else call.out, backend)
-
-    def _with_factor(self, table: TensorTable) -> TensorTable:
-        """A table of the same weights with a factor of its own, for the caller to fill. It is kept with the table."""
-        found = table.cache.get("factored")
-        if not isinstance(found, TensorTable):
-            assert table.v is not None
-            n = [torch.zeros(x.shape[0], x.shape[1], table.rank, dtype=torch.float32, device=x.device) for x in table.x]
-            found = table.cache["factored"] = TensorTable(table.x, table.tensor_ids, v=table.v, n=n, checked=True)
-        return found
-
-    def _apply(self, table: TensorTable, call: TableCall, out: TensorTable | None, backend: Backend) -> None:
-        """Merges the factor of a table into ``out``, with the decay and the rounding of a call."""
-        merge = TableCall(call.seed, (), call.scales[:0], call.decay, call.rounding, out=out)
-        ops.dispatch(OPS["lowrank_merge_"], table, merge, backend)
+        merge_factor(at, call, table if call.out is None else call.out, backend)
 
     def _add(self, table: TensorTable, factors: Sequence[Tensor], call: TableCall, scales: Tensor) -> None:
         """F <- F + sum of scale * L, a rounded multiply and a rounded add each."""

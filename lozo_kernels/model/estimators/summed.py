@@ -8,10 +8,8 @@ same on every backend. Weights in half precision are rounded once.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from ...kernels import ops
 from ...kernels.calls import TableCall
@@ -32,38 +30,44 @@ def add_draws(factors: TensorTable, call: TableCall, backend: Backend) -> None:
 def add_summed(op: Op, table: TensorTable, call: TableCall, backend: Backend) -> None:
     """X <- decay * X + F V^T, F = sum of scale * U. With momentum F = sum of scale * U + alpha * N, after N has taken up the draws
     as in :func:`lozo_kernels.ops.lowrank_momentum_`."""
-    weights, factors = _with_factor(table)
+    weights = with_factor(table)
+    factors = _factors_of(weights)
     for f in factors.x:
         f.zero_()
     add_draws(factors, dataclasses.replace(call, decay=None), backend)
     if op.momentum:
-        assert call.coefficients is not None and call.alpha is not None
-        momentum = _momentum_of(table)
-        add_draws(momentum, TableCall(call.seed, call.draws, call.coefficients, call.beta), backend)
-        for f, n, alpha in zip(factors.x, momentum.x, call.alpha.unbind(), strict=True):
-            f.add_(n * alpha)  # two operations, each rounded
-    merge = TableCall(call.seed, (), call.scales[:0], call.decay, call.rounding)
-    ops.dispatch(OPS["lowrank_merge_"], weights, merge, backend)
+        assert call.coefficients is not None
+        add_draws(_factors_of(table), TableCall(call.seed, call.draws, call.coefficients, call.beta), backend)
+        add_momentum(weights, table, call)
+    merge_factor(weights, call, None, backend)
 
 
-def _with_factor(table: TensorTable) -> tuple[TensorTable, TensorTable]:
-    """A table of the same weights with a factor of its own, and a table of these factors. They are kept with the table."""
-    found = table.cache.get("summed")
-    if found is None:
-        n = [torch.empty(*x.shape[:2], table.rank, dtype=torch.float32, device=x.device) for x in table.x]
-        weights = dataclasses.replace(table, n=n, cache={}, checked=True)
-        found = table.cache["summed"] = weights, _factors(n, table)
-    return found  # type: ignore[return-value]
-
-
-def _momentum_of(table: TensorTable) -> TensorTable:
-    """A table of the momentum as factors. It is kept with the table."""
-    found = table.cache.get("momentum")
+def with_factor(table: TensorTable) -> TensorTable:
+    """A table of the same weights whose ``n`` is a factor of its own, for the caller to fill. It is kept with the table."""
+    found = table.cache.get("with factor")
     if not isinstance(found, TensorTable):
-        assert table.n is not None
-        found = table.cache["momentum"] = _factors(table.n, table)
+        n = [torch.empty(*x.shape[:2], table.rank, dtype=torch.float32, device=x.device) for x in table.x]
+        found = table.cache["with factor"] = dataclasses.replace(table, n=n, cache={}, checked=True)
     return found
 
 
-def _factors(n: Sequence[Tensor], table: TensorTable) -> TensorTable:
-    return TensorTable(n, table.tensor_ids, row_offsets=table.row_offsets, checked=True)
+def add_momentum(weights: TensorTable, table: TensorTable, call: TableCall) -> None:
+    """F <- F + alpha * N: F is the factor of ``weights``, N the momentum of ``table``."""
+    assert weights.n is not None and table.n is not None and call.alpha is not None
+    for f, n, alpha in zip(weights.n, table.n, call.alpha.unbind(), strict=True):
+        f.add_(n * alpha)  # two operations, each rounded
+
+
+def merge_factor(table: TensorTable, call: TableCall, out: TensorTable | None, backend: Backend) -> None:
+    """Merges the factor of a table into ``out`` (None: itself), with the decay and the rounding of a call."""
+    merge = TableCall(call.seed, (), call.scales[:0], call.decay, call.rounding, out=out)
+    ops.dispatch(OPS["lowrank_merge_"], table, merge, backend)
+
+
+def _factors_of(table: TensorTable) -> TensorTable:
+    """A table of ``n`` as factors. It is kept with the table."""
+    found = table.cache.get("factors")
+    if not isinstance(found, TensorTable):
+        assert table.n is not None
+        found = table.cache["factors"] = TensorTable(table.n, table.tensor_ids, row_offsets=table.row_offsets, checked=True)
+    return found

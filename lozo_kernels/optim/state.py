@@ -87,12 +87,12 @@ def _saved(state: dict[str, Any], key: str) -> Any:
 def _load_means(state: Mapping[str, Any], stepper: Stepper) -> None:
     """Loads what the length of steps follows from: the measurements of ``lr="auto"``, the running mean of ``normalise``."""
     rate, saved = state.get("rate"), state.get("moment")
+    if (stepper.finder is None) != (rate is None):
+        raise ValueError("the state was saved with another kind of learning rate: lr='auto' or a number")
     if stepper.settings.normalise is not None:
         if not isinstance(saved, list) or len(saved) != 2 or not all(isinstance(v, float) and v >= 0 for v in saved):
             raise _not("moment", "the running mean of c^2 and its weight", saved)
         stepper.moment = torch.tensor(saved, dtype=torch.float64, device="cpu")
-    if (stepper.finder is None) != (rate is None):
-        raise ValueError("the state was saved with another kind of learning rate: lr='auto' or a number")
     if stepper.finder is not None:
         stepper.finder.load(rate)
 

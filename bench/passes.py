@@ -14,7 +14,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from bench.evidence import made_by, result_parser, write_result
 from bench.learning import TASKS, Llama, MiniLM, Row, batches
 from bench.plots import passes, save
-from bench.rates import rate_at
+from bench.rates import best_of_grid, rate_at
 from lozo_kernels import LOZO, MeZO
 from lozo_kernels.bench.environment import OtherLoad
 
@@ -100,21 +100,6 @@ def final(row: Row) -> float:
     return row["points"][-1]["loss"] if row["ended"] else math.inf
 
 
-def best_of_grid(rule: Rule, attempt: Callable[[int], Row]) -> tuple[int, list[Row]]:
-    """Tries rates until the best one is interior. Raises SystemExit if it never is."""
-    assert rule.begin is not None
-    tried: dict[int, Row] = {}
-    wanted = [rule.begin]
-    while wanted:
-        for half_decade in wanted:
-            tried[half_decade] = attempt(half_decade)
-        best = min(tried, key=lambda i: final(tried[i]))
-        wanted = [i for i in (best - 1, best + 1) if i not in tried] if len(tried) < MOST else []
-    if not {best - 1, best + 1} <= set(tried):
-        raise SystemExit(f"{rule.name}: the best of {MOST} rates is at an end of the grid")
-    return best, [tried[i] for i in sorted(tried)]
-
-
 def compare(runs: Sequence[Row]) -> list[Row]:
     """Every rule beside LOZO at its best rate: paired differences, and the passes after which it is where LOZO ends."""
     chosen = {name: [r for r in runs if r["rule"] == name and r["best"]] for name in dict.fromkeys(r["rule"] for r in runs)}
@@ -167,9 +152,13 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{rule.name}, lr {row['lr']}, seed {seed}: {final(row):.4f}", flush=True)
             return row
 
-        best, tried = (None, [attempt(None)]) if rule.begin is None else best_of_grid(rule, attempt)
+        best, tried = None, {}
+        if rule.begin is None:
+            tried[0] = attempt(None)
+        else:
+            best, tried = best_of_grid(rule.name, [rule.begin], attempt, final, MOST)
         lr = "auto" if best is None else rate_at(best)
-        runs += [row | {"best": row["lr"] == lr} for row in tried]
+        runs += [tried[i] | {"best": tried[i]["lr"] == lr} for i in sorted(tried)]
         runs += [attempt(best, seed) | {"best": True} for seed in range(1, args.seeds)]
         done = document | {"cpus_used_by_others": others.mean(), "rules": compare(runs), "runs": runs}
         write_result(done, output)

@@ -182,16 +182,21 @@ def learning(document: Row) -> Any:
                 along, [min(p[key] for p in s) for s in points], [max(p[key] for p in s) for s in points],
                 color=line.get_color(), alpha=0.15,
             )  # fmt: skip
-    both[0].set(xlabel="steps", ylabel=document["unit"])
+    _say_what(figure, both, document, "steps", f"median and range of {len(runs)} seeds", columns=3, below=0.07)
+    return figure
+
+
+def _say_what(figure: Any, both: Any, document: Row, along: str, note: str, *, columns: int, below: float) -> None:
+    """Titles, axes and legend of two plots of a task: over ``along`` and over seconds. ``below``: height under the legend."""
+    both[0].set(xlabel=along, ylabel=document["unit"])
     both[1].set(xlabel="seconds in steps")
     both[0].set_title(document["task"], loc="left")
-    both[1].set_title(f"median and range of {len(runs)} seeds", loc="right", fontsize=9)
+    both[1].set_title(note, loc="right", fontsize=9)
     for axes in both:
         axes.grid(alpha=0.3)
     handles, labels = both[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=3, bbox_to_anchor=(0.5, 0.07), frameon=False)
-    figure.tight_layout(rect=(0, 0.08 + 0.05 * math.ceil(len(labels) / 3), 1, 1))
-    return figure
+    figure.legend(handles, labels, loc="lower center", ncols=columns, bbox_to_anchor=(0.5, below), frameon=False)
+    figure.tight_layout(rect=(0, below + 0.01 + 0.05 * math.ceil(len(labels) / columns), 1, 1))
 
 
 def passes(document: Row) -> Any:
@@ -205,15 +210,7 @@ def passes(document: Row) -> Any:
             along = [statistics.mean(p[x] for p in at) for at in points]
             rate = "" if rule["lr"] == "auto" else f", lr {rule['lr']:g}"
             axes.plot(along, losses, marker=".", label=f"{rule['rule']}{rate}")
-    both[0].set(xlabel="forward passes", ylabel=document["unit"])
-    both[1].set(xlabel="seconds in steps")
-    both[0].set_title(document["task"], loc="left")
-    both[1].set_title(f"mean of {len(runs)} seeds", loc="right", fontsize=9)
-    for axes in both:
-        axes.grid(alpha=0.3)
-    handles, labels = both[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=2, bbox_to_anchor=(0.5, 0.05), frameon=False)
-    figure.tight_layout(rect=(0, 0.06 + 0.05 * math.ceil(len(labels) / 2), 1, 1))
+    _say_what(figure, both, document, "forward passes", f"mean of {len(runs)} seeds", columns=2, below=0.05)
     return figure
 
 

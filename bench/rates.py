@@ -8,15 +8,16 @@ LOZO_KERNELS_DATA, or is shared/data beside the repository.
 
 from __future__ import annotations
 
+import math
 import sys
-import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.evidence import made_by, result_parser, write_result
-from bench.real_input import run
-from python_tests import hf_helpers
+from bench.real_input import real_models, run
 
+Row = dict[str, Any]
 COMMON = "--steps 500 --eval-every 250 --compare-steps 0 --threads 1"
 REAL = f"--data-dir ./data --max-length 48 --batch-size 16 {COMMON}"
 PAIRS = {
@@ -36,23 +37,41 @@ def rate_at(half_decade: int) -> float:
     return float(f"{'3' if half_decade % 2 else '1'}e{half_decade // 2}")
 
 
+def best_of_grid(
+    name: str, begin: Sequence[int], attempt: Callable[[int], Row], loss: Callable[[Row], float], most: int
+) -> tuple[int, dict[int, Row]]:
+    """Tries half decades, from some on, until the best has a worse one on either side. Returns it and all that were tried.
+
+    Raises:
+        SystemExit: the best of ``most`` is at an end of the grid; the message says whose, by ``name``.
+    """
+    tried: dict[int, Row] = {}
+    wanted = list(begin)
+    while wanted:
+        for half_decade in wanted:
+            tried[half_decade] = attempt(half_decade)
+        best = min(tried, key=lambda i: loss(tried[i]))
+        wanted = [i for i in (best - 1, best + 1) if i not in tried] if len(tried) < most else []
+    if not {best - 1, best + 1} <= set(tried):
+        raise SystemExit(f"{name}: the best of {most} rates is at an end of the grid")
+    return best, tried
+
+
 def measure(pair: str, arguments: str, begin: tuple[int, ...], folder: Path, seed: int) -> dict[str, Any]:
     def trained(name: str, more: str = "") -> dict[str, Any]:
         row = run(f"{arguments} --seed {seed} {more}", folder, f"{pair} {name}")
         print(f"{pair}, {name}: dev loss {row['loss_before']:.4f} -> {row['loss_after']:.4f}", flush=True)
         return {key: row[key] for key in ("loss_before", "loss_after", "accuracy_after", "stopped", "train_seconds", "command")}
 
-    default, grid = trained("default"), {}
-    wanted = list(begin)
-    while wanted:
-        for index in wanted:
-            grid[index] = trained(f"{rate_at(index):g}", f"--lr {rate_at(index):g}")
-        # A run that ended early, or whose loss is not finite, is no candidate.
-        losses = {i: row["loss_after"] for i, row in grid.items() if row["loss_after"] is not None and row["stopped"] is None}
-        best = min(losses, key=losses.__getitem__)
-        wanted = [i for i in (best - 1, best + 1) if i not in grid] if len(grid) < MOST else []
-    if not {best - 1, best + 1} <= set(grid):
-        raise SystemExit(f"{pair}: the best of {MOST} rates is at an end of the grid")
+    def loss(row: dict[str, Any]) -> float:
+        """Of a run that ended early, or whose loss is not finite: infinite."""
+        return math.inf if row["loss_after"] is None or row["stopped"] is not None else row["loss_after"]
+
+    def attempt(half_decade: int) -> dict[str, Any]:
+        return trained(f"{rate_at(half_decade):g}", f"--lr {rate_at(half_decade):g}")
+
+    default = trained("default")
+    best, grid = best_of_grid(pair, begin, attempt, loss, MOST)
     fall = [row["loss_before"] - row["loss_after"] for row in (default, grid[best])]
     return {
         "pair": pair,
@@ -70,11 +89,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1)
     args = parser.parse_args()
     document, rows = made_by("bench.rates", sys.argv[1:]), []
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        (folder / "data").symlink_to(hf_helpers.data_folder())
-        (folder / "minilm").symlink_to(hf_helpers.minilm_folder())
-        hf_helpers.convert_stories260k(folder / "data", folder / "stories260K")
+    with real_models() as folder:
         for pair, (arguments, begin) in PAIRS.items():
             for seed in range(args.seeds if args.only in pair else 0):
                 rows.append(measure(pair, arguments, begin, folder, seed))

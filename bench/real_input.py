@@ -5,11 +5,13 @@ sentences with each method (language modelling), and the MiniLM encoder of the p
 (classification). The data folder is named by LOZO_KERNELS_DATA, or is shared/data beside the repository.
 """
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from bench.evidence import REPO, made_by, result_parser, write_result
@@ -63,17 +65,24 @@ def run(arguments: str, folder: Path, name: str) -> dict:
     return {"run": name, **{key: summary[key] for key in KEPT}}
 
 
+@contextlib.contextmanager
+def real_models() -> Iterator[Path]:
+    """A folder with the data (``data``), the Llama (``stories260K``) and the MiniLM (``minilm``), while the body runs."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "data").symlink_to(hf_helpers.data_folder())
+        (folder / "minilm").symlink_to(hf_helpers.minilm_folder())
+        hf_helpers.convert_stories260k(folder / "data", folder / "stories260K")
+        yield folder
+
+
 def main() -> int:
     parser = result_parser(__doc__, "real_input.json")
     parser.add_argument("--only", default="", help="runs whose name contains this")
     args = parser.parse_args()
     where = made_by("bench.real_input", sys.argv[1:])
     runs = []
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        (folder / "data").symlink_to(hf_helpers.data_folder())
-        (folder / "minilm").symlink_to(hf_helpers.minilm_folder())
-        hf_helpers.convert_stories260k(folder / "data", folder / "stories260K")
+    with real_models() as folder:
         for name, arguments in RUNS.items():
             if args.only in name:
                 runs.append(run(arguments, folder, name))

@@ -150,10 +150,32 @@ def test_one_sided_directions_share_a_forward(tmp_path, method, placement):
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(len(r["c"]) == 3 for r in records if r["kind"] == "step")
     assert summary["two_forwards_ms"] == pytest.approx(summary["forwards_ms"] / 2)  # four forward passes
-    with pytest.raises(InputError, match="on two sides"):
+    with pytest.raises(InputError, match="has no --one-sided"):
         Settings(one_sided=True, compare_steps=4).resolved()
     with pytest.raises(InputError, match="means nothing"):
         Settings(one_sided=True, method="ft").resolved()
+
+
+@pytest.mark.parametrize("objective", ["prompt", "lm", "answer", "choice"])
+def test_evaluations_that_share_a_forward_see_what_those_in_turn_see(tmp_path, objective):
+    together = Settings(
+        task="go-again", objective=objective, steps=12, directions=3, one_sided=True, placement="probe", evaluation="batched",
+        batch_size=5, eval_size=8, lr=1e-4, output=str(tmp_path / "together"),
+    )  # fmt: skip
+    in_turn = dataclasses.replace(together, evaluation="sequential", output=str(tmp_path / "in turn"))
+    found = []
+    for settings in (together, in_turn):
+        finetune(settings, quiet=True)
+        rows = (json.loads(line) for line in (tmp_path / settings.output / "metrics.jsonl").read_text().splitlines())
+        found.append([row for row in rows if row["kind"] == "step"])
+    for a, b in zip(*found, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["c"] == pytest.approx(b["c"], rel=0.02, abs=0.02)  # the losses' rounding over eps
+    assert cli.main(["verify", "--journal", together.output, "--checkpoint", together.output]) == 0
+    with pytest.raises(InputError, match="--placement probe"):
+        dataclasses.replace(together, placement="inplace").resolved()
+    with pytest.raises(InputError, match="has no --directions, --one-sided, --evaluation batched"):
+        dataclasses.replace(together, compare_steps=4).resolved()
 
 
 @pytest.mark.parametrize("kind", ["spread", "scalar"])

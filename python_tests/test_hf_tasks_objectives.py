@@ -113,6 +113,19 @@ def test_the_answer_of_a_generation_ends_its_line(llama):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", [ChoiceObjective, AnswerObjective])
+def test_losses_are_those_of_each_example(rng, llama, kind):
+    model, tokenizer = llama
+    objective = kind(tokenizer, TASKS["copa"], 200)
+    encoded = objective.encode_all(choices(rng, 6), evaluation=True)
+    each = objective.losses(model, objective.collate(encoded, CPU))
+    for i, e in enumerate(encoded):
+        alone = objective.totals(model, objective.collate([e], CPU))
+        assert float(each.sums[i]) == pytest.approx(float(alone.loss), rel=1e-4)
+        assert int(each.counts[i]) == int(alone.count) and int(each.correct[i]) == int(alone.correct)
+
+
+@torch.no_grad()
 def test_a_masked_model_answers_in_the_blank(rng, roberta):
     model, tokenizer = roberta
     for name in ("sst5", "trec", "snli"):

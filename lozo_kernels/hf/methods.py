@@ -6,7 +6,7 @@ import dataclasses
 
 from ..optim.optimizer import LOZO, MeZO, SubZero, ZerothOrderOptimizer
 
-_DENSE = ("eps", "directions", "directions_law", "one_sided", "normalise", "placement", "backend", "momentum")
+_DENSE = ("eps", "directions", "directions_law", "one_sided", "evaluation", "normalise", "placement", "backend", "momentum")
 _LOW_RANK = (*_DENSE, "rank", "interval", "scaling")
 _SUBSPACE = tuple(name for name in _LOW_RANK if name not in ("momentum", "scaling"))
 _TRAINING = ("steps", "k_shot", "lr", "lr_schedule", "weight_decay", "eval_every", "compare_steps", "parallel")

@@ -13,6 +13,7 @@ from ..kernels.checks import MAX_THREADS
 from ..kernels.noise import LAWS, MAX_RANK
 from ..model.config import PLACEMENTS, SCALINGS
 from ..optim.normalise import NORMALISE
+from ..optim.steps import EVALUATIONS
 from .command_line import check_options, flag, option
 from .methods import METHODS, Method
 from .objectives import OBJECTIVES, ImageObjective
@@ -72,6 +73,9 @@ class Settings:
     )
     directions_law: str = _method("normal", "of dense directions: normal numbers, or rademacher for random signs", choices=LAWS)
     placement: str = _method("inplace", "inplace moves the weights, probe only reads them, or auto", choices=PLACEMENTS)
+    evaluation: str = _method(
+        "sequential", "of a probe's points: one after the other, or batched in one forward pass", choices=EVALUATIONS
+    )
     parallel: str | None = _method(
         None, "what processes share: examples or directions (default: examples, under torchrun)", choices=("examples", "directions")
     )
@@ -104,7 +108,7 @@ class Settings:
         self._check_data()
         self._check_method(method)
         demo = self.model is None and self.task is None and self.train_file is None
-        comparable = demo and self.directions == 1 and not (self.one_sided or self.normalise) and method.published
+        comparable = demo and method.published and not self._unpublished
         file = self.train_file or self.dev_file
         task = self.task or (None if file else next(iter(TASKS)))
         common = dataclasses.replace(
@@ -131,6 +135,17 @@ class Settings:
         """The seed of the draws of examples."""
         return self.seed if self.data_seed is None else self.data_seed
 
+    @property
+    def _unpublished(self) -> list[str]:
+        """The options of these settings that the published code does not have."""
+        given = {
+            "--directions": self.directions > 1,
+            "--one-sided": self.one_sided,
+            "--normalise": self.normalise,
+            "--evaluation batched": self.evaluation == "batched",
+        }
+        return [name for name, there in given.items() if there]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values by name."""
         return dataclasses.asdict(self)
@@ -155,8 +170,10 @@ class Settings:
     def _check_combinations(self) -> None:
         if self.k_shot is not None and (self.num_train is not None or self.num_dev is not None):
             raise InputError("--k-shot says how many train and dev examples there are: leave out --num-train and --num-dev")
-        if self.compare_steps and (self.directions > 1 or self.one_sided or self.normalise):
-            raise InputError("--compare-steps: the published code has one direction a step, on two sides, and no --normalise")
+        if self.compare_steps and self._unpublished:
+            raise InputError(f"--compare-steps: the published code has no {', '.join(self._unpublished)}")
+        if self.evaluation == "batched" and self.placement == "inplace":
+            raise InputError("--evaluation batched needs --placement probe: weights that are moved can be at one point only")
         if self.normalise and self.lr is None:
             raise InputError("--normalise needs --lr: its rates have another scale, e.g. 1e-3")
         if self.normalise == "spread" and self.directions < 2:

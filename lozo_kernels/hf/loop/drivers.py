@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...errors import NonFiniteLossError
 from ...model.handle import Handle
+from ...model.losses import BatchClosure
 from ...optim.measuring import has_parts
 from ...optim.optimizer import ZerothOrderOptimizer
 from ...optim.rate_finder import step_scale
@@ -118,8 +119,17 @@ class ZerothOrder:
     def parts(self) -> int:
         return 2 if self.optimizer.measures_next and not has_parts(self.optimizer.parallel) else 1
 
+    @property
+    def batched(self) -> bool:
+        """Whether all evaluations of a step share one forward pass (:meth:`step_together`)."""
+        return self.optimizer.evaluation == "batched"
+
     def step(self, closure: Any) -> Tensor:
         return self.optimizer.step(closure)
+
+    def step_together(self, closure: BatchClosure, examples: int) -> Tensor:
+        """A step whose closure is given indices of the batch's examples, each once for every evaluation."""
+        return self.optimizer.step(closure, torch.arange(examples, dtype=torch.int64, device="cpu"))
 
     def close(self) -> None:
         try:

@@ -21,7 +21,7 @@ from ...optim.parallel import DivergenceError, PeerLostError
 from ...optim.steps import StepInfo
 from ..objectives import Batch, Encoded, Objective
 from ..settings import Settings
-from .drivers import Driver, StepResult
+from .drivers import Driver, StepResult, ZerothOrder
 from .measure import Stopwatch, peak_memory, since
 from .processes import part
 from .prospects import Prospects
@@ -82,7 +82,7 @@ def evaluate(
     totals = [objective.totals(model, objective.collate(b, device)) for b in objective.batches(examples, batch_size)]
     loss = sum(float(t.loss) for t in totals) / sum(int(t.count) for t in totals)
     correct = [int(t.correct) for t in totals if t.correct is not None]
-    asked = [int(t.count if t.examples is None else t.examples) for t in totals if t.correct is not None]
+    asked = [t.examples for t in totals if t.correct is not None]
     return EvalRecord(step, loss, sum(correct) / sum(asked) if asked else None, len(examples), since(start))
 
 
@@ -194,9 +194,7 @@ class _Steps:
 
     def take(self) -> None:
         """Takes one step and records it. Ctrl-C comes through only while the driver is at work."""
-        rows, parts = part(self.sampler.next(), self.settings.parallel), self.driver.parts
-        cuts = [len(rows) * i // parts for i in range(parts + 1)]
-        batches = [self.objective.collate(rows[a:b], self.reader.device) for a, b in itertools.pairwise(cuts)]
+        rows = part(self.sampler.next(), self.settings.parallel)
         lr = self.driver.lr
         before = self.driver.info
         watch = Stopwatch(self.reader.device)
@@ -204,8 +202,7 @@ class _Steps:
             watch.start("step")
             try:
                 with interruptible():
-                    closures = [watch.timed("forwards", functools.partial(self._loss, batch)) for batch in batches]
-                    self.driver.step(closures if parts > 1 else closures[0])
+                    self._step(rows, watch)
             finally:  # a step that was taken is logged, also when it is the one that ends the run
                 watch.stop("step")
                 if self.driver.info is not None and self.driver.info is not before:
@@ -215,6 +212,21 @@ class _Steps:
     def _advance(self) -> None:
         if self.schedule is not None:
             self.schedule.step()
+
+    def _step(self, rows: Sequence[Encoded], watch: Stopwatch) -> None:
+        if isinstance(self.driver, ZerothOrder) and self.driver.batched:
+            self.driver.step_together(watch.timed("forwards", functools.partial(self._losses, rows)), len(rows))
+            return
+        parts = self.driver.parts
+        cuts = [len(rows) * i // parts for i in range(parts + 1)]
+        batches = [self.objective.collate(rows[a:b], self.reader.device) for a, b in itertools.pairwise(cuts)]
+        closures = [watch.timed("forwards", functools.partial(self._loss, batch)) for batch in batches]
+        self.driver.step(closures if parts > 1 else closures[0])
+
+    def _losses(self, rows: Sequence[Encoded], index: torch.Tensor) -> Any:
+        batch = self.objective.collate([rows[i] for i in index.tolist()], self.reader.device)
+        each = self.objective.losses(self.model, batch)
+        return each.sums, each.counts
 
     def _loss(self, batch: Batch) -> Any:
         if self.settings.parallel is None:

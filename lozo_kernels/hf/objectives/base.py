@@ -32,15 +32,30 @@ class Totals:
 
     Attributes:
         loss: 0-dim.
-        count: what the loss is a sum over: examples, or target tokens; a tensor where only the device knows it.
+        count: what the loss is a sum over: examples, or target tokens; 0-dim.
         correct: right answers, 0-dim; None where there are none.
-        examples: how many answers ``correct`` counts, where that is not ``count``.
+        examples: how many answers ``correct`` counts.
     """
 
     loss: Tensor
-    count: int | Tensor
+    count: Tensor
+    correct: Tensor | None
+    examples: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """What a forward pass says of each example of a batch; all are (examples,).
+
+    Attributes:
+        sums: losses.
+        counts: what each loss is a sum over: 1, or target tokens.
+        correct: whether the answer is right; None where there are no answers.
+    """
+
+    sums: Tensor
+    counts: Tensor
     correct: Tensor | None = None
-    examples: int | None = None
 
 
 class Objective(abc.ABC):
@@ -82,8 +97,14 @@ class Objective(abc.ABC):
         return self.encode(example)
 
     @abc.abstractmethod
+    def losses(self, model: torch.nn.Module, batch: Batch) -> Losses:
+        """Loss and right answers of each example of a batch, by one forward pass."""
+
     def totals(self, model: torch.nn.Module, batch: Batch) -> Totals:
         """Loss and right answers of a batch, by one forward pass."""
+        each = self.losses(model, batch)
+        correct = None if each.correct is None else each.correct.sum()
+        return Totals(each.sums.sum(), each.counts.sum(), correct, len(each.sums))
 
     def encode_all(self, examples: Sequence[Example], *, evaluation: bool = False) -> list[Encoded]:
         """All examples, for training or for evaluation.
@@ -132,10 +153,9 @@ class ClassObjective(Objective):
     def scores(self, model: torch.nn.Module, batch: Batch) -> Tensor:
         """(examples, classes), from one forward pass."""
 
-    def totals(self, model: torch.nn.Module, batch: Batch) -> Totals:
+    def losses(self, model: torch.nn.Module, batch: Batch) -> Losses:
         scores, labels = self.scores(model, batch).float(), batch["labels"][:, 0]
-        loss = F.cross_entropy(scores, labels, reduction="sum")
-        return Totals(loss, len(labels), (scores.argmax(-1) == labels).sum())
+        return Losses(F.cross_entropy(scores, labels, reduction="none"), torch.ones_like(labels), scores.argmax(-1) == labels)
 
 
 def inputs(batch: Batch) -> Batch:

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from ..data.examples import Example
-from .base import IGNORED, Batch, Encoded, Objective, Totals, inputs
+from .base import IGNORED, Batch, Encoded, Losses, Objective, inputs
 
 
 class LanguageModelObjective(Objective):
@@ -22,8 +22,8 @@ class LanguageModelObjective(Objective):
             return None
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [*ids[1:], IGNORED]}
 
-    def totals(self, model: torch.nn.Module, batch: Batch) -> Totals:
+    def losses(self, model: torch.nn.Module, batch: Batch) -> Losses:
         logits = model(**inputs(batch)).logits
         labels = batch["labels"]
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        return Totals(loss, (labels != IGNORED).sum())
+        tokens = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
+        return Losses(tokens.view_as(labels).sum(1), (labels != IGNORED).sum(1))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ...errors import InputError
 from ..data.examples import Example
 from ..tasks import Task
-from .base import Batch, Encoded, Totals, inputs, pad, right_options
+from .base import Batch, Encoded, Losses, inputs, pad, right_options
 from .prompted import PromptedObjective
 
 
@@ -99,10 +99,9 @@ class ChoiceObjective(OptionsObjective):
     def encode(self, example: Example) -> Encoded | None:
         return self.encode_for_evaluation(example)
 
-    def totals(self, model: torch.nn.Module, batch: Batch) -> Totals:
-        scores = self.scores(model, batch)
-        loss = F.cross_entropy(scores, batch["right"].argmax(-1), reduction="sum")
-        return Totals(loss, len(scores), _right(scores, batch))
+    def losses(self, model: torch.nn.Module, batch: Batch) -> Losses:
+        scores, answers = self.scores(model, batch), batch["right"].argmax(-1)
+        return Losses(F.cross_entropy(scores, answers, reduction="none"), torch.ones_like(answers), _right(scores, batch))
 
 
 class AnswerObjective(OptionsObjective):
@@ -120,13 +119,16 @@ class AnswerObjective(OptionsObjective):
         right = self.continuations(example)[right_options(example)[0]]
         return self._encoded(self.prompt(example), [right], (0,))
 
-    def totals(self, model: torch.nn.Module, batch: Batch) -> Totals:
+    def losses(self, model: torch.nn.Module, batch: Batch) -> Losses:
         tokens = self.token_log_probabilities(model, batch)
         taught = batch["answer"][batch["row"]]
-        examples, options = batch["slot"].shape
-        correct = _right(self.mean_log_probabilities(tokens, batch), batch) if options > 1 else None
-        return Totals(-(tokens * taught).sum(), taught.sum(), correct, examples)
+        rows = torch.stack((-tokens * taught, taught.to(tokens.dtype)))
+        rows = rows.new_zeros(2, len(batch["input_ids"])).index_add(1, batch["row"], rows)
+        slot = batch["slot"]
+        sums, counts = (rows[:, slot.clamp(min=0)] * (slot >= 0)).sum(2)
+        correct = _right(self.mean_log_probabilities(tokens, batch), batch) if slot.shape[1] > 1 else None
+        return Losses(sums, counts, correct)
 
 
 def _right(scores: Tensor, batch: Batch) -> Tensor:
-    return batch["right"].gather(1, scores.argmax(-1, keepdim=True)).sum()
+    return batch["right"].gather(1, scores.argmax(-1, keepdim=True)).squeeze(1)

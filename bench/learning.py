@@ -115,43 +115,52 @@ class Llama:
         return transformers.AutoModelForCausalLM.from_pretrained(self._path, dtype=torch.float32).eval()
 
     def loss(self, model: nn.Module, index: Sequence[int]) -> Tensor:
-        total, tokens = self._losses(model, [self._train[i] for i in index])
-        return total / tokens
+        sums, tokens = self.losses(model, index)
+        return sums.sum() / tokens.sum()
+
+    def losses(self, model: nn.Module, index: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Sums over the tokens of each example, and how many they are."""
+        return self._losses(model, [self._train[i] for i in index])
 
     def score(self, model: nn.Module) -> Row:
         parts = [self._losses(model, self._dev[i : i + 64]) for i in range(0, len(self._dev), 64)]
-        return {"loss": float(sum(t for t, _ in parts)) / sum(n for _, n in parts)}
+        sums, tokens = map(torch.cat, zip(*parts, strict=True))
+        return {"loss": float(sums.sum() / tokens.sum())}
 
     def figure(self, scores: Row) -> float:
         return scores["loss"]
 
-    def _losses(self, model: nn.Module, rows: Sequence[list[int]]) -> tuple[Tensor, int]:
+    def _losses(self, model: nn.Module, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         longest = max(map(len, rows))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
         labels = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
-        total = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
-        return total, int((labels >= 0).sum())
+        tokens = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+        return tokens.view_as(labels).sum(1), (labels >= 0).sum(1)
 
 
 class Top(nn.Module):
     """The last LayerNorm of an encoder, the mean over tokens, and a classifier."""
 
-    def __init__(self, norm: nn.LayerNorm, classifier: nn.Linear) -> None:
+    def __init__(self, last: nn.Module, classifier: nn.Linear) -> None:
         super().__init__()
-        self.norm, self.classifier = norm, classifier
+        self.last, self.classifier = last, classifier
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         return self.classifier(self.pooled(hidden, mask))
 
     def pooled(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        return (self.norm(hidden) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return (self.outputs(hidden, mask) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+    def outputs(self, hidden: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG002  (for a whole layer)
+        return self.last(hidden)
 
 
 class MiniLM:
     """SST-2 with a classifier on MiniLM (22.7M parameters). The last LayerNorm and the classifier are trained, 1,538 parameters."""
 
+    top = Top
     name, unit, better = "MiniLM on SST-2: last LayerNorm and classifier", "dev accuracy, %", "higher"
     steps, every, batch = 20_000, 1000, 32
     methods = (*zeroth_order((3e-4, 1e-3, 3e-3)), Method("adamw", lambda m, lr, _: Gradient(m, lr), (1e-4, 3e-4, 1e-3)))
@@ -168,7 +177,7 @@ class MiniLM:
         path = hf_helpers.minilm_folder()
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         encoder = transformers.AutoModel.from_pretrained(path, dtype=torch.float32).eval()
-        self._norm = encoder.encoder.layer[-1].output.LayerNorm
+        self._last = self.last_of(encoder)
         rows = read("sst2.train.jsonl")
         random.Random(0).shuffle(rows)
         few = [[row for row in rows if row["label"] == label][:per_class] for label in (0, 1)]
@@ -178,12 +187,16 @@ class MiniLM:
         self.examples = {"fitted": 64, "train": len(mixed), "dev": len(self._dev[0])}
         self._classifier = self._fit([part[:64] for part in self._train])
 
+    def last_of(self, encoder: Any) -> nn.Module:
+        """The part of the encoder that is trained."""
+        return encoder.encoder.layer[-1].output.LayerNorm
+
     @torch.no_grad()
     def _hidden(self, encoder: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
-        """Returns what enters the last LayerNorm, the mask, and the labels."""
+        """Returns what enters the part that is trained, the mask, and the labels."""
         inputs = self._tokenizer([row["text"] for row in rows], truncation=True, max_length=48, padding=True, return_tensors="pt")
         hidden: list[Tensor] = []
-        hook = self._norm.register_forward_pre_hook(lambda _, args: hidden.append(args[0].clone()))
+        hook = self._last.register_forward_pre_hook(lambda _, args: hidden.append(args[0].clone()))
         for i in range(0, len(rows), 64):
             encoder(**{key: value[i : i + 64] for key, value in inputs.items()})
         hook.remove()
@@ -193,7 +206,7 @@ class MiniLM:
         classifier = nn.Linear(384, 2)
         nn.init.zeros_(classifier.weight)
         nn.init.zeros_(classifier.bias)
-        top = Top(self._norm, classifier)
+        top = self.top(self._last, classifier)
         with torch.no_grad():
             features = top.pooled(few[0], few[1])
         optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=200, line_search_fn="strong_wolfe")
@@ -208,12 +221,17 @@ class MiniLM:
         return classifier
 
     def model(self) -> nn.Module:
-        return copy.deepcopy(Top(self._norm, self._classifier))
+        return copy.deepcopy(self.top(self._last, self._classifier))
 
     def loss(self, model: nn.Module, index: Sequence[int]) -> Tensor:
+        return self.losses(model, index)[0].mean()
+
+    def losses(self, model: nn.Module, index: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The loss of each example, and 1."""
         hidden, mask, labels = (part[list(index)] for part in self._train)
         longest = int(mask.sum(1).max())
-        return nn.functional.cross_entropy(model(hidden[:, :longest], mask[:, :longest]), labels)
+        logits = model(hidden[:, :longest], mask[:, :longest])
+        return nn.functional.cross_entropy(logits, labels, reduction="none"), torch.ones_like(labels)
 
     def score(self, model: nn.Module) -> Row:
         hidden, mask, labels = self._dev

@@ -206,10 +206,10 @@ def passes(document: Row) -> Any:
         runs = [r for r in document["runs"] if r["rule"] == rule["rule"] and r["best"]]
         points = list(zip(*(r["points"] for r in runs), strict=False))
         losses = [statistics.mean(p["loss"] for p in at) for at in points]
-        for axes, x in zip(both, ("passes", "seconds"), strict=True):
-            along = [statistics.mean(p[x] for p in at) for at in points]
+        along = [statistics.mean(p["passes"] for p in at) for at in points]
+        for axes, unit in zip(both, (1.0, rule["ms_per_pass"] / 1000), strict=True):
             rate = "" if rule["lr"] == "auto" else f", lr {rule['lr']:g}"
-            axes.plot(along, losses, marker=".", label=f"{rule['rule']}{rate}")
+            axes.plot([x * unit for x in along], losses, marker=".", label=f"{rule['rule']}{rate}")
     _say_what(figure, both, document, "forward passes", f"mean of {len(runs)} seeds", columns=2, below=0.05)
     return figure
 

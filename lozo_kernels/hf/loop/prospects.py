@@ -1,7 +1,8 @@
-"""Whether a run can learn anything with its learning rate, said while there is time to stop it."""
+"""Whether a run can learn anything with its learning rate, and whether it does, said while there is time to stop it."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import warnings
 
@@ -11,6 +12,12 @@ LOOKED_AT = 20
 """Steps after which a run is judged."""
 _NEGLIGIBLE = 1e-3
 """Of the loss: less than that in the whole run is no learning."""
+WINDOW = 50
+"""Steps whose mean loss is compared with that of the steps before."""
+_RISES = 3
+"""Windows in a row, each with a higher mean than the one before, after which a loss is said to rise."""
+_NOISE = 4.0
+"""Standard errors by which the mean of the last of them is above that of the first."""
 
 
 class Prospects:
@@ -44,3 +51,35 @@ class Prospects:
                 f"{fall:.2g} at most: the run will learn next to nothing. Leave --lr out, or give a larger one",
                 stacklevel=2,
             )
+
+
+class Rising:
+    """Looks at the losses of a run, and warns once if they rise for long."""
+
+    def __init__(self) -> None:
+        self._losses: list[float] = []
+        self._means: list[tuple[float, float]] = []  # of the windows that rose so far: mean and its variance
+
+    def look(self, record: StepRecord) -> None:
+        """Takes in a step."""
+        if len(self._means) > _RISES or record.skipped:
+            return
+        self._losses.append(record.loss)
+        if len(self._losses) < WINDOW:
+            return
+        mean, variance = statistics.mean(self._losses), statistics.variance(self._losses) / WINDOW
+        self._losses.clear()
+        if self._means and mean <= self._means[-1][0]:
+            self._means.clear()
+        self._means.append((mean, variance))
+        first, before = self._means[0]
+        if len(self._means) <= _RISES:
+            return
+        if mean - first <= _NOISE * math.sqrt(variance + before):
+            del self._means[0]
+            return
+        warnings.warn(
+            f"the loss rises: {first:.4g} in the mean of {WINDOW} steps, {mean:.4g} {_RISES * WINDOW} steps later (step "
+            f"{record.step}). Begin anew with a lower --lr than {record.lr:.3g}",
+            stacklevel=2,
+        )

@@ -24,7 +24,7 @@ from ..settings import Settings
 from .drivers import Driver, StepResult, ZerothOrder
 from .measure import Stopwatch, peak_memory, since
 from .processes import part
-from .prospects import Prospects
+from .prospects import Prospects, Rising
 from .records import EvalRecord, MetricsLog, StepRecord
 
 MEASURED_STEPS = 2
@@ -125,7 +125,7 @@ def train(
         with peak_memory(device) as memory:
             driver = make_driver()
             failing.callback(_give_up, driver)
-            reader.prospects = Prospects(driver.scale, settings.steps)
+            reader.judges.append(Prospects(driver.scale, settings.steps))
             steps = _Steps(model, driver, objective, sampler, settings, reader)
             first = driver.steps_done
             bar.update(first)
@@ -253,7 +253,7 @@ class _StepReader:
         self.device = device
         self._log = log
         self._bar = bar
-        self.prospects: Prospects | None = None
+        self.judges: list[Prospects | Rising] = [Rising()]
         self._every = 1 if device.type == "cpu" else 10
         self._waiting: list[tuple[StepInfo | StepResult, float, Stopwatch]] = []
 
@@ -277,8 +277,8 @@ class _StepReader:
                 skipped=bool(info.skipped),
             )
             self._log.add_step(record)
-            if self.prospects is not None:
-                self.prospects.look(record)
+            for judge in self.judges:
+                judge.look(record)
             self._bar.update()
         if record is not None:
             values = {"loss": f"{record.loss:.4f}"}

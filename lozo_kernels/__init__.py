@@ -1,4 +1,4 @@
-"""Fine-tune large language models with forward passes only: LOZO, LOZO-M, MeZO and SubZero on fused kernels."""
+"""Fine-tune large language models with forward passes only: LOZO, LOZO-M, MeZO, SubZero and ZO-Muon on fused kernels."""
 
 import sys as _sys
 
@@ -17,7 +17,7 @@ from .model.patching import handle_of, patch
 from .model.probe import BatchSplitError, LoraAdapter, ProbeHandle, export_lora
 from .model.report import ParameterReport, Report
 from .optim.graphs import CapturedStep, capture_step
-from .optim.optimizer import LOZO, MeZO, SubZero
+from .optim.optimizer import LOZO, MeZO, SubZero, ZOMuon
 from .optim.parallel import DivergenceError, Parallel, PeerLostError
 from .optim.registering import register_estimator
 from .optim.steps import StepInfo
@@ -47,6 +47,7 @@ __all__ = [
     "StepInfo",
     "SubZero",
     "TensorTable",
+    "ZOMuon",
     "capture_step",
     "choose_backend",
     "export_lora",

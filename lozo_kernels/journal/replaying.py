@@ -244,7 +244,7 @@ def _check_promise(run: RecordedRun, optimizer: ZerothOrderOptimizer) -> None:
     if config.factored and (other or then.get("torch") != now["torch"]):
         warnings.warn(
             f"{run.source} was made with torch {then.get('torch')} on {', '.join(then.get('backends', ()))}: factors of "
-            f"{config.estimator!r} come from operations of torch (SubZero's from its QR decomposition), so that equal bits are "
+            f"{config.estimator!r} come from operations of torch (a QR decomposition, or eigenvalues), so that equal bits are "
             "likely here but not promised",
             stacklevel=4,
         )
@@ -270,7 +270,7 @@ def _optimizer_of(model: nn.Module, header: Header, backend: str | None) -> Zero
     lost = next((name for name in known if name not in names), None)
     if lost is not None:
         raise JournalError(f"the journal is of another model: this one has no parameter {lost!r}")
-    groups = [{"params": [names[known[i]] for i in group]} for group in header.groups]
+    groups = [{"params": [names[known[i]] for i in group], "lr": 0.0} for group in header.groups]
     try:
         return kind(model, groups, lr=0.0, **header.settings, **options)
     except (TypeError, ValueError) as e:

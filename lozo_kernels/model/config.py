@@ -10,9 +10,11 @@ from typing import Any, TypedDict
 from ..kernels.checks import as_integer, check_flag, suggestion
 from ..kernels.noise import MAX_RANK, check_law
 
-ESTIMATORS = ["lowrank", "dense", "subspace"]
-FACTORED = {"subspace"}
-"""Those whose directions L V^T have an L, and a scale, of their own."""
+ESTIMATORS = ["lowrank", "dense", "subspace", "muon"]
+FACTORED = {"subspace", "muon"}
+"""Those whose directions L V^T have factors, and a scale, of their own."""
+NOISE_LEFT = ("lowrank", "muon")
+"""Those whose L is the U of the noise, which kernels make where they need it."""
 SCALINGS = ("paper", "card", "published")
 ROUNDINGS = ("nearest", "stochastic")
 PLACEMENTS = ("inplace", "probe", "auto")
@@ -46,8 +48,9 @@ class PatchConfig:
     """How a model's parameters are perturbed and updated.
 
     Attributes:
-        estimator: "lowrank" (LOZO: U V^T for matrices), "subspace" (SubZero: U S V^T), "dense" (MeZO), or one that was registered
-            (:func:`lozo_kernels.register_estimator`); one-dimensional tensors have dense noise with all.
+        estimator: "lowrank" (LOZO: U V^T for matrices), "subspace" (SubZero: U S V^T), "muon" (ZO-Muon: U V^T with an orthonormal
+            V), "dense" (MeZO), or one that was registered (:func:`lozo_kernels.register_estimator`); one-dimensional tensors have
+            dense noise with all.
         rank: r, columns of U and V, 1 to 64.
         interval: nu, the steps of a window, which share V (LOZO, Algorithm 1), or U and V (SubZero).
         seed: 64-bit seed of all noise.
@@ -63,7 +66,8 @@ class PatchConfig:
 
             The same trajectory results from lr(published) = lr(paper) / r, and from eps(card) = r eps(paper) with
             lr(card) = r lr(paper). Dense tensors have no rank: they get eps Z and lr c Z throughout, so a conversion of lr
-            changes their step relative to the matrices'. SubZero's directions have one scale, that of "paper": c D is the update.
+            changes their step relative to the matrices'. SubZero's directions have one scale, that of "paper": c D is the update. ZO-Muon's
+            have elements of variance 1.
         include: glob patterns of parameter names to train; None for all that require a gradient.
         exclude: glob patterns of parameter names to leave alone.
         rounding: how updates are rounded into bf16 and fp16: "nearest" even or "stochastic". Perturbations round to nearest.
@@ -127,6 +131,8 @@ class PatchConfig:
     @property
     def perturb_factor(self) -> float:
         """What multiplies eps for a low-rank tensor."""
+        if self.estimator == "muon":
+            return self.rank**-0.5
         return 1.0 / self.rank if self.scaling == "card" else 1.0
 
     @property
@@ -136,7 +142,7 @@ class PatchConfig:
 
     @property
     def factored(self) -> bool:
-        """Whether the directions of matrices are products L V^T with an L of the estimator's own (SubZero)."""
+        """Whether the directions of matrices are products L V^T with factors of the estimator's own (SubZero, ZO-Muon)."""
         return self.estimator in FACTORED
 
     @property

@@ -300,6 +300,8 @@ class Handle:
         update = Update(step, list(c) if isinstance(c, Sequence) else [c], lr, weight_decay, beta)
         check_update(update, len(self.trained))
         check_scale(applied)
+        if beta is None and self.estimator.carries:
+            raise ValueError(f"updates of {self.config.estimator!r} are made of momentum: give beta, 0.0 for none")
         if beta is not None and not self._momentum:
             raise RuntimeError("momentum was not enabled: call enable_momentum() first")
         if perturb_next is not None:

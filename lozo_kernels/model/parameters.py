@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from ..kernels.noise import tensor_id, tensor_ids
 from ..kernels.table import check_apart
-from .config import PatchConfig
+from .config import NOISE_LEFT, PatchConfig
 from .layout import Layout
 from .modules import is_convolution, own_buffers, own_parameters
 from .offload import offloaded_weights, same_weight
@@ -192,7 +192,7 @@ def _identity(owner: Owner) -> Hashable:
 
 
 def _trains_quantised(config: PatchConfig, found: _Found) -> bool:
-    probes = config.placement != "inplace" and config.estimator == "lowrank"
+    probes = config.placement != "inplace" and config.estimator in NOISE_LEFT
     return probes and is_quantised(found.owners[0].module, found.tensor)
 
 

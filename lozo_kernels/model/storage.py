@@ -170,8 +170,8 @@ class Sharded(Storage):
         check_trainable(name, p)
         if config.factored or (not in_place and config.estimator == "dense"):
             raise TypeError(
-                f"parameter {name!r} is sharded: shards have no probe with MeZO, and nothing with SubZero or an estimator that was "
-                "registered; use LOZO, MeZO with placement='inplace', or exclude it"
+                f"parameter {name!r} is sharded: shards have no probe with MeZO, and nothing with SubZero, ZO-Muon or an estimator "
+                "that was registered; use LOZO, MeZO with placement='inplace', or exclude it"
             )
         if self.layout.form == "square":
             raise TypeError(f"parameter {name!r} is sharded, and cannot be seen as a square matrix: leave it out of square")

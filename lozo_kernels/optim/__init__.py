@@ -1,6 +1,6 @@
-"""LOZO, LOZO-M, MeZO, MeZO-M and SubZero as optimisers of torch."""
+"""LOZO, LOZO-M, MeZO, MeZO-M, SubZero and ZO-Muon as optimisers of torch."""
 
 from ..errors import NonFiniteLossError
-from .optimizer import LOZO, MeZO, SubZero, ZerothOrderOptimizer
+from .optimizer import LOZO, MeZO, SubZero, ZerothOrderOptimizer, ZOMuon
 
-__all__ = ["LOZO", "MeZO", "NonFiniteLossError", "SubZero", "ZerothOrderOptimizer"]
+__all__ = ["LOZO", "MeZO", "NonFiniteLossError", "SubZero", "ZOMuon", "ZerothOrderOptimizer"]

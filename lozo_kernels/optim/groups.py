@@ -21,9 +21,31 @@ Groups = Sequence[Mapping[str, Any]]
 """The ``param_groups`` of an optimiser, which have "params", "param_names", "lr" and "weight_decay" each."""
 
 
-def groups_of(handle: Handle, params: Iterable[Any] | None) -> list[Any]:
+def groups_of(handle: Handle, params: Iterable[Any] | None, dense_lr: float | Tensor | None) -> list[Any]:
     """Returns groups as torch takes them; without ``params``, one group of all parameters.
-    Raises TypeError or ValueError if ``params`` are not parameters or groups of them."""
+    Raises TypeError or ValueError if ``params`` are not parameters or groups of them.
+
+    Args:
+        dense_lr: that of parameters with dense directions; groups without an "lr" are divided for it. None: that of all.
+    """
+    groups = _groups_of(handle, params)
+    return groups if dense_lr is None else [part for group in groups for part in _divided(handle, group, dense_lr)]
+
+
+def _divided(handle: Handle, group: Any, dense_lr: float | Tensor) -> list[Any]:
+    """A group without a learning rate of its own as one for low-rank parameters, which has none either, and one for the others."""
+    if not isinstance(group, dict) or "lr" in group or not isinstance(group.get("params"), Iterable):
+        return [group]
+    dense = {id(p) for p, known in zip(handle.parameters, handle.trained, strict=True) if not known.low_rank}
+    params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    parts: tuple[list[Any], list[Any]] = ([], [])
+    for p in params:
+        parts[id(p[1] if isinstance(p, tuple) else p) in dense].append(p)
+    found = [group | {"params": parts[0]}, group | {"params": parts[1], "lr": dense_lr}]
+    return [part for part in found if part["params"]] or [group]
+
+
+def _groups_of(handle: Handle, params: Iterable[Any] | None) -> list[Any]:
     if params is None:
         return [{"params": handle.parameters}]
     if not isinstance(params, Iterable):

@@ -1,4 +1,4 @@
-"""LOZO, LOZO-M, MeZO, MeZO-M and SubZero as ``torch.optim.Optimizer`` subclasses that never call backward."""
+"""LOZO, LOZO-M, MeZO, MeZO-M, SubZero and ZO-Muon as ``torch.optim.Optimizer`` subclasses that never call backward."""
 
 from __future__ import annotations
 
@@ -94,6 +94,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     """
 
     estimator: ClassVar[str] = "lowrank"
+    dense_share: ClassVar[float | None] = None
+    """The lr of parameters with dense directions, in parts of the others', where their group has none. None: it is the same."""
 
     eps: float = _forwarded("settings", "eps")
     momentum: float = _forwarded("settings", "momentum")
@@ -156,10 +158,12 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             finder = make_finder(handle, settings) if lr is not factor else None
             self.stepper = Stepper(handle, settings, together, finder)
             self._stepped = False
-            super().__init__(groups_of(handle, params), {"lr": factor, "weight_decay": weight_decay})
+            dense_lr = None if self.dense_share is None else factor * self.dense_share
+            super().__init__(groups_of(handle, params, dense_lr), {"lr": factor, "weight_decay": weight_decay})
             check_cover(self.param_groups, handle)
-            if settings.momentum:
+            if settings.momentum or handle.estimator.carries:
                 handle.enable_momentum()
+            if settings.momentum:
                 self.defaults["momentum"] = momentum  # where a scheduler looks for it; rates_of() says that it may not change
             if together is not None:
                 together.connect(handle, settings.directions, self._facts())
@@ -389,5 +393,35 @@ class SubZero(ZerothOrderOptimizer):
     estimator = "subspace"
 
 
-OPTIMIZERS: dict[str, Callable[..., ZerothOrderOptimizer]] = {kind.estimator: kind for kind in (LOZO, MeZO, SubZero)}
+class ZOMuon(ZerothOrderOptimizer):
+    """Zeroth-order SGD with updates that are orthogonal in a subspace (Lang et al., arXiv 2602.17155): X moves by
+    -lr N (N^T N)^(-1/2) V^T, where N is the mean of c U over the directions of a step, and V orthonormal.
+
+    The loss is evaluated at X +- eps U V^T sqrt(columns / rank), with a new U for every direction and a new V every ``interval``
+    steps. Elements of such a direction have variance 1, so that eps means what MeZO's does; lr is the paper's, the spectral norm
+    of an update. With ``momentum`` N is its running mean, and is carried to the next V as LOZO-M's.
+
+    One-dimensional tensors move by -lr' c Z as MeZO's do. lr' is 1e-5 lr, the published code's 1e-7 beside 1e-2, unless their
+    parameter group has an lr of its own. The published settings are rank 64, an interval of 100, and four one-sided directions.
+
+    Example::
+
+        optimizer = ZOMuon(model, lr=1e-2, rank=64, interval=100, directions=4, two_sided=False)
+    """
+
+    estimator = "muon"
+    dense_share = 1e-5
+
+    def __init__(
+        self, target: nn.Module | Handle, params: Iterable[Any] | None = None, *, lr: float | Tensor | str = 1e-2, **options: Any
+    ) -> None:
+        super().__init__(target, params, lr=lr, **options)
+
+    def _check_handle(self, handle: Handle, settings: StepSettings, parallel: Parallel | None) -> None:
+        super()._check_handle(handle, settings, parallel)
+        if settings.normalise is not None:
+            raise ValueError("updates of ZO-Muon have one length whatever the scale of c: leave normalise out")
+
+
+OPTIMIZERS: dict[str, Callable[..., ZerothOrderOptimizer]] = {kind.estimator: kind for kind in (LOZO, MeZO, SubZero, ZOMuon)}
 """The class for each estimator of :class:`~lozo_kernels.PatchConfig`."""

@@ -215,7 +215,7 @@ class Stepper:
         if self.settings.normalise is not None:
             moment = torch.where(good, taken, moment)
         beta = None
-        if self.settings.momentum:  # rounded to fp32, whatever torch's default dtype is
+        if self.settings.momentum or self.handle.estimator.carries:  # rounded to fp32, whatever torch's default dtype is
             momentum = torch.full((), self.settings.momentum, dtype=torch.float32, device=c.device)
             beta = torch.where(good, momentum, 1.0).to(torch.float64)
         update = Update(self.step, list(along.unbind()), torch.where(good, rates.lr, 0.0), rates.weight_decay, beta)

@@ -112,8 +112,9 @@ class ZerothOrder:
 
     @property
     def scale(self) -> float | None:
-        plain = self.optimizer.stepper.settings.normalise is None
-        return step_scale(self.optimizer.handle.config) if plain else None
+        handle = self.optimizer.handle
+        plain = self.optimizer.stepper.settings.normalise is None and not handle.estimator.carries
+        return step_scale(handle.config) if plain else None
 
     @property
     def parts(self) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from .directions import Dense, Estimator, FactorSpec, LowRank
 from .factored import FactoredEstimator
+from .muon import Muon
 from .subspace import Subspace
 
-ESTIMATORS: dict[str, type[Estimator]] = {e.name: e for e in (LowRank, Dense, Subspace)}
+ESTIMATORS: dict[str, type[Estimator]] = {e.name: e for e in (LowRank, Dense, Subspace, Muon)}
 
-__all__ = ["ESTIMATORS", "Dense", "Estimator", "FactorSpec", "FactoredEstimator", "LowRank", "Subspace"]
+__all__ = ["ESTIMATORS", "Dense", "Estimator", "FactorSpec", "FactoredEstimator", "LowRank", "Muon", "Subspace"]

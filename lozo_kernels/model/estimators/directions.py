@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -37,10 +38,12 @@ class Estimator(abc.ABC):
     Attributes:
         name: as in :class:`~lozo_kernels.model.config.PatchConfig`.
         low_rank: matrices have directions L V^T.
+        carries: updates are made of N, without momentum (beta = 0) too.
     """
 
     name: ClassVar[str]
     low_rank: ClassVar[bool] = True
+    carries: ClassVar[bool] = False
 
     def __init__(self, config: PatchConfig) -> None:
         self.config = config
@@ -56,6 +59,10 @@ class Estimator(abc.ABC):
     def resample_(self, table: TensorTable, *, window: int, reproject: bool, backend: Backend) -> None:
         """Writes the V of a window into a table of weights, as :func:`lozo_kernels.ops.resample_` does."""
         ops.resample_(table, seed=self.config.seed, window=window, reproject=reproject, backend=backend)
+
+    def moved(self, n: Sequence[Tensor], tensor_ids: Sequence[int]) -> Iterable[Tensor]:  # noqa: ARG002  (for those that make more)
+        """What momentum N moves weights by along V, of each tensor: N itself. V was drawn for all of them."""
+        return n
 
     def run(self, op: Op, table: TensorTable, call: TableCall, backend: Backend) -> None:
         """Runs an op of :data:`lozo_kernels.ops.OPS` on low-rank tensors or on factors, with L in place of U."""
@@ -86,7 +93,7 @@ class LowRank(Estimator):
         elif op.factors:
             add_draws(table, call, backend)
         else:
-            add_summed(op, table, call, backend)
+            add_summed(op, table, call, backend, self.moved)
 
     def left(self, spec: FactorSpec, draw: Draw) -> Tensor:
         return self._factor(spec, spec.extent[1], draw, "U")

@@ -13,14 +13,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...kernels import reference
 from ...kernels.calls import Draw, TableCall
 from ...kernels.op_table import Op
 from ...kernels.registry import Backend
 from ...kernels.table import TensorTable
 from ..config import PatchConfig
 from .directions import Estimator, FactorSpec
-from .summed import add_momentum, merge_factor, with_factor
+from .summed import add_momentum, merge_factor, replace_v, with_factor
 
 Key = tuple[int, int, int]
 """Which draw: the seed, the step and the direction."""
@@ -57,10 +56,7 @@ class FactoredEstimator(Estimator, abc.ABC):
                 raise ValueError(
                     f"right() of {self.label} returns values that fp16 does not have: round them, e.g. .half().float()"
                 )
-            if reproject:
-                assert table.n is not None
-                table.n[t].copy_(reference.reproject(table.n[t], v, new))
-            v.copy_(new)
+            replace_v(table, t, new, reproject=reproject)
             self._enter(spec, window)
         self._left.clear()
 
@@ -82,7 +78,8 @@ class FactoredEstimator(Estimator, abc.ABC):
                 self._carry(table, call)
             self._add(table, step.n, call, call.scales)
             if op.momentum:
-                add_momentum(step, table, call)
+                assert table.n is not None
+                add_momentum(step, self.moved(table.n, table.tensor_ids), call)
             merge_factor(step, call, None, backend)
 
     def _enter(self, spec: FactorSpec, window: int) -> None:  # noqa: ARG002  (for what belongs to a window)

@@ -21,8 +21,9 @@ from ..config import PatchConfig
 from .directions import FactorSpec
 from .factored import FactoredEstimator, Key
 
-_GRID = 256.0
-_LARGEST = 8.0 - 1.0 / _GRID
+GRID = 256.0
+"""The grid of factors is made of multiples of 1 / 256."""
+_LARGEST = 8.0 - 1.0 / GRID
 """The largest multiple of 2**-8 that is used; fp16 holds all of them up to here."""
 
 
@@ -133,7 +134,7 @@ def orthonormal(g: Tensor, rank: int) -> Tensor:
         q, r = torch.linalg.qr(g[..., :rank].double())
         # The sign of a column depends on the library.
         q = q * torch.where(torch.diagonal(r, dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)
-        scaled = torch.round(q * g.shape[1] ** 0.5 * _GRID) / _GRID
+        scaled = torch.round(q * g.shape[1] ** 0.5 * GRID) / GRID
         out[..., :rank] = scaled.clamp(-_LARGEST, _LARGEST)
     return out
 

@@ -8,14 +8,19 @@ same on every backend. Weights in half precision are rounded once.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from torch import Tensor
 
-from ...kernels import ops
+from ...kernels import ops, reference
 from ...kernels.calls import TableCall
 from ...kernels.op_table import MAX_DRAWS, OPS, Op
 from ...kernels.registry import Backend
 from ...kernels.table import TensorTable
+
+Moved = Callable[[Sequence[Tensor], Sequence[int]], Iterable[Tensor]]
+""":meth:`Estimator.moved` of what made the directions."""
 
 
 def add_draws(factors: TensorTable, call: TableCall, backend: Backend) -> None:
@@ -27,18 +32,18 @@ def add_draws(factors: TensorTable, call: TableCall, backend: Backend) -> None:
         decay = None
 
 
-def add_summed(op: Op, table: TensorTable, call: TableCall, backend: Backend) -> None:
-    """X <- decay * X + F V^T, F = sum of scale * U. With momentum F = sum of scale * U + alpha * N, after N has taken up the draws
-    as in :func:`lozo_kernels.ops.lowrank_momentum_`."""
+def add_summed(op: Op, table: TensorTable, call: TableCall, backend: Backend, moved: Moved) -> None:
+    """X <- decay * X + F V^T, F = sum of scale * U. With momentum F = sum of scale * U + alpha * moved(N), after N has taken up the
+    draws as in :func:`lozo_kernels.ops.lowrank_momentum_`."""
     weights = with_factor(table)
     factors = _factors_of(weights)
     for f in factors.x:
         f.zero_()
     add_draws(factors, dataclasses.replace(call, decay=None), backend)
     if op.momentum:
-        assert call.coefficients is not None
+        assert call.coefficients is not None and table.n is not None
         add_draws(_factors_of(table), TableCall(call.seed, call.draws, call.coefficients, call.beta), backend)
-        add_momentum(weights, table, call)
+        add_momentum(weights, moved(table.n, table.tensor_ids), call)
     merge_factor(weights, call, None, backend)
 
 
@@ -51,11 +56,20 @@ def with_factor(table: TensorTable) -> TensorTable:
     return found
 
 
-def add_momentum(weights: TensorTable, table: TensorTable, call: TableCall) -> None:
-    """F <- F + alpha * N: F is the factor of ``weights``, N the momentum of ``table``."""
-    assert weights.n is not None and table.n is not None and call.alpha is not None
-    for f, n, alpha in zip(weights.n, table.n, call.alpha.unbind(), strict=True):
+def add_momentum(weights: TensorTable, moved: Iterable[Tensor], call: TableCall) -> None:
+    """F <- F + alpha * N: F is the factor of ``weights``, N what momentum moves them by."""
+    assert weights.n is not None and call.alpha is not None
+    for f, n, alpha in zip(weights.n, moved, call.alpha.unbind(), strict=True):
         f.add_(n * alpha)  # two operations, each rounded
+
+
+def replace_v(table: TensorTable, t: int, new: Tensor, *, reproject: bool) -> None:
+    """Gives a tensor of a table its next V (transposed), and with ``reproject`` carries its momentum over to it."""
+    assert table.v is not None
+    if reproject:
+        assert table.n is not None
+        table.n[t].copy_(reference.reproject(table.n[t], table.v[t], new))
+    table.v[t].copy_(new)
 
 
 def merge_factor(table: TensorTable, call: TableCall, out: TensorTable | None, backend: Backend) -> None:

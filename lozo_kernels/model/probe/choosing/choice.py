@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from ...config import PatchConfig
+from ...config import NOISE_LEFT, PatchConfig
 from ...sharding import ALONE, Peers
 from ..forward.activation import layer_kind
 from ..members import Member
@@ -141,8 +141,8 @@ def why_not_activation(member: Member, used: Uses, estimator: str) -> str | None
     """Returns what rules the activation side out, or None. Every use of the weight has to be in a layer whose kind is known."""
     if member.parameter.layout.form != "matrix":
         return "not the matrix of a layer"
-    if estimator != "lowrank":
-        return "directions of another method than LOZO are written into weights"
+    if estimator not in NOISE_LEFT:
+        return "directions with another left factor than LOZO's are written into weights"
     for owner in member.owners:
         if layer_kind(owner) is None:
             return f"held by {type(owner.module).__name__}, which uses it in its own way"

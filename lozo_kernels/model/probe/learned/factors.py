@@ -53,12 +53,14 @@ class FactorGroup(Group):
         call = TableCall(seed, draws, coefficients, self.row(carried.beta))
         self.estimator.run(OPS["factor_update_"], self.momentum, call, self.backend)
         last = isinstance(carried.alpha, Tensor) or carried.alpha != 0.0
-        alphas = self.row(carried.alpha * self.update_factor).unbind() if last else ()
-        for t, (b, n) in enumerate(zip(self.table.x, self.momentum.x, strict=True)):  # each operation rounded
-            if keep is not None:
-                b.mul_(keep[t])
-            if last:
-                b.add_(n * alphas[t])
+        if keep is not None:
+            for b, one in zip(self.table.x, keep.unbind(), strict=True):
+                b.mul_(one)
+        if last:
+            alphas = self.row(carried.alpha * self.update_factor).unbind()
+            moved = self.estimator.moved(self.momentum.x, self.momentum.tensor_ids)
+            for b, n, alpha in zip(self.table.x, moved, alphas, strict=True):
+                b.add_(n * alpha)  # two operations, each rounded
 
 
 @dataclasses.dataclass(eq=False)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bench.journal import elsewhere
-from lozo_kernels import LOZO, MeZO, SubZero, capture_step
+from lozo_kernels import LOZO, MeZO, SubZero, ZOMuon, capture_step
 from lozo_kernels.journal import (
     Detour,
     Flushed,
@@ -42,6 +42,8 @@ RUNS = [
     (LOZO, {"placement": "probe", "rounding": "stochastic", "weight_decay": 0.1, "side": "scratch"}),
     (MeZO, {"placement": "probe", "two_sided": False}),
     (SubZero, {"placement": "probe"}),
+    (ZOMuon, {"directions": 3, "two_sided": False, "fuse_steps": True, "weight_decay": 0.1}),
+    (ZOMuon, {"placement": "probe", "momentum": 0.5}),
 ]
 
 

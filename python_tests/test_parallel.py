@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import distributed, nn
 
-from lozo_kernels import LOZO, DivergenceError, MeZO, Parallel, SubZero
+from lozo_kernels import LOZO, DivergenceError, MeZO, Parallel, SubZero, ZOMuon
 
 if not distributed.is_available() or not distributed.is_gloo_available():
     pytest.skip("torch.distributed or its gloo backend is missing", allow_module_level=True)
@@ -25,6 +25,7 @@ CASES = {
     "batched, one-sided": {**PROBE, "evaluation": "batched", "two_sided": False},
     "mezo": {"method": MeZO},
     "subzero": {"method": SubZero},
+    "muon": {"method": ZOMuon, "momentum": 0.5, **PROBE},
     "skipping": {"poison": 3},
 }
 SIZES = {1: ["probe", "in place"], 2: list(CASES), 3: ["in place", "fused", "probe", "skipping"], 5: ["fused", "probe"]}

@@ -120,7 +120,7 @@ def check_options(settings: Any) -> None:
 
 def _how_to_parse(hint: Any, default: Any) -> dict[str, Any]:
     if hint is bool:
-        return {"action": "store_true"}
+        return {"action": "store_true"} if default is False else {"action": argparse.BooleanOptionalAction, "default": default}
     (kind,) = [a for a in typing.get_args(hint) if a is not type(None)] if isinstance(hint, types.UnionType) else [hint]
     parsed = {"type": kind if kind in (int, float) else _words if typing.get_origin(kind) is tuple else str}
     return parsed | ({"required": True} if default is dataclasses.MISSING else {"default": default})

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-from ..optim.optimizer import LOZO, MeZO, SubZero, ZerothOrderOptimizer
+from ..optim.optimizer import LOZO, MeZO, SubZero, ZerothOrderOptimizer, ZOMuon
 
 _DENSE = ("eps", "directions", "directions_law", "one_sided", "evaluation", "normalise", "placement", "backend", "momentum")
 _LOW_RANK = (*_DENSE, "rank", "interval", "scaling")
 _SUBSPACE = tuple(name for name in _LOW_RANK if name not in ("momentum", "scaling"))
+_MUON = tuple(name for name in _SUBSPACE if name != "normalise")
 _TRAINING = ("steps", "k_shot", "lr", "lr_schedule", "weight_decay", "eval_every", "compare_steps", "parallel")
 
 
@@ -25,6 +27,8 @@ class Method:
         lr: default learning rate, of large models.
         embedded_lr: default learning rate of the embedded model, which is four to five orders of magnitude smaller than theirs.
         lr_schedule: default schedule (LOZO's paper, section 5: constant for LOZO and MeZO, linear for fine-tuning).
+        finds_lr: ``lr="auto"`` finds its learning rate.
+        rank, interval, directions, one_sided: defaults of these settings, for methods that have them.
         forwards: forward passes of a step with one direction on two sides.
         published: the published code has this method, so that it can be timed beside it.
     """
@@ -38,6 +42,11 @@ class Method:
     lr: float = 1e-6
     embedded_lr: float = 3e-4
     lr_schedule: str = "constant"
+    finds_lr: bool = True
+    rank: int = 2
+    interval: int = 50
+    directions: int = 1
+    one_sided: bool = False
     forwards: int = 2
     published: bool = False
 
@@ -86,6 +95,14 @@ METHODS = {
         Method("mezo", "MeZO", "zeroth-order", MeZO, _DENSE, published=True),
         Method("mezo-m", "MeZO-M", "zeroth-order", MeZO, _DENSE, momentum=0.9, published=True),
         Method("subzero", "SubZero", "zeroth-order", SubZero, _SUBSPACE, lr=1e-7),
+        Method(
+            *("zo-muon", "ZO-Muon", "zeroth-order", ZOMuon, _MUON, 0.0, 1e-2, 1e-2),
+            finds_lr=False,
+            rank=64,
+            interval=100,
+            directions=4,
+            one_sided=True,
+        ),
         Method("forward-grad", "Forward-Grad", "forward-gradient", uses=("backend",), forwards=1),
         _first_order("ft", "FT", 1e-5, 1e-3),
         _first_order("ft-adamw", "FT (AdamW)", 1e-5, 1e-3),
@@ -100,3 +117,15 @@ ZEROTH_ORDER = {name: method for name, method in METHODS.items() if method.optim
 """Those that train with forward passes only, which the Trainer and the planner have."""
 EVALUATIONS = tuple(name for name, method in METHODS.items() if not method.trains)
 """Those that score a model as it is."""
+
+DEFAULTS = ("rank", "interval", "directions", "one_sided")
+"""The settings whose defaults are those of the method."""
+
+
+def take_defaults(settings: Any) -> None:
+    """Gives those of :data:`DEFAULTS` that are None in a dataclass of settings the values of its method. An unknown method, which
+    is somebody else's error, has those of LOZO."""
+    known = METHODS.get(settings.method) if isinstance(settings.method, str) else None
+    for name in DEFAULTS:
+        if getattr(settings, name, 0) is None:
+            object.__setattr__(settings, name, getattr(known or METHODS["lozo"], name))

@@ -15,7 +15,7 @@ from ..model.config import PLACEMENTS, SCALINGS
 from ..optim.normalise import NORMALISE
 from ..optim.steps import EVALUATIONS
 from .command_line import check_options, flag, option
-from .methods import METHODS, Method
+from .methods import DEFAULTS, METHODS, Method, take_defaults
 from .objectives import OBJECTIVES, ImageObjective
 from .tasks import TASKS
 
@@ -31,7 +31,7 @@ _data, _method, _run = (functools.partial(option, group=group) for group in ("mo
 class Settings:
     """Settings of ``lozo-kernels finetune``, whose ``--help`` says what each means. None: the default of method, task or machine.
 
-    What LOZO, MeZO and SubZero make of theirs is said by :class:`lozo_kernels.LOZO` and :class:`lozo_kernels.PatchConfig`.
+    What zeroth-order methods make of theirs is said by :class:`lozo_kernels.LOZO` and :class:`lozo_kernels.PatchConfig`.
     """
 
     model: str | None = _data(None, "name on the Hub or a folder (default: the embedded model)")
@@ -56,8 +56,8 @@ class Settings:
     max_length: int = _data(256, "tokens per example", low=2)
 
     method: str = _method("lozo", choices=tuple(METHODS))
-    rank: int = _method(2, "columns of U and V", low=1, high=MAX_RANK)
-    interval: int = _method(50, "steps between two draws of V", low=1)
+    rank: int = _method(None, "columns of U and V (default: 2, of zo-muon 64)", low=1, high=MAX_RANK)
+    interval: int = _method(None, "steps between two draws of V (default: 50, of zo-muon 100)", low=1)
     eps: float = _method(1e-3, "scale of the perturbation", low=0.0, above=0)
     lr: float | None = _method(
         None, "learning rate (default: found from forward passes; the method's in runs of less than 50 steps)", low=0.0
@@ -66,8 +66,10 @@ class Settings:
     momentum: float | None = _method(None, "beta of lozo-m and mezo-m (default: 0.9), and of ft-sgd", low=0.0, below=1)
     weight_decay: float = _method(0.0, "decoupled", low=0.0)
     scaling: str = _method("paper", "where 1/rank goes: paper, card or published", choices=SCALINGS)
-    directions: int = _method(1, "directions per step", low=1)
-    one_sided: bool = _method(False, "F(+) - F(0) in place of F(+) - F(-): all directions of a step share F(0)")
+    directions: int = _method(None, "directions per step (default: 1, of zo-muon 4)", low=1)
+    one_sided: bool = _method(
+        None, "F(+) - F(0) in place of F(+) - F(-): all directions of a step share F(0) (default: only of zo-muon)"
+    )
     normalise: str | None = _method(
         None, "divide c by its spread over the directions (FZOO) or by a running mean of its square; needs --lr", choices=NORMALISE
     )
@@ -94,6 +96,9 @@ class Settings:
     )
     seed: int = _run(0, low=0, high=2**63 - 1)
     output: str | None = _run(None, "folder for the results (default: runs/TASK-METHOD, or with -2, -3, ... if a run is there)")
+
+    def __post_init__(self) -> None:
+        take_defaults(self)
 
     def resolved(self) -> Settings:
         """These settings, checked, with every None replaced that has a fixed default and that the method uses; an ``lr`` that stays
@@ -156,7 +161,7 @@ class Settings:
             return self.lr
         if self.model is None:
             return method.embedded_lr
-        found = method.kind == "zeroth-order" and steps >= _FINDING_STEPS and self.batch_size > 1
+        found = method.kind == "zeroth-order" and method.finds_lr and steps >= _FINDING_STEPS and self.batch_size > 1
         return None if found else method.lr
 
     def _resolved_momentum(self, method: Method) -> float:
@@ -181,7 +186,8 @@ class Settings:
 
     def _check_method(self, method: Method) -> None:
         for f in dataclasses.fields(self):
-            if f.name in method.foreign and getattr(self, f.name) not in (f.default, 0):
+            default = getattr(method, f.name) if f.name in DEFAULTS else f.default
+            if f.name in method.foreign and getattr(self, f.name) not in (default, 0):
                 raise InputError(f"{flag(f.name)} means nothing to --method {method.name}: leave it out")
         if method.kind == "first-order" and self.dtype == "float16":
             raise InputError(f"--method {method.name} needs --dtype float32 or bfloat16: gradients underflow in float16")

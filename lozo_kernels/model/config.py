@@ -66,8 +66,8 @@ class PatchConfig:
 
             The same trajectory results from lr(published) = lr(paper) / r, and from eps(card) = r eps(paper) with
             lr(card) = r lr(paper). Dense tensors have no rank: they get eps Z and lr c Z throughout, so a conversion of lr
-            changes their step relative to the matrices'. SubZero's directions have one scale, that of "paper": c D is the update. ZO-Muon's
-            have elements of variance 1.
+            changes their step relative to the matrices'. SubZero's directions have one scale, that of "paper": c D is the update.
+            ZO-Muon's have elements of variance 1.
         include: glob patterns of parameter names to train; None for all that require a gradient.
         exclude: glob patterns of parameter names to leave alone.
         rounding: how updates are rounded into bf16 and fp16: "nearest" even or "stochastic". Perturbations round to nearest.

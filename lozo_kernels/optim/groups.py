@@ -21,15 +21,16 @@ Groups = Sequence[Mapping[str, Any]]
 """The ``param_groups`` of an optimiser, which have "params", "param_names", "lr" and "weight_decay" each."""
 
 
-def groups_of(handle: Handle, params: Iterable[Any] | None, dense_lr: float | Tensor | None) -> list[Any]:
+def groups_of(handle: Handle, params: Iterable[Any] | None, lr: float | Tensor, dense_share: float) -> list[Any]:
     """Returns groups as torch takes them; without ``params``, one group of all parameters.
     Raises TypeError or ValueError if ``params`` are not parameters or groups of them.
 
     Args:
-        dense_lr: that of parameters with dense directions; groups without an "lr" are divided for it. None: that of all.
+        lr: of groups that have none.
+        dense_share: what multiplies it for parameters with dense directions, for which such groups are divided.
     """
     groups = _groups_of(handle, params)
-    return groups if dense_lr is None else [part for group in groups for part in _divided(handle, group, dense_lr)]
+    return groups if dense_share == 1.0 else [part for group in groups for part in _divided(handle, group, lr * dense_share)]
 
 
 def _divided(handle: Handle, group: Any, dense_lr: float | Tensor) -> list[Any]:

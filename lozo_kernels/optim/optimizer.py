@@ -94,8 +94,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     """
 
     estimator: ClassVar[str] = "lowrank"
-    dense_share: ClassVar[float | None] = None
-    """The lr of parameters with dense directions, in parts of the others', where their group has none. None: it is the same."""
+    dense_share: ClassVar[float] = 1.0
+    """What multiplies lr for parameters with dense directions, in groups that have no lr of their own."""
 
     eps: float = _forwarded("settings", "eps")
     momentum: float = _forwarded("settings", "momentum")
@@ -158,13 +158,13 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             finder = make_finder(handle, settings) if lr is not factor else None
             self.stepper = Stepper(handle, settings, together, finder)
             self._stepped = False
-            dense_lr = None if self.dense_share is None else factor * self.dense_share
-            super().__init__(groups_of(handle, params, dense_lr), {"lr": factor, "weight_decay": weight_decay})
+            super().__init__(groups_of(handle, params, factor, self.dense_share), {"lr": factor, "weight_decay": weight_decay})
             check_cover(self.param_groups, handle)
             if settings.momentum or handle.estimator.carries:
                 handle.enable_momentum()
-            if settings.momentum:
-                self.defaults["momentum"] = momentum  # where a scheduler looks for it; rates_of() says that it may not change
+                self.defaults |= (
+                    {"momentum": momentum} if momentum else {}
+                )  # where a scheduler looks for it; rates_of() says that it may not change
             if together is not None:
                 together.connect(handle, settings.directions, self._facts())
             if settings.fuse_steps:

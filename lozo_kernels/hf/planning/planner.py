@@ -129,7 +129,8 @@ def plan(model: str | Any, *, say: Callable[[str], None] | None = None, **worklo
     options: tuple[Alternative, ...] = (finetuning,)
     why = "backpropagation moves weights by their gradients"
     if method is not None:
-        options, why = _Planner(dry, method, asked, machine, forward.bytes, 2 * forward_seconds).options()
+        count = method.passes(method.directions, method.one_sided)
+        options, why = _Planner(dry, method, asked, machine, forward.bytes, count * forward_seconds).options()
     return Plan(
         **vars(asked),
         model=name,
@@ -196,7 +197,8 @@ class _Planner:
         evaluation = sum(side_seconds(m, uses[m], costs) for m in members)
         # What was learned is merged once an interval; without factors every step's update is a pass over the weights.
         merging = sum(m.numel for m in members) * costs.element
-        step = self.forwards + 2 * evaluation + (merging if dense else merging / self.asked.interval)
+        moved = self.method.directions * (1 if self.method.one_sided else 2)
+        step = self.forwards + moved * evaluation + (merging if dense else merging / self.asked.interval)
         sides = dict(collections.Counter(str(m.side) for m in members))
         return Alternative("probe", state, self.activation_bytes, step, self.forwards, sides)
 
@@ -210,7 +212,8 @@ def _machine(asked: Workload, dtype: torch.dtype, method: Method | None) -> Mach
         """The optimiser whose passes are timed: it moves weights in place, and no window ends."""
         assert method is not None and method.optimizer is not None
         options: dict[str, Any] = {"momentum": method.momentum, "rank": asked.rank, "interval": 2**31}
-        return method.optimizer(model, lr=0.0, fuse_steps=True, **{n: v for n, v in options.items() if n in method.uses})
+        options = {n: v for n, v in options.items() if n in method.uses} | {"directions": method.directions}
+        return method.optimizer(model, lr=0.0, fuse_steps=True, two_sided=not method.one_sided, **options)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return measured_machine(device, dtype, asked.rank, None if method is None else make_optimizer)

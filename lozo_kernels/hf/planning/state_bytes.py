@@ -11,6 +11,7 @@ from torch import nn
 
 from ...model.conditions import small_buffer_bytes
 from ...model.config import PatchConfig
+from ...model.estimators import ESTIMATORS
 from ...model.layout import Layout
 from ...model.parameters import find_parameters
 from ...model.probe.choosing.choice import choose_sides, cost_of
@@ -88,9 +89,10 @@ def side_seconds(member: Member, used: Uses, costs: Costs) -> float:
 def state_in_place(model: nn.Module, members: Sequence[Member], config: PatchConfig, *, momentum: bool) -> State:
     """The state of a method that moves weights."""
     factors = _factors(members, config)
-    if config.estimator == "subspace":  # the draws of a pass, added up
+    carries = ESTIMATORS[config.estimator].carries
+    if config.estimator == "subspace" or carries:  # the draws of a pass, added up
         factors += sum(_FLOAT * config.rank * batch * rows for batch, rows, _ in _matrices(members))
-    return State(factors, _left_factors(members, config.rank) if momentum else 0, copies=small_buffer_bytes(model))
+    return State(factors, _left_factors(members, config.rank) if momentum or carries else 0, copies=small_buffer_bytes(model))
 
 
 def state_of_probe(model: nn.Module, members: Sequence[Member], config: PatchConfig, *, momentum: bool) -> State:
@@ -103,7 +105,7 @@ def state_of_probe(model: nn.Module, members: Sequence[Member], config: PatchCon
     copies = sum(m.numel * m.parameter.tensor.element_size() for m in members if m.side == "copy")
     return State(
         factors,
-        _left_factors(members, config.rank) if momentum else 0,
+        _left_factors(members, config.rank) if momentum or ESTIMATORS[config.estimator].carries else 0,
         _scratch(model, members),
         copies + small_buffer_bytes(model) + sum(_FLOAT * m.numel for m in members if m.side == "shift"),
         _checked_at_once(members),

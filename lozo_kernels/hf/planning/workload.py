@@ -8,7 +8,7 @@ from ...errors import InputError
 from ...kernels.noise import MAX_RANK
 from ...model.config import PLACEMENTS
 from ..command_line import check_options, option
-from ..methods import ZEROTH_ORDER
+from ..methods import ZEROTH_ORDER, take_defaults
 from ..settings import DTYPES
 
 PLANNED = (*ZEROTH_ORDER, "ft")
@@ -24,8 +24,8 @@ class Workload:
     """
 
     method: str = option("lozo", choices=PLANNED)
-    rank: int = option(2, "columns of U and V", low=1, high=MAX_RANK)
-    interval: int = option(50, "steps between two draws of V", low=1)
+    rank: int = option(None, "columns of U and V (default: 2, of zo-muon 64)", low=1, high=MAX_RANK)
+    interval: int = option(None, "steps between two draws of V (default: 50, of zo-muon 100)", low=1)
     dtype: str = option("bfloat16", choices=DTYPES)
     batch_size: int = option(16, "examples of one forward pass", low=1)
     sequence_length: int = option(256, "tokens of each example", low=1)
@@ -40,6 +40,7 @@ class Workload:
     )
 
     def __post_init__(self) -> None:
+        take_defaults(self)
         check_options(self)
         if self.device_tflops is not None and self.device_bandwidth is None:
             raise InputError("--device-tflops goes with --device-bandwidth")

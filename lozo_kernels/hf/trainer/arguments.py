@@ -59,13 +59,15 @@ class ZOArguments(TrainingArguments):  # type: ignore[misc, valid-type]
     """
 
     method: str = dataclasses.field(default="lozo", metadata={"help": ", ".join(ZEROTH_ORDER)})
-    rank: int | None = dataclasses.field(default=None, metadata={"help": "columns of U and V; None: the default of patch()"})
-    interval: int | None = dataclasses.field(default=None, metadata={"help": "steps between two draws of V; None: likewise"})
+    rank: int | None = dataclasses.field(default=None, metadata={"help": "columns of U and V; None: 2, of zo-muon 64"})
+    interval: int | None = dataclasses.field(default=None, metadata={"help": "steps between draws of V; None: 50, of zo-muon 100"})
     scaling: str | None = dataclasses.field(default=None, metadata={"help": "where 1/r goes: paper, card or published"})
     eps: float = dataclasses.field(default=1e-3, metadata={"help": "scale of the perturbation"})
     momentum: float | None = dataclasses.field(default=None, metadata={"help": "beta; None: 0.9 for lozo-m and mezo-m"})
-    directions: int = dataclasses.field(default=1, metadata={"help": "directions per step, whose estimates are averaged"})
-    two_sided: bool = dataclasses.field(default=True, metadata={"help": "(F(+) - F(-)) / (2 eps), or (F(+) - F) / eps"})
+    directions: int | None = dataclasses.field(default=None, metadata={"help": "directions per step; None: 1, of zo-muon 4"})
+    two_sided: bool | None = dataclasses.field(
+        default=None, metadata={"help": "(F(+) - F(-)) / (2 eps), or (F(+) - F) / eps; None: only zo-muon's are one-sided"}
+    )
     directions_law: str = dataclasses.field(default="normal", metadata={"help": "of dense directions: normal or rademacher"})
     normalise: str | None = dataclasses.field(default=None, metadata={"help": "divide c by its spread or by a running scalar"})
     placement: str = dataclasses.field(default="inplace", metadata={"help": "inplace, probe or auto"})
@@ -77,7 +79,9 @@ class ZOArguments(TrainingArguments):  # type: ignore[misc, valid-type]
     backend: str | None = dataclasses.field(default=None, metadata={"help": "kernels; None: the best of the device"})
     zo_seed: int = dataclasses.field(default=0, metadata={"help": "seed of the directions; seed is that of data and dropout"})
     max_nonfinite: int = dataclasses.field(default=10, metadata={"help": "steps in a row without a finite loss before an error"})
-    learning_rate: float = dataclasses.field(default=1e-6, metadata={"help": "1e-6 to 1e-7 in the papers, for large models"})
+    learning_rate: float | None = dataclasses.field(
+        default=None, metadata={"help": "None: that of large models, 1e-6, of subzero 1e-7, of zo-muon 1e-2"}
+    )
     lr_scheduler_type: str = dataclasses.field(default="constant", metadata={"help": "constant in the papers"})
     max_grad_norm: float = dataclasses.field(default=0.0, metadata={"help": "0: there is no gradient to clip"})
 
@@ -92,6 +96,8 @@ class ZOArguments(TrainingArguments):  # type: ignore[misc, valid-type]
         stop_checkpointing(self)
         if self.optim != _DEFAULT_OPTIM or self.optim_args:
             raise ValueError(f"optim={str(self.optim)!r} is not used: the optimiser follows from method={self.method!r}")
+        if self.learning_rate is None:
+            self.learning_rate = ZEROTH_ORDER[self.method].lr
         super().__post_init__()
 
     def _check_method(self) -> None:
@@ -108,7 +114,8 @@ class ZOArguments(TrainingArguments):  # type: ignore[misc, valid-type]
 
     def optimizer_options(self) -> dict[str, Any]:
         """Arguments of the optimiser, without those of its groups."""
-        options = {name: getattr(self, name) for name in ("eps", "directions", "two_sided", "max_nonfinite", "normalise")}
+        names = ("eps", "max_nonfinite", "normalise", "directions", "two_sided")
+        options = {name: value for name in names if (value := getattr(self, name)) is not None}
         momentum = ZEROTH_ORDER[self.method].momentum if self.momentum is None else self.momentum
         return options | ({"momentum": momentum} if momentum else {})
 

@@ -93,7 +93,7 @@ def attach(trainer: Any, *, method: str = "lozo", **options: Any) -> Attachment:
 
     Args:
         trainer: it has no optimiser yet; learning rate, schedule and weight decay are those of its arguments.
-        method: "lozo", "lozo-m", "mezo", "mezo-m" or "subzero".
+        method: "lozo", "lozo-m", "mezo", "mezo-m", "subzero" or "zo-muon".
         options: settings of the optimiser (:class:`lozo_kernels.LOZO`) and of :func:`lozo_kernels.patch`.
 
     Returns:
@@ -143,10 +143,12 @@ def make_optimizer(trainer: Any, model: nn.Module, method: str, options: dict[st
     check_names(f"a trainer with {cls.__name__}", options, [name for name in KEYWORDS if name not in ("params", "drive")])
     check_method_options(method, options)
     rest = {name: value for name, value in options.items() if name not in OPTIONS}
-    rest = {"lr": trainer.args.learning_rate, "weight_decay": trainer.args.weight_decay} | rest
+    rates = {"lr": trainer.args.learning_rate, "weight_decay": trainer.args.weight_decay}
+    rest = rates | {"directions": row.directions, "two_sided": not row.one_sided} | rest
     if row.momentum:
         rest.setdefault("momentum", row.momentum)
-    chosen = {name: value for name, value in options.items() if name in OPTIONS}
+    chosen: dict[str, Any] = {"rank": row.rank, "interval": row.interval} if row.low_rank else {}
+    chosen |= {name: value for name, value in options.items() if name in OPTIONS}
     handle = patch(model, estimator=row.estimator, drive="loss", **chosen)
     try:
         optimizer = cls(handle, _groups(trainer, handle, rest["weight_decay"]), **rest)

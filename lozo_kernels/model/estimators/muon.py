@@ -1,13 +1,13 @@
 """ZO-Muon: directions U V^T with an orthonormal V, and updates that are orthogonal in the space of V (arXiv 2602.17155).
 
-The direction is U V'^T / sqrt(rank) with V' = sqrt(cols) V, whose elements have variance 1, so that eps means what it means for MeZO
-(the paper's U V^T with the same eps is sqrt(cols / rank) times smaller). The update is X <- X - lr orth(N) V^T with
-orth(N) = N (N^T N)^(-1/2), so that lr is the paper's: the spectral norm of an update.
+The direction is U V'^T / sqrt(rank) with V' = sqrt(cols) V. Its elements have variance 1, so that eps means what it means for MeZO:
+the paper's U V^T is sqrt(cols / rank) times smaller. The update is X <- X - lr orth(N) V^T with orth(N) = N (N^T N)^(-1/2), so that
+lr is the paper's, the spectral norm of an update.
 
 V' is on the grid of the noise contract, as the factors of :mod:`.subspace` are. sqrt(max(rows, rank)) orth(N), whose elements are
-about 1 in size, is rounded to that grid too: N (N^T N)^(-1/2) comes from an eigendecomposition in fp64, whose last bits depend on the
-library, and rounding to the grid hides differences that are 1e12 times smaller. So equal bits on all devices are very likely, but not
-promised.
+about 1 in size, is rounded to that grid too, which keeps it orthonormal to about 1e-3. It comes from eigenvalues in fp64, whose
+last bits depend on the library: equal bits on all devices are very likely (rounding hides differences that are 1e12 times smaller)
+but not promised.
 """
 
 from __future__ import annotations

@@ -200,7 +200,7 @@ def test_twenty_steps_through_the_command(name, tmp_path):
     assert summary["steps_done"] == 20 and summary["stopped"] is None
     steps = [row for row in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()) if row["kind"] == "step"]
     assert [row["step"] for row in steps] == list(range(20))
-    assert {len(row["c"]) for row in steps} == {0 if method.kind == "first-order" else 1}
+    assert {len(row["c"]) for row in steps} == {0 if method.kind == "first-order" else method.directions}
     assert (steps[-1]["lr"] < steps[0]["lr"]) == (method.lr_schedule == "linear")
     assert 0 < summary["inference_peak_bytes"] < summary["training_peak_bytes"]
     reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -225,6 +225,8 @@ def _embedded():
         ({"method": "ft-sgd", "dtype": "float16"}, "float32 or bfloat16"),
         ({"method": "ft-lora", "compare_steps": 4}, "the published code has no ft-lora"),
         ({"method": "adam"}, "--method 'adam' is not known"),
+        ({"method": "zo-muon", "scaling": "card"}, "--scaling means nothing to --method zo-muon"),
+        ({"method": "zo-muon", "normalise": "spread", "lr": 1.0}, "--normalise means nothing"),
     ],
 )
 def test_settings_that_do_not_fit_a_method(settings, message):
@@ -236,6 +238,14 @@ def test_resolved_settings_stay_resolved():
     for name in METHODS:
         once = Settings(method=name, task="go-again").resolved()
         assert once.resolved() == once and once.lr == (METHODS[name].embedded_lr if METHODS[name].trains else None)
+
+
+def test_defaults_of_a_method_are_its_own():
+    names = ("rank", "interval", "directions", "one_sided", "lr")
+    assert [getattr(Settings(method="zo-muon", model="m", task="sst2").resolved(), n) for n in names] == [64, 100, 4, True, 1e-2]
+    chosen = Settings(method="zo-muon", rank=3, one_sided=False, lr=0.1).resolved()
+    assert [getattr(chosen, n) for n in names] == [3, 100, 4, False, 0.1]
+    assert [getattr(Settings().resolved(), n) for n in names[:-1]] == [2, 50, 1, False]
 
 
 def test_nothing_to_train_is_said_before_training():

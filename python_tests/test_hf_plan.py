@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from lozo_kernels import LOZO, MeZO, SubZero
+from lozo_kernels import LOZO, MeZO, SubZero, ZOMuon
 from lozo_kernels.bench.memory_cpu import measure_memory
 from lozo_kernels.cli import command as cli
 from lozo_kernels.errors import InputError
@@ -89,6 +89,8 @@ def optimizers(model, method, placement, rank):
         return MeZO(model, **options)
     if method == "subzero":
         return SubZero(model, rank=rank, interval=50, **options)
+    if method == "zo-muon":
+        return ZOMuon(model, rank=rank, interval=50, directions=4, two_sided=False, **options)
     return LOZO(model, rank=rank, interval=50, **options)
 
 
@@ -103,6 +105,8 @@ def optimizers(model, method, placement, rank):
         ("bert", "lozo", "inplace"),
         ("opt", "mezo", "probe"),
         ("llama", "subzero", "inplace"),
+        ("llama", "zo-muon", "inplace"),
+        ("opt", "zo-muon", "probe"),
     ],
 )
 def test_steps(rng, name, method, placement):

@@ -402,20 +402,29 @@ class ZOMuon(ZerothOrderOptimizer):
     of an update. With ``momentum`` N is its running mean, and is carried to the next V as LOZO-M's.
 
     One-dimensional tensors move by -lr' c Z as MeZO's do. lr' is 1e-5 lr, the published code's 1e-7 beside 1e-2, unless their
-    parameter group has an lr of its own. The published settings are rank 64, an interval of 100, and four one-sided directions.
+    parameter group has an lr of its own. Defaults are the published settings: rank 64, interval 100, four one-sided directions.
+    ``lr="auto"``, ``normalise``, captured steps and sharded weights are not for this method.
 
     Example::
 
-        optimizer = ZOMuon(model, lr=1e-2, rank=64, interval=100, directions=4, two_sided=False)
+        optimizer = ZOMuon(model, lr=1e-2)
     """
 
     estimator = "muon"
     dense_share = 1e-5
 
     def __init__(
-        self, target: nn.Module | Handle, params: Iterable[Any] | None = None, *, lr: float | Tensor | str = 1e-2, **options: Any
+        self,
+        target: nn.Module | Handle,
+        params: Iterable[Any] | None = None,
+        *,
+        lr: float | Tensor | str = 1e-2,
+        directions: int = 4,
+        two_sided: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(target, params, lr=lr, **options)
+        patched = {} if isinstance(target, Handle) else {"rank": 64, "interval": 100}
+        super().__init__(target, params, lr=lr, directions=directions, two_sided=two_sided, **patched | options)
 
     def _check_handle(self, handle: Handle, settings: StepSettings, parallel: Parallel | None) -> None:
         super()._check_handle(handle, settings, parallel)

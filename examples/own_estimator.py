@@ -1,5 +1,5 @@
 """A method of one's own, LOZO with an orthonormal V: it trains, finds its learning rate, keeps a journal, and replays.
-Run: python examples/own_estimator.py [steps]"""
+Run: python examples/own_estimator.py [steps], or lozo-kernels --plugin examples/own_estimator.py finetune --method orthogonal"""
 
 import copy
 import sys
@@ -29,12 +29,16 @@ class Orthogonal(FactoredEstimator):
         return (q * torch.diagonal(r, dim1=1, dim2=2).sign()[:, None] * spec.extent[2] ** 0.5).mT.half().float()
 
 
-base, x = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Tanh(), torch.nn.Linear(32, 4)), torch.randn(64, 16)
-model, y = copy.deepcopy(base), x[:, :4] - x[:, 4:8]
-optimizer = register_estimator(Orthogonal)(model, lr="auto", rank=4, directions=4)
-with tempfile.TemporaryDirectory() as folder, Journal.create(f"{folder}/run.journal", optimizer) as journal:
-    for _ in range(int(sys.argv[1]) if len(sys.argv) > 1 else 300):
-        loss = optimizer.step(lambda rows: (model(x[rows]) - y[rows]).square().sum(1), torch.randint(64, (32,)))
-    journal.finish()
-    replay(base, f"{folder}/run.journal")
-print(f"loss {float(loss):.3f}; the replay has the same bits:", all(map(torch.equal, base.parameters(), model.parameters())))
+OrthogonalLOZO = register_estimator(Orthogonal)
+
+if __name__ == "__main__":
+    base, x = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Tanh(), torch.nn.Linear(32, 4)), torch.randn(64, 16)
+    model, y = copy.deepcopy(base), x[:, :4] - x[:, 4:8]
+    optimizer = OrthogonalLOZO(model, lr="auto", rank=4, directions=4)
+    with tempfile.TemporaryDirectory() as folder, Journal.create(f"{folder}/run.journal", optimizer) as journal:
+        for _ in range(int(sys.argv[1]) if len(sys.argv) > 1 else 300):
+            loss = optimizer.step(lambda rows: (model(x[rows]) - y[rows]).square().sum(1), torch.randint(64, (32,)))
+        journal.finish()
+        replay(base, f"{folder}/run.journal")
+    same = all(map(torch.equal, base.parameters(), model.parameters()))
+    print(f"loss {float(loss):.3f}; the replay has the same bits:", same)

@@ -1,12 +1,17 @@
 """An estimator from outside of the package: in place, in a probe, its journal and state, and what is refused."""
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from lozo_kernels import LOZO, Draw, FactoredEstimator, Handle, PatchConfig, capture_step, ops, patch, register_estimator
+from lozo_kernels.cli import plugin
+from lozo_kernels.cli.command import main
+from lozo_kernels.hf.methods import METHODS
 from lozo_kernels.journal import Journal, replay
 from lozo_kernels.model import config, estimators
 from lozo_kernels.optim import optimizer as optimizer_module
@@ -160,3 +165,58 @@ def test_captures_and_other_scalings_are_refused():
         capture_step(optimizer, loss)
     with pytest.raises(ValueError, match="directions of 'halves' have one scale"):
         patch(Zoo(), estimator="halves", scaling="card")
+
+
+@pytest.fixture
+def forgotten():
+    """A plug-in's estimator is known to no other test."""
+    yield
+    config.ESTIMATORS.remove("orthogonal")
+    config.FACTORED.remove("orthogonal")
+    del estimators.ESTIMATORS["orthogonal"], optimizer_module.OPTIMIZERS["orthogonal"], sys.modules["own_estimator"]
+    plugin._LOADED.clear()
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_the_command_takes_the_method_of_a_plugin(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    run = str(tmp_path / "run")
+    asked = [
+        "finetune",
+        "--method",
+        "orthogonal",
+        "--steps",
+        "3",
+        "--eval-size",
+        "4",
+        "--batch-size",
+        "4",
+        "--output",
+        run,
+        "--quiet",
+    ]
+    assert main(asked) == 2 and "--method 'orthogonal' is not known" in capsys.readouterr().err
+    assert "orthogonal" not in METHODS
+    own = ["--plugin", str(Path(__file__).parents[1] / "examples" / "own_estimator.py")]
+    assert main([*own, *asked, "--lr", "1e-3", "--rank", "3"]) == 0
+    assert main([*own, "finetune", "--resume", run, "--steps", "5", "--quiet"]) == 0
+    assert main([*own, "verify", "--journal", run, "--checkpoint", run]) == 0
+    assert "5 steps replayed" in capsys.readouterr().out and METHODS["orthogonal"].label == "Orthogonal"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "registers no estimator"),
+        ("1 / 0", "cannot be imported: ZeroDivisionError"),
+        (
+            "from python_tests.test_own_estimator import Halves, register_estimator\nregister_estimator(Halves)",
+            "registers no estimator",
+        ),
+    ],
+)
+def test_plugins_that_are_none(tmp_path, capsys, text, message):
+    path = tmp_path / "no_plugin.py"
+    path.write_text(text, encoding="utf-8")
+    assert main(["--plugin", str(path), "finetune"]) == 2 and message in capsys.readouterr().err
+    assert main(["--plugin", "not.there", "doctor"]) == 2 and "ModuleNotFoundError" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from ..hf.settings import Settings
 from ..kernels.registry import choose_backend
 from ..kernels.version import __version__
 from ..model.files import file_trouble
+from .plugin import load_plugin
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -76,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         _check_environment(args)
+        for plugin in args.plugin:
+            load_plugin(plugin)
         code = run(args)
         sys.stdout.flush()
         return code
@@ -107,6 +110,13 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line; what it returns has the function to call as ``run``."""
     parser = _Parser(prog="lozo-kernels", description="Fine-tune language models with forward passes only (LOZO, MeZO).")
     parser.add_argument("--version", action="version", version=f"lozo_kernels {__version__}")
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module, or a file of Python, that registers an estimator, which --method then takes by its name",
+    )
     commands = parser.add_subparsers(dest="subcommand", required=True, parser_class=_Parser)
 
     def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:

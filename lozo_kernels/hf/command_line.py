@@ -8,7 +8,7 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 from ..errors import InputError
@@ -33,7 +33,7 @@ class Option:
     help: str = ""
     group: str = ""
     hidden: bool = False
-    choices: tuple[str, ...] = ()
+    choices: Collection[str] = ()
     low: float | None = None
     high: float | None = None
     above: float | None = None

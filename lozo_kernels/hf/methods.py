@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..optim.optimizer import LOZO, MeZO, SubZero, ZerothOrderOptimizer, ZOMuon
+from ..optim.optimizer import LOZO, OPTIMIZERS, MeZO, SubZero, ZerothOrderOptimizer, ZOMuon
 
 _DENSE = ("eps", "directions", "directions_law", "one_sided", "evaluation", "normalise", "placement", "backend", "momentum")
 _LOW_RANK = (*_DENSE, "rank", "interval", "scaling")
@@ -25,7 +26,8 @@ class Method:
         uses: those of the settings that not all methods have which it has.
         momentum: default of beta, 0 for a method without.
         lr: default learning rate, of large models.
-        embedded_lr: default learning rate of the embedded model, which is four to five orders of magnitude smaller than theirs.
+        embedded_lr: default learning rate of the embedded model, which is four to five orders of magnitude smaller than theirs;
+            None: it finds itself.
         lr_schedule: default schedule (LOZO's paper, section 5: constant for LOZO and MeZO, linear for fine-tuning).
         finds_lr: ``lr="auto"`` finds its learning rate.
         rank, interval, directions, one_sided: defaults of these settings, for methods that have them.
@@ -40,7 +42,7 @@ class Method:
     uses: tuple[str, ...] = ()
     momentum: float = 0.0
     lr: float = 1e-6
-    embedded_lr: float = 3e-4
+    embedded_lr: float | None = 3e-4
     lr_schedule: str = "constant"
     finds_lr: bool = True
     rank: int = 2
@@ -87,9 +89,32 @@ def _first_order(name: str, label: str, lr: float, embedded_lr: float, uses: tup
     return Method(name, label, "first-order", None, uses, 0.0, lr, embedded_lr, lr_schedule="linear", forwards=1)
 
 
-METHODS = {
-    m.name: m
-    for m in (
+class _Methods(Mapping[str, Method]):
+    """Methods by name: those of a table, and every estimator that was registered (:func:`lozo_kernels.register_estimator`)."""
+
+    def __init__(self, *methods: Method) -> None:
+        self.table = {method.name: method for method in methods}
+        self._known = {method.estimator for method in methods if method.optimizer is not None}
+
+    def __getitem__(self, name: str) -> Method:
+        return self.table[name] if name in self.table else self._registered()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.table
+        yield from self._registered()
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def _registered(self) -> dict[str, Method]:
+        found = {name: kind for name, kind in OPTIMIZERS.items() if name not in self._known and name not in self.table}
+        return {
+            name: Method(name, kind.__name__, "zeroth-order", kind, _SUBSPACE, embedded_lr=None) for name, kind in found.items()
+        }
+
+
+METHODS = _Methods(
+    *(
         Method("lozo", "LOZO", "zeroth-order", LOZO, _LOW_RANK, published=True),
         Method("lozo-m", "LOZO-M", "zeroth-order", LOZO, _LOW_RANK, momentum=0.9, published=True),
         Method("mezo", "MeZO", "zeroth-order", MeZO, _DENSE, published=True),
@@ -111,10 +136,10 @@ METHODS = {
         Method("zero-shot", "zero-shot", "evaluation", forwards=0),
         Method("icl", "ICL", "evaluation", uses=("num_shots",), forwards=0),
     )
-}
+)
 
-ZEROTH_ORDER = {name: method for name, method in METHODS.items() if method.optimizer is not None}
-"""Those that train with forward passes only, which the Trainer and the planner have."""
+ZEROTH_ORDER = _Methods(*(method for method in METHODS.values() if method.optimizer is not None))
+"""Those that train with forward passes only, which the Trainer has."""
 EVALUATIONS = tuple(name for name, method in METHODS.items() if not method.trains)
 """Those that score a model as it is."""
 

@@ -55,7 +55,7 @@ class Settings:
     objective: str = _data("auto", choices=("auto", *(name for name in OBJECTIVES if name != ImageObjective.name)))
     max_length: int = _data(256, "tokens per example", low=2)
 
-    method: str = _method("lozo", choices=tuple(METHODS))
+    method: str = _method("lozo", choices=METHODS)
     rank: int = _method(None, "columns of U and V (default: 2, of zo-muon 64)", low=1, high=MAX_RANK)
     interval: int = _method(None, "steps between two draws of V (default: 50, of zo-muon 100)", low=1)
     eps: float = _method(1e-3, "scale of the perturbation", low=0.0, above=0)
@@ -159,7 +159,7 @@ class Settings:
         """The learning rate; None for one that finds itself (``lr="auto"``), which needs some steps and a batch in parts."""
         if self.lr is not None:
             return self.lr
-        if self.model is None:
+        if self.model is None and method.embedded_lr is not None:
             return method.embedded_lr
         found = method.kind == "zeroth-order" and method.finds_lr and steps >= _FINDING_STEPS and self.batch_size > 1
         return None if found else method.lr

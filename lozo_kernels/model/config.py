@@ -111,7 +111,8 @@ class PatchConfig:
         words = {"estimator": ESTIMATORS, "scaling": SCALINGS, "rounding": ROUNDINGS, "placement": PLACEMENTS}
         for name, known in words.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, not {getattr(self, name)!r}")
+                hint = "; register a method of your own first (--plugin of the command)" if name == "estimator" else ""
+                raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, not {getattr(self, name)!r}{hint}")
         check_law("directions_law", self.directions_law)
         for name, low, high in (("rank", 1, MAX_RANK), ("interval", 1, 2**63), ("seed", 0, 2**64 - 1)):
             object.__setattr__(self, name, as_integer(name, getattr(self, name), low, high))

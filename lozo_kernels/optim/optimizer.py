@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
@@ -432,5 +432,5 @@ class ZOMuon(ZerothOrderOptimizer):
             raise ValueError("updates of ZO-Muon have one length whatever the scale of c: leave normalise out")
 
 
-OPTIMIZERS: dict[str, Callable[..., ZerothOrderOptimizer]] = {kind.estimator: kind for kind in (LOZO, MeZO, SubZero, ZOMuon)}
+OPTIMIZERS: dict[str, type[ZerothOrderOptimizer]] = {kind.estimator: kind for kind in (LOZO, MeZO, SubZero, ZOMuon)}
 """The class for each estimator of :class:`~lozo_kernels.PatchConfig`."""

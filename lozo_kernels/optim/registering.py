@@ -57,4 +57,4 @@ def register_estimator(estimator: type[FactoredEstimator]) -> type[ZerothOrderOp
         ESTIMATORS[name] = estimator
         about = {"estimator": name, "__doc__": estimator.__doc__, "__module__": estimator.__module__}
         OPTIMIZERS[name] = type(estimator.__name__, (ZerothOrderOptimizer,), about)
-    return OPTIMIZERS[name]  # type: ignore[return-value]
+    return OPTIMIZERS[name]

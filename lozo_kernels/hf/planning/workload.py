@@ -11,7 +11,7 @@ from ..command_line import check_options, option
 from ..methods import ZEROTH_ORDER, take_defaults
 from ..settings import DTYPES
 
-PLANNED = (*ZEROTH_ORDER, "ft")
+PLANNED = (*ZEROTH_ORDER.table, "ft")
 """The methods that can be planned; "ft" is backpropagation with AdamW."""
 
 

@@ -78,7 +78,7 @@ def _body(s: dict[str, Any]) -> str:
         f"{origin}, tuned on {s['task'] or 'a file of the user'} ({s['objective']}) by {method.label} with "
         f"[lozo_kernels](https://pypi.org/project/lozo-kernels/){passes}.",
     ]
-    paper = _PAPERS.get(s["method"].split("-")[0])
+    paper = _PAPERS.get(s["method"].removesuffix("-m"))
     if paper:
         parts.append(f"Method: {paper}.")
     if s["stopped"] is not None:

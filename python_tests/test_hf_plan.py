@@ -128,8 +128,8 @@ def test_steps(rng, name, method, placement):
 
     use = measure_memory(model, forward, make_step, prepares=placement == "probe")
     print(option, use)
-    # SubZero draws its factors by a QR between forward passes, when no activation is there; plans leave that out.
-    extra = use.persistent if method == "subzero" else use.extra
+    # SubZero and ZO-Muon decompose matrices between forward passes, when no activation is there; plans leave that out.
+    extra = use.persistent if method in ("subzero", "zo-muon") else use.extra
     if placement == "probe" and extra > use.persistent + option.state.first_step // 2:
         extra -= option.state.first_step  # a loss in bf16 had not proved every side yet, so that a later step checked again
     close(planned.total_bytes(option), weights + use.forward + extra)

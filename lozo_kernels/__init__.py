@@ -16,6 +16,7 @@ from .model.handle import Handle
 from .model.patching import handle_of, patch
 from .model.probe import BatchSplitError, LoraAdapter, ProbeHandle, export_lora
 from .model.report import ParameterReport, Report
+from .optim.eps_finder import find_eps
 from .optim.graphs import CapturedStep, capture_step
 from .optim.optimizer import LOZO, MeZO, SubZero, ZOMuon
 from .optim.parallel import DivergenceError, Parallel, PeerLostError
@@ -51,6 +52,7 @@ __all__ = [
     "capture_step",
     "choose_backend",
     "export_lora",
+    "find_eps",
     "handle_of",
     "noise",
     "ops",

@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..journal import JournalError
 from ..model.files import replacing_folder, unwritable, write_whole
 from ..model.interrupts import deferred_interrupt
-from .loop.building import build_driver
+from .loop.building import build_driver, measure_eps
 from .loop.folder import METRICS, MODEL, PLOT, SUMMARY, begin, claimed, find_run
 from .loop.journaling import Keeper, new_keeper, resumed_keeper
 from .loop.kept_weights import KeptWeights
@@ -88,6 +88,12 @@ def _run(settings: Settings, command: str, quiet: bool, resume: bool) -> dict[st
     if resume:
         keeper = resumed_keeper(keeper)
     model, notes = load_model(run.checkpoint, run.objective.name, run.data.task, settings, run.device)
+    if settings.find_eps:
+        batch = run.objective.collate(run.batches_of([0])[0], run.device)
+        eps = measure_eps(model, settings, lambda: run.objective.loss(model, batch))
+        settings = dataclasses.replace(settings, eps=eps, find_eps=False)  # a run that goes on has this one
+        run, keeper.about["settings"] = dataclasses.replace(run, settings=settings), settings.to_dict()
+        notes = [*notes, f"eps {eps:.2g} was measured"]
     notes = [*notes, *run.notes()]
     for line in (*run.describe(), *notes):
         run.say(line)

@@ -8,7 +8,10 @@ from typing import Any
 
 from ..optim.optimizer import LOZO, OPTIMIZERS, MeZO, SubZero, ZerothOrderOptimizer, ZOMuon
 
-_DENSE = ("eps", "directions", "directions_law", "one_sided", "evaluation", "normalise", "placement", "backend", "momentum")
+_DENSE = (
+    *("eps", "find_eps", "directions", "directions_law", "one_sided", "evaluation", "normalise"),
+    *("placement", "backend", "momentum"),
+)
 _LOW_RANK = (*_DENSE, "rank", "interval", "scaling")
 _SUBSPACE = tuple(name for name in _LOW_RANK if name not in ("momentum", "scaling"))
 _MUON = tuple(name for name in _SUBSPACE if name != "normalise")

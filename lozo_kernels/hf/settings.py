@@ -59,6 +59,7 @@ class Settings:
     rank: int = _method(None, "columns of U and V (default: 2, of zo-muon 64)", low=1, high=MAX_RANK)
     interval: int = _method(None, "steps between two draws of V (default: 50, of zo-muon 100)", low=1)
     eps: float = _method(1e-3, "scale of the perturbation", low=0.0, above=0)
+    find_eps: bool = _method(False, "measure eps on the first batch, in place of --eps: some 100 forward passes")
     lr: float | None = _method(
         None, "learning rate (default: found from forward passes; the method's in runs of less than 50 steps)", low=0.0
     )
@@ -179,6 +180,8 @@ class Settings:
             raise InputError(f"--compare-steps: the published code has no {', '.join(self._unpublished)}")
         if self.evaluation == "batched" and self.placement == "inplace":
             raise InputError("--evaluation batched needs --placement probe: weights that are moved can be at one point only")
+        if self.find_eps and self.eps != 1e-3:
+            raise InputError("give --eps or --find-eps, not both")
         if self.normalise and self.lr is None:
             raise InputError("--normalise needs --lr: its rates have another scale, e.g. 1e-3")
         if self.normalise == "spread" and self.directions < 2:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...errors import InputError
+from ...model.config import OPTIONS
+from ...optim.eps_finder import find_eps
 from ...optim.optimizer import ZerothOrderOptimizer
 from ...optim.rate_finder import AUTO
 from ..methods import METHODS
@@ -24,7 +27,7 @@ def build_optimizer(model: nn.Module, settings: Settings) -> ZerothOrderOptimize
     """
     method = METHODS[settings.method]
     assert method.optimizer is not None
-    names = ["weight_decay", "seed", *(name for name in method.uses if name not in ("placement", "one_sided"))]
+    names = ["weight_decay", "seed", *(name for name in method.uses if name not in ("placement", "one_sided", "find_eps"))]
     # Fused steps save passes over the weights, of which a probe makes none.
     placing = {"fuse_steps": True} if settings.placement == "inplace" else {"placement": settings.placement}
     rates: dict[str, Any] = {"lr": AUTO if settings.lr is None else settings.lr}
@@ -33,6 +36,16 @@ def build_optimizer(model: nn.Module, settings: Settings) -> ZerothOrderOptimize
         return method.optimizer(model, **options, **{name: getattr(settings, name) for name in names})  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError) as e:
         raise _untrainable(settings, e) from None
+
+
+def measure_eps(model: nn.Module, settings: Settings, loss: Callable[[], Any]) -> float:
+    """The eps of :func:`lozo_kernels.find_eps` for resolved settings. Raises InputError if there is none."""
+    method = METHODS[settings.method]
+    options = {name: getattr(settings, name) for name in OPTIONS if name in method.uses}
+    try:
+        return find_eps(model, loss, **options, seed=settings.seed, estimator=method.estimator)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise InputError(f"--find-eps: {e}; or give --eps") from None
 
 
 def build_driver(model: nn.Module, settings: Settings) -> Driver:

@@ -118,6 +118,8 @@ def own_folder(shared: Path, *, copied: bool) -> Iterator[Path]:
 def _check(settings: Settings, size: int) -> None:
     if METHODS[settings.method].kind != "zeroth-order":
         raise InputError(f"--method {settings.method} runs in one process: start it without torchrun")
+    if settings.find_eps:
+        raise InputError("--find-eps is for one process: start it once without torchrun, and give what it finds as --eps")
     if settings.parallel == "directions" and settings.directions < size:
         raise InputError(f"--parallel directions: {size} processes need --directions {size} or more, not {settings.directions}")
     if settings.parallel != "directions" and settings.batch_size < size:

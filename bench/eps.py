@@ -1,8 +1,8 @@
 """The error of c at the eps that ``find_eps`` measures, beside 1e-3 and the best of a grid.
 
-``python -m bench.eps`` writes ``bench/results/eps.json``: the 260K-parameter Llama of the data folder on eight sentences of SST-2, for
-every dtype, placement and kind of direction. The error is that of c over eight directions, other ones than those that ``find_eps``
-measured, against the gradient in fp64 at the same weights: the root of the mean square, in parts of that of the slopes.
+``python -m bench.eps`` writes ``bench/results/eps.json``: the 260K-parameter Llama of the data folder on eight sentences of SST-2,
+for every dtype, placement and kind of direction. The error is that of c over eight directions, other ones than those that
+``find_eps`` measured, against the gradient in fp64 at the same weights: the root of its mean square, in parts of that of c.
 """
 
 from __future__ import annotations

@@ -11,15 +11,15 @@ from lozo_kernels import Draw, FactoredEstimator, ops, register_estimator
 from lozo_kernels.journal import Journal, replay
 
 
+@register_estimator
 class Orthogonal(FactoredEstimator):
     """Directions L V^T, L new at every draw, V for a window of steps. Both follow from the seed and the name of the weight."""
 
     name = "orthogonal"
 
     def _normal(self, spec, rows, draw, stream):
-        where = {"stream": stream, "device": spec.device, "backend": spec.backend}
-        made = ops.factor(self.config.seed, spec.extent[0] * rows, self.config.rank, spec.tensor_id, draw, **where)
-        return made.view(spec.extent[0], rows, self.config.rank)
+        batch, rank, where = spec.extent[0], self.config.rank, {"stream": stream, "device": spec.device, "backend": spec.backend}
+        return ops.factor(self.config.seed, batch * rows, rank, spec.tensor_id, draw, **where).view(batch, rows, rank)
 
     def left(self, spec, draw):
         return self._normal(spec, spec.extent[1], draw, "U") / self.config.rank
@@ -29,16 +29,14 @@ class Orthogonal(FactoredEstimator):
         return (q * torch.diagonal(r, dim1=1, dim2=2).sign()[:, None] * spec.extent[2] ** 0.5).mT.half().float()
 
 
-OrthogonalLOZO = register_estimator(Orthogonal)
-
 if __name__ == "__main__":
     base, x = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Tanh(), torch.nn.Linear(32, 4)), torch.randn(64, 16)
-    model, y = copy.deepcopy(base), x[:, :4] - x[:, 4:8]
-    optimizer = OrthogonalLOZO(model, lr="auto", rank=4, directions=4)
+    optimizer = Orthogonal(model := copy.deepcopy(base), lr="auto", rank=4, directions=4)
     with tempfile.TemporaryDirectory() as folder, Journal.create(f"{folder}/run.journal", optimizer) as journal:
         for _ in range(int(sys.argv[1]) if len(sys.argv) > 1 else 300):
-            loss = optimizer.step(lambda rows: (model(x[rows]) - y[rows]).square().sum(1), torch.randint(64, (32,)))
+            loss = optimizer.step(
+                lambda rows: (model(x[rows]) - x[rows, :4] + x[rows, 4:8]).square().sum(1), torch.randint(64, (32,))
+            )
         journal.finish()
         replay(base, f"{folder}/run.journal")
-    same = all(map(torch.equal, base.parameters(), model.parameters()))
-    print(f"loss {float(loss):.3f}; the replay has the same bits:", same)
+    print(f"loss {float(loss):.3f}; the replay has the same bits:", all(map(torch.equal, base.parameters(), model.parameters())))

@@ -260,3 +260,23 @@ def test_captures_and_updates_without_momentum_are_refused(placement):
     with pytest.raises(ValueError, match=r"made of momentum: give beta, 0\.0 for none"):
         optimizer.handle.update_(0, 1.0, 1e-2)
     assert same(weights(model), before)
+
+
+def test_a_loop_that_back_propagates_takes_the_same_steps(rng):
+    seed = rng.getrandbits(64)
+
+    class Loss(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).square().mean()
+
+    model, x = Loss(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 1)), torch.randn(20, 7)
+    twin = copy.deepcopy(model)
+    driven = ZOMuon(model, rank=3, interval=2, drive="backward", seed=seed)
+    plain = ZOMuon(twin, rank=3, interval=2, seed=seed)
+    for _ in range(5):
+        model(x).backward()
+        driven.step()
+        driven.zero_grad()
+        plain.step(lambda: twin(x))
+    found = weights(model)  # with a parameter that the loop's gradient is of
+    assert all(torch.allclose(w, found[name], atol=1e-4) for name, w in weights(twin).items())

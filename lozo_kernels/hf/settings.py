@@ -59,7 +59,7 @@ class Settings:
     rank: int = _method(None, "columns of U and V (default: 2, of zo-muon 64)", low=1, high=MAX_RANK)
     interval: int = _method(None, "steps between two draws of V (default: 50, of zo-muon 100)", low=1)
     eps: float = _method(1e-3, "scale of the perturbation", low=0.0, above=0)
-    find_eps: bool = _method(False, "measure eps on the first batch, in place of --eps: some 100 forward passes")
+    find_eps: bool = _method(False, "measure eps on the first batch, in place of --eps: 192 forward passes")
     lr: float | None = _method(
         None, "learning rate (default: found from forward passes; the method's in runs of less than 50 steps)", low=0.0
     )

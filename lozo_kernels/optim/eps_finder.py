@@ -27,14 +27,17 @@ if TYPE_CHECKING:
 
 SCALES = tuple(2.0**-k for k in range(16, 4, -1))
 """1.5e-5 to 0.03."""
-DIRECTIONS = 4
+DIRECTIONS = 8
+"""With four of them, three of twelve measurements of a model in bf16 missed the best eps by more than an octave."""
+_TIE = 1.25
+"""Scales whose neighbour differs by so many times the least count as equal, and the smallest of them is taken."""
 _MOST = 0.7
 """The largest difference of two neighbours, in parts of the slope, that a scale is taken from. Rounding alone makes about 2."""
 
 
 @torch.no_grad()
 def find_eps(model: nn.Module, closure: Any, inputs: Any = None, **patch_options: Unpack[PatchOptions]) -> float:
-    """Measures a good perturbation scale for a model and a batch, which a run then has as ``eps``: 96 forward passes, once.
+    """Measures a good perturbation scale for a model and a batch, which a run then has as ``eps``: 192 forward passes, once.
 
     Weights are only read. Those that the run will move are evaluated as they would be, rounded to their dtype.
 
@@ -76,7 +79,7 @@ def best_scale(c: Tensor) -> float:
     """The eps that follows from c at :data:`SCALES`, (scales, directions). Raises ValueError if no two neighbours agree."""
     differences, sizes = (c[:-1] - c[1:]).square().mean(1).sqrt(), c[1:].square().mean(1).sqrt()
     shares = torch.where(sizes > 0, differences / sizes, math.inf).nan_to_num(nan=math.inf)
-    least = int(shares.argmin())
+    least = int((shares <= _TIE * shares.min()).nonzero()[0])
     if not float(shares[least]) < _MOST:
         raise ValueError(
             f"no eps from {SCALES[0]:.1g} to {SCALES[-1]:.1g} gives a slope: F(+) - F(-) is rounding or curvature in all of them. "

@@ -313,12 +313,20 @@ def planned(monkeypatch, model, tokenizer):
     assert names["planned"].total_bytes(names["planned"].options[0]) > 0
 
 
+@contextmanager
+def measured(monkeypatch, model, tokenizer):
+    names = {"model": model, "batch": BATCH}
+    yield names
+    assert names["optimizer"].eps == names["eps"] > 0
+
+
 STAND_INS = {
     ("README.md", "AutoModelForCausalLM"): loop,
     ("README.md", "TrainingArguments"): trainer,
     ("docs/library.md", "lozo_kernels.patch("): handle,
     ("docs/library.md", "capture_step"): captured,
     ("docs/library.md", 'lr="auto"'): found,
+    ("docs/library.md", "find_eps"): measured,
     ("docs/probe.md", "interval=50"): probe,
     ("docs/probe.md", 'evaluation="batched"'): batched,
     ("docs/trainer.md", 'drive="backward"'): driven,
@@ -333,7 +341,7 @@ STAND_INS = {
     ("docs/adapters.md", "DirectionBackend"): directions,
     ("docs/plan.md", "plan("): planned,
 }
-STAYS = (probe, batched, resumed, adapter, planned)
+STAYS = (probe, batched, resumed, adapter, planned, measured)
 """Blocks that leave the weights of the model as they are: they only prepare it, are a probe's first steps, or use no model."""
 
 

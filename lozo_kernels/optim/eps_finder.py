@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 SCALES = tuple(2.0**-k for k in range(16, 4, -1))
 """1.5e-5 to 0.03."""
 DIRECTIONS = 8
-"""With four of them, three of twelve measurements of a model in bf16 missed the best eps by more than an octave."""
+"""With four of them, what is found for a model in bf16 may be an octave and a half from the best."""
 _TIE = 1.25
 """Scales whose neighbour differs by so many times the least count as equal, and the smallest of them is taken."""
 _MOST = 0.7

@@ -20,15 +20,16 @@ def require(package: str) -> ModuleType:
     """Imports an optional package and returns it.
 
     Raises:
-        MissingPackageError: the package is not installed.
+        MissingPackageError: the package is not installed, or one that it needs is not.
     """
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as e:
-        if e.name is None or e.name.split(".")[0] != package.split(".")[0]:
+        if e.name is None or ("." in e.name and e.name.split(".")[0] != package.split(".")[0]):
             raise
-        message = f"this needs the package {package!r}: pip install '{_requirement(package)}'"
-        raise MissingPackageError(message, name=package) from None
+        missing = package if e.name.split(".")[0] == package.split(".")[0] else e.name
+        message = f"this needs the package {missing!r}: pip install '{_requirement(missing)}'"
+        raise MissingPackageError(message, name=missing) from None
 
 
 def _requirement(package: str) -> str:

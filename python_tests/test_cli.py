@@ -69,7 +69,7 @@ def in_tmp(tmp_path, monkeypatch):
         ("--steps 0", "--steps is at least 1"),
         ("--batch-size 0", "--batch-size is at least 1"),
         ("--directions 0", "--directions is at least 1"),
-        ("--directions 2 --compare-steps 5", "one direction a step, on two sides"),
+        ("--directions 2 --compare-steps 5", "the published code has no --directions"),
         ("--eval-every 0", "--eval-every is at least 1"),
         ("--threads 0", "--threads is at least 1"),
         ("--seed -1", "--seed is at least 0"),

@@ -56,8 +56,8 @@ OPTIONS = [
 ]
 
 
-def make(model, **options):
-    return register_estimator(Halves)(model, lr=1e-2, eps=1e-2, rank=2, interval=3, seed=7, **options)
+def make(model, lr=1e-2, **options):
+    return register_estimator(Halves)(model, lr=lr, eps=1e-2, rank=2, interval=3, seed=7, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"placement": "probe"}], ids=str)
@@ -65,7 +65,7 @@ def test_steps_are_those_of_a_simulation_in_fp64(options):
     """c L V^T with what the class says of L and V, on materialised weights."""
     model = Zoo()
     plain = copy.deepcopy(model).double()
-    optimizer, loss, plain_loss = make(model, **options), zoo_loss(model), zoo_loss(plain)
+    optimizer, loss, plain_loss = make(model, lr=1e-3, **options), zoo_loss(model), zoo_loss(plain)
     other = patch(copy.deepcopy(model), estimator="halves", rank=2, interval=3, seed=7)
     for step in range(7):
         optimizer.step(loss)
@@ -75,11 +75,12 @@ def test_steps_are_those_of_a_simulation_in_fp64(options):
             with torch.no_grad():
                 for name, d in directions.items():
                     c = (sides[0] - sides[1]) / 2e-2 if scale == 0.0 else 0.0
-                    plain.get_parameter(name).copy_(base[name] + (scale - 1e-2 * c) * d)
+                    plain.get_parameter(name).copy_(base[name] + (scale - 1e-3 * c) * d)
                 sides.append(float(plain_loss()))
-        assert float(optimizer.info.c[0]) == pytest.approx(c, rel=1e-3, abs=1e-4)
+        rounding = 64 * 2.0**-24 * sides[0] / 1e-2  # of losses in fp32, over eps
+        assert float(optimizer.info.c[0]) == pytest.approx(c, rel=1e-3, abs=rounding)
     optimizer.handle.merge()
-    assert all(torch.allclose(p.double(), weights(plain)[name], atol=1e-5) for name, p in weights(model).items())
+    assert all(torch.allclose(p.double(), weights(plain)[name], atol=1e-4) for name, p in weights(model).items())
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

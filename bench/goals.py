@@ -43,6 +43,8 @@ _CPU = (
     SpeedTarget("lowrank_update", "float32", (8,), "floor", 0.70),
     SpeedTarget("lowrank_update", "bfloat16", (1, 2, 4), "floor", 0.60),
     SpeedTarget("lowrank_update", "bfloat16", (8,), "floor", 0.45),
+    SpeedTarget("lowrank_momentum", "float32", (4,), "floor", 0.80),
+    SpeedTarget("lowrank_momentum", "bfloat16", (4,), "floor", 0.50),
     SpeedTarget("dense_update", "float32", (None,), "floor", 0.25),
     SpeedTarget("dense_update", "bfloat16", (None,), "floor", 0.13),
     SpeedTarget("dense_update_signs", "float32", (None,), "floor", 0.85),

@@ -16,9 +16,9 @@ def random_shapes(rng, count=5):
     return [random_shape(rng) for _ in range(count)]
 
 
-def assert_same(got, want, what="", *, every_bit=False):
+def assert_same(got, want, what=""):
     """Checks that two cases have the same bits in all storage, gaps included, and in V and N."""
-    wrong = [tensor.text for tensor in compare(got, want, every_bit=every_bit) if tensor.wrong]
+    wrong = [tensor.text for tensor in compare(got, want) if tensor.wrong]
     assert not wrong, f"{what} {want.op.name} {want.call}: {wrong}"
 
 

@@ -72,7 +72,7 @@ def test_perturb_table_and_file(capsys, tmp_path):
     assert {row["dtype"] for row in json.loads(path.read_text())["rows"]} == {"float16"}
 
 
-def test_a_momentum_product_above_rank_8_is_held_to_its_bound(capsys):
+def test_products_of_a_high_rank_are_held_to_every_bit(capsys):
     assert {row["rank"] for row in document(capsys, "--rank", "17", "--dtype", "bfloat16")["rows"]} == {17, None}
 
 

@@ -12,10 +12,9 @@ from lozo_kernels.journal import read_journal, replay
 from python_tests.earlier import make
 
 NAMES = json.loads((make.HERE / "public_names.json").read_text(encoding="utf-8"))
-FIRST = torch.load(make.HERE / "states.pt", weights_only=True)
 SAVED = {name: torch.load(make.folder_of(name) / "states.pt", weights_only=True)[name] for name in make.RUNS}
 ONE_LINE = (
-    r"^.* was made with version 1 of the contract on bits \(docs/noise.md\), and this lozo_kernels makes version %d of such a run"
+    r"^.* was made with version %d of the contract on bits \(docs/noise.md\), and this lozo_kernels makes version %d of such a run"
 )
 
 
@@ -58,15 +57,16 @@ def test_a_whole_run_is_the_same(name, tmp_path):
     assert same(model, SAVED[name]["final"])
 
 
-@pytest.mark.parametrize("name", make.LATER)
-def test_a_run_of_another_contract_is_refused_in_one_line(name):
+@pytest.mark.parametrize(("name", "version", "folder"), make.REFUSED)
+def test_a_run_of_another_contract_is_refused_in_one_line(name, version, folder):
     model, optimizer, _ = make.build(name)
     before = make.weights(model)
-    with pytest.raises(JournalError, match=ONE_LINE % make.VERSIONS[name]) as error:
-        replay(make.Net(), make.HERE / f"{name}.journal")
+    line = ONE_LINE % (version, make.VERSIONS[name])
+    with pytest.raises(JournalError, match=line) as error:
+        replay(make.Net(), folder / f"{name}.journal")
     assert len(str(error.value).splitlines()) == 1
-    with pytest.raises(ValueError, match=ONE_LINE % make.VERSIONS[name]) as error:
-        optimizer.load_state_dict(FIRST[name]["state"])
+    with pytest.raises(ValueError, match=line) as error:
+        optimizer.load_state_dict(torch.load(folder / "states.pt", weights_only=True)[name]["state"])
     assert len(str(error.value).splitlines()) == 1
     assert same(model, before) and optimizer.steps_done == 0
 

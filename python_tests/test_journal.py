@@ -231,8 +231,8 @@ def test_what_is_refused(tmp_path, rng, monkeypatch):
     with pytest.raises(JournalError, match=r"other settings: eps is 0\.01 there and 0\.02 here"):
         Journal.resume(path, optimizer)
     optimizer.handle.restore()
-    monkeypatch.setattr(contract, "_PRODUCTS", 3)
-    with pytest.raises(JournalError, match=r"made with version 2 of the contract .* this lozo_kernels makes version 3"):
+    monkeypatch.setattr(contract, "CONTRACT_VERSION", 4)
+    with pytest.raises(JournalError, match=r"made with version 3 of the contract .* this lozo_kernels makes version 4"):
         replay(base, path)
     assert same(weights(trained), after)
 

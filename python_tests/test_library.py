@@ -56,7 +56,7 @@ def arguments(rng, op, backend, rounding, law=()):
     "op",
     [
         *("lowrank_update_", "dense_update_", "lowrank_momentum_", "dense_momentum_", "resample_", "factor"),
-        *("factor_update_", "lowrank_merge_", "dense_merge_", "lowrank_linear_", "lowrank_embedding_"),
+        *("factor_update_", "factor_momentum_", "lowrank_merge_", "dense_merge_", "lowrank_linear_", "lowrank_embedding_"),
     ],
 )
 def test_opcheck(rng, any_backend, op):

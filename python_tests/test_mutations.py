@@ -19,11 +19,12 @@ pytestmark = pytest.mark.skipif(REASON is not None or torch.cuda.is_available(),
 LOWEST, ROUNDED_LATER = 0, 13
 KERNELS = [
     ("lowrank_update_", "lowrank_update", LOWEST),
-    ("lowrank_momentum_", "lowrank_update", LOWEST),
     ("lowrank_momentum_", "factor_update", LOWEST),
+    ("lowrank_momentum_", "lowrank_merge", LOWEST),
     ("dense_update_", "dense_update", LOWEST),
     ("dense_momentum_", "dense_update", LOWEST),
     ("factor_update_", "factor_update", LOWEST),
+    ("factor_momentum_", "factor_update", LOWEST),
     ("lowrank_merge_", "lowrank_merge", LOWEST),
     ("lowrank_merge_", "probed_factor", ROUNDED_LATER),
     ("dense_merge_", "dense_merge", LOWEST),

@@ -20,8 +20,9 @@ RANKS = [1, 2, 3, 4, 8, 9, 64]
 
 @pytest.mark.parametrize("draws", [1, 2])
 @pytest.mark.parametrize("rank", RANKS)
-def test_factor_update(rng, any_backend, rank, draws):
-    case = random_case(rng, OPS["factor_update_"], random_shapes(rng, 4), rank, call={"draws": draws})
+@pytest.mark.parametrize("op", ["factor_update_", "factor_momentum_"])
+def test_factors(rng, any_backend, op, rank, draws):
+    case = random_case(rng, OPS[op], random_shapes(rng, 4), rank, call={"draws": draws})
     before, expected = case.on(), case.on()
     case.run(any_backend)
     expected.run(EAGER)

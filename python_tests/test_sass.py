@@ -274,8 +274,8 @@ def test_mangled_names_are_understood():
     update = describe("_ZN4lozo22lowrank_update_alignedINS_4bf16ELi4ELi2EEEvNS_6LaunchE")
     found = [update[k] for k in ("kernel", "dtype", "rank", "aligned", "exact")]
     assert found == ["cuda_lowrank_update_2", "bfloat16", 64, True, True]
-    momentum = describe("_ZN4lozo24lowrank_momentum_alignedIfNS_14SplitProduct32ELi1EEEvNS_6LaunchE")
-    assert [momentum[k] for k in ("kernel", "dtype", "rank", "exact")] == ["cuda_lowrank_momentum", "float32", 32, False]
+    merge = describe("_ZN4lozo21lowrank_merge_alignedIfEEvNS_6LaunchE")
+    assert [merge[k] for k in ("kernel", "dtype", "rank", "exact")] == ["cuda_lowrank_merge", "float32", None, False]
     for argument, suffix in (("Lb0E", ""), ("Lb1E", "_signs")):
         dense = describe(f"_ZN4lozo22dense_momentum_alignedINS_3f16ELi1E{argument}EEvNS_6LaunchE")
         assert (dense["kernel"], dense["dtype"], dense["exact"]) == (f"cuda_dense_momentum{suffix}", "float16", True)
@@ -293,8 +293,8 @@ def test_cuda_kernels_are_compiled_as_setup_compiles_them():
     "chosen",
     [
         ["--target", "sm_90", "gfx942", "--dtype", "bfloat16", "none", "--rank", "4"],
-        # Momentum above rank 8 is bounded, not exact; the variants for any dtype take longest to compile.
-        ["--target", "sm_90", "--kernel", "*_any", "lowrank_momentum", "--dtype", "bfloat16", "any", "--rank", "16"],
+        # The variants for any dtype take longest to compile.
+        ["--target", "sm_90", "--kernel", "*_any", "lowrank_merge_0", "--dtype", "bfloat16", "any", "--rank", "16"],
     ],
     ids=["rank 4", "rank 16 and any dtype"],
 )
@@ -305,10 +305,10 @@ def test_kernels_pass(chosen, capsys, tmp_path):
     assert code == 0, capsys.readouterr().out
     kernels = {row["kernel"] for row in json.loads(out.read_text())["rows"]}
     if "none" in chosen:
-        assert {"lowrank_update", "lowrank_momentum", "dense_update", "dense_momentum", "momentum_factor", "resample"} <= kernels
+        assert {"lowrank_update", "dense_update", "dense_momentum", "factor_momentum", "resample"} <= kernels
         assert {"factor_update", "lowrank_merge", "dense_merge", "contraction", "expansion", "lookup"} <= kernels
     else:
-        assert {"lowrank_update_any", "lowrank_momentum_any", "dense_update_any", "lowrank_momentum"} <= kernels
+        assert {"lowrank_update_any", "lowrank_merge_any", "dense_update_any", "lowrank_merge_0"} <= kernels
 
 
 @needs_triton

@@ -27,7 +27,7 @@ def test_the_oldest_triton_makes_good_code(capsys, tmp_path):
         pytest.skip(str(reason))
     pytest.importorskip("triton", reason="triton is not installed: pip install triton")
     out = tmp_path / "sass.json"
-    chosen = ["--kernel", "lowrank_update", "lowrank_momentum", "dense_update", "--dtype", "bfloat16", "--rank", "4"]
+    chosen = ["--kernel", "lowrank_update", "lowrank_merge_0", "dense_update", "--dtype", "bfloat16", "--rank", "4"]
     targets = ["--target", "sm_90", "sm_120"]
     code = main(["--triton", OLDEST, *chosen, *targets, "--no-cuda", "--no-naive", "--output", str(out)])
     assert code == 0, capsys.readouterr().out
@@ -37,7 +37,7 @@ def test_the_oldest_triton_makes_good_code(capsys, tmp_path):
     assert len(document["rows"]) == 6
     assert all(row["vector_bits"] == 128 and not row["spill_bytes"] for row in document["rows"])
     # The contract has a fused multiply-add for products with N, and nowhere else.
-    assert {row["kernel"] for row in document["rows"] if row["fused"]} == {"lowrank_momentum"}
+    assert {row["kernel"] for row in document["rows"] if row["fused"]} == {"lowrank_merge_0"}
 
 
 def test_a_missing_triton_is_an_error_that_says_how_to_install_it(capsys, tmp_path, monkeypatch):

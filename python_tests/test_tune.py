@@ -138,7 +138,7 @@ def test_candidates_fit_registers():
 
 
 def test_candidates_and_files_may_limit_registers(tmp_path):
-    limited = [s for s in tune.candidates("lowrank_momentum") if s.maxnreg == 128]
+    limited = [s for s in tune.candidates("lowrank_update") if s.maxnreg == 128]
     assert any(s.ahead for s in limited) and any(not s.ahead for s in limited)
     path = tmp_path / "tiles.json"
     path.write_text(json.dumps({"tiles": [DEFAULT | dataclasses.asdict(limited[0])]}))

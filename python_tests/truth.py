@@ -111,7 +111,8 @@ def bound(case, t, exact):
         size, terms = size + alpha * (n if v is None else n @ v.abs()), terms + case.table.rank
     if not case.op.out:
         for u, scale in zip(added, scales, strict=True):
-            size = size + (u if v is None else u @ v).abs() * scale
+            product = u if v is None else u.abs() @ v.abs() if case.op.summed else u @ v  # which is exact where it is not summed
+            size = size + product.abs() * scale
     return terms * UNIT[torch.float32] * size + 1.01 * UNIT[case.table.x[t].dtype] * exact.abs() + 2.0**-24
 
 

@@ -49,10 +49,6 @@ ROOFLINE = {"sm_90": 0.95}
 """The least predicted roofline of kernels in their default configuration; other targets' figures are nominal and promise
 nothing."""
 
-ROOFLINE_BELOW = {("cuda_lowrank_momentum", 64): 0.88}
-"""Kernel and rank of which less is asked. N in two parts and V in four steps are 31 instructions an element where 28 are free;
-Triton's kernel, which is preferred where it is installed, has 14."""
-
 
 def _both(kernel: str, dtype: str, ranks: tuple[int, int], nvidia: float, amd: float) -> tuple[Budget, Budget]:
     return Budget(kernel, dtype, ranks, "sm_*", nvidia), Budget(kernel, dtype, ranks, "gfx*", amd)
@@ -77,8 +73,6 @@ REASONS = (
     Reason("dense_update_2", "*16", _ANY, "arithmetic: noise of two draws"),
     Reason("dense_*_stochastic", "*16", _ANY, "arithmetic: noise and random bits"),
     Reason("dense_*_2", "*16", _ANY, "arithmetic: noise of two draws"),
-    Reason("lowrank_momentum_stochastic", "*16", _ANY, "arithmetic, and registers: a product with N and random bits"),
-    Reason("lowrank_momentum_2", "*", _ANY, "registers: U of two draws, N and a block ahead"),
     Reason("lowrank_merge_stochastic", "*16", _ANY, "arithmetic, and registers: a product with N and random bits"),
     Reason("lowrank_merge*", "*", (9, 64), "registers for columns of N, and above rank 16 arithmetic in a fixed order"),
 )
@@ -106,20 +100,7 @@ BUDGETS = (
     *_both("lowrank_update_2", "float32", _LARGE, 21, 20),
     # with random bits, one counter of Philox for eight elements
     *_both("lowrank_update_stochastic", "*16", _ANY, 46, 66),
-    # N V^T: up to rank 8 a fused multiply-add for each rank, above on tensor cores
-    *_both("lowrank_momentum", "*", _SMALL, 36, 50),
-    *_both("lowrank_momentum", "*16", _MIDDLE, 16, 23),
-    *_both("lowrank_momentum", "*16", _LARGE, 22, 30),  # 20.4 and 27.6 with Triton 3.6
-    *_both("lowrank_momentum", "float32", _MIDDLE, 19, 18),
     # eight warps, whose matrix units take what lies in registers: two of them make each element
-    *(Budget("lowrank_momentum", "float32", _LARGE, target, 35) for target in ("sm_80", "sm_120")),
-    *_both("lowrank_momentum", "float32", _LARGE, 27, 21),
-    *_both("lowrank_momentum_2", "*", _SMALL, 42, 53),
-    *_both("lowrank_momentum_2", "*", _MIDDLE, 25, 27),  # 26.1 with Triton 3.6
-    *_both("lowrank_momentum_2", "*", _LARGE, 47, 40),  # 46.3 with Triton 3.6
-    *_both("lowrank_momentum_stochastic", "*16", _SMALL, 66, 105),
-    *_both("lowrank_momentum_stochastic", "*16", _MIDDLE, 63, 67),
-    *_both("lowrank_momentum_stochastic", "*16", _LARGE, 72, 75),
     # a normal number for every element: 22 instructions of noise on NVIDIA, which sums four bytes in one
     *_both("dense_update", "*16", _ANY, 29, 42),
     *_both("dense_update", "float32", _ANY, 36, 45),
@@ -166,11 +147,10 @@ BUDGETS = (
     *_both("expansion_all", "*16", _ANY, 62, 42),  # 61.5 on sm_120 and 57.4 on sm_100; less is asked there than on sm_90
     # any dtype and alignment: correct rather than fast
     *_both("lowrank_update_any", "any", _ANY, 80, 270),
-    *_both("lowrank_momentum_any", "any", _ANY, 120, 365),
     *_both("dense_*_any", "any", _ANY, 170, 345),
     # per entry of a factor, of which there are few; ranks below 4 pad to one counter
-    *_both("momentum_factor", "none", _ANY, 125, 260),
-    *_both("momentum_factor_2", "none", _ANY, 200, 400),
+    *_both("factor_momentum", "none", _ANY, 155, 290),
+    *_both("factor_momentum_2", "none", _ANY, 225, 440),
     *_both("factor_update", "none", _ANY, 130, 260),
     *_both("factor_update_2", "none", _ANY, 200, 400),
     *_both("probed_factor", "none", _ANY, 45, 60),

@@ -17,7 +17,7 @@ from lozo_kernels.kernels.noise import STREAMS
 from lozo_kernels.kernels.table import DTYPES
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
-_EXACT_MOMENTUM_RANK = 8
+_MEMORY_BOUND_RANK = 8  # merges of higher ranks wait for arithmetic
 _POINTERS = {
     **dict.fromkeys(("tiles", "matrices", "header"), "*i32"),
     **dict.fromkeys(("tensors", "outputs", "draws", "ids", "starts"), "*i64"),
@@ -107,10 +107,6 @@ def _lowrank(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
                 size = tile_sizes(None, _vendor(target)).find("lowrank_update", dtype is not None, rank, kind.stochastic)
                 plan = lowrank.lowrank_plan(dtype, kind, size, target)
                 yield _update("lowrank_update" + name, plan, dtype, rank, size)
-            for name, kind in _kinds(True, dtype, rank):
-                size = tile_sizes(None, _vendor(target)).find("lowrank_momentum", dtype is not None, rank, kind.stochastic)
-                plan = lowrank.lowrank_plan(dtype, kind, size, target)
-                yield _update("lowrank_momentum" + name, plan, dtype, rank, size, fused=_fused_of_momentum(rank, kind, target))
 
 
 def _dense(target: Target) -> Iterator[Compilation]:
@@ -124,11 +120,10 @@ def _dense(target: Target) -> Iterator[Compilation]:
 def _factors(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
     for rank in ranks:
         height, width = FACTOR_ROWS, factor_width(rank)
-        for op in ("momentum_factor", "factor_update"):
+        for op in ("factor_momentum", "factor_update"):
             for draws in (1, 2):
-                name, momentum = op if draws == 1 else f"{op}_2", op == "momentum_factor"
-                plan = lowrank.factor_update_plan(rank, draws, momentum or draws == 2, momentum, target)
-                yield _plain(name, plan, rank, height * width)
+                plan = lowrank.factor_update_plan(rank, draws, draws == 2, op == "factor_momentum", target)
+                yield _plain(op if draws == 1 else f"{op}_2", plan, rank, height * width)
         for again in (False, True):
             name = "resample_reproject" if again else "resample"
             yield _plain(name, resample.resample_plan(rank, again, target), rank, resample.RESAMPLE_COLS * padded(rank))
@@ -199,15 +194,9 @@ def _merge_kinds(dtype: torch.dtype | None) -> Iterator[tuple[str, UpdateKind]]:
         yield "_stochastic", UpdateKind(1, False, True, True)
 
 
-def _fused_of_momentum(rank: int, kind: UpdateKind, target: Target) -> int | None:
-    """Counts the fused multiply-adds of an element: the first product of N V^T is rounded, and alpha N V^T is added by one more.
-    Above the ranks whose bits are promised, none are. On CDNA, two waves make each element of a block that gets random bits."""
-    twice = kind.stochastic and not target.dp4a
-    return (2 * rank if twice else rank) if rank <= _EXACT_MOMENTUM_RANK else None
-
-
 def _fused_of_merge(rank: int) -> int:
-    """Counts those of a merge. Above the ranks that stay in registers, the first product is fused with -0."""
+    """Counts the fused multiply-adds of an element: the first product of N V^T is rounded, and above the ranks that stay in
+    registers fused with -0."""
     return rank if lowrank_merge.is_wide(rank) else rank - 1
 
 
@@ -218,9 +207,8 @@ def _update(
     name = "any" if dtype is None else str(dtype).removeprefix("torch.")
     moved = 2 * itemsize + (8 if kernel.startswith("dense_momentum") else 4 if plan.constants.get("FACTOR") else 0)
     elements = size.rows * size.cols * size.blocks
-    # Merges of higher ranks wait for arithmetic.
-    low = kernel == "lowrank_merge" and (rank or 0) <= _EXACT_MOMENTUM_RANK
-    default = low or kernel in ("lowrank_update", "lowrank_momentum", "dense_update", "dense_momentum", "dense_merge")
+    low = kernel in ("lowrank_merge", "lowrank_merge_0") and (rank or 0) <= _MEMORY_BOUND_RANK
+    default = low or kernel in ("lowrank_update", "dense_update", "dense_momentum", "dense_merge")
     return _compilation(
         kernel,
         plan,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .budgets import IN_FLIGHT, ROOFLINE, ROOFLINE_BELOW, Budget
+from .budgets import IN_FLIGHT, ROOFLINE, Budget
 from .facts import WIDE, Facts
 
 
@@ -87,7 +87,7 @@ def _speed(job: Mapping[str, Any], facts: Facts, row: Mapping[str, Any], budget:
     found = []
     if row["instr_per_element"] is not None and row["instr_per_element"] > budget.instructions:
         found.append(f"{row['instr_per_element']:g} instructions per element, {budget.instructions:g} budgeted")
-    promised = min(ROOFLINE.get(job["target"], 0.0), ROOFLINE_BELOW.get((job["kernel"], job["rank"]), 1.0))
+    promised = ROOFLINE.get(job["target"], 0.0)
     if job["default"] and (row["predicted_roofline"] or 0.0) < promised:
         found.append(f"predicted roofline {row['predicted_roofline']} (bound by {row['bound']}), at least {promised:g} promised")
     found += _in_flight(job, row)

@@ -32,7 +32,6 @@ _WORK = Work(bytes_per_thread=None, sources=_ACCESS, longest=False)
 _NAME = re.compile(r"_ZN4lozo(\d+)(\w+)")
 _DTYPES = {"INS_4bf16E": ("bfloat16", 2), "INS_3f16E": ("float16", 2), "If": ("float32", 4)}
 _RANKS_A_STEP = 16
-_EXACT_MOMENTUM_RANK = 8
 
 
 def read(targets: Sequence[str], cache: Cache, processes: int) -> tuple[list[dict[str, Any]], list[Facts], list[str]]:
@@ -78,14 +77,7 @@ def describe(name: str) -> dict[str, Any]:
         (v for k, v in _DTYPES.items() if arguments.startswith(k)), ("any" if op.endswith("_any") else "none", 0)
     )
     numbers = [int(n) for n in re.findall(r"Li(\d+)E", arguments)]
-    split = re.search(r"SplitProduct(\d+)", arguments)
-    rank = None
-    if split is not None:
-        rank = int(split[1])
-    elif "ExactProduct" in arguments:
-        rank = _EXACT_MOMENTUM_RANK
-    elif len(numbers) == 2:
-        rank = _RANKS_A_STEP * numbers[0]
+    rank = _RANKS_A_STEP * numbers[0] if len(numbers) == 2 else None
     signs = op.startswith("dense_") and "Lb1E" in arguments
     ratios = not signs and "ILb1E" in arguments
     suffix = "_2" if numbers[-1:] == [2] else "_ratios" if ratios else ""
@@ -96,7 +88,7 @@ def describe(name: str) -> dict[str, Any]:
         "dtype": dtype,
         "rank": rank,
         "aligned": aligned,
-        # The ratios are divided in fp64, which fuses inside; products with momentum are written with fused multiply-adds.
+        # The ratios are divided in fp64, which fuses inside; products with N are written with fused multiply-adds.
         "exact": not ratios and op not in _FUSED,
         "tile_elements": None,
         "itemsize": itemsize,
@@ -107,7 +99,7 @@ def describe(name: str) -> dict[str, Any]:
     }
 
 
-_FUSED = ("lowrank_momentum_aligned", "lowrank_momentum_any", "resample_momentum")
+_FUSED = ("lowrank_merge_aligned", "lowrank_merge_any", "resample_momentum")
 
 
 def _nvcc() -> str | None:

@@ -4,6 +4,7 @@
 
 #include "lozo/abi.h"
 #include "noise_vec.h"
+#include "ops.h"
 #include "tiles.h"
 
 namespace lozo {
@@ -21,6 +22,10 @@ struct FactorArguments {
   float decay;
 };
 
+static inline FactorArguments scales_of(const Tile &tile, const OpCall &op) {
+  return {op.call->scales + tile.index, op.count, op.call->decay ? op.call->decay[tile.index] : 1.0f};
+}
+
 template <int DRAWS>
 LOZO_INLINE void add_draws(float *out, const float *f, const float *const *u, int64_t count, const float *scales, float decay) {
   int64_t i = 0;
@@ -36,24 +41,31 @@ LOZO_INLINE void add_draws(float *out, const float *f, const float *const *u, in
   }
 }
 
-// Updates a tile's rows of f, ``f_stride`` apart, and writes them to out, which may be f.
+// U of each draw for a tile's rows, ``u_stride(rank)`` apart.
+static inline int64_t u_stride(int rank) { return (rank + 3) / 4 * 4; }
+
 template <int DRAWS>
-static inline void update_factor(float *out, int64_t out_stride, const float *f, int64_t f_stride, int rank, const Tile &tile,
-                                 const lozo_call &call, const FactorArguments &a, FactorScratch *scratch) {
-  const int64_t u_stride = (rank + 3) / 4 * 4, first = global_row(tile, 0);
-  const float *u[LOZO_MAX_DRAWS];
-  float scales[LOZO_MAX_DRAWS];
+static inline void make_draws(const float **u, int rank, const Tile &tile, const lozo_call &call, FactorScratch *scratch) {
+  const int64_t first = global_row(tile, 0);
   for (int d = 0; d < DRAWS; ++d) {
     u[d] = scratch->u[d];
-    scales[d] = a.scales[d * a.scales_apart];
-    factor_floats(scratch->u[d], u_stride, call.seed, call.draw_steps[d], call.directions[d], tile.tensor->tensor_id, tile.rows,
-                  rank, [first](int64_t i) { return consecutive_counters((uint32_t)(first + i)); });
+    factor_floats(scratch->u[d], u_stride(rank), call.seed, call.draw_steps[d], call.directions[d], tile.tensor->tensor_id,
+                  tile.rows, rank, [first](int64_t i) { return consecutive_counters((uint32_t)(first + i)); });
   }
-  if (f_stride == rank && out_stride == rank && u_stride == rank)
-    return add_draws<DRAWS>(out, f, u, tile.rows * rank, scales, a.decay);
-  for (int64_t i = 0; i < tile.rows; ++i, out += out_stride, f += f_stride) {
+}
+
+// Updates a tile's rows of f, ``f_stride`` apart, and writes them to out, which may be f.
+template <int DRAWS>
+static inline void add_rows(float *out, int64_t out_stride, const float *f, int64_t f_stride, int rank, int64_t rows,
+                            const float *const *made, const FactorArguments &a) {
+  const float *u[LOZO_MAX_DRAWS];
+  float scales[LOZO_MAX_DRAWS];
+  for (int d = 0; d < DRAWS; ++d) u[d] = made[d], scales[d] = a.scales[d * a.scales_apart];
+  if (f_stride == rank && out_stride == rank && u_stride(rank) == rank)
+    return add_draws<DRAWS>(out, f, u, rows * rank, scales, a.decay);
+  for (int64_t i = 0; i < rows; ++i, out += out_stride, f += f_stride) {
     add_draws<DRAWS>(out, f, u, rank, scales, a.decay);
-    for (int d = 0; d < DRAWS; ++d) u[d] += u_stride;
+    for (int d = 0; d < DRAWS; ++d) u[d] += u_stride(rank);
   }
 }
 

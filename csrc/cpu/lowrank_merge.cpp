@@ -9,7 +9,7 @@ namespace lozo {
 namespace LOZO_ISA {
 namespace {
 
-constexpr int kAtOnce = W == 16 ? 4 : 2;  // rows that share a panel's registers
+constexpr int kAtOnce = 4;                // rows that share a panel's registers, and what is read of the panel
 constexpr int64_t kPanelBytes = 1 << 18;  // of second-level cache, as in lowrank_update
 constexpr int64_t kRoundCols = 2048;      // columns in fp32 scratch at once, for stochastic rounding
 constexpr int64_t kPanelFloats = kPanelBytes / 4 > LOZO_MAX_RANK *kBlock ? kPanelBytes / 4 : LOZO_MAX_RANK * kBlock;
@@ -44,8 +44,8 @@ LOZO_INLINE void add_product(Pair<F> *y, const float *panel, int rank, LoadC loa
 // RANK = 0 serves any rank.
 template <class T, int RANK, bool DECAY, int ROWS>
 LOZO_INLINE void merge_rows(const Rows<T> &rows, int64_t cols, const float *panel, int any_rank) {
-  // If the registers suffice, C stays in them over all columns.
-  constexpr bool hoist = RANK > 0 && RANK * ROWS <= (W == 16 ? 16 : 8);
+  // If the registers suffice, C stays in them over all columns. Otherwise its numbers are read again: they cost less than V would.
+  constexpr bool hoist = RANK > 0 && RANK * ROWS <= (W == 16 ? 16 : 4);
   const int rank = RANK ? RANK : any_rank;
   F held[hoist ? RANK * ROWS : 1];
   const auto read = [&rows, rank](int r, int k) { return splat(rows.c[r * rows.apart * rank + k]); };
@@ -116,7 +116,9 @@ const float *merged_factor(const Tile &tile, const OpCall &op, Scratch *s) {
   const int64_t rank = call.rank;
   const float *n = (const float *)tile.tensor->n + (tile.matrix * tile.tensor->rows + tile.row) * rank;
   if (call.num_draws == 0) return n;
-  update_factor<1>(s->c, rank, n, rank, (int)rank, tile, call, {call.scales + tile.index, op.count, 1.0f}, &s->u);
+  const float *u;
+  make_draws<1>(&u, (int)rank, tile, call, &s->u);
+  add_rows<1>(s->c, rank, n, rank, (int)rank, tile.rows, &u, {call.scales + tile.index, op.count, 1.0f});
   return s->c;
 }
 

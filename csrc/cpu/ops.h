@@ -13,14 +13,14 @@ struct OpCall {
 };
 
 // The ops over tables: the name, whether the tensors have V, and what a call has to be beyond that.
-#define LOZO_TABLE_OPS(OP)                              \
-  OP(lowrank_update, true, true)                        \
-  OP(dense_update, false, true)                         \
-  OP(lowrank_momentum, true, true)                      \
-  OP(dense_momentum, false, true)                       \
-  OP(factor_update, false, are_factors(tensors, count)) \
-  OP(lowrank_merge, true, call->num_draws <= 1)         \
-  OP(dense_merge, false, call->num_draws <= 1)          \
+#define LOZO_TABLE_OPS(OP)                                \
+  OP(lowrank_update, true, true)                          \
+  OP(dense_update, false, true)                           \
+  OP(dense_momentum, false, true)                         \
+  OP(factor_update, false, are_factors(tensors, count))   \
+  OP(factor_momentum, false, are_factors(tensors, count)) \
+  OP(lowrank_merge, true, call->num_draws <= 1)           \
+  OP(dense_merge, false, call->num_draws <= 1)            \
   OP(resample, true, true)
 
 #define LOZO_DECLARE_OP(name, v, valid) int name(const lozo_tensor *, int64_t, const lozo_call *);

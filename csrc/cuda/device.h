@@ -15,7 +15,6 @@
 #include "ptx.h"
 
 #define LOZO_DEVICE static __device__ __forceinline__
-#define LOZO_METHOD __device__ __forceinline__
 #define LOZO_NO_UNROLL _Pragma("unroll 1")
 
 // Addresses come from a table, so the compiler cannot see which memory they are in.

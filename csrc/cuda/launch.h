@@ -7,8 +7,9 @@
 
 namespace lozo {
 
-static inline bool valid_call(const lozo_gpu_tiles *tiles, const lozo_gpu_call *call, bool low_rank) {
-  if (tiles->count < 0 || tiles->count > INT32_MAX || call->num_draws < 1 || call->num_draws > LOZO_MAX_DRAWS) return false;
+static inline bool valid_call(const lozo_gpu_tiles *tiles, const lozo_gpu_call *call, bool low_rank, int64_t least_draws = 1) {
+  if (tiles->count < 0 || tiles->count > INT32_MAX || call->num_draws < least_draws || call->num_draws > LOZO_MAX_DRAWS)
+    return false;
   if (call->law != LOZO_NORMAL && call->law != LOZO_RADEMACHER) return false;
   if (low_rank && (call->rank < 1 || call->rank > LOZO_MAX_RANK)) return false;
   return tiles->dtype >= LOZO_ANY_DTYPE && tiles->dtype <= LOZO_FLOAT16;

@@ -50,6 +50,4 @@ static __device__ __forceinline__ void loads_end_here() { __syncwarp(); }
 
 static __device__ __forceinline__ uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t which) { return __byte_perm(a, b, which); }
 
-static __device__ __forceinline__ float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(~0u, value, lanes); }
-
 #endif

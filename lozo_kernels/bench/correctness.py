@@ -16,7 +16,7 @@ from ..kernels.registry import Backend, backend_names, choose_backend
 from ..kernels.table import DTYPES
 from ..model.text_table import text_table
 from .arguments import add_choice, several
-from .cases import EXACT_MOMENTUM_RANK, OPS, Case, Op, compare, random_case
+from .cases import OPS, Case, Op, compare, random_case
 from .deadline import Deadline
 from .document import first_line, progress, save_partial
 from .layer_cases import EMBEDDING, LINEAR, LayerCase, LayerPlan, layer_plans, quick_layer_plans
@@ -68,8 +68,7 @@ class Plan(NamedTuple):
     def case(self, seed: int) -> Case:
         """Draws the case of a seed, on the CPU. The state of torch's generators stays as it is."""
         call = {"draws": self.draws, "decay": self.decay, "stochastic": self.stochastic, "reproject": self.decay}
-        wide = OPS[self.op].momentum and self.rank > EXACT_MOMENTUM_RANK  # compared within a bound, which needs numbers
-        tensors: dict[str, Any] = {"n": self.decay, "size": 0.1, "special": 0.0 if wide else 1e-3}
+        tensors: dict[str, Any] = {"n": self.decay, "size": 0.1, "special": 1e-3}
         tensors |= {"dtypes": DTYPES if self.dtype is None else (self.dtype,), "step": 8 if self.layout == "large" else 1}
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)

@@ -24,9 +24,6 @@ from .fingerprint import fingerprint
 from .format import Detour, Flushed, Header, Measurement, Record, Settled, Sides, StepTaken
 from .reader import RecordedRun, read_journal
 
-_EXACT_RANK = 8
-"""Up to this rank a momentum product over the weights has the same bits on every backend."""
-
 Source = str | os.PathLike[str] | RecordedRun
 
 
@@ -234,12 +231,10 @@ def _check_promise(run: RecordedRun, optimizer: ZerothOrderOptimizer) -> None:
     config, low_rank = header.config, any(p.kind == "lowrank" for p in header.parameters)
     if other and header.settings["momentum"] and low_rank:
         windows = {(header.first_step + i) // config.interval for i in (0, max(0, run.steps - 1))}
-        in_place = config.placement == "inplace"
-        if len(windows) > 1 or (in_place and config.rank > _EXACT_RANK):
-            what = "carried from one V to the next" if len(windows) > 1 else f"of rank {config.rank}"
+        if len(windows) > 1:
             raise JournalError(
-                f"{run.source} was made on {', '.join(then.get('backends', ()))}, and momentum {what} has the same bits on that "
-                f"backend only, not on {', '.join(now['backends'])}"
+                f"{run.source} was made on {', '.join(then.get('backends', ()))}, and momentum carried from one V to the next "
+                f"has the same bits on that backend only, not on {', '.join(now['backends'])}"
             )
     if config.factored and (other or then.get("torch") != now["torch"]):
         warnings.warn(

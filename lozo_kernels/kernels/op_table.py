@@ -32,6 +32,7 @@ class Op:
         draws: the least and the largest number of draws.
         rounding: the op can round stochastically.
         out: the op can write the weights of another table; then it only reads its own.
+        summed: the op has no kernel of its own: ``summed.py`` makes it of one on factors and a merge.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Op:
     draws: tuple[int, int] = (1, MAX_DRAWS)
     rounding: bool = True
     out: bool = False
+    summed: bool = False
 
     @functools.cached_property
     def kernel(self) -> str:

@@ -2,8 +2,7 @@
 
 Scalars that change from step to step (scales, learning rate, projected gradient) may be numbers or tensors on the table's
 device; nothing here reads a tensor's value, so nothing synchronises. Each op changes ``table.x`` (and momentum, V) in place,
-touches no other element, and gives the bits of ``reference.py`` on every backend, except that momentum products above rank 8
-are bounded, not promised.
+touches no other element, and gives the bits of ``reference.py`` on every backend.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from .compiled import call_operator, name_of, signed_seed
 from .noise import MAX_DIRECTION, MAX_DRAW, MAX_RANK, STREAMS, check_draw, check_factor, check_law
 from .op_table import MAX_DRAWS, OPS, Op
 from .registry import Backend, choose_backend
+from .summed import run_in_parts, run_summed
 from .table import TensorTable, check_alike
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "dense_update_",
     "dispatch",
     "factor",
+    "factor_momentum_",
     "factor_update_",
     "lowrank_merge_",
     "lowrank_momentum_",
@@ -112,7 +113,7 @@ def dense_update_(
     """
 
 
-@op(v=True, n="needed", momentum=True)
+@op(v=True, n="needed", momentum=True, summed=True)
 def lowrank_momentum_(
     table: TensorTable,
     *,
@@ -126,7 +127,9 @@ def lowrank_momentum_(
     rounding: Rounding | None = None,
     backend: Backend | None = None,
 ) -> None:
-    """N <- beta * N + sum of coefficient * U, then X <- decay * X + sum of scale * U V^T + alpha * N V^T (LOZO-M, Algorithm 2).
+    """N <- beta * N + sum of coefficient * U, then X <- decay * X + (sum of scale * U + alpha * N) V^T (LOZO-M, Algorithm 2).
+
+    It is :func:`factor_momentum_` into a factor of zeros, and :func:`lowrank_merge_` of that factor, which is kept with the table.
 
     Args:
         table: low-rank tensors with momentum (``v`` and ``n`` given).
@@ -178,6 +181,25 @@ def factor_update_(
 
     Raises:
         TypeError, ValueError: as in :func:`lowrank_update_`; or a factor is not fp32.
+    """
+
+
+@op(factors=True, n="needed", momentum=True, rounding=False)
+def factor_momentum_(
+    table: TensorTable,
+    *,
+    seed: int,
+    draws: Sequence[Draw],
+    scales: Scalars,
+    coefficients: Scalars,
+    alpha: Scalars,
+    beta: Scalars,
+    decay: Scalars | None = None,
+    backend: Backend | None = None,
+) -> None:
+    """N <- beta * N + sum of coefficient * U, then F <- decay * F + sum of scale * U + alpha * N: LOZO-M on factors.
+
+    Arguments as :func:`lowrank_momentum_`, for a table as that of :func:`factor_update_` with N as ``table.n``, of F's shape.
     """
 
 
@@ -277,12 +299,20 @@ def run(
 
 
 def dispatch(op: Op, table: TensorTable, call: TableCall, backend: Backend | None) -> None:
-    """Runs an op whose arguments are known to be right, by the backend or, in compiled code, by the torch operator."""
-    if torch.compiler.is_compiling():
+    """Runs an op whose arguments are known to be right, by the backend or, in compiled code, by the torch operator.
+
+    Args:
+        call: may have any number of draws if the op is on factors, or updates low-rank tensors.
+    """
+    many = len(call.draws) > op.draws[1]
+    if torch.compiler.is_compiling() and not many:
         call_operator(op, table, call, backend)
         return
     if op.out and call.out is None:
         call.out = table
+    if many or op.summed:
+        (run_in_parts if op.factors else run_summed)(op, table, call, functools.partial(dispatch, backend=backend))
+        return
     (choose_backend(table.device).backend if backend is None else backend).run(op, table, call)
 
 

@@ -145,11 +145,9 @@ def lowrank_momentum(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Returns X and N after a step of LOZO-M: N by :func:`momentum`, X by :func:`lowrank_update` and an :func:`fma` with
-    alpha and N V^T."""
-    n = momentum(n, us, terms.coefficients, terms.beta, dtype=dtype)
-    y = lowrank_update(x, v, us, scales, decay, dtype=dtype)
-    return fma(momentum_product(n, v, dtype=dtype), terms.alpha.to(dtype), y), n
+    """Returns X and N after a step of LOZO-M: :func:`lowrank_merge` of a factor of zeros after :func:`factor_momentum`."""
+    f, n = factor_momentum(torch.zeros_like(n), n, us, scales, terms, dtype=dtype)
+    return lowrank_merge(x, v, f, decay=decay, dtype=dtype), n
 
 
 def dense_momentum(
@@ -181,6 +179,20 @@ def factor_update(
         f: (batch, rows, rank) fp32; us: one (batch, rows, rank) per draw.
     """
     return dense_update(f, us, scales, decay, dtype=dtype)
+
+
+def factor_momentum(
+    f: Tensor,
+    n: Tensor,
+    us: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    terms: MomentumTerms,
+    decay: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Returns F and N after a step of LOZO-M on factors: as :func:`dense_momentum`, with U in place of Z."""
+    return dense_momentum(f, n, us, scales, terms, decay, dtype=dtype)
 
 
 def lowrank_merge(

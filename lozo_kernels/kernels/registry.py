@@ -31,7 +31,7 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def run(self, op: Op, table: TensorTable, call: TableCall) -> None:
-        """Runs an op of :data:`~.op_table.OPS`."""
+        """Runs an op of :data:`~.op_table.OPS` that is not ``summed``."""
 
     @abc.abstractmethod
     def resample_(self, table: TensorTable, seed: int, window: int, reproject: bool) -> None: ...

@@ -63,13 +63,13 @@ class TensorTable:
             self._check_tensors()
         count = len(self.x)
         defaults = {
-            "row_offsets": [0] * count,
-            "col_offsets": [0] * count,
-            "global_cols": [x.shape[-1] if x.dim() else 1 for x in self.x],
+            "row_offsets": lambda: [0] * count,
+            "col_offsets": lambda: [0] * count,
+            "global_cols": lambda: [x.shape[-1] if x.dim() else 1 for x in self.x],
         }
-        for name, value in defaults.items():
+        for name, make in defaults.items():
             if not len(getattr(self, name)):
-                object.__setattr__(self, name, value)
+                object.__setattr__(self, name, make())
         for name in ("tensor_ids", "v", "n", *defaults):
             value = getattr(self, name)
             if value is not None and len(value) != count:

@@ -14,22 +14,21 @@ def version_of(config: PatchConfig, settings: Mapping[str, Any]) -> int:
     """Returns the version that journals and states of a run name: the latest one that changed a bit of such a run.
 
     Version 2 sums the products with momentum and with the factors of merges in another way. Version 3 makes the update of many
-    directions of low rank in one pass. Runs without any (MeZO, and LOZO that moves the weights, has no momentum, and adds at most
-    two draws in an update) have the bits of version 1.
+    directions of low rank, and that of LOZO-M, a factor and a merge of it. Runs without any (MeZO, and LOZO that moves the weights,
+    has no momentum, and adds at most two draws in an update) have the bits of version 1.
 
     Args:
         settings: of the steps; "momentum", "directions" and "fuse_steps" are read.
     """
     if config.estimator == "dense":
         return NOISE_VERSION
-    if settings["directions"] + settings["fuse_steps"] > MAX_DRAWS:
+    if settings["directions"] + settings["fuse_steps"] > MAX_DRAWS or (settings["momentum"] and not config.factored):
         return CONTRACT_VERSION
-    merges = config.placement != "inplace" or config.factored
-    return _PRODUCTS if settings["momentum"] or merges else NOISE_VERSION
+    return _PRODUCTS if config.placement != "inplace" or config.factored else NOISE_VERSION
 
 
 _PRODUCTS = 2
-"""The version that changed products with momentum and with the factors of merges."""
+"""The version that changed products with the factors of merges."""
 
 
 def version_problem(what: str, found: object, needed: int) -> str | None:

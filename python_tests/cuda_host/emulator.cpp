@@ -172,19 +172,11 @@ uint16_t float_to_bf16(float value) {
 
 namespace {
 
-enum { kShuffle = 1, kMma = 2 };
+enum { kMma = 1 };
 
 float half_of(uint32_t pair, int which) { return emulator::f16_to_float((uint16_t)(which ? pair >> 16 : pair)); }
 
 }  // namespace
-
-float shuffle_xor(float value, int lanes) {
-  uint32_t word;
-  memcpy(&word, &value, sizeof word);
-  const uint32_t (*all)[16] = emulator::exchange(&word, 1, kShuffle);
-  memcpy(&value, &all[emulator::lane() ^ lanes][0], sizeof value);
-  return value;
-}
 
 // The layouts of the PTX manual: A[row][k] is in lane 4 * (row % 8) + k / 2 % 4, register row / 8 + 2 * (k / 8), half k % 2;
 // B[k][col] in lane 4 * col + k / 2 % 4, register k / 8, half k % 2; C[row][col] in lane 4 * (row % 8) + col / 2.

@@ -11,7 +11,6 @@
 #include <functional>
 
 #define LOZO_DEVICE static inline
-#define LOZO_METHOD inline
 #define LOZO_NO_UNROLL
 #define __global__
 #define __shared__ static
@@ -91,7 +90,6 @@ static inline uint32_t pack_bf16(float low, float high) {
   return emulator::float_to_bf16(low) | (uint32_t)emulator::float_to_bf16(high) << 16;
 }
 
-float shuffle_xor(float value, int lanes);
 void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
 template <class Argument>

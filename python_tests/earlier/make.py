@@ -2,8 +2,8 @@
 
 The files here were written by version 0.1.0 at commit 6fe3f91 (``python -m python_tests.earlier.make``, with the package of that
 commit on the path). They are not written anew when the code changes: a later version has to read them, or to refuse them where the
-contract on bits has another version. Those of contract_2 and contract_3 are of the first commit whose contract has it;
-6fe3f91 wrote those of contract_1 too.
+contract on bits has another version. Those of contract_2 and contract_3 are of the first commit whose contract has that version
+for such a run; 6fe3f91 wrote those of contract_1 too.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ RUNS = {
 }
 
 
-VERSIONS = {"lozo_two": 1, "mezo_m": 1, "lozo_m_fused": 2, "lozo_probe": 2, "lozo_m_probe": 2, "lozo_stochastic": 3}
+VERSIONS = {"lozo_two": 1, "mezo_m": 1, "lozo_probe": 2, "lozo_m_fused": 3, "lozo_m_probe": 3, "lozo_stochastic": 3}
 """The version of the contract whose bits each run has now: ``main([name, ...], HERE / "contract_2")`` wrote those of version 2."""
-LATER = [name for name, version in VERSIONS.items() if version > 1]
-"""Runs that 6fe3f91 wrote with version 1, which are refused now."""
+REFUSED = [(name, 1, HERE) for name, version in VERSIONS.items() if version > 1]
+REFUSED += [(name, 2, HERE / "contract_2") for name in ("lozo_m_fused", "lozo_m_probe")]
+"""Runs whose files are refused now, with the version of the contract that wrote them, and where they lie."""
 
 
 def folder_of(name: str) -> Path:
-    """Where the files of a run lie."""
+    """Where the files of a run lie that are read."""
     return HERE if name == "mezo_m" else HERE / f"contract_{VERSIONS[name]}"
 
 

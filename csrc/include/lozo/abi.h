@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define LOZO_ABI_VERSION 5
+#define LOZO_ABI_VERSION 6
 #define LOZO_MAX_RANK 64
 #define LOZO_MAX_DRAWS 2
 
@@ -102,7 +102,7 @@ typedef struct lozo_factor {
 // For each op of LOZO_TABLE_OPS (cpu/ops.h) there is
 //   int lozo_cpu_<op>(const lozo_tensor *tensors, int64_t count, const lozo_call *call);
 // which returns a lozo_status, and changes nothing unless it is LOZO_OK. Of resample, draw_steps[0] is the window; the tensors of
-// factor_update are fp32 factors themselves, (batch, rows, rank); out of a merge may be the tensors.
+// factor_update and factor_momentum are fp32 factors themselves, (batch, rows, rank); out of a merge may be the tensors.
 LOZO_EXPORT int lozo_cpu_lowrank_linear(const lozo_skinny *call);
 LOZO_EXPORT int lozo_cpu_lowrank_embedding(const lozo_skinny *call);
 

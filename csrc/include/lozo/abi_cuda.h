@@ -5,7 +5,7 @@
 
 #include "lozo/abi.h"
 
-#define LOZO_CUDA_ABI_VERSION 3
+#define LOZO_CUDA_ABI_VERSION 4
 #define LOZO_ANY_DTYPE (-1)
 
 #ifdef __cplusplus
@@ -38,13 +38,14 @@ typedef struct lozo_gpu_tiles {
 
 typedef struct lozo_gpu_call {
   const lozo_tensor *tensors;
-  int64_t count;           // number of tensors
-  const uint32_t *header;  // (8,)
-  int64_t rank;            // 0 for dense tensors
-  int64_t num_draws;       // 1 or 2
-  int64_t rounding;        // 1: stochastic into bf16 and fp16, 0: to nearest even
-  int64_t law;             // dense ops only: lozo_law of the noise
-  const float *scales;     // (draws, tensors)
+  const lozo_tensor *outputs;  // of a merge, the same with the addresses and strides of the weights that are written
+  int64_t count;               // number of tensors
+  const uint32_t *header;      // (8,)
+  int64_t rank;                // 0 for dense tensors
+  int64_t num_draws;           // 1 or 2; of a merge 0
+  int64_t rounding;            // 1: stochastic into bf16 and fp16, 0: to nearest even
+  int64_t law;                 // dense ops only: lozo_law of the noise
+  const float *scales;         // (draws, tensors)
   const float *coefficients;
   const float *alpha;
   const float *beta;
@@ -58,9 +59,10 @@ typedef struct lozo_gpu_call {
 LOZO_EXPORT int lozo_cuda_lowrank_update(const lozo_gpu_tiles *tiles, const lozo_gpu_call *call);
 LOZO_EXPORT int lozo_cuda_dense_update(const lozo_gpu_tiles *tiles, const lozo_gpu_call *call);
 LOZO_EXPORT int lozo_cuda_dense_momentum(const lozo_gpu_tiles *tiles, const lozo_gpu_call *call);
-// The first updates N, over tiles of rows; the second updates X, and reads N.
-LOZO_EXPORT int lozo_cuda_lowrank_momentum_factor(const lozo_gpu_tiles *tiles, const lozo_gpu_call *call);
-LOZO_EXPORT int lozo_cuda_lowrank_momentum(const lozo_gpu_tiles *tiles, const lozo_gpu_call *call);
+LOZO_EXPORT int lozo_cuda_lowrank_merge(const lozo_gpu_tiles *tiles, const lozo_gpu_call *call);
+// Over tiles of rows. The tensors are fp32 factors themselves, (batch, rows, rank).
+LOZO_EXPORT int lozo_cuda_factor_update(const lozo_gpu_tiles *tiles, const lozo_gpu_call *call);
+LOZO_EXPORT int lozo_cuda_factor_momentum(const lozo_gpu_tiles *tiles, const lozo_gpu_call *call);
 // The first makes V and, if call->ratios is given, (V_old^T V_new) / cols, over whole matrices; the second applies the ratios to N,
 // over tiles of rows.
 LOZO_EXPORT int lozo_cuda_resample(const lozo_gpu_tiles *tiles, const lozo_gpu_call *call);

@@ -35,7 +35,8 @@ class State:
     """Bytes beside the weights and a forward pass.
 
     Attributes:
-        factors: V (fp16); for a probe also B or what vectors learned (fp32); for SubZero also U (fp16) and U S (fp32).
+        factors: V (fp16); for a probe also B or what vectors learned (fp32); for SubZero also U (fp16) and U S (fp32); the factor
+            that SubZero and LOZO-M add to weights (fp32).
         momentum: N or dense momentum, fp32.
         scratch: memory that modules share for perturbed weights.
         copies: perturbed weights and shifts with memory of their own, and small buffers as they were when a step began.
@@ -89,23 +90,26 @@ def side_seconds(member: Member, used: Uses, costs: Costs) -> float:
 def state_in_place(model: nn.Module, members: Sequence[Member], config: PatchConfig, *, momentum: bool) -> State:
     """The state of a method that moves weights."""
     factors = _factors(members, config)
-    carries = ESTIMATORS[config.estimator].carries
-    if config.estimator == "subspace" or carries:  # the draws of a pass, added up
-        factors += sum(_FLOAT * config.rank * batch * rows for batch, rows, _ in _matrices(members))
-    return State(factors, _left_factors(members, config.rank) if momentum or carries else 0, copies=small_buffer_bytes(model))
+    carries = momentum or ESTIMATORS[config.estimator].carries
+    if config.estimator == "subspace" or carries:
+        factors += _summed(members, config.rank)
+    return State(factors, _left_factors(members, config.rank) if carries else 0, copies=small_buffer_bytes(model))
 
 
 def state_of_probe(model: nn.Module, members: Sequence[Member], config: PatchConfig, *, momentum: bool) -> State:
     """The state of a probe whose members have sides."""
+    carries = momentum or ESTIMATORS[config.estimator].carries
     factors = _factors(members, config)
     if config.estimator != "dense":
         factors += _left_factors([m for m in members if m.side != "inplace"], config.rank)  # B
-    if config.estimator == "subspace":  # and once more with the perturbation in it
-        factors += sum(_FLOAT * config.rank * batch * rows for batch, rows, _ in _matrices(members))
+    if config.estimator == "subspace":  # B with the perturbation in it
+        factors += _summed(members, config.rank)
+    elif carries:
+        factors += _summed([m for m in members if m.side == "inplace"], config.rank)
     copies = sum(m.numel * m.parameter.tensor.element_size() for m in members if m.side == "copy")
     return State(
         factors,
-        _left_factors(members, config.rank) if momentum or ESTIMATORS[config.estimator].carries else 0,
+        _left_factors(members, config.rank) if carries else 0,
         _scratch(model, members),
         copies + small_buffer_bytes(model) + sum(_FLOAT * m.numel for m in members if m.side == "shift"),
         _checked_at_once(members),
@@ -125,10 +129,14 @@ def _matrices(members: Sequence[Member]) -> list[tuple[int, int, int]]:
     return [m.extent for m in members if m.parameter.low_rank]
 
 
+def _summed(members: Sequence[Member], rank: int) -> int:
+    """Bytes of the factors in which the draws of a pass are added up: in fp32, (rows, rank) for a matrix."""
+    return sum(_FLOAT * rank * batch * rows for batch, rows, _ in _matrices(members))
+
+
 def _left_factors(members: Sequence[Member], rank: int) -> int:
     """Bytes of N, or of B: in fp32, (rows, rank) for a matrix and every element of other tensors."""
-    factors = sum(_FLOAT * rank * batch * rows for batch, rows, _ in _matrices(members))
-    return factors + sum(_FLOAT * m.numel for m in members if not m.parameter.low_rank)
+    return _summed(members, rank) + sum(_FLOAT * m.numel for m in members if not m.parameter.low_rank)
 
 
 def _scratch(model: nn.Module, members: Sequence[Member]) -> int:

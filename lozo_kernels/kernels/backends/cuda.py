@@ -16,21 +16,22 @@ from ..calls import Draw, LayerCall, TableCall
 from ..noise import LAWS, STREAMS
 from ..op_table import Op
 from ..registry import Backend
+from ..summed import run_probed
 from ..table import TensorTable
 from .eager import EagerBackend
-from .launches import ANY_DTYPE, DeviceTable, Tile, TileOf, device_table
+from .launches import ANY_DTYPE, DeviceTable, Tile, TileOf, device_table, merge_table
 from .native import Factor
 from .shared_library import open_library
 from .structs import int64s, pointers
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 _BAD_ARGUMENT = 1  # a lozo_status
-_KERNELS = ("lowrank_update", "dense_update", "lowrank_momentum", "dense_momentum")
+_KERNELS = ("lowrank_update", "dense_update", "dense_momentum", "factor_update", "factor_momentum", "lowrank_merge")
 """The ops over tables that have a CUDA kernel. The others run on the eager backend."""
-_FUNCTIONS = (*_KERNELS, "lowrank_momentum_factor", "resample", "reproject")
+_FUNCTIONS = (*_KERNELS, "resample", "reproject")
 
-_ROWS = Tile(256, 0)  # for passes over the rows of N
+_ROWS = Tile(256, 0)  # for passes over the rows of factors
 _EAGER = EagerBackend()
 
 
@@ -57,7 +58,7 @@ class _Call(ctypes.Structure):
     """The struct ``lozo_gpu_call`` of csrc/include/lozo/abi_cuda.h."""
 
     _fields_ = (
-        ("tensors", ctypes.c_void_p),
+        *pointers("tensors outputs"),
         ("count", ctypes.c_int64),
         ("header", ctypes.c_void_p),
         *int64s("rank num_draws rounding law"),
@@ -106,10 +107,14 @@ class CudaBackend(Backend):
         if op.kernel not in _KERNELS:  # the Triton backend, which is preferred wherever Triton is installed, has kernels for these
             _EAGER.run(op, table, call)
             return
-        with self._calling(table, call) as launches:
-            if op.kernel == "lowrank_momentum":  # tiles side by side share rows of N, so N is updated before they start
-                launches.run("lowrank_momentum_factor", launches.tables.row_tiles(_ROWS.rows), _ROWS)
-            launches.run_all(op.kernel, _lowrank_tile if op.v else _dense_tile)
+        if op.out and call.draws:  # the kernel merges, and makes no noise
+            run_probed(op, table, call, self.run)
+            return
+        with self._calling(table, call, op.factors) as launches:
+            if op.factors:
+                launches.run(op.kernel, launches.tables.row_tiles(_ROWS.rows), _ROWS)
+            else:
+                launches.run_all(op.kernel, _lowrank_tile if op.v else _dense_tile)
         torch.autograd.graph.increment_version(op.written(table, call.out))
 
     def resample_(self, table: TensorTable, seed: int, window: int, reproject: bool) -> None:
@@ -143,13 +148,14 @@ class CudaBackend(Backend):
         _EAGER.lowrank_embedding_(call)
 
     @contextlib.contextmanager
-    def _calling(self, table: TensorTable, call: TableCall) -> Iterator[_Calling]:
+    def _calling(self, table: TensorTable, call: TableCall, factors: bool = False) -> Iterator[_Calling]:
         """Yields the arguments of a call on the table's device. The memory that they point to lives until the body ends."""
         with _current(table.device):
-            tables = device_table(table)
+            tables = device_table(table, factors) if call.out is None else merge_table(table, call.out)
             header = tables.header(call)
             arguments = _Call(
                 tensors=tables.tensors.data_ptr(),
+                outputs=tables.outputs.data_ptr(),
                 count=len(table),
                 header=header.data_ptr(),
                 rank=table.rank,

@@ -23,7 +23,7 @@ from .packing import pack
 from .shared_library import open_library
 from .structs import int64s, pointers
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 
 
 class _Call(ctypes.Structure):
@@ -203,7 +203,7 @@ def _load() -> ctypes.CDLL:
     library.lozo_use_openmp.restype = None
     library.lozo_use_openmp(_gomp_parallel())
     library.lozo_isa_supported.argtypes = library.lozo_set_isa.argtypes = (ctypes.c_char_p,)
-    for name in [*(op.kernel for op in OPS.values()), "resample"]:
+    for name in [*(op.kernel for op in OPS.values() if not op.summed), "resample"]:
         getattr(library, f"lozo_cpu_{name}").argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(_Call))
     for name in ("lowrank_linear", "lowrank_embedding"):
         getattr(library, f"lozo_cpu_{name}").argtypes = (ctypes.POINTER(_Layer),)

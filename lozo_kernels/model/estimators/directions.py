@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ...kernels import ops
+from ...kernels import ops, reference
 from ...kernels.calls import Draw, TableCall
 from ...kernels.op_table import Op
 from ...kernels.registry import Backend
 from ...kernels.table import TensorTable
 from ..config import PatchConfig
-from .summed import add_draws, add_summed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +58,6 @@ class Estimator(abc.ABC):
         """Writes the V of a window into a table of weights, as :func:`lozo_kernels.ops.resample_` does."""
         ops.resample_(table, seed=self.config.seed, window=window, reproject=reproject, backend=backend)
 
-    def moved(self, n: Sequence[Tensor], tensor_ids: Sequence[int]) -> Iterable[Tensor]:  # noqa: ARG002  (for those that make more)
-        """What momentum N moves weights by along V, of each tensor: N itself. V was drawn for all of them."""
-        return n
-
     def run(self, op: Op, table: TensorTable, call: TableCall, backend: Backend) -> None:
         """Runs an op of :data:`lozo_kernels.ops.OPS` on low-rank tensors or on factors, with L in place of U."""
         ops.dispatch(op, table, call, backend)
@@ -87,14 +81,6 @@ class LowRank(Estimator):
 
     name = "lowrank"
 
-    def run(self, op: Op, table: TensorTable, call: TableCall, backend: Backend) -> None:
-        if len(call.draws) <= op.draws[1]:
-            ops.dispatch(op, table, call, backend)
-        elif op.factors:
-            add_draws(table, call, backend)
-        else:
-            add_summed(op, table, call, backend, self.moved)
-
     def left(self, spec: FactorSpec, draw: Draw) -> Tensor:
         return self._factor(spec, spec.extent[1], draw, "U")
 
@@ -114,3 +100,12 @@ class LowRank(Estimator):
             backend=spec.backend,
         )
         return made.view(batch, rows, rank)
+
+
+def replace_v(table: TensorTable, t: int, new: Tensor, *, reproject: bool) -> None:
+    """Gives a tensor of a table its next V (transposed), and with ``reproject`` carries its momentum over to it."""
+    assert table.v is not None
+    if reproject:
+        assert table.n is not None
+        table.n[t].copy_(reference.reproject(table.n[t], table.v[t], new))
+    table.v[t].copy_(new)

@@ -7,19 +7,20 @@ what it learned. So an estimator only says what L and V are.
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+import functools
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ...kernels import ops
 from ...kernels.calls import Draw, TableCall
 from ...kernels.op_table import Op
 from ...kernels.registry import Backend
+from ...kernels.summed import run_probed, run_summed
 from ...kernels.table import TensorTable
 from ..config import PatchConfig
-from .directions import Estimator, FactorSpec
-from .summed import add_momentum, merge_factor, replace_v, with_factor
+from .directions import Estimator, FactorSpec, replace_v
 
 Key = tuple[int, int, int]
 """Which draw: the seed, the step and the direction."""
@@ -61,30 +62,24 @@ class FactoredEstimator(Estimator, abc.ABC):
         self._left.clear()
 
     def run(self, op: Op, table: TensorTable, call: TableCall, backend: Backend) -> None:
-        """Adds the draws to a factor, each by a rounded multiply and a rounded add in order, and merges it into the weights."""
+        again = functools.partial(self.run, backend=backend)
         if op.factors:
-            if call.decay is not None:
-                for f, decay in zip(table.x, call.decay.unbind(), strict=True):
-                    f.mul_(decay)
-            self._add(table, table.x, call, call.scales)
-        elif op.out:
-            self._merge(table, call, backend)
+            self._run_on_factors(op, table, call)
+        elif not op.out:
+            run_summed(op, table, call, again)
+        elif call.draws:
+            run_probed(op, table, call, again)
         else:
-            step = with_factor(table)
-            assert step.n is not None
-            for p in step.n:
-                p.zero_()
-            if op.momentum:
-                self._carry(table, call)
-            self._add(table, step.n, call, call.scales)
-            if op.momentum:
-                assert table.n is not None
-                add_momentum(step, self.moved(table.n, table.tensor_ids), call)
-            merge_factor(step, call, None, backend)
+            ops.dispatch(op, table, call, backend)
 
     def _enter(self, spec: FactorSpec, window: int) -> None:  # noqa: ARG002  (for what belongs to a window)
         """Called for every tensor when its V was drawn."""
         self._specs[spec.tensor_id] = spec
+
+    def _key_of(self, call: TableCall, draw: Draw) -> Key:
+        if isinstance(draw.step, Tensor):
+            raise NotImplementedError(f"{self.label} cannot be captured: its directions are drawn for a step that is a number")
+        return call.seed, draw.step, draw.direction
 
     def _left_of(self, tensor_id: int, key: Key, device: torch.device) -> Tensor:
         """L for the window in memory. The last one of every tensor is kept, since a step uses it three times."""
@@ -106,30 +101,21 @@ class FactoredEstimator(Estimator, abc.ABC):
             raise ValueError(f"{method}() of {self.label} returns a tensor of shape {shape}, not {found}")
         return made
 
-    def _carry(self, table: TensorTable, call: TableCall) -> None:
-        """N <- beta * N + sum of coefficient * L."""
-        assert table.n is not None and call.beta is not None and call.coefficients is not None
-        for n, beta in zip(table.n, call.beta.unbind(), strict=True):
-            n.mul_(beta)
-        self._add(table, table.n, call, call.coefficients)
-
-    def _merge(self, table: TensorTable, call: TableCall, backend: Backend) -> None:
-        """Merges the factor of a table. A draw is added to a copy of it."""
-        if not call.draws:
-            merge_factor(table, call, call.out, backend)
-            return
-        at = with_factor(table)
-        assert table.n is not None and at.n is not None
-        for p, n in zip(at.n, table.n, strict=True):
-            p.copy_(n)
-        self._add(table, at.n, call, call.scales)
-        merge_factor(at, call, table if call.out is None else call.out, backend)
-
-    def _add(self, table: TensorTable, factors: Sequence[Tensor], call: TableCall, scales: Tensor) -> None:
-        """F <- F + sum of scale * L, a rounded multiply and a rounded add each."""
-        for draw, row in zip(call.draws, scales.unbind(), strict=True):
-            if isinstance(draw.step, Tensor):
-                raise NotImplementedError(f"{self.label} cannot be captured: its directions are drawn for a step that is a number")
-            key = (call.seed, draw.step, draw.direction)
-            for f, tensor_id, scale in zip(factors, table.tensor_ids, row.unbind(), strict=True):
-                f.add_(self._left_of(tensor_id, key, f.device) * scale)
+    def _run_on_factors(self, op: Op, table: TensorTable, call: TableCall) -> None:
+        """F <- decay * F + sum of scale * L; with momentum also N <- beta * N + sum of coefficient * L, and last F + alpha * N."""
+        sums, n = [(table.x, call.decay, call.scales)], table.n
+        if op.momentum:
+            assert n is not None and call.coefficients is not None and call.alpha is not None
+            sums.append((n, call.beta, call.coefficients))
+        for factors, decay, _ in sums:
+            for f, one in zip(factors, decay.unbind(), strict=True) if decay is not None else ():
+                f.mul_(one)
+        for d, draw in enumerate(call.draws):
+            key = self._key_of(call, draw)
+            for t, tensor_id in enumerate(table.tensor_ids):
+                left = self._left_of(tensor_id, key, table.x[t].device)
+                for factors, _, scales in sums:
+                    factors[t].add_(left * scales[d, t])  # two operations, each rounded
+        if op.momentum:
+            for f, carried, alpha in zip(table.x, n, call.alpha.unbind(), strict=True):  # type: ignore[arg-type, union-attr]
+                f.add_(carried * alpha)

@@ -12,6 +12,7 @@ but not promised.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -19,13 +20,13 @@ import torch
 from torch import Tensor
 
 from ...kernels.calls import Draw, TableCall
-from ...kernels.op_table import Op
+from ...kernels.op_table import OPS, Op
 from ...kernels.registry import Backend
+from ...kernels.summed import Run, momentum_of, run_summed
 from ...kernels.table import TensorTable
 from ..config import PatchConfig
-from .directions import FactorSpec, LowRank
+from .directions import FactorSpec, LowRank, replace_v
 from .subspace import GRID, orthonormal
-from .summed import add_summed, replace_v
 
 _LEAST = 1e-12
 """Eigenvalues of N^T N below this share of the largest are zeros: rounding of N to fp32 leaves about 1e-14 of it."""
@@ -54,10 +55,22 @@ class Muon(LowRank):
     def run(self, op: Op, table: TensorTable, call: TableCall, backend: Backend) -> None:
         if any(isinstance(draw.step, Tensor) for draw in call.draws):
             raise NotImplementedError("ZO-Muon cannot be captured: its updates are made of eigenvalues, for which a GPU waits")
-        if op.momentum:
-            add_summed(op, table, call, backend, self.moved)
-        else:
+        again = functools.partial(self.run, backend=backend)
+        if not op.momentum:
             super().run(op, table, call, backend)
+        elif not op.factors:
+            run_summed(op, table, call, again)
+        else:
+            self._run_on_factors(table, call, again)
+
+    def _run_on_factors(self, table: TensorTable, call: TableCall, run: Run) -> None:
+        """N <- beta * N + sum of coefficient * U, then F <- decay * F + sum of scale * U + alpha * moved(N)."""
+        assert table.n is not None and call.coefficients is not None and call.alpha is not None
+        update = OPS["factor_update_"]
+        run(update, momentum_of(table), TableCall(call.seed, call.draws, call.coefficients, call.beta))
+        run(update, table, TableCall(call.seed, call.draws, call.scales, call.decay))
+        for f, n, alpha in zip(table.x, self.moved(table.n, table.tensor_ids), call.alpha.unbind(), strict=True):
+            f.add_(n * alpha)  # two operations, each rounded
 
     def moved(self, n: Sequence[Tensor], tensor_ids: Sequence[int]) -> Iterator[Tensor]:
         """orth(N) / sqrt(cols), which V' makes orth(N) V^T. Where V' has fewer columns than the rank, N has no others either."""

@@ -16,10 +16,10 @@ from .work import SizeOf, Work
 
 _LAUNCH: dict[str, Callable[[Work], None]] = {
     "lowrank_update": launch_lowrank,
-    "lowrank_momentum": launch_lowrank,
     "dense_update": launch_dense,
     "dense_momentum": launch_dense,
     "factor_update": launch_factor_update,
+    "factor_momentum": launch_factor_update,
     "lowrank_merge": launch_lowrank_merge,
     "dense_merge": launch_dense_merge,
 }

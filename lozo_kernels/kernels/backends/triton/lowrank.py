@@ -1,4 +1,4 @@
-"""The kernels of lowrank_update, lowrank_momentum and factor_update. A program works on one tile of a matrix.
+"""The kernels of lowrank_update, factor_update and factor_momentum. A program works on one tile of a matrix.
 
 U is regenerated per tile; the product runs on tensor cores. Factors are multiples of 2^-8 below 4.9, so fp16 holds them and the
 fp32 sums are exact in any order (docs/noise.md).
@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .arithmetic import fma, times
+from .arithmetic import times
 from .noise import STREAM_U, draw_words, factor, rounding_any, rounding_rows, rounding_words, seed_words
-from .plans import ALL_REGISTERS, FACTOR_ROWS, SCALARS, WEIGHTS, Plan, Target, UpdateKind, factor_width, padded, registers_of
+from .plans import FACTOR_ROWS, SCALARS, WEIGHTS, Plan, Target, UpdateKind, factor_width, padded, registers_of
 from .tables import dtype_at, extent_at, factors_at, place_at, tile_at, weights_at
 from .tilesizes import TileSize
 from .weights import as_fp32, read_any, read_weights, store_any, store_stochastic, store_weights
@@ -42,47 +42,11 @@ def draw_factor(
 
 
 @triton.jit
-def split_rows(n):
-    """Splits fp32 rows into (high + low / 2^11) * down: two fp16 numbers with 22 bits, and a power of two per row."""
-    largest = tl.max(tl.abs(n), 1)
-    exponent = (largest.to(tl.uint32, bitcast=True) >> 23).to(tl.int32)
-    exponent = tl.minimum(tl.maximum(exponent, 20), 240)
-    up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)  # scales the largest of a row to 2^14 to 2^15
-    down = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
-    scaled = n * up[:, None]
-    high = scaled.to(tl.float16)
-    low = ((scaled - high.to(tl.float32)) * 2048.0).to(tl.float16)
-    return high, low, down
-
-
-@triton.jit
-def momentum_columns(n_row, row_mask, RANK: tl.constexpr):
-    """Returns the columns of N for the rows of a tile, each a tensor. They stay in registers for the whole tile."""
-    columns = (tl.load(n_row, mask=row_mask, other=0.0),)
-    for k in tl.static_range(1, RANK):
-        columns = columns + (tl.load(n_row + k, mask=row_mask, other=0.0),)  # noqa: RUF005
-    return columns
-
-
-@triton.jit
-def momentum_block(
-    columns, v_matrix, cols, col_mask, width, RANK: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr
-):  # fmt: skip
-    """Returns N V^T of a block, (rows, cols) fp32, with k ascending: a rounded product, then a fused multiply-add for each k."""
-    pointer = v_matrix + cols
-    acc = times(columns[0][:, None], tl.load(pointer, mask=col_mask).to(tl.float32)[None, :], DP4A)
-    for k in tl.static_range(1, RANK):
-        pointer += width
-        acc = fma(columns[k][:, None], tl.load(pointer, mask=col_mask).to(tl.float32)[None, :], acc, EMULATE)
-    return acc
-
-
-@triton.jit
 def update_block(
-    x, y, start, row_mask, end, v_matrix, width, u0, u1, high, low, unit, columns, scale0, scale1, factor_of_x, rate,
+    x, y, start, row_mask, end, v_matrix, width, u0, u1, scale0, scale1, factor_of_x,
     flat, header, tensor_id, k0, k1, address, code,
     WEIGHT: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr,
-    MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EIGHTS: tl.constexpr,
+    STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EIGHTS: tl.constexpr,
     DP4A: tl.constexpr, EMULATE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Updates a block of ROWS by COLS that was read as ``y``; ``x`` are pointers to its rows, or offsets where WEIGHT is None.
@@ -107,13 +71,6 @@ def update_block(
     y = y + times(tl.dot(u0, v_block), scale0, DP4A)
     if DRAWS == 2:
         y = y + times(tl.dot(u1, v_block), scale1, DP4A)
-    if MOMENTUM:
-        if RANK > 8:
-            product = tl.dot(high, v_block) + tl.dot(low, v_block) * 0.00048828125
-            product = product * unit[:, None]
-        else:
-            product = momentum_block(columns, v_matrix, cols, col_mask, width, RANK, DP4A, EMULATE)
-        y = fma(product, rate, y, EMULATE)
     bits = 0
     if STOCHASTIC and tl.float32 != WEIGHT:
         bits = random_bits(header, flat + start, tensor_id, k0, k1, WEIGHT is not None, ROWS, COLS)
@@ -139,19 +96,19 @@ def update_block(
 
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=SCALARS)
 def lowrank_update(
-    tiles, tensors, header, scales, decay, alpha, count,
+    tiles, tensors, header, scales, decay, count,
     WEIGHT: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr,
-    MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCKS: tl.constexpr,
+    STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCKS: tl.constexpr,
     AHEAD: tl.constexpr, EIGHTS: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """The kernel of lowrank_update and, with MOMENTUM, of the weights' part of lowrank_momentum.
+    """The kernel of lowrank_update.
 
     A program updates one tile of ROWS by BLOCKS * COLS. WEIGHT None: any dtype, read per tensor, and any alignment.
     """
     ALIGNED: tl.constexpr = WEIGHT is not None
     t, matrix, row0, block0 = tile_at(tiles, tl.program_id(0))
     address, batch_stride, row_stride = weights_at(tensors, t, ALIGNED)
-    v, n = factors_at(tensors, t, ALIGNED)
+    v, _ = factors_at(tensors, t, ALIGNED)
     height, width = extent_at(tensors, t, ALIGNED)
     tensor_id, row_offset, col_offset, global_cols = place_at(tensors, t)
     k0, k1 = seed_words(header)
@@ -186,25 +143,11 @@ def lowrank_update(
     # Values that a variant does not use need a placeholder.
     scale1 = scale0
     factor_of_x = scale0
-    rate = scale0
-    high = u0
-    low = u0
-    unit = scale0
-    columns = (scale0,)
     if DRAWS == 2:
         u1 = draw_factor(header, tensor_id, first, k0, k1, 1, ROWS, RANK, PADDED, DP4A)
         scale1 = tl.load(scales + count + t)
     if DECAY:
         factor_of_x = tl.load(decay + t)
-    if MOMENTUM:
-        rate = tl.load(alpha + t)
-        n_row = n + (matrix * height + rows) * RANK
-        if RANK > 8:
-            ks = tl.arange(0, PADDED)
-            n_block = tl.load(n_row[:, None] + ks[None, :], mask=row_mask[:, None] & (ks[None, :] < RANK), other=0.0)
-            high, low, unit = split_rows(n_block)
-        else:
-            columns = momentum_columns(n_row, row_mask, RANK)
     v_matrix = v + matrix * RANK * width
     if ALIGNED:
         v_matrix = tl.multiple_of(v_matrix, 16)
@@ -221,9 +164,9 @@ def lowrank_update(
             else:
                 y = as_fp32(read_weights(x + cols[None, :], None), EMULATE)
             update_block(
-                x, y, start, row_mask, end, v_matrix, width, u0, u1, high, low, unit, columns, scale0, scale1, factor_of_x, rate,
+                x, y, start, row_mask, end, v_matrix, width, u0, u1, scale0, scale1, factor_of_x,
                 flat, header, tensor_id, k0, k1, address, code,
-                WEIGHT, RANK, PADDED, DRAWS, DECAY, MOMENTUM, STOCHASTIC, ROWS, COLS, EIGHTS, DP4A, EMULATE, False,
+                WEIGHT, RANK, PADDED, DRAWS, DECAY, STOCHASTIC, ROWS, COLS, EIGHTS, DP4A, EMULATE, False,
             )  # fmt: skip
     for block in range(full, (end - col0 + COLS - 1) // COLS):
         start = col0 + block * COLS
@@ -237,86 +180,76 @@ def lowrank_update(
         else:
             y = read_any(address, x + cols[None, :], mask, code, EMULATE)
         update_block(
-            x, y, start, row_mask, end, v_matrix, width, u0, u1, high, low, unit, columns, scale0, scale1, factor_of_x, rate,
+            x, y, start, row_mask, end, v_matrix, width, u0, u1, scale0, scale1, factor_of_x,
             flat, header, tensor_id, k0, k1, address, code,
-            WEIGHT, RANK, PADDED, DRAWS, DECAY, MOMENTUM, STOCHASTIC, ROWS, COLS, EIGHTS, DP4A, EMULATE, True,
+            WEIGHT, RANK, PADDED, DRAWS, DECAY, STOCHASTIC, ROWS, COLS, EIGHTS, DP4A, EMULATE, True,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=SCALARS)
 def factor_update(
-    tiles, tensors, header, scales, decay, count,
+    tiles, tensors, header, scales, decay, coefficients, alpha, beta, count,
     MOMENTUM: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, DRAWS: tl.constexpr, DECAY: tl.constexpr,
     ROWS: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
-    """The kernel of factor_update; with MOMENTUM it updates N the same way, before lowrank_update reads N. ROWS rows per program.
+    """The kernel of factor_update and, with MOMENTUM, of factor_momentum. ROWS rows per program.
 
-    The factors of a table may have several ranks, up to RANK; N has RANK columns.
+    The factors of a table may have several ranks, up to RANK.
     """
     t, matrix, row0, _ = tile_at(tiles, tl.program_id(0))
+    address, batch_stride, row_stride = weights_at(tensors, t, False)
+    _, n = factors_at(tensors, t, False)
     height, width = extent_at(tensors, t, False)
     tensor_id, row_offset, _, _ = place_at(tensors, t)
     k0, k1 = seed_words(header)
     matrix = matrix.to(tl.int64)
     first = (row_offset + matrix * height + row0).to(tl.uint32)
-    rows = row0 + tl.arange(0, ROWS)
-    ks = tl.arange(0, PADDED)
-    if MOMENTUM:
-        _, n = factors_at(tensors, t, False)
-        mask = (rows < height)[:, None] & (ks < RANK)[None, :]
-        pointer = n + (matrix * height + rows)[:, None] * RANK + ks[None, :]
-    else:
-        address, batch_stride, row_stride = weights_at(tensors, t, False)
-        mask = (rows < height)[:, None] & (ks < width)[None, :]
-        begins = matrix * batch_stride + rows.to(tl.int64)[:, None] * row_stride
-        pointer = address.to(tl.pointer_type(tl.float32)) + begins + ks[None, :]
+    rows = (row0 + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    ks = tl.arange(0, PADDED)[None, :]
+    mask = (rows < height) & (ks < width)
+    pointer = address.to(tl.pointer_type(tl.float32)) + matrix * batch_stride + rows * row_stride + ks
     value = tl.load(pointer, mask=mask, other=0.0)
     if DECAY:
         value = times(value, tl.load(decay + t), DP4A)
+    carried = value
+    n_pointer = n + (matrix * height + rows) * width + ks
+    if MOMENTUM:
+        carried = times(tl.load(n_pointer, mask=mask, other=0.0), tl.load(beta + t), DP4A)
     for d in tl.static_range(DRAWS):
         direction, c3 = draw_words(header, d, STREAM_U)
         u = factor(first, tensor_id, direction, c3, k0, k1, ROWS, RANK, PADDED, DP4A)
         value = value + times(u, tl.load(scales + d * count + t), DP4A)
+        if MOMENTUM:
+            carried = carried + times(u, tl.load(coefficients + d * count + t), DP4A)
+    if MOMENTUM:
+        tl.store(n_pointer, carried, mask=mask)
+        value = value + times(carried, tl.load(alpha + t), DP4A)
     tl.store(pointer, value, mask=mask)
-
-
-_ENOUGH_REGISTERS = 96
-"""For momentum of the least ranks. Left alone, ptxas for Blackwell takes 72 and spills two, to have one program more."""
 
 
 def lowrank_plan(dtype: torch.dtype | None, kind: UpdateKind, size: TileSize, target: Target) -> Plan:
     """The plan of the pass over low-rank tensors; ``dtype`` None means any dtype and alignment."""
-    rank = kind.rank
-    # N, two draws and a block of fp32 leave no registers for another block.
-    full = kind.momentum and kind.draws == 2 and rank > 32 and dtype == torch.float32
     constants = {
         "WEIGHT": WEIGHTS[dtype],
-        "RANK": rank,
-        "PADDED": padded(rank),
+        "RANK": kind.rank,
+        "PADDED": padded(kind.rank),
         "DRAWS": kind.draws,
         "DECAY": kind.decay,
-        "MOMENTUM": kind.momentum,
         "STOCHASTIC": kind.stochastic,
         "ROWS": size.rows,
         "COLS": size.cols,
         "BLOCKS": size.blocks,
-        "AHEAD": size.ahead and dtype is not None and not full,
+        "AHEAD": size.ahead and dtype is not None,
         "EIGHTS": target.eights and dtype is not None and dtype.itemsize == 2,
         "DP4A": target.dp4a,
         "EMULATE": target.emulate,
     }
-    large = kind.momentum and (kind.stochastic or kind.draws == 2 or rank > 8)
-    # N, two draws and the sums of each need more registers than four warps have, and so do N and two blocks of fp32.
-    crowded = kind.momentum and rank > 32 and target.dp4a and dtype is not None and (kind.draws == 2 or dtype == torch.float32)
-    num_warps = max(8, size.num_warps) if crowded else size.num_warps
-    small = kind.momentum and rank <= 2 and dtype is not None and dtype.itemsize == 2
-    registers = ALL_REGISTERS if large else _ENOUGH_REGISTERS if small else None
-    return Plan(lowrank_update, constants, num_warps, registers_of(size, target, registers))
+    return Plan(lowrank_update, constants, size.num_warps, registers_of(size, target))
 
 
 @functools.cache
 def factor_update_plan(rank: int, draws: int, decay: bool, momentum: bool, target: Target) -> Plan:
-    """The plan that updates factors or, with ``momentum``, N before the pass over the weights."""
+    """The plan that updates factors, with ``momentum`` their N too."""
     constants = {
         "MOMENTUM": momentum,
         "RANK": rank,
@@ -330,18 +263,15 @@ def factor_update_plan(rank: int, draws: int, decay: bool, momentum: bool, targe
 
 
 def launch_lowrank(work: Work) -> None:
-    """Launches lowrank_update or lowrank_momentum."""
-    call, count = work.call, len(work.table)
-    if work.op.momentum:  # tiles side by side share rows of N, so N is updated before they start
-        plan = factor_update_plan(work.table.rank, len(call.draws), True, True, work.target)
-        work.launch(plan, work.rows(), work.header, call.coefficients, call.beta, count)
-    scalars = (call.scales, work.or_unused(call.decay), work.or_unused(call.alpha))
+    """Launches lowrank_update."""
+    call = work.call
     for plan, tiles in work.over_weights(lowrank_plan):
-        work.launch(plan, tiles, work.header, *scalars, count)
+        work.launch(plan, tiles, work.header, call.scales, work.or_unused(call.decay), len(work.table))
 
 
 def launch_factor_update(work: Work) -> None:
-    """Launches factor_update."""
+    """Launches factor_update or factor_momentum."""
     call, rank = work.call, max((x.shape[2] for x in work.table.x), default=1)
-    plan = factor_update_plan(rank, len(call.draws), call.decay is not None, False, work.target)
-    work.launch(plan, work.rows(), work.header, call.scales, work.or_unused(call.decay), len(work.table))
+    plan = factor_update_plan(rank, len(call.draws), call.decay is not None, work.op.momentum, work.target)
+    scalars = (call.scales, *map(work.or_unused, (call.decay, call.coefficients, call.alpha, call.beta)))
+    work.launch(plan, work.rows(), work.header, *scalars, len(work.table))

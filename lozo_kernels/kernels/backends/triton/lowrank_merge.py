@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import fma, times
-from .lowrank import momentum_block, momentum_columns, random_bits
+from .lowrank import random_bits
 from .noise import STREAM_U, draw_words, factor, factor_quad, seed_words
 from .plans import (
     ALL_REGISTERS,
@@ -33,12 +33,34 @@ REGISTER_RANK = tl.constexpr(16)  # up to this rank the columns of N + scale * U
 
 
 @triton.jit
+def factor_columns(factor_row, row_mask, RANK: tl.constexpr):
+    """Returns the columns of a factor for the rows of a tile, each a tensor. They stay in registers for the whole tile."""
+    columns = (tl.load(factor_row, mask=row_mask, other=0.0),)
+    for k in tl.static_range(1, RANK):
+        columns = columns + (tl.load(factor_row + k, mask=row_mask, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+    return columns
+
+
+@triton.jit
+def factor_product(
+    columns, v_matrix, cols, col_mask, width, RANK: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr
+):  # fmt: skip
+    """Returns F V^T of a block, (rows, cols) fp32, with k ascending: a rounded product, then a fused multiply-add for each k."""
+    pointer = v_matrix + cols
+    acc = times(columns[0][:, None], tl.load(pointer, mask=col_mask).to(tl.float32)[None, :], DP4A)
+    for k in tl.static_range(1, RANK):
+        pointer += width
+        acc = fma(columns[k][:, None], tl.load(pointer, mask=col_mask).to(tl.float32)[None, :], acc, EMULATE)
+    return acc
+
+
+@triton.jit
 def merged_quad(
     n_row, row_mask, global_rows, quad, direction, tensor_id, c3, k0, k1, scale,
     COUNT: tl.constexpr, DRAWS: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
     """Returns COUNT columns of N + scale * U, or without draws of N, from column 4 * quad on, for the rows of a tile."""
-    columns = momentum_columns(n_row + quad * 4, row_mask, COUNT)
+    columns = factor_columns(n_row + quad * 4, row_mask, COUNT)
     if DRAWS == 1:
         us = factor_quad(global_rows, global_rows * 0 + (direction + quad), tensor_id, c3, k0, k1, DP4A)
         probed = (columns[0] + times(us[0], scale, DP4A),)
@@ -50,7 +72,7 @@ def merged_quad(
 
 @triton.jit
 def add_columns(product, columns, pointer, col_mask, width, COUNT: tl.constexpr, EMULATE: tl.constexpr):
-    """Adds the next COUNT terms to a sum like that of :func:`momentum_block`; ``pointer`` is in their first row of V."""
+    """Adds the next COUNT terms to a sum like that of :func:`factor_product`; ``pointer`` is in their first row of V."""
     for k in tl.static_range(COUNT):
         v = tl.load(pointer + k * width, mask=col_mask).to(tl.float32)
         product = fma(columns[k][:, None], v[None, :], product, EMULATE)
@@ -69,11 +91,11 @@ def wide_product(
     # x is.
     product = tl.where(quads < 0, x, -0.0)
     for quad in range(0, quads):
-        columns = momentum_columns(factor_row + quad * 4, row_mask, 4)
+        columns = factor_columns(factor_row + quad * 4, row_mask, 4)
         product = add_columns(product, columns, v_matrix + quad * 4 * width + cols, col_mask, width, 4, EMULATE)
     REST: tl.constexpr = RANK % 4
     if REST > 0:
-        columns = momentum_columns(factor_row + quads * 4, row_mask, REST)
+        columns = factor_columns(factor_row + quads * 4, row_mask, REST)
         product = add_columns(product, columns, v_matrix + quads * 4 * width + cols, col_mask, width, REST, EMULATE)
     return product
 
@@ -124,7 +146,7 @@ def merge_block(
     if DECAY:
         y = times(y, factor_of_x, DP4A)
     if RANK <= REGISTER_RANK:
-        product = momentum_block(columns, v_matrix, cols, col_mask, width, RANK, DP4A, EMULATE)
+        product = factor_product(columns, v_matrix, cols, col_mask, width, RANK, DP4A, EMULATE)
     else:
         product = wide_product(y, factor_row, row_mask, v_matrix, cols, col_mask, width, quads, RANK, EMULATE)
     y = y + product

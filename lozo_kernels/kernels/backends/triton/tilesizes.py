@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 KERNELS = (
-    *("lowrank_update", "lowrank_momentum", "dense_update", "dense_momentum"),
+    *("lowrank_update", "dense_update", "dense_momentum"),
     *("lowrank_merge", "dense_merge", "contraction", "expansion"),
 )
 _STOCHASTIC = "_stochastic"

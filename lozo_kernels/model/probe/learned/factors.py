@@ -23,13 +23,7 @@ from ..members import Member, gains_of, table_of
 
 @dataclasses.dataclass(eq=False)
 class FactorGroup(Group):
-    """Factors B of low-rank parameters. A pass adds U to B where it would add U V^T to weights.
-
-    Attributes:
-        momentum: a table of N of the same parameters, or None.
-    """
-
-    momentum: TensorTable | None = None
+    """Factors B of low-rank parameters, with their N. A pass adds U to B where it would add U V^T to weights."""
 
     def apply(
         self,
@@ -42,25 +36,15 @@ class FactorGroup(Group):
         seed: int | None = None,
     ) -> None:
         """B <- decay * B + the terms. With ``carried`` momentum, N takes up the terms, and B <- decay * B + alpha * N."""
-        seed, draws = self.config.seed if seed is None else seed, self.draws(terms)
-        keep = None if decay is None else self.row(decay)
+        draws, keep = self.draws(terms), None if decay is None else self.row(decay)
+        scales = self.rows([0.0 if carried else term.gradient * self.update_factor for term in terms])
+        call = TableCall(self.config.seed if seed is None else seed, draws, scales, keep)
         if carried is None:
-            scales = self.rows([term.gradient * self.update_factor for term in terms])
-            self.run(OPS["factor_update_"], TableCall(seed, draws, scales, keep))
+            self.run(OPS["factor_update_"], call)
             return
-        assert self.momentum is not None
-        coefficients = self.rows([term.coefficient for term in terms])
-        call = TableCall(seed, draws, coefficients, self.row(carried.beta))
-        self.estimator.run(OPS["factor_update_"], self.momentum, call, self.backend)
-        last = isinstance(carried.alpha, Tensor) or carried.alpha != 0.0
-        if keep is not None:
-            for b, one in zip(self.table.x, keep.unbind(), strict=True):
-                b.mul_(one)
-        if last:
-            alphas = self.row(carried.alpha * self.update_factor).unbind()
-            moved = self.estimator.moved(self.momentum.x, self.momentum.tensor_ids)
-            for b, n, alpha in zip(self.table.x, moved, alphas, strict=True):
-                b.add_(n * alpha)  # two operations, each rounded
+        call.coefficients = self.rows([term.coefficient for term in terms])
+        call.alpha, call.beta = self.row(carried.alpha * self.update_factor), self.row(carried.beta)
+        self.run(OPS["factor_momentum_"], call)
 
 
 @dataclasses.dataclass(eq=False)
@@ -165,7 +149,6 @@ def _make_group(
         n=ns,
         checked=True,
     )
-    carried = TensorTable(ns, ids) if ns else None
-    learned = FactorGroup(kind, index, TensorTable(bs, ids), backend, estimator, config, momentum=carried)
+    learned = FactorGroup(kind, index, TensorTable(bs, ids, n=ns), backend, estimator, config)
     learned.rounds = False
     return StateGroup(members, learned, windows, gains)

@@ -17,8 +17,8 @@ from lozo_kernels.kernels.backends.triton.launcher import Launcher
 from lozo_kernels.kernels.registry import registered
 from lozo_kernels.model.interrupts import deferred_interrupt
 from lozo_kernels.model.patching import patch
-from lozo_kernels.model.probe.forward.activation import layer_kind
 from lozo_kernels.model.probe.handle import ProbeHandle
+from lozo_kernels.model.storage import layer_kind
 
 EXAMPLES, LENGTH = 2, 1  # few, because what the CPU computes in place of a GPU is not to be measured
 LEAST_CALLS = 0.02

@@ -18,7 +18,7 @@ from .model.probe import BatchSplitError, LoraAdapter, ProbeHandle, export_lora
 from .model.report import ParameterReport, Report
 from .optim.eps_finder import find_eps
 from .optim.graphs import CapturedStep, capture_step
-from .optim.optimizer import LOZO, MeZO, SubZero, ZOMuon
+from .optim.optimizer import AGZO, LOZO, MeZO, SubZero, ZOMuon
 from .optim.parallel import DivergenceError, Parallel, PeerLostError
 from .optim.registering import register_estimator
 from .optim.steps import StepInfo
@@ -27,6 +27,7 @@ for _module in (noise, ops, reference, skinny):  # so that ``from lozo_kernels.n
     _sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module
 
 __all__ = [
+    "AGZO",
     "LOZO",
     "BatchSplitError",
     "CapturedStep",

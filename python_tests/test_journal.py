@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from bench.journal import elsewhere
-from lozo_kernels import LOZO, MeZO, SubZero, ZOMuon, capture_step
+from lozo_kernels import AGZO, LOZO, MeZO, SubZero, ZOMuon, capture_step
 from lozo_kernels.journal import (
     Detour,
     Flushed,
+    Guides,
     Journal,
     JournalError,
     Settled,
@@ -44,6 +45,8 @@ RUNS = [
     (SubZero, {"placement": "probe"}),
     (ZOMuon, {"directions": 3, "two_sided": False, "fuse_steps": True, "weight_decay": 0.1}),
     (ZOMuon, {"placement": "probe", "momentum": 0.5}),
+    (AGZO, {"fuse_steps": True}),
+    (AGZO, {"momentum": 0.9, "placement": "probe"}),
 ]
 
 
@@ -54,6 +57,7 @@ def test_replays_end_in_the_bits_of_the_run(tmp_path, rng, kind, options):
     base, trained = recorded(path, zoo(), optimizer=kind, odd=True, **options)
     run = read_journal(path)
     assert run.steps == 9 and run.torn == 0
+    assert [r.window for r in run.records if isinstance(r, Guides)] == ([0, 1, 2] if kind is AGZO else [])
     kinds = {type(r) for r in run.records}
     assert (Flushed in kinds) == ("fuse_steps" in options)
     assert (Detour in kinds) == ("placement" not in options)

@@ -144,7 +144,7 @@ def test_a_missing_file(tmp_path):
 
 def test_a_long_run_stays_small(rng):
     """20,000 steps whose learning rate always changes: 21 bytes each."""
-    header, _ = sample(rng, 0, 1)
+    header, _ = sample(rng, 0, 1, "lowrank")
     header = Header(**{**vars(header), "settings": header.settings | {"directions": 1}})
     records = [StepTaken((rng.gauss(0, 1),), (rng.random(),), (0.0,)) for _ in range(20_000)]
     data = encode(header, [*records, End("0" * 64)])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import distributed, nn
 
-from lozo_kernels import LOZO, MeZO, SubZero, patch
+from lozo_kernels import AGZO, LOZO, MeZO, SubZero, patch
 from python_tests.models import full, same, weights
 from python_tests.processes import refusals_of, run_ranks
 
@@ -109,6 +109,7 @@ def refusals(mesh):
     experts.w = nn.Parameter(distribute_tensor(torch.randn(2, 3, 4), mesh, [Shard(2)]))
     return refusals_of(
         lambda: SubZero(sharded),
+        lambda: AGZO(sharded),
         lambda: LOZO(sharded, fuse_steps=True),
         lambda: LOZO(sharded, drive="backward"),
         lambda: patch(experts),
@@ -149,8 +150,8 @@ def test_some_shards_are_uneven_or_empty(results):
 
 def test_what_cannot_be_done_is_refused(results):
     for result in results:
-        subzero, fused, driven, experts = result["refused"]
-        assert "nothing with SubZero" in subzero and "fuse_steps" in fused
+        subzero, agzo, fused, driven, experts = result["refused"]
+        assert "nothing with SubZero" in subzero and "inputs of whole layers" in agzo and "fuse_steps" in fused
         assert "not for sharded models" in driven and "contiguous shards of dimension 0" in experts
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..optim.optimizer import LOZO, OPTIMIZERS, MeZO, SubZero, ZerothOrderOptimizer, ZOMuon
+from ..optim.optimizer import AGZO, LOZO, OPTIMIZERS, MeZO, SubZero, ZerothOrderOptimizer, ZOMuon
 
 _DENSE = (
     *("eps", "find_eps", "directions", "directions_law", "one_sided", "evaluation", "normalise"),
@@ -14,6 +14,7 @@ _DENSE = (
 )
 _LOW_RANK = (*_DENSE, "rank", "interval", "scaling")
 _SUBSPACE = tuple(name for name in _LOW_RANK if name not in ("momentum", "scaling"))
+_GUIDED = tuple(name for name in _LOW_RANK if name != "momentum")
 _MUON = tuple(name for name in _SUBSPACE if name != "normalise")
 _TRAINING = ("steps", "k_shot", "lr", "lr_schedule", "weight_decay", "eval_every", "compare_steps", "parallel")
 
@@ -123,6 +124,7 @@ METHODS = _Methods(
         Method("mezo", "MeZO", "zeroth-order", MeZO, _DENSE, published=True),
         Method("mezo-m", "MeZO-M", "zeroth-order", MeZO, _DENSE, momentum=0.9, published=True),
         Method("subzero", "SubZero", "zeroth-order", SubZero, _SUBSPACE, lr=1e-7),
+        Method("agzo", "AGZO", "zeroth-order", AGZO, _GUIDED, lr=1e-7, embedded_lr=1e-4),
         Method(
             *("zo-muon", "ZO-Muon", "zeroth-order", ZOMuon, _MUON, 0.0, 1e-2, 1e-2),
             finds_lr=False,

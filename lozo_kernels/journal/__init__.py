@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import JournalError
 from .compare import Difference, diff
-from .format import Detour, End, Flushed, Header, Record, Settled, Sides, StepTaken
+from .format import Detour, End, Flushed, Guides, Header, Record, Settled, Sides, StepTaken
 from .reader import RecordedRun, read_journal
 from .replaying import Replayed, Verification, replay, revert, verify
 from .writer import Journal
@@ -14,6 +14,7 @@ __all__ = [
     "Difference",
     "End",
     "Flushed",
+    "Guides",
     "Header",
     "Journal",
     "JournalError",

@@ -24,12 +24,16 @@ PREFIX = struct.Struct("<8sII")
 """Magic, format version, and the number of bytes of the header's JSON."""
 CRC = struct.Struct("<I")
 HEAD = struct.Struct("<BII")
-"""The head of a record with JSON: kind, number of bytes, and a checksum of both, so that a damaged number is noticed."""
+"""The head of a long record: kind, number of bytes, and a checksum of both, so that a damaged number is noticed."""
+WINDOW = struct.Struct("<Q")
+INDEX = struct.Struct("<I")
 MOVES = struct.Struct("<BI")
 DETOUR_MOVES = struct.Struct("<Bi")
 DIGEST_BYTES = 32
 
-SETTLED, FLUSHED, DETOUR, SIDES, END, MEASURED = range(1, 7)
+SETTLED, FLUSHED, DETOUR, SIDES, END, MEASURED, GUIDES = range(1, 8)
+LONG = (SIDES, GUIDES)
+"""Those with a head, :data:`HEAD`."""
 STEP = 0x80
 """The first byte of a step has this bit and those of its flags."""
 LR, LR_EACH, DECAY, DECAY_EACH, SKIPPED, RETURNED, AT_REST = (1 << bit for bit in range(7))
@@ -84,13 +88,21 @@ class Measurement(NamedTuple):
     rows: tuple[tuple[float, ...], ...]
 
 
+class Guides(NamedTuple):
+    """The V that AGZO made for a window from inputs. ``vs``: the index of each parameter, in ascending order, and V transposed,
+    (rank, columns) fp16."""
+
+    window: int
+    vs: tuple[tuple[int, bytes], ...]
+
+
 class End(NamedTuple):
     """The end of the run. ``fingerprint`` is that of the weights, in hexadecimal."""
 
     fingerprint: str
 
 
-Record = StepTaken | Settled | Flushed | Detour | Sides | End | Measurement
+Record = StepTaken | Settled | Flushed | Detour | Sides | End | Measurement | Guides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,13 +179,15 @@ def encode_record(record: Record, before: StepTaken | None) -> bytes:
         case Measurement():
             numbers = [number for row in record.rows for number in row]
             return MOVES.pack(MEASURED, len(record.rows)) + struct.pack(f"<{len(numbers)}d", *numbers)
+        case Guides():
+            return b"".join((bytes([GUIDES]), WINDOW.pack(record.window), *(INDEX.pack(i) + v for i, v in record.vs)))
         case End():
             return bytes([END]) + bytes.fromhex(record.fingerprint)
 
 
 def frame(body: bytes, crc: int) -> tuple[bytes, int]:
     """Returns a record as it is written, and its checksum, which covers all earlier records too: none can be moved or left out."""
-    if body[0] == SIDES:
+    if body[0] in LONG:
         length = CRC.pack(len(body) - 1)
         crc = zlib.crc32(body[:1] + length, crc)
         body = body[:1] + length + CRC.pack(crc) + body[1:]

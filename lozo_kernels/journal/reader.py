@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import struct
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,9 @@ from .format import (
     DIGEST_BYTES,
     END,
     FLUSHED,
+    GUIDES,
     HEAD,
+    INDEX,
     LR,
     LR_EACH,
     MAGIC,
@@ -35,9 +39,11 @@ from .format import (
     SKIPPED,
     STEP,
     VERSION,
+    WINDOW,
     Detour,
     End,
     Flushed,
+    Guides,
     Header,
     Measurement,
     Record,
@@ -154,19 +160,31 @@ class _Parser:
         self._zeros = (0.0,) * self._directions
         self._last: StepTaken | None = None
         self._steps = 0
+        self._guided = header.config.estimator == "guided"
+        self._window: int | None = None  # of the last V that was made from inputs
+        self._read: dict[int, Callable[[], Record]] = {
+            SETTLED: functools.partial(self._bare, Settled()),
+            FLUSHED: functools.partial(self._bare, Flushed()),
+            DETOUR: self._detour,
+            SIDES: self._sides,
+            MEASURED: self._measurement,
+            GUIDES: self._guides,
+            END: self._end,
+        }
 
     def run(self, source: str) -> int:
         """Reads all records. Returns the number of bytes of an unfinished one."""
         while self.position < len(self.data):
+            start = self.position
             try:
                 if self.records and isinstance(self.records[-1], End):
                     raise JournalError("it comes after the end of the run")
                 self._next()
-            except _Torn:  # noqa: PERF203  (the position says where it happened)
-                return len(self.data) - self.position
+            except _Torn:
+                return len(self.data) - start
             except JournalError as e:
                 step = self.header.first_step + self._steps
-                where = f"record {len(self.records)} (at byte {self.position}, before or of step {step})"
+                where = f"record {len(self.records)} (at byte {start}, before or of step {step})"
                 raise JournalError(f"{source}: {where} is damaged: {e}") from None
         return 0
 
@@ -174,27 +192,12 @@ class _Parser:
         kind = self.data[self.position]
         if kind & STEP:
             record: Record = self._step(kind)
+            if self._guided and self._window != self._due:
+                raise JournalError(f"there is no V of its window, {self._due}")
             self._steps += 1
             self._last = record  # type: ignore[assignment]
-        elif kind == SETTLED:
-            self._take(1)
-            record = Settled()
-        elif kind == FLUSHED:
-            self._take(1)
-            record = Flushed()
-        elif kind == DETOUR:
-            moves = DETOUR_MOVES.unpack_from(self._take(DETOUR_MOVES.size))[1]
-            record = Detour(abs(moves), moves < 0)
-            if not 1 <= record.moves <= 2 * self._directions:
-                raise JournalError(f"a detour of {record.moves} moves")
-        elif kind == SIDES:
-            if self.records and isinstance(self.records[-1], Sides):  # later in a run they may change
-                raise JournalError("the sides are there already")
-            record = self._sides()
-        elif kind == MEASURED:
-            record = self._measurement()
-        elif kind == END:
-            record = End(bytes(self._take(1 + DIGEST_BYTES)[1:]).hex())
+        elif kind in self._read:
+            record = self._read[kind]()
         else:
             raise JournalError(f"kind {kind} is not known")
         self.records.append(record)
@@ -249,10 +252,61 @@ class _Parser:
             raise JournalError("it has a number that is not finite")
         return Measurement(tuple(numbers[i : i + 4] for i in range(0, 4 * count, 4)))
 
+    def _detour(self) -> Detour:
+        moves = DETOUR_MOVES.unpack_from(self._take(DETOUR_MOVES.size))[1]
+        if not 1 <= abs(moves) <= 2 * self._directions:
+            raise JournalError(f"a detour of {abs(moves)} moves")
+        return Detour(abs(moves), moves < 0)
+
+    def _end(self) -> End:
+        return End(bytes(self._take(1 + DIGEST_BYTES)[1:]).hex())
+
+    def _bare(self, record: Record) -> Record:
+        self._take(1)
+        return record
+
     def _each(self, values: tuple[float, ...]) -> tuple[float, ...]:
         return values * self._groups if len(values) == 1 else values
 
+    @property
+    def _due(self) -> int:
+        """The window of the next step."""
+        return (self.header.first_step + self._steps) // self.header.config.interval
+
+    def _guides(self) -> Guides:
+        body = self._long()
+        if len(body) < WINDOW.size or not self._guided or self._window == self._due:
+            raise JournalError("there is no V of inputs here")
+        window = WINDOW.unpack_from(body)[0]
+        if window != self._due:
+            raise JournalError(f"it is the V of window {window}, and the next step is in window {self._due}")
+        self._window = window
+        return Guides(window, tuple(self._vs(body[WINDOW.size :])))
+
+    def _vs(self, body: memoryview) -> Iterator[tuple[int, bytes]]:
+        parameters, rank, before = self.header.parameters, self.header.config.rank, -1
+        while body:
+            index = INDEX.unpack_from(body)[0] if len(body) >= INDEX.size else -1
+            if not before < index < len(parameters) or parameters[index].kind != "lowrank" or len(parameters[index].shape) != 2:
+                raise JournalError("its V is of no matrix of the run")
+            end, before = INDEX.size + 2 * rank * parameters[index].shape[1], index
+            if len(body) < end:
+                raise JournalError(f"the V of {parameters[index].name!r} is cut off")
+            yield index, bytes(body[INDEX.size : end])
+            body = body[end:]
+
     def _sides(self) -> Sides:
+        if self.records and isinstance(self.records[-1], Sides):  # later in a run they may change
+            raise JournalError("the sides are there already")
+        try:
+            described = json.loads(bytes(self._long()).decode())
+        except (ValueError, RecursionError) as e:
+            raise JournalError(f"it is no JSON: {str(e)[:200]}") from None
+        _check_sides(described, len(self.header.parameters))
+        return Sides(described)
+
+    def _long(self) -> memoryview:
+        """Returns what follows the head of a long record, as :meth:`_take` does."""
         if self.position + HEAD.size > len(self.data):
             raise _Torn
         _, length, check = HEAD.unpack_from(self.data, self.position)
@@ -265,13 +319,8 @@ class _Parser:
         crc = zlib.crc32(self.view[body : body + length], crc)
         if CRC.unpack_from(self.data, body + length)[0] != crc:
             raise JournalError("its checksum is wrong")
-        try:
-            described = json.loads(self.data[body : body + length].decode())
-        except (ValueError, RecursionError) as e:
-            raise JournalError(f"it is no JSON: {str(e)[:200]}") from None
-        _check_sides(described, len(self.header.parameters))
         self.position, self.crc = body + length + CRC.size, crc
-        return Sides(described)
+        return self.view[body : body + length]
 
 
 def _check_sides(described: Any, parameters: int) -> None:

@@ -21,7 +21,7 @@ from ..optim.rate_finder import Measured
 from ..optim.stepper import Stepper
 from .describe import describe_groups, describe_parameters, made_with
 from .fingerprint import fingerprint
-from .format import Detour, Flushed, Header, Measurement, Record, Settled, Sides, StepTaken
+from .format import Detour, Flushed, Guides, Header, Measurement, Record, Settled, Sides, StepTaken
 from .reader import RecordedRun, read_journal
 
 Source = str | os.PathLike[str] | RecordedRun
@@ -164,8 +164,8 @@ def retake(optimizer: ZerothOrderOptimizer, records: Iterable[Record]) -> None:
                     stepper.measured = [Measured(*row) for row in record.rows]
                 case Detour():
                     _make_detour(stepper, stepper.points_of(measuring=record.measuring)[: record.moves])
-                case Sides():
-                    handle.adopt_sides(record.described, install=False)
+                case Sides() | Guides():
+                    _adopt(handle, record)
                 case _:
                     raise AssertionError(f"{record} is not replayed")
     except (TypeError, ValueError) as e:
@@ -287,6 +287,17 @@ def _take_step(optimizer: ZerothOrderOptimizer, record: StepTaken) -> None:
         c.fill_(float("nan"))
     unknown = torch.full_like(c, float("nan"))
     stepper.commit(*stepper.conclude(c, unknown, unknown, rates_of(optimizer.param_groups, handle, c.device)))
+
+
+def _adopt(handle: Handle, record: Sides | Guides) -> None:
+    if isinstance(record, Sides):
+        handle.adopt_sides(record.described, install=False)
+        return
+    assert handle.guidance is not None
+    rank, vs = handle.config.rank, {}
+    for index, v in record.vs:
+        vs[handle.names[index]] = torch.frombuffer(bytearray(v), dtype=torch.float16).view(rank, -1)
+    handle.guidance.take(record.window, vs)
 
 
 def _make_detour(stepper: Stepper, points: list[Perturbation]) -> None:

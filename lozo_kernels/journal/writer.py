@@ -6,9 +6,12 @@ import dataclasses
 import json
 import os
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from torch import Tensor
 
 from ..errors import JournalError
 from ..model.contract import version_of
@@ -18,7 +21,7 @@ from .arrivals import Arrival, send
 from .describe import describe_groups, describe_parameters, made_with
 from .file import JournalFile, Tail, already_there, as_path, check_fsync, open_alone
 from .fingerprint import fingerprint
-from .format import Detour, End, Flushed, Header, Measurement, Record, Settled, Sides, StepTaken, encode_header
+from .format import Detour, End, Flushed, Guides, Header, Measurement, Record, Settled, Sides, StepTaken, encode_header
 from .reader import read_journal
 from .replaying import check_fits, retake
 
@@ -63,7 +66,7 @@ class Journal:
         self._before_mark: Tail | None = None
         self._choices: int | None = optimizer.handle.choices  # as they were when sides were written
         optimizer.journal = self
-        optimizer.handle.on_merge = self._add_merge
+        optimizer.handle.on_merge, optimizer.handle.on_guides = self._add_merge, self._add_guides
 
     @property
     def path(self) -> Path:
@@ -118,7 +121,11 @@ class Journal:
             made_with(handle),
             notes,
         )
-        return cls(JournalFile.create(path, encode_header(header), fsync, overwrite=overwrite), optimizer, header)
+        journal = cls(JournalFile.create(path, encode_header(header), fsync, overwrite=overwrite), optimizer, header)
+        guidance = handle.guidance
+        if guidance is not None and guidance.window == optimizer.steps_done // handle.config.interval:
+            journal._add_guides(guidance.window, guidance.vs)
+        return journal
 
     @classmethod
     def resume(
@@ -255,10 +262,18 @@ class Journal:
         if self._optimizer.journal is not self:
             return
         self._optimizer.journal = None
-        self._optimizer.handle.on_merge = None
+        self._optimizer.handle.on_merge = self._optimizer.handle.on_guides = None
 
     def _add_merge(self) -> None:
         self._tell(Settled())
+
+    def _add_guides(self, window: int, vs: Mapping[str, Tensor]) -> None:
+        due = self._optimizer.steps_done // self.header.config.interval
+        if window != due:
+            raise JournalError(f"V of window {window} is asked for, and the next step that is recorded is in window {due}")
+        index = {name: i for i, name in enumerate(self._optimizer.handle.names)}
+        rows = sorted((index[name], v.contiguous().numpy().tobytes()) for name, v in vs.items())
+        self._tell(Guides(window, tuple(rows)))
 
     def _tell(self, record: Record) -> None:
         """Writes the record of what is about to be done. If this raises, it must not be done."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import random
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +52,16 @@ class Conditions:
         if self._generators is not None:
             self._generators.replay()
         self._buffers.put_back()
+
+
+_STANCE = threading.RLock()  # the compiler's stance is that of the process: of two threads, each would restore the other's
+
+
+@contextlib.contextmanager
+def eagerly() -> Iterator[None]:
+    """While the body runs, what is compiled runs in eager mode, with all hooks."""
+    with _STANCE, torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def small_buffer_bytes(model: nn.Module) -> int:

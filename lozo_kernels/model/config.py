@@ -10,10 +10,10 @@ from typing import Any, TypedDict
 from ..kernels.checks import as_integer, check_flag, suggestion
 from ..kernels.noise import MAX_RANK, check_law
 
-ESTIMATORS = ["lowrank", "dense", "subspace", "muon"]
+ESTIMATORS = ["lowrank", "dense", "subspace", "muon", "guided"]
 FACTORED = {"subspace", "muon"}
 """Those whose directions L V^T have factors, and a scale, of their own."""
-NOISE_LEFT = ("lowrank", "muon")
+NOISE_LEFT = ("lowrank", "muon", "guided")
 """Those whose L is the U of the noise, which kernels make where they need it."""
 SCALINGS = ("paper", "card", "published")
 ROUNDINGS = ("nearest", "stochastic")
@@ -48,9 +48,9 @@ class PatchConfig:
     """How a model's parameters are perturbed and updated.
 
     Attributes:
-        estimator: "lowrank" (LOZO: U V^T for matrices), "subspace" (SubZero: U S V^T), "muon" (ZO-Muon: U V^T with an orthonormal
-            V), "dense" (MeZO), or one that was registered (:func:`lozo_kernels.register_estimator`); one-dimensional tensors have
-            dense noise with all.
+        estimator: "lowrank" (LOZO: U V^T for matrices), "guided" (AGZO: U V^T with V from the inputs of layers), "subspace"
+            (SubZero: U S V^T), "muon" (ZO-Muon: U V^T with an orthonormal V), "dense" (MeZO), or one that was registered
+            (:func:`lozo_kernels.register_estimator`); one-dimensional tensors have dense noise with all.
         rank: r, columns of U and V, 1 to 64.
         interval: nu, the steps of a window, which share V (LOZO, Algorithm 1), or U and V (SubZero).
         seed: 64-bit seed of all noise.
@@ -123,6 +123,8 @@ class PatchConfig:
             check_flag(name, getattr(self, name))
         if self.factored and self.scaling != "paper":
             raise ValueError(f"scaling={self.scaling!r} is about LOZO: directions of {self.estimator!r} have one scale")
+        if self.keep_factors and self.estimator == "guided":
+            raise ValueError("keep_factors needs the V of every window, and AGZO's is in memory for one: leave it out, or use LOZO")
         if self.backend is not None and not isinstance(self.backend, str):
             raise TypeError(f"backend is a name or None, not {self.backend!r}")
         if self.placement == "inplace" and (self.side, self.keep_factors, self.allow_drift) != ("auto", False, False):

@@ -18,8 +18,10 @@ from ..kernels.table import TensorTable
 from .backward import Backward
 from .conditions import Buffers, Conditions
 from .config import PatchConfig
-from .estimators import ESTIMATORS, Estimator, FactorSpec
-from .losses import BatchClosure, Closure
+from .estimators import ESTIMATORS, Estimator, FactorSpec, Guided
+from .guidance import Guidance, Together, in_one_process
+from .interrupts import deferred_interrupt
+from .losses import BatchClosure, Closure, mean_loss
 from .momentum import piece_of, spread
 from .overriding import Overrides
 from .parameters import LeftAlone, Parameter, find_parameters
@@ -46,9 +48,12 @@ class Handle:
 
     Attributes:
         model, config: what was patched, and how.
+        guidance: makes V from inputs (AGZO); None with other estimators.
         trained: the trained parameters; per-parameter scalars follow their order.
         backward: makes calls of the model evaluate by themselves (``drive=``); None without.
         on_merge: called just before a merge that does not come with a new V, or None.
+        on_guides: called with a window and its V (:attr:`Guidance.vs`) just before a V that was made from inputs is used, or None.
+            If either raises, what it is called before is not done.
         probes: evaluations only read the weights.
         state_in_pieces: a process has the momentum of its shards only.
         precision: the coarsest dtype that evaluations are known to compute with.
@@ -68,8 +73,10 @@ class Handle:
         self.trained: list[Parameter]
         self._left: list[LeftAlone]
         self.trained, self._left = find_parameters(model, config)
+        self.guidance = Guidance(self.trained, self.estimator) if isinstance(self.estimator, Guided) else None
         self.backward: Backward | None = None
         self.on_merge: Callable[[], None] | None = None
+        self.on_guides: Callable[[int, dict[str, Tensor]], None] | None = None
         self.precision = torch.float32
         self.choices = 0
         self._aliases = {alias: p for p in self.trained for alias in (p.name, *p.aliases)}
@@ -130,7 +137,7 @@ class Handle:
     @property
     def notes(self) -> tuple[str, ...]:
         """Remarks for the user on how the model is treated."""
-        return ()
+        return () if self.guidance is None else self.guidance.notes
 
     @property
     def window(self) -> int | None:
@@ -377,10 +384,63 @@ class Handle:
         self._refresh_groups()
         serving = {device: choose_backend(device, self.config.backend) for device in map(self.device_of, self.trained)}
         rows = [self._describe(p, serving[self.device_of(p)].backend.name) for p in self.trained]
+        if self.guidance is not None:
+            rows = [self.guidance.describe(row) for row in rows]
         for left in self._left:
             t = left.tensor
             rows.append(ParameterReport(left.name, (), tuple(t.shape), t.dtype, t.device, "left alone", None, left.reason))
         return Report(tuple(rows), {str(device): choice.rejected for device, choice in serving.items()}, self.notes)
+
+    @torch.no_grad()
+    def guide(
+        self,
+        closures: Closure | Sequence[Closure],
+        *,
+        step: int,
+        together: Together = in_one_process,
+    ) -> None:
+        """With AGZO, makes V of a step's window from the inputs that layers are given by the closures, unless it is there already.
+
+        An optimiser does this before the first evaluation of a window. Buffers and random numbers are put back.
+
+        Args:
+            closures: as :meth:`lozo_kernels.LOZO.step` takes them.
+            together: makes one V of what several processes saw.
+
+        Raises:
+            ValueError: no layer was given finite inputs.
+        """
+        self._check_usable()
+        check_range("step", step, MAX_DRAW - 1)
+        guidance, window = self.guidance, step // self.config.interval
+        if guidance is None or guidance.window == window:
+            return
+        some = [closures] if callable(closures) else list(closures)
+        conditions = self.conditions(randomness=True)
+        try:
+            vs = guidance.look(lambda: mean_loss(some, conditions), window, together)
+        finally:
+            conditions.put_back()
+        with deferred_interrupt():
+            if self.on_guides is not None:
+                self.on_guides(window, vs)
+            guidance.take(window, vs)
+
+    def load_guides(self, window: int | None = None, vs: Mapping[str, Tensor] | None = None) -> None:
+        """Makes the V of another AGZO handle of the same model (:attr:`Guidance.vs`) that of a window; None: there is none yet.
+        Other estimators have none, and this does nothing.
+
+        Raises:
+            ValueError: it does not fit; nothing was changed.
+        """
+        self._check_usable()
+        if self.guidance is None:
+            return
+        self.guidance.check(vs or {})
+        self.merge()  # what was learned belongs to the old V
+        self.guidance.take(window, vs or {})
+        self._refresh_groups()
+        self._resample(window, reproject=False)
 
     def prepare(self, closures: Closure | Sequence[Closure], conditions: Conditions | None = None, *, step: int = 0) -> None:
         """Called before the first step with what it will evaluate. In place there is nothing to prepare."""

@@ -168,6 +168,8 @@ class Sharded(Storage):
     def check(self, config: PatchConfig) -> None:
         name, p, in_place = self.layout.name, self.tensor, config.placement == "inplace"
         check_trainable(name, p)
+        if config.estimator == "guided":
+            raise TypeError(f"parameter {name!r} is sharded, and AGZO looks at the inputs of whole layers: use LOZO, or exclude it")
         if config.factored or (not in_place and config.estimator == "dense"):
             raise TypeError(
                 f"parameter {name!r} is sharded: shards have no probe with MeZO, and nothing with SubZero, ZO-Muon or an estimator "
@@ -292,6 +294,21 @@ def is_quantised(module: nn.Module | None, p: Tensor) -> bool:
     if not isinstance(module, nn.Linear) or p is not own_parameters(module).get("weight"):
         return False
     return not is_sharded(p) and not p.is_complex() and (not p.is_floating_point() or type(p.data) is not Tensor)
+
+
+def layer_kind(owner: Owner) -> str | None:
+    """Returns how a module uses its matrix: "linear", "transposed" or "embedding", or None if that is not known."""
+    module, attribute = owner.module, owner.attribute
+    if attribute != "weight":
+        return None
+    forward = type(module).forward
+    if forward is nn.Linear.forward or is_quantised(module, own_parameters(module)["weight"]):  # type: ignore[arg-type]
+        return "linear"
+    if forward is nn.Embedding.forward:
+        return "embedding" if module.max_norm is None else None
+    if type(module).__module__ == "transformers.pytorch_utils" and type(module).__name__ == "Conv1D":
+        return "transposed"
+    return None
 
 
 def check_trainable(name: str, p: Tensor) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..model.interrupts import deferred_interrupt
-from ..model.losses import pair_closures
+from ..model.losses import Closure, bind_inputs, pair_closures
 from ..model.passes import Update
 from ..model.weighed import StepClosure
 from .groups import rates_of
@@ -27,7 +27,8 @@ def capture_step(optimizer: ZerothOrderOptimizer, closure: Any, inputs: Any = No
     The closure must be capturable: fixed shapes, no value read on the host, its batch in tensors that the caller overwrites
     (``batch.copy_(...)``) before each replay. The learning rate may change between replays, the storage of the model may not.
     The projected gradient stays on the device; V is redrawn between two replays when its window ends. On the CPU the same code
-    runs without a graph. A probe chooses sides and checks itself before the capture, as it does in a first step.
+    runs without a graph. A probe chooses sides and checks itself before the capture, as it does in a first step. AGZO makes V
+    between two replays, in forward passes of their own; if there is none yet, from the batch that is in the tensors at the capture.
 
     A replay gives the bits of ``optimizer.step(closure)`` if the forward pass gives the same bits inside a capture as outside of
     one. Two that do not are known. transformers drops an attention mask of ones after reading it, which a capture forbids: it is
@@ -74,7 +75,6 @@ class CapturedStep:
         self._stepper = stepper
         self._device = handle.devices[0]
         stepper.flush()
-        handle.enter_window(stepper.count)
         stepper.prepare(self._step_closures, self._batches)
         self._groups = handle.groups
         rates = rates_of(optimizer.param_groups, handle, self._device)
@@ -104,6 +104,7 @@ class CapturedStep:
             raise RuntimeError("eps, momentum or another setting of the optimiser changed since the capture; capture again")
         if handle.window != step // handle.config.interval:
             stepper.flush()
+            stepper.guide(self._bound_closures)
         handle.begin_replay(step)
         if handle.groups is not self._groups:
             raise RuntimeError("storage of the model moved since the capture; capture again")
@@ -157,6 +158,11 @@ class CapturedStep:
     @property
     def _step_closures(self) -> list[StepClosure]:
         return [StepClosure(closure) for closure in self._closures]
+
+    @property
+    def _bound_closures(self) -> Sequence[Closure]:
+        closures = self._step_closures
+        return closures if self._batches is None else bind_inputs(closures, self._batches)
 
     @torch.no_grad()
     def _warm_up(self) -> tuple[StepInfo, Update | None]:

@@ -298,8 +298,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Returns everything besides the weights that a run needs to go on bit for bit, keyed by parameter name.
 
-        A pending update is made first. V is not stored: it follows from seed and step. Momentum of shards is in DTensors, which
-        ``torch.distributed.checkpoint`` saves, and loads into any other sharding.
+        A pending update is made first. V is not stored, since it follows from seed and step, except for AGZO's. Momentum of shards
+        is in DTensors, which ``torch.distributed.checkpoint`` saves, and loads into any other sharding.
         """
         return state_of(self.stepper, self.param_groups)
 
@@ -368,6 +368,23 @@ class LOZO(ZerothOrderOptimizer):
     estimator = "lowrank"
 
 
+class AGZO(ZerothOrderOptimizer):
+    """LOZO whose V follows the inputs of each linear layer (Lin et al., ICML 2026): directions U V^T with V = sqrt(n) A.
+
+    The gradient of a linear layer is made of rows of its inputs, of which a random V has little. A (n x r) is an orthonormal basis
+    of their strongest directions. When a window begins, the closures of its first step are called once more at the unperturbed
+    weights (three times for the first window), and A <- qr(H^T (H A)) for the inputs H of each layer. Embeddings, ``Conv1D``,
+    convolutions and whatever no linear layer runs on keep the V of LOZO: ``handle.report()`` and a warning name them. Good learning
+    rates are much smaller than LOZO's. ``momentum`` is that of LOZO-M.
+
+    Example::
+
+        optimizer = AGZO(model, lr=1e-7, rank=2, interval=50)
+    """
+
+    estimator = "guided"
+
+
 class MeZO(ZerothOrderOptimizer):
     """Memory-efficient zeroth-order SGD (Malladi et al., 2023) with dense Gaussian directions; with ``momentum`` MeZO-M.
 
@@ -432,5 +449,5 @@ class ZOMuon(ZerothOrderOptimizer):
             raise ValueError("updates of ZO-Muon have one length whatever the scale of c: leave normalise out")
 
 
-OPTIMIZERS: dict[str, type[ZerothOrderOptimizer]] = {kind.estimator: kind for kind in (LOZO, MeZO, SubZero, ZOMuon)}
+OPTIMIZERS: dict[str, type[ZerothOrderOptimizer]] = {kind.estimator: kind for kind in (LOZO, MeZO, SubZero, ZOMuon, AGZO)}
 """The class for each estimator of :class:`~lozo_kernels.PatchConfig`."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..kernels.noise import MAX_DRAW
 from ..model.config import ADDED_LATER
 from ..model.contract import version_of, version_problem
+from ..model.guidance import Guidance
 from ..model.handle import Handle
 from ..model.momentum import check_saved
 from .groups import Groups, check_settings, trained_names
@@ -20,8 +21,10 @@ from .stepper import Stepper
 def state_of(stepper: Stepper, groups: Groups) -> dict[str, Any]:
     """Returns the state; see :meth:`ZerothOrderOptimizer.state_dict`."""
     stepper.flush()
-    handle = stepper.handle
+    handle, guidance = stepper.handle, stepper.handle.guidance
     handle.merge()
+    if guidance is not None and guidance.window == stepper.count // handle.config.interval:
+        handle.enter_window(stepper.count)  # momentum is saved in the V that is saved
     saved_groups = [
         {k: v for k, v in group.items() if k not in ("params", "param_names")} | {"params": names}
         for group, names in zip(groups, trained_names(groups, handle), strict=True)
@@ -32,6 +35,7 @@ def state_of(stepper: Stepper, groups: Groups) -> dict[str, Any]:
         **({} if stepper.finder is None else {"rate": stepper.finder.state()}),
         **({} if stepper.settings.normalise is None else {"moment": stepper.moment.tolist()}),
         "window": handle.window,
+        **({} if guidance is None else {"guides": {"window": guidance.window, "vs": guidance.vs}}),
         "skipped": [int(stepper.skipped_total), int(stepper.skipped_in_a_row)],
         "state": {name: {"momentum": value} for name, value in handle.momentum_state.items()},
         "past": handle.past,
@@ -65,9 +69,11 @@ def load_state(state: dict[str, Any], stepper: Stepper, groups: Groups, needed: 
     _check_momentum(state["state"], handle)
     if handle.probes:
         _check_factors(state, handle)
+    guides = _checked_guides(state, handle.guidance)
     _load_means(state, stepper)
     stepper.flush()
     handle.load_learned(state.get("past", {}), state.get("history", []))
+    handle.load_guides(**guides)
     if stepper.settings.momentum:
         handle.load_momentum({name: s["momentum"] for name, s in state["state"].items()}, state["window"])
     for group, saved_group in zip(groups, saved_groups, strict=True):
@@ -167,6 +173,20 @@ def _check_momentum(saved: Any, handle: Handle) -> None:
     other = sorted(set(saved).difference(handle.momentum)) if handle.momentum else []
     if other:
         raise ValueError(f"the saved momentum is of other parameters; differing: {', '.join(map(repr, other[:5]))}")
+
+
+def _checked_guides(state: dict[str, Any], guidance: Guidance | None) -> dict[str, Any]:
+    """What :meth:`Handle.load_guides` takes of a state. Raises ValueError unless an AGZO handle can have it."""
+    if guidance is None:
+        return {}
+    guides = state.get("guides")
+    if not isinstance(guides, dict) or guides.keys() != {"window", "vs"} or not isinstance(guides["vs"], dict):
+        raise _not("guides", "the V of a window by name, as AGZO has it", guides)
+    window, vs = guides["window"], guides["vs"]
+    if window != state["window"] or (window is None and vs) or not all(map(_is_tensor, vs.values())):
+        raise _not("guides", f"the V of window {state['window']} by name", guides)
+    guidance.check(vs)
+    return guides
 
 
 def _check_factors(state: dict[str, Any], handle: Handle) -> None:

@@ -14,11 +14,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from ..errors import NonFiniteLossError
 from ..kernels.calls import Step
 from ..model.conditions import Conditions
+from ..model.guidance import in_one_process
 from ..model.handle import Handle, Perturbation
 from ..model.interrupts import deferred_interrupt
 from ..model.losses import (
@@ -141,9 +142,11 @@ class Stepper:
             (directions,) fp64 each, on the device of the loss; with ``parallel`` those of all processes.
         """
         settings = self.settings
+        alone = closures if batches is None else bind_inputs(closures, batches)
+        if not isinstance(self.step, Tensor):
+            self.guide(alone)
         conditions = self.handle.conditions(randomness=settings.common_random_numbers)
         self.measured, self._measuring = [], measuring
-        alone = closures if batches is None else bind_inputs(closures, batches)
         if not isinstance(self.step, Tensor):  # otherwise prepare() was called
             self.handle.prepare(alone, conditions, step=self.step)
         try:
@@ -163,8 +166,10 @@ class Stepper:
 
     def prepare(self, closures: Sequence[Any], batches: Sequence[Any] | None = None) -> None:
         """Makes what :meth:`evaluate` makes before its evaluations, for the steps of a :meth:`twin`, which read no value."""
-        conditions = self.handle.conditions(randomness=self.settings.common_random_numbers)
         alone = closures if batches is None else bind_inputs(closures, batches)
+        self.guide(alone)
+        self.handle.enter_window(self.count)
+        conditions = self.handle.conditions(randomness=self.settings.common_random_numbers)
         try:
             self.handle.prepare(alone, conditions, step=self.count)
             if self.settings.evaluation == "batched":
@@ -172,6 +177,22 @@ class Stepper:
                 self._check_batches(closures, batches, conditions)
         finally:
             conditions.put_back()
+
+    def guide(self, closures: Sequence[Closure]) -> None:
+        """With AGZO, makes the V of a window that begins with this step; see :meth:`Handle.guide`."""
+        guidance = self.handle.guidance
+        if guidance is None or guidance.window == self.count // self.handle.config.interval:
+            return
+        spread = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+        if spread and self.handle.backward is not None:
+            raise RuntimeError(
+                "several processes with drive='backward' would each make a V of their own, and AGZO needs one: use LOZO, or "
+                "step(closure) with parallel='examples'"
+            )
+        if self.pending is not None:
+            self.make(self.pending)  # no pass belongs to two windows, so that it would be a pass of its own in any case
+        together = in_one_process if self.parallel is None else self.parallel.agree
+        self.handle.guide(closures, step=self.count, together=together)
 
     def differences(self, plus: Tensor, minus: Tensor) -> Tensor:
         """Returns c, the projected gradients, (directions,) fp64."""

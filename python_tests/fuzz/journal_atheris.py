@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.evidence import REPO
-from lozo_kernels.journal import JournalError, RecordedRun, Sides
+from lozo_kernels.journal import Guides, JournalError, RecordedRun, Sides
 from lozo_kernels.journal.format import CRC, HEAD, MAGIC, PREFIX, VERSION
 from python_tests.fuzz.journal_mutations import assemble, bodies, encode, sample
 
@@ -77,7 +77,7 @@ def check(journal: bytes, found: RecordedRun) -> None:
     start, crc = found.start
     assert CRC.unpack_from(journal, start - CRC.size)[0] == crc == zlib.crc32(journal[: start - CRC.size])
     for record, (end, claimed) in zip(found.records, found.ends, strict=True):
-        head = start + HEAD.size if isinstance(record, Sides) else start  # which has a checksum of its own in between
+        head = start + HEAD.size if isinstance(record, (Sides, Guides)) else start  # which has a checksum of its own in between
         crc = zlib.crc32(journal[head : end - CRC.size], zlib.crc32(journal[start : max(start, head - CRC.size)], crc))
         assert CRC.unpack_from(journal, end - CRC.size)[0] == crc == claimed, f"the checksum before byte {end} is wrong"
         start = end

@@ -3,6 +3,7 @@
 import functools
 import random
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lozo_kernels import LOZO
+from lozo_kernels import AGZO, LOZO
 from lozo_kernels.journal import Journal, diff, read_journal
 from python_tests.processes import forked
 
@@ -18,6 +19,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "in place": {"dtype": torch.bfloat16, "fuse_steps": True},
     "probe": {"dtype": torch.bfloat16, "placement": "probe"},
     "LOZO-M, probe": {"dtype": torch.float32, "placement": "probe", "momentum": 0.9},
+    "AGZO, probe": {"dtype": torch.bfloat16, "placement": "probe", "momentum": 0.9, "method": AGZO},
     "LOZO-M, in place": {"dtype": torch.float32, "momentum": 0.9},
 }
 STEPS = 400
@@ -35,9 +37,10 @@ def train(kind: str, journal: Path, result: Path, steps: int = STEPS, build: Cal
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    warnings.filterwarnings("ignore", "not guided by inputs")
     options = dict(KINDS[kind])
     model = build().to(options.pop("dtype"))
-    optimizer = LOZO(model, lr=1e-2, eps=1e-2, interval=13, **options)
+    optimizer = options.pop("method", LOZO)(model, lr=1e-2, eps=1e-2, interval=13, **options)
     first = 0
     if journal.exists():
         first = Journal.resume(journal, optimizer)

@@ -7,14 +7,14 @@ import zlib
 from collections.abc import Callable
 
 from lozo_kernels import PatchConfig
-from lozo_kernels.journal import Detour, End, Flushed, Header, JournalError, Record, Settled, Sides, StepTaken, read_journal
+from lozo_kernels.journal import Detour, End, Flushed, Guides, Header, JournalError, Record, Settled, Sides, StepTaken, read_journal
 from lozo_kernels.journal.format import CRC, MAGIC, PREFIX, VERSION, RecordedParameter, encode_header, encode_record, frame
 
 HOSTILE = (0, 1, 0x7F, 0x80, 0xFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)
 
 
-def sample(rng: random.Random, steps: int = 24, groups: int = 2) -> tuple[Header, list[Record]]:
-    """A journal of every kind of record."""
+def sample(rng: random.Random, steps: int = 24, groups: int = 2, estimator: str | None = None) -> tuple[Header, list[Record]]:
+    """A journal of every kind of record; those with V are of AGZO, which half of the journals are of."""
     parameters = tuple(
         RecordedParameter(f"layers.{i}.weight", (rng.randrange(1, 99), 7), "bfloat16", "lowrank", i, f"{rng.getrandbits(128):032x}")
         for i in range(2 * groups)
@@ -28,11 +28,15 @@ def sample(rng: random.Random, steps: int = 24, groups: int = 2) -> tuple[Header
         "evaluation": "sequential",
     }
     members = tuple(tuple(range(g, 2 * groups, groups)) for g in range(groups))
-    config = PatchConfig(placement="probe", seed=rng.getrandbits(63))
+    estimator = estimator or rng.choice(("lowrank", "guided"))
+    config = PatchConfig(placement="probe", seed=rng.getrandbits(63), estimator=estimator, interval=rng.randrange(1, 50))
     header = Header(config, settings, parameters, members, 1, 0, {"torch": "x", "backends": ["native"]}, {"by": "the fuzzer"})
     records: list[Record] = [Sides({"sides": [["scratch", None, None] for _ in parameters], "precision": "float32"})]
     lr, decay = (1e-3,) * groups, (0.0,) * groups
     for i in range(steps):
+        if estimator == "guided" and i % config.interval == 0:
+            some = sorted(rng.sample(range(2 * groups), groups))
+            records.append(Guides(i // config.interval, tuple((p, rng.randbytes(2 * config.rank * 7)) for p in some)))
         if rng.random() < 0.5:
             lr = tuple(rng.random() for _ in range(groups)) if rng.random() < 0.3 else (rng.random(),) * groups
         skipped = rng.random() < 0.2

@@ -17,6 +17,7 @@ from ..objectives import OBJECTIVES, ImageObjective, Objective
 _PAPERS = {
     "lozo": "Chen et al., *Enhancing zeroth-order fine-tuning for language models with low-rank structures*, ICLR 2025",
     "mezo": "Malladi et al., *Fine-tuning language models with just forward passes*, NeurIPS 2023",
+    "agzo": "Lin et al., *AGZO: Activation-guided zeroth-order optimization for LLM fine-tuning*, ICML 2026",
     "subzero": "Yu et al., *Zeroth-order fine-tuning of LLMs in random subspaces*, 2024",
     "zo-muon": "Lang et al., *Powering up zeroth-order training via subspace gradient orthogonalization*, arXiv 2602.17155",
 }

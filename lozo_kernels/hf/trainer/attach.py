@@ -93,7 +93,7 @@ def attach(trainer: Any, *, method: str = "lozo", **options: Any) -> Attachment:
 
     Args:
         trainer: it has no optimiser yet; learning rate, schedule and weight decay are those of its arguments.
-        method: "lozo", "lozo-m", "mezo", "mezo-m", "subzero" or "zo-muon".
+        method: "lozo", "lozo-m", "agzo", "mezo", "mezo-m", "subzero" or "zo-muon".
         options: settings of the optimiser (:class:`lozo_kernels.LOZO`) and of :func:`lozo_kernels.patch`.
 
     Returns:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from .directions import Dense, Estimator, FactorSpec, LowRank
 from .factored import FactoredEstimator
+from .guided import Guided
 from .muon import Muon
 from .subspace import Subspace
 
-ESTIMATORS: dict[str, type[Estimator]] = {e.name: e for e in (LowRank, Dense, Subspace, Muon)}
+ESTIMATORS: dict[str, type[Estimator]] = {e.name: e for e in (LowRank, Dense, Subspace, Muon, Guided)}
 
-__all__ = ["ESTIMATORS", "Dense", "Estimator", "FactorSpec", "FactoredEstimator", "LowRank", "Muon", "Subspace"]
+__all__ = ["ESTIMATORS", "Dense", "Estimator", "FactorSpec", "FactoredEstimator", "Guided", "LowRank", "Muon", "Subspace"]

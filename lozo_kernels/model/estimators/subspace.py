@@ -131,12 +131,15 @@ def orthonormal(g: Tensor, rank: int) -> Tensor:
     """
     out = torch.zeros(g.shape, dtype=torch.float16, device=g.device)
     if g.numel():
-        q, r = torch.linalg.qr(g[..., :rank].double())
-        # The sign of a column depends on the library.
-        q = q * torch.where(torch.diagonal(r, dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)
-        scaled = torch.round(q * g.shape[1] ** 0.5 * GRID) / GRID
+        scaled = torch.round(orthonormal_columns(g[..., :rank].double()) * g.shape[1] ** 0.5 * GRID) / GRID
         out[..., :rank] = scaled.clamp(-_LARGEST, _LARGEST)
     return out
+
+
+def orthonormal_columns(g: Tensor) -> Tensor:
+    """The orthonormal factor of a QR decomposition whose R has a positive diagonal: the sign of a column depends on the library."""
+    q, r = torch.linalg.qr(g)
+    return q * torch.where(torch.diagonal(r, dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)
 
 
 def _product(u: Tensor, s: Tensor, divisor: float) -> Tensor:

@@ -77,7 +77,7 @@ class ProbeHandle(Handle):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return (*self._notes, *self._doubts.notes)
+        return (*super().notes, *self._notes, *self._doubts.notes)
 
     @property
     def moves_weights(self) -> bool:

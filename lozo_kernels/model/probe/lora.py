@@ -22,8 +22,7 @@ from ..handle import Handle
 from ..modules import own_buffers, own_parameters, unsaved_buffers
 from ..parameters import canonical
 from ..sharding import gather, reshard
-from ..storage import Owner
-from .forward.activation import layer_kind
+from ..storage import Owner, layer_kind
 from .handle import ProbeHandle
 from .members import Member
 

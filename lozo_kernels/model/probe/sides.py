@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .forward.activation import layer_kind
+from ..storage import layer_kind
 from .forward.probed import ProbedModel
 
 _SIDES = ("activation", "shift", "scratch", "copy", "inplace")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -175,13 +175,24 @@ class Parallel:
         Raises:
             PeerLostError: a rank is gone.
         """
-        channel = self._connected
+        return self._ask(values, self.size, Tensor.flatten).view(self.size, -1)
+
+    def agree(self, values: Tensor, answer: Callable[[Tensor], Tensor]) -> Tensor:
+        """Has the first rank make an answer, (values,) fp64, from the values of all ranks, (ranks, values), and returns it on all.
+
+        Raises:
+            PeerLostError: a rank is gone.
+        """
+        return self._ask(values, 1, lambda rows: answer(rows.view(torch.float64)).contiguous().view(torch.int64))
+
+    def _ask(self, values: Tensor, times: int, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+        """What the first rank makes of the words of fp64 values of all, ``times`` as many words, as fp64."""
         words = values.detach().to("cpu", torch.float64).contiguous().view(torch.int64)
         try:
-            answer = channel.exchange(words, channel.size * len(words), Tensor.flatten)
+            answer = self._connected.exchange(words, times * len(words), reduce)
         except PeerLostError as error:
             raise PeerLostError(f"{error}. {self._how_to_go_on(None)}") from None
-        return answer.contiguous().view(torch.float64).view(channel.size, -1)
+        return answer.contiguous().view(torch.float64)
 
     def combine(self, step: int, plus: Sequence[Tensor], minus: Sequence[Tensor], directions: int) -> tuple[Tensor, Tensor]:
         """Combines the losses of all ranks to those of the step.

@@ -9,7 +9,7 @@ from torch import nn
 
 from ...config import NOISE_LEFT, PatchConfig
 from ...sharding import ALONE, Peers
-from ..forward.activation import layer_kind
+from ...storage import layer_kind
 from ..members import Member
 from .cost import Costs, free_bytes
 from .trace import Uses

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from ...conditions import Conditions
+from ...conditions import Conditions, eagerly
 from ...losses import Closure, mean_loss
 from ...modules import has_pre_hooks, is_compiled
 from ...overriding import Hook
@@ -32,7 +31,6 @@ _CHUNKS = 8  # parts in which the weights are checked, with two evaluations each
 _COPY_BYTES = 1 << 26  # bytes of copies that a check may take in any case
 _UNMOVED = 2  # parts of the weights that do not change the loss, after which a check ends that has proved nothing
 _NOISE = 8.0  # differences of losses up to so many times the one seen at the same weights prove nothing
-_STANCE = threading.RLock()  # the compiler's stance is that of the process: of two threads, each would restore the other's
 
 
 class Preparation:
@@ -72,7 +70,7 @@ class Preparation:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """While the body runs, forwards are eager, and what they change besides the loss is put back in the end."""
-        with _STANCE, torch.compiler.set_stance("force_eager"), self.lookout.hushed(), torch.no_grad():
+        with eagerly(), self.lookout.hushed(), torch.no_grad():
             try:
                 yield
             finally:

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from ...modules import own_parameters, storage_of
 from ...sharding import is_sharded, local_of, why_not_local
-from ...storage import Owner
-from ..forward.activation import layer_kind, summed_dimension
+from ...storage import Owner, layer_kind
+from ..forward.activation import summed_dimension
 from ..members import Member
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ....kernels import ops, skinny
@@ -16,26 +16,11 @@ from ....kernels.registry import Backend
 from ...layout import Shard
 from ...modules import own_parameters
 from ...sharding import adds_once, arrived, is_sharded, local_inputs, local_of, local_outputs, why_not_local, with_local
-from ...storage import Owner, is_quantised
+from ...storage import Owner
 from ..members import Member
 from ..runtime import Runtime
 
 Forward = Callable[..., Any]
-
-
-def layer_kind(owner: Owner) -> str | None:
-    """Returns how a module uses its matrix: "linear", "transposed" or "embedding", or None if that is not known."""
-    module, attribute = owner.module, owner.attribute
-    if attribute != "weight":
-        return None
-    forward = type(module).forward
-    if forward is nn.Linear.forward or is_quantised(module, own_parameters(module)["weight"]):  # type: ignore[arg-type]
-        return "linear"
-    if forward is nn.Embedding.forward:
-        return "embedding" if module.max_norm is None else None
-    if type(module).__module__ == "transformers.pytorch_utils" and type(module).__name__ == "Conv1D":
-        return "transposed"
-    return None
 
 
 def summed_dimension(kind: str) -> int:

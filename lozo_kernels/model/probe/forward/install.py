@@ -12,9 +12,10 @@ from torch import nn
 from ....kernels.registry import Backend
 from ...overriding import Overrides
 from ...reading import BeforeRead, ReadHooks
+from ...storage import layer_kind
 from ..members import Member, scopes_of
 from ..runtime import Runtime
-from .activation import layer_kind, probed_forward
+from .activation import probed_forward
 from .fast_paths import close_fast_paths
 from .swapping import Arena, Fill, scoped_forward
 

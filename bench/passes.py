@@ -29,7 +29,7 @@ from bench.learning import Row, batches
 from bench.passes_cases import CASES
 from bench.plots import passes, save
 from bench.rates import best_of_grid, rate_at
-from lozo_kernels import LOZO, MeZO, SubZero
+from lozo_kernels import AGZO, GRZO, LOZO, MeZO, SubZero, ZOMuon
 from lozo_kernels.bench.environment import OtherLoad
 
 BUDGET = 2000
@@ -48,7 +48,7 @@ class Rule:
     """An update rule.
 
     Attributes:
-        kind: LOZO or MeZO; options: its arguments.
+        kind: an optimiser; options: its arguments.
         begin: half decade of the first rate of its grid; None: the rate finds itself.
     """
 
@@ -56,12 +56,6 @@ class Rule:
     kind: Any
     options: Row
     begin: int | None
-
-    @property
-    def forwards(self) -> int:
-        """Forward passes of a step."""
-        directions = self.options.get("directions", 1)
-        return 2 * directions if self.options.get("two_sided", True) else 1 + directions
 
 
 def rules(usual: int) -> tuple[Rule, ...]:
@@ -78,6 +72,11 @@ def rules(usual: int) -> tuple[Rule, ...]:
         Rule("FZOO", MeZO, one_sided | {"directions_law": "rademacher", "normalise": "spread"}, -5),
         Rule("SubZero", SubZero, {"rank": 8, "interval": 500}, usual - 1),
         Rule("LOZO-M", LOZO, {"momentum": 0.9}, usual),
+        Rule("AGZO", AGZO, {}, usual - 2),
+        Rule("AGZO, 7 one-sided", AGZO, one_sided, usual - 1),
+        Rule("AGZO, 7 one-sided, auto", AGZO, one_sided, None),
+        Rule("GRZO", GRZO, {"directions": 8}, -5),
+        Rule("ZO-Muon", ZOMuon, {"rank": 16, "interval": 100}, -5),
     )
 
 
@@ -92,17 +91,17 @@ class Training:
         self.model, self.rate = case.model().eval(), "auto" if half_decade is None else rate_at(half_decade)
         shape = {} if rule.kind is MeZO else {"rank": 2, "interval": 50}
         self.optimizer = rule.kind(self.model, lr=self.rate, seed=seed, **{"eps": 1e-3} | shape | rule.options)
-        self._case, self._rule = case, rule
+        self._case, self._evaluated = case, 0
         self._order = batches(case.examples["train"], case.batch, seed)
 
-    def step(self) -> tuple[torch.Tensor, int]:
-        """Takes a step. Returns its loss and its forward passes."""
-        optimizer = self.optimizer
-        # A step that measures goes to F(0) and to both sides of every direction.
-        forwards = 1 + 2 * optimizer.directions if optimizer.measures_next else self._rule.forwards
-        return optimizer.step(self._losses, torch.tensor(next(self._order))), forwards
+    def step(self) -> tuple[torch.Tensor, float]:
+        """Takes a step. Returns its loss and its forward passes of a batch: all that the optimiser asks for, checks included."""
+        before = self._evaluated
+        loss = self.optimizer.step(self._losses, torch.tensor(next(self._order)))
+        return loss, (self._evaluated - before) / self._case.batch
 
     def _losses(self, index: torch.Tensor) -> Any:
+        self._evaluated += len(index)
         return self._case.losses(self.model, index.tolist())
 
 
@@ -117,7 +116,7 @@ def run(case: Any, rule: Rule, half_decade: int | None, seed: int, budget: int) 
         if not bool(torch.isfinite(loss)):
             break
         if spent >= min(budget, len(points) * budget // SCORED):
-            points.append({"passes": spent, **case.score(training.model)})
+            points.append({"passes": round(spent, 1), **case.score(training.model)})
     training.optimizer.handle.restore()
     return {"rule": rule.name, "lr": training.rate, "seed": seed, "ended": spent >= budget, "points": points}
 

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 SHAPES = os.environ.get("LOZO_BENCH_SHAPES", "2048x2048").split(",")
 DTYPES = os.environ.get("LOZO_BENCH_DTYPES", "bfloat16,float32").split(",")
 RANKS = [int(r) for r in os.environ.get("LOZO_BENCH_RANKS", "1,4").split(",")]
-LOWRANK = ("lowrank_update", "lowrank_update_2", "lowrank_momentum")
+LOWRANK = ("lowrank_update", "lowrank_update_2", "lowrank_momentum", "lowrank_signed_update")
 
 
 @pytest.fixture(scope="module", params=[(shape, dtype) for shape in SHAPES for dtype in DTYPES], ids="-".join)

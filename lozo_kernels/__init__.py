@@ -1,4 +1,4 @@
-"""Fine-tune large language models with forward passes only: LOZO, LOZO-M, MeZO, SubZero and ZO-Muon on fused kernels."""
+"""Fine-tune large language models with forward passes only: LOZO, LOZO-M, MeZO, SubZero, ZO-Muon and GRZO on fused kernels."""
 
 import sys as _sys
 
@@ -18,7 +18,7 @@ from .model.probe import BatchSplitError, LoraAdapter, ProbeHandle, export_lora
 from .model.report import ParameterReport, Report
 from .optim.eps_finder import find_eps
 from .optim.graphs import CapturedStep, capture_step
-from .optim.optimizer import AGZO, LOZO, MeZO, SubZero, ZOMuon
+from .optim.optimizer import AGZO, GRZO, LOZO, MeZO, SubZero, ZOMuon
 from .optim.parallel import DivergenceError, Parallel, PeerLostError
 from .optim.registering import register_estimator
 from .optim.steps import StepInfo
@@ -28,6 +28,7 @@ for _module in (noise, ops, reference, skinny):  # so that ``from lozo_kernels.n
 
 __all__ = [
     "AGZO",
+    "GRZO",
     "LOZO",
     "BatchSplitError",
     "CapturedStep",

@@ -4,7 +4,7 @@ import numpy as np
 
 F32, U64 = np.float32, np.uint64
 C0, C1, C2, C3 = np.array([0x3BD4A59C, 0x31B0C331, 0xA9065B6E, 0x207C3B8F], np.uint32).view(F32)
-STREAM = {"U": 0, "V": 1, "Z": 2, "S": 3, "signs": 4, "rounding": 8}
+STREAM = {"U": 0, "V": 1, "Z": 2, "S": 3, "signs": 4, "row signs": 5, "column signs": 6, "rounding": 8}
 LOW = U64(0xFFFFFFFF)
 
 
@@ -40,11 +40,20 @@ def _flat(seed, numel, tensor_id, c3, offset, direction, shift):
     return philox(seed, q & LOW, (q >> U64(32)) | U64(direction << 8), tensor_id, c3), e
 
 
+def _signs(seed, numel, tensor_id, c3, offset, direction):
+    words, e = _flat(seed, numel, tensor_id, c3, offset, direction, 7)
+    word = words[np.arange(numel), (e >> U64(5) & U64(3)).astype(int)]
+    return np.where(word >> (e & U64(31)).astype(np.uint32) & np.uint32(1), F32(-1), F32(1))
+
+
+def part_signs(seed, parts, count, tensor_id, draw, stream, offset=0, direction=0):
+    c3 = STREAM[stream] << 28 | draw
+    return np.stack([_signs(seed, count, tensor_id, c3, offset, direction + i) for i in range(parts)])
+
+
 def dense(seed, numel, tensor_id, draw, offset=0, direction=0, law="normal"):
     if law == "rademacher":
-        words, e = _flat(seed, numel, tensor_id, STREAM["signs"] << 28 | draw, offset, direction, 7)
-        word = words[np.arange(numel), (e >> U64(5) & U64(3)).astype(int)]
-        return np.where(word >> (e & U64(31)).astype(np.uint32) & np.uint32(1), F32(-1), F32(1))
+        return _signs(seed, numel, tensor_id, STREAM["signs"] << 28 | draw, offset, direction)
     words, e = _flat(seed, numel, tensor_id, STREAM["Z"] << 28 | draw, offset, direction, 2)
     return normal(words[np.arange(numel), (e & U64(3)).astype(int)].copy())
 

@@ -47,7 +47,7 @@ def test_perturb_rows(capsys):
     assert result["command"].startswith("lozo-kernels bench perturb --shapes 48x70")
     rows = result["rows"]
     assert all(set(row) == ROW for row in rows)
-    lowrank = {"lowrank_update", "lowrank_update_2", "lowrank_momentum"}
+    lowrank = {"lowrank_update", "lowrank_update_2", "lowrank_momentum", "lowrank_signed_update"}
     expected = {(op, d, r) for op in lowrank for d in ("bfloat16", "float32") for r in (1, 4)}
     expected |= {(op, d, None) for op in ("dense_update", "dense_update_signs") for d in ("bfloat16", "float32")}
     assert {(row["op"], row["dtype"], row["rank"]) for row in rows} == expected
@@ -55,13 +55,16 @@ def test_perturb_rows(capsys):
     for row in rows:
         assert row["shape"] == "48x70"
         assert (row["addmm_gbps"] is None) == (row["rank"] is None)
-        assert all(row[c] >= 0 for c in ("gbps", "floor_gbps", "reference_gbps"))
+        assert all(row[c] >= 0 for c in ("gbps", "floor_gbps"))
+        assert (row["reference_gbps"] is None) == (row["op"] == "lowrank_signed_update")  # no code was published
         assert row["floor_gbps"] == row["inplace_gbps"] and row["copy_gbps"] is None
         assert (row["foreach_gbps"] is None) == (row["op"] != "dense_update")
-        if row["op"] not in ("lowrank_momentum", "dense_update_signs"):
+        if row["op"] not in ("lowrank_momentum", "lowrank_signed_update", "dense_update_signs"):
             assert row["compiled_gbps"] is None and "--compile" in row["not_run"]["compiled"]
     assert len(result["details"]) == len(rows)
-    assert all(d["seconds"]["op"]["count"] == 2 and d["seconds"]["reference"]["count"] == 1 for d in result["details"])
+    assert all(
+        d["seconds"]["op"]["count"] == 2 and d["seconds"].get("reference", {"count": 1})["count"] == 1 for d in result["details"]
+    )
 
 
 def test_perturb_table_and_file(capsys, tmp_path):

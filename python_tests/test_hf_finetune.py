@@ -178,6 +178,21 @@ def test_evaluations_that_share_a_forward_see_what_those_in_turn_see(tmp_path, o
         dataclasses.replace(together, compare_steps=4).resolved()
 
 
+def test_a_direction_for_each_example(tmp_path):
+    settings = Settings(method="grzo", steps=4, batch_size=6, directions=6, eval_size=8, output=str(tmp_path))
+    summary = finetune(settings, quiet=True)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(len(r["c"]) == 6 for r in records if r["kind"] == "step")
+    assert summary["two_forwards_ms"] == pytest.approx(summary["forwards_ms"])
+    assert cli.main(["verify", "--journal", str(tmp_path), "--checkpoint", str(tmp_path)]) == 0
+    assert Settings(method="grzo").resolved().directions == 8
+    with pytest.raises(InputError, match="--directions 4: it divides the --batch-size, 6"):
+        dataclasses.replace(settings, directions=4).resolved()
+    for option in ({"momentum": 0.5}, {"one_sided": True}, {"placement": "probe"}):
+        with pytest.raises(InputError, match="means nothing to --method grzo"):
+            dataclasses.replace(settings, **option).resolved()
+
+
 @pytest.mark.parametrize("kind", ["spread", "scalar"])
 def test_normalised_steps(tmp_path, kind):
     settings = Settings(steps=4, directions=2, normalise=kind, lr=1e-3, eval_size=8, output=str(tmp_path))

@@ -25,7 +25,7 @@ def llama():
 @pytest.mark.parametrize(("build", "kills", "steps"), [(small, 10, 150), (llama, 3, 60)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_runs_end_in_the_bits_of_the_run_that_was_not(tmp_path, rng, kind, build, kills, steps):
-    """52 kills in all, of a model of torch and of one of transformers; ``python -m bench.journal --kills N`` makes more."""
+    """65 kills in all, of a model of torch and of one of transformers; ``python -m bench.journal --kills N`` makes more."""
     found = kill_runs(kind, kills, tmp_path, rng, steps=steps, build=build)
     assert found["kills"] == kills
 

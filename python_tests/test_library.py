@@ -43,8 +43,9 @@ def arguments(rng, op, backend, rounding, law=()):
     xs, v, n, place = case(rng, op)
     if op == "resample_":
         return xs, v, n, place, -5, 7, backend
-    draws = 1 if "merge" in op else 2
-    update = (-5, torch.tensor([3, 4][:draws]), [0, 1][:draws], torch.randn(draws, 2), torch.rand(2))
+    draws = 1 if "merge" in op or "signed" in op else 2
+    scales = torch.randn(3 if "signed" in op else draws, 2)
+    update = (-5, torch.tensor([3, 4][:draws]), [0, 1][:draws], scales, torch.rand(2))
     update += (torch.tensor(6) if rounding else None, 1, backend)
     momentum = (torch.randn(2, 2), torch.randn(2), torch.rand(2)) if "momentum" in op else ()
     factors = () if v is None else (v,)
@@ -56,7 +57,8 @@ def arguments(rng, op, backend, rounding, law=()):
     "op",
     [
         *("lowrank_update_", "dense_update_", "lowrank_momentum_", "dense_momentum_", "resample_", "factor"),
-        *("factor_update_", "factor_momentum_", "lowrank_merge_", "dense_merge_", "lowrank_linear_", "lowrank_embedding_"),
+        *("lowrank_signed_update_", "factor_update_", "factor_momentum_", "lowrank_merge_", "dense_merge_"),
+        *("lowrank_linear_", "lowrank_embedding_"),
     ],
 )
 def test_opcheck(rng, any_backend, op):

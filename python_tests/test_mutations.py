@@ -21,6 +21,7 @@ KERNELS = [
     ("lowrank_update_", "lowrank_update", LOWEST),
     ("lowrank_momentum_", "factor_update", LOWEST),
     ("lowrank_momentum_", "lowrank_merge", LOWEST),
+    ("lowrank_signed_update_", "lowrank_signed_update", LOWEST),
     ("dense_update_", "dense_update", LOWEST),
     ("dense_momentum_", "dense_update", LOWEST),
     ("factor_update_", "factor_update", LOWEST),

@@ -67,6 +67,24 @@ def test_lowrank(op, dtype, rank, rng):
         check(make_case(rng, op, dtype, rank, call={"draws": draws}))
 
 
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_signed_update(dtype, rank, rng):
+    for stochastic in (False, True):
+        check(make_case(rng, "lowrank_signed_update_", dtype, rank, call={"stochastic": stochastic}))
+
+
+def test_signed_update_of_as_many_parts_as_there_can_be(rng):
+    """And of signs that begin anywhere in a word, and go on in the next matrix of a stack."""
+    case = make_case(rng, "lowrank_signed_update_", rng.choice(DTYPES), 4, shapes=[(1, 9, 2100), (3, 70, 40)])
+    first = rng.choice((1, 31, 32, 33, 127, 128, rng.randint(0, 5000)))
+    case.table = dataclasses.replace(
+        case.table, row_offsets=[first, 5], col_offsets=[first, 3], global_cols=[1 << 20, 45], cache={}
+    )
+    case.call["scales"] = torch.randn(ops.MAX_PARTS, 2)
+    check(case)
+
+
 @pytest.mark.parametrize("draws", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("law", noise.LAWS)

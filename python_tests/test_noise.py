@@ -59,6 +59,10 @@ def test_flat_streams_equal_specification(seed, tid, draw, direction, numel, off
     np.testing.assert_array_equal(bits(z), bits(noise_spec.dense(seed, numel, tid, draw, offset, direction)))
     s = noise.dense(seed, numel, tid, draw, offset=offset, direction=direction, law="rademacher")
     np.testing.assert_array_equal(bits(s), bits(noise_spec.dense(seed, numel, tid, draw, offset, direction, "rademacher")))
+    for stream, parts, first in (("row signs", 3, offset % 2**31), ("column signs", 1, offset % 2**31)):
+        some = min(direction, 2**24 - parts)
+        p = noise.part_signs(seed, parts, numel, tid, draw, stream=stream, offset=first, direction=some)
+        np.testing.assert_array_equal(bits(p), bits(noise_spec.part_signs(seed, parts, numel, tid, draw, stream, first, some)))
     r = noise.rounding_bits(seed, numel, tid, draw, offset=offset, direction=direction)
     np.testing.assert_array_equal(r.numpy(), noise_spec.rounding_bits(seed, numel, tid, draw, offset, direction))
 

@@ -32,6 +32,7 @@ SIZES = {
     "lowrank_update": TileSize(64, 64, 2, 4, ahead=True),
     "dense_update": TileSize(1, 256, 2, 4),
     "dense_momentum": TileSize(1, 256, 2, 4),
+    "lowrank_signed_update": TileSize(64, 64, 2, 4),
     "lowrank_merge": TileSize(64, 64, 2, 4),
     "dense_merge": TileSize(1, 256, 2, 4),
     "contraction": TileSize(32, 32, 4, 4),
@@ -91,7 +92,9 @@ def check_kernel(backend, aligned):
 
 
 @pytest.mark.parametrize("kind", CASES)
-@pytest.mark.parametrize("op", ["lowrank_update_", "lowrank_momentum_", "dense_update_", "dense_momentum_"])
+@pytest.mark.parametrize(
+    "op", ["lowrank_update_", "lowrank_momentum_", "lowrank_signed_update_", "dense_update_", "dense_momentum_"]
+)
 def test_same_bits_as_the_cpu(rng, backend, op, kind):
     check(example(rng, op, kind, rng.choice(RANKS)), backend)
     assert backend.launcher.launches == (2 if OPS[op].summed else 1)

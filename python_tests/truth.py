@@ -9,6 +9,7 @@ import torch
 
 from lozo_kernels.bench.cases import UNIT, storage_of
 from lozo_kernels.kernels import noise, reference
+from lozo_kernels.kernels.calls import Draw
 
 F64 = torch.float64
 
@@ -36,9 +37,30 @@ def by_row(table, t, make, seed, step, direction):
     return torch.stack(made).view(batch, rows, cols)
 
 
+def part_signs(case, t):
+    """Makes the signs of a tensor's rows and columns for each part: (parts, batch, rows) and (parts, batch, cols) fp32."""
+    table, (draw,), (batch, rows, cols) = case.table, case.call["draws"], case.table.x[t].shape
+
+    def signs(part, stream, first, count):
+        where = {"stream": stream, "offset": first, "direction": draw.direction + part}
+        return noise.part_signs(case.call["seed"], 1, count, table.tensor_ids[t], int(draw.step), **where)[0]
+
+    def of_rows(part, b):
+        return signs(part, "row signs", table.row_offsets[t] + b * rows, rows)
+
+    def of_columns(part, b):
+        return signs(part, "column signs", table.col_offsets[t] + b * table.global_cols[t], cols)
+
+    parts = range(len(scalar(case, "scales", t)))
+    made = (torch.stack([torch.stack([make(i, b) for b in range(batch)]) for i in parts]) for make in (of_rows, of_columns))
+    return tuple(made)
+
+
 def noises(case, t):
     """Makes what each draw adds to a tensor: U of its rows, or Z of its shape."""
     table, seed = case.table, case.call["seed"]
+    if case.op.signed:
+        return [left_factor(table, t, seed, Draw(case.call["draws"][0].step), table.rank)]
     rank = table.x[t].shape[2] if case.op.factors else table.rank
     return [
         left_factor(table, t, seed, draw, rank)
@@ -53,7 +75,8 @@ def scalar(case, name, t):
     value = case.call.get(name)
     if value is None:
         return None
-    shape = (len(case.call["draws"]), len(case.table)) if name in ("scales", "coefficients") else (len(case.table),)
+    rows = len(value) if case.op.signed and name == "scales" else len(case.call["draws"])
+    shape = (rows, len(case.table)) if name in ("scales", "coefficients") else (len(case.table),)
     value = value.detach() if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=F64)
     return value.to(torch.float32).expand(shape)[..., t]
 
@@ -72,6 +95,7 @@ def evaluate(case, t, dtype=torch.float32):
         x,
         *([] if v is None else [v]),
         *([] if case.op.n == "none" else [n]),
+        *(part_signs(case, t) if case.op.signed else ()),
         noises(case, t),
         list(scalar(case, "scales", t)),
     ]
@@ -98,6 +122,8 @@ def bound(case, t, exact):
     """
     x, v = case.table.x[t].double().abs(), None if case.table.v is None else case.table.v[t].double()
     added, scales = [u.double() for u in noises(case, t)], scalar(case, "scales", t).double().abs()
+    if case.op.signed:  # the scales add up; each sum of them is rounded
+        added, scales = added * len(scales), scales
     decay = scalar(case, "decay", t)
     size, terms = x if decay is None else x * decay.double().abs(), 4 + 3 * len(added)
     if case.op.momentum or case.op.out:

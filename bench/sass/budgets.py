@@ -101,6 +101,10 @@ BUDGETS = (
     # with random bits, one counter of Philox for eight elements
     *_both("lowrank_update_stochastic", "*16", _ANY, 46, 66),
     # eight warps, whose matrix units take what lies in registers: two of them make each element
+    # a fused multiply-add for each of 16 parts, and a sign of a column for every few rows of a thread
+    *_both("lowrank_signed_update", "*", _ANY, 80, 60),
+    *_both("lowrank_signed_update_stochastic", "*16", _ANY, 90, 82),
+    *_both("lowrank_signed_update_any", "any", _ANY, 400, 700),
     # a normal number for every element: 22 instructions of noise on NVIDIA, which sums four bytes in one
     *_both("dense_update", "*16", _ANY, 29, 42),
     *_both("dense_update", "float32", _ANY, 36, 45),

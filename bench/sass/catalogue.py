@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from triton.runtime.jit import JITFunction
 
-from lozo_kernels.kernels.backends.triton import activations, dense, dense_merge, lowrank, lowrank_merge, resample
+from lozo_kernels.kernels.backends.triton import activations, dense, dense_merge, lowrank, lowrank_merge, lowrank_signed, resample
 from lozo_kernels.kernels.backends.triton.plans import FACTOR_ROWS, Plan, Target, UpdateKind, factor_width, padded
 from lozo_kernels.kernels.backends.triton.tilesizes import TileSize, tile_sizes
 from lozo_kernels.kernels.noise import STREAMS
@@ -18,17 +18,19 @@ from lozo_kernels.kernels.table import DTYPES
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 _MEMORY_BOUND_RANK = 8  # merges of higher ranks wait for arithmetic
+_PARTS = 16
+"""The parts of a batch that a signed update is counted with."""
 _POINTERS = {
     **dict.fromkeys(("tiles", "matrices", "header"), "*i32"),
-    **dict.fromkeys(("tensors", "outputs", "draws", "ids", "starts"), "*i64"),
+    **dict.fromkeys(("tensors", "outputs", "draws", "ids", "starts", "bases"), "*i64"),
     **dict.fromkeys(("scales", "decay", "coefficients", "alpha", "beta", "ratios", "out"), "*fp32"),
-    **dict.fromkeys(("b", "sums", "gain", "shift", "factors"), "*fp32"),
+    **dict.fromkeys(("b", "sums", "gain", "shift", "factors", "signs"), "*fp32"),
     "v": "*fp16",
 }
 _NUMBERS = dict.fromkeys(
     (
         *("count", "tensor_id", "row_offset", "rows", "seed_low", "seed_high", "size", "groups", "parts", "blocks", "height"),
-        *("inner", "outer", "stride", "quads"),
+        *("inner", "outer", "stride", "quads", "length"),
     ),
     "i32",
 )
@@ -93,6 +95,7 @@ def compilations(vendor: str = "nvidia", ranks: Sequence[int] = RANKS) -> list[C
     target = Target(dp4a=nvidia, eights=not nvidia, emulate=False, tf32=nvidia)
     return [
         *_lowrank(target, ranks),
+        *_signed(target, ranks),
         *_dense(target),
         *_factors(target, ranks),
         *_merges(target, ranks),
@@ -107,6 +110,20 @@ def _lowrank(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
                 size = tile_sizes(None, _vendor(target)).find("lowrank_update", dtype is not None, rank, kind.stochastic)
                 plan = lowrank.lowrank_plan(dtype, kind, size, target)
                 yield _update("lowrank_update" + name, plan, dtype, rank, size)
+
+
+def _signed(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
+    for rank, dtype in itertools.product(ranks, (*DTYPES, None)):
+        kinds = {"": UpdateKind(1, False, False, False, rank), "_stochastic": UpdateKind(1, False, True, False, rank)}
+        if dtype is None:
+            kinds = {"_any": UpdateKind(1, True, True, False, rank)}
+        for name, kind in kinds.items():
+            if kind.stochastic and dtype == torch.float32:
+                continue
+            size = tile_sizes(None, _vendor(target)).find("lowrank_signed_update", dtype is not None, rank, kind.stochastic)
+            plan = lowrank_signed.lowrank_signed_plan(dtype, kind, size, target)
+            # Every part adds an exact product.
+            yield _update("lowrank_signed_update" + name, plan, dtype, rank, size, fused=_PARTS)
 
 
 def _dense(target: Target) -> Iterator[Compilation]:
@@ -222,8 +239,14 @@ def _update(
         bytes_per_element=moved,
         default=default,
         fused=fused or None,
-        nested=rank // 4 if kernel.startswith("lowrank_merge") and rank else None,
+        nested=_nested(kernel, rank),
     )
+
+
+def _nested(kernel: str, rank: int | None) -> int | None:
+    if kernel.startswith("lowrank_signed"):
+        return _PARTS
+    return rank // 4 if kernel.startswith("lowrank_merge") and rank else None
 
 
 def _activation(kernel: str, plan: Plan, dtype: torch.dtype, rank: int, size: TileSize) -> Compilation:

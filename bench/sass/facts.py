@@ -113,7 +113,8 @@ def facts_of(blocks: Sequence[Block], resources: Resources, work: Work) -> Facts
     }
     try:
         path = heaviest_path(blocks, lambda b: moved(b.instructions), longest=work.longest)
-        main = _set_trips(path, [stored(b.instructions) for b in blocks], [moved(b.instructions) for b in blocks], work)
+        counts = [[of(b.instructions) for b in blocks] for of in (stored, moved, lambda some: sum(i.fused for i in some))]
+        main = _set_trips(path, *counts, work)
     except ValueError as error:
         return Facts(**common, broken=str(error))
     trip = main.path.visits() if main is not None else Counter()
@@ -148,7 +149,7 @@ def _waits(loop: Loop, blocks: Sequence[Block]) -> bool:
     return any(i.waits for block in loop.path.visits() for i in blocks[block].instructions)
 
 
-def _set_trips(path: Path, stored: Sequence[int], every: Sequence[int], work: Work) -> Loop | None:
+def _set_trips(path: Path, stored: Sequence[int], every: Sequence[int], fused: Sequence[int], work: Work) -> Loop | None:
     """Finds the main loop and its trips. Compilers unroll and peel, so trips follow from the weights that a full tile stores."""
     loops = list(path.loops())
     if work.bytes_per_thread == 0:
@@ -157,7 +158,7 @@ def _set_trips(path: Path, stored: Sequence[int], every: Sequence[int], work: Wo
     def bytes_of(way: Path) -> int:
         return sum(count * stored[block] for block, count in way.visits().items())
 
-    main = _storing_loop(loops, bytes_of, work)
+    main = _storing_loop(loops, bytes_of, fused, work)
     if main is None:
         return None
     for loop in loops:
@@ -175,6 +176,18 @@ def _set_trips(path: Path, stored: Sequence[int], every: Sequence[int], work: Wo
     return main
 
 
+def _share_trips(loops: Sequence[Loop], fused: Sequence[int], trips: int | None) -> None:
+    """Sets the trips of the loops inside a main one. Of one loop, compilers make one that is unrolled and one for what remains: a
+    trip of the first is as many as it has times the fused multiply-adds of the second."""
+    sizes = {id(loop): sum(fused[block] * count for block, count in loop.path.visits().items()) for loop in loops}
+    least = min(sizes.values(), default=0)
+    for loop in sorted(loops, key=lambda loop: -sizes[id(loop)]):
+        if trips is None or trips == 1 or not least:
+            loop.trips = trips
+        else:
+            loop.trips, trips = divmod(trips, sizes[id(loop)] // least)
+
+
 def _reading_loop(loops: Sequence[Loop], every: Sequence[int], work: Work) -> Loop | None:
     """Finds the main loop of a kernel that only reads weights. Such a kernel waits in further loops."""
     reading = [loop for loop in loops if any(every[block] for block in loop.path.visits())] or loops
@@ -184,11 +197,10 @@ def _reading_loop(loops: Sequence[Loop], every: Sequence[int], work: Work) -> Lo
     return reading[0]
 
 
-def _storing_loop(loops: Sequence[Loop], bytes_of: Callable[[Path], int], work: Work) -> Loop | None:
+def _storing_loop(loops: Sequence[Loop], bytes_of: Callable[[Path], int], fused: Sequence[int], work: Work) -> Loop | None:
     """Finds the innermost loop that stores most. Others that store are its remainders, which a full tile skips."""
     storing = [loop for loop in loops if bytes_of(loop.path) and not any(bytes_of(inner.path) for inner in loop.path.loops())]
     for loop in storing:
         loop.trips = 0
-        for inner in loop.path.loops():
-            inner.trips = work.nested
+        _share_trips(list(loop.path.loops()), fused, work.nested)
     return max(storing, key=lambda loop: bytes_of(loop.path), default=None)

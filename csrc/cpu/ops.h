@@ -15,6 +15,7 @@ struct OpCall {
 // The ops over tables: the name, whether the tensors have V, and what a call has to be beyond that.
 #define LOZO_TABLE_OPS(OP)                                \
   OP(lowrank_update, true, true)                          \
+  OP(lowrank_signed_update, true, has_parts(call))        \
   OP(dense_update, false, true)                           \
   OP(dense_momentum, false, true)                         \
   OP(factor_update, false, are_factors(tensors, count))   \

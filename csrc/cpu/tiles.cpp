@@ -128,6 +128,8 @@ bool valid_call(const lozo_tensor *tensors, int64_t count, const lozo_call *call
   return true;
 }
 
+bool has_parts(const lozo_call *call) { return call->num_draws == 1 && call->parts >= 1 && call->parts <= LOZO_MAX_PARTS; }
+
 bool are_factors(const lozo_tensor *tensors, int64_t count) {
   for (int64_t i = 0; i < count; ++i)
     if (tensors[i].dtype != LOZO_FLOAT32 || tensors[i].cols < 1 || tensors[i].cols > LOZO_MAX_RANK) return false;

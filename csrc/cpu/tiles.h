@@ -49,6 +49,9 @@ int for_each_tile(const Work &work);
 // Whether a call's rank, draws and dtypes are within what the kernels assume.
 bool valid_call(const lozo_tensor *tensors, int64_t count, const lozo_call *call, bool low_rank);
 
+// Whether a call has one draw, and scales for so many parts of a batch as the kernels can take.
+bool has_parts(const lozo_call *call);
+
 // Whether all tensors are fp32 factors with a supported rank.
 bool are_factors(const lozo_tensor *tensors, int64_t count);
 

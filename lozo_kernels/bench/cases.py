@@ -189,8 +189,10 @@ def random_call(
     if op.name == "resample_":
         return call | {"window": rng.getrandbits(28), "reproject": reproject}
     draws = rng.randint(*op.draws) if draws is None else draws
-    call["draws"] = [Draw(rng.getrandbits(28), rng.choice((0, 0, 3, rng.getrandbits(24)))) for _ in range(draws)]
-    call["scales"] = torch.randn(draws, count, dtype=torch.float32, device="cpu") * 10 ** rng.uniform(-4, 0)
+    parts = rng.choice((1, 2, 3, 7, 16, 33)) if op.signed else 1
+    highest = noise.MAX_DIRECTION - parts
+    call["draws"] = [Draw(rng.getrandbits(28), rng.choice((0, 0, 3, rng.randint(0, highest)))) for _ in range(draws)]
+    call["scales"] = torch.randn(parts if op.signed else draws, count, dtype=torch.float32, device="cpu") * 10 ** rng.uniform(-4, 0)
     call["decay"] = (
         1 - 0.1 * torch.rand(count, dtype=torch.float32, device="cpu") if (rng.random() < 0.5 if decay is None else decay) else None
     )

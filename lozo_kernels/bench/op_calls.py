@@ -21,6 +21,8 @@ from .models import MODELS, parameter_shapes
 SEED = 0x10_20_30_40_50_60_70
 WINDOW = 3
 EPS = 1e-3
+PARTS = 16
+"""The parts of a batch that a signed update is measured with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,8 @@ class OpCall:
     """One op with all of its arguments. Each run flips the signs of what it adds, so that the weights stay where they are.
 
     Args:
-        case: has one scale and one coefficient of momentum for each draw, and one alpha and beta for all tensors.
+        case: has one scale and one coefficient of momentum for each draw, or a scale for each part of a batch, and one alpha and
+            beta for all tensors.
 
     Attributes:
         case: what the next run does.
@@ -100,7 +103,7 @@ class OpCall:
         for name in ("scales", "coefficients", *shapes):
             if name in call:
                 values = torch.tensor(call[name], dtype=torch.float32, device=table.device).unsqueeze(-1)
-                call[name] = values.expand(shapes.get(name, (len(call["draws"]), len(table)))).contiguous()
+                call[name] = values.expand(shapes.get(name, (len(values), len(table)))).contiguous()
         self._other = {name: -call[name] for name in ("scales", "coefficients", "alpha") if name in call}
 
     def run(self) -> None:
@@ -114,13 +117,14 @@ def lowrank_calls(table: TensorTable, backend: Backend) -> dict[str, OpCall]:
     """Makes calls of the low-rank ops, by the names of their rows, as a training step makes them on a table with momentum.
 
     ``lowrank_update`` is a perturbation or an update; ``lowrank_update_2`` a restore fused with another draw;
-    ``lowrank_momentum`` the update of LOZO-M, which restores in the same pass.
+    ``lowrank_momentum`` the update of LOZO-M, which restores in the same pass; ``lowrank_signed_update`` that of GRZO.
     """
     momentum = {"coefficients": [0.1], "alpha": -1e-4, "beta": 0.9}
     return {
         "lowrank_update": _call("lowrank_update_", table, backend, scales=[EPS]),
         "lowrank_update_2": _call("lowrank_update_", table, backend, scales=[EPS, -EPS]),
         "lowrank_momentum": _call("lowrank_momentum_", table, backend, scales=[EPS], **momentum),
+        "lowrank_signed_update": _call("lowrank_signed_update_", table, backend, scales=[EPS] * PARTS),
     }
 
 
@@ -133,5 +137,5 @@ def dense_calls(table: TensorTable, backend: Backend) -> dict[str, OpCall]:
 
 
 def _call(op: str, table: TensorTable, backend: Backend, *, scales: list[float], **more: Any) -> OpCall:
-    draws = [Draw(7 + i) for i in range(len(scales))]
+    draws = [Draw(7 + i) for i in range(1 if OPS[op].signed else len(scales))]
     return OpCall(Case(OPS[op], table, {"seed": SEED, "draws": draws, "scales": scales, **more}), backend)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .op_calls import EPS
+from .op_calls import EPS, PARTS
 from .published import column_noise, descended, perturbed_dense, perturbed_low_rank, row_noise
 
 Pass = Callable[[], None]
@@ -60,6 +60,20 @@ def addmm_momentum_pass(xs: Sequence[Tensor], rank: int) -> Pass:
         for x, (_, v), u, n in zip(xs, factors, fp32_us, momenta, strict=True):
             n.mul_(0.9).add_(u, alpha=0.1)
             x.addmm_(n.to(x.dtype), v.t(), alpha=alpha)
+
+    return run
+
+
+def signed_pass(xs: Sequence[Tensor], rank: int) -> Pass:
+    """The eager update of GRZO: ``X.addcmul_(U V^T, R^T S)``, with U, V, and the signs R and S of the parts made beforehand."""
+    factors = _factors(xs, rank)
+    signs = [[torch.randn(PARTS, size, device=x.device, dtype=torch.float32).sign().to(x.dtype) for size in x.shape] for x in xs]
+    values = _alternating(EPS)
+
+    def run() -> None:
+        value = next(values)
+        for x, (u, v), (r, s) in zip(xs, factors, signs, strict=True):
+            x.addcmul_(u @ v.t(), r.t() @ s, value=value)
 
     return run
 
@@ -153,6 +167,7 @@ LOWRANK: dict[str, Callable[[Sequence[Tensor], int], Pass]] = {
     # Two draws are one product of twice the rank, once [U0 U1] and [V V] lie side by side.
     "addmm of twice the rank": lambda xs, rank: addmm_pass(xs, 2 * rank),
     "addmm momentum": lambda xs, rank: addmm_momentum_pass(xs, rank),
+    "addcmul of two products": lambda xs, rank: signed_pass(xs, rank),
     "published lozo": lambda xs, rank: published_lozo_pass(xs, rank),
     "published lozo-m": lambda xs, rank: published_lozo_m_pass(xs, rank),
     "compiled lozo": lambda xs, rank: compiled_lozo_pass(xs, rank),

@@ -33,6 +33,7 @@ BESIDE: dict[str, dict[str, tuple[str, int]]] = {
         "compiled": ("compiled lozo", 2),
     },
     "lowrank_momentum": {"addmm": ("addmm momentum", 1), "reference": ("published lozo-m", 1)},
+    "lowrank_signed_update": {"addmm": ("addcmul of two products", 1)},
     "dense_update": {"reference": ("published mezo", 1), "compiled": ("compiled mezo", 1), "foreach": ("foreach", 1)},
     "dense_update_signs": {"reference": ("published mezo", 1)},
 }

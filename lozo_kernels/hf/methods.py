@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..optim.optimizer import AGZO, LOZO, OPTIMIZERS, MeZO, SubZero, ZerothOrderOptimizer, ZOMuon
+from ..optim.optimizer import AGZO, GRZO, LOZO, OPTIMIZERS, MeZO, SubZero, ZerothOrderOptimizer, ZOMuon
 
 _DENSE = (
     *("eps", "find_eps", "directions", "directions_law", "one_sided", "evaluation", "normalise"),
@@ -16,6 +16,7 @@ _LOW_RANK = (*_DENSE, "rank", "interval", "scaling")
 _SUBSPACE = tuple(name for name in _LOW_RANK if name not in ("momentum", "scaling"))
 _GUIDED = tuple(name for name in _LOW_RANK if name != "momentum")
 _MUON = tuple(name for name in _SUBSPACE if name != "normalise")
+_PER_EXAMPLE = tuple(name for name in _LOW_RANK if name not in ("momentum", "one_sided", "evaluation", "placement", "find_eps"))
 _TRAINING = ("steps", "k_shot", "lr", "lr_schedule", "weight_decay", "eval_every", "compare_steps", "parallel")
 
 
@@ -62,6 +63,11 @@ class Method:
         return self.kind != "evaluation"
 
     @property
+    def per_example(self) -> bool:
+        """Whether each part of a batch has a direction of its own, for which the loss of each example is needed."""
+        return self.optimizer is GRZO
+
+    @property
     def low_rank(self) -> bool:
         """Whether its directions have a rank, and a factor that is kept for an interval."""
         return "rank" in self.uses
@@ -79,7 +85,10 @@ class Method:
         return frozenset(others if self.trains else others | set(_TRAINING))
 
     def passes(self, directions: int, one_sided: bool) -> int:
-        """Forward passes of a step with so many directions, which share F(0) if they are one-sided."""
+        """Forward passes of a step with so many directions, which share F(0) if they are one-sided, and a batch if each is of its
+        own examples."""
+        if self.per_example:
+            return self.forwards
         return directions + 1 if one_sided else self.forwards * directions
 
     def with_momentum(self, momentum: float) -> str:
@@ -96,9 +105,9 @@ def _first_order(name: str, label: str, lr: float, embedded_lr: float, uses: tup
 class _Methods(Mapping[str, Method]):
     """Methods by name: those of a table, and every estimator that was registered (:func:`lozo_kernels.register_estimator`)."""
 
-    def __init__(self, *methods: Method) -> None:
+    def __init__(self, *methods: Method, hidden: str | None = None) -> None:
         self.table = {method.name: method for method in methods}
-        self._known = {method.estimator for method in methods if method.optimizer is not None}
+        self._known = {hidden, *(method.estimator for method in methods if method.optimizer is not None)}
 
     def __getitem__(self, name: str) -> Method:
         return self.table[name] if name in self.table else self._registered()[name]
@@ -133,6 +142,7 @@ METHODS = _Methods(
             directions=4,
             one_sided=True,
         ),
+        Method(*("grzo", "GRZO", "zeroth-order", GRZO, _PER_EXAMPLE, 0.0, 1e-3, 5e-3), finds_lr=False, directions=8),
         Method("forward-grad", "Forward-Grad", "forward-gradient", uses=("backend",), forwards=1),
         _first_order("ft", "FT", 1e-5, 1e-3),
         _first_order("ft-adamw", "FT (AdamW)", 1e-5, 1e-3),
@@ -143,8 +153,10 @@ METHODS = _Methods(
     )
 )
 
-ZEROTH_ORDER = _Methods(*(method for method in METHODS.values() if method.optimizer is not None))
-"""Those that train with forward passes only, which the Trainer has."""
+ZEROTH_ORDER = _Methods(
+    *(method for method in METHODS.values() if method.optimizer is not None and not method.per_example), hidden=GRZO.estimator
+)
+"""Those that train with forward passes only, which the Trainer has: its loss is one for all examples."""
 EVALUATIONS = tuple(name for name, method in METHODS.items() if not method.trains)
 """Those that score a model as it is."""
 

@@ -67,7 +67,9 @@ class Settings:
     momentum: float | None = _method(None, "beta of lozo-m and mezo-m (default: 0.9), and of ft-sgd", low=0.0, below=1)
     weight_decay: float = _method(0.0, "decoupled", low=0.0)
     scaling: str = _method("paper", "where 1/rank goes: paper, card or published", choices=SCALINGS)
-    directions: int = _method(None, "directions per step (default: 1, of zo-muon 4)", low=1)
+    directions: int = _method(
+        None, "directions per step, of grzo the parts of a batch (default: 1, of zo-muon 4, of grzo 8)", low=1
+    )
     one_sided: bool = _method(
         None, "F(+) - F(0) in place of F(+) - F(-): all directions of a step share F(0) (default: only of zo-muon)"
     )
@@ -121,6 +123,7 @@ class Settings:
             self,
             task=task,
             momentum=self._resolved_momentum(method),
+            normalise="spread" if method.per_example and self.normalise is None else self.normalise,
             threads=1 if self.threads is None and self.model is None else self.threads,
             output=self.output or f"runs/{task or Path(str(file)).stem}-{self.method}",
         )
@@ -182,7 +185,9 @@ class Settings:
             raise InputError("--evaluation batched needs --placement probe: weights that are moved can be at one point only")
         if self.find_eps and self.eps != 1e-3:
             raise InputError("give --eps or --find-eps, not both")
-        if self.normalise and self.lr is None:
+        if METHODS[self.method].per_example and self.batch_size % self.directions:
+            raise InputError(f"--directions {self.directions}: it divides the --batch-size, {self.batch_size}, into equal parts")
+        if self.normalise and self.lr is None and not METHODS[self.method].per_example:
             raise InputError("--normalise needs --lr: its rates have another scale, e.g. 1e-3")
         if self.normalise == "spread" and self.directions < 2:
             raise InputError("--normalise spread is the spread over the directions of a step: give --directions 2 or more")

@@ -36,7 +36,7 @@ class TableCall:
     Attributes:
         seed: 64-bit seed of the run.
         draws: as many as the op's row in :data:`~.op_table.OPS` allows.
-        scales: (draws, tensors).
+        scales: (draws, tensors); of an op with signs (parts, tensors).
         decay: (tensors,), or None for 1.
         rounding: None rounds to nearest even.
         coefficients, alpha, beta: (draws, tensors), (tensors,) and (tensors,) if the op updates momentum, else None.

@@ -10,8 +10,8 @@ Philox4x32-10 (Salmon et al., SC'11) turns a 128-bit counter into four 32-bit wo
 * ``c2`` = tensor id, ``c3 = stream << 28 | draw`` with ``draw < 2**28``: the step, or for V the window ``step // interval``;
 * U, V, S at ``[i, k]``: ``c0 = i``, ``c1 = (k >> 2) | direction << 8``, word ``k & 3``;
 * Z at flat element ``e``: ``c0 = low 32 bits of e >> 2``, ``c1 = e >> 34 | direction << 8``, word ``e & 3``;
-* signs at flat element ``e``: ``c0 = low 32 bits of e >> 7``, ``c1 = e >> 39 | direction << 8``, bit ``e & 31`` of word
-  ``(e >> 5) & 3``;
+* signs at flat element ``e``, and row signs at row ``e`` and column signs at column ``e``: ``c0 = low 32 bits of e >> 7``,
+  ``c1 = e >> 39 | direction << 8``, bit ``e & 31`` of word ``(e >> 5) & 3``;
 * rounding bits at flat element ``e``: ``c0 = low 32 bits of e >> 3``, ``c1 = e >> 35 | direction << 8``, half-word ``e & 7``.
 
 Dense directions are Z (the law "normal") or signs ("rademacher"): -1 where the bit is set, else 1.
@@ -37,7 +37,7 @@ CONTRACT_VERSION = 3
 """Version of all promised bits: the noise, and what is computed with it. Later versions than the noise's changed sums, and no noise
 (docs/noise.md). Checkpoints of runs with such sums store theirs instead."""
 
-STREAMS = {"U": 0, "V": 1, "Z": 2, "S": 3, "signs": 4, "rounding": 8}
+STREAMS = {"U": 0, "V": 1, "Z": 2, "S": 3, "signs": 4, "row signs": 5, "column signs": 6, "rounding": 8}
 LAWS = ("normal", "rademacher")
 """The laws that dense directions can have: normal numbers (stream Z), or signs, each 1 or -1 with the same probability."""
 MAX_DRAW = 1 << 28
@@ -83,7 +83,7 @@ def philox(seed: int, c0: Tensor, c1: Tensor | int, c2: Tensor | int, c3: Tensor
     Args:
         seed: 64-bit key.
         c0: (n,) int64, values below 2**32.
-        c1, c2: (n,) int64 or a number; c3: a number or a 0-dim int64 tensor; all below 2**32.
+        c1, c2, c3: (n,) int64, a number or a 0-dim int64 tensor; all below 2**32.
 
     Returns:
         (n, 4) int64 words in [0, 2**32).
@@ -223,6 +223,89 @@ def dense(
     for piece, words in _flat_words(seed, numel, tensor_id, STREAMS["Z"] << 28 | draw, offset, direction, 4, device):
         out[piece] = normal(words)
     return out
+
+
+def part_signs(
+    seed: int,
+    parts: int,
+    count: int,
+    tensor_id: int,
+    draw: int | Tensor,
+    *,
+    stream: str,
+    offset: int = 0,
+    direction: int = 0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Makes the signs of the rows or of the columns of a matrix for each part of a batch (GRZO). Raises as :func:`factor`.
+
+    Args:
+        seed, tensor_id: as in :func:`factor`; ``draw`` is the step.
+        parts: how many parts, of which the first has the direction ``direction``.
+        count: rows or columns; ``offset`` is the global index of the first.
+        stream: "row signs" or "column signs".
+
+    Returns:
+        (parts, count) fp32 of 1 and -1.
+    """
+    _check(seed, count, tensor_id, draw, offset, direction, limit=1 << 32)
+    check_range("parts", parts, MAX_DIRECTION + 1 - direction)
+    words = sign_words(seed, [(tensor_id, stream, offset, count)], draw, parts, direction=direction, device=device)
+    return unpack_signs(words, offset, count)
+
+
+def sign_words(
+    seed: int,
+    places: Sequence[tuple[int, str, int, int]],
+    draw: int | Tensor,
+    parts: int,
+    *,
+    direction: int = 0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Makes the words that hold the signs of many matrices at once, for :func:`unpack_signs`.
+
+    Args:
+        places: for each run of signs its tensor id, stream, first global index and count. :func:`sign_counters` says how many
+            counters it has.
+        seed, draw, parts, direction: as in :func:`part_signs`.
+
+    Returns:
+        (parts, 4 * counters of all places) int32.
+    """
+    spans = [(first >> 7, sign_counters(first, count)) for _, _, first, count in places]
+    lengths = torch.tensor([length for _, length in spans], dtype=torch.int64, device="cpu").to(device)
+    begins = torch.tensor([begin for begin, _ in spans], dtype=torch.int64, device="cpu").to(device)
+    owners = torch.tensor([(i, STREAMS[stream] << 28) for i, stream, _, _ in places], dtype=torch.int64, device="cpu").to(device)
+    total = sum(length for _, length in spans)
+    ids, c3 = owners.repeat_interleave(lengths, 0, output_size=total).unbind(1)
+    c0 = torch.arange(total, dtype=torch.int64, device=device)
+    c0 = c0 - (lengths.cumsum(0) - lengths - begins).repeat_interleave(lengths, output_size=total)
+    out = torch.empty(parts, total, 4, dtype=torch.int32, device=device)
+    some = max(1, _CHUNK // max(1, total))
+    for i in range(0, parts, some):
+        size = min(some, parts - i)
+        c1 = torch.arange(direction + i, direction + i + size, dtype=torch.int64, device=device).repeat_interleave(total) << 8
+        words = philox(seed, c0.repeat(size), c1, ids.repeat(size), (c3 | draw).repeat(size))
+        out[i : i + size] = words.view(size, total, 4).to(torch.int32)
+    return out.view(parts, total * 4)
+
+
+def sign_counters(first: int, count: int) -> int:
+    """The counters that a run of ``count`` signs from global index ``first`` on takes, of 128 signs each."""
+    return (first + count + 127 >> 7) - (first >> 7) if count else 0
+
+
+def unpack_signs(words: Tensor, first: int, count: int) -> Tensor:
+    """Returns the signs of one place of :func:`sign_words`: (parts, count) fp32 of 1 and -1.
+
+    Args:
+        words: (parts, 4 * counters of the place) int32.
+        first, count: those of the place.
+    """
+    bits = words.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
+    skipped = first & 127
+    return (1 - 2 * bits.flatten(1)[:, skipped : skipped + count]).to(torch.float32)
 
 
 def rounding_bits(

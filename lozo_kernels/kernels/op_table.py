@@ -17,6 +17,8 @@ from .table import TensorTable
 
 MAX_DRAWS = 2
 """The most draws that one call of an op can add."""
+MAX_PARTS = 256
+"""The most parts of a batch whose directions one call of an op can add."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,6 +29,7 @@ class Op:
         name: the function in ``ops.py``. Without the last underscore it is the function in ``reference.py`` and the kernels' name.
         v: the table has V, and the noise is U V^T. Otherwise it has no V, and the noise is Z (or U, see ``factors``).
         n: whether the op reads ``table.n``: "none", "optional" or "needed".
+        signed: the scales are those of the parts of a batch, whose signs give U V^T as many directions.
         momentum: the op takes ``coefficients``, ``alpha`` and ``beta``, and updates ``table.n``.
         factors: the tensors of the table are factors themselves, in fp32, and their noise is U.
         draws: the least and the largest number of draws.
@@ -38,6 +41,7 @@ class Op:
     name: str
     v: bool = False
     n: str = "none"
+    signed: bool = False
     momentum: bool = False
     factors: bool = False
     draws: tuple[int, int] = (1, MAX_DRAWS)

@@ -19,13 +19,14 @@ from .calls import Draw, Rounding, TableCall
 from .checks import LARGEST, check_range
 from .compiled import call_operator, name_of, signed_seed
 from .noise import MAX_DIRECTION, MAX_DRAW, MAX_RANK, STREAMS, check_draw, check_factor, check_law
-from .op_table import MAX_DRAWS, OPS, Op
+from .op_table import MAX_DRAWS, MAX_PARTS, OPS, Op
 from .registry import Backend, choose_backend
 from .summed import run_in_parts, run_summed
 from .table import TensorTable, check_alike
 
 __all__ = [
     "MAX_DRAWS",
+    "MAX_PARTS",
     "OPS",
     "Scalars",
     "dense_merge_",
@@ -37,6 +38,7 @@ __all__ = [
     "factor_update_",
     "lowrank_merge_",
     "lowrank_momentum_",
+    "lowrank_signed_update_",
     "lowrank_update_",
     "resample_",
     "run",
@@ -89,6 +91,30 @@ def lowrank_update_(
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or shape, or is out of range; nothing was changed.
+    """
+
+
+@op(v=True, signed=True, draws=(1, 1))
+def lowrank_signed_update_(
+    table: TensorTable,
+    *,
+    seed: int,
+    draws: Sequence[Draw],
+    scales: Scalars,
+    decay: Scalars | None = None,
+    rounding: Rounding | None = None,
+    backend: Backend | None = None,
+) -> None:
+    """X <- decay * X + (U V^T) o sum over parts of scale_i * r_i s_i^T, with a direction for each part of a batch (GRZO).
+
+    r_i and s_i are random signs of the rows and the columns (docs/noise.md): the directions are diag(r_i) U V^T diag(s_i). The sum
+    has i ascending; its product with U V^T is rounded, and so is the sum with X.
+
+    Args:
+        table: low-rank tensors (``v`` given).
+        draws: one. U is that of direction 0 of its step, and its direction is that of the first part's signs.
+        scales: (parts, tensors), or (parts, 1), for up to :data:`MAX_PARTS` parts; fewer dimensions stand for one part.
+        seed, decay, rounding, backend: as in :func:`lowrank_update_`.
     """
 
 
@@ -280,10 +306,11 @@ def run(
     if out is not None:
         check_alike(table, out)
     count, device = len(table), table.device
+    rows = _parts_of(scales, draws[0]) if op.signed else len(draws)
     call = TableCall(
         seed,
         draws,
-        _broadcast(scales, (len(draws), count), device, "scales"),
+        _broadcast(scales, (rows, count), device, "scales"),
         None if decay is None else _broadcast(decay, (count,), device, "decay"),
         rounding,
         out=out,
@@ -415,6 +442,16 @@ def _check_draws(op: Op, draws: Sequence[Draw], rounding: Rounding | None) -> No
             raise TypeError(f"rounding is a Rounding or None, not {rounding!r}")
         check_draw("rounding step", rounding.step)
         check_range("rounding index", rounding.index, MAX_DIRECTION)
+
+
+def _parts_of(scales: Scalars, draw: Draw) -> int:
+    """The parts of a batch that scales are for. Raises TypeError or ValueError if they are too many for an op or for the noise."""
+    if isinstance(scales, Tensor):
+        parts = scales.shape[0] if scales.dim() > 1 else 1
+    else:
+        parts = len(scales) if isinstance(scales, Sequence) and len(scales) and isinstance(scales[0], Sequence) else 1
+    check_range("the number of parts less 1", parts - 1, min(MAX_PARTS, MAX_DIRECTION - draw.direction))
+    return parts
 
 
 def _broadcast(value: Scalars, shape: tuple[int, ...], device: torch.device, name: str) -> Tensor:

@@ -58,6 +58,32 @@ def lowrank_update(
     return y
 
 
+def lowrank_signed_update(
+    x: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    us: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    decay: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """decay * X + (U V^T) o Q with Q = sum over parts of scale_i * r_i s_i^T (GRZO, arXiv 2606.02857).
+
+    Q is summed with i ascending. Its products are exact, because r_i and s_i are signs.
+
+    Args:
+        x: (batch, rows, cols); v: (batch, rank, cols); us: one (batch, rows, rank).
+        rows, cols: r_i, (parts, batch, rows), and s_i, (parts, batch, cols): 1 and -1.
+        scales: one 0-dim tensor per part.
+    """
+    q = torch.full((), -0.0, dtype=dtype, device=x.device)  # which leaves every first term as it is, zeros too
+    for r, s, scale in zip(rows.to(dtype), cols.to(dtype), scales, strict=True):
+        q = q + (r * scale.to(dtype)).unsqueeze(-1) * s.unsqueeze(-2)
+    return _start(x, decay, dtype) + low_rank_product(us[0], v, dtype) * q
+
+
 def dense_update(
     x: Tensor,
     zs: Sequence[Tensor],

@@ -10,10 +10,10 @@ from typing import Any, TypedDict
 from ..kernels.checks import as_integer, check_flag, suggestion
 from ..kernels.noise import MAX_RANK, check_law
 
-ESTIMATORS = ["lowrank", "dense", "subspace", "muon", "guided"]
+ESTIMATORS = ["lowrank", "dense", "subspace", "muon", "guided", "perexample"]
 FACTORED = {"subspace", "muon"}
 """Those whose directions L V^T have factors, and a scale, of their own."""
-NOISE_LEFT = ("lowrank", "muon", "guided")
+NOISE_LEFT = ("lowrank", "muon", "guided", "perexample")
 """Those whose L is the U of the noise, which kernels make where they need it."""
 SCALINGS = ("paper", "card", "published")
 ROUNDINGS = ("nearest", "stochastic")
@@ -48,8 +48,9 @@ class PatchConfig:
     """How a model's parameters are perturbed and updated.
 
     Attributes:
-        estimator: "lowrank" (LOZO: U V^T for matrices), "guided" (AGZO: U V^T with V from the inputs of layers), "subspace"
-            (SubZero: U S V^T), "muon" (ZO-Muon: U V^T with an orthonormal V), "dense" (MeZO), or one that was registered
+        estimator: "lowrank" (LOZO: U V^T for matrices), "guided" (AGZO: U V^T with V from the inputs of layers), "perexample"
+            (GRZO: U V^T with other signs for each part of a batch), "subspace" (SubZero: U S V^T), "muon" (ZO-Muon: U V^T with an
+            orthonormal V), "dense" (MeZO), or one that was registered
             (:func:`lozo_kernels.register_estimator`); one-dimensional tensors have dense noise with all.
         rank: r, columns of U and V, 1 to 64.
         interval: nu, the steps of a window, which share V (LOZO, Algorithm 1), or U and V (SubZero).
@@ -121,15 +122,23 @@ class PatchConfig:
         object.__setattr__(self, "side", _sides(self.side))
         for name in ("keep_factors", "allow_drift"):
             check_flag(name, getattr(self, name))
-        if self.factored and self.scaling != "paper":
-            raise ValueError(f"scaling={self.scaling!r} is about LOZO: directions of {self.estimator!r} have one scale")
-        if self.keep_factors and self.estimator == "guided":
-            raise ValueError("keep_factors needs the V of every window, and AGZO's is in memory for one: leave it out, or use LOZO")
+        self._check_estimator()
         if self.backend is not None and not isinstance(self.backend, str):
             raise TypeError(f"backend is a name or None, not {self.backend!r}")
         if self.placement == "inplace" and (self.side, self.keep_factors, self.allow_drift) != ("auto", False, False):
             name = next(name for name in ("side", "keep_factors", "allow_drift") if getattr(self, name) not in ("auto", False))
             raise ValueError(f"{name} is about probing: give placement='probe' or 'auto' with it")
+
+    def _check_estimator(self) -> None:
+        if self.factored and self.scaling != "paper":
+            raise ValueError(f"scaling={self.scaling!r} is about LOZO: directions of {self.estimator!r} have one scale")
+        if self.keep_factors and self.estimator == "guided":
+            raise ValueError("keep_factors needs the V of every window, and AGZO's is in memory for one: leave it out, or use LOZO")
+        if self.per_example and (self.placement != "probe" or self.keep_factors):
+            what = "keep_factors" if self.keep_factors else f"placement={self.placement!r}"
+            raise ValueError(
+                f"{what} is not for directions per example (GRZO): they are evaluated by placement='probe', and leave no factors"
+            )
 
     @property
     def perturb_factor(self) -> float:
@@ -142,6 +151,11 @@ class PatchConfig:
     def update_factor(self) -> float:
         """What multiplies lr * c for a low-rank tensor."""
         return 1.0 if self.scaling == "published" or self.factored else 1.0 / self.rank
+
+    @property
+    def per_example(self) -> bool:
+        """Whether each part of a batch has a direction of its own (GRZO)."""
+        return self.estimator == "perexample"
 
     @property
     def factored(self) -> bool:

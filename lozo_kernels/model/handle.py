@@ -249,8 +249,13 @@ class Handle:
             terms = [Term(Draw(step, direction), perturb=scale if removed is None else scale - removed)]
         run_pass(self._groups, terms)
 
-    def spread_(self, step: Step, offsets: Sequence[Perturbation], examples: int) -> None:  # noqa: ARG002  (for probes)
-        """Lets evaluations of a probe share the next forward passes, with ``examples`` of the batch at each offset, in order."""
+    def spread_(self, step: Step, offsets: Sequence[Perturbation], examples: int, parts: int = 1) -> None:  # noqa: ARG002
+        """Lets evaluations of a probe share the next forward passes, with ``examples`` of the batch at each offset, in order.
+
+        Args:
+            parts: with directions per example there is one offset, which stands for as many directions: each of these equal parts
+                of the examples is at its own, from that of the offset on.
+        """
         raise RuntimeError(_ONE_POINT)
 
     def rest_(self) -> None:
@@ -264,8 +269,10 @@ class Handle:
         conditions: Conditions,  # noqa: ARG002
         *,
         step: int,  # noqa: ARG002
+        parts: int,  # noqa: ARG002
     ) -> bool:
-        """Checks that evaluations of a probe which share a forward pass give the losses that they give one by one.
+        """Checks that evaluations of a probe which share a forward pass give the losses that they give one by one: those of several
+        copies of a batch or, with directions per example, those of ``parts`` of it.
 
         Returns:
             Whether that proves something, which it does if some loss is finite and moves.
@@ -373,11 +380,14 @@ class Handle:
         check_range("step", step, MAX_DRAW)
         device, shape = self.device_of(p), p.storage.shape
         if not p.low_rank:
-            more: dict[str, Any] = {"direction": direction, "law": self.config.directions_law, "device": device}
+            more: dict[str, Any] = {
+                "direction": 0 if self.config.per_example else direction,
+                "law": self.config.directions_law,
+                "device": device,
+            }
             return dense(self.config.seed, shape.numel(), p.tensor_id, step, **more).view(shape)
         spec = FactorSpec(p.tensor_id, p.extent, choose_backend(device, self.config.backend).backend, device)
-        left, v = self.estimator.left(spec, Draw(step, direction)), self.estimator.right(spec, step // self.config.interval)
-        return (reference.low_rank_product(left, v) * self.config.perturb_factor).view(shape)
+        return (self.estimator.direction(spec, Draw(step, direction)) * self.config.perturb_factor).view(shape)
 
     def report(self) -> Report:
         """Returns how every parameter of the model is treated. ``print(handle.report())`` shows a table."""

@@ -85,15 +85,23 @@ def repeat_examples(inputs: Any, times: int) -> Any:
     return tree_map(lambda x: torch.cat([x] * times) if isinstance(x, Tensor) else x, inputs)
 
 
-def batch_losses(closures: Sequence[BatchClosure], batches: Sequence[Any], times: int, conditions: Conditions) -> Tensor:
-    """Makes ``times`` evaluations in one call of each closure. Returns their losses, (times,) fp64, as means over the closures."""
-    losses = [sums / weights for sums, weights in _batch_totals(closures, batches, times, conditions)]
+def batch_losses(
+    closures: Sequence[BatchClosure], batches: Sequence[Any], times: int, conditions: Conditions, *, apart: bool = False
+) -> Tensor:
+    """Makes ``times`` evaluations in one call of each closure. Returns their losses, (times,) fp64, as means over the closures.
+
+    Args:
+        apart: the evaluations are of equal parts of a batch, not of copies of it. The mean of their losses is that of the batch.
+    """
+    losses = [sums / weights for sums, weights in _batch_totals(closures, batches, times, conditions, apart)]
     return losses[0] if len(losses) == 1 else torch.stack(losses).mean(0)
 
 
-def batch_totals(closures: Sequence[BatchClosure], batches: Sequence[Any], times: int, conditions: Conditions) -> Tensor:
+def batch_totals(
+    closures: Sequence[BatchClosure], batches: Sequence[Any], times: int, conditions: Conditions, *, apart: bool = False
+) -> Tensor:
     """As :func:`batch_losses`, but returns (sum, weight) for a mean over processes: (times, 2) fp64."""
-    found = _batch_totals(closures, batches, times, conditions)
+    found = _batch_totals(closures, batches, times, conditions, apart)
     if len(found) == 1:
         return torch.stack(found[0], 1)
     weight = torch.stack([weights for _, weights in found]).sum(0)
@@ -101,14 +109,23 @@ def batch_totals(closures: Sequence[BatchClosure], batches: Sequence[Any], times
 
 
 def _batch_totals(
-    closures: Sequence[BatchClosure], batches: Sequence[Any], times: int, conditions: Conditions
+    closures: Sequence[BatchClosure], batches: Sequence[Any], times: int, conditions: Conditions, apart: bool
 ) -> list[tuple[Tensor, Tensor]]:
     conditions.begin_evaluation()
     found = []
     for closure, inputs in zip(closures, batches, strict=True):
+        if apart:
+            found.append(_part_totals(closure(inputs), times, count_examples(inputs)))
+            continue
         examples = count_examples(inputs)
         found.append(_as_totals(closure(repeat_examples(inputs, times) if times > 1 else inputs), times, examples))
     return found
+
+
+def _part_totals(value: Any, parts: int, examples: int) -> tuple[Tensor, Tensor]:
+    """Returns the sum of each part's losses as so many parts of a batch's, and the weight of the whole batch for each."""
+    sums, weights = _as_totals(value, parts, examples // parts, alike=False)
+    return sums * parts, weights.sum().expand(parts)
 
 
 def as_losses(value: Any, times: int, examples: int) -> Tensor:
@@ -117,8 +134,8 @@ def as_losses(value: Any, times: int, examples: int) -> Tensor:
     return sums / weights
 
 
-def _as_totals(value: Any, times: int, examples: int) -> tuple[Tensor, Tensor]:
-    """Returns sums and weights, (times,) fp64 each. A mean is a sum of weight 1."""
+def _as_totals(value: Any, times: int, examples: int, *, alike: bool = True) -> tuple[Tensor, Tensor]:
+    """Returns sums and weights, (times,) fp64 each. A mean is a sum of weight 1. ``alike``: weights are the same every time."""
     parts = [gather(x) if isinstance(x, Tensor) else x for x in (value if isinstance(value, (tuple, list)) else (value,))]
     if times == 1 and len(parts) == 1 and (not isinstance(value, Tensor) or value.dim() == 0):
         loss = as_loss(value).reshape(1)
@@ -133,7 +150,7 @@ def _as_totals(value: Any, times: int, examples: int) -> tuple[Tensor, Tensor]:
     if len(parts) == 1:
         return sums, torch.full_like(sums, examples)
     weights = parts[1].detach().to(torch.float64).view(times, examples)
-    return sums, keep_where(weights == weights[:1], weights).sum(1)
+    return sums, (keep_where(weights == weights[:1], weights) if alike else weights).sum(1)
 
 
 def pair_closures(closure: Any, inputs: Any) -> tuple[list[Any], list[Any] | None]:
@@ -154,19 +171,23 @@ def pair_closures(closure: Any, inputs: Any) -> tuple[list[Any], list[Any] | Non
     return closures, batches
 
 
-def bind_inputs(closures: Sequence[BatchClosure], batches: Sequence[Any]) -> list[Closure]:
-    """Binds each closure to its batch, which makes closures without arguments."""
-    return [BoundClosure(closure, inputs) for closure, inputs in zip(closures, batches, strict=True)]
+def bind_inputs(closures: Sequence[BatchClosure], batches: Sequence[Any], parts: int = 1) -> list[Closure]:
+    """Binds each closure to its batch, which makes closures without arguments. With ``parts`` they have to return losses of
+    examples."""
+    return [BoundClosure(closure, inputs, parts) for closure, inputs in zip(closures, batches, strict=True)]
 
 
 class BoundClosure:
     """A closure bound to its inputs."""
 
-    def __init__(self, closure: BatchClosure, inputs: Any) -> None:
-        self._closure, self._inputs = closure, inputs
+    def __init__(self, closure: BatchClosure, inputs: Any, parts: int = 1) -> None:
+        self._closure, self._inputs, self._parts = closure, inputs, parts
 
     def __call__(self) -> Tensor:
         """Returns the loss, 0-dim fp64."""
+        if self._parts > 1:
+            sums, weights = _part_totals(self._closure(self._inputs), self._parts, count_examples(self._inputs))
+            return sums.mean() / weights[0]
         return as_losses(self._closure(self._inputs), 1, count_examples(self._inputs))[0]
 
     def totals(self) -> Tensor:

@@ -192,7 +192,7 @@ def _identity(owner: Owner) -> Hashable:
 
 
 def _trains_quantised(config: PatchConfig, found: _Found) -> bool:
-    probes = config.placement != "inplace" and config.estimator in NOISE_LEFT
+    probes = config.placement != "inplace" and config.estimator in NOISE_LEFT and not config.per_example
     return probes and is_quantised(found.owners[0].module, found.tensor)
 
 

@@ -82,6 +82,8 @@ class Group:
     config: PatchConfig
     rounds: bool = dataclasses.field(init=False)
     """Whether updates round stochastically."""
+    common: bool = dataclasses.field(init=False)
+    """Whether the directions of all parts of a batch are one here, where matrices have one for each."""
 
     def __post_init__(self) -> None:
         low_rank, self.rounds = self.kind == "lowrank", self.config.rounding == "stochastic"
@@ -92,6 +94,7 @@ class Group:
         self._law = "normal" if low_rank else self.config.directions_law
         self._update = OPS[f"{self.kind}_update_"]
         self._momentum = OPS[f"{self.kind}_momentum_"]
+        self.common = self.config.per_example and not low_rank
         self.table.check_positions(factors=low_rank, flat=not low_rank or self.rounds)
 
     def apply(
@@ -177,6 +180,10 @@ def run_update(groups: Sequence[Group], update: Update, applied: float = 0.0, pe
         perturb_next: scale of the perturbation along direction 0 of the next step, which has the same V; None for none.
     """
     count = len(update.c)
+    common = [group for group in groups if group.common] if count > 1 else []
+    if common:
+        run_update(common, dataclasses.replace(update, c=[_mean(update.c)]), applied, perturb_next)
+        groups = [group for group in groups if not group.common]
     terms = []
     for d, c in enumerate(update.c):
         share = share_of(c, count)
@@ -237,6 +244,14 @@ def share_of(c: Scalar, directions: int) -> Scalar:
     if directions == 1:
         return c
     return c / torch.full_like(c, directions) if isinstance(c, Tensor) else c / directions
+
+
+def _mean(c: Sequence[Scalar]) -> Scalar:
+    """The mean, of shares that are added in order, so that it has the same bits everywhere."""
+    total, *rest = (share_of(one, len(c)) for one in c)
+    for share in rest:
+        total = total + share
+    return total
 
 
 def decay_of(lr: Scalar, weight_decay: Scalar) -> Scalar | None:

@@ -170,10 +170,10 @@ class Sharded(Storage):
         check_trainable(name, p)
         if config.estimator == "guided":
             raise TypeError(f"parameter {name!r} is sharded, and AGZO looks at the inputs of whole layers: use LOZO, or exclude it")
-        if config.factored or (not in_place and config.estimator == "dense"):
+        if config.factored or config.per_example or (not in_place and config.estimator == "dense"):
             raise TypeError(
-                f"parameter {name!r} is sharded: shards have no probe with MeZO, and nothing with SubZero, ZO-Muon or an estimator "
-                "that was registered; use LOZO, MeZO with placement='inplace', or exclude it"
+                f"parameter {name!r} is sharded: shards have no probe with MeZO, and nothing with SubZero, ZO-Muon, GRZO or an "
+                "estimator that was registered; use LOZO, MeZO with placement='inplace', or exclude it"
             )
         if self.layout.form == "square":
             raise TypeError(f"parameter {name!r} is sharded, and cannot be seen as a square matrix: leave it out of square")
@@ -209,7 +209,9 @@ class Offloaded(Storage):
         p = self.tensor
         return next(o.kept.execution_device for o in self.owners if o.kept is not None) if p.device.type == "meta" else p.device
 
-    def check(self, config: PatchConfig) -> None:  # noqa: ARG002
+    def check(self, config: PatchConfig) -> None:
+        if config.per_example and self.layout.low_rank:
+            raise TypeError(f"parameter {self.layout.name!r} is offloaded, and GRZO updates weights where they are: use LOZO")
         for owner in self.owners:
             if owner.kept is not None:
                 owner.kept.check_writable()

@@ -1,4 +1,4 @@
-"""LOZO, LOZO-M, MeZO, MeZO-M, SubZero and ZO-Muon as ``torch.optim.Optimizer`` subclasses that never call backward."""
+"""LOZO, LOZO-M, MeZO, MeZO-M, SubZero, ZO-Muon and GRZO as ``torch.optim.Optimizer`` subclasses that never call backward."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.checks import check_number
+from ..kernels.op_table import MAX_PARTS
 from ..model.backward import Backward
 from ..model.config import OPTIONS, check_names
 from ..model.handle import Handle
@@ -449,5 +450,64 @@ class ZOMuon(ZerothOrderOptimizer):
             raise ValueError("updates of ZO-Muon have one length whatever the scale of c: leave normalise out")
 
 
-OPTIMIZERS: dict[str, type[ZerothOrderOptimizer]] = {kind.estimator: kind for kind in (LOZO, MeZO, SubZero, ZOMuon, AGZO)}
+class GRZO(ZerothOrderOptimizer):
+    """Zeroth-order SGD with a direction for each part of a batch (arXiv 2606.02857): LOZO's U V^T with random signs of its own.
+
+    In two forward passes each of ``directions`` equal parts of a batch is evaluated at X +- eps Z_i, where Z_i is
+    diag(r_i) U V^T diag(s_i), and X moves by -lr / r times the mean of a_i Z_i, where a_i is c_i over the standard deviation of all
+    c_i (``normalise="spread"``, without which steps diverge). One-dimensional tensors have one dense direction for all parts.
+
+    It needs ``step(closure, inputs)`` with one loss for each example. It is always a probe (``placement="probe"``), of the matrices
+    of linear and embedding layers: exclude others. The paper divides a step by 2 eps too, so the learning rate here is its own over
+    2 eps.
+
+    Args:
+        directions: the parts, which the number of examples is a multiple of; at most 256.
+        target, params, normalise, options: as for :class:`ZerothOrderOptimizer`. Momentum, ``two_sided=False``,
+            ``evaluation="batched"``, ``drive``, ``lr="auto"`` and ``parallel="directions"`` are refused.
+
+    Example::
+
+        optimizer = GRZO(model, lr=1e-3, rank=2, interval=50, directions=16)
+        for batch in loader:  # of 16, 32, ... examples
+            loss = optimizer.step(losses_of_examples, batch)
+    """
+
+    estimator = "perexample"
+
+    def __init__(
+        self,
+        target: nn.Module | Handle,
+        params: Iterable[Any] | None = None,
+        *,
+        directions: int = 8,
+        normalise: str | None = "spread",
+        **options: Any,
+    ) -> None:
+        placed = options if isinstance(target, Handle) else {"placement": "probe"} | options
+        if options.get("lr") == AUTO:
+            raise ValueError(_not_for_parts("lr='auto'"))
+        super().__init__(target, params, directions=directions, normalise=normalise, **placed)
+
+    def _check_handle(self, handle: Handle, settings: StepSettings, parallel: Parallel | None) -> None:
+        asked = {
+            "momentum": settings.momentum > 0,
+            "two_sided=False": not settings.two_sided,
+            "evaluation='batched'": settings.evaluation == "batched",
+            "drive": handle.backward is not None,
+            "parallel='directions'": parallel is not None and parallel.mode == "directions",
+        }
+        wrong = next((name for name, given in asked.items() if given), None)
+        if wrong is not None:
+            raise ValueError(_not_for_parts(wrong))
+        if settings.directions > MAX_PARTS:
+            raise ValueError(f"directions are the parts of a batch, at most {MAX_PARTS}, not {settings.directions}")
+        super()._check_handle(handle, settings, parallel)
+
+
+def _not_for_parts(what: str) -> str:
+    return f"{what} is not for directions per example (GRZO): leave it out, or use LOZO"
+
+
+OPTIMIZERS: dict[str, type[ZerothOrderOptimizer]] = {kind.estimator: kind for kind in (LOZO, MeZO, SubZero, ZOMuon, AGZO, GRZO)}
 """The class for each estimator of :class:`~lozo_kernels.PatchConfig`."""

@@ -80,6 +80,7 @@ class Stepper:
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device="cpu")
         self.flat = torch.zeros((), dtype=torch.int64, device="cpu")
         self.moment = no_moment()
+        self._by_example = handle.config.per_example
         self._warned_flat = False
         self._moves, self._measuring = 0, False
         self._batches_checked = False
@@ -124,6 +125,11 @@ class Stepper:
         return [(direction, scale) for direction in range(self.settings.directions) for scale in scales]
 
     @property
+    def parts(self) -> int:
+        """The parts of a batch that have directions of their own, which are then the directions of a step; 1 without."""
+        return self.settings.directions if self._by_example else 1
+
+    @property
     def last_point(self) -> Perturbation:
         """The perturbation that is in the weights after all evaluations."""
         return self.settings.directions - 1, -self.settings.eps if self.settings.two_sided else self.settings.eps
@@ -142,7 +148,9 @@ class Stepper:
             (directions,) fp64 each, on the device of the loss; with ``parallel`` those of all processes.
         """
         settings = self.settings
-        alone = closures if batches is None else bind_inputs(closures, batches)
+        if self._by_example:
+            self._check_parts(batches)
+        alone = closures if batches is None else bind_inputs(closures, batches, self.parts)
         if not isinstance(self.step, Tensor):
             self.guide(alone)
         conditions = self.handle.conditions(randomness=settings.common_random_numbers)
@@ -152,6 +160,9 @@ class Stepper:
         try:
             if measuring:
                 plus, minus, self.measured = evaluate_parts(self, alone, conditions)
+            elif self._by_example:
+                assert batches is not None
+                plus, minus = self._evaluate_parts(closures, batches, conditions)
             elif settings.evaluation == "batched":
                 assert batches is not None
                 plus, minus = self._evaluate_together(closures, batches, conditions)
@@ -166,7 +177,9 @@ class Stepper:
 
     def prepare(self, closures: Sequence[Any], batches: Sequence[Any] | None = None) -> None:
         """Makes what :meth:`evaluate` makes before its evaluations, for the steps of a :meth:`twin`, which read no value."""
-        alone = closures if batches is None else bind_inputs(closures, batches)
+        if self._by_example:
+            self._check_parts(batches)
+        alone = closures if batches is None else bind_inputs(closures, batches, self.parts)
         self.guide(alone)
         self.handle.enter_window(self.count)
         conditions = self.handle.conditions(randomness=self.settings.common_random_numbers)
@@ -375,7 +388,21 @@ class Stepper:
 
     def _check_batches(self, closures: Sequence[BatchClosure], batches: Sequence[Any], conditions: Conditions) -> None:
         if not self._batches_checked:
-            self._batches_checked = self.handle.check_batches(closures, batches, conditions, step=self.count)
+            self._batches_checked = self.handle.check_batches(closures, batches, conditions, step=self.count, parts=self.parts)
+
+    def _check_parts(self, batches: Sequence[Any] | None) -> None:
+        """Raises TypeError or ValueError unless each part of the batches can have a direction of its own."""
+        if batches is None:
+            raise TypeError(
+                "each example has its own direction (GRZO), so step(closure, inputs) needs a closure that takes the inputs and "
+                "returns one loss for each example, or sums and weights"
+            )
+        for count in map(count_examples, batches):
+            if count % self.parts:
+                raise ValueError(
+                    f"a batch of {count} examples does not divide into directions={self.parts} equal parts: leave such a batch out "
+                    "(drop_last=True of a DataLoader), or give another number of directions"
+                )
 
     def is_mine(self, direction: int) -> bool:
         """Whether this process evaluates a direction."""
@@ -414,16 +441,14 @@ class Stepper:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Makes all evaluations in one call of each closure."""
         handle, two_sided = self.handle, self.settings.two_sided
-        examples = {count_examples(inputs) for inputs in batches}
-        if len(examples) > 1:
-            raise ValueError(f"micro-batches that are evaluated together have one number of examples, not {sorted(examples)}")
+        examples = _examples_of(batches)
         if not isinstance(self.step, Tensor):
             self._check_batches(closures, batches, conditions)
         offsets = [point for point in self.points if self.is_mine(point[0])]
         if not two_sided:
             offsets.append((0, 0.0))
         try:
-            handle.spread_(self.step, offsets, examples.pop())
+            handle.spread_(self.step, offsets, examples)
             evaluate = batch_losses if self.parallel is None else batch_totals
             losses = evaluate(closures, batches, len(offsets), conditions)
         finally:
@@ -431,6 +456,31 @@ class Stepper:
         if two_sided:
             return list(losses[0::2]), list(losses[1::2])
         return list(losses[:-1]), [losses[-1]] * (len(offsets) - 1)
+
+    def _evaluate_parts(
+        self, closures: Sequence[BatchClosure], batches: Sequence[Any], conditions: Conditions
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Evaluates each part of the batch at its own point, all of them at once, on one side and on the other."""
+        handle, examples = self.handle, _examples_of(batches)
+        if self.parts > 1:
+            self._check_batches(closures, batches, conditions)
+        evaluate = batch_losses if self.parallel is None else batch_totals
+        sides = []
+        try:
+            for scale in (self.settings.eps, -self.settings.eps):
+                handle.spread_(self.step, [(0, scale)], examples, self.parts)
+                sides.append(list(evaluate(closures, batches, self.parts, conditions, apart=True)))
+        finally:
+            handle.rest_()
+        return sides[0], sides[1]
+
+
+def _examples_of(batches: Sequence[Any]) -> int:
+    """The examples of each of the batches. Raises ValueError if they have several numbers."""
+    examples = {count_examples(inputs) for inputs in batches}
+    if len(examples) > 1:
+        raise ValueError(f"micro-batches that are evaluated together have one number of examples, not {sorted(examples)}")
+    return examples.pop()
 
 
 def _same_point(a: Perturbation | None, b: Perturbation | None) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lozo_kernels import AGZO, LOZO
+from lozo_kernels import AGZO, GRZO, LOZO
 from lozo_kernels.journal import Journal, diff, read_journal
 from python_tests.processes import forked
 
@@ -21,6 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "LOZO-M, probe": {"dtype": torch.float32, "placement": "probe", "momentum": 0.9},
     "AGZO, probe": {"dtype": torch.bfloat16, "placement": "probe", "momentum": 0.9, "method": AGZO},
     "LOZO-M, in place": {"dtype": torch.float32, "momentum": 0.9},
+    "GRZO": {"dtype": torch.bfloat16, "method": GRZO, "directions": 4},
 }
 STEPS = 400
 
@@ -40,7 +41,8 @@ def train(kind: str, journal: Path, result: Path, steps: int = STEPS, build: Cal
     warnings.filterwarnings("ignore", "not guided by inputs")
     options = dict(KINDS[kind])
     model = build().to(options.pop("dtype"))
-    optimizer = options.pop("method", LOZO)(model, lr=1e-2, eps=1e-2, interval=13, **options)
+    method = options.pop("method", LOZO)
+    optimizer = method(model, lr=1e-2, eps=1e-2, interval=13, **options)
     first = 0
     if journal.exists():
         first = Journal.resume(journal, optimizer)
@@ -52,7 +54,10 @@ def train(kind: str, journal: Path, result: Path, steps: int = STEPS, build: Cal
         generator = torch.Generator().manual_seed(step)
         tokens = torch.randint(0, 17, (4, 7), generator=generator)
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
-        optimizer.step(lambda x=tokens: _loss(model, x))
+        if method is GRZO:
+            optimizer.step(functools.partial(_losses, model), tokens)
+        else:
+            optimizer.step(lambda x=tokens: _losses(model, x).mean())
     assert optimizer.journal is not None
     optimizer.journal.finish()
     optimizer.handle.restore()
@@ -61,10 +66,10 @@ def train(kind: str, journal: Path, result: Path, steps: int = STEPS, build: Cal
     half.replace(result)
 
 
-def _loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+def _losses(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     output = model(tokens[:, :-1])
     logits = getattr(output, "logits", output)
-    return nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+    return nn.functional.cross_entropy(logits.float().transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
 
 
 def instant(rng: random.Random, journal: Path, size: int) -> Callable[[], bool]:

@@ -7,6 +7,7 @@
 #define LOZO_ABI_VERSION 6
 #define LOZO_MAX_RANK 64
 #define LOZO_MAX_DRAWS 2
+#define LOZO_MAX_PARTS 256
 
 #if defined(_WIN32)
 #define LOZO_EXPORT __declspec(dllexport)
@@ -50,13 +51,14 @@ typedef struct lozo_call {
   int64_t rounding;  // 1: stochastic into bf16 and fp16, 0: to nearest even
   int64_t rounding_step;
   int64_t rounding_index;
-  const float *scales;        // (draws, tensors)
+  const float *scales;        // (draws, tensors), or (parts, tensors)
   const float *coefficients;  // (draws, tensors), momentum ops only
   const float *alpha;         // (tensors,), momentum ops only
   const float *beta;          // (tensors,), momentum ops only
   const float *decay;         // (tensors,), or NULL for 1
   const lozo_tensor *out;     // merges only: the weights that are written, of which only x and its strides count
   int64_t reproject;          // resample only: N is carried over into the new V
+  int64_t parts;              // lowrank_signed_update only: the parts of a batch, whose signs begin at directions[0]
   int64_t law;                // dense ops only: lozo_law of the noise
   int64_t threads;
 } lozo_call;

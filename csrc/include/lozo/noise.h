@@ -32,7 +32,16 @@
 
 namespace lozo {
 
-enum Stream : uint32_t { kStreamU = 0, kStreamV = 1, kStreamZ = 2, kStreamS = 3, kStreamSigns = 4, kStreamRounding = 8 };
+enum Stream : uint32_t {
+  kStreamU = 0,
+  kStreamV = 1,
+  kStreamZ = 2,
+  kStreamS = 3,
+  kStreamSigns = 4,
+  kStreamRowSigns = 5,
+  kStreamColumnSigns = 6,
+  kStreamRounding = 8,
+};
 
 constexpr int kPhiloxRounds = 10;
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;

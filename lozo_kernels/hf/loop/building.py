@@ -29,9 +29,11 @@ def build_optimizer(model: nn.Module, settings: Settings) -> ZerothOrderOptimize
     assert method.optimizer is not None
     names = ["weight_decay", "seed", *(name for name in method.uses if name not in ("placement", "one_sided", "find_eps"))]
     # Fused steps save passes over the weights, of which a probe makes none.
-    placing = {"fuse_steps": True} if settings.placement == "inplace" else {"placement": settings.placement}
+    placing: dict[str, Any] = {} if method.per_example else {"two_sided": not settings.one_sided}
+    if not method.per_example:
+        placing |= {"fuse_steps": True} if settings.placement == "inplace" else {"placement": settings.placement}
     rates: dict[str, Any] = {"lr": AUTO if settings.lr is None else settings.lr}
-    options = rates | placing | {"parallel": settings.parallel, "two_sided": not settings.one_sided}
+    options = rates | placing | {"parallel": settings.parallel}
     try:
         return method.optimizer(model, **options, **{name: getattr(settings, name) for name in names})  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError) as e:

@@ -122,8 +122,9 @@ class ZerothOrder:
 
     @property
     def batched(self) -> bool:
-        """Whether all evaluations of a step share one forward pass (:meth:`step_together`)."""
-        return self.optimizer.evaluation == "batched"
+        """Whether a step needs the loss of each example (:meth:`step_together`): evaluations share a forward pass, or examples have
+        directions of their own."""
+        return self.optimizer.evaluation == "batched" or self.optimizer.handle.config.per_example
 
     def step(self, closure: Any) -> Tensor:
         return self.optimizer.step(closure)

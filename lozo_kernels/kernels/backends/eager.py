@@ -32,6 +32,8 @@ class EagerBackend(Backend):
                 given.append(table.v[t])
             if op.n != "none":
                 given.append(None if table.n is None else table.n[t])  # type: ignore[arg-type]
+            if op.signed:
+                given += [row_signs(table, t, call), column_signs(table, t, call)]
             noise = [_noise(op, table, t, call, draw) for draw in call.draws]
             decay = None if call.decay is None else call.decay[t]
             if op.momentum:
@@ -78,6 +80,8 @@ def _noise(op: Op, table: TensorTable, t: int, call: TableCall, draw: Draw) -> T
     """The noise that a draw adds to one tensor: U or Z."""
     if not op.along_rows:
         return dense_noise(table, t, call.seed, draw, call.law)
+    if op.signed:  # the parts of a batch share U, and their directions tell their signs apart
+        draw = Draw(draw.step)
     return _rows_of_u(table, t, table.x[t].shape[2] if op.factors else table.rank, call.seed, draw)
 
 
@@ -118,6 +122,25 @@ def column_factor(table: TensorTable, t: int, seed: int, window: int) -> Tensor:
         for b in range(batch)
     ]
     return torch.stack(blocks).transpose(1, 2).to(torch.float16)
+
+
+def row_signs(table: TensorTable, t: int, call: TableCall) -> Tensor:
+    """The signs of one tensor's rows for each part of a batch: (parts, batch, rows) fp32."""
+    batch, rows, _ = table.x[t].shape
+    return _signs(table, t, call, "row signs", table.row_offsets[t], batch * rows).view(-1, batch, rows)
+
+
+def column_signs(table: TensorTable, t: int, call: TableCall) -> Tensor:
+    """The signs of one tensor's columns for each part of a batch: (parts, batch, cols) fp32."""
+    batch, _, cols = table.x[t].shape
+    firsts = [table.col_offsets[t] + b * table.global_cols[t] for b in range(batch)]
+    return torch.stack([_signs(table, t, call, "column signs", first, cols) for first in firsts], 1)
+
+
+def _signs(table: TensorTable, t: int, call: TableCall, stream: str, offset: int, count: int) -> Tensor:
+    (draw,), parts = call.draws, len(call.scales)
+    where = {"stream": stream, "offset": offset, "direction": draw.direction}
+    return noise.part_signs(call.seed, parts, count, table.tensor_ids[t], draw.step, **where, device=table.device)  # type: ignore[arg-type]
 
 
 def dense_noise(table: TensorTable, t: int, seed: int, draw: Draw, law: str) -> Tensor:

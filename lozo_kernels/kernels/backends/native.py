@@ -36,7 +36,7 @@ class _Call(ctypes.Structure):
         ("directions", ctypes.c_int64 * MAX_DRAWS),
         *int64s("rounding rounding_step rounding_index"),
         *pointers("scales coefficients alpha beta decay out"),
-        *int64s("reproject law threads"),
+        *int64s("reproject parts law threads"),
     )
 
 
@@ -237,7 +237,8 @@ def _check(status: int, function: Any) -> None:
 def _arguments(rank: int, call: TableCall) -> _Call:
     """The arguments of a call as the C struct. It holds addresses, so the caller has to keep ``call`` alive."""
     law, threads = LAWS.index(call.law), torch.get_num_threads()
-    arguments = _Call(seed=call.seed, rank=rank, num_draws=len(call.draws), law=law, threads=threads)
+    parts = len(call.scales)  # of the op that has them
+    arguments = _Call(seed=call.seed, rank=rank, num_draws=len(call.draws), parts=parts, law=law, threads=threads)
     for d, draw in enumerate(call.draws):
         arguments.draw_steps[d], arguments.directions[d] = int(draw.step), draw.direction
     rounding = call.rounding

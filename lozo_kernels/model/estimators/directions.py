@@ -54,6 +54,11 @@ class Estimator(abc.ABC):
     def right(self, spec: FactorSpec, window: int) -> Tensor:
         """Returns V of one parameter, transposed, (batch, rank, cols) fp32."""
 
+    def direction(self, spec: FactorSpec, draw: Draw) -> Tensor:
+        """Returns the direction of one parameter, (batch, rows, cols) fp32. The step of the draw is a number."""
+        left, right = self.left(spec, draw), self.right(spec, int(draw.step) // self.config.interval)
+        return reference.low_rank_product(left, right)
+
     def resample_(self, table: TensorTable, *, window: int, reproject: bool, backend: Backend) -> None:
         """Writes the V of a window into a table of weights, as :func:`lozo_kernels.ops.resample_` does."""
         ops.resample_(table, seed=self.config.seed, window=window, reproject=reproject, backend=backend)

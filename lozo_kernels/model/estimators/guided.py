@@ -13,9 +13,8 @@ from torch import Tensor
 from ...kernels.registry import Backend
 from ...kernels.table import TensorTable
 from ..config import PatchConfig
-from .directions import FactorSpec, LowRank
+from .directions import FactorSpec, LowRank, replace_v
 from .subspace import orthonormal_columns
-from .summed import replace_v
 
 _STEPS = 2047.0
 """The largest number of steps of its grid that a value of V has: 11 bits, as fp16 holds them."""

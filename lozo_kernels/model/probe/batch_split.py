@@ -25,8 +25,11 @@ def check_batches(
     conditions: Conditions,
     *,
     step: int,
+    parts: int,
 ) -> bool:
     """Evaluates two distant points one after the other and together, and compares the losses.
+
+    With directions per example, two parts of the batch are at them, and so are all others while one of the two is evaluated.
 
     Args:
         handle: a probe that was prepared; members: those of the handle.
@@ -37,33 +40,42 @@ def check_batches(
     Raises:
         BatchSplitError: together they fail, or their losses differ.
     """
-    scale = typical_scale(members, handle.config.rank)
+    apart = handle.config.per_example
+    scale, advice = typical_scale(members, handle.config.rank), "use evaluation='sequential'"
+    points = [(0, scale), (0, -scale)]
+    if apart:
+        advice, points = "GRZO cannot train it, and LOZO can", [(0, scale), (parts - 1, scale)]
+
+    def losses_of(times: int) -> list[float]:
+        return batch_losses(closures, batches, times, conditions, apart=apart).tolist()
+
     try:
         handle.rest_()
-        rest = float(batch_losses(closures, batches, 1, conditions))
-        alone = []
-        for side in (scale, -scale):
-            handle.perturb_(step, side)
-            alone.append(float(batch_losses(closures, batches, 1, conditions)))
+        rest, alone = losses_of(parts), []
+        for direction, side in points:
+            handle.perturb_(step, side, direction=direction)
+            alone.append(losses_of(parts)[direction])
             handle.rest_()
-        handle.spread_(step, [(0, scale), (0, -scale)], count_examples(batches[0]))
+        handle.spread_(step, points[:1] if apart else points, count_examples(batches[0]), parts)
         try:
-            together = batch_losses(closures, batches, 2, conditions).tolist()
+            together = losses_of(parts if apart else 2)
         except (RuntimeError, IndexError, ValueError) as error:
             if isinstance(error, BatchSplitError):
                 raise
             raise BatchSplitError(
                 f"two evaluations in one forward pass failed, where one by one they did not ({error}): this model gives some "
-                "module inputs that are not split by example; use evaluation='sequential'"
+                f"module inputs that are not split by example; {advice}"
             ) from error
     finally:
         handle.rest_()
     reshard(handle.model)
-    losses = [Losses(rest, a, b) for a, b in zip(together, alone, strict=True)]
+    if apart:
+        together = [together[direction] for direction, _ in points]
+    losses = [Losses(rest[d], a, b) for (d, _), a, b in zip(points, together, alone, strict=True)]
     peers = Peers(handle.parameters)
     if peers.any(not all(found.agree(handle.precision) for found in losses)):
         raise BatchSplitError(
             f"two evaluations in one forward pass gave the losses {together}, one after the other {alone}: something in the model "
-            "or the closure mixes the examples of a batch; use evaluation='sequential'"
+            f"or the closure mixes the examples of a batch; {advice}"
         )
     return peers.any(any(found.moved() for found in losses))

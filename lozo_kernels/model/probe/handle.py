@@ -178,8 +178,9 @@ class ProbeHandle(Handle):
         self._move_to(REST if after is None else Point(step, after[0], after[1]))
 
     @torch.no_grad()
-    def spread_(self, step: Step, offsets: Sequence[Perturbation], examples: int) -> None:
-        """Lets evaluations share the next forward passes, with ``examples`` of the batch at each (direction, scale), in order.
+    def spread_(self, step: Step, offsets: Sequence[Perturbation], examples: int, parts: int = 1) -> None:
+        """Lets evaluations share the next forward passes, with ``examples`` of the batch at each (direction, scale), in order, or
+        ``parts`` of them in as many directions as :meth:`Handle.spread_` says.
 
         Raises:
             RuntimeError: not prepared, or a parameter is perturbed in place.
@@ -194,7 +195,7 @@ class ProbeHandle(Handle):
             raise RuntimeError(f"{name!r} is perturbed in place, which one forward pass can do in one way only: see report()")
         self._check_between_steps()
         self._applied = Point(step, 0, 0.0)
-        self.probed.write([Point(step, direction, scale) for direction, scale in offsets], examples)
+        self.probed.write([Point(step, direction, scale) for direction, scale in offsets], examples, parts)
 
     @torch.no_grad()
     def rest_(self) -> None:
@@ -203,8 +204,10 @@ class ProbeHandle(Handle):
             run_pass(self._groups, [Term(Draw(applied.step, applied.direction), perturb=-applied.scale)])
         self._move_to(REST)
 
-    def check_batches(self, closures: Sequence[BatchClosure], batches: Sequence[Any], conditions: Conditions, *, step: int) -> bool:
-        return check_batches(self, self.members, closures, batches, conditions, step=step)
+    def check_batches(
+        self, closures: Sequence[BatchClosure], batches: Sequence[Any], conditions: Conditions, *, step: int, parts: int
+    ) -> bool:
+        return check_batches(self, self.members, closures, batches, conditions, step=step, parts=parts)
 
     def take(self, update: Update, applied: float = 0.0, perturb_next: float | None = None) -> None:
         assert perturb_next is None
@@ -225,6 +228,8 @@ class ProbeHandle(Handle):
         self._move_to(REST)
 
     def check_capturable(self) -> None:
+        if self.config.per_example:
+            raise ValueError("a step with directions per example (GRZO) cannot be captured: take plain steps")
         member = next((m for m in self.members if not m.storage.always_here), None)
         if member is not None:
             raise ValueError(

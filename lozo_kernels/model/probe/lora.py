@@ -79,8 +79,11 @@ def export_lora(handle: Handle, folder: str | Path | None = None, *, rank: int |
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank is an integer of at least 1, not {rank!r}")
-    if not isinstance(handle, ProbeHandle) or handle.config.estimator == "dense":
-        raise ValueError("an adapter is made of factors that LOZO or SubZero learns with placement='probe' and keep_factors=True")
+    if not isinstance(handle, ProbeHandle) or handle.config.estimator == "dense" or handle.config.per_example:
+        raise ValueError(
+            "an adapter is made of factors, which LOZO or SubZero learns with placement='probe' and keep_factors=True: MeZO and "
+            "GRZO have none"
+        )
     if folder is not None and not isinstance(folder, (str, os.PathLike)):
         raise TypeError(f"folder is a path, not {folder!r}")
     handle.check_decay()

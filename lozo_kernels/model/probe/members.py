@@ -67,8 +67,9 @@ class Member:
         extent: (batch, rows, cols).
         device: the device of its state.
         v: V of the window, transposed, (batch, rank, cols) fp16; None for a dense parameter.
+        signed: it has a direction for each part of a batch (GRZO), which only the activation side can evaluate.
         b: what was learned since the last merge, fp32: the factor B (batch, rows, rank), or (1, 1, elements) for a dense
-            parameter; None if updates go straight to the weight (MeZO, and side "inplace").
+            parameter; None if updates go straight to the weight (MeZO, GRZO, and side "inplace").
         gain: (1,) fp32, the factor by which weight decay scaled the weight since the last merge, or None without decay.
         side: "activation", "shift" (a bias of a layer on the activation side), "scratch", "copy" or "inplace"; None before
             :meth:`ProbeHandle.prepare`.
@@ -90,6 +91,7 @@ class Member:
     index: int
     extent: tuple[int, int, int]
     device: torch.device
+    signed: bool = False
     v: Tensor | None = None
     b: Tensor | None = None
     gain: Tensor | None = None
@@ -111,7 +113,10 @@ class Member:
         self.owners = self.storage.owners
 
     def settle_on(self, side: str, reason: str) -> None:
-        """Sets the side, and the reason for it. Raises RuntimeError if a weight that cannot be moved is put in place."""
+        """Sets the side, and the reason for it. Raises RuntimeError if a weight that cannot be moved is put in place, or one that
+        has a direction for each example on another side than "activation"."""
+        if self.signed and side != "activation":
+            raise RuntimeError(f"{self.name!r} cannot have a direction for each example ({reason}): exclude it, or use LOZO")
         if side == "inplace" and not self.storage.resident:
             raise RuntimeError(f"{self.name!r} is {self.storage.word} and cannot be probed ({reason}): exclude it")
         self.side, self.reason = side, reason

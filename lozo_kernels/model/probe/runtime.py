@@ -77,6 +77,7 @@ class Runtime:
         live: some factor or scale is not zero, so that modules have something to add.
         selected: the evaluation that a module runs for, if it runs once for each; else None.
         groups: the number of evaluations in the inputs of a module.
+        parts: with directions per example, how many equal parts of the batch are each at their own, from that of the point on.
     """
 
     def __init__(self, config: PatchConfig) -> None:
@@ -88,6 +89,8 @@ class Runtime:
         self.live = False
         self.selected: int | None = None
         self.groups = 1
+        self.parts = 1
+        self._per_example = config.per_example
 
     @contextlib.contextmanager
     def only(self, group: int) -> Iterator[None]:
@@ -115,16 +118,19 @@ class Runtime:
             self._devices[device].write(self.points, self._factor)
         return self._devices[device]
 
-    def write(self, points: Sequence[Point], examples: int | None = None) -> None:
-        """Moves to other points. ``examples`` is the number for each of several."""
+    def write(self, points: Sequence[Point], examples: int | None = None, parts: int = 1) -> None:
+        """Moves to other points. ``examples`` is the number for each of several, or of all ``parts`` together."""
+        self.parts = parts
         self.points, self.examples, self.groups = list(points), examples, len(points)
         for device in self._devices.values():
             device.write(self.points, self._factor)
 
-    def draws(self, group: int) -> list[Draw]:
-        """The draw of one of the points as the ops take it; an empty list if its scale is 0."""
+    def draws(self, group: int, *, dense: bool) -> list[Draw]:
+        """The draw of one of the points as the ops take it; an empty list if its scale is 0. Dense directions are one for all parts
+        of a batch."""
         point = self.points[group]
-        return [Draw(point.step, point.direction)] if point.scale else []
+        direction = 0 if dense and self._per_example else point.direction
+        return [Draw(point.step, direction)] if point.scale else []
 
     @property
     def whole(self) -> int:
@@ -144,5 +150,6 @@ class Runtime:
             return True
         raise BatchSplitError(
             f"{name!r} gets a tensor of shape {tuple(shape)}, whose first dimension is not made of {self.groups} evaluations of "
-            f"{self.examples} examples: this model cannot evaluate them in one forward pass; use evaluation='sequential'"
+            f"{self.examples} examples: this model cannot evaluate them in one forward pass; "
+            + ("GRZO cannot train it, and LOZO can" if self._per_example else "use evaluation='sequential'")
         )

@@ -12,10 +12,12 @@ from .dense_merge import launch_dense_merge
 from .launcher import Launcher
 from .lowrank import launch_factor_update, launch_lowrank
 from .lowrank_merge import launch_lowrank_merge
+from .lowrank_signed import launch_lowrank_signed
 from .work import SizeOf, Work
 
 _LAUNCH: dict[str, Callable[[Work], None]] = {
     "lowrank_update": launch_lowrank,
+    "lowrank_signed_update": launch_lowrank_signed,
     "dense_update": launch_dense,
     "dense_momentum": launch_dense,
     "factor_update": launch_factor_update,

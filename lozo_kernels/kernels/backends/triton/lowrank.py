@@ -42,6 +42,25 @@ def draw_factor(
 
 
 @triton.jit
+def store_by_eight(
+    x, y, bits, start, row_mask, end,
+    STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EMULATE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Stores a block of 16-bit weights. Straight from a matrix layout Triton would store 64 bits at a time; in this shape it stores
+    128."""
+    by_eight = start + tl.arange(0, COLS // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    pointer = x[:, :, None] + by_eight[None, :, :]
+    mask = None
+    if MASKED:
+        mask = row_mask[:, None, None] & (by_eight < end)[None, :, :]
+    y = y.reshape(ROWS, COLS // 8, 8)
+    if STOCHASTIC:
+        store_stochastic(pointer, y, bits.reshape(ROWS, COLS // 8, 8), mask)
+    else:
+        store_weights(pointer, y, mask, EMULATE)
+
+
+@triton.jit
 def update_block(
     x, y, start, row_mask, end, v_matrix, width, u0, u1, scale0, scale1, factor_of_x,
     flat, header, tensor_id, k0, k1, address, code,
@@ -77,17 +96,7 @@ def update_block(
     if WEIGHT is None:
         store_any(address, x + cols[None, :], y, bits, mask, code, STOCHASTIC, EMULATE)
     elif EIGHTS:
-        # Straight from a matrix layout, Triton would store 16-bit results 64 bits at a time; in this shape it stores 128.
-        by_eight = start + tl.arange(0, COLS // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
-        pointer = x[:, :, None] + by_eight[None, :, :]
-        mask_by_eight = None
-        if MASKED:
-            mask_by_eight = row_mask[:, None, None] & (by_eight < end)[None, :, :]
-        y = y.reshape(ROWS, COLS // 8, 8)
-        if STOCHASTIC:
-            store_stochastic(pointer, y, bits.reshape(ROWS, COLS // 8, 8), mask_by_eight)
-        else:
-            store_weights(pointer, y, mask_by_eight, EMULATE)
+        store_by_eight(x, y, bits, start, row_mask, end, STOCHASTIC, ROWS, COLS, EMULATE, MASKED)
     elif STOCHASTIC and tl.float32 != WEIGHT:
         store_stochastic(x + cols[None, :], y, bits, mask)
     else:

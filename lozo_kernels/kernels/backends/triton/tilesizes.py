@@ -12,7 +12,7 @@ from typing import Any
 
 KERNELS = (
     *("lowrank_update", "dense_update", "dense_momentum"),
-    *("lowrank_merge", "dense_merge", "contraction", "expansion"),
+    *("lowrank_signed_update", "lowrank_merge", "dense_merge", "contraction", "expansion"),
 )
 _STOCHASTIC = "_stochastic"
 """The suffix for a kernel that rounds stochastically, which may need more registers. Without an entry, the kernel's own is used."""

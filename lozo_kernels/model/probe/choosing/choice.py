@@ -33,7 +33,7 @@ def choose_sides(
 
     Args:
         uses: where an evaluation used each member.
-        costs: of each low-rank member, on its device and in its dtype.
+        costs: of each low-rank member that has a choice, on its device and in its dtype.
         compiled: the model is compiled, so that scratch memory cannot be used.
         peers: the processes that have to choose alike; the other arguments are the same for all.
     """
@@ -43,7 +43,9 @@ def choose_sides(
             member.settle_on("inplace", "used outside of any module")
             continue
         member.scopes = [m for m in used.modules if m is not None] or [member.owners[0].module]
-        if member.parameter.low_rank:
+        if member.signed:
+            _choose_signed(member, used, config)
+        elif member.parameter.low_rank:
             _choose_matrix(member, used, costs[member], config, compiled)
         else:
             member.settle_on("copy", "small" if _bytes(member) <= _COPY_BYTES else "dense")
@@ -135,6 +137,14 @@ def _choose_matrix(member: Member, used: Uses, costs: Costs, config: PatchConfig
         member.settle_on("scratch", str(obstacle))
     if not member.storage.always_here and member.side == "copy":
         member.settle_on("scratch", f"{member.storage.word}: only its module has it")
+
+
+def _choose_signed(member: Member, used: Uses, config: PatchConfig) -> None:
+    """Settles a matrix that has a direction for each example on the only side that it can be on, or says why it cannot."""
+    obstacle, asked = why_not_activation(member, used, config.estimator), _asked(member, config)
+    if asked in ("scratch", "copy"):
+        obstacle = f"side={asked!r} was asked for"
+    member.settle_on("activation" if obstacle is None else "scratch", obstacle or "each example has its own direction")
 
 
 def why_not_activation(member: Member, used: Uses, estimator: str) -> str | None:

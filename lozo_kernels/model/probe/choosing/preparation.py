@@ -82,6 +82,8 @@ class Preparation:
         cut = next((m.name for m in self.members if m.storage.in_blocks), None)
         if compiled and cut is not None:
             raise RuntimeError(f"{cut!r} is tensor parallel, and has no probe in a compiled model: leave torch.compile out")
+        if compiled and probed.config.per_example:
+            raise RuntimeError("directions per example (GRZO) have no probe in a compiled model: leave torch.compile out")
         with self.alone():
             with watching(probed.model, Watch(self.members)) as watch:
                 rest = self.loss()
@@ -132,7 +134,7 @@ class Preparation:
         config = self.probed.config
         costs: dict[Member, Costs] = {}
         for member in self.members:
-            if member.parameter.low_rank:
+            if member.parameter.low_rank and not member.signed:
                 p = member.parameter.tensor
                 dtype = p.dtype if p.is_floating_point() else torch.float32
                 costs[member] = measure_costs(member.device, dtype, config.rank, config.backend)
@@ -256,6 +258,8 @@ def _bytes(unit: Unit) -> int:
 def _demote(member: Member) -> str:
     """Moves a member to the next safer side. Returns a note."""
     before = member.side
+    if member.signed:
+        raise RuntimeError(f"{member.name!r} cannot have a direction for each example (the loss differed): exclude it, or use LOZO")
     if member.storage.in_blocks and before not in ("activation", "shift"):
         raise RuntimeError(f"{member.name!r} is sharded and cannot be probed (the loss differed on every side): exclude it")
     small = not member.parameter.low_rank

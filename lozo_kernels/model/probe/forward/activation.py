@@ -28,17 +28,8 @@ def summed_dimension(kind: str) -> int:
     return 1 if kind == "linear" else 0
 
 
-def probed_forward(
-    runtime: Runtime, kind: str, member: Member, bias: Member | None, owner: Owner, backend: Backend, old: Forward
-) -> Forward:
-    """Wraps a layer's forward, so that it adds what its weight and bias have moved by.
-
-    Args:
-        kind: see :func:`layer_kind`.
-        member: the weight, on the activation side.
-        bias: the bias if its side is "shift", else None.
-    """
-    layer = (_LayerInBlocks if member.storage.in_blocks else _Layer)(runtime, kind, member, bias, owner, backend)
+def probed_forward(runtime: Runtime, layer: Layer, old: Forward) -> Forward:
+    """Wraps a layer's forward, so that it adds what its weight and bias have moved by."""
 
     @functools.wraps(old)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -51,7 +42,15 @@ def probed_forward(
     return forward
 
 
-class _Layer:
+class Layer:
+    """A layer whose weight is on the activation side.
+
+    Args:
+        kind: see :func:`layer_kind`.
+        member: the weight.
+        bias: the bias if its side is "shift", else None.
+    """
+
     def __init__(self, runtime: Runtime, kind: str, member: Member, bias: Member | None, owner: Owner, backend: Backend) -> None:
         self.runtime, self.kind, self.member, self.bias, self.backend = runtime, kind, member, bias, backend
         self.module, self.name = owner.module, owner.path
@@ -165,7 +164,7 @@ class _Layer:
         return delta if member.past is None else delta + member.past.b @ member.past.v
 
 
-class _LayerInBlocks(_Layer):
+class _LayerInBlocks(Layer):
     """A tensor-parallel layer. Each process adds the product of its own block of the weight to its part of the outputs.
 
     A process with rows of the weight has the same columns of the outputs. With columns of the weight (rows of an embedding) the
@@ -223,3 +222,8 @@ class _LayerInBlocks(_Layer):
             return None, rows
         here = (rows >= first) & (rows < first + count)
         return here, torch.where(here, rows - first, 0)
+
+
+def layer_of(runtime: Runtime, kind: str, member: Member, bias: Member | None, owner: Owner, backend: Backend) -> Layer:
+    """The layer for a weight that is here whole, or in blocks. Arguments as :class:`Layer`."""
+    return (_LayerInBlocks if member.storage.in_blocks else Layer)(runtime, kind, member, bias, owner, backend)

@@ -15,8 +15,9 @@ from ...reading import BeforeRead, ReadHooks
 from ...storage import layer_kind
 from ..members import Member, scopes_of
 from ..runtime import Runtime
-from .activation import probed_forward
+from .activation import layer_of, probed_forward
 from .fast_paths import close_fast_paths
+from .signed import PartSigns, SignedLayer
 from .swapping import Arena, Fill, scoped_forward
 
 
@@ -34,6 +35,7 @@ class Installation:
         model: nn.Module,
         members: Sequence[Member],
         runtime: Runtime,
+        signs: PartSigns,
         arenas: dict[torch.device, Arena],
         fill: Fill,
         backends: Mapping[torch.device, Backend],
@@ -47,8 +49,9 @@ class Installation:
                 kind = layer_kind(owner)
                 assert kind is not None
                 bias, backend = shifts.get(owner.module), backends[member.device]
-                make = functools.partial(probed_forward, runtime, kind, member, bias, owner, backend)
-                self._replace(owner.module, owner.path, make)
+                what = (runtime, kind, member, bias, owner, backend)
+                layer = SignedLayer(*what, signs=signs) if member.signed else layer_of(*what)
+                self._replace(owner.module, owner.path, functools.partial(probed_forward, runtime, layer))
         for module, some in scopes_of(members).items():
             for device in {m.device for m in some}:
                 arenas.setdefault(device, Arena(device))

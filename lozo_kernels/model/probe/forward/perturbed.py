@@ -82,6 +82,11 @@ class PerturbedWeights:
             base: the whole weight; None: this process's part of it, where it is now.
             keep: tables are kept for the next call, since ``out`` will be the same memory.
         """
+        if member.signed and self._runtime.parts > 1:
+            raise RuntimeError(
+                f"{member.name!r} is used in a way that no evaluation before showed, which cannot be done for each example: "
+                "exclude it"
+            )
         local = member.local if base is None else None
         if base is None:
             base = member.storage.present()[0].detach()
@@ -102,7 +107,7 @@ class PerturbedWeights:
 
     def _merge(self, table: TensorTable, out: TensorTable, group: int, gains: Tensor | None, backend: Backend) -> None:
         runtime, count = self._runtime, len(table)
-        draws, point = runtime.draws(group), runtime.points[group]
+        draws, point = runtime.draws(group, dense=table.v is None), runtime.points[group]
         op = OPS["dense_merge_" if table.v is None else "lowrank_merge_"]
         if table.v is None:
             scales = torch.full((len(draws), count), point.scale, dtype=torch.float32, device=table.device)

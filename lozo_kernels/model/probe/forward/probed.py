@@ -19,6 +19,7 @@ from ..members import Member, factors_of
 from ..runtime import REST, Point, Runtime
 from .install import Installation
 from .perturbed import PerturbedWeights
+from .signed import PartSigns
 from .swapping import Arena
 from .unused import UnusedWeights
 
@@ -36,7 +37,9 @@ class ProbedModel:
 
     def __init__(self, model: nn.Module, config: PatchConfig, parameters: Sequence[Parameter], estimator: Estimator) -> None:
         self.model, self.config = model, config
-        self.members = [Member(p, i, p.extent, p.storage.device) for i, p in enumerate(parameters)]
+        self.members = [
+            Member(p, i, p.extent, p.storage.device, signed=config.per_example and p.low_rank) for i, p in enumerate(parameters)
+        ]
         self.runtime = Runtime(config)
         self.learned = False
         self.backends: dict[torch.device, Backend] = {}
@@ -72,8 +75,10 @@ class ProbedModel:
 
     def install(self, before_read: BeforeRead) -> None:
         """Puts the chosen sides into the model's modules. ``before_read`` is called before its weights are read from outside."""
-        weights = self._weights
-        self._installation.add(self.model, self.members, self.runtime, self._arenas, weights.fill, self.backends, before_read)
+        weights, signs = self._weights, PartSigns(self.runtime, self.members)
+        self._installation.add(
+            self.model, self.members, self.runtime, signs, self._arenas, weights.fill, self.backends, before_read
+        )
 
     def await_use(self, unused: Sequence[Member], used: Callable[[Member], None]) -> UnusedWeights:
         """Has operators that take unused weights take perturbed ones. ``used`` is called with a member the first time."""
@@ -89,15 +94,15 @@ class ProbedModel:
         """Gives every module its own forward back."""
         self._installation.remove()
 
-    def write(self, points: Sequence[Point] = (REST,), examples: int | None = None) -> None:
+    def write(self, points: Sequence[Point] = (REST,), examples: int | None = None, parts: int = 1) -> None:
         """Moves to other points, and rewrites copies and shifts for them.
 
         Args:
-            examples: of each evaluation, when several share a forward pass.
+            examples: of each evaluation, when several share a forward pass; with directions per example of all ``parts``.
         """
         torch.clear_autocast_cache()  # it holds casts of perturbed weights as they were
         self.runtime.live = self.learned or any(m.past is not None for m in self.members) or any(p.scale for p in points)
-        self.runtime.write(points, examples)
+        self.runtime.write(points, examples, parts)
         self._weights.refresh()
 
     def fill(self, member: Member, out: Tensor, base: Tensor | None = None) -> None:
@@ -131,7 +136,7 @@ class ProbedModel:
             if member.v is None:
                 member.v = torch.zeros(batch, self.config.rank, cols, dtype=torch.float16, device=device)
             member.v = member.v.to(device)
-        if member.side == "inplace":
+        if member.side == "inplace" or member.signed:
             member.b = None
         elif self._low_rank:
             if member.b is None:

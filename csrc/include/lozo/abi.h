@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define LOZO_ABI_VERSION 6
+#define LOZO_ABI_VERSION 7
 #define LOZO_MAX_RANK 64
 #define LOZO_MAX_DRAWS 2
 #define LOZO_MAX_PARTS 256

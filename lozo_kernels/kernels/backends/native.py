@@ -23,7 +23,7 @@ from .packing import pack
 from .shared_library import open_library
 from .structs import int64s, pointers
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 
 
 class _Call(ctypes.Structure):

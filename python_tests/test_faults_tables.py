@@ -85,8 +85,8 @@ def built_by_step(built, optimizer, step, steps=5):
 
 def take(built, method, model=None, **options):
     model = opt() if model is None else model
-    if method is not MeZO:  # the first merge is in the second step
-        options["interval"] = 1 if options.get("placement") == "probe" else 2
+    if method is not MeZO:  # the first merge, or the first N that is carried to another V, is in the second step
+        options["interval"] = 1 if options.get("placement") == "probe" or options.get("momentum") else 2
     optimizer = method(model, lr=1e-3, eps=1e-2, backend="preparing", **options)
     inputs = {"inputs": TOKENS} if options.get("evaluation") == "batched" else {}
     closure = (lambda tokens: each_loss(model, tokens)) if inputs else lambda: model(input_ids=TOKENS, labels=TOKENS).loss

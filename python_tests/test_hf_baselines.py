@@ -194,7 +194,7 @@ def test_a_loss_that_is_not_finite_moves_nothing_and_ends_the_run(make):
 def test_twenty_steps_through_the_command(name, tmp_path):
     if name == "ft-lora":
         pytest.importorskip("peft")
-    settings = Settings(method=name, task="go-again", steps=20, eval_every=10, eval_size=8, batch_size=4, output=str(tmp_path))
+    settings = Settings(method=name, task="go-again", steps=20, eval_every=10, eval_size=8, batch_size=8, output=str(tmp_path))
     summary = finetune(settings, quiet=True)
     method = METHODS[name]
     assert summary["steps_done"] == 20 and summary["stopped"] is None

@@ -75,9 +75,11 @@ def scalar(case, name, t):
     value = case.call.get(name)
     if value is None:
         return None
-    rows = len(value) if case.op.signed and name == "scales" else len(case.call["draws"])
-    shape = (rows, len(case.table)) if name in ("scales", "coefficients") else (len(case.table),)
     value = value.detach() if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=F64)
+    rows = len(case.call["draws"])
+    if case.op.signed and name == "scales":
+        rows = len(value) if value.dim() > 1 else 1  # the parts
+    shape = (rows, len(case.table)) if name in ("scales", "coefficients") else (len(case.table),)
     return value.to(torch.float32).expand(shape)[..., t]
 
 

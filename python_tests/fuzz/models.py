@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from lozo_kernels import Handle, PatchConfig, handle_of, patch
 from lozo_kernels.kernels import noise
-from lozo_kernels.model.config import ESTIMATORS, PLACEMENTS, ROUNDINGS, SCALINGS, SIDES
+from lozo_kernels.model.config import ESTIMATORS, FACTORED, PLACEMENTS, ROUNDINGS, SCALINGS, SIDES
 from python_tests.fuzz.choices import ANSWER, ODD_NUMBERS, ODD_THINGS, Choices, Memory, attempt, expect, reference_answer
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -90,7 +91,11 @@ def loss_of(model: nn.Module) -> Any:
     return lambda: nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
 
 
-def make_options(case: Choices, *, estimator: bool = True, placement: bool = True) -> dict[str, Any]:
+BY_HAND = ("lowrank", "dense", "subspace")
+"""The estimators whose handles move and update with nothing but a step and a scale: no inputs, parts of a batch, or momentum."""
+
+
+def make_options(case: Choices, *, estimators: Sequence[str] = (), placement: bool = True) -> dict[str, Any]:
     """Keywords of :func:`patch`."""
     options: dict[str, Any] = {
         "rank": case.of(1, 2, 4, 9),
@@ -99,12 +104,16 @@ def make_options(case: Choices, *, estimator: bool = True, placement: bool = Tru
         "rounding": case.of("nearest", *ROUNDINGS),
         "backend": case.of(None, None, "native", "eager"),
     }
-    if estimator:
-        options["estimator"] = case.of(*ESTIMATORS)
-    if options.get("estimator") != "subspace":
+    if estimators:
+        options["estimator"] = case.of(*estimators)
+    kind = options.get("estimator")
+    if kind not in FACTORED:
         options["scaling"] = case.of("paper", *SCALINGS)
-    if placement and case.chance(30):
-        options |= {"placement": "probe", "side": case.of("auto", *SIDES), "keep_factors": case.chance(30)}
+    if kind == "perexample":
+        options["placement"] = "probe"
+    elif placement and case.chance(30):
+        kept = kind != "guided" and case.chance(30)
+        options |= {"placement": "probe", "side": case.of("auto", *SIDES), "keep_factors": kept}
     if case.chance(10):
         options["include"] = case.of("*", ("embed*", "up*", "head*"), ["*weight"])
     for name in case.odd(12, *options, "exclude", "square", "include", "allow_drift", "drive", note="option"):
@@ -115,7 +124,7 @@ def make_options(case: Choices, *, estimator: bool = True, placement: bool = Tru
 
 def run_config(case: Choices) -> str:
     """:class:`PatchConfig` of any values, and back from JSON."""
-    options = make_options(case)
+    options = make_options(case, estimators=ESTIMATORS)
     for name in case.odd(30, *PatchConfig.__dataclass_fields__, note="field"):
         options[name] = case.of(*ODD_THINGS, [("a", "scratch")], {"*": "copy"}, {"*": 3}, [("a",)], 2**63, 10**30, math.nan)
     options.pop("drive", None)
@@ -133,7 +142,7 @@ def run_config(case: Choices) -> str:
 def run_handle(case: Choices) -> str:
     """``patch()`` and some methods of what it returns."""
     model = make_model(case)
-    memory, options = memory_of(model), make_options(case)
+    memory, options = memory_of(model), make_options(case, estimators=BY_HAND)
     target = case.of(model, *case.odd(2, *ODD_THINGS, note="model"))
     outcome, handle = attempt(case, memory, lambda: patch(target, **options))
     if outcome != ANSWER:

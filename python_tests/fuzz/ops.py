@@ -95,7 +95,7 @@ def _expected(at: Case) -> None:
     """Makes of the copies what the op has to make of the originals."""
     targets = at.table.x if at.out is None else at.out.x
     for t, x in enumerate(at.table.x):
-        if not x.numel():
+        if not x.numel() and not (at.op.momentum and at.table.n is not None and at.table.n[t].numel()):
             continue
         y, n, v = promised(at, t)
         for old, new in ((targets[t], y), (n is not None and at.table.n[t], n), (v is not None and at.table.v[t], v)):
@@ -110,10 +110,10 @@ def _arguments(case: Choices, op: Op, count: int, carry: bool) -> dict[str, Any]
         call["backend"] = odd
     if op.name == "resample_":
         return call | {"window": case.whole("window", noise.MAX_DRAW), "reproject": carry}
-    call["draws"] = draws = [_draw(case) for _ in range(case.of(0, 1, 1) if op.out else case.of(1, 2))]
+    call["draws"] = draws = [_draw(case) for _ in range(case.of(0, 1, 1) if op.out else case.of(1, op.draws[1]))]
     for odd in case.odd(3, [_draw(case) for _ in range(3)], [], None, [3], [None], note="draws"):
         call["draws"], draws = odd, odd or ()
-    call["scales"] = _scalars(case, (len(draws), count), "scales")
+    call["scales"] = _scalars(case, (case.of(1, 2, 5) if op.signed else len(draws), count), "scales")
     if case.chance(30):
         call["decay"] = _scalars(case, (count,), "decay")
     if case.chance(30) and not op.factors:

@@ -96,7 +96,7 @@ def make_closure(case: Choices, model: nn.Module) -> Any:
 def run_optimizer(case: Choices) -> str:
     """An optimiser on a random model, and some steps against the algorithm in fp64."""
     model, kind = make_model(case, 8), case.of(*KINDS)
-    memory, options = memory_of(model), make_options(case, estimator=False, placement=case.chance(30))
+    memory, options = memory_of(model), make_options(case, placement=case.chance(30))
     if kind is SubZero:
         options["scaling"] = "paper"
     settings, params = make_settings(case, "placement" in options), None
@@ -177,7 +177,7 @@ def _check_update(case: Choices, optimizer: Any, before: dict[str, Tensor], info
 def run_state(case: Choices) -> str:
     """A state, damaged or not, into another optimiser: refused with nothing changed, or taken as it is."""
     model, kind = make_model(case, 0), case.of(*KINDS)
-    options = make_options(case, estimator=False)
+    options = make_options(case)
     options = {k: v for k, v in options.items() if k in ("rank", "interval", "rounding", "placement", "side", "keep_factors")}
     other = copy.deepcopy(model)
     settings = {"lr": 1e-3, "momentum": case.of(0.0, 0.9), "directions": case.of(1, 2), "fuse_steps": False}

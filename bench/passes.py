@@ -190,7 +190,8 @@ class Comparison:
         self._case, self._budget, self._output = case, budget, output
         self._head, self._others = head | same | {"unit": "dev loss"}, OtherLoad()
         earlier = json.loads(output.read_text(encoding="utf-8")) if output.exists() and not anew else {}
-        self.runs: list[Row] = earlier["runs"] if same.items() <= earlier.items() else []
+        known = earlier["runs"] if same.items() <= earlier.items() else []
+        self.runs: list[Row] = [{"commit": earlier["commit"]} | row for row in known]
 
     def add(self, rule: Rule, seeds: int) -> None:
         """Makes what is missing of the runs of a rule."""

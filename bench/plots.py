@@ -202,14 +202,15 @@ def _say_what(figure: Any, both: Any, document: Row, along: str, note: str, *, c
 def passes(document: Row) -> Any:
     """Dev loss of every rule at its best rate over forward passes, and over the seconds of steps: means over seeds."""
     figure, both = plt.subplots(1, 2, figsize=(WIDTH, 5), sharey=True)
-    for rule in document["rules"]:
+    for i, rule in enumerate(document["rules"]):
         runs = [r for r in document["runs"] if r["rule"] == rule["rule"] and r["best"]]
+        style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"}
         points = list(zip(*(r["points"] for r in runs), strict=False))
         losses = [statistics.mean(p["loss"] for p in at) for at in points]
         along = [statistics.mean(p["passes"] for p in at) for at in points]
         for axes, unit in zip(both, (1.0, rule["ms_per_pass"] / 1000), strict=True):
             rate = "" if rule["lr"] == "auto" else f", lr {rule['lr']:g}"
-            axes.plot([x * unit for x in along], losses, marker=".", label=f"{rule['rule']}{rate}")
+            axes.plot([x * unit for x in along], losses, marker=".", label=f"{rule['rule']}{rate}", **style)
     _say_what(figure, both, document, "forward passes", f"mean of {len(runs)} seeds", columns=2, below=0.05)
     return figure
 

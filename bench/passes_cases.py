@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bench.learning import Llama, MiniLM, Row, Top
 from lozo_kernels.hf.data.examples import Example
 from lozo_kernels.hf.demo import MODEL, language
+from lozo_kernels.hf.loop.train import evaluate
 from lozo_kernels.hf.objectives import PromptObjective
 from lozo_kernels.hf.tasks import TASKS
 
@@ -41,8 +42,8 @@ class Demo:
         return each.sums, each.counts
 
     def score(self, model: nn.Module) -> Row:
-        found = [self._objective.totals(model, self._objective.collate(self._dev[i : i + 100], CPU)) for i in range(0, 500, 100)]
-        return {"loss": sum(float(t.loss) for t in found) / 500, "accuracy": sum(float(t.correct) for t in found) / 5}
+        found = evaluate(model, self._objective, self._dev, 0, 100, CPU)
+        return {"loss": found.loss, "accuracy": 100 * (found.accuracy or 0.0)}
 
 
 class Layer(Top):

@@ -18,7 +18,7 @@ from .model.probe import BatchSplitError, LoraAdapter, ProbeHandle, export_lora
 from .model.report import ParameterReport, Report
 from .optim.eps_finder import find_eps
 from .optim.graphs import CapturedStep, capture_step
-from .optim.optimizer import AGZO, GRZO, LOZO, MeZO, SubZero, ZOMuon
+from .optim.methods import AGZO, GRZO, LOZO, MeZO, SubZero, ZOMuon
 from .optim.parallel import DivergenceError, Parallel, PeerLostError
 from .optim.registering import register_estimator
 from .optim.steps import StepInfo

@@ -14,7 +14,7 @@ from lozo_kernels.cli.command import main
 from lozo_kernels.hf.methods import METHODS
 from lozo_kernels.journal import Journal, replay
 from lozo_kernels.model import config, estimators
-from lozo_kernels.optim import optimizer as optimizer_module
+from lozo_kernels.optim import methods as optim_methods
 from python_tests.models import Zoo, same, weights, zoo_loss
 
 
@@ -44,7 +44,7 @@ def own():
     yield register_estimator(Halves)
     config.ESTIMATORS.remove("halves")
     config.FACTORED.remove("halves")
-    del estimators.ESTIMATORS["halves"], optimizer_module.OPTIMIZERS["halves"]
+    del estimators.ESTIMATORS["halves"], optim_methods.OPTIMIZERS["halves"]
 
 
 OPTIONS = [
@@ -174,7 +174,7 @@ def forgotten():
     yield
     config.ESTIMATORS.remove("orthogonal")
     config.FACTORED.remove("orthogonal")
-    del estimators.ESTIMATORS["orthogonal"], optimizer_module.OPTIMIZERS["orthogonal"], sys.modules["own_estimator"]
+    del estimators.ESTIMATORS["orthogonal"], optim_methods.OPTIMIZERS["orthogonal"], sys.modules["own_estimator"]
     plugin._LOADED.clear()
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ..optim.optimizer import LOZO, MeZO, ZerothOrderOptimizer
+from ..optim.methods import LOZO, MeZO
+from ..optim.optimizer import ZerothOrderOptimizer
 from .arguments import add_choice
 from .published import PublishedStep
 

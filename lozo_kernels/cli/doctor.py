@@ -18,7 +18,7 @@ from ..bench.environment import commit, cpu_name, versions
 from ..kernels import noise
 from ..kernels.backends import native
 from ..kernels.registry import backend_names, choose_backend
-from ..optim.optimizer import LOZO
+from ..optim.methods import LOZO
 
 _PHILOX_ZERO = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
 """Philox4x32-10 of a zero counter under a zero key, from the test vectors of its authors."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..hf.methods import METHODS
-from ..optim.optimizer import OPTIMIZERS
+from ..optim.methods import OPTIMIZERS
 
 _LOADED: set[str] = set()
 

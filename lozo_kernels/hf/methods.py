@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..optim.optimizer import AGZO, GRZO, LOZO, OPTIMIZERS, MeZO, SubZero, ZerothOrderOptimizer, ZOMuon
+from ..optim.methods import AGZO, GRZO, LOZO, OPTIMIZERS, MeZO, SubZero, ZOMuon
+from ..optim.optimizer import ZerothOrderOptimizer
 
 _DENSE = (
     *("eps", "find_eps", "directions", "directions_law", "one_sided", "evaluation", "normalise"),

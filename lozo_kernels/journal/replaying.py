@@ -16,7 +16,8 @@ from ..errors import JournalError
 from ..model.contract import version_of, version_problem
 from ..model.handle import Handle, Perturbation
 from ..optim.groups import rates_of
-from ..optim.optimizer import OPTIMIZERS, ZerothOrderOptimizer
+from ..optim.methods import OPTIMIZERS
+from ..optim.optimizer import ZerothOrderOptimizer
 from ..optim.rate_finder import Measured
 from ..optim.stepper import Stepper
 from .describe import describe_groups, describe_parameters, made_with

@@ -303,9 +303,8 @@ def unpack_signs(words: Tensor, first: int, count: int) -> Tensor:
         words: (parts, 4 * counters of the place) int32.
         first, count: those of the place.
     """
-    bits = words.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
     skipped = first & 127
-    return (1 - 2 * bits.flatten(1)[:, skipped : skipped + count]).to(torch.float32)
+    return (1 - 2 * _bits(words).flatten(1)[:, skipped : skipped + count]).to(torch.float32)
 
 
 def rounding_bits(
@@ -354,9 +353,14 @@ def _flat_words(
         if per == 8:
             values = torch.stack((values & 0xFFFF, values >> 16), -1)
         elif per == 128:
-            values = values.unsqueeze(-1) >> torch.arange(32, device=device, dtype=torch.int64) & 1
+            values = _bits(values)
         lo, hi = max(offset, start * per), min(end, stop * per)
         yield slice(lo - offset, hi - offset), values.view(-1)[lo - start * per : hi - start * per]
+
+
+def _bits(words: Tensor) -> Tensor:
+    """The 32 bits of each word, lowest first, in a dimension of their own."""
+    return words.unsqueeze(-1) >> torch.arange(32, dtype=words.dtype, device=words.device) & 1
 
 
 def check_factor(

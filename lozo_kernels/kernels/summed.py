@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -75,6 +75,12 @@ def run_in_parts(op: Op, factors: TensorTable, call: TableCall, run: Run) -> Non
             beta = torch.ones_like(beta)
         run(op if i == last else update, factors, part)
         decay = None
+
+
+def add_carried(factors: TensorTable, carried: Iterable[Tensor], alpha: Tensor) -> None:
+    """F <- F + alpha * N, with N or what is made of it in ``carried``: a rounded multiply and a rounded add."""
+    for f, n, scale in zip(factors.x, carried, alpha.unbind(), strict=True):
+        f.add_(n * scale)
 
 
 def momentum_of(factors: TensorTable) -> TensorTable:

@@ -130,6 +130,8 @@ def make_finder(handle: Handle, settings: StepSettings) -> RateFinder:
     """Makes the finder of a run with ``lr="auto"``. Raises ValueError if the run cannot be measured."""
     if handle.backward is not None:
         raise ValueError("lr='auto': drive='backward' evaluates a loss that is not given in parts; give a number")
+    if handle.config.per_example:
+        raise ValueError("lr='auto' is not for directions per example (GRZO): leave it out, or use LOZO")
     if handle.estimator.carries:
         raise ValueError("lr='auto' is a rate for updates of c D, and those of ZO-Muon have one length: give a number, e.g. 1e-2")
     if settings.normalise is not None:

@@ -7,7 +7,8 @@ import re
 from ..model.config import ESTIMATORS as NAMES
 from ..model.config import FACTORED
 from ..model.estimators import ESTIMATORS, FactoredEstimator
-from .optimizer import OPTIMIZERS, ZerothOrderOptimizer
+from .methods import OPTIMIZERS
+from .optimizer import ZerothOrderOptimizer
 
 
 def register_estimator(estimator: type[FactoredEstimator]) -> type[ZerothOrderOptimizer]:

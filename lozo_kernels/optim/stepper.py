@@ -147,10 +147,7 @@ class Stepper:
         Returns:
             (directions,) fp64 each, on the device of the loss; with ``parallel`` those of all processes.
         """
-        settings = self.settings
-        if self._by_example:
-            self._check_parts(batches)
-        alone = closures if batches is None else bind_inputs(closures, batches, self.parts)
+        settings, alone = self.settings, self._bound(closures, batches)
         if not isinstance(self.step, Tensor):
             self.guide(alone)
         conditions = self.handle.conditions(randomness=settings.common_random_numbers)
@@ -177,9 +174,7 @@ class Stepper:
 
     def prepare(self, closures: Sequence[Any], batches: Sequence[Any] | None = None) -> None:
         """Makes what :meth:`evaluate` makes before its evaluations, for the steps of a :meth:`twin`, which read no value."""
-        if self._by_example:
-            self._check_parts(batches)
-        alone = closures if batches is None else bind_inputs(closures, batches, self.parts)
+        alone = self._bound(closures, batches)
         self.guide(alone)
         self.handle.enter_window(self.count)
         conditions = self.handle.conditions(randomness=self.settings.common_random_numbers)
@@ -389,6 +384,12 @@ class Stepper:
     def _check_batches(self, closures: Sequence[BatchClosure], batches: Sequence[Any], conditions: Conditions) -> None:
         if not self._batches_checked:
             self._batches_checked = self.handle.check_batches(closures, batches, conditions, step=self.count, parts=self.parts)
+
+    def _bound(self, closures: Sequence[Any], batches: Sequence[Any] | None) -> Sequence[Closure]:
+        """The closures without arguments. Raises TypeError or ValueError if examples cannot have the directions of the step."""
+        if self._by_example:
+            self._check_parts(batches)
+        return closures if batches is None else bind_inputs(closures, batches, self.parts)
 
     def _check_parts(self, batches: Sequence[Any] | None) -> None:
         """Raises TypeError or ValueError unless each part of the batches can have a direction of its own."""

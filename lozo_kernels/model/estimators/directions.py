@@ -92,6 +92,11 @@ class LowRank(Estimator):
     def right(self, spec: FactorSpec, window: int) -> Tensor:
         return self._factor(spec, spec.extent[2], Draw(window), "V").transpose(1, 2)
 
+    def _write_right(self, table: TensorTable, window: int, backend: Backend, *, reproject: bool) -> None:
+        """:meth:`resample_` with the V of :meth:`right`, for those whose V is not the noise's."""
+        for t, spec in enumerate(specs_of(table, backend)):
+            replace_v(table, t, self.right(spec, window), reproject=reproject)
+
     def _factor(self, spec: FactorSpec, rows: int, draw: Draw, stream: str) -> Tensor:
         batch, rank = spec.extent[0], self.config.rank
         made = ops.factor(
@@ -105,6 +110,14 @@ class LowRank(Estimator):
             backend=spec.backend,
         )
         return made.view(batch, rows, rank)
+
+
+def specs_of(table: TensorTable, backend: Backend) -> list[FactorSpec]:
+    """What the factors of each tensor of a table are made of."""
+    return [
+        FactorSpec(tensor_id, (x.shape[0], x.shape[1], x.shape[2]), backend, x.device)
+        for x, tensor_id in zip(table.x, table.tensor_ids, strict=True)
+    ]
 
 
 def replace_v(table: TensorTable, t: int, new: Tensor, *, reproject: bool) -> None:

@@ -17,10 +17,10 @@ from ...kernels import ops
 from ...kernels.calls import Draw, TableCall
 from ...kernels.op_table import Op
 from ...kernels.registry import Backend
-from ...kernels.summed import run_probed, run_summed
+from ...kernels.summed import add_carried, run_probed, run_summed
 from ...kernels.table import TensorTable
 from ..config import PatchConfig
-from .directions import Estimator, FactorSpec, replace_v
+from .directions import Estimator, FactorSpec, replace_v, specs_of
 
 Key = tuple[int, int, int]
 """Which draw: the seed, the step and the direction."""
@@ -50,8 +50,7 @@ class FactoredEstimator(Estimator, abc.ABC):
 
     def resample_(self, table: TensorTable, *, window: int, reproject: bool, backend: Backend) -> None:
         assert table.v is not None
-        for t, (x, v, tensor_id) in enumerate(zip(table.x, table.v, table.tensor_ids, strict=True)):
-            spec = FactorSpec(tensor_id, (x.shape[0], x.shape[1], x.shape[2]), backend, x.device)
+        for t, (spec, v) in enumerate(zip(specs_of(table, backend), table.v, strict=True)):
             new = self._checked("right", self.right(spec, window), tuple(v.shape))
             if not torch.equal(new, new.half().to(new.dtype)):  # once a window: it waits for the device
                 raise ValueError(
@@ -105,7 +104,7 @@ class FactoredEstimator(Estimator, abc.ABC):
         """F <- decay * F + sum of scale * L; with momentum also N <- beta * N + sum of coefficient * L, and last F + alpha * N."""
         sums, n = [(table.x, call.decay, call.scales)], table.n
         if op.momentum:
-            assert n is not None and call.coefficients is not None and call.alpha is not None
+            assert n is not None and call.coefficients is not None
             sums.append((n, call.beta, call.coefficients))
         for factors, decay, _ in sums:
             for f, one in zip(factors, decay.unbind(), strict=True) if decay is not None else ():
@@ -117,5 +116,5 @@ class FactoredEstimator(Estimator, abc.ABC):
                 for factors, _, scales in sums:
                     factors[t].add_(left * scales[d, t])  # two operations, each rounded
         if op.momentum:
-            for f, carried, alpha in zip(table.x, n, call.alpha.unbind(), strict=True):  # type: ignore[arg-type, union-attr]
-                f.add_(carried * alpha)
+            assert n is not None and call.alpha is not None
+            add_carried(table, n, call.alpha)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...kernels.registry import Backend
 from ...kernels.table import TensorTable
 from ..config import PatchConfig
-from .directions import FactorSpec, LowRank, replace_v
+from .directions import FactorSpec, LowRank
 from .subspace import orthonormal_columns
 
 _STEPS = 2047.0
@@ -56,9 +56,7 @@ class Guided(LowRank):
         return super().right(spec, window)
 
     def resample_(self, table: TensorTable, *, window: int, reproject: bool, backend: Backend) -> None:
-        for t, (x, tensor_id) in enumerate(zip(table.x, table.tensor_ids, strict=True)):
-            spec = FactorSpec(tensor_id, (x.shape[0], x.shape[1], x.shape[2]), backend, x.device)
-            replace_v(table, t, self.right(spec, window), reproject=reproject)
+        self._write_right(table, window, backend, reproject=reproject)
 
 
 def orthonormal_basis(v: Tensor) -> Tensor:

@@ -22,10 +22,10 @@ from torch import Tensor
 from ...kernels.calls import Draw, TableCall
 from ...kernels.op_table import OPS, Op
 from ...kernels.registry import Backend
-from ...kernels.summed import Run, momentum_of, run_summed
+from ...kernels.summed import Run, add_carried, momentum_of, run_summed
 from ...kernels.table import TensorTable
 from ..config import PatchConfig
-from .directions import FactorSpec, LowRank, replace_v
+from .directions import FactorSpec, LowRank
 from .subspace import GRID, orthonormal
 
 _LEAST = 1e-12
@@ -47,10 +47,8 @@ class Muon(LowRank):
         return orthonormal(g, min(spec.extent[2], self.config.rank)).transpose(1, 2).float()
 
     def resample_(self, table: TensorTable, *, window: int, reproject: bool, backend: Backend) -> None:
-        for t, (x, tensor_id) in enumerate(zip(table.x, table.tensor_ids, strict=True)):
-            spec = FactorSpec(tensor_id, (x.shape[0], x.shape[1], x.shape[2]), backend, x.device)
-            replace_v(table, t, self.right(spec, window), reproject=reproject)
-            self._columns[tensor_id] = x.shape[2]
+        self._write_right(table, window, backend, reproject=reproject)
+        self._columns.update((tensor_id, x.shape[2]) for x, tensor_id in zip(table.x, table.tensor_ids, strict=True))
 
     def run(self, op: Op, table: TensorTable, call: TableCall, backend: Backend) -> None:
         if any(isinstance(draw.step, Tensor) for draw in call.draws):
@@ -69,8 +67,7 @@ class Muon(LowRank):
         update = OPS["factor_update_"]
         run(update, momentum_of(table), TableCall(call.seed, call.draws, call.coefficients, call.beta))
         run(update, table, TableCall(call.seed, call.draws, call.scales, call.decay))
-        for f, n, alpha in zip(table.x, self.moved(table.n, table.tensor_ids), call.alpha.unbind(), strict=True):
-            f.add_(n * alpha)  # two operations, each rounded
+        add_carried(table, self.moved(table.n, table.tensor_ids), call.alpha)
 
     def moved(self, n: Sequence[Tensor], tensor_ids: Sequence[int]) -> Iterator[Tensor]:
         """orth(N) / sqrt(cols), which V' makes orth(N) V^T. Where V' has fewer columns than the rank, N has no others either."""

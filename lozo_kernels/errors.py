@@ -61,3 +61,7 @@ class DivergenceError(RuntimeError):
 
 class BatchSplitError(RuntimeError):
     """A model or a closure mixes the evaluations that share a forward pass, so that their losses cannot be told apart."""
+
+
+class EngineError(RuntimeError):
+    """A serving engine cannot be trained, or not as it is now; the message says what to do. Nothing was learned."""

@@ -30,6 +30,7 @@ from .reading import ReadHooks
 from .registered import forget_handle
 from .report import ParameterReport, Report, report_of
 from .sharding import reshard
+from .storage import Storage
 from .structure import Structure
 from .watching import StorageWatch, WeightVersions
 
@@ -56,6 +57,7 @@ class Handle:
             If either raises, what it is called before is not done.
         probes: evaluations only read the weights.
         state_in_pieces: a process has the momentum of its shards only.
+        elsewhere: the storage of the parameters, if another program has the weights; None: the model has them.
         precision: the coarsest dtype that evaluations are known to compute with.
         choices: how often a probe chose sides, so that others see that it did again.
 
@@ -65,6 +67,7 @@ class Handle:
 
     probes: ClassVar[bool] = False
     state_in_pieces: ClassVar[bool] = True
+    elsewhere: ClassVar[type[Storage] | None] = None
 
     def __init__(self, model: nn.Module, config: PatchConfig, estimator: Estimator | None = None) -> None:
         self.model = model
@@ -72,7 +75,7 @@ class Handle:
         self.estimator = ESTIMATORS[config.estimator](config) if estimator is None else estimator
         self.trained: list[Parameter]
         self._left: list[LeftAlone]
-        self.trained, self._left = find_parameters(model, config)
+        self.trained, self._left = find_parameters(model, config, self.elsewhere)
         self.guidance = Guidance(self.trained, self.estimator) if isinstance(self.estimator, Guided) else None
         self.backward: Backward | None = None
         self.on_merge: Callable[[], None] | None = None

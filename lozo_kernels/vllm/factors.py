@@ -56,7 +56,7 @@ class Factors:
         learned: by name.
         window: of the V in memory; directions: those of :attr:`Learned.u`.
         slots: the points, by what requests call them. Slot 0 is at rest.
-        version: counts changes, so that what was made of the factors can be made anew.
+        version, moves: count changes of the factors, and of the points, so that what was made of them can be made anew.
     """
 
     def __init__(self, parameters: Sequence[Parameter], config: PatchConfig, device: torch.device) -> None:
@@ -76,7 +76,7 @@ class Factors:
         self.directions: list[int] = []
         self.slots: list[tuple[int, float]] = [(0, 0.0)]
         self.step = self._drawn_at = 0
-        self.version = 0
+        self.version = self.moves = 0
         self.live = False
         self.reset(momentum=False)
 
@@ -104,8 +104,7 @@ class Factors:
         window = step // self.config.interval
         if window == self.window:
             return
-        for learned in self.learned.values():
-            self._bank(learned)
+        self.bank()
         reproject = bool(self.momentum) and self.window is not None
         for state in self._states:
             if state.windows is not None:
@@ -134,6 +133,7 @@ class Factors:
         self.step = step
         directions = sorted({direction for direction, scale in points if scale})
         self.slots = [(0, 0.0), *((directions.index(d) if s else 0, s) for d, s in points)]
+        self.moves += 1
         if directions != self.directions or step != self._drawn_at:
             self.directions, self._drawn_at = directions, step
             self._draw()
@@ -155,6 +155,12 @@ class Factors:
     def windows(self) -> int:
         """The most earlier windows that a parameter has factors of."""
         return max(len(learned.past) for learned in self.learned.values())
+
+    def bank(self) -> None:
+        """Ends the factors of this window: they are kept beside those of the next."""
+        for learned in self.learned.values():
+            self._bank(learned)
+        self._gather()
 
     def _bank(self, learned: Learned) -> None:
         """Keeps the factors of the window that ends, scaled by what later decay leaves of them."""

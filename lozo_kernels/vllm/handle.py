@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ class EngineHandle(Handle):
         llm: the engine.
         prepared: the places were checked.
         capacity: the points that one batch can hold.
+        checkpoint: the engine's model, its revision and dtype.
+        windows: how many earlier windows have factors of their own, beside the weights.
         scores_in_worker: workers make losses of prompts, so that no dict of log-probabilities is passed on for each token.
     """
 
@@ -46,13 +49,17 @@ class EngineHandle(Handle):
             raise EngineError("this engine cannot be trained: build it with vllm.LLM(model, **lozo_kernels.vllm.engine_options())")
         self._check_idle()
         reports = self.call("lozo_begin", momentum)
+        if reports[0]["reloaded"]:
+            raise EngineError("this engine has the weights of an earlier run, which reloaded them: build it anew, on what was saved")
+        model = llm.llm_engine.model_config
+        self.checkpoint: dict[str, Any] = {"model": model.model, "revision": model.revision, "dtype": model.dtype}
         names = {tuple(report["names"]) for report in reports}
         if len(names) != 1:
             raise EngineError("the ranks of this engine have places for different parameters: it cannot be trained")
         self.places: dict[str, tuple[str, str]] = reports[0]["places"]
         self.not_placed: dict[str, str] = reports[0]["left"]
         self.scores_in_worker = all(report["scores"] for report in reports)
-        self.capacity, self.prepared = options["points"], False
+        self.capacity, self.prepared, self.windows = options["points"], False, 0
         self.compiled = reports[0]["compiled"]
         self.device = torch.device(reports[0]["device"])
         self._run, self._points, self._step = uuid.uuid4().hex[:12], [], 0  # type: ignore[var-annotated]
@@ -78,13 +85,25 @@ class EngineHandle(Handle):
     def moves_weights(self) -> bool:
         return False
 
+    def learned(self) -> dict[str, dict[str, Tensor]]:
+        """What was learned, by name, on the CPU: see :meth:`.factors.Factors.described`."""
+        from safetensors.torch import load
+
+        found: dict[str, dict[str, Tensor]] = {}
+        for path, value in load(self.call("lozo_learned")[0]).items():
+            name, _, key = path.rpartition(":")
+            found.setdefault(name, {})[key] = value
+        return found
+
     @property
     def factors(self) -> dict[str, Tensor]:
-        return {name: own["factor"] for name, own in self.call("lozo_learned")[0].items()}
+        found = self.learned()
+        return {name: found[name]["factor"] for name in self.names}
 
     @property
     def momentum(self) -> dict[str, Tensor]:
-        return {name: own["momentum"] for name, own in self.call("lozo_learned")[0].items() if "momentum" in own}
+        found = self.learned()
+        return {name: found[name]["momentum"] for name in self.names if "momentum" in found[name]}
 
     def device_of(self, p: Parameter) -> torch.device:  # noqa: ARG002
         return self.device
@@ -132,7 +151,7 @@ class EngineHandle(Handle):
         lr, decay, beta = (None if value is None else torch.as_tensor(value).flatten().tolist() for value in
                            (update.lr, update.weight_decay, update.beta))  # fmt: skip
         c = [float(value) for value in update.c]
-        self.call("lozo_update", update.step, c, lr, None if decay == [0.0] else decay, None if beta is None else beta[0])
+        self.windows = self.call("lozo_update", update.step, c, lr, None if decay == [0.0] else decay, None if beta is None else beta[0])[0]
         self._window = update.step // self.config.interval
         self.rest_()
         self._losses.clear()
@@ -145,7 +164,16 @@ class EngineHandle(Handle):
             self._window = step // self.config.interval
 
     def merge(self) -> None:
-        """Does nothing: the engine's weights are only read."""
+        """Ends the factors of this window, as a probe does that merges them. The engine keeps them beside its weights."""
+        self.call("lozo_bank")
+
+    def reload(self, folder: Path) -> None:
+        """Lets the engine load weights that have all that was learned, and forgets the factors."""
+        self._check_idle()
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        self.call("lozo_forget")
+        self.windows = 0
+        self.forget_prefixes()
 
     def guard(self, flush: Any) -> None:  # noqa: ARG002
         raise EngineError("fuse_steps saves a pass over weights, and an engine's are only read: leave it out")

@@ -41,8 +41,8 @@ class Copy:
 
 def signs(count: int, device: torch.device | str = "cpu") -> Tensor:
     """Returns the signs of the sketches, (count,) fp32: any fixed ones do, as long as they are not all alike."""
-    bits = torch.arange(count, dtype=torch.int64) * 2654435761 % 4294967291
-    return (1.0 - 2.0 * (bits // 1021 % 2)).to(device)
+    bits = torch.arange(count, dtype=torch.int64, device="cpu") * 2654435761 % 4294967291
+    return (1 - 2 * (bits // 1021 % 2)).to(device, torch.float32)  # vLLM changes the default dtype while it loads
 
 
 class _Watch(TorchDispatchMode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..errors import EngineError
 from ..journal import Journal
+from ..kernels.checks import as_integer
 from ..model.config import check_names
 from ..model.report import Report
 from ..optim import methods
@@ -33,7 +35,9 @@ class LOZO(methods.LOZO):
         lr, eps, momentum, weight_decay, directions, two_sided, normalise, max_nonfinite, parallel: as for
             :class:`lozo_kernels.LOZO`. With ``parallel`` each process has an engine of its own.
         journal: a file that the run is recorded in (:mod:`lozo_kernels.journal`), from which it can be resumed, replayed and saved.
-        resume: go on with the run of a journal that is there.
+        resume: go on with the run of a journal that is there; without one, begin it.
+        max_windows: with a journal, :meth:`reload` when so many windows have factors beside the weights, which cost ``rank`` more
+            columns each.
 
     Raises:
         EngineError: the engine was not built for this, or something in it cannot be trained.
@@ -51,9 +55,11 @@ class LOZO(methods.LOZO):
         parallel: Parallel | str | None = None,
         journal: str | os.PathLike[str] | None = None,
         resume: bool = False,
+        max_windows: int = 32,
         **options: Any,
     ) -> None:
         check_names("lozo_kernels.vllm.LOZO", options, _KEYWORDS)
+        self._max_windows = as_integer("max_windows", max_windows, 1)
         if resume and journal is None:
             raise TypeError("resume=True goes on with a journal: give its file")
         handle = EngineHandle(llm, momentum=momentum > 0)
@@ -96,7 +102,10 @@ class LOZO(methods.LOZO):
             self.handle.check(closure)
         parts = closure.halves() if measuring and stepper.parallel is None else [closure]
         bound = [_Bound(self.handle, part) for part in parts]
-        return super().step(bound if len(bound) > 1 else bound[0])
+        loss = super().step(bound if len(bound) > 1 else bound[0])
+        if self.handle.windows >= self._max_windows and self._recorded is not None:
+            self.reload()
+        return loss
 
     def state_dict(self) -> dict[str, Any]:
         raise EngineError("the state of a run in an engine is its journal: give journal=, and resume=True to go on")
@@ -115,6 +124,18 @@ class LOZO(methods.LOZO):
             EngineError: it has no place for a vector, or for weight decay.
         """
         export.export_lora(self.handle, Path(folder))
+
+    def reload(self) -> None:
+        """Lets the engine load the tuned weights, as a window of a probe ends by a merge: they are rounded into its dtype.
+
+        It needs the journal, and disk and host memory for the weights.
+        """
+        assert self._recorded is not None or self._journal_file()
+        if self.handle.on_merge is not None:
+            self.handle.on_merge()
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            self.handle.reload(Path(folder))
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yields (name, weight) of the tuned Hugging Face model: the journal, replayed on the checkpoint."""

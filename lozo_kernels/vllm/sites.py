@@ -36,7 +36,7 @@ class _Block:
 
     place: Place
     learned: Learned
-    version: int = -1
+    seen: tuple[int, int] = (-1, -1)
     v: Tensor | None = None
     b: Tensor | None = None
     u: Tensor | None = None
@@ -45,10 +45,11 @@ class _Block:
 
     def follow(self, factors: Factors, *, whole_rows: bool = False) -> None:
         """Takes this rank's block out of the factors; ``whole_rows`` leaves all rows in."""
-        if self.version == factors.version:
-            return
-        self.version, self.gain = factors.version, self.learned.gain
         place, learned = self.place, self.learned
+        seen = factors.version, factors.moves if learned.v is None else 0  # the scales of points are in values of vectors alone
+        if self.seen == seen:
+            return
+        self.seen, self.gain = seen, learned.gain
         if learned.v is None:
             self.values = _at_slots(learned, factors, place.cols)
             return
@@ -79,7 +80,8 @@ class Site:
 
     def __init__(self, places: Sequence[Place], factors: Factors, tokens: Tokens) -> None:
         self.places, self.factors, self.tokens = list(places), factors, tokens
-        self.blocks = [_Block(place, factors.learned[place.name]) for place in places]
+        ordered = sorted(places, key=lambda place: place.kind == "bias")  # which is added when the weight's decay is done
+        self.blocks = [_Block(place, factors.learned[place.name]) for place in ordered]
         self.number = max(_SITES, default=-1) + 1
         self.calls = 0
         self.checking = False
@@ -127,6 +129,7 @@ class LinearSite(Site):
         biases = {block.place.first: block for block in self.blocks if block.place.kind == "bias"}
         for block in self.blocks:
             block.follow(self.factors)
+        for block in self.blocks:
             place = block.place
             part = flat[:, place.first : place.first + place.outputs]
             if place.kind == "bias":
@@ -134,17 +137,20 @@ class LinearSite(Site):
                 if has_bias(place.module):
                     part += block.values[where.slots].to(part.dtype)
                 continue
-            if block.gain is not None and place.first in biases:
+            if place.first in biases:
                 self._keep_bias(part, block.gain, biases[place.first])
             assert block.v is not None and block.b is not None
             points = where.directions, where.scales
             add_points(part, rows, block.v, block.b, block.u, *points, gain=block.gain, transposed=place.transposed)
 
-    def _keep_bias(self, part: Tensor, gain: Tensor, bias: _Block) -> None:
-        """Takes out of outputs what the decay of the weight would take of the bias, which has a decay of its own."""
-        own = bias.place.module.bias[bias.place.first : bias.place.first + bias.place.outputs].float()  # type: ignore[index]
-        kept = 1.0 if bias.gain is None else bias.gain
-        part += (own * (kept / gain - 1.0)).to(part.dtype)
+    def _keep_bias(self, part: Tensor, gain: Tensor | None, bias: _Block) -> None:
+        """Changes outputs so that the decay of the weight, which comes next, leaves the bias with the decay of its own."""
+        own, kept = bias.place.module.bias, bias.gain  # type: ignore[union-attr]
+        if gain is kept or not has_bias(bias.place.module):
+            return
+        assert isinstance(own, Tensor)
+        ratio = (1.0 if kept is None else kept) / (1.0 if gain is None else gain)
+        part += (own[bias.place.first : bias.place.first + bias.place.outputs].float() * (ratio - 1.0)).to(part.dtype)
 
     def check(self, y: Tensor, x: Tensor | None) -> None:
         from .loading import signs
@@ -190,7 +196,7 @@ class NormSite(Site):
     def __init__(self, places: Sequence[Place], factors: Factors, tokens: Tokens, norm: str) -> None:
         super().__init__(places, factors, tokens)
         self._module, self._norm = places[0].module, norm
-        self._version = -1
+        self._seen = (-1, -1)
         self._values: dict[str, Tensor] = {}
 
     def __call__(self, y: Tensor, x: Tensor | None) -> None:
@@ -208,9 +214,10 @@ class NormSite(Site):
                 flat += value
 
     def _follow(self) -> None:
-        if self._version == self.factors.version:
+        seen = self.factors.version, self.factors.moves
+        if self._seen == seen:
             return
-        self._version = self.factors.version
+        self._seen = seen
         blocks = {block.place.kind: block for block in self.blocks}
         for kind, base in self._base().items():
             block = blocks.get(kind)

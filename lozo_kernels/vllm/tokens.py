@@ -196,7 +196,20 @@ class RunnerV1(Runner):
             state = runner.requests[request]
             row = runner.query_start_loc.np[runner.input_batch.req_id_to_index[request]].item()
             computed = state.num_computed_tokens
-            self._score(asked, hidden, row, computed, counts[request], state.prompt_token_ids, runner.model.compute_logits)
+            with self._head_without_adapters():
+                self._score(asked, hidden, row, computed, counts[request], state.prompt_token_ids, runner.model.compute_logits)
+
+    @contextlib.contextmanager
+    def _head_without_adapters(self) -> Iterator[None]:
+        """While the body runs, the head is without vLLM's LoRA, whose kernels for the CPU take rows of sampled tokens only."""
+        model, overrides = self._runner.model, Overrides()
+        base = getattr(getattr(model, "logits_processor", None), "base_layer", None)
+        if base is not None:
+            overrides.put(model, "logits_processor", base)
+        try:
+            yield
+        finally:
+            overrides.remove()
 
     @contextlib.contextmanager
     def _logits_of_views(self, hidden: Tensor) -> Iterator[None]:

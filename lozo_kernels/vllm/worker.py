@@ -26,7 +26,13 @@ from .tokens import Tokens, runner_of
 
 
 class Trained:
-    """What a worker has besides its model: places, sites, factors, and the slots of tokens."""
+    """What a worker has besides its model: places, sites, factors, and the slots of tokens.
+
+    Attributes:
+        reloaded: the engine has loaded weights that a run learned, and no longer its checkpoint's.
+    """
+
+    reloaded = False
 
     def __init__(self, worker: Any, copies: Sequence[Any], options: Mapping[str, Any]) -> None:
         runner, config = worker.model_runner, PatchConfig(**options["patch"])
@@ -61,6 +67,7 @@ class Methods:
             "places": {place.name: (place.kind, site.places[0].path) for site in trained.sites for place in site.places},
             "device": str(trained.device),
             "compiled": trained.compiled,
+            "reloaded": trained.reloaded,
             "scores": hasattr(trained.runner, "_score_all"),
         }
 
@@ -72,13 +79,19 @@ class Methods:
         """Draws the V of a step's window."""
         self._trained.factors.enter_window(step)
 
-    def lozo_update(self, step: int, c: list[float], lr: list[float], decay: list[float] | None, beta: float | None) -> None:
-        """Takes up the update of a step. Of lr and decay there is one for all parameters, or one for each."""
-        one = [torch.tensor(value, dtype=torch.float64) for value in c]
-        rates = (None if v is None else torch.tensor(v[0] if len(v) == 1 else v, dtype=torch.float64) for v in (lr, decay))
-        rate, kept = rates
-        carried = None if beta is None else torch.tensor(beta, dtype=torch.float64)
-        self._trained.factors.update(Update(step, list(one), rate, 0.0 if kept is None else kept, carried))  # type: ignore[arg-type]
+    def lozo_update(self, step: int, c: list[float], lr: list[float], decay: list[float] | None, beta: float | None) -> int:
+        """Takes up the update of a step. Of lr and decay there is one for all parameters, or one for each.
+
+        Returns:
+            How many earlier windows have factors of their own.
+        """
+
+        def tensor(values: list[float]) -> Tensor:
+            return torch.tensor(values[0] if len(values) == 1 else values, dtype=torch.float64)
+
+        kept, carried = 0.0 if decay is None else tensor(decay), None if beta is None else tensor([beta])
+        self._trained.factors.update(Update(step, [tensor([value]) for value in c], tensor(lr), kept, carried))
+        return self._trained.factors.windows
 
     def lozo_scores(self) -> dict[int, tuple[float, int]]:
         """Returns the scores since the last call, and forgets them."""
@@ -95,17 +108,20 @@ class Methods:
             site.calls, site.error, site.checking = 0, None, checking
         return found
 
-    def lozo_learned(self) -> dict[str, dict[str, Tensor]]:
-        """Returns by name the factors ``b`` (rows, ranks) and ``v`` (ranks, cols) of all windows, or ``delta`` of a vector, the
-        ``factor`` B or sum of this window as a probe has it, and ``momentum``; all on the CPU."""
-        return self._trained.factors.described()
+    def lozo_learned(self) -> bytes:
+        """Returns :meth:`Factors.described` as a file of safetensors, with keys "name:key": vLLM passes no nested tensors on."""
+        from safetensors.torch import save
 
-    def lozo_windows(self) -> int:
-        """Returns how many earlier windows have factors of their own."""
-        return self._trained.factors.windows
+        found = self._trained.factors.described()
+        return save({f"{name}:{key}": value.contiguous() for name, own in found.items() for key, value in own.items()})
+
+    def lozo_bank(self) -> None:
+        """Ends the factors of this window, as a merge of a probe does; the V stays."""
+        self._trained.factors.bank()
 
     def lozo_forget(self) -> None:
         """Forgets what was learned: the engine's weights have it now."""
+        self._trained.reloaded = True
         self._trained.factors.forget()
 
     def lozo_remove(self) -> None:

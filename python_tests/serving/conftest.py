@@ -1,0 +1,21 @@
+import os
+
+import pytest
+
+vllm = pytest.importorskip("vllm", reason="vLLM is not in this environment: make test-vllm has one")
+
+os.environ |= {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Makes tiny models, each once; returns the folder of one by its name."""
+    from .engines import make_model
+
+    folder = tmp_path_factory.mktemp("models")
+    return lambda name: make_model(name, folder)

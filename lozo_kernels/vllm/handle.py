@@ -50,7 +50,9 @@ class EngineHandle(Handle):
         self._check_idle()
         reports = self.call("lozo_begin", momentum)
         if reports[0]["reloaded"]:
-            raise EngineError("this engine has the weights of an earlier run, which reloaded them: build it anew, on what was saved")
+            raise EngineError(
+                "this engine has the weights of an earlier run, which reloaded them: build it anew, on what was saved"
+            )
         model = llm.llm_engine.model_config
         self.checkpoint: dict[str, Any] = {"model": model.model, "revision": model.revision, "dtype": model.dtype}
         names = {tuple(report["names"]) for report in reports}
@@ -151,7 +153,9 @@ class EngineHandle(Handle):
         lr, decay, beta = (None if value is None else torch.as_tensor(value).flatten().tolist() for value in
                            (update.lr, update.weight_decay, update.beta))  # fmt: skip
         c = [float(value) for value in update.c]
-        self.windows = self.call("lozo_update", update.step, c, lr, None if decay == [0.0] else decay, None if beta is None else beta[0])[0]
+        self.windows = self.call(
+            "lozo_update", update.step, c, lr, None if decay == [0.0] else decay, None if beta is None else beta[0]
+        )[0]
         self._window = update.step // self.config.interval
         self.rest_()
         self._losses.clear()
@@ -263,7 +267,9 @@ class EngineHandle(Handle):
 
     def _check_idle(self) -> None:
         if self.llm.llm_engine.has_unfinished_requests():
-            raise EngineError("requests of this engine are not finished, and would change their weights half-way: finish them first")
+            raise EngineError(
+                "requests of this engine are not finished, and would change their weights half-way: finish them first"
+            )
 
     def _refresh_groups(self, step: Any = None) -> None:
         pass  # nothing moves

@@ -57,7 +57,7 @@ class _Watch(TorchDispatchMode):
             yield name, tensor
         self._current = None
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is torch.ops.aten.copy_.default and self._current is not None:
             self._note(args[0], args[1])
         return func(*args, **(kwargs or {}))

@@ -83,6 +83,7 @@ class _Nll(Objective):
                 params.append(SamplingParams(**given))
         handle.call("lozo_scores")
         outputs = handle.llm.generate(prompts, params, use_tqdm=False)
+        found: dict[int, Any]
         if handle.scores_in_worker:
             found = next((scores for scores in handle.call("lozo_scores") if scores), {})
         else:
@@ -110,7 +111,9 @@ class _Nll(Objective):
             tokens, first = [int(token) for token in text], 1  # type: ignore[union-attr]
         most = llm.llm_engine.model_config.max_model_len - 1
         if not first < len(tokens) <= most:
-            raise ValueError(f"text {index} has {len(tokens)} tokens, {max(0, len(tokens) - first)} of them to score; needed are 1 to {most}")
+            raise ValueError(
+                f"text {index} has {len(tokens)} tokens, {max(0, len(tokens) - first)} of them to score; needed are 1 to {most}"
+            )
         return tokens, first
 
 
@@ -135,9 +138,17 @@ class _Rewards(Objective):
         for i, prompt in enumerate(self._prompts):
             for slot in slots:
                 one = self._params.clone()
-                one.seed = (handle.config.seed * 1_000_003 + handle.step * 8_191 + i) % 2**31  # one sequence of numbers for all points
+                one.seed = (
+                    handle.config.seed * 1_000_003 + handle.step * 8_191 + i
+                ) % 2**31  # one sequence of numbers for all points
                 one.extra_args = (one.extra_args or {}) | {KEY: {"slot": slot}}
-                given = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": prompt} if isinstance(prompt, list) else prompt
+                given = (
+                    {"prompt": prompt}
+                    if isinstance(prompt, str)
+                    else {"prompt_token_ids": prompt}
+                    if isinstance(prompt, list)
+                    else prompt
+                )
                 prompts.append({**given, "cache_salt": handle.salt(slot)})
                 params.append(one)
         outputs = handle.llm.generate(prompts, params, use_tqdm=False)
@@ -160,21 +171,24 @@ class _Rewards(Objective):
         """The scores of (prompt, completion); NaN where there is none."""
         if inspect.iscoroutinefunction(self._score):
             return asyncio.run(self._gather(pairs))
-        found = []
-        for pair in pairs:
-            try:
-                found.append(float(self._score(*pair)))  # type: ignore[arg-type]
-            except Exception as e:
-                warnings.warn(f"score() failed: {e!r}", stacklevel=2)
-                found.append(math.nan)
-        return found
+        return [_scored(self._score, *pair) for pair in pairs]
 
     async def _gather(self, pairs: list[tuple[Any, str]]) -> list[float]:
-        results = await asyncio.gather(*(self._score(*pair) for pair in pairs), return_exceptions=True)  # type: ignore[misc]
+        calls: Any = (self._score(*pair) for pair in pairs)
+        results = await asyncio.gather(*calls, return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 warnings.warn(f"score() failed: {result!r}", stacklevel=2)
         return [math.nan if isinstance(r, BaseException) else float(r) for r in results]
+
+
+def _scored(score: Any, prompt: Any, completion: str) -> float:
+    """A score, NaN with a warning if there is none."""
+    try:
+        return float(score(prompt, completion))
+    except Exception as e:
+        warnings.warn(f"score() failed: {e!r}", stacklevel=2)
+        return math.nan
 
 
 def _mean(values: Sequence[float]) -> float:

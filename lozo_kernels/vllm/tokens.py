@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,15 +18,17 @@ from .factors import Factors
 from .options import KEY
 
 
-class Where(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Where:
     """Where rows of a batch are: the slot, the direction and the scale of each, (rows,) int64, int64 and fp32."""
 
     slots: Tensor
     directions: Tensor
     scales: Tensor
 
-    def __getitem__(self, rows: Any) -> Where:  # type: ignore[override]
-        return Where(*(t[rows] for t in tuple(self)))
+    def rows(self, rows: slice | Tensor) -> Where:
+        """Some of the rows."""
+        return Where(self.slots[rows], self.directions[rows], self.scales[rows])
 
 
 class Tokens:
@@ -40,8 +43,8 @@ class Tokens:
 
     def __init__(self, factors: Factors, most: int, device: torch.device) -> None:
         self._factors, self._device = factors, device
-        index = (torch.zeros(most, dtype=torch.int64, device=device) for _ in range(2))
-        self._all = Where(*index, torch.zeros(most, dtype=torch.float32, device=device))
+        slots, directions = (torch.zeros(most, dtype=torch.int64, device=device) for _ in range(2))
+        self._all = Where(slots, directions, torch.zeros(most, dtype=torch.float32, device=device))
         self._head: Where | None = None
         self.moved = False
 
@@ -59,29 +62,30 @@ class Tokens:
         if moved or worst > 0:
             factor = self._factors.config.perturb_factor
             table = (np.array([d for d, _ in known]), np.array([s * factor for _, s in known], dtype=np.float32))
-            for own, values in zip(tuple(self._all), (slots, *(column[slots] for column in table)), strict=True):
+            values = slots, *(column[slots] for column in table)
+            for own, value in zip((self._all.slots, self._all.directions, self._all.scales), values, strict=True):
                 own.zero_()
-                own[: len(slots)] = torch.from_numpy(values).to(self._device)
-        self._head = None if head is None else self._all[head]
+                own[: len(slots)] = torch.from_numpy(value).to(self._device)
+        self._head = None if head is None else self._all.rows(head)
 
     def of(self, count: int) -> Where:
         """The first rows of the batch."""
         if count <= len(self._all.slots):
-            return self._all[:count]
+            return self._all.rows(slice(count))
         raise RuntimeError(f"a module ran on {count} rows, and a batch has at most {len(self._all.slots)} tokens")
 
     def of_head(self, count: int) -> Where:
         """The rows whose logits are computed now."""
         if self._head is not None and len(self._head.slots) >= count:
-            return self._head[:count]
+            return self._head.rows(slice(count))
         if not self.moved:
-            return self._all[torch.zeros(count, dtype=torch.int64, device=self._device)]
+            return self._all.rows(torch.zeros(count, dtype=torch.int64, device=self._device))
         raise RuntimeError("logits are computed of rows that belong to no token of the batch")
 
     @contextlib.contextmanager
     def head_rows(self, first: int, count: int) -> Iterator[None]:
         """While the body runs, logits are those of some tokens of the batch in order."""
-        before, self._head = self._head, self._all[first : first + count]
+        before, self._head = self._head, self._all.rows(slice(first, first + count))
         try:
             yield
         finally:

@@ -1,7 +1,7 @@
 """The workers of an engine that can be trained: vLLM's own, with sites in their modules and some methods more.
 
-``engine_options()`` names a class of this module, so that every process of the engine makes its workers of it. Sites are put in when
-the model is loaded: before it is profiled, compiled or captured.
+``engine_options()`` names a class of this module, of which every process of the engine makes its workers. Sites are put in when the
+model is loaded: before it is profiled, compiled or captured.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Takes steps on an engine in a process of its own: python take_steps.py MODEL JSON, with what to do in JSON. Prints a line a step."""
+"""Takes steps on an engine in a process of its own, and prints a line each: python take_steps.py MODEL JSON."""
 
 import json
 import os
@@ -10,10 +10,10 @@ os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobi
 
 def main(path, steps, engine, ours, settings, journal=None, distributed=None, kill_worker_at=None):
     import torch
+    from serving.engines import EPS, OPTIONS, texts
     from vllm import LLM
 
     from lozo_kernels.vllm import LOZO, engine_options, nll
-    from serving.engines import EPS, OPTIONS, texts
 
     options = {"skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 256, "max_num_batched_tokens": 2048}
     llm = LLM(path, **options | {"max_num_seqs": 64} | engine_options(**OPTIONS | ours) | engine)

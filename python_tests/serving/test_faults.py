@@ -237,7 +237,7 @@ def test_what_an_engine_does_not_have_is_said(models):
         with pytest.raises(TypeError, match="fuse_steps"):
             LOZO(llm, fuse_steps=True)
         optimizer.remove()
-        with pytest.raises(RuntimeError, match="restored|anew"):
+        with pytest.raises(RuntimeError, match=r"restored|anew"):
             optimizer.step(nll(texts(0)))
         with pytest.raises(Exception, match="anew"):
             LOZO(llm, lr=1e-4)

@@ -62,7 +62,9 @@ def test_killed_and_resumed(models, tmp_path):
     task = {"steps": 10**6, "engine": EAGER, "ours": {}, "settings": {}, "journal": str(journal)}
     command = [sys.executable, str(Path(__file__).with_name("take_steps.py")), path, json.dumps(task)]
     environment = os.environ | APART | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'python_tests'}"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    )
     try:
         for line in process.stdout:
             if line.startswith("{") and json.loads(line)["step"] >= 6:

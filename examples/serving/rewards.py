@@ -20,7 +20,7 @@ GOOD, BAD = ({word for some in words.values() for word in some} for words in (la
 WRITING = SamplingParams(max_tokens=24, temperature=1.0, stop=["."])
 
 
-def praise(prompt: str, completion: str) -> float:
+def praise(_prompt: str, completion: str) -> float:
     """From -1, only words of blame, to 1, only words of praise."""
     words = completion.replace(",", " ").split()
     good, bad = (sum(word in some for word in words) for some in (GOOD, BAD))
@@ -30,7 +30,9 @@ def praise(prompt: str, completion: str) -> float:
 def openings(rng: random.Random, count: int) -> list[str]:
     """How reviews begin; the engine writes on."""
     places, days = list(language.PLACES), language.DAYS
-    return [f"My visit to the {rng.choice(language.PLACE_TRAITS)} {rng.choice(places)} on {rng.choice(days)}. The" for _ in range(count)]
+    return [
+        f"My visit to the {rng.choice(language.PLACE_TRAITS)} {rng.choice(places)} on {rng.choice(days)}. The" for _ in range(count)
+    ]
 
 
 def write_model(folder: str, steps: int = 300) -> str:

@@ -62,7 +62,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc, valid-type]
                 raise ValueError("compute_objective takes the place of the loss: leave compute_loss_func out")
         super().__init__(model, args, *more, **named)
         check_trainer(self)
-        self.compute_objective = compute_objective
+        self.zo_objective = compute_objective  # hyperparameter_search() sets a compute_objective of its own
         self.zo_optimizer: ZerothOrderOptimizer | None = None
         self._watch = Stopwatch(self.args.device)
         self._parameters: int | None = None
@@ -82,8 +82,8 @@ class ZOTrainer(Trainer):  # type: ignore[misc, valid-type]
         """Evaluates a micro-batch at all points of the step; the Trainer's own step does the rest with what they give."""
         assert self.zo_optimizer is not None
         drive = drive_on(self.zo_optimizer.handle)
-        loss = self.compute_loss if self.compute_objective is None else self._objective_loss
-        if self.compute_objective is not None:
+        loss = self.compute_loss if self.zo_objective is None else self._objective_loss
+        if self.zo_objective is not None:
             num_items_in_batch = None  # what an objective returns is a mean of its own
         # An attribute of the instance goes before the method, for as long as the step takes.
         self.compute_loss = self._watch.timed("evaluations", ProjectedLoss(drive, self._watch.timed("forwards", loss)))
@@ -138,7 +138,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc, valid-type]
         return {"step_ms": evaluations + updates, "forwards_ms": forwards, "weights_ms": evaluations + updates - forwards}
 
     def _objective_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
-        objective = self.compute_objective
+        objective = self.zo_objective
         assert objective is not None
         model.eval()
         try:

@@ -14,7 +14,7 @@ VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
 VLLM_PIP := $(VLLM)/bin/python -m pip install -q --disable-pip-version-check -c python_tests/serving/constraints.txt
 
-.PHONY: setup demo test test-vllm bench bench-gpu lint format clean
+.PHONY: setup demo test test-vllm docs bench bench-gpu lint format clean
 
 setup: $(STAMP)
 
@@ -50,6 +50,10 @@ $(VLLM_STAMP): python_tests/serving/constraints.txt python_tests/serving/require
 # Needs Python 3.11 or newer, and the native library that make setup builds.
 test-vllm: $(STAMP) $(VLLM_STAMP)
 	PYTHONPATH=. $(VLLM)/bin/python -m pytest -o pythonpath=. python_tests/serving
+
+# The site, in build/site. A broken link or anchor fails.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(STAMP)
 	$(BIN)/lozo-kernels bench perturb --device cpu --output bench/results/perturb_cpu.json

@@ -11,7 +11,7 @@ import torch
 from hf_helpers import REPO, write_jsonl
 from hf_tiny import tiny_llama, tiny_roberta
 from miniatures import MezoLarge, TinyLM
-from pages import PAGES, blocks, indented
+from pages import PAGES, SCRIPTS, blocks, indented
 from task_rows import HUB_ROWS
 from torch import distributed
 
@@ -22,9 +22,10 @@ from lozo_kernels.cli import doctor
 transformers = pytest.importorskip("transformers")
 
 INDENTED = indented("README.md") + indented("docs/command.md")
-COMMANDS = [line for line in INDENTED if line.startswith("lozo-kernels ")]
-BLOCKS = [(page, block) for page in PAGES for block in blocks(page) if "from vllm import" not in block]
-"""Those for vLLM run in python_tests/serving/test_page.py."""
+COMMANDS = list(dict.fromkeys(line for line in INDENTED + indented("docs/quickstart.md") if line.startswith("lozo-kernels ")))
+PROGRAMS = {*SCRIPTS, "docs/serving.md"}
+"""Pages whose Python other tests run: test_tutorials.py and serving/test_page.py."""
+BLOCKS = [(page, block) for page in PAGES if page not in PROGRAMS for block in blocks(page)]
 SHORT = "--compare-steps 0 --steps 2 --eval-size 4 --threads 1 --quiet --output {out}"
 
 # What follows the command of the page, whose settings stay unless they are replaced here; {llama} and so on are folders.
@@ -109,7 +110,9 @@ ELSEWHERE = [
     (page, line)
     for page in PAGES
     for line in indented(page)
-    if re.match(r"(PYTHON=\S+ )?(lozo-kernels|make|python|torchrun) ", line) and line not in COMMANDS
+    if re.match(r"(PYTHON=\S+ )?(lozo-kernels|make|python|torchrun) ", line)
+    and line not in COMMANDS
+    and (page not in SCRIPTS or "lozo_kernels" in line)
 ]
 
 

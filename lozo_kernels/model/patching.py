@@ -28,8 +28,8 @@ def patch(model: nn.Module, *, drive: str = "closure", **options: Unpack[PatchOp
 
     Args:
         model: any module; parameters that require a gradient are trained, tied ones once.
-        estimator, rank, interval, seed, scaling, include, exclude, rounding, backend, placement, side, keep_factors,
-            allow_drift, square: see :class:`PatchConfig`.
+        options: the fields of :class:`PatchConfig`: estimator, rank, interval, seed, scaling, include, exclude, rounding, backend,
+            placement, side, keep_factors, allow_drift, square, directions_law.
         drive: "closure": an optimiser's ``step(closure)`` evaluates. "backward": a call of the model in train mode makes all
             evaluations of a step, its loss can be backpropagated, and ``step()`` follows (:mod:`lozo_kernels.model.backward`).
             The model's parameters then require no gradient until the handle is restored. Build the optimiser before wrapping the

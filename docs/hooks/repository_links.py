@@ -1,0 +1,37 @@
+"""Links of a page to files outside of docs/ lead to the repository on the site, and pictures from there are part of the site."""
+
+import posixpath
+import re
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parents[2]
+LINK = re.compile(r"(?P<mark>!?)\[(?P<text>[^\[\]]*)\]\((?P<target>[^)\s:#]+)(?P<anchor>#[^)\s]*)?\)")
+FENCE = re.compile(r"(^```.*?^```)", re.DOTALL | re.MULTILINE)
+
+
+def on_files(files, config):
+    """Adds the pictures of bench/results, under their path in the repository."""
+    for path in sorted((ROOT / "bench" / "results").glob("*.png")):
+        files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown, page, config, **_):
+    """Rewrites links, but not those that are shown in a block of code."""
+    folder = posixpath.join("docs", posixpath.dirname(page.file.src_uri))
+
+    def rewritten(link):
+        path = posixpath.normpath(posixpath.join(folder, link["target"]))
+        if path.startswith(("docs/", "..")):
+            return link.group()
+        if link["mark"]:
+            return f"![{link['text']}]({posixpath.relpath(path, folder.removeprefix('docs').lstrip('/') or '.')})"
+        if not (ROOT / path).exists():
+            raise FileNotFoundError(f"docs/{page.file.src_uri} links to {link['target']}, which is not in the repository")
+        kind = "tree" if (ROOT / path).is_dir() else "blob"
+        return f"[{link['text']}]({config.repo_url.rstrip('/')}/{kind}/main/{path}{link['anchor'] or ''})"
+
+    parts = FENCE.split(markdown)
+    return "".join(part if part.startswith("```") else LINK.sub(rewritten, part) for part in parts)

@@ -16,6 +16,8 @@ pytest.importorskip("transformers")
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NAMES = sorted(path.name for path in EXAMPLES.glob("*.py"))
 NEEDS = {"trainer.py": "accelerate", "zo_trainer.py": "accelerate", "probe_offload.py": "accelerate", "peft_lora.py": "peft"}
+NEEDS |= {"trl_trainers.py": "trl", "lightning_module.py": "lightning", "accelerate_launch.py": "accelerate", "search.py": "optuna"}
+NEEDS |= {"streaming.py": "datasets"}
 SAYS = {
     "own_trainer_backend.py": "pairs of a seed and a number",
     "federated.py": "accuracy",
@@ -24,11 +26,17 @@ SAYS = {
     "vision.py": "dev accuracy",
     "trainer.py": "dev loss after",
     "zo_trainer.py": "projected_gradient",
+    "trl_trainers.py": "DPOTrainer: mean loss of 2 steps 0.69",
+    "grpo_reward.py": "step 1: reward",
+    "lightning_module.py": "loss of step 2",
+    "accelerate_launch.py": "1 processes, equal weights: True",
+    "vision_language.py": "right: ",
+    "search.py": "lowest dev loss",
 }
 
 
 def test_there_are_some():
-    assert len(NAMES) == 13 and NEEDS.keys() | SAYS.keys() <= set(NAMES)
+    assert len(NAMES) == 20 and NEEDS.keys() | SAYS.keys() <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

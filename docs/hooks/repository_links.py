@@ -1,4 +1,7 @@
-"""Links of a page to files outside of docs/ lead to the repository on the site, and pictures from there are part of the site."""
+"""Links of a page to files outside of docs/ lead to the repository on the site, and pictures from there are part of the site.
+
+A link whose text is the name of a page, which is what one reads in the repository, shows the title of that page.
+"""
 
 import posixpath
 import re
@@ -18,12 +21,20 @@ def on_files(files, config):
     return files
 
 
+def title_of(path):
+    """The first heading of a page. A page that is not there is a warning of mkdocs."""
+    page = ROOT / path
+    return page.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") if page.is_file() else posixpath.basename(path)
+
+
 def on_page_markdown(markdown, page, config, **_):
     """Rewrites links, but not those that are shown in a block of code."""
     folder = posixpath.join("docs", posixpath.dirname(page.file.src_uri))
 
     def rewritten(link):
         path = posixpath.normpath(posixpath.join(folder, link["target"]))
+        if path.startswith("docs/") and link["text"] == posixpath.basename(path):
+            return f"[{title_of(path)}]({link['target']}{link['anchor'] or ''})"
         if path.startswith(("docs/", "..")):
             return link.group()
         if link["mark"]:

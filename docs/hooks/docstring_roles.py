@@ -1,10 +1,16 @@
-"""Docstrings name each other with the roles of reStructuredText; on the site these are links, where the reference has the name."""
+"""Docstrings as the site shows them.
+
+They name each other with the roles of reStructuredText, which become links where the reference has the name. The help of fields of
+a dataclass, from which the command line has its own, becomes the description of its attributes.
+"""
 
 import re
 
 from griffe import AliasResolutionError, Extension, NameResolutionError
 
 ROLE = re.compile(r":(?:class|func|meth|attr|mod|data|exc):`(?P<short>~?)(?P<target>[\w.]+)`")
+TOGETHER = re.compile(r"^ +\w+(?:, \w+)+: ", re.MULTILINE)
+HELP = re.compile(r"metadata=\{'help': (?P<text>'[^']*'|\"[^\"]*\")\}")
 EXAMPLE = re.compile(r"^(?P<said>[^\n]*)::\n\n(?P<code>(?:    [^\n]*(?:\n|\Z)|\n)+)", re.MULTILINE)
 
 
@@ -38,4 +44,16 @@ class Roles(Extension):
             code = "\n".join(line[4:] for line in example["code"].rstrip().splitlines())
             return f"{example['said']}:\n\n```python\n{code}\n```\n"
 
-        obj.docstring.value = EXAMPLE.sub(fenced, ROLE.sub(link, obj.docstring.value))
+        def joined(names):
+            """Attributes that share a line; after a space griffe expects a type."""
+            return names.group()[:-1].replace(", ", ",\N{NO-BREAK SPACE}") + " "
+
+        text = TOGETHER.sub(joined, ROLE.sub(link, obj.docstring.value))
+        obj.docstring.value = EXAMPLE.sub(fenced, text)
+
+    def on_class_members(self, *, cls, **_):
+        """Called when all that is in a class is known."""
+        helped = {name: HELP.search(str(attribute.value)) for name, attribute in cls.attributes.items()}
+        lines = [f"    {name}: {found['text'][1:-1]}" for name, found in helped.items() if found]
+        if lines and cls.docstring is not None:
+            cls.docstring.value += "\n\nAttributes:\n" + "\n".join(lines)

@@ -44,7 +44,7 @@ MAX_DRAW = 1 << 28
 MAX_RANK = 64
 MAX_DIRECTION = 1 << 24
 GRID = 49152.0
-"""1.5 * 2**15: adding and subtracting it rounds an fp32 of magnitude below 2**14 to a multiple of 2**-8."""
+"""1.5 * 2^15: adding and subtracting it rounds an fp32 of magnitude below 2^14 to a multiple of 2^-8."""
 
 # C3 to C0 of docs/noise.md as the doubles that equal their fp32 bit patterns (0x207c3b8f, 0xa9065b6e, 0x31b0c331, 0x3bd4a59c).
 _COEFFICIENTS = tuple(float.fromhex(h) for h in ("0x1.f8771ep-63", "-0x1.0cb6dcp-45", "0x1.618662p-28", "0x1.a94b38p-8"))

@@ -9,14 +9,14 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 OLDEST_TRITON := 3.6.0
 SOURCES := $(shell find csrc python_tests/cuda_host -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: setup demo test bench bench-gpu lint format clean
+.PHONY: setup demo test bench bench-gpu lint format wheel dist clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel ninja
-	$(PIP) --no-build-isolation -e '.[dev]'
+	LOZO_KERNELS_CUDA=1 $(PIP) --no-build-isolation -e '.[dev]'
 	test -d $(VENV)/triton-oldest || $(BIN)/python -m pip install -q --disable-pip-version-check --target $(VENV)/triton-oldest \
 		--no-deps triton==$(OLDEST_TRITON) || echo "Triton $(OLDEST_TRITON) cannot be installed here: tests with it are skipped"
 	touch $@ $(DEMO_STAMP)
@@ -49,6 +49,18 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+# A wheel for this processor and the Linux distributions that its name says, from an sdist. LOZO_KERNELS_CUDA=1 adds the CUDA kernels.
+wheel: $(STAMP)
+	rm -rf build/wheel && mkdir -p build/wheel dist
+	LOZO_KERNELS_REQUIRE_NATIVE=1 LDFLAGS="-static-libstdc++ -Wl,--exclude-libs,ALL -Wl,--gc-sections" \
+		$(BIN)/python -m build --no-isolation --outdir build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
+
+# All that goes to the package index: beside that wheel, one without a library for every other machine, and the sources.
+dist: wheel
+	LOZO_KERNELS_NATIVE=0 $(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -8,6 +8,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 # Some tests compile with the oldest Triton that is supported, which has a folder of its own.
 OLDEST_TRITON := 3.6.0
 SOURCES := $(shell find csrc python_tests/cuda_host -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+FORMATTED := $(SOURCES) $(shell find python_tests/emulated_host examples -name '*.cpp' -o -name '*.c')
 
 .PHONY: setup demo test bench bench-gpu lint format wheel dist clean
 
@@ -48,7 +49,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 # A wheel for this processor and the Linux distributions that its name says, from an sdist. LOZO_KERNELS_CUDA=1 adds the CUDA kernels.
 wheel: $(STAMP)
@@ -65,7 +66,7 @@ dist: wheel
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info lozo_kernels/lib .pytest_cache .mypy_cache .ruff_cache

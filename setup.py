@@ -57,6 +57,7 @@ def is_set(variable, default="0"):
     return os.environ.get(variable, default) not in ("", "0")
 
 
+NATIVE = is_set("LOZO_KERNELS_NATIVE", default="1")
 REQUIRED = is_set("LOZO_KERNELS_REQUIRE_NATIVE")
 CUDA_REQUIRED = is_set("LOZO_KERNELS_REQUIRE_CUDA")
 
@@ -242,6 +243,13 @@ class BuildNative(build_ext):
 class Wheel(bdist_wheel):
     """Tagged for any Python 3, and for this platform if there is a binary inside."""
 
+    def run(self):
+        """Says why there is no binary inside, where there is none."""
+        if self.root_is_pure:
+            why = "no C++ compiler found (set CXX)" if NATIVE else "LOZO_KERNELS_NATIVE=0"
+            say(f"going on without the compiled kernels, a slower path serves CPUs: {why}")
+        super().run()
+
     def get_tag(self):
         """Python tag, ABI tag, platform tag."""
         tag = super().get_tag()
@@ -250,16 +258,13 @@ class Wheel(bdist_wheel):
 
 def native_extensions():
     """The libraries to build. None where nothing here can build one and nobody insists."""
-    if not is_set("LOZO_KERNELS_NATIVE", default="1"):
-        say("compiling nothing (LOZO_KERNELS_NATIVE=0)")
+    if not NATIVE:
         return []
     headers = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.h"))]
     found = []
     if REQUIRED or find_compiler() is not None:
         cpu = [f"csrc/cpu/{name}.cpp" for name in (*CPU_OPS, *COMMON)]
         found.append(Extension("lozo_kernels.lib.liblozo_cpu", cpu, depends=headers, optional=not REQUIRED))
-    else:
-        say("going on without the CPU kernels, a slower path serves: no C++ compiler found (set CXX)")
     if CUDA_REQUIRED or is_set("LOZO_KERNELS_CUDA"):
         cuda = [f"csrc/cuda/{name}.cu" for name in CUDA_FILES]
         found.append(Extension("lozo_kernels.lib.liblozo_cuda", cuda, depends=headers, optional=not CUDA_REQUIRED))

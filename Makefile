@@ -10,7 +10,7 @@ OLDEST_TRITON := 3.6.0
 SOURCES := $(shell find csrc python_tests/cuda_host -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 FORMATTED := $(SOURCES) $(shell find python_tests/emulated_host examples -name '*.cpp' -o -name '*.c')
 
-.PHONY: setup demo test bench bench-gpu lint format wheel dist clean
+.PHONY: setup demo test bench bench-gpu lint format check-package wheel dist clean
 
 setup: $(STAMP)
 
@@ -50,6 +50,17 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
+
+# What the package index and the forge would refuse: settings, sdist, wheel, the index's page, workflows.
+check-package: $(STAMP)
+	$(BIN)/validate-pyproject pyproject.toml
+	$(BIN)/check-manifest --no-build-isolation
+	rm -rf build/checked
+	LOZO_KERNELS_NATIVE=0 $(BIN)/python -m build --no-isolation --outdir build/checked
+	$(BIN)/twine check --strict build/checked/*
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/feature.yml
+	if command -v actionlint; then actionlint; fi
 
 # A wheel for this processor and the Linux distributions that its name says, from an sdist. LOZO_KERNELS_CUDA=1 adds the CUDA kernels.
 wheel: $(STAMP)

@@ -55,8 +55,8 @@ lint: $(STAMP)
 check-package: $(STAMP)
 	$(BIN)/validate-pyproject pyproject.toml
 	$(BIN)/check-manifest --no-build-isolation
-	rm -rf build/checked
-	LOZO_KERNELS_NATIVE=0 $(BIN)/python -m build --no-isolation --outdir build/checked
+	rm -rf build/checked && mkdir -p build
+	LOZO_KERNELS_NATIVE=0 $(BIN)/python -m build --no-isolation --outdir build/checked >build/checked.log 2>&1 || (cat build/checked.log; false)
 	$(BIN)/twine check --strict build/checked/*
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/feature.yml

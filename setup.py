@@ -30,7 +30,7 @@ COMMON = ("dispatch", "threads", "tiles")
 """What is compiled once; every other file of csrc/cpu is an op, compiled once per instruction set."""
 CPU_OPS = sorted(path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp") if path.stem not in COMMON)
 # Nothing here changes a value: results are promised in bits, so no -ffast-math and no contraction. -fno-trapping-math lets
-# selects become vector code. The warnings are about the own intrinsics of GCC.
+# selects become vector code. The warnings that are off are about the own intrinsics of GCC, or one compiler alone knows them.
 FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"),
     *(
@@ -41,6 +41,8 @@ FLAGS = [
         "-Wextra",
         "-Wno-ignored-attributes",
         "-Wno-maybe-uninitialized",
+        "-Wno-unused-lambda-capture",
+        "-Wno-unknown-warning-option",
     ),
 ]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]

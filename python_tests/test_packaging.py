@@ -37,7 +37,8 @@ def described(pure):
 
 def test_one_source_of_the_version(described):
     assert described["Version"] == lozo_kernels.__version__
-    assert f"## {lozo_kernels.__version__} (" in (REPO / "CHANGELOG.md").read_text(encoding="utf-8")
+    changes = (REPO / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## (Unreleased|{re.escape(lozo_kernels.__version__)} - \d{{4}}-\d\d-\d\d)$", changes, re.MULTILINE)
 
 
 def test_links_of_the_index_page_are_absolute(described):

@@ -28,6 +28,7 @@ class Option:
         choices: the words that it may be; of a tuple, each of its items.
         low, high: bounds that it may reach; a float ``low`` also says that it is finite. Integers reach 2^31 - 1 at most.
         above, below: bounds that it may not reach.
+        later: it came after journals that go on without it.
     """
 
     help: str = ""
@@ -38,6 +39,7 @@ class Option:
     high: float | None = None
     above: float | None = None
     below: float | None = None
+    later: bool = False
 
 
 def option(default: Any = dataclasses.MISSING, help: str = "", **more: Any) -> Any:

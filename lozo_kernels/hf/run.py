@@ -19,9 +19,10 @@ from .data.examples import TaskData
 from .data.load import load_data
 from .data.splits import draw_demonstrations
 from .loop.processes import part
-from .loop.train import MEASURED_STEPS, BatchSampler
+from .loop.train import MEASURED_STEPS, BatchSampler, make_schedule
 from .methods import METHODS
 from .models.checkpoint import EMBEDDED, Checkpoint, open_checkpoint, pick_device
+from .models.pretrained import first_line
 from .objectives import OBJECTIVES, Encoded, Objective, PromptedObjective, choose_objective
 from .settings import Settings
 from .tasks import Task
@@ -105,10 +106,10 @@ class Run:
         return list(itertools.islice(whole, MEASURED_STEPS))
 
     def batches_of(self, steps: Sequence[int]) -> list[Sequence[Encoded]]:
-        """This process's part of the batches of some steps, which ascend."""
-        batches, found = self.batches(), []
+        """This process's part of the batches of some steps, which ascend; the first of each step."""
+        batches, found, together = self.batches(), [], self.settings.gradient_accumulation_steps
         for step in range(max(steps, default=-1) + 1):
-            batch = batches.next()
+            batch = [batches.next() for _ in range(together)][0]
             if step in steps:
                 found.append(part(batch, self.settings.parallel))
         return found
@@ -145,7 +146,24 @@ def open_run(settings: Settings, *, quiet: bool, own: Task | None = None) -> Run
         if not demonstrations:
             raise InputError(f"--method icl: {data.source} has no train examples to show")
     objective = kind(checkpoint.tokenizer, data.task, checkpoint.max_length(settings.max_length), demonstrations)
-    return Run(settings, device, data, checkpoint, objective, quiet)
+    run = Run(settings, device, data, checkpoint, objective, quiet)
+    if settings.num_train_epochs is not None:
+        run = dataclasses.replace(run, settings=settings.lasting(len(run.train_set)))
+    if METHODS[settings.method].trains:
+        _check_trainer(run.settings)
+    return run
+
+
+def _check_trainer(settings: Settings) -> None:
+    """Raises InputError if a schedule does not take its options, or a tracker cannot be reported to."""
+    require("accelerate")
+    make_schedule(torch.optim.SGD([torch.zeros(1)], lr=1.0), settings)
+    for name in settings.reports:
+        try:
+            for callback in require("transformers.integrations").get_reporting_integration_callbacks([name]):
+                callback()
+        except (ImportError, RuntimeError, ValueError) as e:
+            raise InputError(f"--report-to {name}: {first_line(e)}") from None
 
 
 @contextlib.contextmanager

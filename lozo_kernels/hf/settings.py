@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,17 @@ from .objectives import OBJECTIVES, ImageObjective
 from .tasks import TASKS
 
 DTYPES = ("float32", "bfloat16", "float16")
-SCHEDULES = ("constant", "linear", "cosine")
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+SCHEDULES = (
+    *("constant", "linear", "cosine", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt"),
+    *("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay"),
+)
+"""Those of transformers, but for the two that follow evaluations, which a journal does not have."""
 _FINDING_STEPS = 50
 """The least steps of a run whose learning rate finds itself: the first eight only measure."""
 
 _data, _method, _run = (functools.partial(option, group=group) for group in ("model and data", "method", "run"))
+_trainer = functools.partial(option, group="as in the Trainer of transformers", later=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +71,9 @@ class Settings:
     lr: float | None = _method(
         None, "learning rate (default: found from forward passes; the method's in runs of less than 50 steps)", low=0.0
     )
-    lr_schedule: str | None = _method(None, "constant, or linear or cosine to zero (default: the method's)", choices=SCHEDULES)
+    lr_schedule: str | None = _method(
+        None, f"of transformers: {', '.join(SCHEDULES)} (default: the method's, constant or linear)", choices=SCHEDULES
+    )
     momentum: float | None = _method(None, "beta of lozo-m and mezo-m (default: 0.9), and of ft-sgd", low=0.0, below=1)
     weight_decay: float = _method(0.0, "decoupled", low=0.0)
     scaling: str = _method("paper", "where 1/rank goes: paper, card or published", choices=SCALINGS)
@@ -91,7 +101,7 @@ class Settings:
     keep: str = _run("last", "weights of the last step, or best: of the lowest dev loss", choices=("last", "best"))
     eval_size: int = _run(500, "dev examples at most", low=1)
     compare_steps: int | None = _run(None, "time so many steps of the published way too (default: 0; 24 without arguments)", low=0)
-    dtype: str = _run("float32", choices=DTYPES)
+    dtype: str = _run("float32", "float32, bfloat16 or float16; fp32, bf16, fp16 for short", choices=DTYPES)
     device: str = _run("auto", "cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     backend: str | None = _run(None, "backend of the kernels (default: the best for the device)")
     threads: int | None = _run(
@@ -100,8 +110,19 @@ class Settings:
     seed: int = _run(0, low=0, high=2**63 - 1)
     output: str | None = _run(None, "folder for the results (default: runs/TASK-METHOD, or with -2, -3, ... if a run is there)")
 
+    num_train_epochs: float | None = _trainer(None, "passes over the train examples, in place of --steps", low=0.0, above=0)
+    gradient_accumulation_steps: int = _trainer(1, "batches whose mean loss is that of a step", low=1)
+    warmup_steps: float = _trainer(0.0, "steps in which the learning rate rises from zero; below 1, a share of all", low=0.0)
+    lr_scheduler_kwargs: str | None = _trainer(None, "options of --lr-schedule, as JSON: '{\"num_cycles\": 2}'")
+    report_to: str | None = _trainer(None, "trackers, divided by commas: tensorboard, wandb, trackio, mlflow, ...")
+    logging_steps: int = _trainer(10, "steps between two reports to them", low=1)
+    save_steps: int | None = _trainer(None, "steps between checkpoints, checkpoint-N in --output (default: none)", low=1)
+    save_total_limit: int | None = _trainer(None, "checkpoints that are kept (default: all)", low=1)
+
     def __post_init__(self) -> None:
         take_defaults(self)
+        if isinstance(self.dtype, str):
+            object.__setattr__(self, "dtype", SHORT_DTYPES.get(self.dtype, self.dtype))
 
     def resolved(self) -> Settings:
         """These settings, checked, with every None replaced that has a fixed default and that the method uses; an ``lr`` that stays
@@ -127,7 +148,7 @@ class Settings:
             threads=1 if self.threads is None and self.model is None else self.threads,
             output=self.output or f"runs/{task or Path(str(file)).stem}-{self.method}",
         )
-        if not method.trains:
+        if not method.trains or self.num_train_epochs is not None:
             return common
         steps = self.steps if self.steps is not None else 1500 if demo else 1000
         return dataclasses.replace(
@@ -138,6 +159,32 @@ class Settings:
             eval_every=self.eval_every if self.eval_every is not None else max(1, steps // 10),
             compare_steps=self.compare_steps if self.compare_steps is not None else 24 if comparable else 0,
         )
+
+    def lasting(self, examples: int) -> Settings:
+        """These settings with the steps that their epochs are, of so many train examples."""
+        assert self.num_train_epochs is not None
+        steps = math.ceil(self.num_train_epochs * examples / (self.batch_size * self.gradient_accumulation_steps))
+        return dataclasses.replace(self, num_train_epochs=None, steps=steps).resolved()
+
+    def warmup(self, steps: int) -> int:
+        """Steps of a run of so many in which the learning rate rises."""
+        return int(self.warmup_steps) if self.warmup_steps >= 1 else math.ceil(self.warmup_steps * steps)
+
+    @property
+    def schedule_options(self) -> dict[str, Any]:
+        """Options of the schedule. Raises InputError if they are no JSON object."""
+        try:
+            options = json.loads(self.lr_scheduler_kwargs or "{}")
+        except ValueError as e:
+            raise InputError(f"--lr-scheduler-kwargs is a JSON object: {e}") from None
+        if not isinstance(options, dict):
+            raise InputError(f"--lr-scheduler-kwargs is a JSON object, not {self.lr_scheduler_kwargs!r:.100}")
+        return options
+
+    @property
+    def reports(self) -> list[str]:
+        """The trackers that are reported to."""
+        return [name.strip() for name in (self.report_to or "").split(",") if name.strip()]
 
     @property
     def drawing_seed(self) -> int:
@@ -158,6 +205,12 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """Plain values by name."""
         return dataclasses.asdict(self)
+
+    def recorded(self) -> dict[str, Any]:
+        """As :meth:`to_dict`, as a journal has them: those of the Trainer only where they are not their defaults, so that the
+        journals of runs without them stay what they were."""
+        later = {f.name for f in dataclasses.fields(self) if f.metadata["option"].later and getattr(self, f.name) == f.default}
+        return {name: value for name, value in self.to_dict().items() if name not in later}
 
     def _resolved_lr(self, method: Method, steps: int) -> float | None:
         """The learning rate; None for one that finds itself (``lr="auto"``), which needs some steps and a batch in parts."""
@@ -183,6 +236,11 @@ class Settings:
             raise InputError(f"--compare-steps: the published code has no {', '.join(self._unpublished)}")
         if self.evaluation == "batched" and self.placement == "inplace":
             raise InputError("--evaluation batched needs --placement probe: weights that are moved can be at one point only")
+        if self.steps is not None and self.num_train_epochs is not None:
+            raise InputError("give --steps or --num-train-epochs, not both")
+        if self.save_total_limit is not None and self.save_steps is None:
+            raise InputError("--save-total-limit goes with --save-steps")
+        _ = self.schedule_options
         if self.find_eps and self.eps != 1e-3:
             raise InputError("give --eps or --find-eps, not both")
         if METHODS[self.method].per_example and self.batch_size % self.directions:

@@ -34,12 +34,17 @@ class FirstOrder(CountingDriver):
         super().__init__(optimizer)
         self.model = model
 
-    def step(self, closure: Closure) -> Tensor:
+    def step(self, closure: Any) -> Tensor:
+        closures = closure if isinstance(closure, list) else [closure]
+        shares = []
         with torch.enable_grad():
-            loss = closure()
-            loss.backward()  # type: ignore[no-untyped-call]
+            for one in closures:
+                share = one() / len(closures)
+                share.backward()
+                shares.append(share.detach())
+        loss = torch.stack(shares).sum()
         try:
-            return self.finish_step(loss.detach(), torch.zeros(0, device=loss.device, dtype=torch.float64), self.optimizer.step)
+            return self.finish_step(loss, torch.zeros(0, device=loss.device, dtype=torch.float64), self.optimizer.step)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
 
@@ -118,13 +123,18 @@ class ForwardGradient(CountingDriver):
         self._names = {id(p): name for name, p in self._caller.named_parameters()}
 
     @torch.no_grad()
-    def step(self, closure: Closure) -> Tensor:
+    def step(self, closure: Any) -> Tensor:
+        closures = closure if isinstance(closure, list) else [closure]
+
+        def mean() -> Tensor:
+            return torch.stack([one() for one in closures]).mean() if len(closures) > 1 else closures[0]()
+
         group = self.optimizer.param_groups[0]
         tangents = self._direction()
         parameters = {name: p.detach() for name, p in self._caller.named_parameters() if name in tangents}
 
         def loss_at(values: dict[str, Tensor]) -> Tensor:
-            return functional_call(self._caller, values, (closure,))  # type: ignore[no-any-return]
+            return functional_call(self._caller, values, (mean,))  # type: ignore[no-any-return]
 
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             loss, c = jvp(loss_at, (parameters,), (tangents,))  # type: ignore[misc]

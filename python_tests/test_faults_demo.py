@@ -48,7 +48,7 @@ def test_make_installs_what_a_target_needs(tmp_path, target, extra):
 
 
 def test_the_demo_runs_without_what_the_tests_bring(tmp_path):
-    names = {"torchao", "bitsandbytes", "peft", "trl", "lightning", "datasets", "accelerate", "triton", "pyarrow", "pandas"}
+    names = {"torchao", "bitsandbytes", "peft", "trl", "lightning", "datasets", "triton", "pyarrow", "pandas"}
     done = command(tmp_path, "-c", _WITHOUT.format(names=names), *SHORT, str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith("model: "), done.stderr

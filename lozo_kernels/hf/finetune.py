@@ -23,6 +23,7 @@ from .loop.records import MetricsLog
 from .loop.scoring import check_examples, score
 from .loop.train import Outcome, eval_batch_size, evaluate, train
 from .models.checkpoint import load_model
+from .models.hub import push
 from .models.pretrained import computing, first_line
 from .output import to_json
 from .reports.beside_published import compare
@@ -130,6 +131,8 @@ def _run(settings: Settings, command: str, quiet: bool, resume: bool, callbacks:
             _save(run, model, summary, log, output, outcome.unended)
             if outcome.stopped is None:
                 kept.discard()
+        if outcome.stopped is None and settings.push_to_hub is not None:
+            push(output / MODEL, settings.push_to_hub)
     return summary
 
 

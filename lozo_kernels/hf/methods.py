@@ -21,6 +21,7 @@ _PER_EXAMPLE = tuple(name for name in _LOW_RANK if name not in ("momentum", "one
 _TRAINING = (
     *("steps", "k_shot", "lr", "lr_schedule", "weight_decay", "eval_every", "compare_steps", "parallel", "num_train_epochs"),
     *("gradient_accumulation_steps", "warmup_steps", "lr_scheduler_kwargs", "report_to", "save_steps", "save_total_limit"),
+    *("peft", "push_to_hub"),
 )
 
 

@@ -18,10 +18,11 @@ from ..optim.rate_finder import measures
 from .data.examples import TaskData
 from .data.load import load_data
 from .data.splits import draw_demonstrations
-from .loop.processes import part
+from .loop.processes import is_first, part
 from .loop.train import MEASURED_STEPS, BatchSampler, make_schedule
 from .methods import METHODS
 from .models.checkpoint import EMBEDDED, Checkpoint, open_checkpoint, pick_device
+from .models.hub import check_login
 from .models.pretrained import first_line
 from .objectives import OBJECTIVES, Encoded, Objective, PromptedObjective, choose_objective
 from .settings import Settings
@@ -109,7 +110,7 @@ class Run:
         """This process's part of the batches of some steps, which ascend; the first of each step."""
         batches, found, together = self.batches(), [], self.settings.gradient_accumulation_steps
         for step in range(max(steps, default=-1) + 1):
-            batch = [batches.next() for _ in range(together)][0]
+            batch, *_ = (batches.next() for _ in range(together))
             if step in steps:
                 found.append(part(batch, self.settings.parallel))
         return found
@@ -155,15 +156,16 @@ def open_run(settings: Settings, *, quiet: bool, own: Task | None = None) -> Run
 
 
 def _check_trainer(settings: Settings) -> None:
-    """Raises InputError if a schedule does not take its options, or a tracker cannot be reported to."""
+    """Raises InputError if a schedule does not take its options, a tracker cannot be reported to, or the Hub takes nothing."""
     require("accelerate")
+    if settings.push_to_hub is not None and is_first():
+        check_login()
     make_schedule(torch.optim.SGD([torch.zeros(1)], lr=1.0), settings)
-    for name in settings.reports:
-        try:
-            for callback in require("transformers.integrations").get_reporting_integration_callbacks([name]):
-                callback()
-        except (ImportError, RuntimeError, ValueError) as e:
-            raise InputError(f"--report-to {name}: {first_line(e)}") from None
+    try:
+        for callback in require("transformers.integrations").get_reporting_integration_callbacks(settings.reports):
+            callback()
+    except (ImportError, RuntimeError, ValueError) as e:
+        raise InputError(f"--report-to {settings.report_to}: {first_line(e)}") from None
 
 
 @contextlib.contextmanager

@@ -8,16 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from ...errors import InputError, require
 from ...kernels import ops
 from ...kernels.calls import Draw
 from ...kernels.table import TensorTable
 from ...model.patching import patch
+from ..models.adapters import add_adapters
 from .drivers import Closure, CountingDriver, backends_of
-
-LORA_RANK = 8
-LORA_ALPHA = 16
-"""LoRA as in the papers of MeZO and LOZO: r = 8, alpha = 16, on the attention projections that PEFT knows for an architecture."""
 
 
 class FirstOrder(CountingDriver):
@@ -66,7 +62,7 @@ class LoRA(FirstOrder):
 
     def __init__(self, model: nn.Module, *, lr: float, weight_decay: float, seed: int) -> None:
         self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
-        self._peft = _adapted(model, seed)
+        self._peft = add_adapters(model, seed)
         trained = [p for p in model.parameters() if p.requires_grad]
         super().__init__(model, torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay))
 
@@ -77,24 +73,6 @@ class LoRA(FirstOrder):
             del self.model.peft_config
         for name, p in self.model.named_parameters():
             p.requires_grad_(self._flags[name])
-
-
-def _adapted(model: nn.Module, seed: int) -> Any:
-    """Adapters in the model, from PEFT's table of architectures, or on all linear layers of one that it does not know."""
-    peft = require("peft")
-    kind = "SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else None
-    state = torch.get_rng_state()
-    torch.manual_seed(seed)
-    try:
-        for targets in (None, "all-linear"):
-            config = peft.LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=targets, task_type=kind)
-            try:
-                return peft.get_peft_model(model, config)
-            except ValueError as e:
-                error = e
-    finally:
-        torch.set_rng_state(state)
-    raise InputError(f"this model cannot be trained by ft-lora: {error}")
 
 
 class ForwardGradient(CountingDriver):

@@ -27,7 +27,7 @@ from .processes import part
 from .reading import StepReader
 from .records import EvalRecord
 
-transformers = require("transformers")
+TrainerCallback = require("transformers").TrainerCallback
 
 
 @dataclasses.dataclass
@@ -95,6 +95,9 @@ class RunTrainer(ZOTrainer):
         InputError: the Trainer does not take the settings, or a report needs a package that is not installed.
     """
 
+    lr_scheduler: Any
+    control: Any
+
     def __init__(
         self,
         model: nn.Module,
@@ -114,10 +117,11 @@ class RunTrainer(ZOTrainer):
         self.driver, self.settings, self.objective, self.sampler, self.reader = driver, settings, objective, sampler, reader
         self.first, self.memory, self.measured_steps = driver.steps_done, memory, 0
         self._evaluate_model, self._make_schedule, self._tokenizer = evaluate, schedule, tokenizer
-        self._measured, self._batches, self._reported = measured, [], len(reader.log.steps)
+        self._measured, self._reported = measured, len(reader.log.steps)
+        self._batches: list[Sequence[Encoded]] = []
         self._listened = bool(callbacks or settings.reports)
-        config, threads = getattr(model, "config", None), torch.get_num_threads()
-        cache = getattr(config, "use_cache", None)
+        config: Any = getattr(model, "config", None)
+        threads, cache = torch.get_num_threads(), getattr(config, "use_cache", None)
         try:
             args = make_arguments(settings, reader.device, self.first)
             super().__init__(model, args, eval_dataset=[()], callbacks=[_following(self), *callbacks])
@@ -126,7 +130,7 @@ class RunTrainer(ZOTrainer):
         if cache is not None:  # the configuration is saved with the model
             config.use_cache = cache
         torch.set_num_threads(threads)  # accelerate sets it where several processes share a machine
-        self.remove_callback(transformers.PrinterCallback)
+        self.remove_callback(require("transformers").PrinterCallback)
         self.accelerator.prepare_model = lambda model, **_: model  # what processes share is the driver's business
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
@@ -265,11 +269,15 @@ class _Stepped(torch.optim.Optimizer):
 def _following(trainer: RunTrainer) -> Any:
     """A callback through which the Trainer begins where the driver is, counts epochs of the data, and reports."""
 
-    class Following(transformers.TrainerCallback):  # type: ignore[misc]
+    class Following(TrainerCallback):  # type: ignore[misc, valid-type]
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
             state.global_step = trainer.first
-            if trainer.first and args.save_strategy != "no" and trainer.first % args.save_steps == 0:
-                trainer.zo_optimizer.flush()  # as the checkpoint there did
+            if (
+                trainer.zo_optimizer is not None
+                and trainer.settings.save_steps
+                and trainer.first % trainer.settings.save_steps == 0
+            ):
+                trainer.zo_optimizer.flush()  # as the checkpoint there did, if the run goes on from one
             if not trainer.first:
                 for record in trainer.reader.log.evaluations:
                     trainer.tell(record)

@@ -4,6 +4,7 @@ import json
 import shlex
 
 import pytest
+from hf_helpers import REPO
 
 from lozo_kernels.cli import command as cli
 from lozo_kernels.errors import InputError
@@ -113,3 +114,10 @@ def test_examples_of_the_help_parse(command, capsys):
     for line in shown:
         words = shlex.split(line)
         assert words[0] == "lozo-kernels" and cli.make_parser().parse_args(words[1:]).subcommand == command
+
+
+def test_the_file_of_the_docs(tmp_path, monkeypatch):
+    page = (REPO / "docs" / "command.md").read_text(encoding="utf-8")
+    found = parsed(monkeypatch, config(tmp_path, page.split("```yaml\n")[1].split("```")[0]), "--lr", "1e-5")
+    assert (found.model, found.lr, found.warmup_steps, found.num_train_epochs) == ("./my-model", 1e-5, 0.1, 3)
+    assert found.reports == ["tensorboard", "wandb"] and found.schedule_options == {"num_cycles": 2}

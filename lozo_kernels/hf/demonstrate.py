@@ -84,7 +84,7 @@ def _example(settings: Settings, tuned: Path) -> dict[str, Any]:
         return {"answer": words[found[0]], "probability": found[1]}
 
     asked = f"{example.texts[0]}{run.data.task.prompt.removeprefix('{0}')}"
-    return {"asked": asked, "right": words[example.label], "before": answer(before[wrong]), "after": answer(after[wrong])}
+    return {"asked": asked, "right": words[example.label or 0], "before": answer(before[wrong]), "after": answer(after[wrong])}
 
 
 @torch.no_grad()
@@ -147,18 +147,19 @@ def _learning_screen(learning: dict[str, Any], example: dict[str, Any]) -> str:
 
 
 def _costs_screen(costs: dict[str, Any]) -> str:
+    millions = costs["parameters"] / 1e6
     rows = [["a step", "ms", "times two forward passes"]]
     rows += [[row["name"], f"{row['ms']:.0f}", f"{row['ratio']:.2f}"] for row in costs["rows"]]
     return "\n".join(
         [
             "2. What a step costs, measured just now",
             "",
-            f"{costs['architecture']} architecture, {costs['parameters'] / 1e6:.0f}M random weights in bfloat16, {costs['tokens']} tokens",
+            f"{costs['architecture']} architecture, {millions:.0f}M random weights in bf16, {costs['tokens']} tokens",
             f"LOZO of rank {costs['rank']}, on {costs['device']}, all in turns",
             "",
             table(rows),
             "",
-            "In place, weights are moved and moved back. A probe only reads them, and a batched one evaluates both sides in one pass.",
+            "In place, weights are moved and moved back. A probe only reads them; batched, both sides are one pass.",
             "",
         ]
     )

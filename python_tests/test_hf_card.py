@@ -90,4 +90,4 @@ def test_unfinished_and_unknown(tmp_path, summary):
 def test_the_library_of_the_hub_reads_it(summary):
     hub = pytest.importorskip("huggingface_hub")
     card = hub.ModelCard.load(Path(summary["output"]) / "model" / "README.md")
-    assert card.data.library_name == "transformers" and card.text.startswith("# tuned")
+    assert card.data.library_name == "transformers" and card.text.strip().startswith("# tuned")

@@ -188,7 +188,7 @@ def test_killed_between_checkpoints(tmp_path, step):
     ("more", "words"),
     [
         ({"report_to": "mine"}, "--report-to mine: mine is not supported"),
-        ({"lr_schedule": "warmup_stable_decay"}, "--lr-schedule warmup_stable_decay: .*num_stable_steps.*; --lr-scheduler-kwargs"),
+        ({"lr_schedule": "warmup_stable_decay"}, "--lr-schedule warmup_stable_decay: .*num_decay_steps.*; --lr-scheduler-kwargs"),
         ({"lr_schedule": "linear", "lr_scheduler_kwargs": '{"power": 1}'}, "--lr-schedule linear: .*power"),
         ({"lr_scheduler_kwargs": "[1]"}, r"--lr-scheduler-kwargs is a JSON object, not '\[1\]'"),
         ({"lr_scheduler_kwargs": "{"}, "--lr-scheduler-kwargs is a JSON object: "),

@@ -32,7 +32,8 @@ EXIT_INTERRUPTED = 130
 
 _EVALUATED = (
     *("model", "trust_remote_code", "allow_missing_weights", "task", "data_dir", "train_file", "dev_file", "method", "num_shots"),
-    *("num_eval", "objective", "max_length", "max_new_tokens", "batch_size", "dtype", "device", "threads", "seed"),
+    *("num_eval", "objective", "max_length", "max_new_tokens", "batch_size", "dtype", "load_in_8bit", "load_in_4bit", "device"),
+    *("threads", "seed"),
 )
 """The settings of ``finetune`` that ``evaluate`` has too."""
 _EVALUATED_OTHERWISE: dict[str, dict[str, Any]] = {
@@ -44,6 +45,7 @@ _EVALUATED_OTHERWISE: dict[str, dict[str, Any]] = {
     "num_eval": {"default": TEST_SIZE, "help": "examples at most"},
     "max_length": {"default": 2048, "help": "tokens of an input"},
     "batch_size": {"help": "inputs at once"},
+    "load_in_8bit": {"help": "quantise the linear layers by bitsandbytes"},
     "seed": {"help": "seed of the draws of examples"},
 }
 """What differs in their options."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 
 from ..bench.batches import CausalBatch
+from ..bench.clock import Clock, clock_for
 from ..bench.entrants import entrants
 from ..bench.environment import cpu_name
 from ..bench.models import MODELS, build_model
 from ..bench.step import StepBench
+from ..bench.timing import Contender, interleave
 from ..errors import InputError
 from .command_line import check_options
 from .demo.options import Demo
@@ -27,9 +30,11 @@ from .run import Run, open_run
 from .settings import Settings
 from .tables import table
 
-PICTURE = "demo.png"
+RUN, PICTURE = "demo-run", "demo.png"
 TOKENS = 32
-_RANK, _ROUNDS, _PUBLISHED_ROUNDS = 4, 9, 3
+_RANK, _ROUNDS = 4, 9
+_SECONDS, _ROUND = 25.0, 25
+"""How long the rounds take about at most, and what one costs in multiples of two forward passes."""
 _NAMES = {"inplace": "this library, in place", "probe": "this library, probe", "batched": "this library, batched probe"}
 
 
@@ -48,7 +53,7 @@ def demonstrate(demo: Demo, *, show: Callable[[str], None], say: Callable[[str],
     """
     check_options(demo)
     folder = Path(demo.output)
-    if folder.exists() and any(folder.iterdir()) and not (folder / PICTURE).exists():
+    if folder.is_dir() and {path.name for path in folder.iterdir()} - {RUN, PICTURE}:
         raise InputError(f"--output {folder}: it holds other things than an earlier demo; give another folder")
     settings = Settings(
         steps=demo.steps,
@@ -56,11 +61,11 @@ def demonstrate(demo: Demo, *, show: Callable[[str], None], say: Callable[[str],
         eval_size=200,
         compare_steps=0,
         seed=demo.seed,
-        output=str(folder / "run"),
+        output=str(folder / RUN),
     )
     say("training the small model ...")
     learning = finetune(settings, overwrite=True, command=f"lozo-kernels demo --steps {demo.steps} --seed {demo.seed}")
-    example = _example(settings, folder / "run" / MODEL)
+    example = _example(settings, folder / RUN / MODEL)
     show(_learning_screen(learning, example))
     say(f"timing steps of {demo.architecture} ...")
     costs = measure_costs(demo.architecture)
@@ -104,11 +109,13 @@ def measure_costs(architecture: str) -> dict[str, Any]:
     """Times steps of an architecture with random weights, in turns with two plain forward passes and the published code."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    model = build_model(architecture, torch.bfloat16, device)
+    dtype = _fast_dtype(device)
+    model = build_model(architecture, dtype, device)
     parameters = sum(p.numel() for p in model.parameters())
     bench = StepBench(model, entrants(["lozo"], list(_NAMES)), _RANK)
     batch = CausalBatch(TOKENS, device, MODELS[architecture].positions, sequences=2)
-    measured = bench.measure(batch, _ROUNDS, _PUBLISHED_ROUNDS)
+    rounds = _rounds(model, batch, bench.clock)
+    measured = bench.measure(batch, rounds, rounds // 3)
     bench.close()
     del bench, model
     gc.collect()
@@ -118,8 +125,26 @@ def measure_costs(architecture: str) -> dict[str, Any]:
         {"name": _NAMES[row["placement"]], "ms": row["step_ms"], "ratio": more["times_two_forwards"]} for row, more in measured
     ]
     rows.append({"name": "published way", "ms": first["reference_step_ms"], "ratio": 1 + detail["reference_overhead"]})
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads of {cpu_name()}"
-    return {"architecture": architecture, "parameters": parameters, "tokens": TOKENS, "rank": _RANK, "device": name, "rows": rows}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, threads: {torch.get_num_threads()}"
+    about = {"architecture": architecture, "parameters": parameters, "dtype": str(dtype).removeprefix("torch."), "tokens": TOKENS}
+    return about | {"rank": _RANK, "device": name, "rows": rows}
+
+
+def _fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16, but on a machine that multiplies faster in float32, because it has no instructions for it."""
+    seconds = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b = torch.ones(TOKENS, 768, dtype=dtype, device=device), torch.ones(768, 3072, dtype=dtype, device=device)
+        times = interleave({"": Contender(functools.partial(torch.matmul, a, b))}, 5, clock=clock_for(device))[""]
+        seconds[dtype] = min(times.values())
+    return min(seconds, key=seconds.__getitem__)
+
+
+@torch.no_grad()
+def _rounds(model: torch.nn.Module, batch: CausalBatch, clock: Clock) -> int:
+    """How many rounds there is time for: three at least, one of them with the published code."""
+    two = interleave({"": Contender(lambda: [batch(model) for _ in range(2)])}, 1, clock=clock)[""][0]
+    return max(3, min(_ROUNDS, int(_SECONDS / (_ROUND * max(two, 1e-6)))))
 
 
 def _learning_screen(learning: dict[str, Any], example: dict[str, Any]) -> str:
@@ -154,7 +179,7 @@ def _costs_screen(costs: dict[str, Any]) -> str:
         [
             "2. What a step costs, measured just now",
             "",
-            f"{costs['architecture']} architecture, {millions:.0f}M random weights in bf16, {costs['tokens']} tokens",
+            f"{costs['architecture']} architecture, {millions:.0f}M random weights in {costs['dtype']}, {costs['tokens']} tokens",
             f"LOZO of rank {costs['rank']}, on {costs['device']}, all in turns",
             "",
             table(rows),

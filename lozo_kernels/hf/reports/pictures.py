@@ -28,13 +28,13 @@ def draw_demo(path: Path, evaluations: Sequence[dict[str, Any]], costs: dict[str
         learning.set(
             xlabel="step of two forward passes", title="the small model, on examples that were not trained on", ylim=(0, None)
         )
-        learning.legend(loc="center left", fontsize=9)
+        learning.legend(loc="lower left", fontsize=9)
         names, times = ([row[key] for row in costs["rows"]] for key in ("name", "ms"))
         colors = ["tab:gray", *["tab:blue"] * (len(names) - 2), "tab:red"]
         bars = steps.barh(names, times, color=colors)
-        steps.bar_label(bars, [f" {row['ms']:.0f} ms, {row['ratio']:.1f}x" for row in costs["rows"]], fontsize=9)
+        steps.bar_label(bars, [f" {row['ms']:.0f} ms, {row['ratio']:.2f}x" for row in costs["rows"]], fontsize=9)
         steps.set(xlabel="ms", title=f"a step of {costs['architecture']}, {costs['tokens']} tokens")
-        steps.set_xlim(0, 1.25 * max(times))
+        steps.set_xlim(0, 1.35 * max(times))
         steps.invert_yaxis()
     return path
 

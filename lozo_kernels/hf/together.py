@@ -5,19 +5,17 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ..errors import InputError
 from .command_line import flag
 from .methods import DEFAULTS, METHODS, Method
 from .tasks import TASKS
 
-if TYPE_CHECKING:
-    from .settings import Settings
 
-
-def check_together(s: Settings) -> None:
-    """Raises InputError if settings contradict each other, mean nothing to their method, or name a file that is not there."""
+def check_together(s: Any) -> None:
+    """Raises InputError if settings (:class:`~.settings.Settings`) contradict each other, mean nothing to their method, or name a
+    file that is not there."""
     wrong = next((message for bad, message in _combinations(s, METHODS[s.method]) if bad), None)
     if wrong is not None:
         raise InputError(wrong)
@@ -25,7 +23,7 @@ def check_together(s: Settings) -> None:
     _check_method(s, METHODS[s.method])
 
 
-def _combinations(s: Settings, method: Method) -> list[tuple[bool, str]]:
+def _combinations(s: Any, method: Method) -> list[tuple[bool, str]]:
     """Whether a combination is there, with what is wrong with it."""
     quantised = s.load_in_8bit or s.load_in_4bit
     return [
@@ -69,7 +67,7 @@ def _combinations(s: Settings, method: Method) -> list[tuple[bool, str]]:
     ]
 
 
-def _check_method(s: Settings, method: Method) -> None:
+def _check_method(s: Any, method: Method) -> None:
     for f in dataclasses.fields(s):
         default = getattr(method, f.name) if f.name in DEFAULTS else f.default
         if f.name in method.foreign and getattr(s, f.name) not in (default, 0):
@@ -80,7 +78,7 @@ def _check_method(s: Settings, method: Method) -> None:
         raise InputError(f"--compare-steps: the published code has no {method.name}")
 
 
-def _check_data(s: Settings) -> None:
+def _check_data(s: Any) -> None:
     for name in ("train_file", "dev_file"):
         value = getattr(s, name)
         if value is not None and not Path(value).is_file():

@@ -35,7 +35,7 @@ $(DEMO_STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
 	touch $@
 
 demo: $(DEMO_STAMP)
-	$(BIN)/lozo-kernels finetune
+	$(BIN)/lozo-kernels demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadfile

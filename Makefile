@@ -54,7 +54,7 @@ test-vllm: $(STAMP) $(VLLM_STAMP)
 
 # The site, in build/site. A broken link or anchor fails.
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(STAMP)
 	$(BIN)/lozo-kernels bench perturb --device cpu --output bench/results/perturb_cpu.json

@@ -13,7 +13,7 @@ from lozo_kernels.kernels import noise, ops
 from lozo_kernels.kernels.backends import native
 from lozo_kernels.kernels.backends.eager import EagerBackend
 from lozo_kernels.kernels.backends.native import NativeBackend
-from lozo_kernels.kernels.calls import Draw, LayerCall, Rounding
+from lozo_kernels.kernels.calls import Draw, LayerCall, Rounding, TableCall
 from lozo_kernels.kernels.table import DTYPES, TensorTable
 from python_tests.processes import forked
 from python_tests.table_helpers import Product, assert_same
@@ -110,6 +110,32 @@ def test_runs_of_signs_that_begin_anywhere(op, stochastic, rng):
 @pytest.mark.parametrize("reproject", [False, True])
 def test_resample(rank, reproject, rng):
     check(make_case(rng, "resample_", rank=rank, n=reproject))
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 9])
+def test_all_draws_of_an_update_are_one_call(rank, momentum, rng, monkeypatch):
+    """As many draws as a step has directions, on factors: the bits of a backend that takes them two at a time."""
+    draws = [Draw(step, rng.randrange(9)) for step in rng.sample(range(1 << 20), rng.choice((3, 4, 7, 16)))]
+    shapes = [(1, rng.randint(1, 40), rank), (3, rng.randint(1, 300), rank), (1, 1100, rank), (1, 0, rank)]
+    x, n = ([torch.randn(shape) for shape in shapes] for _ in range(2))
+    call = TableCall(rng.getrandbits(64), draws, torch.randn(len(draws), 4), decay=torch.randn(4))
+    op = OPS["factor_momentum_" if momentum else "factor_update_"]
+    if momentum:
+        call.coefficients, call.alpha, call.beta = torch.randn(len(draws), 4), torch.randn(4), torch.randn(4)
+
+    def run(backend):
+        factors, moments = [f.clone() for f in x], [f.clone() for f in n]
+        table = TensorTable(x=factors, n=moments if momentum else None, tensor_ids=[7, 1 << 31, 5, 6], row_offsets=[0, 9, 77, 0])
+        ops.dispatch(op, table, call, backend)
+        return factors + moments
+
+    expected, calls, real = run(EAGER), [], NativeBackend.run
+    monkeypatch.setattr(NativeBackend, "run", lambda *args: (calls.append(1), real(*args)))
+    for isa in ISAS:
+        native.set_isa(isa)
+        assert all(map(torch.equal, run(NATIVE), expected)), isa
+    assert len(calls) == len(ISAS)
 
 
 @pytest.mark.parametrize("draws", [1, 2])

@@ -2,6 +2,8 @@
 #ifndef LOZO_FACTOR_ROWS_H
 #define LOZO_FACTOR_ROWS_H
 
+#include <type_traits>
+
 #include "lozo/abi.h"
 #include "noise_vec.h"
 #include "ops.h"
@@ -22,8 +24,10 @@ struct FactorArguments {
   float decay;
 };
 
-static inline FactorArguments scales_of(const Tile &tile, const OpCall &op) {
-  return {op.call->scales + tile.index, op.count, op.call->decay ? op.call->decay[tile.index] : 1.0f};
+// Of the draws from ``first`` on. The factor decays with the first of all draws.
+static inline FactorArguments scales_of(const Tile &tile, const OpCall &op, int64_t first) {
+  const float *decay = first == 0 ? op.call->decay : nullptr;
+  return {op.call->scales + first * op.count + tile.index, op.count, decay ? decay[tile.index] : 1.0f};
 }
 
 template <int DRAWS>
@@ -41,17 +45,50 @@ LOZO_INLINE void add_draws(float *out, const float *f, const float *const *u, in
   }
 }
 
-// U of each draw for a tile's rows, ``u_stride(rank)`` apart.
-static inline int64_t u_stride(int rank) { return (rank + 3) / 4 * 4; }
+// U in fp32 at rank 2, which leaves half of every block of noise: out[row * 2 + k], from global row ``first``. Rows up to a
+// multiple of 2 W are written.
+static inline void factor_floats_of_two(float *out, uint64_t seed, int64_t draw, int64_t direction, int64_t tensor_id,
+                                        uint64_t first, int64_t rows) {
+  constexpr int kBlocks = W == 16 ? 4 : 2;  // side by side, which only so many registers hold
+  const F unit = splat(kGridStep);
+  const Counters s = make_counters(seed, direction_word(0, direction), (uint32_t)tensor_id, draw_word(kStreamU, draw));
+  for (int64_t i = 0; i < rows; i += kBlocks * kCounters) {
+    L c0[kBlocks];
+    Words x[kBlocks];
+    for (int b = 0; b < kBlocks; ++b) c0[b] = consecutive_counters((uint32_t)(first + (uint64_t)i) + (uint32_t)(b * kCounters));
+    philox(x, s, c0);
+    for (int b = 0; b < kBlocks; ++b)
+      store(out + 2 * (i + b * kCounters), mul(to_float(normal_steps(zip(x[b].w[0], x[b].w[1]))), unit));
+  }
+}
 
+// U of each draw for a tile's rows, ``u_stride(rank)`` apart.
+static inline int64_t u_stride(int rank) { return rank == 2 ? 2 : (rank + 3) / 4 * 4; }
+
+// U of the draws from ``from`` on.
 template <int DRAWS>
-static inline void make_draws(const float **u, int rank, const Tile &tile, const lozo_call &call, FactorScratch *scratch) {
-  const int64_t first = global_row(tile, 0);
+static inline void make_draws(const float **u, int rank, const Tile &tile, const lozo_call &call, FactorScratch *scratch,
+                              int64_t from = 0) {
+  const int64_t first = global_row(tile, 0), id = tile.tensor->tensor_id;
   for (int d = 0; d < DRAWS; ++d) {
     u[d] = scratch->u[d];
-    factor_floats(scratch->u[d], u_stride(rank), call.seed, call.draw_steps[d], call.directions[d], tile.tensor->tensor_id,
-                  tile.rows, rank, [first](int64_t i) { return consecutive_counters((uint32_t)(first + i)); });
+    const int64_t step = call.draws ? call.draws[2 * (from + d)] : call.draw_steps[from + d];
+    const int64_t direction = call.draws ? call.draws[2 * (from + d) + 1] : call.directions[from + d];
+    if (rank == 2)
+      factor_floats_of_two(scratch->u[d], call.seed, step, direction, id, (uint64_t)first, tile.rows);
+    else
+      factor_floats(scratch->u[d], u_stride(rank), call.seed, step, direction, id, tile.rows, rank,
+                    [first](int64_t i) { return consecutive_counters((uint32_t)(first + i)); });
   }
+}
+
+// Calls add(a number of draws as a type, the first of them) for all draws in order, so many of them at once as there is scratch
+// for.
+template <class Add>
+static inline void for_draws(int64_t count, Add add) {
+  int64_t first = 0;
+  for (; first + LOZO_MAX_DRAWS <= count; first += LOZO_MAX_DRAWS) add(std::integral_constant<int, LOZO_MAX_DRAWS>(), first);
+  for (; first < count; ++first) add(std::integral_constant<int, 1>(), first);
 }
 
 // Updates a tile's rows of f, ``f_stride`` apart, and writes them to out, which may be f.

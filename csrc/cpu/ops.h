@@ -14,10 +14,10 @@ struct OpCall {
 
 // The ops over tables: the name, whether the tensors have V, and what a call has to be beyond that.
 #define LOZO_TABLE_OPS(OP)                                \
-  OP(lowrank_update, true, true)                          \
+  OP(lowrank_update, true, !call->draws)                  \
   OP(lowrank_signed_update, true, has_parts(call))        \
-  OP(dense_update, false, true)                           \
-  OP(dense_momentum, false, true)                         \
+  OP(dense_update, false, !call->draws)                   \
+  OP(dense_momentum, false, !call->draws)                 \
   OP(factor_update, false, are_factors(tensors, count))   \
   OP(factor_momentum, false, are_factors(tensors, count)) \
   OP(lowrank_merge, true, call->num_draws <= 1)           \

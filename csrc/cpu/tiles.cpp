@@ -112,7 +112,7 @@ int for_each_tile(const Work &work) {
     const Plan plan = make_plan(work);
     if (plan.tiles == 0) return LOZO_OK;
     const Run run{&plan, &work};
-    const int64_t threads = std::min(work.threads, 1 + plan.elements / kElementsPerThread);
+    const int64_t threads = std::min(work.threads, 1 + plan.elements * work.weight / kElementsPerThread);
     return share_out(plan.tiles, threads, work.scratch_bytes, run_tile, &run) ? LOZO_OK : LOZO_NO_MEMORY;
   } catch (const std::bad_alloc &) {
     return LOZO_NO_MEMORY;
@@ -120,7 +120,7 @@ int for_each_tile(const Work &work) {
 }
 
 bool valid_call(const lozo_tensor *tensors, int64_t count, const lozo_call *call, bool low_rank) {
-  if (count < 0 || call->num_draws < 0 || call->num_draws > LOZO_MAX_DRAWS) return false;
+  if (count < 0 || call->num_draws < 0 || (!call->draws && call->num_draws > LOZO_MAX_DRAWS)) return false;
   if (call->law != LOZO_NORMAL && call->law != LOZO_RADEMACHER) return false;
   if (low_rank && count > 0 && (call->rank < 1 || call->rank > LOZO_MAX_RANK)) return false;
   for (int64_t i = 0; i < count; ++i)

@@ -41,6 +41,7 @@ struct Work {
   void (*tile)(const Tile &tile, char *scratch, const void *context);
   const void *context;
   const lozo_tensor *out = nullptr;  // the tensors whose weights are written, if they are others
+  int64_t weight = 1;                // how many times as long as usual an element takes
 };
 
 // Runs work.tile on every tile, in any order and on any thread. Returns a lozo_status.

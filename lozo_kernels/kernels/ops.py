@@ -332,15 +332,19 @@ def dispatch(op: Op, table: TensorTable, call: TableCall, backend: Backend | Non
         call: may have any number of draws if the op is on factors, or updates low-rank tensors.
     """
     many = len(call.draws) > op.draws[1]
-    if torch.compiler.is_compiling() and not many:
+    compiling = torch.compiler.is_compiling()
+    if compiling and not many:
         call_operator(op, table, call, backend)
         return
     if op.out and call.out is None:
         call.out = table
-    if many or op.summed:
-        (run_in_parts if op.factors else run_summed)(op, table, call, functools.partial(dispatch, backend=backend))
-        return
-    (choose_backend(table.device).backend if backend is None else backend).run(op, table, call)
+    chosen = choose_backend(table.device).backend if backend is None else backend
+    if op.summed or (many and not op.factors):
+        run_summed(op, table, call, functools.partial(dispatch, backend=backend))
+    elif many and (compiling or not chosen.many_draws):
+        run_in_parts(op, table, call, functools.partial(dispatch, backend=backend))
+    else:
+        chosen.run(op, table, call)
 
 
 def resample_(table: TensorTable, *, seed: int, window: int, reproject: bool = False, backend: Backend | None = None) -> None:

@@ -20,6 +20,8 @@ class Backend(abc.ABC):
     """The ops on one kind of device. ``ops.py`` and ``skinny.py`` document the ops, whose arguments arrive checked."""
 
     name: str
+    many_draws = False
+    """Whether ops on factors take any number of draws; otherwise they are given a few at a time."""
 
     @abc.abstractmethod
     def unavailable(self, device: torch.device) -> str | None:

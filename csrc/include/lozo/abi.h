@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define LOZO_ABI_VERSION 7
+#define LOZO_ABI_VERSION 8
 #define LOZO_MAX_RANK 64
 #define LOZO_MAX_DRAWS 2
 #define LOZO_MAX_PARTS 256
@@ -45,7 +45,7 @@ typedef struct lozo_tensor {
 typedef struct lozo_call {
   uint64_t seed;
   int64_t rank;       // 0 for dense tensors
-  int64_t num_draws;  // 1 or 2; 0 or 1 for a merge
+  int64_t num_draws;  // 1 or 2; 0 or 1 for a merge; any number where ``draws`` is given
   int64_t draw_steps[LOZO_MAX_DRAWS];
   int64_t directions[LOZO_MAX_DRAWS];
   int64_t rounding;  // 1: stochastic into bf16 and fp16, 0: to nearest even
@@ -60,6 +60,7 @@ typedef struct lozo_call {
   int64_t reproject;          // resample only: N is carried over into the new V
   int64_t parts;              // lowrank_signed_update only: the parts of a batch, whose signs begin at directions[0]
   int64_t law;                // dense ops only: lozo_law of the noise
+  const int64_t *draws;       // factor ops only: (num_draws, 2): step, direction; NULL: those of draw_steps and directions
   int64_t threads;
 } lozo_call;
 

@@ -23,7 +23,7 @@ from .packing import pack
 from .shared_library import open_library
 from .structs import int64s, pointers
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 
 
 class _Call(ctypes.Structure):
@@ -36,7 +36,9 @@ class _Call(ctypes.Structure):
         ("directions", ctypes.c_int64 * MAX_DRAWS),
         *int64s("rounding rounding_step rounding_index"),
         *pointers("scales coefficients alpha beta decay out"),
-        *int64s("reproject parts law threads"),
+        *int64s("reproject parts law"),
+        ("draws", ctypes.POINTER(ctypes.c_int64)),
+        *int64s("threads"),
     )
 
 
@@ -73,6 +75,7 @@ class NativeBackend(Backend):
     """Compiled CPU kernels, one call for a whole table."""
 
     name = "native"
+    many_draws = True
 
     def unavailable(self, device: torch.device) -> str | None:
         """Returns why this backend cannot serve the device, or None if it can. Raises ValueError if LOZO_KERNELS_ISA names an
@@ -244,8 +247,12 @@ def _arguments(rank: int, call: TableCall) -> _Call:
     law, threads = LAWS.index(call.law), torch.get_num_threads()
     parts = len(call.scales)  # of the op that has them
     arguments = _Call(seed=call.seed, rank=rank, num_draws=len(call.draws), parts=parts, law=law, threads=threads)
-    for d, draw in enumerate(call.draws):
-        arguments.draw_steps[d], arguments.directions[d] = int(draw.step), draw.direction
+    if len(call.draws) > MAX_DRAWS:
+        numbers = [int(number) for draw in call.draws for number in (draw.step, draw.direction)]
+        arguments.draws = (ctypes.c_int64 * len(numbers))(*numbers)
+    else:
+        for d, draw in enumerate(call.draws):
+            arguments.draw_steps[d], arguments.directions[d] = int(draw.step), draw.direction
     rounding = call.rounding
     if rounding is not None:
         arguments.rounding, arguments.rounding_step, arguments.rounding_index = 1, int(rounding.step), rounding.index

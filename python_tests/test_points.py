@@ -37,17 +37,21 @@ def evaluate(call, view):
     return reference.lowrank_points(*given, u, call.directions, view(call.scales), transposed=call.transposed, gain=gain, dtype=F64)
 
 
-def run(call, backend):
-    """Makes the call on a copy of y, in storage with the same layout, and returns it."""
-    y = storage_of(call.y).clone().as_strided(call.y.shape, call.y.stride(), call.y.storage_offset())
-    factors = (call.v, call.b, call.u, call.directions, call.scales)
-    skinny.lowrank_points_(y, call.x, *factors, transposed=call.transposed, gain=call.gain, backend=backend)
-    return y
+def run(call, backend, device="cpu"):
+    """Makes the call on copies, on a device and with the same layout in storage, and returns y."""
+
+    def moved(t):
+        return t if t is None else storage_of(t).to(device, copy=True).as_strided(t.shape, t.stride(), t.storage_offset())
+
+    y, gain = moved(call.y), moved(call.gain)
+    factors = [moved(t) for t in (call.x, call.v, call.b, call.u, call.directions, call.scales)]
+    skinny.lowrank_points_(y, *factors, transposed=call.transposed, gain=gain, backend=backend)
+    return storage_of(y).cpu().as_strided(y.shape, y.stride(), y.storage_offset())
 
 
-def check(call, backend):
+def check(call, backend, device="cpu"):
     """Checks that y is within its bound of the truth, and that nothing beside y was written."""
-    y, exact, size = run(call, backend), evaluate(call, torch.Tensor.double), evaluate(call, lambda t: t.double().abs())
+    y, exact, size = run(call, backend, device), evaluate(call, torch.Tensor.double), evaluate(call, lambda t: t.double().abs())
     terms = call.x.shape[1] + len(call.v) + (0 if call.u is None else call.x.shape[1] + call.u.shape[1]) + 6
     bound = (terms * UNIT[torch.float32] + SPLIT.get(backend.name, 0.0)) * size
     bound = bound + 1.01 * UNIT[y.dtype] * exact.abs() + 2.0**-24

@@ -225,6 +225,19 @@ class Comparison:
         return rows
 
 
+def table(rules: Sequence[Row]) -> str:
+    """The rows of docs/benchmarks.md."""
+    lines = ["| rule | rate | dev loss | beside LOZO | where LOZO ends after |", "|---|---|---|---|---|"]
+    for row in rules:
+        rate = row["lr"] if isinstance(row["lr"], str) else f"{row['lr']:.0e}".replace("e-0", "e-")
+        error, share = row["standard_error"], row["passes_to_lozo"]
+        beside = "" if row["rule"] == "LOZO" else f"{row['difference']:+.3f}" + ("" if error is None else f" +- {error:.3f}")
+        reached = "" if row["rule"] == "LOZO" else "never" if share is None else f"{share:.2f} of its passes"
+        name = row["rule"].replace("one-sided", "one-sided directions")
+        lines.append(f"| {name} | {rate} | {row['final']:.3f} | {beside} | {reached} |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = result_parser(__doc__, "passes_CASE.json")
     parser.add_argument("case", choices=CASES)
@@ -232,10 +245,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", help="rules whose name contains this; LOZO comes with them")
     parser.add_argument("--anew", action="store_true", help="make runs again that the output has")
+    parser.add_argument("--table", action="store_true", help="print the table of docs/benchmarks.md of the output, and make no run")
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     output = args.output.with_name(args.output.name.replace("CASE", args.case))
+    if args.table:
+        print(table(json.loads(output.read_text(encoding="utf-8"))["rules"]))
+        return 0
     comparison = Comparison(CASES[args.case](), args.passes, made_by("bench.passes", argv), output, anew=args.anew)
     some = rules(BEGIN[args.case])
     for rule in some:

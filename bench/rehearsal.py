@@ -221,7 +221,7 @@ def _build() -> float:
     progress("building csrc")
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder]
-        return _cpu(*command, environment={"LOZO_KERNELS_CUDA_ARCHS": "90"})
+        return _cpu(*command, environment={"LOZO_KERNELS_CUDA": "1", "LOZO_KERNELS_CUDA_ARCHS": "90"})
 
 
 def _cpu(*command: str, environment: dict[str, str] | None = None, good: tuple[int, ...] = (0,)) -> float:

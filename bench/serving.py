@@ -140,7 +140,8 @@ def rewards_of(seed: int, model: str, steps: int) -> list[float]:
     """The mean rewards of a run, in a process of its own."""
     code = f"import json, runpy; m = runpy.run_path({str(REPO / 'examples' / 'serving' / 'rewards.py')!r})"
     code += f"; print(json.dumps(m['main']({model!r}, {steps}, {seed})))"
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    here = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=here, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

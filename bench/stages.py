@@ -170,7 +170,7 @@ def _before_figures(output: Path, bench: Callable[..., Stage], capability: str |
             45,
             goal=True,
             skip=no_compiler,
-            environment=only_this,
+            environment=only_this | {"LOZO_KERNELS_CUDA": "1"},
         ),
         _bench("kernels", compiling, output, device="cpu", limit=180, share=110, goal=True, skip=_without("triton")),
         _machine_code(output, "sm_" + capability.replace(".", "")),

@@ -184,14 +184,14 @@ def test_a_run_goes_on_from_where_it_was_reverted_to(places, tmp_path):
 
 def test_a_journal_alone_is_enough_to_go_on(places, tmp_path, monkeypatch):
     """None of the steps in it is taken again, whatever became of the metrics."""
-    from lozo_kernels.hf.loop import train
+    from lozo_kernels.hf.loop import trainer
 
     run = tmp_path / "run"
     assert finetune(places, "llama", "lines.txt", run, steps=5) == 0
     whole = model_of(run)
     (run / "metrics.jsonl").unlink()
     (run / "summary.json").unlink()
-    monkeypatch.setattr(train._Steps, "take", None)
+    monkeypatch.setattr(trainer.RunTrainer, "take", None)
     assert cli.main(["finetune", "--resume", str(run), "--quiet"]) == 0
     assert model_of(run) == whole and read_journal(run / "run.journal").steps == 5
 

@@ -12,7 +12,7 @@ from hf_helpers import REPO
 for package in ("transformers", "tokenizers", "tqdm", "matplotlib"):
     pytest.importorskip(package)
 
-SHORT = ["finetune", "--steps", "1", "--eval-size", "4", "--compare-steps", "0", "--output"]
+SHORT = ["demo", "--steps", "2", "--architecture", "opt-tiny", "--output"]
 
 _WITHOUT = """
 import sys
@@ -38,6 +38,12 @@ def command(tmp_path, *argv):
     return subprocess.run([sys.executable, *argv], capture_output=True, text=True, env=environment, cwd=tmp_path)
 
 
+def only_its_own(said):
+    """Whether every line is of the demo: what it does, what it trains on, and the bar."""
+    lines = [line for line in said.replace("\r", "\n").splitlines() if line]
+    return all(line.startswith(("training ", "timing ", "model: ", "go-again", "2 classes", "lozo: ")) for line in lines)
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is missing")
 @pytest.mark.parametrize(("target", "extra"), [("demo", "hf"), ("test", "dev")])
 def test_make_installs_what_a_target_needs(tmp_path, target, extra):
@@ -48,13 +54,13 @@ def test_make_installs_what_a_target_needs(tmp_path, target, extra):
 
 
 def test_the_demo_runs_without_what_the_tests_bring(tmp_path):
-    names = {"torchao", "bitsandbytes", "peft", "trl", "lightning", "datasets", "accelerate", "triton", "pyarrow", "pandas"}
+    names = {"torchao", "bitsandbytes", "peft", "trl", "lightning", "datasets", "triton", "pyarrow", "pandas"}
     done = command(tmp_path, "-c", _WITHOUT.format(names=names), *SHORT, str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("model: "), done.stderr
+    assert only_its_own(done.stderr), done.stderr
 
 
 def test_the_first_screen_is_its_own(tmp_path):
     """Also where packages are installed that warn while transformers imports them."""
     done = command(tmp_path, "-m", "lozo_kernels", *SHORT, str(tmp_path / "run"))
-    assert done.returncode == 0 and done.stderr.startswith("model: ") and "Failed to load" not in done.stderr, done.stderr
+    assert done.returncode == 0 and only_its_own(done.stderr), done.stderr

@@ -52,16 +52,16 @@ def test_a_published_step_is_measured_on_the_same_batches(own, tmp_path):
 def test_a_run_that_goes_on_has_its_own_batches(own, tmp_path, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as patched:
-        from lozo_kernels.hf.loop import train as loop
+        from lozo_kernels.hf.loop import trainer as loop
 
-        real = loop._Steps.take
+        real = loop.RunTrainer.take
 
-        def take(self):
-            real(self)
+        def take(self, batches):
+            real(self, batches)
             if self.driver.steps_done == 2:
                 raise RuntimeError("killed")
 
-        patched.setattr(loop._Steps, "take", take)
+        patched.setattr(loop.RunTrainer, "take", take)
         with pytest.raises(RuntimeError, match="killed"):
             finetune(settings(own, run, steps=6), quiet=True)
     seen = []

@@ -143,16 +143,16 @@ def test_a_second_process_touches_nothing(capsys, own, tmp_path, finished, metho
             threading.Event().wait(0.01)
 
     def first():
-        import lozo_kernels.hf.loop.train as loop
+        import lozo_kernels.hf.loop.trainer as loop
 
-        real = loop._Steps.take
+        real = loop.RunTrainer.take
 
-        def take(self):
-            real(self)
+        def take(self, batches):
+            real(self, batches)
             if self.driver.steps_done == 2:
                 held()
 
-        loop._Steps.take = take
+        loop.RunTrainer.take = take
         assert start(own, "--output", folder, "--method", method) == 0
 
     def other():
@@ -380,17 +380,17 @@ def test_an_interrupted_run_keeps_its_best(own, tmp_path, monkeypatch):
     whole, run, more = tmp_path / "whole", tmp_path / "run", {"keep": "best", "lr": 0.05, "steps": 8}
     best = finetune(settings(own, whole, **more), quiet=True)["kept_step"]
     assert best < 8
-    from lozo_kernels.hf.loop import train as loop
+    from lozo_kernels.hf.loop import trainer as loop
 
-    real = loop._Steps.take
+    real = loop.RunTrainer.take
 
-    def take(self):
-        real(self)
+    def take(self, batches):
+        real(self, batches)
         if self.driver.steps_done == 7:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop._Steps, "take", take)
+        patched.setattr(loop.RunTrainer, "take", take)
         summary = finetune(settings(own, run, **more), quiet=True)
     assert summary["stopped"] == "interrupted" and summary["kept_step"] == 7  # what was saved is the last step
     assert cli.main(["finetune", "--resume", str(run), "--quiet"]) == 0

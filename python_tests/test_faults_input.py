@@ -289,7 +289,7 @@ def test_half_a_library(tmp_path, share):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", USE, str(cut)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and done.stdout == "done\n", (done.returncode, done.stderr[-500:])
-    assert "compiled kernels are not used" in done.stderr
+    assert "compiled CPU kernels are not used" in done.stderr
 
 
 @compiled
@@ -301,7 +301,7 @@ def test_half_a_library_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(native, "library_path", lambda: cut)
     native._load.cache_clear()
     try:
-        with pytest.warns(UserWarning, match="compiled kernels are not used"):
+        with pytest.warns(UserWarning, match="compiled CPU kernels are not used"):
             assert "is cut off" in NativeBackend().unavailable(CPU)
     finally:
         native._load.cache_clear()

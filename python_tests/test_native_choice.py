@@ -9,6 +9,7 @@ import torch
 
 from lozo_kernels.kernels.backends import native
 from lozo_kernels.kernels.backends.native import NativeBackend
+from lozo_kernels.kernels.registry import choose_backend
 
 NATIVE = NativeBackend()
 ISAS = native.supported_isas() if NATIVE.unavailable(torch.device("cpu")) is None else []
@@ -47,11 +48,16 @@ except ValueError as error:
 
 
 def test_reasons(monkeypatch, tmp_path):
+    """Without the library the slow path serves, which is said once and in one line."""
     assert NATIVE.unavailable(torch.device("cuda")) == "it serves cpu only"
     assert NATIVE.unavailable(torch.device("cpu")) is None
     monkeypatch.setattr(native, "library_path", lambda: tmp_path / "liblozo_cpu.so")
-    native._load.cache_clear()
+    for cached in (native._load, native._warn):
+        cached.cache_clear()
     try:
-        assert "not built" in NATIVE.unavailable(torch.device("cpu"))
+        with pytest.warns(UserWarning, match=r"^the compiled CPU kernels are not used.*install a wheel.*C\+\+ compiler") as found:
+            assert "not built" in NATIVE.unavailable(torch.device("cpu"))
+            assert choose_backend("cpu").backend.name != "native"
+        assert len(found) == 1
     finally:
         native._load.cache_clear()

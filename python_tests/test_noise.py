@@ -1,7 +1,8 @@
 """The noise contract: committed vectors, the numpy specification, statistics, ids."""
 
-import json
 import math
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,9 @@ from lozo_kernels import Draw, TensorTable
 from lozo_kernels.kernels import noise, ops
 from lozo_kernels.kernels.backends import native
 from lozo_kernels.kernels.backends.eager import EagerBackend
-from python_tests import noise_spec
+from python_tests import noise_file, noise_spec
 
 NATIVE = native.NativeBackend()
-VECTORS = json.loads((Path(__file__).parent / "noise_vectors.json").read_text())
 
 seeds = st.integers(0, 2**64 - 1)
 ids = st.integers(0, 2**32 - 1)
@@ -29,7 +29,7 @@ def bits(values):
     return np.asarray(values, np.float32).view(np.uint32)
 
 
-@pytest.mark.parametrize("vector", VECTORS, ids=lambda v: v["function"] + "-" + str(v["arguments"].get("stream", "")))
+@pytest.mark.parametrize("vector", noise_file.VECTORS, ids=lambda v: v["function"] + "-" + str(v["arguments"].get("stream", "")))
 def test_committed_vectors(vector):
     arguments = dict(vector["arguments"])
     got = getattr(noise, vector["function"])(**arguments).numpy().reshape(-1)
@@ -37,6 +37,30 @@ def test_committed_vectors(vector):
     np.testing.assert_array_equal(got.view(np.uint32), expected)
     spec = getattr(noise_spec, vector["function"])(**arguments).reshape(-1)
     np.testing.assert_array_equal(spec.view(np.uint32), expected)
+
+
+def test_text_form_of_the_vectors():
+    assert noise_file.DOCUMENT["noise_version"] == noise.NOISE_VERSION
+    assert noise_file.TEXT.read_text(encoding="utf-8") == "\n".join(noise_file.lines()) + "\n"
+    streams = {line.split()[0] for line in noise_file.lines() if not line.startswith("#")}
+    assert streams == {name.replace(" ", "_") for name in noise.STREAMS}
+
+
+def test_reader_in_c(tmp_path):
+    """It derives every value in plain C, and notices a wrong one."""
+    compiler = next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), None)
+    if compiler is None:
+        pytest.skip("no C compiler")
+    source, reader = Path(__file__).parents[1] / "examples" / "noise_reader.c", tmp_path / "noise_reader"
+    flags = ["-std=c99", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([compiler, *flags, source, "-o", reader], check=True)
+    text = noise_file.TEXT.read_text(encoding="utf-8")
+    done = subprocess.run([reader], input=text, capture_output=True, text=True)
+    count = sum(len(vector["values"]) for vector in noise_file.VECTORS)
+    assert (done.returncode, done.stdout) == (0, f"{count} values, 0 differ\n")
+    done = subprocess.run([reader], input=text.replace("3efe0000", "3efe0001", 1), capture_output=True, text=True)
+    assert done.returncode == 1 and f"{count} values, 1 differ" in done.stdout
+    assert subprocess.run([reader], input="U 1 2\n", capture_output=True, text=True).returncode == 2
 
 
 def test_philox_known_answer():

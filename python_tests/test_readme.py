@@ -36,6 +36,8 @@ SMALL = {
     "lozo-kernels finetune --model FacebookAI/roberta-large": (
         f"--model {{roberta}} --data-dir {{data}} --k-shot 1 --num-eval 4 --batch-size 2 {SHORT}"
     ),
+    "lozo-kernels demo": "--steps 2 --architecture opt-tiny --output {out}",
+    "lozo-kernels tasks": "",
     "lozo-kernels evaluate": "--model {llama} --data-dir {data} --num-eval 2 --max-new-tokens 2 --threads 1 --quiet",
     "lozo-kernels compare": "--output {out}",
     "lozo-kernels reproduce": (

@@ -10,7 +10,14 @@ import pytest
 from hf_helpers import REPO
 from pages import PAGES, links
 
-PACKAGES = ("lozo_kernels", "lozo_kernels.hf", "lozo_kernels.adapters", "lozo_kernels.journal", "lozo_kernels.optim")
+PACKAGES = (
+    "lozo_kernels",
+    "lozo_kernels.hf",
+    "lozo_kernels.adapters",
+    "lozo_kernels.journal",
+    "lozo_kernels.optim",
+    "lozo_kernels.vllm",
+)
 DESCRIBED = {
     name for page in PAGES if page.startswith("docs/api/") for name in re.findall(r"^::: (\S+)$", PAGES[page], re.MULTILINE)
 }

@@ -10,7 +10,7 @@
 namespace lozo {
 namespace LOZO_ISA {
 
-constexpr int kAtOnce = W > 4 ? 2 : 1;  // blocks whose Philox rounds run side by side
+constexpr int kAtOnce = kRegisters > 8 ? 2 : 1;  // blocks whose Philox rounds run side by side
 
 // How N enters. There may be none. Momentum: N decays, takes up the noise and is stored, and is added times alpha. Merge: N is only
 // read, and is added after the noise was added to it.

@@ -35,6 +35,9 @@ LOZO_OPS_OF(avx512)
 #if defined(LOZO_HAVE_avx2)
 LOZO_OPS_OF(avx2)
 #endif
+#if defined(LOZO_HAVE_neon)
+LOZO_OPS_OF(neon)
+#endif
 LOZO_OPS_OF(portable)
 #undef LOZO_OPS_OF
 #undef LOZO_ENTRY
@@ -64,6 +67,9 @@ const Isa kIsas[] = {
 #endif
 #if defined(LOZO_HAVE_avx2)
     LOZO_ISA_ENTRY(avx2, LOZO_CPU("avx2") && LOZO_CPU("fma") && LOZO_CPU("f16c")),
+#endif
+#if defined(LOZO_HAVE_neon)
+    LOZO_ISA_ENTRY(neon, true),
 #endif
     LOZO_ISA_ENTRY(portable, true),
 };
@@ -132,6 +138,9 @@ const char *lozo_isa_list(void) {
 #endif
 #if defined(LOZO_HAVE_avx2)
       "avx2 "
+#endif
+#if defined(LOZO_HAVE_neon)
+      "neon "
 #endif
       "portable";
 }

@@ -7,7 +7,7 @@
 namespace lozo {
 namespace LOZO_ISA {
 
-constexpr int kRanksAtOnce = W == 16 ? 4 : 2;  // ranks whose sums stay in registers
+constexpr int kRanksAtOnce = kRegisters == 32 ? 4 : 2;  // ranks whose sums stay in registers
 
 // RANKS sums over the columns for each of some tokens.
 template <class T, int RANKS, int TOKENS>

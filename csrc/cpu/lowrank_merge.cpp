@@ -45,7 +45,7 @@ LOZO_INLINE void add_product(Pair<F> *y, const float *panel, int rank, LoadC loa
 template <class T, int RANK, bool DECAY, int ROWS>
 LOZO_INLINE void merge_rows(const Rows<T> &rows, int64_t cols, const float *panel, int any_rank) {
   // If the registers suffice, C stays in them over all columns. Otherwise its numbers are read again: they cost less than V would.
-  constexpr bool hoist = RANK > 0 && RANK * ROWS <= (W == 16 ? 16 : 4);
+  constexpr bool hoist = RANK > 0 && RANK * ROWS <= (kRegisters == 32 ? 16 : 4);
   const int rank = RANK ? RANK : any_rank;
   F held[hoist ? RANK * ROWS : 1];
   const auto read = [&rows, rank](int r, int k) { return splat(rows.c[r * rows.apart * rank + k]); };
@@ -70,13 +70,19 @@ LOZO_INLINE void merge_rows(const Rows<T> &rows, int64_t cols, const float *pane
   }
 }
 
+// Rows that are left over when rows are taken several at once. Without decay its factor is 1, which changes nothing.
+template <class T, int RANK>
+void merge_rest(Rows<T> rows, int64_t count, int64_t cols, const float *panel, int rank) {
+  for (int64_t i = 0; i < count; ++i, rows.advance(1, rank)) merge_rows<T, RANK, true, 1>(rows, cols, panel, rank);
+}
+
 template <class T, int RANK, bool DECAY>
 void merge_panel(Rows<T> rows, int64_t count, int64_t cols, const float *panel, int rank) {
   rows.apart = count / kAtOnce;
   for (int64_t i = 0; i < rows.apart; ++i, rows.advance(1, rank)) merge_rows<T, RANK, DECAY, kAtOnce>(rows, cols, panel, rank);
   const int64_t done = kAtOnce * rows.apart;
   rows.advance(done - rows.apart, rank);
-  for (int64_t i = done; i < count; ++i, rows.advance(1, rank)) merge_rows<T, RANK, DECAY, 1>(rows, cols, panel, rank);
+  merge_rest<T, RANK>(rows, count - done, cols, panel, rank);
 }
 
 template <class T>
@@ -89,7 +95,7 @@ MergePanel<T> choose(bool decay) {
 
 template <class T>
 MergePanel<T> choose(int rank, bool decay) {
-  if constexpr (W > 4) {
+  if constexpr (kRegisters > 8) {
     if (rank == 1) return choose<T, 1>(decay);
     if (rank == 2) return choose<T, 2>(decay);
     if (rank == 4) return choose<T, 4>(decay);

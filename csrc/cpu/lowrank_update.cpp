@@ -15,7 +15,7 @@ constexpr int64_t kRoundCols = 2048;
 template <class T, int PAIRS, int DRAWS, bool DECAY, int ROWS>
 LOZO_INLINE void update_rows(T *x, int64_t stride, int64_t cols, const int32_t *panel, const RowFactors &f) {
   // If the registers suffice, U stays in them over all columns.
-  constexpr bool hoist = PAIRS > 0 && PAIRS * DRAWS * ROWS <= (W == 16 ? 16 : 4);
+  constexpr bool hoist = PAIRS > 0 && PAIRS * DRAWS * ROWS <= (kRegisters == 32 ? 16 : 4);
   I held[hoist ? DRAWS * PAIRS * ROWS : 1];
   const auto read = [&f](int d, int p, int r) { return splat_int(f.u[d * f.draw_stride + p * f.pair_stride + r * f.apart]); };
   if (hoist)
@@ -40,16 +40,22 @@ LOZO_INLINE void update_rows(T *x, int64_t stride, int64_t cols, const int32_t *
   }
 }
 
+// Rows that are left over when rows are taken several at once. Without decay its factor is 1, which changes nothing.
+template <class T, int PAIRS, int DRAWS>
+void update_rest(T *x, int64_t stride, int64_t rows, int64_t cols, const int32_t *panel, RowFactors f) {
+  for (int64_t i = 0; i < rows; ++i, x += stride, ++f.u) update_rows<T, PAIRS, DRAWS, true, 1>(x, stride, cols, panel, f);
+}
+
 template <class T, int PAIRS, int DRAWS, bool DECAY>
 void update_panel(T *x, int64_t stride, int64_t rows, int64_t cols, const int32_t *panel, RowFactors f) {
   // Two draws need twice the sums: with 16 registers only two rows share a panel's.
-  constexpr int at_once = W == 16 || DRAWS == 1 ? 4 : 2;
+  constexpr int at_once = kRegisters == 32 || DRAWS == 1 ? 4 : 2;
   f.apart = rows / at_once;
   for (int64_t i = 0; i < f.apart; ++i, x += stride, ++f.u)
     update_rows<T, PAIRS, DRAWS, DECAY, at_once>(x, f.apart * stride, cols, panel, f);
   const int64_t done = at_once * f.apart;
   x += (done - f.apart) * stride, f.u += done - f.apart;
-  for (int64_t i = done; i < rows; ++i, x += stride, ++f.u) update_rows<T, PAIRS, DRAWS, DECAY, 1>(x, stride, cols, panel, f);
+  update_rest<T, PAIRS, DRAWS>(x, stride, rows - done, cols, panel, f);
 }
 
 template <class T>
@@ -63,7 +69,7 @@ UpdatePanel<T> choose(int draws, bool decay) {
 
 template <class T>
 UpdatePanel<T> choose(int pairs, int draws, bool decay, bool folded) {
-  if constexpr (W > 4) {
+  if constexpr (kRegisters > 8) {
     if (folded && pairs == 1) return choose<T, 1>(draws, decay);
     if (folded && pairs == 2) return choose<T, 2>(draws, decay);
     if (folded && pairs == 4) return choose<T, 4>(draws, decay);
@@ -106,7 +112,7 @@ void update_tile(const Tile &tile, const lozo_call &call, int64_t count, Scratch
     factor_pairs(s->u + d * f.draw_stride, f.pair_stride, call.seed, kStreamU, call.draw_steps[d], call.directions[d],
                  tile.tensor->tensor_id, (uint64_t)global_row(tile, 0), tile.rows, rank);
   }
-  const bool folded = W > 4 && fold_unit(f, draws);
+  const bool folded = kRegisters > 8 && fold_unit(f, draws);
   const UpdatePanel<T> update = choose<T>(pairs, draws, call.decay != nullptr, folded);
   const UpdatePanel<float> update_float = choose<float>(pairs, draws, call.decay != nullptr, folded);
 

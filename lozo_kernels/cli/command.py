@@ -14,8 +14,9 @@ from typing import Any, NoReturn
 from ..bench.arguments import Parser, path
 from ..bench.document import progress
 from ..errors import InputError, JournalError
-from ..hf.command_line import add_options, read_options
+from ..hf.command_line import add_options, read_config, read_options
 from ..hf.data.splits import TEST_SIZE
+from ..hf.demo.options import Demo
 from ..hf.methods import EVALUATIONS
 from ..hf.papers.scales import Request
 from ..hf.planning.workload import Workload
@@ -31,7 +32,8 @@ EXIT_INTERRUPTED = 130
 
 _EVALUATED = (
     *("model", "trust_remote_code", "allow_missing_weights", "task", "data_dir", "train_file", "dev_file", "method", "num_shots"),
-    *("num_eval", "objective", "max_length", "max_new_tokens", "batch_size", "dtype", "device", "threads", "seed"),
+    *("num_eval", "objective", "max_length", "max_new_tokens", "batch_size", "dtype", "load_in_8bit", "load_in_4bit", "device"),
+    *("threads", "seed"),
 )
 """The settings of ``finetune`` that ``evaluate`` has too."""
 _EVALUATED_OTHERWISE: dict[str, dict[str, Any]] = {
@@ -43,9 +45,36 @@ _EVALUATED_OTHERWISE: dict[str, dict[str, Any]] = {
     "num_eval": {"default": TEST_SIZE, "help": "examples at most"},
     "max_length": {"default": 2048, "help": "tokens of an input"},
     "batch_size": {"help": "inputs at once"},
+    "load_in_8bit": {"help": "quantise the linear layers by bitsandbytes"},
     "seed": {"help": "seed of the draws of examples"},
 }
 """What differs in their options."""
+
+EXAMPLES = {
+    "finetune": (
+        "finetune",
+        "finetune --model facebook/opt-125m --task sst2 --method lozo --steps 1000 --output runs/sst2",
+        "finetune --model ./my-model --train-file notes.txt --placement probe --dtype bf16",
+        "finetune config.yaml --lr 1e-6",
+        "finetune --resume runs/sst2",
+    ),
+    "demo": ("demo", "demo --output runs/shown"),
+    "evaluate": (
+        "evaluate --model facebook/opt-1.3b --task squad --method icl --num-shots 8",
+        "evaluate --checkpoint runs/sst2",
+    ),
+    "tasks": ("tasks", "tasks --json"),
+    "plan": ("plan --model facebook/opt-13b", "plan --model facebook/opt-13b --method ft --dtype bf16 --batch-size 8"),
+    "reproduce": ("reproduce --table lozo-opt", "reproduce --table lozo-opt --model facebook/opt-13b"),
+    "compare": ("compare runs/a runs/b",),
+    "replay": ("replay --journal runs/sst2 --output runs/again",),
+    "revert": ("revert --journal runs/sst2 --step 400 --output runs/earlier",),
+    "verify": ("verify --journal runs/sst2 --checkpoint runs/sst2",),
+    "diff": ("diff runs/a runs/b",),
+    "doctor": ("doctor", "doctor --json"),
+    "tune": ("tune", "tune --seconds 600"),
+}
+"""What ``--help`` of a command shows at its end."""
 
 _TALKATIVE = ("torchao", "torch.utils._pytree")
 """Loggers of packages that transformers imports where they are installed, and that warn of parts which nothing here uses."""
@@ -72,10 +101,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return bench(argv[1:])
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
-    args = make_parser().parse_args(argv)
-    args.command = shlex.join(["lozo-kernels", *argv])
-    run: Callable[[argparse.Namespace], int] = args.run
+    parser = make_parser()
+    args = parser.parse_args(argv)
     try:
+        if getattr(args, "config", None) is not None:
+            args.defaults(**read_config(Settings, args.config))
+            args = parser.parse_args(argv)  # again: what the line says goes before what the file says
+        args.command = shlex.join(["lozo-kernels", *argv])
+        run: Callable[[argparse.Namespace], int] = args.run
         _check_environment(args)
         for plugin in args.plugin:
             load_plugin(plugin)
@@ -120,7 +153,10 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="subcommand", required=True, parser_class=_Parser)
 
     def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        command: argparse.ArgumentParser = commands.add_parser(name, help=text)
+        shown = "\n".join(("examples:", *(f"  lozo-kernels {line}" for line in EXAMPLES[name])))
+        command: argparse.ArgumentParser = commands.add_parser(
+            name, help=text, epilog=shown, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         command.set_defaults(run=run)
         return command
 
@@ -146,6 +182,8 @@ def _add_training(add: Callable[..., argparse.ArgumentParser]) -> None:
         _finetune,
         "fine-tune a model; without arguments, a small embedded model on an embedded task, offline, in about two minutes",
     )
+    finetune.add_argument("config", nargs="?", metavar="CONFIG.yaml", type=path, help="a file of settings; options go before it")
+    finetune.set_defaults(defaults=finetune.set_defaults)
     groups = add_options(finetune, Settings)
     groups["run"].add_argument(
         "--resume",
@@ -157,11 +195,18 @@ def _add_training(add: Callable[..., argparse.ArgumentParser]) -> None:
     groups["run"].add_argument("--json", action="store_true", help="print the summary as JSON, and nothing else, on stdout")
     groups["run"].add_argument("--quiet", action="store_true", help="no progress on stderr")
 
+    demo = add("demo", _demo, "a small model learns, and what a step costs here; two screens and a picture, in two minutes")
+    add_options(demo, Demo)
+    demo.add_argument("--json", action="store_true", help="print what was found as JSON, and nothing else, on stdout")
+
     evaluate = add("evaluate", _evaluate, "score a model on a task: zero-shot, in-context, or after a run")
     evaluate.add_argument("--checkpoint", type=path, help="folder of a run, of a tuned model or of an adapter, to score instead")
     add_options(evaluate, Settings, _EVALUATED, _EVALUATED_OTHERWISE)
     evaluate.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else, on stdout")
     evaluate.add_argument("--quiet", action="store_true", help="nothing on stderr")
+
+    tasks = add("tasks", _tasks, "the tasks, methods and objectives that there are")
+    tasks.add_argument("--json", action="store_true", help="print them as JSON")
 
     planner = add("plan", _plan, "memory and time of training a model, from its configuration alone")
     planner.add_argument("--model", required=True, type=_name, help="name on the Hub or a folder with config.json")
@@ -238,6 +283,13 @@ def _finetune(args: argparse.Namespace) -> int:
     return EXIT_INTERRUPTED if summary["stopped"] == "interrupted" else EXIT_FAILED
 
 
+def _demo(args: argparse.Namespace) -> int:
+    from ..hf.demonstrate import demonstrate
+
+    found = demonstrate(read_options(Demo, args), show=(lambda _: None) if args.json else print, say=progress)
+    return _print(found, args, lambda _: "") if args.json else 0
+
+
 def _evaluate(args: argparse.Namespace) -> int:
     checkpoint = None if args.checkpoint is None else str(args.checkpoint)
     return _print_evaluation(read_options(Settings, args), args, checkpoint=checkpoint)
@@ -247,6 +299,12 @@ def _print_evaluation(settings: Any, args: argparse.Namespace, checkpoint: str |
     from ..hf.evaluate import evaluate, render_result
 
     return _print(evaluate(settings, checkpoint=checkpoint, command=args.command, quiet=args.quiet), args, render_result)
+
+
+def _tasks(args: argparse.Namespace) -> int:
+    from ..hf.reports.catalogue import catalogue, render_catalogue
+
+    return _print(catalogue(), args, render_catalogue)
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from ..model.files import replacing, replacing_folder, write_whole
 from .loop.folder import JOURNAL, METRICS, MODEL, begin, claimed, read_summary
 from .loop.journaling import find_journal, read_run_journal, recorded_settings
 from .loop.records import read_metrics
+from .models.adapters import load_adapter
 from .models.checkpoint import load_model, open_checkpoint
 from .models.pretrained import open_config, read_pretrained
 from .objectives import OBJECTIVES
@@ -88,7 +89,10 @@ def verify_run(
     if tuned is not None:
         folder = tuned / "model" if (tuned / "model").is_dir() else tuned
         dtype = _dtype(run.header)
-        other = read_pretrained(type(base), str(folder), "weights", trusted=trusted, option="--checkpoint", dtype=dtype)
+        if (folder / "adapter_config.json").is_file():
+            other = load_adapter(_load(model, run, trusted, peft=False)[0], folder)
+        else:
+            other = read_pretrained(type(base), str(folder), "weights", trusted=trusted, option="--checkpoint", dtype=dtype)
     return verify(base, run, other, upto=steps, copied=False)
 
 
@@ -99,13 +103,15 @@ def _read(journal: Path, steps: int | None) -> RecordedRun:
     return run
 
 
-def _load(model: str | None, run: RecordedRun, trusted: bool) -> tuple[Any, Any]:
-    """The model that a run started from, and its tokenizer if there is one."""
+def _load(model: str | None, run: RecordedRun, trusted: bool, *, peft: bool = True) -> tuple[Any, Any]:
+    """The model that a run started from, without the adapters that it may have had if not ``peft``, and its tokenizer if there is
+    one."""
     about = run.header.about
     if "settings" not in about:
         return _load_plain(model, run, trusted)
     settings = recorded_settings(run)
     settings = dataclasses.replace(settings, model=model or settings.model, trust_remote_code=trusted)
+    settings = dataclasses.replace(settings, peft=settings.peft and peft)
     task, objective = _recorded_task(run)
     checkpoint = open_checkpoint(settings)
     base, _ = load_model(checkpoint, objective, task, settings, torch.device("cpu"))

@@ -4,33 +4,35 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import numbers
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import InputError
+from ..errors import InputError, require
 from ..kernels.checks import LARGEST_INTEGER, check_text, shortened, suggestion
 
 T = TypeVar("T")
 
 
-@dataclasses.dataclass(frozen=True)
-class Option:
-    """What a field says beside its type and its default.
+class Option(str):
+    """The help of a field, with what it says beside its type and its default.
+
+    It is text, so that ``HfArgumentParser`` of transformers reads the same dataclasses.
 
     Attributes:
-        help: what it means, for the command line; without it the choices are shown.
         group: the heading under which ``--help`` lists it.
         hidden: ``--help`` does not list it.
         choices: the words that it may be; of a tuple, each of its items.
         low, high: bounds that it may reach; a float ``low`` also says that it is finite. Integers reach 2^31 - 1 at most.
         above, below: bounds that it may not reach.
+        later: it came after journals that go on without it.
     """
 
-    help: str = ""
     group: str = ""
     hidden: bool = False
     choices: Collection[str] = ()
@@ -38,11 +40,25 @@ class Option:
     high: float | None = None
     above: float | None = None
     below: float | None = None
+    later: bool = False
 
 
-def option(default: Any = dataclasses.MISSING, help: str = "", **more: Any) -> Any:
-    """A field of a dataclass of settings: its default (required without one), its help, and more of :class:`Option`."""
-    return dataclasses.field(default=default, metadata={"option": Option(help, **more)})
+def option(default: Any = dataclasses.MISSING, help: str = "", also: str = "", **more: Any) -> Any:
+    """A field of a dataclass of settings: its default (required without one), its help (its choices without one), and the
+    attributes of :class:`Option`.
+
+    Args:
+        also: another name on the command line and in files, which other projects give it.
+    """
+    about = Option(help or ", ".join(more.get("choices", ())))
+    vars(about).update(more)
+    return dataclasses.field(default=default, metadata={"help": about} | ({"aliases": [flag(also)]} if also else {}))
+
+
+def about(field: dataclasses.Field[Any]) -> Option | None:
+    """What a field says that :func:`option` made; None of any other."""
+    found = field.metadata.get("help")
+    return found if isinstance(found, Option) else None
 
 
 def flag(name: str) -> str:
@@ -69,16 +85,17 @@ def add_options(
     fields = {f.name: f for f in dataclasses.fields(settings)}
     groups: dict[str, Any] = {"": parser}
     for name in fields if names is None else names:
-        about: Option = fields[name].metadata["option"]
-        if about.group not in groups:
-            groups[about.group] = parser if names is not None else parser.add_argument_group(about.group)
+        said = about(fields[name])
+        assert said is not None
+        if said.group not in groups:
+            groups[said.group] = parser if names is not None else parser.add_argument_group(said.group)
         parsed = _how_to_parse(hints[name], fields[name].default)
-        arguments = {"help": about.help or ", ".join(about.choices), **parsed, **(changes or {}).get(name, {})}
+        arguments = {"help": str(said), **parsed, **(changes or {}).get(name, {})}
         if arguments.get("default") is not None and "(default: " not in arguments["help"]:
             arguments["help"] = f"{arguments['help']} (default: %(default)s)".strip()
-        if about.hidden and names is None:
+        if said.hidden and names is None:
             arguments["help"] = argparse.SUPPRESS
-        groups[about.group].add_argument(flag(name), **arguments)
+        groups[said.group].add_argument(flag(name), *fields[name].metadata.get("aliases", ()), **arguments)
     return groups
 
 
@@ -86,6 +103,41 @@ def read_options(settings: type[T], args: argparse.Namespace) -> T:
     """The settings of a parsed command line; a field without an option there has its default."""
     fields = dataclasses.fields(settings)  # type: ignore[arg-type]
     return settings(**{f.name: getattr(args, f.name) for f in fields if hasattr(args, f.name)})
+
+
+def read_config(settings: type, path: Path) -> dict[str, Any]:
+    """The settings in a file of YAML by the names of their fields; numbers and words are parsed as on the command line.
+
+    Raises:
+        InputError: it cannot be read, is no mapping, or names what is no setting.
+    """
+    try:
+        found = require("yaml").safe_load(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise InputError(f"{path}: {e.strerror}") from None
+    except ValueError as e:  # not UTF-8
+        raise InputError(f"{path}: {e}") from None
+    except require("yaml").YAMLError as e:
+        raise InputError(f"{path}: not YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: a file of settings has a line NAME: VALUE for each, and this is {shortened(found)}")
+    names = {f.name: f.name for f in dataclasses.fields(settings)}
+    for f in dataclasses.fields(settings):
+        names |= {_field(also): f.name for also in f.metadata.get("aliases", ())}
+    values = {}
+    for key, value in found.items():
+        name = names.get(_field(str(key)))
+        if name is None:
+            raise InputError(f"{path}: {shortened(key)} is no setting{suggestion(_field(str(key)), names)}")
+        if isinstance(value, dict):
+            value = json.dumps(value)
+        values[name] = ",".join(map(str, value)) if isinstance(value, list) else value
+    return values
+
+
+def _field(word: str) -> str:
+    """The name of a field from its spelling on the command line or in a file."""
+    return word.lstrip("-").replace("-", "_")
 
 
 def check_options(settings: Any) -> None:
@@ -96,8 +148,8 @@ def check_options(settings: Any) -> None:
     """
     hints = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
-        value, about = getattr(settings, field.name), field.metadata.get("option")
-        if about is None:
+        value, said = getattr(settings, field.name), about(field)
+        if said is None:
             continue
         if not _is_of(value, hints[field.name]):
             raise InputError(f"{flag(field.name)} is {_described(hints[field.name])}, not {shortened(value)}")
@@ -107,13 +159,13 @@ def check_options(settings: Any) -> None:
         for word in words:
             if isinstance(word, str):
                 check_text(flag(field.name), word)
-        unknown = [word for word in words if about.choices and word not in about.choices]
+        unknown = [word for word in words if said.choices and word not in said.choices]
         if unknown:
             raise InputError(
-                f"{flag(field.name)} {shortened(unknown[0])} is not known; there are {', '.join(about.choices)}"
-                + suggestion(unknown[0], about.choices)
+                f"{flag(field.name)} {shortened(unknown[0])} is not known; there are {', '.join(said.choices)}"
+                + suggestion(unknown[0], said.choices)
             )
-        bound = _missed_bound(value, about)
+        bound = _missed_bound(value, said)
         if bound is not None:
             raise InputError(f"{flag(field.name)} is {bound}, not {shortened(value)}")
 

@@ -9,18 +9,19 @@ from typing import Any
 
 from ..bench.environment import commit, versions
 from ..errors import InputError
-from ..model.text_table import text_table
 from .data.own import task_of
 from .data.splits import TEST_SIZE
 from .loop.folder import METRICS, MODEL, SUMMARY
 from .loop.scoring import score
 from .methods import EVALUATIONS
-from .models.checkpoint import load_adapter, load_model
+from .models.adapters import load_adapter
+from .models.checkpoint import load_model
 from .models.pretrained import computing
 from .objectives import OBJECTIVES, PromptedObjective
 from .output import read_object
 from .run import open_run, threads
 from .settings import Settings
+from .tables import table
 from .tasks import Task
 
 
@@ -62,7 +63,7 @@ def render_result(result: dict[str, Any]) -> str:
         f"{result['task']} ({result['objective']}), {result['method']}",
         f"{result['examples']} examples from {result['data']['source']}, {result['seconds']:.0f} s",
         "",
-        text_table(rows, gap=4),
+        table(rows),
     ]
     return "\n".join(lines + [f"note: {note}" for note in result["notes"]])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .loop.records import MetricsLog
 from .loop.scoring import check_examples, score
 from .loop.train import Outcome, eval_batch_size, evaluate, train
 from .models.checkpoint import load_model
+from .models.hub import push
 from .models.pretrained import computing, first_line
 from .output import to_json
 from .reports.beside_published import compare
@@ -33,7 +35,13 @@ from .settings import Settings
 
 
 def finetune(
-    settings: Settings, *, command: str = "", quiet: bool = False, resume: bool = False, overwrite: bool = False
+    settings: Settings,
+    *,
+    command: str = "",
+    quiet: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    callbacks: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Runs the settings and leaves model, metrics, plot and summary in their output folder, which is this run's alone meanwhile.
 
@@ -45,6 +53,7 @@ def finetune(
         resume: go on with the run in the output folder, whose settings these are (:func:`~.journaling.settings_of`). Its end is
             that of a run that was never stopped, in every bit.
         overwrite: replace the run that is in the output folder, once model and data of this one were read.
+        callbacks: of the Trainer of transformers, which takes the steps.
 
     Returns:
         The summary, see :func:`lozo_kernels.hf.reports.summary.summarize`. Its "stopped" is None if all steps were taken.
@@ -67,7 +76,7 @@ def finetune(
         shared = first_does(claim)
         folder = stack.enter_context(own_folder(shared, copied=resume))
         try:
-            return _run(dataclasses.replace(own, output=str(folder)), command, quiet or not is_first(), resume)
+            return _run(dataclasses.replace(own, output=str(folder)), command, quiet or not is_first(), resume, callbacks)
         except JournalError as e:
             raise InputError(f"{e}; lozo-kernels finetune --resume {shared} goes on from there") from None
         except KeyboardInterrupt:
@@ -80,8 +89,9 @@ def finetune(
             raise InputError(f"--output {own.output}: {why}; make room, and lozo-kernels finetune --resume {shared} goes on") from e
 
 
-def _run(settings: Settings, command: str, quiet: bool, resume: bool) -> dict[str, Any]:
+def _run(settings: Settings, command: str, quiet: bool, resume: bool, callbacks: Sequence[Any]) -> dict[str, Any]:
     run, output = open_run(settings, quiet=quiet), Path(str(settings.output))
+    settings = run.settings
     if run.data.test:
         check_examples(run.objective, run.data.test, settings.max_new_tokens)
     keeper = new_keeper(output, settings, run.data, run.objective.name, run.train_set, run.dev_set)
@@ -92,7 +102,7 @@ def _run(settings: Settings, command: str, quiet: bool, resume: bool) -> dict[st
         batch = run.objective.collate(run.batches_of([0])[0], run.device)
         eps = measure_eps(model, settings, lambda: run.objective.loss(model, batch))
         settings = dataclasses.replace(settings, eps=eps, find_eps=False)  # a run that goes on has this one
-        run, keeper.about["settings"] = dataclasses.replace(run, settings=settings), settings.to_dict()
+        run, keeper.about["settings"] = dataclasses.replace(run, settings=settings), settings.recorded()
         notes = [*notes, f"eps {eps:.2g} was measured"]
     notes = [*notes, *run.notes()]
     for line in (*run.describe(), *notes):
@@ -110,7 +120,7 @@ def _run(settings: Settings, command: str, quiet: bool, resume: bool) -> dict[st
     kept = KeptWeights(model, output, best=settings.keep == "best", earlier=log.evaluations)
     kept.complete(lambda step: keeper.model_after(model, step))
     try:
-        outcome, test = _train(run, model, keeper, log, kept)
+        outcome, test = _train(run, model, keeper, log, kept, callbacks)
     finally:
         log.close()
     summary = summarize(run, model, outcome, log, inference, comparison)
@@ -121,6 +131,8 @@ def _run(settings: Settings, command: str, quiet: bool, resume: bool) -> dict[st
             _save(run, model, summary, log, output, outcome.unended)
             if outcome.stopped is None:
                 kept.discard()
+        if outcome.stopped is None and settings.push_to_hub is not None:
+            push(output / MODEL, settings.push_to_hub)
     return summary
 
 
@@ -143,7 +155,9 @@ def _save(run: Run, model: Any, summary: dict[str, Any], log: MetricsLog, output
     write_whole(output / SUMMARY, to_json(summary, indent=2) + "\n")
 
 
-def _train(run: Run, model: Any, keeper: Keeper, log: MetricsLog, kept: KeptWeights) -> tuple[Outcome, dict[str, Any] | None]:
+def _train(
+    run: Run, model: Any, keeper: Keeper, log: MetricsLog, kept: KeptWeights, callbacks: Sequence[Any]
+) -> tuple[Outcome, dict[str, Any] | None]:
     """Trains between two evaluations; the scores on the test examples come with a run that took all its steps.
 
     Ctrl-C after the last step leaves out what is not scored yet.
@@ -164,6 +178,8 @@ def _train(run: Run, model: Any, keeper: Keeper, log: MetricsLog, kept: KeptWeig
         measured=run.measured_steps(keeper.goes_on_at or 0),
         quiet=run.quiet,
         evaluated=kept.offer,
+        tokenizer=run.checkpoint.tokenizer,
+        callbacks=callbacks,
     )
     outcome.kept_step = outcome.steps_done
     if outcome.stopped is not None:
@@ -172,6 +188,7 @@ def _train(run: Run, model: Any, keeper: Keeper, log: MetricsLog, kept: KeptWeig
         evaluation = evaluate(model, objective, run.dev_set, outcome.steps_done, batch_size, device)
         with deferred_interrupt():
             log.add_evaluation(evaluation)
+            outcome.tell(evaluation)
             kept.offer(evaluation)
             outcome.kept_step = kept.load(outcome.steps_done)
         if not run.data.test or not is_first():

@@ -18,7 +18,11 @@ _SUBSPACE = tuple(name for name in _LOW_RANK if name not in ("momentum", "scalin
 _GUIDED = tuple(name for name in _LOW_RANK if name != "momentum")
 _MUON = tuple(name for name in _SUBSPACE if name != "normalise")
 _PER_EXAMPLE = tuple(name for name in _LOW_RANK if name not in ("momentum", "one_sided", "evaluation", "placement", "find_eps"))
-_TRAINING = ("steps", "k_shot", "lr", "lr_schedule", "weight_decay", "eval_every", "compare_steps", "parallel")
+_TRAINING = (
+    *("steps", "k_shot", "lr", "lr_schedule", "weight_decay", "eval_every", "compare_steps", "parallel", "num_train_epochs"),
+    *("gradient_accumulation_steps", "warmup_steps", "lr_scheduler_kwargs", "report_to", "save_steps", "save_total_limit"),
+    *("peft", "push_to_hub"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,10 +18,12 @@ from ..optim.rate_finder import measures
 from .data.examples import TaskData
 from .data.load import load_data
 from .data.splits import draw_demonstrations
-from .loop.processes import part
-from .loop.train import MEASURED_STEPS, BatchSampler
+from .loop.processes import is_first, part
+from .loop.train import MEASURED_STEPS, BatchSampler, make_schedule
 from .methods import METHODS
 from .models.checkpoint import EMBEDDED, Checkpoint, open_checkpoint, pick_device
+from .models.hub import check_login
+from .models.pretrained import first_line
 from .objectives import OBJECTIVES, Encoded, Objective, PromptedObjective, choose_objective
 from .settings import Settings
 from .tasks import Task
@@ -105,10 +107,10 @@ class Run:
         return list(itertools.islice(whole, MEASURED_STEPS))
 
     def batches_of(self, steps: Sequence[int]) -> list[Sequence[Encoded]]:
-        """This process's part of the batches of some steps, which ascend."""
-        batches, found = self.batches(), []
+        """This process's part of the batches of some steps, which ascend; the first of each step."""
+        batches, found, together = self.batches(), [], self.settings.gradient_accumulation_steps
         for step in range(max(steps, default=-1) + 1):
-            batch = batches.next()
+            batch, *_ = (batches.next() for _ in range(together))
             if step in steps:
                 found.append(part(batch, self.settings.parallel))
         return found
@@ -145,7 +147,25 @@ def open_run(settings: Settings, *, quiet: bool, own: Task | None = None) -> Run
         if not demonstrations:
             raise InputError(f"--method icl: {data.source} has no train examples to show")
     objective = kind(checkpoint.tokenizer, data.task, checkpoint.max_length(settings.max_length), demonstrations)
-    return Run(settings, device, data, checkpoint, objective, quiet)
+    run = Run(settings, device, data, checkpoint, objective, quiet)
+    if settings.num_train_epochs is not None:
+        run = dataclasses.replace(run, settings=settings.lasting(len(run.train_set)))
+    if METHODS[settings.method].trains:
+        _check_trainer(run.settings)
+    return run
+
+
+def _check_trainer(settings: Settings) -> None:
+    """Raises InputError if a schedule does not take its options, a tracker cannot be reported to, or the Hub takes nothing."""
+    require("accelerate")
+    if settings.push_to_hub is not None and is_first():
+        check_login()
+    make_schedule(torch.optim.SGD([torch.zeros(1)], lr=1.0), settings)
+    try:
+        for callback in require("transformers.integrations").get_reporting_integration_callbacks(settings.reports):
+            callback()
+    except (ImportError, RuntimeError, ValueError) as e:
+        raise InputError(f"--report-to {settings.report_to}: {first_line(e)}") from None
 
 
 @contextlib.contextmanager

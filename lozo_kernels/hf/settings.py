@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,31 @@ from ..kernels.noise import LAWS, MAX_RANK
 from ..model.config import PLACEMENTS, SCALINGS
 from ..optim.normalise import NORMALISE
 from ..optim.steps import EVALUATIONS
-from .command_line import check_options, flag, option
-from .methods import DEFAULTS, METHODS, Method, take_defaults
+from .command_line import check_options, option
+from .methods import METHODS, Method, take_defaults
 from .objectives import OBJECTIVES, ImageObjective
 from .tasks import TASKS
+from .together import check_together
 
 DTYPES = ("float32", "bfloat16", "float16")
-SCHEDULES = ("constant", "linear", "cosine")
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+SCHEDULES = (
+    *("constant", "linear", "cosine", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt"),
+    *("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay"),
+)
+"""Those of transformers, but for the two that follow evaluations, which a journal does not have."""
 _FINDING_STEPS = 50
 """The least steps of a run whose learning rate finds itself: the first eight only measure."""
 
+
+def spell_dtype(settings: Any) -> None:
+    """Gives the dtype of a dataclass of settings its whole name."""
+    if isinstance(settings.dtype, str):
+        object.__setattr__(settings, "dtype", SHORT_DTYPES.get(settings.dtype, settings.dtype))
+
+
 _data, _method, _run = (functools.partial(option, group=group) for group in ("model and data", "method", "run"))
+_trainer = functools.partial(option, group="as in the Trainer of transformers", later=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +76,15 @@ class Settings:
     eps: float = _method(1e-3, "scale of the perturbation", low=0.0, above=0)
     find_eps: bool = _method(False, "measure eps on the first batch, in place of --eps: 192 forward passes")
     lr: float | None = _method(
-        None, "learning rate (default: found from forward passes; the method's in runs of less than 50 steps)", low=0.0
+        *(None, "learning rate (default: found from forward passes; the method's in runs of less than 50 steps)", "learning_rate"),
+        low=0.0,
     )
-    lr_schedule: str | None = _method(None, "constant, or linear or cosine to zero (default: the method's)", choices=SCHEDULES)
+    lr_schedule: str | None = _method(
+        None,
+        f"of transformers: {', '.join(SCHEDULES)} (default: the method's, constant or linear)",
+        "lr_scheduler_type",
+        choices=SCHEDULES,
+    )
     momentum: float | None = _method(None, "beta of lozo-m and mezo-m (default: 0.9), and of ft-sgd", low=0.0, below=1)
     weight_decay: float = _method(0.0, "decoupled", low=0.0)
     scaling: str = _method("paper", "where 1/rank goes: paper, card or published", choices=SCALINGS)
@@ -85,23 +106,41 @@ class Settings:
         None, "what processes share: examples or directions (default: examples, under torchrun)", choices=("examples", "directions")
     )
 
-    steps: int | None = _run(None, "(default: 1000; 1500 without arguments)", low=1)
-    batch_size: int = _run(16, low=1)
-    eval_every: int | None = _run(None, "steps between evaluations (default: a tenth of the run)", low=1)
+    steps: int | None = _run(None, "(default: 1000; 1500 without arguments)", "max_steps", low=1)
+    batch_size: int = _run(16, "examples of a batch, of all processes together", low=1)
+    eval_every: int | None = _run(None, "steps between evaluations (default: a tenth of the run)", "eval_steps", low=1)
     keep: str = _run("last", "weights of the last step, or best: of the lowest dev loss", choices=("last", "best"))
     eval_size: int = _run(500, "dev examples at most", low=1)
     compare_steps: int | None = _run(None, "time so many steps of the published way too (default: 0; 24 without arguments)", low=0)
-    dtype: str = _run("float32", choices=DTYPES)
+    dtype: str = _run("float32", "float32, bfloat16 or float16; fp32, bf16, fp16 for short", choices=DTYPES)
     device: str = _run("auto", "cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     backend: str | None = _run(None, "backend of the kernels (default: the best for the device)")
     threads: int | None = _run(
         None, "on the CPU (default: torch's; one for the embedded model, which is too small to share)", low=1, high=MAX_THREADS
     )
     seed: int = _run(0, low=0, high=2**63 - 1)
-    output: str | None = _run(None, "folder for the results (default: runs/TASK-METHOD, or with -2, -3, ... if a run is there)")
+    output: str | None = _run(
+        None, "folder for the results (default: runs/TASK-METHOD, or with -2, -3, ... if a run is there)", "output_dir"
+    )
+
+    num_train_epochs: float | None = _trainer(None, "passes over the train examples, in place of --steps", low=0.0, above=0)
+    gradient_accumulation_steps: int = _trainer(1, "batches whose mean loss is that of a step", low=1)
+    warmup_steps: float = _trainer(0.0, "steps in which the learning rate rises from zero; below 1, a share of all", low=0.0)
+    lr_scheduler_kwargs: str | None = _trainer(None, "options of --lr-schedule, as JSON: '{\"num_cycles\": 2}'")
+    report_to: str | None = _trainer(None, "trackers, separated by commas: tensorboard, wandb, trackio, mlflow, ...")
+    logging_steps: int = _trainer(10, "steps between two reports to them", low=1)
+    save_steps: int | None = _trainer(None, "steps between checkpoints, checkpoint-N in --output (default: none)", low=1)
+    save_total_limit: int | None = _trainer(None, "checkpoints that are kept (default: all)", low=1)
+
+    peft: bool = _trainer(False, "train LoRA adapters of PEFT in place of the weights; model/ is then an adapter")
+    lora_rank: int = _trainer(8, "columns of an adapter's factors", "lora_r", low=1)
+    load_in_8bit: bool = _trainer(False, "quantise the linear layers by bitsandbytes, and train adapters on them (--peft)")
+    load_in_4bit: bool = _trainer(False, "as --load-in-8bit, in NF4")
+    push_to_hub: str | None = _trainer(None, "OWNER/NAME: a repository of the Hub, where the tuned model goes", "hub_model_id")
 
     def __post_init__(self) -> None:
         take_defaults(self)
+        spell_dtype(self)
 
     def resolved(self) -> Settings:
         """These settings, checked, with every None replaced that has a fixed default and that the method uses; an ``lr`` that stays
@@ -112,11 +151,9 @@ class Settings:
         """
         check_options(self)
         method = METHODS[self.method]
-        self._check_combinations()
-        self._check_data()
-        self._check_method(method)
+        check_together(self)
         demo = self.model is None and self.task is None and self.train_file is None
-        comparable = demo and method.published and not self._unpublished
+        comparable = demo and method.published and not self.unpublished
         file = self.train_file or self.dev_file
         task = self.task or (None if file else next(iter(TASKS)))
         common = dataclasses.replace(
@@ -127,7 +164,7 @@ class Settings:
             threads=1 if self.threads is None and self.model is None else self.threads,
             output=self.output or f"runs/{task or Path(str(file)).stem}-{self.method}",
         )
-        if not method.trains:
+        if not method.trains or self.num_train_epochs is not None:
             return common
         steps = self.steps if self.steps is not None else 1500 if demo else 1000
         return dataclasses.replace(
@@ -139,25 +176,59 @@ class Settings:
             compare_steps=self.compare_steps if self.compare_steps is not None else 24 if comparable else 0,
         )
 
+    def lasting(self, examples: int) -> Settings:
+        """These settings with the steps that their epochs are, of so many train examples."""
+        assert self.num_train_epochs is not None
+        steps = math.ceil(self.num_train_epochs * examples / (self.batch_size * self.gradient_accumulation_steps))
+        return dataclasses.replace(self, num_train_epochs=None, steps=steps).resolved()
+
+    def warmup(self, steps: int) -> int:
+        """Steps of a run of so many in which the learning rate rises."""
+        return int(self.warmup_steps) if self.warmup_steps >= 1 else math.ceil(self.warmup_steps * steps)
+
+    @property
+    def schedule_options(self) -> dict[str, Any]:
+        """Options of the schedule. Raises InputError if they are no JSON object."""
+        try:
+            options = json.loads(self.lr_scheduler_kwargs or "{}")
+        except ValueError as e:
+            raise InputError(f"--lr-scheduler-kwargs is a JSON object: {e}") from None
+        if not isinstance(options, dict):
+            raise InputError(f"--lr-scheduler-kwargs is a JSON object, not {self.lr_scheduler_kwargs!r:.100}")
+        return options
+
+    @property
+    def reports(self) -> list[str]:
+        """The trackers that are reported to."""
+        return [name.strip() for name in (self.report_to or "").split(",") if name.strip()]
+
     @property
     def drawing_seed(self) -> int:
         """The seed of the draws of examples."""
         return self.seed if self.data_seed is None else self.data_seed
 
     @property
-    def _unpublished(self) -> list[str]:
+    def unpublished(self) -> list[str]:
         """The options of these settings that the published code does not have."""
         given = {
             "--directions": self.directions > 1,
             "--one-sided": self.one_sided,
             "--normalise": self.normalise,
             "--evaluation batched": self.evaluation == "batched",
+            "--gradient-accumulation-steps": self.gradient_accumulation_steps > 1,
+            "--peft": self.peft,
         }
         return [name for name, there in given.items() if there]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by name."""
         return dataclasses.asdict(self)
+
+    def recorded(self) -> dict[str, Any]:
+        """As :meth:`to_dict`, as a journal has them: those of the Trainer only where they are not their defaults, so that the
+        journals of runs without them stay what they were."""
+        later = {f.name for f in dataclasses.fields(self) if f.metadata["help"].later and getattr(self, f.name) == f.default}
+        return {name: value for name, value in self.to_dict().items() if name not in later}
 
     def _resolved_lr(self, method: Method, steps: int) -> float | None:
         """The learning rate; None for one that finds itself (``lr="auto"``), which needs some steps and a batch in parts."""
@@ -175,73 +246,3 @@ class Settings:
         if method.kind == "zeroth-order" and other != method.name:
             raise InputError(f"--method {method.name} with --momentum {self.momentum:g} is --method {other}: ask for that")
         return self.momentum
-
-    def _check_combinations(self) -> None:
-        if self.k_shot is not None and (self.num_train is not None or self.num_dev is not None):
-            raise InputError("--k-shot says how many train and dev examples there are: leave out --num-train and --num-dev")
-        if self.compare_steps and self._unpublished:
-            raise InputError(f"--compare-steps: the published code has no {', '.join(self._unpublished)}")
-        if self.evaluation == "batched" and self.placement == "inplace":
-            raise InputError("--evaluation batched needs --placement probe: weights that are moved can be at one point only")
-        if self.find_eps and self.eps != 1e-3:
-            raise InputError("give --eps or --find-eps, not both")
-        if METHODS[self.method].per_example and self.batch_size % self.directions:
-            raise InputError(f"--directions {self.directions}: it divides the --batch-size, {self.batch_size}, into equal parts")
-        if self.normalise and self.lr is None and not METHODS[self.method].per_example:
-            raise InputError("--normalise needs --lr: its rates have another scale, e.g. 1e-3")
-        if self.normalise == "spread" and self.directions < 2:
-            raise InputError("--normalise spread is the spread over the directions of a step: give --directions 2 or more")
-
-    def _check_method(self, method: Method) -> None:
-        for f in dataclasses.fields(self):
-            default = getattr(method, f.name) if f.name in DEFAULTS else f.default
-            if f.name in method.foreign and getattr(self, f.name) not in (default, 0):
-                raise InputError(f"{flag(f.name)} means nothing to --method {method.name}: leave it out")
-        if method.kind == "first-order" and self.dtype == "float16":
-            raise InputError(f"--method {method.name} needs --dtype float32 or bfloat16: gradients underflow in float16")
-        if self.compare_steps and not method.published:
-            raise InputError(f"--compare-steps: the published code has no {method.name}")
-
-    def _check_data(self) -> None:
-        for name in ("train_file", "dev_file"):
-            value = getattr(self, name)
-            if value is not None and not Path(value).is_file():
-                raise InputError(f"{flag(name)}: there is no file {value}")
-        images = self.task is not None and TASKS[self.task].kind == "image"
-        if self.data_dir is not None and not Path(self.data_dir).is_dir() and not (images and _is_hub_name(self.data_dir)):
-            raise InputError(f"--data-dir: there is no folder {self.data_dir}")
-        if self.dev_file is not None and self.train_file is None and self.method != "zero-shot":
-            raise InputError("--dev-file goes with --train-file")
-        if self.train_file is not None and self.data_dir is not None:
-            raise InputError("give --train-file or --data-dir, not both")
-        if self.data_dir is not None and self.task is None:
-            raise InputError(f"--data-dir goes with --task ({', '.join(TASKS)})")
-        if self.model is not None:
-            if self.task is None and self.train_file is None and self.dev_file is None:
-                raise InputError(f"--model needs something to learn: --task ({', '.join(TASKS)}) or --train-file")
-            _check_model_path(self.model)
-        if self.output is not None:
-            _check_output(Path(self.output))
-
-
-def _check_model_path(model: str) -> None:
-    path = Path(model)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InputError(f"--model: the folder {model} has no config.json")
-        return
-    # A Hub name is "name" or "owner/name": anything else can only be meant as a path.
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model:
-        raise InputError(f"--model: there is no folder {model}")
-
-
-def _is_hub_name(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and name[0] not in "./"
-
-
-def _check_output(output: Path) -> None:
-    for path in (output, *output.parents):
-        if path.exists():
-            if not path.is_dir():
-                raise InputError(f"--output: {path} is a file")
-            return

@@ -25,6 +25,10 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Of a layer's outputs, beside those that the checkpoint's matrix gives, relative to the sum of their terms."""
 
 
+_TRAINS = "_lozo_kernels_handle"
+"""The attribute of an engine that has the handle that trains it."""
+
+
 class EngineHandle(Handle):
     """As :class:`~lozo_kernels.model.probe.handle.ProbeHandle`, of an engine. The model is a shadow without weights.
 
@@ -33,6 +37,7 @@ class EngineHandle(Handle):
         prepared: the places were checked.
         capacity: the points that one batch can hold.
         checkpoint: the engine's model, its revision and dtype.
+        superseded: another handle trains the engine now.
         windows: how many earlier windows have factors of their own, beside the weights.
         scores_in_worker: workers make losses of prompts, so that no dict of log-probabilities is passed on for each token.
     """
@@ -48,6 +53,9 @@ class EngineHandle(Handle):
         if options is None:
             raise EngineError("this engine cannot be trained: build it with vllm.LLM(model, **lozo_kernels.vllm.engine_options())")
         self._check_idle()
+        before = getattr(llm, _TRAINS, None)
+        if before is not None:
+            before.superseded = True  # its factors are forgotten now
         reports = self.call("lozo_begin", momentum)
         if reports[0]["reloaded"]:
             raise EngineError(
@@ -65,14 +73,22 @@ class EngineHandle(Handle):
         self.compiled = reports[0]["compiled"]
         self.device = torch.device(reports[0]["device"])
         self._run, self._points, self._step = uuid.uuid4().hex[:12], [], 0  # type: ignore[var-annotated]
+        self.superseded = False
         self._current: Perturbation = (0, 0.0)
         self._losses: dict[Perturbation, Any] = {}
         self._slots: list[Perturbation] = []
         config = without(PatchConfig(**options["patch"]), self.not_placed)
         super().__init__(shadow_of(engine.model_config.hf_config, engine.model_config.dtype), config)
 
+        setattr(llm, _TRAINS, self)
+
     def _begin(self) -> None:
         pass  # the engine has the tables
+
+    def _check_usable(self) -> None:
+        super()._check_usable()
+        if self.superseded:
+            raise EngineError("another optimiser trains this engine now, and what this one learned is in it no longer")
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """Calls a method of :class:`~.worker.Methods` on every worker."""
@@ -139,6 +155,15 @@ class EngineHandle(Handle):
     def step(self) -> int:
         """The step that is evaluated now."""
         return self._step
+
+    def perturb_(self, step: Any, scale: float, *, direction: int = 0) -> None:  # noqa: ARG002
+        raise EngineError("requests of an engine say their points themselves: use step() or estimate() of its optimiser")
+
+    def shift_(self, step: Any, remove: Perturbation, add: Perturbation) -> None:  # noqa: ARG002
+        self.perturb_(step, 0.0)
+
+    def check_capturable(self) -> None:
+        raise EngineError("the steps of an engine are requests, which no graph captures: take plain steps")
 
     def move(self, step: Any, before: Perturbation | None, after: Perturbation | None) -> None:  # noqa: ARG002
         self._current = (0, 0.0) if after is None else after

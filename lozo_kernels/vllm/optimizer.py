@@ -16,6 +16,7 @@ from ..kernels.checks import as_integer
 from ..model.config import check_names
 from ..model.report import Report
 from ..optim import methods
+from ..optim.measuring import has_parts
 from ..optim.parallel import Parallel
 from . import export
 from .handle import EngineHandle
@@ -93,19 +94,30 @@ class LOZO(methods.LOZO):
         """
         if not isinstance(closure, Objective) or inputs is not None:
             raise TypeError("step() of an engine takes an objective: nll(texts) or rewards(prompts, params, score)")
-        stepper, measuring = self.stepper, self.measures_next
-        points = [p for p in stepper.points_of(measuring=measuring) if stepper.is_mine(p[0])]
-        if measuring or not self.two_sided:
-            points.append((0, 0.0))
-        self.handle.expect(self.steps_done, points)
-        if not self.handle.prepared:
-            self.handle.check(closure)
-        parts = closure.halves() if measuring and stepper.parallel is None else [closure]
+        measuring = self.measures_next
+        self._expect(closure, measuring=measuring)
+        parts = closure.halves() if measuring and not has_parts(self.stepper.parallel) else [closure]
         bound = [_Bound(self.handle, part) for part in parts]
         loss = super().step(bound if len(bound) > 1 else bound[0])
         if self.handle.windows >= self._max_windows and self._recorded is not None:
             self.reload()
         return loss
+
+    def estimate(self, closure: Any) -> tuple[Tensor, Tensor]:
+        """Evaluates an objective at the points of the next step without taking it; returns as :meth:`Stepper.estimate` does."""
+        self._expect(closure, measuring=False)
+        bound: Any = _Bound(self.handle, closure)
+        return super().estimate(bound)
+
+    def _expect(self, objective: Objective, *, measuring: bool) -> None:
+        """Says which points the next step evaluates, and checks the places before the first."""
+        stepper = self.stepper
+        points = [p for p in stepper.points_of(measuring=measuring) if stepper.is_mine(p[0])]
+        if measuring or not self.two_sided:
+            points.append((0, 0.0))
+        self.handle.expect(self.steps_done, points)
+        if not self.handle.prepared:
+            self.handle.check(objective)
 
     def state_dict(self) -> dict[str, Any]:
         raise EngineError("the state of a run in an engine is its journal: give journal=, and resume=True to go on")

@@ -40,11 +40,11 @@ def engine_options(
     given: Any = {"include": include, "exclude": exclude}
     config = PatchConfig(rank=rank, interval=interval, seed=seed, scaling=scaling, placement="probe", **given)
     points = as_integer("points", points, 1, MAX_POINTS)
-    kind = "CPUWorker" if needed_platform().is_cpu() else "GPUWorker"
-    return {
-        "worker_cls": f"{__package__}.worker.{kind}",
-        "additional_config": {KEY: {"patch": config.to_dict(), "points": points}},
-    }
+    options = {"additional_config": {KEY: {"patch": config.to_dict(), "points": points}}}
+    if needed_platform().is_cpu():
+        return options | {"worker_cls": f"{__package__}.worker.CPUWorker"}
+    # A captured graph would go on with the points, and the sizes of factors, that it was captured with.
+    return options | {"worker_cls": f"{__package__}.worker.GPUWorker", "compilation_config": {"cudagraph_mode": "NONE"}}
 
 
 def without(config: PatchConfig, names: Iterable[str]) -> PatchConfig:

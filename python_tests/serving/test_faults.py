@@ -236,6 +236,16 @@ def test_what_an_engine_does_not_have_is_said(models):
                 act()
         with pytest.raises(TypeError, match="fuse_steps"):
             LOZO(llm, fuse_steps=True)
+        with pytest.raises(EngineError, match="points themselves"):
+            optimizer.handle.perturb_(0, 1e-3)
+        with pytest.raises(EngineError, match="no graph"):
+            lozo_kernels.capture_step(optimizer, lambda inputs: 0.0, torch.zeros(1))
+        second = LOZO(llm, lr=1e-4, eps=EPS)
+        with pytest.raises(EngineError, match="another optimiser"):
+            optimizer.step(nll(texts(0)))
+        c, loss = second.estimate(nll(texts(0)))
+        assert float(second.step(nll(texts(0)))) == float(loss) and float(second.info.c) == float(c[0])
+        optimizer = second
         optimizer.remove()
         with pytest.raises(RuntimeError, match=r"restored|anew"):
             optimizer.step(nll(texts(0)))

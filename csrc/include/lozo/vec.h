@@ -3,6 +3,7 @@
 //   F, I, L        W floats; W 32-bit integers; W / 2 counters, one in the low half of each 64-bit lane
 //   Pair<V>        2 W values of a block, a and b
 //   Io<T>          blocks of 2 W elements in memory <-> Pair<F>
+//   kRegisters     vector registers, by which kernels choose how much they keep in them
 //
 // Io<T>::interleaved says in which order: a holds the even and b the odd columns (bf16, where a 32-bit lane holds one of
 // each and unpacking is a shift and a mask), or a the first W and b the last W.
@@ -23,6 +24,8 @@
 #define LOZO_ISA avx512
 #elif defined(LOZO_ISA_avx2)
 #define LOZO_ISA avx2
+#elif defined(LOZO_ISA_neon)
+#define LOZO_ISA neon
 #else
 #define LOZO_ISA portable
 #endif
@@ -52,6 +55,8 @@ struct Io;
 #include "lozo/vec_avx512.h"
 #elif defined(LOZO_ISA_avx2)
 #include "lozo/vec_avx2.h"
+#elif defined(LOZO_ISA_neon)
+#include "lozo/vec_neon.h"
 #else
 #include "lozo/vec_portable.h"
 #endif

@@ -8,6 +8,7 @@ using F = __m256;
 using I = __m256i;
 using L = __m256i;
 constexpr int W = 8;
+constexpr int kRegisters = 16;
 
 LOZO_INLINE F splat(float x) { return _mm256_set1_ps(x); }
 LOZO_INLINE F load(const float *p) { return _mm256_loadu_ps(p); }

@@ -10,6 +10,7 @@ using F = __m512;
 using I = __m512i;
 using L = __m512i;
 constexpr int W = 16;
+constexpr int kRegisters = 32;
 
 LOZO_INLINE F splat(float x) { return _mm512_set1_ps(x); }
 LOZO_INLINE F load(const float *p) { return _mm512_loadu_ps(p); }

@@ -7,6 +7,7 @@ namespace lozo {
 namespace LOZO_ISA {
 
 constexpr int W = 4;
+constexpr int kRegisters = 8;  // of the oldest targets; kernels for single ranks would gain nothing
 typedef float F __attribute__((vector_size(16)));
 typedef int32_t I __attribute__((vector_size(16)));
 typedef uint32_t Bits __attribute__((vector_size(16)));

@@ -8,16 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from ...errors import InputError, require
 from ...kernels import ops
 from ...kernels.calls import Draw
 from ...kernels.table import TensorTable
 from ...model.patching import patch
+from ..models.adapters import add_adapters
 from .drivers import Closure, CountingDriver, backends_of
-
-LORA_RANK = 8
-LORA_ALPHA = 16
-"""LoRA as in the papers of MeZO and LOZO: r = 8, alpha = 16, on the attention projections that PEFT knows for an architecture."""
 
 
 class FirstOrder(CountingDriver):
@@ -34,12 +30,17 @@ class FirstOrder(CountingDriver):
         super().__init__(optimizer)
         self.model = model
 
-    def step(self, closure: Closure) -> Tensor:
+    def step(self, closure: Any) -> Tensor:
+        closures = closure if isinstance(closure, list) else [closure]
+        shares = []
         with torch.enable_grad():
-            loss = closure()
-            loss.backward()  # type: ignore[no-untyped-call]
+            for one in closures:
+                share = one() / len(closures)
+                share.backward()
+                shares.append(share.detach())
+        loss = torch.stack(shares).sum()
         try:
-            return self.finish_step(loss.detach(), torch.zeros(0, device=loss.device, dtype=torch.float64), self.optimizer.step)
+            return self.finish_step(loss, torch.zeros(0, device=loss.device, dtype=torch.float64), self.optimizer.step)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
 
@@ -61,7 +62,7 @@ class LoRA(FirstOrder):
 
     def __init__(self, model: nn.Module, *, lr: float, weight_decay: float, seed: int) -> None:
         self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
-        self._peft = _adapted(model, seed)
+        self._peft = add_adapters(model, seed)
         trained = [p for p in model.parameters() if p.requires_grad]
         super().__init__(model, torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay))
 
@@ -72,24 +73,6 @@ class LoRA(FirstOrder):
             del self.model.peft_config
         for name, p in self.model.named_parameters():
             p.requires_grad_(self._flags[name])
-
-
-def _adapted(model: nn.Module, seed: int) -> Any:
-    """Adapters in the model, from PEFT's table of architectures, or on all linear layers of one that it does not know."""
-    peft = require("peft")
-    kind = "SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else None
-    state = torch.get_rng_state()
-    torch.manual_seed(seed)
-    try:
-        for targets in (None, "all-linear"):
-            config = peft.LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=targets, task_type=kind)
-            try:
-                return peft.get_peft_model(model, config)
-            except ValueError as e:
-                error = e
-    finally:
-        torch.set_rng_state(state)
-    raise InputError(f"this model cannot be trained by ft-lora: {error}")
 
 
 class ForwardGradient(CountingDriver):
@@ -118,13 +101,18 @@ class ForwardGradient(CountingDriver):
         self._names = {id(p): name for name, p in self._caller.named_parameters()}
 
     @torch.no_grad()
-    def step(self, closure: Closure) -> Tensor:
+    def step(self, closure: Any) -> Tensor:
+        closures = closure if isinstance(closure, list) else [closure]
+
+        def mean() -> Tensor:
+            return torch.stack([one() for one in closures]).mean() if len(closures) > 1 else closures[0]()
+
         group = self.optimizer.param_groups[0]
         tangents = self._direction()
         parameters = {name: p.detach() for name, p in self._caller.named_parameters() if name in tangents}
 
         def loss_at(values: dict[str, Tensor]) -> Tensor:
-            return functional_call(self._caller, values, (closure,))  # type: ignore[no-any-return]
+            return functional_call(self._caller, values, (mean,))  # type: ignore[no-any-return]
 
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             loss, c = jvp(loss_at, (parameters,), (tangents,))  # type: ignore[misc]

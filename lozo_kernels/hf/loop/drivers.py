@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -76,7 +76,7 @@ class Driver(Protocol):
         """The number of closures that the next step needs: parts of its batch, whose mean is the loss."""
 
     def step(self, closure: Any) -> Tensor:
-        """Evaluates the closure, or those of :attr:`parts`, and changes the weights once; returns the loss, 0-dim.
+        """Evaluates the closure, or several whose mean is the loss, and changes the weights once; returns the loss, 0-dim.
 
         Raises:
             NonFiniteLossError: the loss was not finite :data:`MAX_NONFINITE` times in a row.
@@ -129,9 +129,10 @@ class ZerothOrder:
     def step(self, closure: Any) -> Tensor:
         return self.optimizer.step(closure)
 
-    def step_together(self, closure: BatchClosure, examples: int) -> Tensor:
-        """A step whose closure is given indices of the batch's examples, each once for every evaluation."""
-        return self.optimizer.step(closure, torch.arange(examples, dtype=torch.int64, device="cpu"))
+    def step_together(self, closures: Sequence[BatchClosure], examples: Sequence[int]) -> Tensor:
+        """A step whose closures are given indices of the examples of their batches, each once for every evaluation."""
+        inputs = [torch.arange(count, dtype=torch.int64, device="cpu") for count in examples]
+        return self.optimizer.step(closures, inputs) if len(inputs) > 1 else self.optimizer.step(closures[0], inputs[0])
 
     def close(self) -> None:
         try:

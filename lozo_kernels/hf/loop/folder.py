@@ -100,11 +100,11 @@ def begin(folder: Path, *, going_on: bool, extended: int | None = None) -> None:
         write_whole(folder / EXTENDED, json.dumps({"steps": extended}) + "\n")
     if going_on:
         return
-    for name in _RESULTS:
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name)
+    for path in _results(folder):
+        if path.is_dir():
+            shutil.rmtree(path)
         else:
-            (folder / name).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
@@ -126,9 +126,14 @@ def check_input(folder: Path, name: str | None) -> None:
     path = None if name is None else Path(name)
     if path is None or not path.exists():
         return
-    read, written = path.resolve(), [(folder / n).resolve() for n in _RESULTS]
+    read, written = path.resolve(), [result.resolve() for result in _results(folder)]
     if any(read == target or target in read.parents for target in written):
         raise InputError(f"--output {folder}: {name} is in it, and would be replaced while it is read; give another folder")
+
+
+def _results(folder: Path) -> list[Path]:
+    """What a run writes there: results by their names, and its checkpoints."""
+    return [*(folder / name for name in _RESULTS), *folder.glob("checkpoint-*")]
 
 
 @contextlib.contextmanager

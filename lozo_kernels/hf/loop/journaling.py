@@ -65,7 +65,7 @@ def new_keeper(
 ) -> Keeper:
     """The keeper of a run that begins in a folder with these train and dev examples."""
     task = {"name": data.task.name, "kind": data.task.kind, "labels": list(data.task.labels)}
-    about = {"settings": settings.to_dict(), "objective": objective, "task": task, "data": _digest(data, encoded)}
+    about = {"settings": settings.recorded(), "objective": objective, "task": task, "data": _digest(data, encoded)}
     about["scored"] = _digest_scored(data, dev)
     return Keeper(output / JOURNAL, about)
 
@@ -113,7 +113,7 @@ def settings_of(folder: Path, steps: int | None = None) -> Settings:
         settings = dataclasses.replace(settings, steps=extended)
     if steps is None or steps == settings.steps:
         return settings
-    if settings.lr_schedule not in (None, "constant"):
+    if settings.lr_schedule not in (None, "constant", "constant_with_warmup") or 0 < settings.warmup_steps < 1:
         raise InputError(
             f"--resume {folder} --steps {steps}: the {settings.lr_schedule} schedule of the run ends after {settings.steps} steps, "
             f"and a run of {steps} has other rates from its first step on: begin one with --model {folder / MODEL}"

@@ -29,6 +29,9 @@ class KeptWeights:
 
     def __init__(self, model: torch.nn.Module, folder: Path, *, best: bool, earlier: Sequence[EvalRecord] = ()) -> None:
         self._model, self._path, self._best = model, folder / BEST, best
+        # Of a model with adapters only these: the rest stays, and quantised weights are no plain tensors.
+        self._adapted = hasattr(model, "peft_config")
+        self._trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self._lowest = float("inf")
         self._step: int | None = None
         self.note: str | None = None
@@ -64,7 +67,7 @@ class KeptWeights:
             self.note = f"{self._path} was removed: the weights are those of the last step, not of step {self._step}, the best"
             return steps_done
         if is_first():
-            self._model.load_state_dict(require("safetensors.torch").load_file(str(self._path)))
+            self._model.load_state_dict(require("safetensors.torch").load_file(str(self._path)), strict=not self._adapted)
         return self._step
 
     def discard(self) -> None:
@@ -88,6 +91,7 @@ class KeptWeights:
     def _save(self, model: torch.nn.Module, step: int) -> None:
         state = model.state_dict()
         if is_first():
-            tensors = {name: p.detach().cpu().clone().contiguous() for name, p in state.items()}
+            trained = {name: p for name, p in state.items() if not self._adapted or name in self._trained}
+            tensors = {name: p.detach().cpu().clone().contiguous() for name, p in trained.items()}
             with replacing(self._path) as part:
                 require("safetensors.torch").save_file(tensors, str(part), metadata={"step": str(step)})

@@ -1,10 +1,9 @@
-"""The loop: a batch, a step, now and then an evaluation."""
+"""The training of a run: by the Trainer of transformers, between the making of its driver and a plain model."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import math
 import sys
@@ -15,17 +14,16 @@ from typing import Any
 
 import torch
 
-from ...errors import JournalError, NonFiniteLossError, require
-from ...model.interrupts import deferred_interrupt, interruptible
+from ...errors import InputError, JournalError, NonFiniteLossError, require
 from ...optim.parallel import DivergenceError, PeerLostError
-from ...optim.steps import StepInfo
-from ..objectives import Batch, Encoded, Objective
+from ..models.pretrained import first_line
+from ..objectives import Encoded, Objective
 from ..settings import Settings
-from .drivers import Driver, StepResult, ZerothOrder
-from .measure import Stopwatch, peak_memory, since
-from .processes import part
-from .prospects import Prospects, Rising
-from .records import EvalRecord, MetricsLog, StepRecord
+from .drivers import Driver
+from .measure import peak_memory, since
+from .prospects import Prospects
+from .reading import StepReader
+from .records import EvalRecord, MetricsLog
 
 MEASURED_STEPS = 2
 """Steps whose memory is measured: some optimisers make their state at the end of the first."""
@@ -44,6 +42,7 @@ class Outcome:
         backends: names of the backends that changed the weights.
         kept_step: steps after which the model had the weights that it has at the end.
         unended: why the journal got no end, if it did not. The model is whole all the same.
+        tell: gives an evaluation to reports and callbacks.
     """
 
     steps_done: int = 0
@@ -54,6 +53,7 @@ class Outcome:
     backends: list[str] = dataclasses.field(default_factory=list)
     kept_step: int = 0
     unended: Exception | None = None
+    tell: Callable[[EvalRecord], object] = id
 
 
 class BatchSampler:
@@ -86,10 +86,23 @@ def evaluate(
     return EvalRecord(step, loss, sum(correct) / sum(asked) if asked else None, len(examples), since(start))
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, name: str | None, steps: int) -> Any:
-    """A learning-rate schedule over the run, or None for a constant rate."""
+def make_schedule(optimizer: torch.optim.Optimizer, settings: Settings) -> Any:
+    """The learning-rate schedule of a run: of transformers, but for the two of which journals have the rates in these bits.
+
+    Raises:
+        InputError: the schedule does not take the options that it was given.
+    """
+    name, steps = settings.lr_schedule or "constant", settings.steps or 0
+    warmup, options = settings.warmup(steps), settings.schedule_options
     factors = {"linear": lambda t: 1 - t / steps, "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t / steps))}
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factors[name]) if name is not None and name in factors else None
+    if name in factors and not (warmup or options):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, factors[name])
+    if name == "constant" and warmup:
+        name = "constant_with_warmup"
+    try:
+        return require("transformers").get_scheduler(name, optimizer, warmup, steps, options)
+    except (TypeError, ValueError) as e:
+        raise InputError(f"--lr-schedule {name}: {first_line(e)}; --lr-scheduler-kwargs has its options") from None
 
 
 def train(
@@ -105,6 +118,8 @@ def train(
     measured: Sequence[int] = (),
     quiet: bool = False,
     evaluated: Callable[[EvalRecord], None] | None = None,
+    tokenizer: Any = None,
+    callbacks: Sequence[Any] = (),
 ) -> Outcome:
     """Runs the steps of the settings and leaves a plain model.
 
@@ -114,45 +129,52 @@ def train(
         dev: examples that are evaluated every ``settings.eval_every`` steps.
         measured: steps whose memory is measured, together with the making of the driver.
         evaluated: is given every evaluation while the model has the weights that were evaluated.
+        tokenizer: is saved with checkpoints.
+        callbacks: of transformers' Trainer.
     """
     assert settings.steps is not None and settings.eval_every is not None
+    from .trainer import RunTrainer  # the Trainer needs accelerate, which evaluations do without
+
     outcome, start = Outcome(), time.perf_counter()
+
+    def evaluate_now() -> EvalRecord:
+        record = evaluate(model, objective, dev, driver.steps_done, eval_batch_size(settings), device)
+        log.add_evaluation(record)
+        if evaluated is not None:
+            evaluated(record)
+        return record
+
     with _progress_bar(settings, quiet) as bar, warnings.catch_warnings(), contextlib.ExitStack() as failing:
-        # Skipped updates are in the log and on the bar, and torch cannot know that step() is called inside take().
+        # Skipped updates are in the log and on the bar, and torch cannot know that the driver takes the steps.
         warnings.filterwarnings("ignore", message=".*update skipped|.*lr_scheduler.step", category=UserWarning)
-        reader = _StepReader(log, bar, device)
-        # The first step is measured together with the making of the driver, whose V and momentum are part of the peak.
-        with peak_memory(device) as memory:
+        reader = StepReader(log, bar, device)
+        with peak_memory(device) as memory:  # V and momentum are part of the peak
             driver = make_driver()
-            failing.callback(_give_up, driver)
-            reader.judges.append(Prospects(driver.scale, settings.steps))
-            steps = _Steps(model, driver, objective, sampler, settings, reader)
-            first = driver.steps_done
-            bar.update(first)
-            if first == 0:
-                steps.take()
-        outcome.peak_bytes, outcome.backends = memory.bytes, driver.backends
-        outcome.measured_steps = int(first == 0 and 0 in measured)
+        failing.callback(_give_up, driver)
+        reader.judges.append(Prospects(driver.scale, settings.steps))
+        bar.update(driver.steps_done)
+        trainer = RunTrainer(
+            *(model, driver, settings, objective, sampler, reader),
+            evaluate=evaluate_now,
+            schedule=lambda optimizer: make_schedule(optimizer, settings),
+            memory=memory,
+            measured=measured,
+            tokenizer=tokenizer,
+            callbacks=callbacks,
+        )
+        outcome.tell = trainer.tell
         try:
-            while driver.steps_done < settings.steps:
-                if driver.steps_done % settings.eval_every == 0:
-                    reader.flush()
-                    evaluation = evaluate(model, objective, dev, driver.steps_done, eval_batch_size(settings), device)
-                    log.add_evaluation(evaluation)
-                    if evaluated is not None:
-                        evaluated(evaluation)
-                if driver.steps_done not in measured:
-                    steps.take()
-                    continue
-                with peak_memory(device) as next_step:
-                    steps.take()
-                memory = memory.then(next_step)
-                outcome.peak_bytes, outcome.measured_steps = memory.bytes, outcome.measured_steps + 1
-        except KeyboardInterrupt:
-            outcome.stopped = "interrupted"
-        except (NonFiniteLossError, PeerLostError, DivergenceError) as e:
-            outcome.stopped = str(e)
+            if driver.steps_done < settings.steps:
+                trainer.train()
+                if driver.steps_done < settings.steps:
+                    outcome.stopped = "a callback ended the training"
+        except (KeyboardInterrupt, NonFiniteLossError, PeerLostError, DivergenceError) as e:
+            if driver.steps_done == 0:
+                raise
+            outcome.stopped = "interrupted" if isinstance(e, KeyboardInterrupt) else str(e)
+            trainer.end()
         failing.pop_all()
+    outcome.peak_bytes, outcome.measured_steps, outcome.backends = trainer.memory.bytes, trainer.measured_steps, driver.backends
     try:
         driver.close()
     except (JournalError, OSError, RuntimeError, MemoryError) as e:  # the model is saved before this is said
@@ -175,66 +197,6 @@ def _progress_bar(settings: Settings, quiet: bool) -> Any:
     )
 
 
-@dataclasses.dataclass
-class _Steps:
-    """Takes the steps of a driver one after the other. A run that goes on sees the data and the rates that it would have seen."""
-
-    model: torch.nn.Module
-    driver: Driver
-    objective: Objective
-    sampler: BatchSampler
-    settings: Settings
-    reader: _StepReader
-
-    def __post_init__(self) -> None:
-        self.schedule = make_schedule(self.driver.optimizer, self.settings.lr_schedule, self.settings.steps or 0)
-        for _ in range(self.driver.steps_done):
-            self.sampler.next()
-            self._advance()
-
-    def take(self) -> None:
-        """Takes one step and records it. Ctrl-C comes through only while the driver is at work."""
-        rows = part(self.sampler.next(), self.settings.parallel)
-        lr = self.driver.lr
-        before = self.driver.info
-        watch = Stopwatch(self.reader.device)
-        with deferred_interrupt():
-            watch.start("step")
-            try:
-                with interruptible():
-                    self._step(rows, watch)
-            finally:  # a step that was taken is logged, also when it is the one that ends the run
-                watch.stop("step")
-                if self.driver.info is not None and self.driver.info is not before:
-                    self.reader.add(self.driver.info, lr, watch)
-            self._advance()
-
-    def _advance(self) -> None:
-        if self.schedule is not None:
-            self.schedule.step()
-
-    def _step(self, rows: Sequence[Encoded], watch: Stopwatch) -> None:
-        if isinstance(self.driver, ZerothOrder) and self.driver.batched:
-            self.driver.step_together(watch.timed("forwards", functools.partial(self._losses, rows)), len(rows))
-            return
-        parts = self.driver.parts
-        cuts = [len(rows) * i // parts for i in range(parts + 1)]
-        batches = [self.objective.collate(rows[a:b], self.reader.device) for a, b in itertools.pairwise(cuts)]
-        closures = [watch.timed("forwards", functools.partial(self._loss, batch)) for batch in batches]
-        self.driver.step(closures if parts > 1 else closures[0])
-
-    def _losses(self, rows: Sequence[Encoded], index: torch.Tensor) -> Any:
-        batch = self.objective.collate([rows[i] for i in index.tolist()], self.reader.device)
-        each = self.objective.losses(self.model, batch)
-        return each.sums, each.counts
-
-    def _loss(self, batch: Batch) -> Any:
-        if self.settings.parallel is None:
-            return self.objective.loss(self.model, batch)
-        totals = self.objective.totals(self.model, batch)  # of this process's part
-        return totals.loss, totals.count
-
-
 def _give_up(driver: Driver) -> None:
     """Closes the driver after an error that ends the run: nobody else could release the journal's file and the patched model."""
     with contextlib.suppress(Exception):
@@ -244,47 +206,3 @@ def _give_up(driver: Driver) -> None:
 def eval_batch_size(settings: Settings) -> int:
     """Rows of a batch that is only evaluated: more than in training, as neither its time nor its memory is compared."""
     return max(32, settings.batch_size)
-
-
-class _StepReader:
-    """Turns what steps left on the device into records: at once on the CPU, every few steps elsewhere, since reading waits."""
-
-    def __init__(self, log: MetricsLog, bar: Any, device: torch.device) -> None:
-        self.device = device
-        self._log = log
-        self._bar = bar
-        self.judges: list[Prospects | Rising] = [Rising()]
-        self._every = 1 if device.type == "cpu" else 10
-        self._waiting: list[tuple[StepInfo | StepResult, float, Stopwatch]] = []
-
-    def add(self, info: StepInfo | StepResult, lr: float, watch: Stopwatch) -> None:
-        self._waiting.append((info, lr, watch))
-        if len(self._waiting) >= self._every:
-            self.flush()
-
-    def flush(self) -> None:
-        """Writes what is waiting; an interrupt loses no step and writes none twice."""
-        record = None
-        while self._waiting:
-            info, lr, watch = self._waiting.pop(0)
-            record = StepRecord(
-                step=info.step,
-                loss=float(info.loss),
-                c=info.c.tolist(),
-                lr=lr,
-                step_ms=1e3 * watch.seconds("step"),
-                forwards_ms=1e3 * watch.seconds("forwards"),
-                skipped=bool(info.skipped),
-            )
-            self._log.add_step(record)
-            for judge in self.judges:
-                judge.look(record)
-            self._bar.update()
-        if record is not None:
-            values = {"loss": f"{record.loss:.4f}"}
-            if record.c:
-                values["c"] = f"{sum(record.c) / len(record.c):+.2e}"
-            values |= {"ms/step": f"{record.step_ms:.1f}", "outside forwards": f"{record.outside:.0%}"}
-            if self._log.skipped:
-                values["skipped"] = str(self._log.skipped)
-            self._bar.set_postfix(values, refresh=False)

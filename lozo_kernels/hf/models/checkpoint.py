@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +12,9 @@ from ..demo import MODEL
 from ..objectives import OBJECTIVES, ImageObjective, MaskedPromptObjective
 from ..settings import Settings
 from ..tasks import TASKS, Task
+from .adapters import add_adapters
 from .image_reader import make_image_reader
-from .pretrained import first_line, open_config, read_pretrained, unreadable
+from .pretrained import first_line, open_config, read_pretrained
 
 _ROBERTAS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "xmod")
 POSITIONS_AFTER_PADDING = (*_ROBERTAS, "data2vec-text", "mpnet", "longformer")
@@ -79,7 +79,8 @@ def open_checkpoint(settings: Settings) -> Checkpoint:
 def load_model(
     checkpoint: Checkpoint, objective: str, task: Task, settings: Settings, device: torch.device
 ) -> tuple[Any, list[str]]:
-    """The model for an objective, in evaluation mode (zeroth-order training runs without dropout).
+    """The model for an objective, in evaluation mode (zeroth-order training runs without dropout); with adapters if the settings
+    say so, on quantised layers if they do.
 
     Returns:
         The model, and notes for the user: what starts from random weights.
@@ -94,6 +95,8 @@ def load_model(
         names = dict(enumerate(task.labels))
         label2id = {name: i for i, name in names.items()}
         options |= {"num_labels": len(names), "id2label": names, "label2id": label2id, "ignore_mismatched_sizes": True}
+    if settings.load_in_8bit or settings.load_in_4bit:
+        options |= {"quantization_config": _quantised(settings), "device_map": {"": str(device)}}
     torch.manual_seed(settings.seed)  # a fresh head is drawn from torch's global stream
     transformers.utils.logging.disable_progress_bar()
     loader = getattr(transformers, kind.auto_model)
@@ -113,20 +116,19 @@ def load_model(
     unused = sorted(name for name in info["unexpected_keys"] if _in_body(model, name))
     if unused:
         notes.append(f"in the checkpoint and not in the model: {len(unused)} weights, e.g. {unused[0]}")
-    return model.to(device).eval(), notes
+    if "quantization_config" not in options:
+        model = model.to(device)
+    if settings.peft:
+        model = add_adapters(model, settings.seed, settings.lora_rank)
+    return model.eval(), notes
 
 
-def load_adapter(model: Any, folder: Path) -> Any:
-    """The model with a PEFT adapter on it, in evaluation mode.
-
-    Raises:
-        InputError: peft is not installed, or the adapter does not fit the model.
-    """
-    peft = require("peft")
-    try:
-        return peft.PeftModel.from_pretrained(model, str(folder)).eval()
-    except Exception as e:  # as in read_pretrained
-        raise unreadable(e, f"--checkpoint {folder}", "adapter", "there") from e
+def _quantised(settings: Settings) -> Any:
+    """How bitsandbytes is to quantise the linear layers while they are read. Raises InputError if it is not installed."""
+    require("bitsandbytes")
+    dtype = getattr(torch, settings.dtype)
+    four = {"load_in_4bit": True, "bnb_4bit_compute_dtype": dtype, "bnb_4bit_quant_type": "nf4"}
+    return require("transformers").BitsAndBytesConfig(**(four if settings.load_in_4bit else {"load_in_8bit": True}))
 
 
 def pick_device(name: str) -> torch.device:

@@ -12,7 +12,7 @@ from ...errors import InputError
 from ...kernels.checks import MAX_THREADS
 from ..command_line import check_options, option
 from ..methods import METHODS
-from ..settings import DTYPES
+from ..settings import DTYPES, spell_dtype
 from .results import TABLES, PaperTable
 
 PAPER = "paper"
@@ -80,6 +80,9 @@ class Request:
     )
     overwrite: bool = option(False, "replace what is in --output")
     quiet: bool = option(False, "no progress on stderr")
+
+    def __post_init__(self) -> None:
+        spell_dtype(self)
 
     @property
     def size(self) -> Scale:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ...model.text_table import mebibytes, number, text_table
+from ...model.text_table import mebibytes, number
+from ..tables import table
 from .planner import Alternative, Plan
 
 
@@ -20,15 +21,14 @@ def render_plan(plan: Plan) -> str:
         f"{plan.method}, rank {plan.rank}, interval {plan.interval}; a forward pass: "
         f"{plan.tokens:,} tokens, {plan.flops / 1e12:.3g} TFLOP",
         "",
-        text_table([["MiB", *heads], *_memory_rows(plan, options)], gap=4),
+        table([["MiB", *heads], *_memory_rows(plan, options)]),
         "",
-        text_table(
+        table(
             [
                 ["ms", *heads],
                 ["forward (and backward)", *(f"{1e3 * v:.1f}" for v in forwards)],
                 ["a step", *("" if v is None else number(v, ".1f") for v in steps)],
             ],
-            gap=4,
         ),
         "",
     ]

@@ -9,7 +9,7 @@ from ...kernels.noise import MAX_RANK
 from ...model.config import PLACEMENTS
 from ..command_line import check_options, option
 from ..methods import ZEROTH_ORDER, take_defaults
-from ..settings import DTYPES
+from ..settings import DTYPES, spell_dtype
 
 PLANNED = (*ZEROTH_ORDER.table, "ft")
 """The methods that can be planned; "ft" is backpropagation with AdamW."""
@@ -41,6 +41,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         take_defaults(self)
+        spell_dtype(self)
         check_options(self)
         if self.device_tflops is not None and self.device_bandwidth is None:
             raise InputError("--device-tflops goes with --device-bandwidth")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...errors import require
 from ...model.files import write_whole
 from ...model.text_table import markdown_table, mebibytes, number
 from ..methods import METHODS
@@ -35,14 +34,15 @@ def write_card(folder: Path, summary: dict[str, Any], metrics: Sequence[str] = (
     Returns:
         The file. Its header is what the Hub reads: library, base model, tags, data sets and metrics.
     """
-    path = folder / "README.md"
-    write_whole(path, f"---\n{_header(_metadata(summary, metrics))}\n---\n\n{_body(summary)}")
+    path, hub = folder / "README.md", require("huggingface_hub")
+    header = hub.ModelCardData(**_metadata(summary, metrics)).to_yaml()
+    write_whole(path, str(hub.ModelCard(f"---\n{header}\n---\n\n{_body(summary)}")))
     return path
 
 
 def _metadata(summary: dict[str, Any], metrics: Sequence[str]) -> dict[str, Any]:
     base = summary["settings"]["model"]
-    values: dict[str, Any] = {"library_name": "transformers"}
+    values: dict[str, Any] = {"library_name": "peft" if summary["settings"].get("peft") else "transformers"}
     if base is not None and not Path(base).exists():
         values["base_model"] = base
     values["pipeline_tag"] = OBJECTIVES[summary["objective"]].pipeline
@@ -55,15 +55,6 @@ def _metadata(summary: dict[str, Any], metrics: Sequence[str]) -> dict[str, Any]
     if metrics and summary["accuracy_after"] is not None:
         values["metrics"] = list(metrics)
     return values
-
-
-def _header(values: dict[str, Any]) -> str:
-    """YAML, made by the Hub's own library if it is there. Without it, every value is written as JSON, which YAML contains."""
-    if importlib.util.find_spec("huggingface_hub") is not None:
-        from huggingface_hub import ModelCardData
-
-        return str(ModelCardData(**values).to_yaml()).strip()
-    return "\n".join(f"{key}: {json.dumps(value)}" for key, value in values.items())
 
 
 def _body(s: dict[str, Any]) -> str:
@@ -92,7 +83,7 @@ def _body(s: dict[str, Any]) -> str:
         _training(s, [n for n in ("rank", "interval", "eps", "directions", "scaling", "placement") if n in method.uses]),
         *(f"Note: {note}." for note in s["notes"]),
         "## How to load",
-        _loading(name, OBJECTIVES[s["objective"]]),
+        _loading(name, OBJECTIVES[s["objective"]], peft=bool(settings.get("peft"))),
     ]
     if s["command"]:
         parts += [
@@ -130,15 +121,16 @@ def _training(s: dict[str, Any], own: list[str]) -> str:
     return markdown_table(["", ""], [[name, str(value)] for name, value in rows if value is not None], left=2)
 
 
-def _loading(name: str, objective: type[Objective]) -> str:
+def _loading(name: str, objective: type[Objective], *, peft: bool) -> str:
     auto, images = objective.auto_model, objective is ImageObjective
     reader, variable = ("AutoImageProcessor", "processor") if images else ("AutoTokenizer", "tokenizer")
+    what = "the folder with this file" + (": an adapter, for which peft has to be installed" if peft else "")
     return "\n".join(
         [
             "```python",
             f"from transformers import {', '.join(sorted((auto, reader)))}",
             "",
-            f'model = {auto}.from_pretrained("{name}")  # the folder with this file',
+            f'model = {auto}.from_pretrained("{name}")  # {what}',
             f'{variable} = {reader}.from_pretrained("{name}")',
             "```",
         ]

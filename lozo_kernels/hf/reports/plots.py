@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ...errors import InputError, require
-from ...model.files import replacing
-from ...model.text_table import mebibytes, number, text_table
+from ...model.text_table import mebibytes, number
 from ..loop.records import EvalRecord, MetricsLog, StepRecord, read_metrics
 from ..models.checkpoint import EMBEDDED
 from ..output import make_folder, read_object
+from ..tables import table
+from .pictures import figure
 
 Row = dict[str, Any]
 _COUNTS = ("steps_done", "weight_bytes")
@@ -57,7 +57,7 @@ def read_run(folder: Path) -> RunRecord:
         if not (folder / name).is_file():
             raise InputError(f"{folder} holds no finished run: there is no {name}")
     summary, records = read_object(folder / "summary.json"), [record for _, record in read_metrics(folder / "metrics.jsonl")]
-    odd = [name for name in (*_COUNTS, *_FIGURES) if not _is_figure(summary.get(name), needed=name in _COUNTS)]
+    odd = [name for name in (*_COUNTS, *_FIGURES) if not _isfigure(summary.get(name), needed=name in _COUNTS)]
     if odd or not isinstance(summary.get("method"), str):
         raise InputError(f"{folder}: not the files of a run: summary.json does not say {(odd or ['method'])[0]}")
     steps = [record for record in records if isinstance(record, StepRecord)]
@@ -65,7 +65,7 @@ def read_run(folder: Path) -> RunRecord:
     return RunRecord(f"{summary['method']} ({folder.name})", summary, steps, evaluations)
 
 
-def _is_figure(value: Any, *, needed: bool) -> bool:
+def _isfigure(value: Any, *, needed: bool) -> bool:
     """Whether a value of a summary can be shown: a number that fp64 holds, or null where it is not needed."""
     return (value is None and not needed) or (type(value) in (int, float) and abs(value) <= sys.float_info.max)
 
@@ -111,7 +111,7 @@ def runs_table(runs: Sequence[RunRecord]) -> str:
         model = s.get("model") or s["settings"]["model"] or EMBEDDED
         model = Path(model).name if Path(model).exists() else model
         rows.append((run.label, model, str(s["steps_done"]), *losses, *scores, *costs))
-    return text_table(rows)
+    return table(rows)
 
 
 def plot_losses(path: Path, log: MetricsLog, title: str) -> None:
@@ -121,7 +121,7 @@ def plot_losses(path: Path, log: MetricsLog, title: str) -> None:
     rates = [r.lr for r in log.steps]
     varies = len(set(rates)) > 1
     grid = {"nrows": 2, "height_ratios": (3, 1), "sharex": True} if varies else {}
-    with _figure(path, figsize=(8, 6 if varies else 4.5), **grid) as axes:
+    with figure(path, figsize=(8, 6 if varies else 4.5), **grid) as axes:
         axis = axes[0] if varies else axes
         if varies:
             axes[1].plot(steps, rates, color="tab:purple")
@@ -145,7 +145,7 @@ def plot_losses(path: Path, log: MetricsLog, title: str) -> None:
 def plot_memory(rows: Sequence[Row], title: str, path: Path) -> None:
     """Bars of the peak memory of methods (rows of :mod:`~lozo_kernels.hf.papers.memory`), with the weights in each, as a PNG."""
     rows = [row for row in rows if row["peak_bytes"] is not None]
-    with _figure(path, figsize=(8, 4.5)) as axis:
+    with figure(path, figsize=(8, 4.5)) as axis:
         names = [row["method"] for row in rows]
         _memory_bars(axis, names, [row["weights_bytes"] for row in rows], [row["peak_bytes"] for row in rows])
         axis.set(title=title)
@@ -162,7 +162,7 @@ def smoothed(values: Sequence[float], keep: float = 0.95) -> list[float]:
 
 
 def _draw_curves(runs: Sequence[RunRecord], path: Path) -> None:
-    with _figure(path, 2, 2, figsize=(11, 7)) as axes:
+    with figure(path, 2, 2, figsize=(11, 7)) as axes:
         for run in runs:
             steps, seconds = [record.step + 1 for record in run.steps], run.seconds
             losses = smoothed([record.loss for record in run.steps])
@@ -185,7 +185,7 @@ def _draw_costs(runs: Sequence[RunRecord], path: Path) -> None:
     beyond = [max(0.0, (run.summary["step_ms"] or 0.0) - f) for run, f in zip(runs, forwards, strict=True)]
     known = [run for run in runs if run.summary["training_peak_bytes"] is not None]
     weights, peaks = ([run.summary[key] for run in known] for key in ("weight_bytes", "training_peak_bytes"))
-    with _figure(path, 1, 2, figsize=(11, 4.5)) as (time, memory):
+    with figure(path, 1, 2, figsize=(11, 4.5)) as (time, memory):
         time.barh(labels, forwards, label="forward passes")
         time.barh(labels, beyond, left=forwards, label="the rest: backward, passes over the weights")
         time.set(xlabel="ms per step", title="where the time of a step goes")
@@ -202,18 +202,3 @@ def _memory_bars(axis: Any, names: list[str], weights: list[int], peaks: list[in
     axis.set(xlabel="peak memory, MiB")
     axis.legend(fontsize=8)
     axis.invert_yaxis()
-
-
-@contextlib.contextmanager
-def _figure(path: Path, *grid: int, figsize: tuple[float, float], **more: Any) -> Iterator[Any]:
-    """The axes of a figure, which is saved as a PNG at the end of the block."""
-    require("matplotlib").use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(*grid, figsize=figsize, layout="constrained", **more)
-    try:
-        yield axes
-        with replacing(path) as part:
-            figure.savefig(part, dpi=120, format="png")
-    finally:
-        pyplot.close(figure)

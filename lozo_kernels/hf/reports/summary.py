@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from ...bench.environment import commit, cpu_name, versions
-from ...model.text_table import mebibytes, number, text_table
+from ...model.text_table import mebibytes, number
 from ..loop.records import MetricsLog
 from ..loop.train import Outcome
 from ..methods import METHODS
 from ..run import Run
+from ..tables import table
 
 
 def summarize(
@@ -108,12 +109,12 @@ def render_summary(summary: dict[str, Any]) -> str:
         f"{s['steps_done']} steps in {s['train_seconds']:.0f} s on {s['device']}, "
         f"{s['data']['train_examples']} train and {s['data']['dev_examples']} dev examples",
         "",
-        text_table(scores, gap=4),
+        table(scores),
     ]
     if s.get("test"):
         scored = ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in s["test"]["metrics"].items())
         lines.append(f"{s['test']['examples']} test examples, after: {scored or format(s['test']['loss'], '.4f')}")
-    lines += ["", text_table(_costs(s, method.passes(settings["directions"], settings.get("one_sided", False))), gap=4), ""]
+    lines += ["", table(_costs(s, method.passes(settings["directions"], settings.get("one_sided", False)))), ""]
     lines += [f"note: {note}" for note in s["notes"]]
     lines.append(f"saved in {s['output']}: model/, metrics.jsonl, summary.json, loss.png")
     if s["stopped"]:

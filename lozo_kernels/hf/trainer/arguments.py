@@ -86,7 +86,6 @@ class ZOArguments(TrainingArguments):  # type: ignore[misc, valid-type]
     max_grad_norm: float = dataclasses.field(default=0.0, metadata={"help": "0: there is no gradient to clip"})
 
     def __post_init__(self) -> None:
-        check_method_name(self.method)
         self._check_method()
         if self.max_grad_norm:
             raise ValueError(
@@ -96,15 +95,16 @@ class ZOArguments(TrainingArguments):  # type: ignore[misc, valid-type]
         stop_checkpointing(self)
         if self.optim != _DEFAULT_OPTIM or self.optim_args:
             raise ValueError(f"optim={str(self.optim)!r} is not used: the optimiser follows from method={self.method!r}")
-        if self.learning_rate is None:
-            self.learning_rate = ZEROTH_ORDER[self.method].lr
         super().__post_init__()
 
     def _check_method(self) -> None:
+        check_method_name(self.method)
         own = {name: getattr(self, name) for name in (*_LOW_RANK, "momentum")}
         check_method_options(self.method, {name: value for name, value in own.items() if value is not None})
         StepSettings(**self.optimizer_options())
         PatchConfig(estimator=ZEROTH_ORDER[self.method].estimator, **self.patch_options())
+        if self.learning_rate is None:
+            self.learning_rate = ZEROTH_ORDER[self.method].lr
 
     def patch_options(self) -> dict[str, Any]:
         """Arguments of :func:`lozo_kernels.patch`."""

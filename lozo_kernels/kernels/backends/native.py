@@ -91,8 +91,7 @@ class NativeBackend(Backend):
         try:
             _library()
         except (OSError, RuntimeError, AttributeError) as error:
-            if library_path().exists():
-                warnings.warn(f"the compiled kernels are not used, and slower ones are: {error}", stacklevel=2)
+            _warn(f"the compiled CPU kernels are not used, and slower ones are: {error}")
             return str(error)
         return None
 
@@ -207,8 +206,14 @@ def _library() -> ctypes.CDLL:
 
 
 @functools.cache
+def _warn(text: str) -> None:
+    """Says something once in a process."""
+    warnings.warn(text, stacklevel=3)
+
+
+@functools.cache
 def _load() -> ctypes.CDLL:
-    missing = "not built (reinstall lozo_kernels where a C++ compiler is)"
+    missing = "not built (install a wheel for this platform, or reinstall lozo_kernels where a C++ compiler is)"
     library = open_library(library_path(), "lozo_abi_version", ABI_VERSION, missing)
     library.lozo_isa_list.restype = library.lozo_isa_name.restype = ctypes.c_char_p
     library.lozo_use_openmp.argtypes = (ctypes.c_void_p,)

@@ -1,0 +1,291 @@
+"""The Trainer of a run of the command line: :class:`ZOTrainer` around a driver, which takes whole steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import InputError, require
+from ...model.interrupts import deferred_interrupt, interruptible
+from ..models.pretrained import in_one_line
+from ..objectives import Batch, Encoded, Objective
+from ..settings import Settings
+from ..trainer.arguments import ZOArguments
+from ..trainer.trainer import ZOTrainer
+from .drivers import Driver, ZerothOrder
+from .measure import PeakMemory, Stopwatch, peak_memory
+from .processes import part
+from .reading import StepReader
+from .records import EvalRecord
+
+TrainerCallback = require("transformers").TrainerCallback
+
+
+@dataclasses.dataclass
+class RunArguments(ZOArguments):
+    """The Trainer's arguments of a run, whose method was checked with the settings of the run."""
+
+    def _check_method(self) -> None:
+        """The driver has the method and its rate."""
+
+
+def make_arguments(settings: Settings, device: torch.device, first: int) -> RunArguments:
+    """The Trainer's arguments that resolved settings mean.
+
+    Args:
+        first: the step that is taken next. A run that goes on from where it was evaluated is evaluated there again.
+
+    Raises:
+        ImportError, RuntimeError, TypeError, ValueError: the Trainer does not take them.
+    """
+    assert settings.eval_every is not None
+    args = RunArguments(
+        output_dir=str(settings.output),
+        run_name=Path(str(settings.output)).name,
+        method=settings.method,
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        learning_rate=settings.lr or 0.0,
+        weight_decay=settings.weight_decay,
+        eval_strategy="steps",
+        eval_steps=settings.eval_every,
+        eval_on_start=first > 0 and first % settings.eval_every == 0,
+        save_strategy="no" if settings.save_steps is None else "steps",
+        save_steps=settings.save_steps or 1,
+        save_total_limit=settings.save_total_limit,
+        save_only_model=True,  # a run goes on by its journal
+        logging_strategy="no",  # see RunTrainer.report
+        report_to=settings.reports or "none",
+        seed=settings.seed % 2**32,
+        use_cpu=device.type == "cpu",
+        disable_tqdm=True,
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # noqa: SLF001  (the model stays on the device where it is)
+    return args
+
+
+class RunTrainer(ZOTrainer):
+    """Takes the steps of a driver. Evaluations, checkpoints, schedules, reports and callbacks are the Trainer's.
+
+    A driver's step is not one that ``backward()`` could take: updates wait for the next pass over the weights, evaluations share a
+    forward pass, and examples have directions of their own. So a step is taken as soon as its last batch is there, and the
+    optimiser that the Trainer holds has nothing left to do.
+
+    Args:
+        sampler: draws the batches of the run from its beginning.
+        reader: is given what steps saw.
+        evaluate: evaluates the model as it is, and keeps the record.
+        schedule: makes the schedule of the driver's optimiser.
+        measured: steps whose memory is measured, beside the first.
+        memory: peak of what was made for the run so far.
+        tokenizer: is saved with checkpoints.
+        callbacks: of the user.
+
+    Raises:
+        InputError: the Trainer does not take the settings, or a report needs a package that is not installed.
+    """
+
+    lr_scheduler: Any
+    control: Any
+
+    def __init__(
+        self,
+        model: nn.Module,
+        driver: Driver,
+        settings: Settings,
+        objective: Objective,
+        sampler: Any,
+        reader: StepReader,
+        *,
+        evaluate: Callable[[], EvalRecord],
+        schedule: Callable[[torch.optim.Optimizer], Any],
+        memory: PeakMemory,
+        measured: Sequence[int] = (),
+        tokenizer: Any = None,
+        callbacks: Sequence[Any] = (),
+    ) -> None:
+        self.driver, self.settings, self.objective, self.sampler, self.reader = driver, settings, objective, sampler, reader
+        self.first, self.memory, self.measured_steps = driver.steps_done, memory, 0
+        self._evaluate_model, self._make_schedule, self._tokenizer = evaluate, schedule, tokenizer
+        self._measured, self._reported = measured, len(reader.log.steps)
+        self._batches: list[Sequence[Encoded]] = []
+        self._listened = bool(callbacks or settings.reports)
+        config: Any = getattr(model, "config", None)
+        threads, cache = torch.get_num_threads(), getattr(config, "use_cache", None)
+        try:
+            args = make_arguments(settings, reader.device, self.first)
+            super().__init__(model, args, eval_dataset=[()], callbacks=[_following(self), *callbacks])
+        except (ImportError, RuntimeError, TypeError, ValueError) as e:
+            raise InputError(f"the Trainer of transformers does not take these settings: {in_one_line(e)}") from None
+        if cache is not None:  # the configuration is saved with the model
+            config.use_cache = cache
+        torch.set_num_threads(threads)  # accelerate sets it where several processes share a machine
+        self.remove_callback(require("transformers").PrinterCallback)
+        self.accelerator.prepare_model = lambda model, **_: model  # what processes share is the driver's business
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """It is where it belongs."""
+
+    def get_train_dataloader(self) -> Iterator[Sequence[Encoded]]:  # type: ignore[override]
+        """The batches from the first that is to come on: a run that goes on sees the data that it would have seen."""
+        for _ in range(self.first * self.args.gradient_accumulation_steps):
+            self.sampler.next()
+        return iter(self.sampler.next, None)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:  # noqa: ARG002
+        if self.optimizer is None:
+            self.optimizer = _Stepped(self.driver.optimizer)
+            self.zo_optimizer = self.driver.optimizer if isinstance(self.driver, ZerothOrder) else None
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:  # noqa: ARG002
+        if self.lr_scheduler is None:
+            self.lr_scheduler = self._make_schedule(self.driver.optimizer)
+            for _ in range(self.first):
+                self.lr_scheduler.step()
+        return self.lr_scheduler
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:  # noqa: ARG002
+        """Keeps a batch, and takes a step once all batches of one are there. Losses are in the records."""
+        self._batches.append(inputs)
+        if len(self._batches) == self.args.gradient_accumulation_steps:
+            batches, self._batches = self._batches, []
+            step = self.driver.steps_done
+            if step == 0 or step in self._measured:
+                with peak_memory(self.reader.device) as memory:
+                    self.take(batches)
+                self.memory = self.memory.then(memory)
+                self.measured_steps += step in self._measured
+            else:
+                self.take(batches)
+        return torch.zeros((), device=self.args.device)
+
+    def take(self, batches: Sequence[Sequence[Encoded]]) -> None:
+        """Takes one step and records it. Ctrl-C comes through only while the driver is at work."""
+        rows = [part(batch, self.settings.parallel) for batch in batches]
+        lr, before = self.driver.lr, self.driver.info
+        watch = Stopwatch(self.reader.device)
+        with deferred_interrupt():
+            watch.start("step")
+            try:
+                with interruptible():
+                    self._step(rows, watch)
+            finally:  # a step that was taken is logged, also when it is the one that ends the run
+                watch.stop("step")
+                if self.driver.info is not None and self.driver.info is not before:
+                    self.reader.add(self.driver.info, lr, watch)
+
+    def _step(self, batches: Sequence[Sequence[Encoded]], watch: Stopwatch) -> None:
+        if isinstance(self.driver, ZerothOrder) and self.driver.batched:
+            together = [watch.timed("forwards", functools.partial(self._losses, rows)) for rows in batches]
+            self.driver.step_together(together, [len(rows) for rows in batches])
+            return
+        parts = self.driver.parts if len(batches) == 1 else 1
+        closures = []
+        for rows in batches:
+            cuts = [len(rows) * i // parts for i in range(parts + 1)]
+            for a, b in itertools.pairwise(cuts):
+                batch = self.objective.collate(rows[a:b], self.reader.device)
+                closures.append(watch.timed("forwards", functools.partial(self._loss, batch)))
+        self.driver.step(closures if len(closures) > 1 else closures[0])
+
+    def _losses(self, rows: Sequence[Encoded], index: torch.Tensor) -> Any:
+        batch = self.objective.collate([rows[i] for i in index.tolist()], self.reader.device)
+        each = self.objective.losses(self.model, batch)
+        return each.sums, each.counts
+
+    def _loss(self, batch: Batch) -> Any:
+        if self.settings.parallel is None:
+            return self.objective.loss(self.model, batch)
+        totals = self.objective.totals(self.model, batch)  # of this process's part
+        return totals.loss, totals.count
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Evaluates between steps. After the last one the run does, once the driver has left a plain model."""
+        if self.driver.steps_done == self.settings.steps:
+            return {}
+        self.reader.flush()
+        return self.tell(self._evaluate_model())
+
+    def tell(self, record: EvalRecord) -> dict[str, float]:
+        """Gives an evaluation to reports and callbacks, which know it by the Trainer's names."""
+        metrics = {"eval_loss": record.loss} | ({} if record.accuracy is None else {"eval_accuracy": record.accuracy})
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def report(self) -> None:
+        """Gives the steps since the last report to reports and callbacks. Nobody listens: no value is read from a device."""
+        if self._listened:
+            self.reader.flush()
+            new = self.reader.log.steps[self._reported :]
+            losses = [record.loss for record in new if math.isfinite(record.loss)]
+            self.log({"loss": statistics.fmean(losses) if losses else math.nan, "learning_rate": new[-1].lr})
+            self._reported += len(new)
+
+    def _drain_times(self) -> dict[str, float]:
+        new = self.reader.log.steps[self._reported :]
+        step, forwards = (statistics.fmean(getattr(record, name) for record in new) for name in ("step_ms", "forwards_ms"))
+        return {"step_ms": step, "forwards_ms": forwards, "weights_ms": step - forwards}
+
+    def save_model(self, output_dir: str | None = None, *more: Any, **named: Any) -> None:
+        """Saves a checkpoint with the tokenizer, so that it can be loaded by itself."""
+        super().save_model(output_dir, *more, **named)
+        if self._tokenizer is not None and self.args.should_save:
+            self._tokenizer.save_pretrained(output_dir or self.args.output_dir)
+
+    def end(self) -> None:
+        """Tells reports and callbacks that training was stopped."""
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+
+
+class _Stepped(torch.optim.Optimizer):
+    """An optimiser as the Trainer holds it: with the groups of the driver's, whose steps were taken when it comes to this one."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__([torch.zeros(())], {"lr": 0.0})
+        self.param_groups = optimizer.param_groups
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
+def _following(trainer: RunTrainer) -> Any:
+    """A callback through which the Trainer begins where the driver is, counts epochs of the data, and reports."""
+
+    class Following(TrainerCallback):  # type: ignore[misc, valid-type]
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+            state.global_step = trainer.first
+            if (
+                trainer.zo_optimizer is not None
+                and trainer.settings.save_steps
+                and trainer.first % trainer.settings.save_steps == 0
+            ):
+                trainer.zo_optimizer.flush()  # as the checkpoint there did, if the run goes on from one
+            if not trainer.first:
+                for record in trainer.reader.log.evaluations:
+                    trainer.tell(record)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+            examples = state.global_step * args.gradient_accumulation_steps * args.per_device_train_batch_size
+            state.epoch = examples / len(trainer.sampler.examples)
+            if state.global_step % trainer.settings.logging_steps == 0:
+                trainer.report()
+
+    return Following()

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lozo_kernels.kernels.backends.triton import TritonBackend, activations, resample, work
+from lozo_kernels.kernels.backends.triton import TritonBackend, activations, points, resample, work
 from lozo_kernels.kernels.backends.triton.launcher import Launcher
 from lozo_kernels.kernels.backends.triton.plans import Plan, Target
 from lozo_kernels.kernels.backends.triton.tilesizes import TileSize, tile_sizes
-from lozo_kernels.kernels.calls import LayerCall, TableCall
+from lozo_kernels.kernels.calls import LayerCall, PointsCall, TableCall
 from lozo_kernels.kernels.op_table import Op
 from lozo_kernels.kernels.registry import choose_backend
 from lozo_kernels.kernels.table import TensorTable
@@ -78,7 +78,7 @@ def stubbed(capability: str) -> Iterator[None]:
         raise RuntimeError("Triton was asked to interpret kernels (TRITON_INTERPRET); nothing can be compiled")
     from triton.runtime.driver import driver
 
-    modules = (work, activations, resample)
+    modules = (work, activations, points, resample)
     before = [module.target_of for module in modules]
     driver.set_active(StubDriver(capability))
     for module in modules:
@@ -215,6 +215,11 @@ class RecordingBackend(TritonBackend):
     def lowrank_embedding_(self, call: LayerCall) -> None:
         super().lowrank_embedding_(call)
         self._after_layer(call, lookup=True)
+
+    def lowrank_points_(self, call: PointsCall) -> None:
+        super().lowrank_points_(call)
+        if self._right is not None:
+            self._right.lowrank_points_(call)
 
     def _after_layer(self, call: LayerCall, *, lookup: bool) -> None:
         if self._layer is not None:

@@ -164,6 +164,11 @@ def test_products_of_activations(emulated):
     y = torch.zeros(4, 9)
     skinny.lowrank_embedding_(y, rows, v, b, **where, backend=emulated)
     assert torch.allclose(y, f[rows] @ v.float(), atol=1e-4)
+    y, u = torch.zeros(4, 7), torch.randn(2, 2, 7)
+    directions, scales = torch.tensor([0, 1, 1, 0]), torch.tensor([0.5, 1.0, -2.0, 0.0])
+    skinny.lowrank_points_(y, x, v.float(), b.T.contiguous(), u, directions, scales, backend=emulated)
+    own = torch.stack([(x[t] @ v[:2].float().T) @ u[directions[t]] * scales[t] for t in range(4)])
+    assert torch.allclose(y, x @ v.float().T @ b.T + own, atol=1e-4)
 
 
 @pytest.mark.parametrize("reproject", [False, True])

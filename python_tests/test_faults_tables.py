@@ -42,6 +42,10 @@ class Preparing(EagerBackend):
         self._gpu.lowrank_embedding_(call)
         super().lowrank_embedding_(call)
 
+    def lowrank_points_(self, call):
+        self._gpu.lowrank_points_(call)
+        super().lowrank_points_(call)
+
 
 @pytest.fixture
 def built(monkeypatch):

@@ -35,9 +35,17 @@ def activations(op, backend):
     return torch.randn(6, 7), torch.randn(6, 10), v, b, *where, False, torch.rand(1), torch.randn(2, 7), backend
 
 
+def points(backend):
+    directions, scales = torch.tensor([0, 1, 2, 1, 0, 2]), torch.randn(6)
+    factors = torch.randn(3, 10), torch.randn(3, 7), torch.randn(3, 2, 7)
+    return torch.randn(6, 7), torch.randn(6, 10), *factors, directions, scales, False, torch.rand(1), backend
+
+
 def arguments(rng, op, backend, rounding, law=()):
     if op in ("lowrank_linear_", "lowrank_embedding_"):
         return activations(op, backend)
+    if op == "lowrank_points_":
+        return points(backend)
     if op == "factor":
         return -5, 9, 3, 77, 4, 1, noise.STREAMS["V"], 2, torch.device("cpu"), backend
     xs, v, n, place = case(rng, op)
@@ -58,7 +66,7 @@ def arguments(rng, op, backend, rounding, law=()):
     [
         *("lowrank_update_", "dense_update_", "lowrank_momentum_", "dense_momentum_", "resample_", "factor"),
         *("lowrank_signed_update_", "factor_update_", "factor_momentum_", "lowrank_merge_", "dense_merge_"),
-        *("lowrank_linear_", "lowrank_embedding_"),
+        *("lowrank_linear_", "lowrank_embedding_", "lowrank_points_"),
     ],
 )
 def test_opcheck(rng, any_backend, op):

@@ -307,6 +307,7 @@ def test_kernels_pass(chosen, capsys, tmp_path):
     if "none" in chosen:
         assert {"lowrank_update", "dense_update", "dense_momentum", "factor_momentum", "resample"} <= kernels
         assert {"factor_update", "lowrank_merge", "dense_merge", "contraction", "expansion", "lookup"} <= kernels
+        assert {"points_contraction", "points_total", "points_expansion", "points_expansion_own"} <= kernels
     else:
         assert {"lowrank_update_any", "lowrank_merge_any", "dense_update_any", "lowrank_merge_0"} <= kernels
 

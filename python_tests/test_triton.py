@@ -15,6 +15,8 @@ from lozo_kernels.kernels.noise import LAWS, dense, factor, to_grid
 from lozo_kernels.kernels.registry import choose_backend
 from lozo_kernels.kernels.table import TensorTable
 from python_tests.table_helpers import Product, assert_same
+from python_tests.test_points import check as check_points
+from python_tests.test_points import make_call
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TRITON = TritonBackend()
@@ -179,6 +181,20 @@ def test_lowrank_linear_is_bounded(rng, backend, monkeypatch, groups, tokens, tr
 @pytest.mark.parametrize("i", range(8))
 def test_lowrank_embedding_is_bounded(rng, backend, i):
     product(rng, (1, 2, 4)[i % 3], rng.choice((1, 3, 4, 17)), rng.choice((1, 13, 70)), lookup=True).check(backend)
+
+
+@pytest.mark.parametrize(("ranks", "rank"), [(2, 2), (40, 3), (5, None)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_lowrank_points_is_bounded(rng, backend, monkeypatch, ranks, rank, transposed):
+    """Both divisions of the work: launches of parts, and several blocks of tokens a program."""
+    for programs, parts in ((1, 1), (512, 3)):
+        monkeypatch.setattr("lozo_kernels.kernels.backends.triton.activations._PROGRAMS", programs)
+        before, cols = backend.launcher.launches, 30 if parts == 1 else 70
+        tokens, rows = rng.choice((1, 70)), cols if transposed else 130
+        call = make_call(rng, tokens=tokens, rows=rows, cols=cols, ranks=ranks, rank=rank, transposed=transposed)
+        check_points(call, backend, DEVICE)
+        own = transposed and rank is not None
+        assert backend.launcher.launches - before == 2 + own + (own or parts > 1)
 
 
 def test_rows_that_an_embedding_does_not_have_are_not_read(rng, backend):

@@ -149,6 +149,13 @@ BUDGETS = (
     *_both("expansion_all", "*16", _PADDED, 30, 46),
     Budget("expansion_all", "*16", _ANY, "sm_90", 54),
     *_both("expansion_all", "*16", _ANY, 62, 42),  # 61.5 on sm_120 and 57.4 on sm_100; less is asked there than on sm_90
+    *_both("points_contraction", "*", _PADDED, 13, 10),  # 12.4 of fp32 on sm_100, 5.9 of bf16 on sm_90
+    *_both("points_contraction", "*", _ANY, 14, 14),
+    *_both("points_expansion", "*", _PADDED, 20, 24),  # 23.5 on gfx942 with Triton 3.6
+    *_both("points_expansion", "*", _ANY, 29, 28),
+    # a product with U too, most of it with zeros
+    *_both("points_expansion_own", "*", _PADDED, 36, 39),
+    *_both("points_expansion_own", "*", _ANY, 57, 54),  # 56.6 on sm_120 with Triton 3.6
     # any dtype and alignment: correct rather than fast
     *_both("lowrank_update_any", "any", _ANY, 80, 270),
     *_both("dense_*_any", "any", _ANY, 170, 345),
@@ -159,6 +166,7 @@ BUDGETS = (
     *_both("factor_update_2", "none", _ANY, 200, 400),
     *_both("probed_factor", "none", _ANY, 45, 60),
     *_both("lookup", "none", _ANY, 60, 85),
+    *_both("points_total*", "none", _ANY, 45, 80),
     *_both("resample", "none", _ANY, 60, 95),
     *_both("resample_reproject", "none", _ANY, 105, 170),
     *_both("reproject", "none", _ANY, 220, 300),

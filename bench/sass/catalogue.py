@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from triton.runtime.jit import JITFunction
 
-from lozo_kernels.kernels.backends.triton import activations, dense, dense_merge, lowrank, lowrank_merge, lowrank_signed, resample
+from lozo_kernels.kernels.backends.triton import (
+    activations,
+    dense,
+    dense_merge,
+    lowrank,
+    lowrank_merge,
+    lowrank_signed,
+    points,
+    resample,
+)
 from lozo_kernels.kernels.backends.triton.plans import FACTOR_ROWS, Plan, Target, UpdateKind, factor_width, padded
 from lozo_kernels.kernels.backends.triton.tilesizes import TileSize, tile_sizes
 from lozo_kernels.kernels.noise import STREAMS
@@ -22,15 +31,15 @@ _PARTS = 16
 """The parts of a batch that a signed update is counted with."""
 _POINTERS = {
     **dict.fromkeys(("tiles", "matrices", "header"), "*i32"),
-    **dict.fromkeys(("tensors", "outputs", "draws", "ids", "starts", "bases"), "*i64"),
+    **dict.fromkeys(("tensors", "outputs", "draws", "ids", "starts", "bases", "directions"), "*i64"),
     **dict.fromkeys(("scales", "decay", "coefficients", "alpha", "beta", "ratios", "out"), "*fp32"),
-    **dict.fromkeys(("b", "sums", "gain", "shift", "factors", "signs"), "*fp32"),
+    **dict.fromkeys(("b", "sums", "gain", "shift", "factors", "signs", "f", "u", "p"), "*fp32"),
     "v": "*fp16",
 }
 _NUMBERS = dict.fromkeys(
     (
         *("count", "tensor_id", "row_offset", "rows", "seed_low", "seed_high", "size", "groups", "parts", "blocks", "height"),
-        *("inner", "outer", "stride", "quads", "length"),
+        *("inner", "outer", "stride", "quads", "length", "ranks", "width", "first", "own", "rank"),
     ),
     "i32",
 )
@@ -100,6 +109,7 @@ def compilations(vendor: str = "nvidia", ranks: Sequence[int] = RANKS) -> list[C
         *_factors(target, ranks),
         *_merges(target, ranks),
         *_activations(target, ranks),
+        *_points(target, ranks),
     ]
 
 
@@ -177,6 +187,21 @@ def _activations(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
             yield _activation("expansion_all", plan, dtype, rank, size)
 
 
+def _points(target: Target, ranks: Sequence[int]) -> Iterator[Compilation]:
+    """Lists the ranks that one program handles at once; more are the same code, run several times."""
+    low = [rank for rank in ranks if rank <= points.RANKS]
+    for rank, (name, summed) in itertools.product(low, (("", False), ("_own", True))):
+        plan = points.points_total_plan(rank, summed)
+        yield _plain("points_total" + name, plan, rank, FACTOR_ROWS * plan.constants["PADDED"])
+    for dtype, rank in itertools.product(DTYPES, low):
+        size = tile_sizes(None, _vendor(target)).find("contraction", True, rank)
+        yield _activation("points_contraction", points.points_contraction_plan(rank, size, target), dtype, rank, size)
+        size = tile_sizes(None, _vendor(target)).find("expansion", True, rank)
+        for name, along in (("", False), ("_own", True)):
+            plan = points.points_expansion_plan(dtype, rank, along, True, size, target)
+            yield _activation("points_expansion" + name, plan, dtype, rank, size)
+
+
 def _vendor(target: Target) -> str:
     return "nvidia" if target.dp4a else "amd"
 
@@ -251,7 +276,7 @@ def _nested(kernel: str, rank: int | None) -> int | None:
 
 def _activation(kernel: str, plan: Plan, dtype: torch.dtype, rank: int, size: TileSize) -> Compilation:
     """Describes a kernel on activations that allow 128-bit access. Its sums are bounded, not exact."""
-    writes = kernel.startswith("expansion")
+    writes = "expansion" in kernel
     return _compilation(
         kernel,
         plan,

@@ -15,15 +15,16 @@ struct Ops {
 #undef LOZO_MEMBER
   int (*lowrank_linear)(const lozo_skinny *);
   int (*lowrank_embedding)(const lozo_skinny *);
+  int (*lowrank_points)(const lozo_points *);
   void (*factor)(const lozo_factor *, float *);
 };
 
 }  // namespace
 
 #define LOZO_ENTRY(name, v, valid) name,
-#define LOZO_OPS_OF(isa)                                                                   \
-  namespace isa {                                                                          \
-  const Ops kOps = {LOZO_TABLE_OPS(LOZO_ENTRY) lowrank_linear, lowrank_embedding, factor}; \
+#define LOZO_OPS_OF(isa)                                                                                   \
+  namespace isa {                                                                                          \
+  const Ops kOps = {LOZO_TABLE_OPS(LOZO_ENTRY) lowrank_linear, lowrank_embedding, lowrank_points, factor}; \
   }
 #if defined(LOZO_HAVE_avx512_bf16)
 LOZO_OPS_OF(avx512_bf16)
@@ -112,6 +113,11 @@ int lozo_cpu_lowrank_linear(const lozo_skinny *call) {
 int lozo_cpu_lowrank_embedding(const lozo_skinny *call) {
   if (!lozo::valid_skinny(call) || (call->x_dtype != 4 && call->x_dtype != 8)) return LOZO_BAD_ARGUMENT;
   return current().lowrank_embedding(call);
+}
+
+int lozo_cpu_lowrank_points(const lozo_points *call) {
+  if (!lozo::valid_points(call)) return LOZO_BAD_ARGUMENT;
+  return current().lowrank_points(call);
 }
 
 int lozo_cpu_factor(const lozo_factor *factor, float *out) {

@@ -1,4 +1,5 @@
 // Y <- gain * Y + (X V)(B + scale * U)^T + shift, or with the weight transposed Y <- gain * Y + (X (B + scale * U)) V^T + shift.
+#include "inner_products.h"
 #include "ops.h"
 #include "skinny.h"
 #include "tiles.h"
@@ -6,48 +7,6 @@
 namespace lozo {
 namespace LOZO_ISA {
 namespace {
-
-constexpr int kRanksAtOnce = kRegisters == 32 ? 4 : 2;  // ranks whose sums stay in registers
-
-// RANKS sums over the columns for each of some tokens.
-template <class T, int RANKS, int TOKENS>
-LOZO_INLINE void multiply_ranks(float *p, int rank, const T *x, int64_t stride, int64_t cols, const float *panel) {
-  F sum[TOKENS][RANKS];
-  for (int t = 0; t < TOKENS; ++t)
-    for (int k = 0; k < RANKS; ++k) sum[t][k] = splat(0);
-  const auto add_block = [&](int64_t j, int64_t count) {
-    Pair<F> y[TOKENS];
-    load_rows<T, TOKENS, false>(y, x + j, stride, count, splat(1));
-    for (int k = 0; k < RANKS; ++k) {
-      const Pair<F> v = {load(panel + k * kBlock), load(panel + k * kBlock + W)};
-      for (int t = 0; t < TOKENS; ++t) sum[t][k] = multiply_add(y[t].b, v.b, multiply_add(y[t].a, v.a, sum[t][k]));
-    }
-    panel += rank * kBlock;
-  };
-  int64_t j = 0;
-  for (; j + kBlock <= cols; j += kBlock) add_block(j, kBlock);
-  if (j < cols) add_block(j, cols - j);
-  for (int t = 0; t < TOKENS; ++t)
-    for (int k = 0; k < RANKS; ++k) p[t * rank + k] = sum_lanes(sum[t][k]);
-}
-
-template <class T, int TOKENS>
-void multiply_tokens(float *p, int rank, const T *x, int64_t stride, int64_t cols, const float *panel) {
-  int k = 0;
-  for (; k + kRanksAtOnce <= rank; k += kRanksAtOnce)
-    multiply_ranks<T, kRanksAtOnce, TOKENS>(p + k, rank, x, stride, cols, panel + k * kBlock);
-  p += k, panel += k * kBlock;
-  switch (rank - k) {
-    case 1:
-      return multiply_ranks<T, 1, TOKENS>(p, rank, x, stride, cols, panel);
-    case 2:
-      return multiply_ranks<T, 2, TOKENS>(p, rank, x, stride, cols, panel);
-    case 3:
-      return multiply_ranks<T, 3, TOKENS>(p, rank, x, stride, cols, panel);
-    default:
-      return;
-  }
-}
 
 struct InnerPlan {
   const lozo_skinny *call;
@@ -63,11 +22,7 @@ void multiply_chunk(const InnerPlan &plan, int64_t number) {
   const int rank = (int)s.rank;
   const float *panel = plan.inner->of(number / plan.chunks.per_group);
   const T *x = (const T *)s.x + token * s.x_stride;
-  float *p = plan.p + token * rank;
-  int64_t t = 0;
-  for (; t + kTokensAtOnce <= count; t += kTokensAtOnce)
-    multiply_tokens<T, kTokensAtOnce>(p + t * rank, rank, x + t * s.x_stride, s.x_stride, cols, panel);
-  for (; t < count; ++t) multiply_tokens<T, 1>(p + t * rank, rank, x + t * s.x_stride, s.x_stride, cols, panel);
+  multiply_rows(plan.p + token * rank, rank, x, s.x_stride, count, cols, panel);
 }
 
 // The panel of the outer product comes first, because its items take longer.
@@ -102,7 +57,7 @@ int lowrank_linear(const lozo_skinny *call) {
   inner.panels = floats;
   outer.panels = floats + inner_floats;
   const int64_t threads = threads_for(s, s.tokens * inner.size + outer.work());
-  const InnerPlan plan = {&s, &inner, &outer, outer.panels + outer_floats, TokenChunks(s, threads)};
+  const InnerPlan plan = {&s, &inner, &outer, outer.panels + outer_floats, TokenChunks(s.tokens, s.groups, threads)};
   const int64_t items = outer.items() + s.groups * plan.chunks.per_group;
   if (!share_out(inner.items(), threads_for(s, inner.work()), 0, panel_item, &plan)) return LOZO_NO_MEMORY;
   if (!share_out(items, threads, 0, inner_item, &plan)) return LOZO_NO_MEMORY;

@@ -30,6 +30,7 @@ struct OpCall {
   LOZO_TABLE_OPS(LOZO_DECLARE_OP)               \
   int lowrank_linear(const lozo_skinny *);      \
   int lowrank_embedding(const lozo_skinny *);   \
+  int lowrank_points(const lozo_points *);      \
   void factor(const lozo_factor *, float *out); \
   }
 

@@ -107,7 +107,7 @@ void outer_item(int64_t number, char *, const void *context) {
 bool add_outer_products(const lozo_skinny &s, const PanelPlan &panel, const float *p) {
   const int64_t threads = threads_for(s, s.tokens * panel.cols * (s.rank + 2));
   const int64_t resident = kResidentBytes / 4 / s.rank / kBlock * kBlock;
-  OuterPlan plan = {&s, &panel, p, TokenChunks(s, threads), resident, 0};
+  OuterPlan plan = {&s, &panel, p, TokenChunks(s.tokens, s.groups, threads), resident, 0};
   plan.across = divide_up(panel.cols, plan.tile_cols);
   return share_out(s.groups * plan.chunks.per_group * plan.across, threads, 0, outer_item, &plan);
 }

@@ -1,5 +1,5 @@
 // V of a range of columns, unpacked from fp16 into the form that the kernels read: blocks of 2 W columns, in the order of the
-// weight's Io, and within a block all ranks.
+// weight's Io, and within a block all ranks. Factors that are fp32 and given by ranks, as V is, are brought into the same form.
 #ifndef LOZO_PANEL_H
 #define LOZO_PANEL_H
 
@@ -33,11 +33,12 @@ static inline void build_pair_panel(int32_t *panel, bool interleaved, const f16 
 }
 
 // panel[(block * rank + k) * kBlock]: V in fp32, zero beyond cols.
-static inline void build_float_panel(float *panel, bool interleaved, const f16 *v, int64_t v_stride, int rank, int64_t cols) {
+template <class T>
+static inline void build_float_panel(float *panel, bool interleaved, const T *v, int64_t v_stride, int rank, int64_t cols) {
   for (int64_t j = 0; j < cols; j += kBlock) {
     for (int k = 0; k < rank; ++k, panel += kBlock) {
-      const f16 *column = v + k * v_stride + j;
-      Pair<F> x = cols - j >= kBlock ? Io<f16>::load(column) : load_partial(column, cols - j);
+      const T *column = v + k * v_stride + j;
+      Pair<F> x = cols - j >= kBlock ? Io<T>::load(column) : load_partial(column, cols - j);
       if (interleaved) x = deinterleave(x);
       Io<float>::store(panel, x);
     }

@@ -22,14 +22,17 @@ constexpr int64_t kResidentBytes = 1 << 17;  // bytes of a panel that stay in th
 LOZO_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 LOZO_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
-LOZO_INLINE int64_t threads_for(const lozo_skinny &s, int64_t work) { return at_most(s.threads, 1 + work / kWorkPerThread); }
+template <class Call>
+LOZO_INLINE int64_t threads_for(const Call &s, int64_t work) {
+  return at_most(s.threads, 1 + work / kWorkPerThread);
+}
 
 // The tokens of every group in equal pieces, as many as let all threads end together.
 struct TokenChunks {
   int64_t group, chunk, per_group;  // tokens, tokens, chunks
-  TokenChunks(const lozo_skinny &s, int64_t threads) {
-    group = s.tokens / s.groups;
-    const int64_t least = divide_up(threads > 1 ? threads * kItemsPerThread : 1, s.groups);
+  TokenChunks(int64_t tokens, int64_t groups, int64_t threads) {
+    group = tokens / groups;
+    const int64_t least = divide_up(threads > 1 ? threads * kItemsPerThread : 1, groups);
     chunk = divide_up(divide_up(group, least), kTokensAtOnce) * kTokensAtOnce;
     per_group = chunk ? divide_up(group, chunk) : 0;
   }

@@ -145,4 +145,14 @@ bool valid_skinny(const lozo_skinny *s) {
   return true;
 }
 
+bool valid_points(const lozo_points *s) {
+  if (!is_dtype(s->y_dtype) || !is_dtype(s->x_dtype) || s->ranks < 1) return false;
+  if (s->tokens < 0 || s->rows < 0 || s->cols < 0) return false;
+  if (!s->u) return true;
+  if (s->rank < 1 || s->rank > LOZO_MAX_RANK || s->rank > s->ranks) return false;
+  for (int64_t t = 0; t < s->tokens; ++t)
+    if (s->directions[t] < 0 || s->directions[t] >= s->count) return false;
+  return true;
+}
+
 }  // namespace lozo

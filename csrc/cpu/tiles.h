@@ -59,6 +59,9 @@ bool are_factors(const lozo_tensor *tensors, int64_t count);
 // Whether a product's rank, dtype of y, tokens and place in the noise are within what the kernels assume.
 bool valid_skinny(const lozo_skinny *call);
 
+// Whether the dtypes and extents of a product at several points are within what the kernels assume, and all directions exist.
+bool valid_points(const lozo_points *call);
+
 static inline bool is_dtype(int64_t code) { return code >= LOZO_FLOAT32 && code <= LOZO_FLOAT16; }
 
 // The global row of a tile's row i, and the global flat index of that row's first element in the tile.

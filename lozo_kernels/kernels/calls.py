@@ -93,3 +93,32 @@ class LayerCall:
     transposed: bool = False
     gain: Tensor | None = None
     shift: Tensor | None = None
+
+
+@dataclasses.dataclass(slots=True)
+class PointsCall:
+    """One product of activations at several points with a weight's factors; see ``skinny.lowrank_points_``.
+
+    All tensors are on one device, y and x have unit column stride, and the others are contiguous.
+
+    Attributes:
+        y: (tokens, outputs), any weight dtype; changed in place.
+        x: (tokens, inputs), any weight dtype.
+        v: (ranks, cols) fp32, V transposed.
+        b: (ranks, rows) fp32, B transposed.
+        u: (count, r, rows) fp32, U of each direction transposed, or None.
+        directions: (tokens,) int64, not read without u.
+        scales: (tokens,) fp32, not read without u.
+        transposed: the layer computes X W instead of X W^T.
+        gain: (1,) fp32 by which y is multiplied first, or None.
+    """
+
+    y: Tensor
+    x: Tensor
+    v: Tensor
+    b: Tensor
+    u: Tensor | None
+    directions: Tensor
+    scales: Tensor
+    transposed: bool = False
+    gain: Tensor | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .calls import LayerCall, TableCall
+from .calls import LayerCall, PointsCall, TableCall
 from .op_table import Op
 from .registry import Backend
 from .table import TensorTable
@@ -42,6 +42,12 @@ def call_layer_operator(call: LayerCall, backend: Backend | None, *, lookup: boo
         torch.ops.lozo_kernels.lowrank_embedding_(call.y, call.x, *factors, call.gain, name_of(backend))
     else:
         torch.ops.lozo_kernels.lowrank_linear_(call.y, call.x, *factors, call.transposed, call.gain, call.shift, name_of(backend))
+
+
+def call_points_operator(call: PointsCall, backend: Backend | None) -> None:
+    """Calls the torch operator lowrank_points_."""
+    factors = (call.v, call.b, call.u, call.directions, call.scales)
+    torch.ops.lozo_kernels.lowrank_points_(call.y, call.x, *factors, call.transposed, call.gain, name_of(backend))
 
 
 def name_of(backend: Backend | None) -> str:

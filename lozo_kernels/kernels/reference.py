@@ -291,6 +291,46 @@ def lowrank_embedding(
     return _start(y, gain, dtype) + f.to(dtype)[rows] @ v.to(dtype)
 
 
+def lowrank_points(
+    y: Tensor,
+    x: Tensor,
+    v: Tensor,
+    b: Tensor,
+    u: Tensor | None,
+    directions: Tensor,
+    scales: Tensor,
+    *,
+    transposed: bool = False,
+    gain: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """gain * Y + X (B V^T)^T + the same with scale * U of each token's direction and the first r columns of V in place of B and V.
+
+    Args:
+        y: (tokens, rows), or (tokens, cols) if transposed; x: (tokens, cols), or (tokens, rows).
+        v: (ranks, cols) fp32, V transposed; b: (ranks, rows) fp32, B transposed.
+        u: (count, r, rows) fp32, U of each direction transposed, r <= ranks; None adds no U.
+        directions: (tokens,) integers below count; scales: (tokens,) fp32.
+        transposed: the layer computes X W instead of X W^T.
+        gain: 0-dim or (1,).
+    """
+    wide, v, b = x.to(dtype), v.to(dtype), b.to(dtype)
+    p, added = wide @ (b if transposed else v).T, None
+    if u is not None:
+        # One product for all directions, with zeros where a token has another one, so that no U is copied for each token.
+        count, rank, rows = u.shape
+        rest, factors = scales.to(dtype)[:, None], u.to(dtype).reshape(count * rank, rows)
+        tokens = torch.arange(len(x), device=x.device)
+        if transposed:
+            p[:, :rank] += rest * (wide @ factors.T).view(-1, count, rank)[tokens, directions]
+        else:
+            spread = p.new_zeros(len(x), count, rank)
+            spread[tokens, directions] = rest * p[:, :rank]
+            added = spread.view(len(x), count * rank) @ factors
+    product = p @ (v if transposed else b)
+    return _start(y, gain, dtype) + (product if added is None else product.add_(added))
+
+
 def reproject(n: Tensor, v_old: Tensor, v_new: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """N (V_old^T V_new) / cols: the momentum expressed in the new V, through an r x r product (LOZO-M, Algorithm 2, line 6).
 

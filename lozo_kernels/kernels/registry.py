@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .calls import Draw, LayerCall, TableCall
+from .calls import Draw, LayerCall, PointsCall, TableCall
 from .op_table import Op
 from .table import TensorTable
 
@@ -43,6 +43,9 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def lowrank_embedding_(self, call: LayerCall) -> None: ...
+
+    @abc.abstractmethod
+    def lowrank_points_(self, call: PointsCall) -> None: ...
 
     @abc.abstractmethod
     def factor(

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .calls import LayerCall
+from .calls import LayerCall, PointsCall
 from .checks import check_integer, check_range
-from .compiled import call_layer_operator
+from .compiled import call_layer_operator, call_points_operator
 from .noise import MAX_DIRECTION, MAX_DRAW, MAX_RANK
 from .registry import Backend, choose_backend
 from .table import DTYPES, FACTOR_LIMIT, check_apart, storage_problem
@@ -52,16 +52,10 @@ def lowrank_linear_(
         TypeError, ValueError: an argument has a wrong type, dtype, shape or device, or shares memory with y.
     """
     _check_storage(y, x, v, b, draws, scales, *(t for t in (gain, shift) if t is not None))
-    tokens, groups, rows, cols = _check(y, v, b, draws, scales, gain)
+    _, groups, rows, cols = _check(y, v, b, draws, scales, gain)
     _check_place(seed, tensor_id, row_offset, rows, draws)
     inputs, outputs = (rows, cols) if transposed else (cols, rows)
-    if y.shape[1] != outputs:
-        raise ValueError(f"y is {tuple(y.shape)}; needed is ({tokens}, {outputs})")
-    if x.shape != (tokens, inputs) or x.dtype not in DTYPES or (inputs > 1 and x.stride(1) != 1) or x.device != y.device:
-        raise ValueError(
-            f"x is {tuple(x.shape)} {x.dtype} on {x.device} with strides {x.stride()}; "
-            f"needed is ({tokens}, {inputs}) on {y.device}, rows contiguous"
-        )
+    _check_activations(y, x, inputs, outputs)
     if shift is not None and (shift.shape != (groups, outputs) or not _is_plain(shift, torch.float32, y.device)):
         raise ValueError(f"shift is {_describe(shift)}; needed is contiguous fp32 ({groups}, {outputs}) on {y.device}")
     dispatch(LayerCall(y, x, v, b, seed, tensor_id, row_offset, draws, scales, transposed, gain, shift), backend, lookup=False)
@@ -105,6 +99,65 @@ def lowrank_embedding_(
     dispatch(LayerCall(y, rows, v, b, seed, tensor_id, row_offset, draws, scales, gain=gain), backend, lookup=True)
 
 
+def lowrank_points_(
+    y: Tensor,
+    x: Tensor,
+    v: Tensor,
+    b: Tensor,
+    u: Tensor | None,
+    directions: Tensor,
+    scales: Tensor,
+    *,
+    transposed: bool = False,
+    gain: Tensor | None = None,
+    backend: Backend | None = None,
+) -> None:
+    """Y[t] <- gain * Y[t] + (X[t] V) B^T + scales[t] * (X[t] V_r) U[directions[t]]^T, where V_r is the first r columns of V.
+
+    What tokens at several points add to the outputs of a layer that computes X W^T with W (rows, cols). The first r ranks are those
+    of the current window, the others those of earlier windows.
+
+    Args:
+        y: (tokens, rows), fp32, bf16 or fp16, unit column stride; changed in place.
+        x: (tokens, cols), any of these dtypes.
+        v: (ranks, cols) fp32, contiguous: V transposed.
+        b: (ranks, rows) fp32, contiguous: B transposed.
+        u: (count, r, rows) fp32, contiguous: U of each direction transposed, r <= ranks; None adds no U.
+        directions: (tokens,) int64, below count. They are not read without u, and not checked here on a GPU.
+        scales: (tokens,) fp32. A token with scale 0 gets no U.
+        transposed: the layer computes X W: y is (tokens, cols), x (tokens, rows), and (X[t] B) V^T + scales[t] * (X[t] U) V_r^T is
+            added.
+        gain: (1,) fp32, or None for 1.
+        backend: default: the best for the device.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, shape or device, or shares memory with y.
+    """
+    _check_storage(y, x, v, b, directions, scales, *(t for t in (u, gain) if t is not None))
+    _check_outputs(y)
+    device, tokens = y.device, y.shape[0]
+    if v.dim() != 2 or not len(v) or not _is_plain(v, torch.float32, device):
+        raise ValueError(f"v is {_describe(v)}; needed is contiguous fp32 (ranks, cols) on {device}, one rank at least")
+    if b.dim() != 2 or len(b) != len(v) or not _is_plain(b, torch.float32, device):
+        raise ValueError(f"b is {_describe(b)}; needed is contiguous fp32 ({len(v)}, rows) on {device}")
+    ranks, rows, cols = len(v), b.shape[1], v.shape[1]
+    _check_activations(y, x, *((rows, cols) if transposed else (cols, rows)))
+    if directions.shape != (tokens,) or not _is_plain(directions, torch.int64, device):
+        raise ValueError(f"directions is {_describe(directions)}; needed is contiguous int64 ({tokens},) on {device}")
+    if scales.shape != (tokens,) or not _is_plain(scales, torch.float32, device):
+        raise ValueError(f"scales is {_describe(scales)}; needed is contiguous fp32 ({tokens},) on {device}")
+    _check_gain(gain, device)
+    if u is not None:
+        most = min(ranks, MAX_RANK)
+        if u.dim() != 3 or not 1 <= u.shape[1] <= most or u.shape[2] != rows or not _is_plain(u, torch.float32, device):
+            raise ValueError(f"u is {_describe(u)}; needed is contiguous fp32 (count, 1 to {most}, {rows}) on {device}")
+        if tokens and device.type == "cpu" and not torch.compiler.is_compiling():
+            least, largest = torch.aminmax(directions)
+            if least < 0 or largest >= len(u):
+                raise ValueError(f"directions are 0 to {len(u) - 1}, not {int(least)} to {int(largest)}")
+    dispatch_points(PointsCall(y, x, v, b, u, directions, scales, transposed, gain), backend)
+
+
 def dispatch(call: LayerCall, backend: Backend | None, *, lookup: bool) -> None:
     """Makes a call whose arguments are known to be right. A probed model calls this after every layer of its forward pass.
 
@@ -118,13 +171,42 @@ def dispatch(call: LayerCall, backend: Backend | None, *, lookup: bool) -> None:
     (backend.lowrank_embedding_ if lookup else backend.lowrank_linear_)(call)
 
 
-def _check(y: Tensor, v: Tensor, b: Tensor, draws: Tensor, scales: Tensor, gain: Tensor | None) -> tuple[int, int, int, int]:
-    """Returns tokens, groups, and the rows and columns of the weight, or raises for arguments that do not fit."""
-    device = y.device
+def dispatch_points(call: PointsCall, backend: Backend | None) -> None:
+    """Makes a call of :func:`lowrank_points_` whose arguments are known to be right."""
+    if torch.compiler.is_compiling():
+        call_points_operator(call, backend)
+        return
+    backend = choose_backend(call.y.device).backend if backend is None else backend
+    backend.lowrank_points_(call)
+
+
+def _check_outputs(y: Tensor) -> None:
     if y.dtype not in DTYPES:
         raise TypeError(f"y is {y.dtype}; supported are {', '.join(str(d) for d in DTYPES)}")
     if y.dim() != 2 or (y.shape[1] > 1 and y.stride(1) != 1) or (y.shape[0] > 1 and y.stride(0) < y.shape[1]):
         raise ValueError(f"y is {tuple(y.shape)} with strides {y.stride()}; needed is (tokens, outputs), rows contiguous and apart")
+
+
+def _check_activations(y: Tensor, x: Tensor, inputs: int, outputs: int) -> None:
+    tokens = y.shape[0]
+    if y.shape[1] != outputs:
+        raise ValueError(f"y is {tuple(y.shape)}; needed is ({tokens}, {outputs})")
+    if x.shape != (tokens, inputs) or x.dtype not in DTYPES or (inputs > 1 and x.stride(1) != 1) or x.device != y.device:
+        raise ValueError(
+            f"x is {tuple(x.shape)} {x.dtype} on {x.device} with strides {x.stride()}; "
+            f"needed is ({tokens}, {inputs}) on {y.device}, rows contiguous"
+        )
+
+
+def _check_gain(gain: Tensor | None, device: torch.device) -> None:
+    if gain is not None and (gain.shape != (1,) or not _is_plain(gain, torch.float32, device)):
+        raise ValueError(f"gain is {_describe(gain)}; needed is fp32 (1,) on {device}")
+
+
+def _check(y: Tensor, v: Tensor, b: Tensor, draws: Tensor, scales: Tensor, gain: Tensor | None) -> tuple[int, int, int, int]:
+    """Returns tokens, groups, and the rows and columns of the weight, or raises for arguments that do not fit."""
+    _check_outputs(y)
+    device = y.device
     if v.dim() != 2 or not _is_plain(v, torch.float16, device):
         raise ValueError(f"v is {_describe(v)}; needed is contiguous fp16 (rank, cols) on {device}")
     rank, cols = v.shape
@@ -135,8 +217,7 @@ def _check(y: Tensor, v: Tensor, b: Tensor, draws: Tensor, scales: Tensor, gain:
     tokens, groups = y.shape[0], draws.shape[0]
     if scales.shape != (groups,) or not _is_plain(scales, torch.float32, device):
         raise ValueError(f"scales is {_describe(scales)}; needed is contiguous fp32 ({groups},) on {device}")
-    if gain is not None and (gain.shape != (1,) or not _is_plain(gain, torch.float32, device)):
-        raise ValueError(f"gain is {_describe(gain)}; needed is fp32 (1,) on {device}")
+    _check_gain(gain, device)
     if groups == 0 or tokens % groups:
         raise ValueError(f"{tokens} tokens do not divide into {groups} evaluations")
     return tokens, groups, b.shape[0], cols

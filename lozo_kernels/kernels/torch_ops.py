@@ -109,6 +109,11 @@ def _lowrank_embedding_(y: Tensor, rows: Tensor, v: Tensor, b: Tensor, *rest: An
     skinny.lowrank_embedding_(y, rows, v, b, **_layer_call(where, gain, backend, y.device))
 
 
+def _lowrank_points_(y: Tensor, x: Tensor, *rest: Any) -> None:
+    *factors, transposed, gain, backend = rest
+    skinny.lowrank_points_(y, x, *factors, transposed=transposed, gain=gain, backend=_backend(backend, y.device))
+
+
 def _layer_call(where: Sequence[Any], gain: Tensor | None, backend: str, device: torch.device) -> dict[str, Any]:
     """The arguments that both products of activations share, as ``skinny.py`` takes them."""
     seed, tensor_id, row_offset, draws, scales = where
@@ -174,6 +179,11 @@ _register(
     _lowrank_linear_,
 )
 _register(f"lowrank_embedding_(Tensor(a!) y, Tensor rows, {_FACTORS}, Tensor? gain, str backend) -> ()", _lowrank_embedding_)
+_register(
+    "lowrank_points_(Tensor(a!) y, Tensor x, Tensor v, Tensor b, Tensor? u, Tensor directions, Tensor scales, bool transposed, "
+    "Tensor? gain, str backend) -> ()",
+    _lowrank_points_,
+)
 _register(
     "factor(int seed, SymInt rows, int rank, int tensor_id, SymInt step, int direction, int stream, SymInt row_offset, "
     "Device device, str backend) -> Tensor",

@@ -53,7 +53,7 @@ class Factors:
         device: of the engine.
 
     Attributes:
-        learned: by name.
+        learned: by name. backend: of the ops.
         window: of the V in memory; directions: those of :attr:`Learned.u`.
         slots: the points, by what requests call them. Slot 0 is at rest.
         version, moves: count changes of the factors, and of the points, so that what was made of them can be made anew.
@@ -62,7 +62,7 @@ class Factors:
     def __init__(self, parameters: Sequence[Parameter], config: PatchConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self._estimator = ESTIMATORS[config.estimator](config)
-        self._backend = choose_backend(device, config.backend).backend
+        self.backend = choose_backend(device, config.backend).backend
         members = self._members = [Member(p, i, p.extent, device) for i, p in enumerate(parameters)]
         for member in members:
             batch, rows, cols = member.extent
@@ -86,7 +86,7 @@ class Factors:
         if momentum:
             self.momentum = {m.name: torch.zeros_like(m.b) for m in self._members if m.b is not None}
         self.window = None
-        self._states = make_groups(self._members, self.momentum, {self.device: self._backend}, self._estimator, self.config)
+        self._states = make_groups(self._members, self.momentum, {self.device: self.backend}, self._estimator, self.config)
         self.forget()
         self.move(0, [])
 
@@ -108,7 +108,7 @@ class Factors:
         reproject = bool(self.momentum) and self.window is not None
         for state in self._states:
             if state.windows is not None:
-                self._estimator.resample_(state.windows, window=window, reproject=reproject, backend=self._backend)
+                self._estimator.resample_(state.windows, window=window, reproject=reproject, backend=self.backend)
         self.window = window
         self._gather()
 
@@ -200,7 +200,7 @@ class Factors:
             p, made = learned.member.parameter, []
             for direction in self.directions:
                 if p.low_rank:
-                    spec = FactorSpec(p.tensor_id, p.extent, self._backend, self.device)
+                    spec = FactorSpec(p.tensor_id, p.extent, self.backend, self.device)
                     made.append(self._estimator.left(spec, Draw(self.step, direction))[0])
                 else:
                     place = {"direction": direction, "law": self.config.directions_law, "device": self.device}

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.calls import PointsCall
+from ..kernels.skinny import dispatch_points
 from ..model.overriding import Overrides
 from .factors import Factors, Learned
 from .modules import has_bias, logits_processors, norm_kind
 from .places import Place
-from .points import add_points
 from .tokens import Tokens
 
 _SITES: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
@@ -32,7 +33,13 @@ torch.library.register_fake("lozo_kernels_vllm::add_", lambda y, x, site: None, 
 
 @dataclasses.dataclass(eq=False)
 class _Block:
-    """One place in the form that its site computes with, made anew when the factors changed."""
+    """One place in the form that its site computes with, made anew when the factors changed.
+
+    Attributes:
+        v, b, u: the factors as ``lowrank_points_`` takes them; of an embedding, of which rows are looked up, b and u as they are
+            in :class:`~.factors.Learned`.
+        gain: what the outputs are multiplied by, or None. values: of a vector, what is added at each slot.
+    """
 
     place: Place
     learned: Learned
@@ -43,8 +50,8 @@ class _Block:
     gain: Tensor | None = None
     values: Tensor | None = None
 
-    def follow(self, factors: Factors, *, whole_rows: bool = False) -> None:
-        """Takes this rank's block out of the factors; ``whole_rows`` leaves all rows in."""
+    def follow(self, factors: Factors, *, looked_up: bool = False) -> None:
+        """Takes this rank's block out of the factors. All rows stay in where rows are looked up."""
         place, learned = self.place, self.learned
         seen = factors.version, factors.moves if learned.v is None else 0  # the scales of points are in values of vectors alone
         if self.seen == seen:
@@ -54,9 +61,10 @@ class _Block:
             self.values = _at_slots(learned, factors, place.cols)
             return
         assert learned.b is not None
-        rows = slice(None) if whole_rows else place.rows
-        self.v, self.b = learned.v[:, place.cols].contiguous(), learned.b[rows].contiguous()
-        self.u = None if learned.u is None else learned.u[:, rows].contiguous()
+        self.v, self.b, self.u = learned.v[:, place.cols].contiguous(), learned.b, learned.u
+        if not looked_up:
+            self.b = learned.b[place.rows].T.contiguous()
+            self.u = None if learned.u is None else learned.u[:, place.rows].transpose(1, 2).contiguous()
 
 
 def _at_slots(learned: Learned, factors: Factors, cols: slice) -> Tensor:
@@ -124,6 +132,7 @@ class LinearSite(Site):
     def add(self, y: Tensor, x: Tensor | None) -> None:
         assert x is not None
         flat, rows = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
         head = self.places[0].kind == "head"
         where = self.tokens.of_head(len(flat)) if head else self.tokens.of(len(flat))
         biases = {block.place.first: block for block in self.blocks if block.place.kind == "bias"}
@@ -140,8 +149,19 @@ class LinearSite(Site):
             if place.first in biases:
                 self._keep_bias(part, block.gain, biases[place.first])
             assert block.v is not None and block.b is not None
-            points = where.directions, where.scales
-            add_points(part, rows, block.v, block.b, block.u, *points, gain=block.gain, transposed=place.transposed)
+            self._check_shapes(part, rows, block)
+            factors = block.v, block.b, block.u, where.directions, where.scales
+            dispatch_points(PointsCall(part, rows, *factors, place.transposed, block.gain), self.factors.backend)
+
+    def _check_shapes(self, y: Tensor, x: Tensor, block: _Block) -> None:
+        """Raises RuntimeError for activations that are not those of the place, because the kernels do not look."""
+        assert block.v is not None and block.b is not None
+        inputs, outputs = (block.b, block.v) if block.place.transposed else (block.v, block.b)
+        if y.shape[1] != outputs.shape[1] or x.shape[1] != inputs.shape[1] or y.stride(1) != 1:
+            raise RuntimeError(
+                f"{block.place.name}: the module has inputs {tuple(x.shape)}, outputs {tuple(y.shape)} with strides {y.stride()}; "
+                f"needed are {inputs.shape[1]} and {outputs.shape[1]} columns, rows contiguous"
+            )
 
     def _keep_bias(self, part: Tensor, gain: Tensor | None, bias: _Block) -> None:
         """Changes outputs so that the decay of the weight, which comes next, leaves the bias with the decay of its own."""
@@ -176,7 +196,7 @@ class EmbeddingSite(Site):
     def add(self, y: Tensor, x: Tensor | None) -> None:
         assert x is not None
         (block,) = self.blocks
-        block.follow(self.factors, whole_rows=True)
+        block.follow(self.factors, looked_up=True)
         ids, flat = x.reshape(-1), y.view(-1, y.shape[-1])
         offset = getattr(block.place.module, "offset", 0) if block.place.kind == "table" else 0
         where = self.tokens.of(len(flat))

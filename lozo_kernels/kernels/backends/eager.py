@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import noise, reference
-from ..calls import Draw, LayerCall, TableCall
+from ..calls import Draw, LayerCall, PointsCall, TableCall
 from ..op_table import Op
 from ..registry import Backend
 from ..table import TensorTable
@@ -67,6 +67,11 @@ class EagerBackend(Backend):
         for tokens, f, _ in _groups(call):
             y = reference.lowrank_embedding(call.y[tokens], call.x[tokens], call.v, f, gain=call.gain)
             call.y[tokens] = y.to(call.y.dtype)
+
+    @torch.inference_mode()
+    def lowrank_points_(self, call: PointsCall) -> None:
+        given = (call.y, call.x, call.v, call.b, call.u, call.directions, call.scales)
+        call.y.copy_(reference.lowrank_points(*given, transposed=call.transposed, gain=call.gain))
 
     def factor(
         self, seed: int, rows: int, rank: int, tensor_id: int, draw: Draw, *, stream: str, row_offset: int, device: torch.device

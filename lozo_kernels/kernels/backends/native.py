@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls import Draw, LayerCall, TableCall
+from ..calls import Draw, LayerCall, PointsCall, TableCall
 from ..noise import LAWS, STREAMS
 from ..op_table import MAX_DRAWS, OPS, Op
 from ..registry import Backend
@@ -58,6 +58,15 @@ class _Layer(ctypes.Structure):
         *pointers("y x v b draws scales gain shift"),
         ("seed", ctypes.c_uint64),
         *int64s("tensor_id row_offset y_dtype x_dtype y_stride x_stride tokens groups rows cols rank transposed threads"),
+    )
+
+
+class _Points(ctypes.Structure):
+    """The struct ``lozo_points`` of csrc/include/lozo/abi.h."""
+
+    _fields_ = (
+        *pointers("y x v b u directions scales gain"),
+        *int64s("y_dtype x_dtype y_stride x_stride tokens rows cols ranks count rank transposed threads"),
     )
 
 
@@ -113,6 +122,9 @@ class NativeBackend(Backend):
 
     def lowrank_embedding_(self, call: LayerCall) -> None:
         _run_layer("lozo_cpu_lowrank_embedding", call, 1)
+
+    def lowrank_points_(self, call: PointsCall) -> None:
+        _run_points(call)
 
     def factor(
         self, seed: int, rows: int, rank: int, tensor_id: int, draw: Draw, *, stream: str, row_offset: int, device: torch.device
@@ -215,6 +227,7 @@ def _load() -> ctypes.CDLL:
         getattr(library, f"lozo_cpu_{name}").argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(_Call))
     for name in ("lowrank_linear", "lowrank_embedding"):
         getattr(library, f"lozo_cpu_{name}").argtypes = (ctypes.POINTER(_Layer),)
+    library.lozo_cpu_lowrank_points.argtypes = (ctypes.POINTER(_Points),)
     library.lozo_cpu_factor.argtypes = (ctypes.POINTER(Factor), ctypes.c_void_p)
     return library
 
@@ -293,6 +306,36 @@ def _run_layer(name: str, call: LayerCall, x_stride: int) -> None:
     status = getattr(_library(), name)(arguments)
     if status:
         raise _STATUS[status](name)
+    torch.autograd.graph.increment_version(y)
+
+
+def _run_points(call: PointsCall) -> None:
+    y, x, v, b, u, gain = call.y, call.x, call.v, call.b, call.u, call.gain
+    count, rank = (0, 0) if u is None else u.shape[:2]
+    arguments = _Points(
+        y.data_ptr(),
+        x.data_ptr(),
+        v.data_ptr(),
+        b.data_ptr(),
+        None if u is None else u.data_ptr(),
+        call.directions.data_ptr(),
+        call.scales.data_ptr(),
+        None if gain is None else gain.data_ptr(),
+        _CODES[y.dtype],
+        _CODES[x.dtype],
+        y.stride(0),
+        x.stride(0),
+        y.shape[0],
+        b.shape[1],
+        v.shape[1],
+        v.shape[0],
+        count,
+        rank,
+        call.transposed,
+        torch.get_num_threads(),
+    )
+    function = _library().lozo_cpu_lowrank_points
+    _check(function(arguments), function)
     torch.autograd.graph.increment_version(y)
 
 

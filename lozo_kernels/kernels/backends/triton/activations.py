@@ -18,7 +18,7 @@ from .work import SizeOf
 
 _PROGRAMS = 512
 """Programs that fill a large device a few times over. Work with fewer tiles is divided further."""
-_PARTS = 16
+PARTS = 16
 """The most parts that a long row is divided into, because the expansion adds the parts one after the other."""
 _MOST_SHAPES = 1 << 14
 """The most shapes for which launches are kept, and the most layers whose place in the noise is."""
@@ -111,7 +111,7 @@ class Activations:
         size = _fitted(self._size_of("contraction", y.device, True, rank, False), call)
         across = -(-inner // size.cols)
         tiles = _tiles(call, size)
-        blocks = max(_share(across, size.blocks, tiles), -(-across // _PARTS))
+        blocks = max(share(across, size.blocks, tiles), -(-across // PARTS))
         parts = max(1, -(-across // blocks))
         plan = contraction_plan(rank, call.transposed, size, target_of(y.device))
         last = (*_tokens(call), parts, blocks, inner, call.x.stride(0))
@@ -131,7 +131,7 @@ class Activations:
         size = _fitted(self._size_of("expansion", y.device, True, rank, False), call)
         tokens, groups = _tokens(call)
         down, across = -(-tokens // size.rows), -(-y.shape[1] // size.cols)
-        blocks = _share(down, size.blocks, groups * across)
+        blocks = share(down, size.blocks, groups * across)
         kind = (1 << (parts - 1).bit_length(), call.gain is not None, call.shift is not None)
         plan = expansion_plan(y.dtype, rank, factor, *kind, size, target_of(y.device))
         last = (tokens, groups, parts, blocks, y.shape[1], y.stride(0))
@@ -191,7 +191,7 @@ def _tiles(call: LayerCall, size: TileSize) -> int:
     return groups * -(-tokens // size.rows)
 
 
-def _share(blocks: int, most: int, others: int) -> int:
+def share(blocks: int, most: int, others: int) -> int:
     """How many of ``blocks`` blocks one program takes: a power of two up to ``most``. There are ``others`` such rows of blocks."""
     share = 1
     while share < most and others * -(-blocks // (2 * share)) >= _PROGRAMS:

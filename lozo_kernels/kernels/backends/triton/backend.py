@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...calls import Draw, LayerCall, TableCall
+from ...calls import Draw, LayerCall, PointsCall, TableCall
 from ...op_table import Op
 from ...registry import Backend
 from ...table import TensorTable
@@ -20,6 +20,7 @@ from .versions import unsupported
 if TYPE_CHECKING:
     from .activations import Activations
     from .launcher import Launcher
+    from .points import Points
 
 _LEAST_CAPABILITY = (8, 0)  # needed for bf16 and for the matrix instructions that the kernels compile to
 
@@ -90,12 +91,22 @@ class TritonBackend(Backend):
 
         return Activations(self.launcher, self._size_of)
 
+    @functools.cached_property
+    def _points(self) -> Points:
+        from .points import Points
+
+        return Points(self.launcher, self._size_of)
+
     def lowrank_linear_(self, call: LayerCall) -> None:
         self._activations.linear(call)
         torch.autograd.graph.increment_version(call.y)
 
     def lowrank_embedding_(self, call: LayerCall) -> None:
         self._activations.embedding(call)
+        torch.autograd.graph.increment_version(call.y)
+
+    def lowrank_points_(self, call: PointsCall) -> None:
+        self._points.launch(call)
         torch.autograd.graph.increment_version(call.y)
 
     def factor(

@@ -22,7 +22,7 @@ from .options import KEY, without
 from .shadow import InEngine, shadow_of
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-"""Of a layer's outputs, beside those that the checkpoint's matrix gives, relative to the sum of their terms."""
+"""How far a layer's outputs may be from those that the checkpoint's matrix gives, beside their norm. Other matrices are 1 away."""
 
 
 _TRAINS = "_lozo_kernels_handle"

@@ -83,7 +83,7 @@ class Site:
 
     Attributes:
         number: its number for compiled code. calls: how often it ran since it was counted last.
-        error: the largest difference that its check found, relative to the outputs; None if nothing was checked.
+        error: the largest difference that its check found, beside the norm of a token's outputs; None if nothing was checked.
     """
 
     def __init__(self, places: Sequence[Place], factors: Factors, tokens: Tokens) -> None:
@@ -121,9 +121,8 @@ class Site:
     def check(self, y: Tensor, x: Tensor | None) -> None:
         """Compares the outputs of the module alone with what the checkpoint's parameters give."""
 
-    def _note(self, found: Tensor, wanted: Tensor) -> None:
-        error = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
-        self.error = max(self.error or 0.0, error)
+    def _note(self, errors: Tensor) -> None:
+        self.error = max(self.error or 0.0, float(errors.abs().max()))
 
 
 class LinearSite(Site):
@@ -186,8 +185,8 @@ class LinearSite(Site):
             if isinstance(bias, Tensor) and bias.numel() and has_bias(place.module) and not place.module.skip_bias_add:
                 found = found - bias[part].float()
             z = signs(place.outputs, found.device)
-            scale = found.abs().sum(1)  # of the terms that the sums have
-            self._note((found @ z) / scale.clamp(min=1e-30), (rows @ place.sketch.to(rows.device)) / scale.clamp(min=1e-30))
+            # Beside the norm of the outputs: signs make sums of about that size, which may cancel, and their errors do not.
+            self._note((found @ z - rows @ place.sketch.to(rows.device)) / found.norm(dim=1).clamp(min=1e-30))
 
 
 class EmbeddingSite(Site):

@@ -160,7 +160,7 @@ def _check_trainer(settings: Settings) -> None:
     require("accelerate")
     if settings.push_to_hub is not None and is_first():
         check_login()
-    make_schedule(torch.optim.SGD([torch.zeros(1)], lr=1.0), settings)
+    make_schedule(torch.optim.SGD([torch.zeros(1, dtype=torch.float32, device="cpu")], lr=1.0), settings)
     try:
         for callback in require("transformers.integrations").get_reporting_integration_callbacks(settings.reports):
             callback()

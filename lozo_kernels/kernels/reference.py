@@ -320,7 +320,7 @@ def lowrank_points(
         # One product for all directions, with zeros where a token has another one, so that no U is copied for each token.
         count, rank, rows = u.shape
         rest, factors = scales.to(dtype)[:, None], u.to(dtype).reshape(count * rank, rows)
-        tokens = torch.arange(len(x), device=x.device)
+        tokens = torch.arange(len(x), dtype=torch.int64, device=x.device)
         if transposed:
             p[:, :rank] += rest * (wide @ factors.T).view(-1, count, rank)[tokens, directions]
         else:

@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import EngineError
@@ -18,7 +17,10 @@ from .handle import EngineHandle
 def checkpoint_model(handle: EngineHandle) -> nn.Module:
     """Loads the Hugging Face model of an engine's checkpoint on the CPU, in the engine's dtype."""
     about = handle.checkpoint
-    return type(handle.model).from_pretrained(about["model"], revision=about["revision"], dtype=about["dtype"]).eval()  # type: ignore[attr-defined,no-any-return]
+    kind: Any = type(handle.model)
+    trusted = about["trust_remote_code"]
+    model = kind.from_pretrained(about["model"], revision=about["revision"], dtype=about["dtype"], trust_remote_code=trusted)
+    return model.eval()  # type: ignore[no-any-return]
 
 
 def checkpoint_weights(handle: EngineHandle) -> dict[str, Tensor]:
@@ -54,7 +56,7 @@ def export_lora(handle: EngineHandle, folder: Path) -> None:
     for name, own in learned.items():
         kind, stem = handle.places[name][0], name.removesuffix(".weight")
         if "b" not in own or kind not in ("linear", "head"):
-            if bool(own.get("delta", own.get("b", torch.zeros(1))).any()):
+            if any(bool(own[key].any()) for key in ("delta", "b") if key in own):
                 lost.append(name)
             continue
         tensors[f"base_model.model.{stem}.lora_A.weight"] = own["v"].contiguous()

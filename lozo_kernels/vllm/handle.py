@@ -36,7 +36,7 @@ class EngineHandle(Handle):
         llm: the engine.
         prepared: the places were checked.
         capacity: the points that one batch can hold.
-        checkpoint: the engine's model, its revision and dtype.
+        checkpoint: the engine's model, its revision and dtype, and whether code that comes with it is trusted.
         superseded: another handle trains the engine now.
         windows: how many earlier windows have factors of their own, beside the weights.
         scores_in_worker: workers make losses of prompts, so that no dict of log-probabilities is passed on for each token.
@@ -62,7 +62,8 @@ class EngineHandle(Handle):
                 "this engine has the weights of an earlier run, which reloaded them: build it anew, on what was saved"
             )
         model = llm.llm_engine.model_config
-        self.checkpoint: dict[str, Any] = {"model": model.model, "revision": model.revision, "dtype": model.dtype}
+        keys = ("model", "revision", "dtype", "trust_remote_code")
+        self.checkpoint: dict[str, Any] = {key: getattr(model, key) for key in keys}
         names = {tuple(report["names"]) for report in reports}
         if len(names) != 1:
             raise EngineError("the ranks of this engine have places for different parameters: it cannot be trained")
@@ -175,8 +176,7 @@ class EngineHandle(Handle):
         self._check_usable()
         self._check_idle()
         assert isinstance(update.step, int)
-        lr, decay, beta = (None if value is None else torch.as_tensor(value).flatten().tolist() for value in
-                           (update.lr, update.weight_decay, update.beta))  # fmt: skip
+        lr, decay, beta = map(_numbers, (update.lr, update.weight_decay, update.beta))
         c = [float(value) for value in update.c]
         self.windows = self.call(
             "lozo_update", update.step, c, lr, None if decay == [0.0] else decay, None if beta is None else beta[0]
@@ -298,3 +298,8 @@ class EngineHandle(Handle):
 
     def _refresh_groups(self, step: Any = None) -> None:
         pass  # nothing moves
+
+
+def _numbers(value: Any) -> list[float] | None:
+    """A setting of an update as plain numbers, one for all parameters or one for each."""
+    return None if value is None else torch.as_tensor(value, dtype=torch.float64, device="cpu").flatten().tolist()

@@ -46,7 +46,7 @@ def shadow_of(hf_config: Any, dtype: torch.dtype) -> nn.Module:
     try:
         with torch.device("meta"):
             if kind is None:
-                return transformers.AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+                return transformers.AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=False)
             return kind._from_config(hf_config, dtype=dtype)  # type: ignore[no-any-return]  # noqa: SLF001
     except (ValueError, AttributeError, TypeError) as e:
         raise RuntimeError(f"transformers has no model {name!r} whose parameters an engine could be trained by: {e}") from e

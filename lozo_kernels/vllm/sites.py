@@ -74,7 +74,7 @@ def _at_slots(learned: Learned, factors: Factors, cols: slice) -> Tensor:
     if learned.u is None:
         return delta[None].expand(len(factors.slots), -1)
     scales = torch.tensor([scale for _, scale in factors.slots], dtype=torch.float32, device=delta.device)
-    index = torch.tensor([direction for direction, _ in factors.slots], device=delta.device)
+    index = torch.tensor([direction for direction, _ in factors.slots], dtype=torch.int64, device=delta.device)
     return delta + scales[:, None] * learned.u[index][:, cols]
 
 

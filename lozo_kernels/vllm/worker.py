@@ -87,7 +87,7 @@ class Methods:
         """
 
         def tensor(values: list[float]) -> Tensor:
-            return torch.tensor(values[0] if len(values) == 1 else values, dtype=torch.float64)
+            return torch.tensor(values[0] if len(values) == 1 else values, dtype=torch.float64, device="cpu")
 
         kept, carried = 0.0 if decay is None else tensor(decay), None if beta is None else tensor([beta])
         self._trained.factors.update(Update(step, [tensor([value]) for value in c], tensor(lr), kept, carried))

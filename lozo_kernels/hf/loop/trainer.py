@@ -168,7 +168,7 @@ class RunTrainer(ZOTrainer):
                 self.measured_steps += step in self._measured
             else:
                 self.take(batches)
-        return torch.zeros((), device=self.args.device)
+        return torch.zeros((), dtype=torch.float32, device=self.args.device)
 
     def take(self, batches: Sequence[Sequence[Encoded]]) -> None:
         """Takes one step and records it. Ctrl-C comes through only while the driver is at work."""
@@ -253,7 +253,7 @@ class _Stepped(torch.optim.Optimizer):
     """An optimiser as the Trainer holds it: with the groups of the driver's, whose steps were taken when it comes to this one."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__([torch.zeros(())], {"lr": 0.0})
+        super().__init__([torch.zeros((), dtype=torch.float32, device="cpu")], {"lr": 0.0})
         self.param_groups = optimizer.param_groups
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import EngineError
 from ..journal import replay
+from ..model.probe.lora import AdapterBuilder, LoraAdapter, widened
+from ..model.storage import layer_kind
 from .handle import EngineHandle
 
 
@@ -45,42 +46,25 @@ def save(handle: EngineHandle, journal: Path, folder: Path) -> None:
 
 def export_lora(handle: EngineHandle, folder: Path) -> None:
     """Writes the factors of all linear layers as an adapter of PEFT."""
-    from safetensors.torch import save_file
-
     learned = handle.learned()
     decayed = next((name for name, own in learned.items() if "gain" in own), None)
     if decayed is not None:
         raise EngineError(f"{decayed!r} has decayed, which no adapter can express: save() the weights")
-    tensors: dict[str, Tensor] = {}
-    targets, ranks, lost = set(), {}, []
-    for name, own in learned.items():
-        kind, stem = handle.places[name][0], name.removesuffix(".weight")
-        if "b" not in own or kind not in ("linear", "head"):
-            if any(bool(own[key].any()) for key in ("delta", "b") if key in own):
-                lost.append(name)
-            continue
-        tensors[f"base_model.model.{stem}.lora_A.weight"] = own["v"].contiguous()
-        tensors[f"base_model.model.{stem}.lora_B.weight"] = own["b"].contiguous()
-        targets.add(stem.rpartition(".")[2])
-        ranks[stem] = own["v"].shape[0]
-    if not tensors:
+    layers = [p for p in handle.trained if all(layer_kind(owner) in ("linear", "transposed") for owner in p.storage.owners)]
+    if not layers:
         raise EngineError("nothing that was trained is a linear layer, and an adapter has nothing else: save() the weights")
+    lost = [p.name for p in handle.trained if p not in layers and any(bool(t.any()) for t in _moved(learned[p.name]))]
     if lost:
         warnings.warn(f"an adapter has no place for {len(lost)} parameters that were trained, e.g. {lost[0]!r}", stacklevel=3)
-    most = max(ranks.values())
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": handle.checkpoint["model"],
-        "r": most,
-        "lora_alpha": most,
-        "rank_pattern": {stem: rank for stem, rank in ranks.items() if rank != most},
-        "alpha_pattern": {stem: rank for stem, rank in ranks.items() if rank != most},
-        "target_modules": sorted(targets),
-        "bias": "none",
-        "lora_dropout": 0.0,
-        "fan_in_fan_out": False,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    rank, builder = max(len(learned[p.name]["v"]) for p in layers), AdapterBuilder(handle.model)
+    for p in layers:
+        own = learned[p.name]
+        for owner in p.storage.owners:
+            builder.add_layer(owner, widened(own["b"], rank), widened(own["v"].T, rank))
+    config = builder.config(handle.checkpoint["model"], rank) | {"task_type": "CAUSAL_LM"}
+    LoraAdapter(config, builder.tensors, {}).save(folder)
+
+
+def _moved(own: dict[str, Tensor]) -> list[Tensor]:
+    """What is not zero if a parameter learned something."""
+    return [own[key] for key in ("delta", "b") if key in own]

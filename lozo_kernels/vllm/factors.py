@@ -104,13 +104,14 @@ class Factors:
         window = step // self.config.interval
         if window == self.window:
             return
-        self.bank()
+        for learned in self.learned.values():
+            self._bank(learned)
         reproject = bool(self.momentum) and self.window is not None
         for state in self._states:
             if state.windows is not None:
                 self._estimator.resample_(state.windows, window=window, reproject=reproject, backend=self.backend)
         self.window = window
-        self._gather()
+        self._gather_windows()
 
     def update(self, update: Update) -> None:
         """Takes up the update of a step, and leaves all points."""
@@ -149,7 +150,7 @@ class Factors:
                 learned.member.gain.fill_(1.0)
                 learned.member.gain = None
         self.live = False
-        self._gather()
+        self._gather_windows()
 
     @property
     def windows(self) -> int:
@@ -160,7 +161,7 @@ class Factors:
         """Ends the factors of this window: they are kept beside those of the next."""
         for learned in self.learned.values():
             self._bank(learned)
-        self._gather()
+        self._gather_windows()
 
     def _bank(self, learned: Learned) -> None:
         """Keeps the factors of the window that ends, scaled by what later decay leaves of them."""
@@ -177,6 +178,13 @@ class Factors:
                 learned.past.append((member.b[0].clone(), member.v[0].float()))
             member.b.zero_()
 
+    def _gather_windows(self) -> None:
+        """As :meth:`_gather`, after V or the earlier windows changed."""
+        for learned in self.learned.values():
+            if learned.member.v is not None:
+                learned.v = torch.cat([learned.member.v[0].float(), *(v for _, v in learned.past)])
+        self._gather()
+
     def _gather(self) -> None:
         """Makes what places compute with of what was learned."""
         self.version += 1
@@ -189,9 +197,8 @@ class Factors:
             if member.v is None:
                 learned.delta = member.b.view(-1)
                 continue
-            past = [(b if now == 1.0 else b * now, v) for b, v in learned.past]
-            learned.b = torch.cat([member.b[0], *(b for b, _ in past)], 1)
-            learned.v = torch.cat([member.v[0].float(), *(v for _, v in past)])
+            past = (b if now == 1.0 else b * now for b, _ in learned.past)
+            learned.b = torch.cat([member.b[0], *past], 1)
 
     def _draw(self) -> None:
         """Makes the directions of the points."""

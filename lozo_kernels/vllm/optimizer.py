@@ -142,7 +142,7 @@ class LOZO(methods.LOZO):
 
         It needs the journal, and disk and host memory for the weights.
         """
-        assert self._recorded is not None or self._journal_file()
+        self._journal_file()  # before anything is recorded
         if self.handle.on_merge is not None:
             self.handle.on_merge()
         with tempfile.TemporaryDirectory() as folder:

@@ -19,6 +19,7 @@ from ..kernels.calls import PointsCall
 from ..kernels.skinny import dispatch_points
 from ..model.overriding import Overrides
 from .factors import Factors, Learned
+from .loading import signs
 from .modules import has_bias, logits_processors, norm_kind
 from .places import Place
 from .tokens import Tokens
@@ -172,8 +173,6 @@ class LinearSite(Site):
         part += (own[bias.place.first : bias.place.first + bias.place.outputs].float() * (ratio - 1.0)).to(part.dtype)
 
     def check(self, y: Tensor, x: Tensor | None) -> None:
-        from .loading import signs
-
         assert x is not None
         flat, rows = y.view(-1, y.shape[-1]).float(), x.reshape(-1, x.shape[-1]).float()
         bias = getattr(self.places[0].module, "bias", None)

@@ -136,6 +136,17 @@ class Runner(abc.ABC):
         slots = np.array([self._asked[r].slot if r in self._asked else 0 for r in requests], dtype=np.int64)
         return slots.repeat(np.asarray(counts)[: len(slots)])
 
+    def _of_part(self, logits_of: Any, hidden: Tensor) -> Any:
+        """The function that makes logits, for views of the batch's hidden states: where a view begins says whose its rows are."""
+
+        @functools.wraps(logits_of)
+        def call(part: Tensor, *args: Any, **kwargs: Any) -> Any:
+            first = (part.data_ptr() - hidden.data_ptr()) // (hidden.stride(0) * hidden.element_size())
+            with self._tokens.head_rows(first, len(part)):
+                return logits_of(part, *args, **kwargs)
+
+        return call
+
     def _score(self, asked: Asked, hidden: Tensor, first: int, position: int, count: int, prompt: Any, logits_of: Any) -> None:
         """Adds the losses of a piece of a prompt.
 
@@ -147,7 +158,7 @@ class Runner(abc.ABC):
         asked.seen = max(asked.seen, position + count)
         if start >= stop:
             return
-        row, total = first + start - position, 0.0
+        row = first + start - position
         targets = torch.tensor(list(prompt[start + 1 : stop + 1]), dtype=torch.int64, device=hidden.device)
         with self._tokens.head_rows(row, stop - start):
             logits = logits_of(hidden[row : row + stop - start])
@@ -224,12 +235,7 @@ class RunnerV1(Runner):
             return
         compute, overrides = model.compute_logits, Overrides()
 
-        def compute_logits(part: Tensor, *args: Any, **kwargs: Any) -> Any:
-            first = (part.data_ptr() - hidden.data_ptr()) // (hidden.stride(0) * hidden.element_size())
-            with self._tokens.head_rows(first, len(part)):
-                return compute(part, *args, **kwargs)
-
-        overrides.put(model, "compute_logits", compute_logits)
+        overrides.put(model, "compute_logits", self._of_part(compute, hidden))
         try:
             yield
         finally:
@@ -258,12 +264,7 @@ class RunnerV2(Runner):
 
         @functools.wraps(prompts)
         def compute_prompt_logprobs(logits_of: Any, hidden: Tensor, batch: Any, *rest: Any) -> Any:
-            def of_part(part: Tensor) -> Any:
-                first = (part.data_ptr() - hidden.data_ptr()) // (hidden.stride(0) * hidden.element_size())
-                with self._tokens.head_rows(first, len(part)):
-                    return logits_of(part)
-
-            return prompts(of_part, hidden, batch, *rest)
+            return prompts(self._of_part(logits_of, hidden), hidden, batch, *rest)
 
         for where, name, function in (
             (runner, "add_requests", add_requests),

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 import transformers
 
+import lozo_kernels
+
 COMMON = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -118,13 +120,34 @@ def losses_at(handle, objective, points) -> dict:
     return found
 
 
-def run_script(name: str, *arguments: str, env: dict[str, str] | None = None, kill: bool = False) -> list[dict]:
-    """Runs one of the scripts beside this file in a process of its own. Returns the JSON lines that it printed."""
+def perturbed(path: str, some: list[list[int]], points, dtype: torch.dtype = torch.float32, **options) -> dict:
+    """The losses of the Hugging Face model at points of step 0, whose weights are moved along whole directions."""
+    model = reference(path, dtype)
+    own = lozo_kernels.patch(model, **OPTIONS, **options)
+    base = {p.name: p.tensor.detach().clone() for p in own.trained}
+    found = {}
+    for direction, scale in points:
+        with torch.no_grad():
+            for p in own.trained:
+                p.tensor.copy_((base[p.name].float() + scale * own.materialize(p.name, 0, direction=direction)).to(dtype))
+        found[direction, scale] = loss_of(model, some)
+    return found
+
+
+def script(name: str, *arguments: str, env: dict[str, str] | None = None) -> dict:
+    """What subprocess runs one of the scripts beside this file with."""
     root = Path(__file__).resolve().parents[2]
     environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'python_tests'}"} | (env or {})
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name(name)), *arguments],
-        env=environment, capture_output=True, text=True, timeout=1200, check=False,
-    )  # fmt: skip
+    return {"args": [sys.executable, str(Path(__file__).with_name(name)), *arguments], "env": environment, "text": True}
+
+
+def lines_of(output: str) -> list[dict]:
+    """The JSON lines that a script printed."""
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+
+def run_script(name: str, *arguments: str, env: dict[str, str] | None = None, kill: bool = False) -> list[dict]:
+    """Runs one of the scripts beside this file in a process of its own. Returns the JSON lines that it printed."""
+    done = subprocess.run(**script(name, *arguments, env=env), capture_output=True, timeout=1200, check=False)
     assert kill or done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return lines_of(done.stdout)

@@ -12,24 +12,10 @@ from lozo_kernels.errors import EngineError
 from lozo_kernels.vllm import LOZO, nll
 from lozo_kernels.vllm.worker import check_engine
 
-from .engines import EPS, OPTIONS, engine, loss_of, losses_at, reference, texts
+from .engines import EPS, engine, losses_at, perturbed, texts
 from .test_objectives import completions, sampling
 
 POINTS = [(0, 0.0), (0, EPS), (0, -EPS), (1, EPS), (1, -EPS)]
-
-
-def perturbed(path, some, points, dtype=torch.float32, **options):
-    """The losses of the Hugging Face model at points of step 0."""
-    model = reference(path, dtype)
-    own = lozo_kernels.patch(model, **OPTIONS, **options)
-    base = {p.name: p.tensor.detach().clone() for p in own.trained}
-    found = {}
-    for direction, scale in points:
-        with torch.no_grad():
-            for p in own.trained:
-                p.tensor.copy_((base[p.name].float() + scale * own.materialize(p.name, 0, direction=direction)).to(dtype))
-        found[direction, scale] = loss_of(model, some)
-    return found
 
 
 def test_an_engine_that_was_not_built_for_it(models):

@@ -6,7 +6,7 @@ import torch
 import lozo_kernels
 from lozo_kernels.vllm import LOZO, nll
 
-from .engines import CONFIGS, EPS, OPTIONS, engine, loss_of, losses_at, reference, texts
+from .engines import CONFIGS, EPS, OPTIONS, engine, loss_of, losses_at, perturbed, reference, texts
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -24,16 +24,11 @@ def test_losses_are_those_of_a_perturbed_hugging_face_model(models, name):
         every = {n for n, _ in model.named_parameters()}
         left = {n for n in every if ".experts." in n}
         assert set(handle.not_placed) == left
-        own = lozo_kernels.patch(model, **OPTIONS, exclude=sorted(left) or None)
-        assert own.names == handle.names
+        assert handle.names == lozo_kernels.patch(model, **OPTIONS, exclude=sorted(left) or None).names
         assert {r.name for r in optimizer.report().parameters if r.treatment != "left alone"} == every - left
-        base = {p.name: p.tensor.detach().clone() for p in own.trained}
-        for direction, scale in points:
-            with torch.no_grad():
-                for p in own.trained:
-                    p.tensor.copy_(base[p.name] + scale * own.materialize(p.name, 0, direction=direction))
-            wanted = loss_of(model, some)
-            assert abs(found[direction, scale] - wanted) < 1e-6, (direction, scale, found[direction, scale], wanted)
+        wanted = perturbed(path, some, points, exclude=sorted(left) or None)
+        for point in points:
+            assert abs(found[point] - wanted[point]) < 1e-6, (point, found[point], wanted[point])
         moved = [abs(found[p] - found[0, 0.0]) for p in points[1:]]
         assert min(moved) > 1e-4, moved  # all of them say something
         optimizer.remove()

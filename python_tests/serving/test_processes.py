@@ -4,14 +4,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import lozo_kernels
 from lozo_kernels.journal import read_journal, replay
 
-from .engines import EPS, OPTIONS, loss_of, reference, run_script, texts
+from .engines import EPS, OPTIONS, lines_of, loss_of, reference, run_script, script, texts
 
 EAGER = {"enforce_eager": True}
 APART = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
@@ -58,12 +56,12 @@ def test_killed_and_resumed(models, tmp_path):
     """The driver with kill -9, and then a worker: the journal goes on where it was, and the run is the same."""
     path, journal = models("llama"), tmp_path / "run.journal"
     whole = steps_of(path, 30, env={"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
-    root = Path(__file__).resolve().parents[2]
     task = {"steps": 10**6, "engine": EAGER, "ours": {}, "settings": {}, "journal": str(journal)}
-    command = [sys.executable, str(Path(__file__).with_name("take_steps.py")), path, json.dumps(task)]
-    environment = os.environ | APART | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'python_tests'}"}
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+        **script("take_steps.py", path, json.dumps(task), env=APART),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         for line in process.stdout:
@@ -86,16 +84,14 @@ def test_killed_and_resumed(models, tmp_path):
 def test_two_engines_share_directions(models, tmp_path):
     """Each evaluates two of four directions, and only scalars are exchanged."""
     path = models("llama")
-    root = Path(__file__).resolve().parents[2]
-    environment = os.environ | APART | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'python_tests'}"}
     processes = []
     for rank in range(2):
         about = {"rank": rank, "world": 2, "init": f"file://{tmp_path / 'meet'}", "mode": "directions"}
         task = {"steps": 5, "engine": EAGER, "ours": {}, "settings": {"directions": 4}, "distributed": about}
-        command = [sys.executable, str(Path(__file__).with_name("take_steps.py")), path, json.dumps(task)]
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        started = script("take_steps.py", path, json.dumps(task), env=APART)
+        processes.append(subprocess.Popen(**started, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
     ends = [process.communicate(timeout=1200) for process in processes]
     assert all(process.returncode == 0 for process in processes), [error[-6000:] for _, error in ends]
-    rows = [[json.loads(line) for line in out.splitlines() if line.startswith("{")] for out, _ in ends]
+    rows = [lines_of(out) for out, _ in ends]
     assert rows[0] == rows[1]
     assert worst(rows[0], wanted(path, 5, directions=4)) < 1e-5

@@ -169,10 +169,12 @@ def test_a_journal_of_other_weights_is_refused(models, tmp_path):
     assert Path(journal).exists()
 
 
-def test_an_adapter_gives_the_losses_of_the_run(models, tmp_path):
+@pytest.mark.parametrize(("name", "include"), [("llama", "*_proj*"), ("gpt2", "*.c_*.weight")])
+def test_an_adapter_gives_the_losses_of_the_run(models, tmp_path, name, include):
+    """Of layers whose weights are stored transposed too (GPT-2)."""
     peft = pytest.importorskip("peft")
-    path, some = models("llama"), texts(5)
-    with engine(path, ours={"include": ["*_proj*"], "interval": 4}) as llm:
+    path, some = models(name), texts(5)
+    with engine(path, ours={"include": [include], "interval": 4}) as llm:
         optimizer = LOZO(llm, lr=1e-3, eps=EPS, journal=tmp_path / "run.journal")
         for i in range(10):
             optimizer.step(nll(texts(i)))

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +93,70 @@ def export_lora(handle: Handle, folder: str | Path | None = None, *, rank: int |
     return adapter
 
 
-class _Export:
-    def __init__(self, handle: ProbeHandle, rank: int | None) -> None:
-        self.handle, self.rank = handle, rank
-        self.modules = {canonical(name): module for name, module in handle.model.named_modules()}
-        self.members = {(owner.module, owner.attribute): m for m in handle.members for owner in m.owners}
+class AdapterBuilder:
+    """Collects the factors of layers as PEFT keeps them.
+
+    Attributes:
+        tensors: the content of ``adapter_model.safetensors``. targets: names of the layers.
+        biases: some bias is stored.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = {canonical(name): module for name, module in model.named_modules()}
         self.tensors: dict[str, Tensor] = {}
-        self.errors: dict[str, float] = {}
         self.targets: list[str] = []
-        self.biases = self.transposed = False
+        self.biases = self._transposed = False
+
+    def add_layer(self, owner: Owner, b: Tensor, v: Tensor) -> str:
+        """Adds what a layer learned, b v^T, with b (rows, rank) and v (cols, rank). Returns the name of the layer."""
+        name, kind = canonical(owner.path), layer_kind(owner)
+        # PEFT adds B A x: a linear layer's weight is (outputs, inputs), those of the others are (inputs, outputs).
+        up, down = (b, v.T) if kind == "linear" else (v, b.T)
+        self.put(name, "lora_embedding_A" if kind == "embedding" else "lora_A.weight", down)
+        self.put(name, "lora_embedding_B" if kind == "embedding" else "lora_B.weight", up)
+        self._transposed |= kind == "transposed"
+        self.targets.append(name)
+        return name
+
+    def put(self, module: str, key: str, value: Tensor) -> None:
+        """Stores a tensor of a module."""
+        self.tensors[f"{_PREFIX}{module}.{key}"] = value.to("cpu", copy=True).contiguous()
+
+    def config(self, base: str | None, rank: int, saved: Sequence[str] = ()) -> dict[str, Any]:
+        """The content of ``adapter_config.json``.
+
+        Args:
+            base: the model that the adapter is for.
+            saved: modules that are stored whole.
+        """
+        return {
+            "peft_type": "LORA",
+            "base_model_name_or_path": base,
+            "inference_mode": True,
+            "r": rank,
+            "lora_alpha": rank,
+            "lora_dropout": 0.0,
+            "bias": "all" if self.biases else "none",
+            "fan_in_fan_out": self._transposed,
+            "target_modules": self._target_modules(),
+            "modules_to_save": list(saved) or None,
+        }
+
+    def _target_modules(self) -> list[str] | str:
+        """Returns names, or a pattern if PEFT, which compares the ends of names, would also match other modules."""
+        targets = set(self.targets)
+        others = (name for name in self.modules if name not in targets)
+        if any(name.endswith(f".{target}") for name in others for target in targets):
+            return "|".join(map(re.escape, self.targets))
+        return self.targets
+
+
+class _Export(AdapterBuilder):
+    def __init__(self, handle: ProbeHandle, rank: int | None) -> None:
+        super().__init__(handle.model)
+        self.handle, self.rank = handle, rank
+        self.members = {(owner.module, owner.attribute): m for m in handle.members for owner in m.owners}
+        self.errors: dict[str, float] = {}
 
     def run(self) -> LoraAdapter:
         reshard(self.handle.model)
@@ -112,7 +167,8 @@ class _Export:
         for member, (b, v) in deltas.items():
             self._add_low_rank(member, b, v, self.rank or width)
         saved = self._add_rest([m for m in self.handle.members if m not in deltas])
-        return LoraAdapter(self._config(saved, self.rank or width), self.tensors, self.errors)
+        base = getattr(getattr(self.handle.model, "config", None), "_name_or_path", None) or None
+        return LoraAdapter(self.config(base, self.rank or width, saved), self.tensors, self.errors)
 
     def _add_low_rank(self, member: Member, b: Tensor, v: Tensor, rank: int) -> None:
         b, v, error = (b, v, 0.0) if self.rank is None else truncate(b, v, rank)
@@ -122,16 +178,9 @@ class _Export:
                 "once for each of them when it merges it (merge_and_unload)",
                 stacklevel=5,
             )
-        b, v = (nn.functional.pad(x, (0, rank - x.shape[1])) for x in (b, v))
+        b, v = (widened(x, rank) for x in (b, v))
         for owner in member.owners:
-            name, kind = canonical(owner.path), layer_kind(owner)
-            # PEFT adds B A x: a linear layer's weight is (outputs, inputs), those of the others are (inputs, outputs).
-            up, down = (b, v.T) if kind == "linear" else (v, b.T)
-            self._put(name, "lora_embedding_A" if kind == "embedding" else "lora_A.weight", down)
-            self._put(name, "lora_embedding_B" if kind == "embedding" else "lora_B.weight", up)
-            self.transposed |= kind == "transposed"
-            self.targets.append(name)
-            self.errors[name] = error
+            self.errors[self.add_layer(owner, b, v)] = error
 
     def _add_rest(self, members: Iterable[Member]) -> list[str]:
         """Stores everything that is not a low-rank delta of a layer. Returns the names of modules that are saved whole."""
@@ -140,7 +189,7 @@ class _Export:
             owner = member.owners[0]
             name = canonical(owner.path)
             if owner.attribute == "bias" and _is_linear(owner):
-                self._put(name, "base_layer.bias" if name in self.targets else "bias", _current(member))
+                self.put(name, "base_layer.bias" if name in self.targets else "bias", _current(member))
                 self.biases = True
             elif len(member.owners) == 1 and name and not any(True for _ in owner.module.children()):
                 whole.append(name)
@@ -162,36 +211,15 @@ class _Export:
         for attribute, p in own_parameters(module).items():
             if p is not None:
                 member = self.members.get((module, attribute))
-                self._put(name, attribute, gather(p.detach()) if member is None else _current(member))
+                self.put(name, attribute, gather(p.detach()) if member is None else _current(member))
         for attribute, buffer in own_buffers(module).items():
             if buffer is not None and attribute not in unsaved_buffers(module):
-                self._put(name, attribute, buffer)
+                self.put(name, attribute, buffer)
 
-    def _put(self, module: str, key: str, value: Tensor) -> None:
-        self.tensors[f"{_PREFIX}{module}.{key}"] = value.to("cpu", copy=True).contiguous()
 
-    def _config(self, saved: list[str], rank: int) -> dict[str, Any]:
-        model_config = getattr(self.handle.model, "config", None)
-        return {
-            "peft_type": "LORA",
-            "base_model_name_or_path": getattr(model_config, "_name_or_path", None) or None,
-            "inference_mode": True,
-            "r": rank,
-            "lora_alpha": rank,
-            "lora_dropout": 0.0,
-            "bias": "all" if self.biases else "none",
-            "fan_in_fan_out": self.transposed,
-            "target_modules": self._target_modules(),
-            "modules_to_save": saved or None,
-        }
-
-    def _target_modules(self) -> list[str] | str:
-        """Returns names, or a pattern if PEFT, which compares the ends of names, would also match other modules."""
-        targets = set(self.targets)
-        others = (name for name in self.modules if name not in targets)
-        if any(name.endswith(f".{target}") for name in others for target in targets):
-            return "|".join(map(re.escape, self.targets))
-        return self.targets
+def widened(factor: Tensor, rank: int) -> Tensor:
+    """A factor (rows, ranks) with columns of zeros up to a rank, which is one for a whole adapter."""
+    return nn.functional.pad(factor, (0, rank - factor.shape[1]))
 
 
 def truncate(b: Tensor, v: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

@@ -92,13 +92,7 @@ LOZO_INLINE void add_terms(T *y, int64_t stride, int64_t count, const Terms<TOKE
     const float *own = terms.own[t] + block * rank * kBlock;
     for (int64_t k = 0; k < rank; ++k) add_product(t, terms.q[t][k], Io<float>::load(own + k * kBlock));
   }
-  for (int t = 0; t < TOKENS; ++t) {
-    if (count >= kBlock) {
-      store_flushing(y + t * stride, sum[t]);
-    } else {
-      store_partial(y + t * stride, sum[t], count);
-    }
-  }
+  store_rows<T, TOKENS, true>(y, stride, sum, count);
 }
 
 // The panels of an item's columns, in a thread's scratch memory; those of a direction are made when a token needs them.

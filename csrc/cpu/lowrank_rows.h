@@ -92,13 +92,16 @@ LOZO_INLINE void load_rows(Pair<F> *y, const T *x, int64_t stride, int64_t count
   }
 }
 
-template <class T, int ROWS>
+// FLUSHING is for results that are not promised in bits.
+template <class T, int ROWS, bool FLUSHING = false>
 LOZO_INLINE void store_rows(T *x, int64_t stride, const Pair<F> *y, int64_t count) {
   for (int r = 0; r < ROWS; ++r) {
-    if (count >= kBlock) {
-      Io<T>::store(x + r * stride, y[r]);
-    } else {
+    if (count < kBlock) {
       store_partial(x + r * stride, y[r], count);
+    } else if (FLUSHING) {
+      store_flushing(x + r * stride, y[r]);
+    } else {
+      Io<T>::store(x + r * stride, y[r]);
     }
   }
 }

@@ -19,13 +19,7 @@ LOZO_INLINE void add_block(T *y, int64_t stride, int64_t count, const F *held, c
       sum[t] = {multiply_add(a, c.a, sum[t].a), multiply_add(a, c.b, sum[t].b)};
     }
   }
-  for (int t = 0; t < TOKENS; ++t) {
-    if (count >= kBlock) {
-      store_flushing(y + t * stride, sum[t]);
-    } else {
-      store_partial(y + t * stride, sum[t], count);
-    }
-  }
+  store_rows<T, TOKENS, true>(y, stride, sum, count);
 }
 
 template <class T>

@@ -82,16 +82,6 @@ LOZO_INLINE Pair<I> unpack_quads(I words01, I words23) {
 // pack_pairs of the two 32-bit integers of each 64-bit lane, stored as W / 2 integers.
 LOZO_INLINE void store_adjacent_pairs(int32_t *p, I x) { vst1_s32(p, vreinterpret_s32_s16(vmovn_s32(x))); }
 
-template <>
-struct Io<float> {
-  static constexpr bool interleaved = false;
-  LOZO_INLINE Pair<F> load(const float *p) { return {vld1q_f32(p), vld1q_f32(p + W)}; }
-  LOZO_INLINE void store(float *p, Pair<F> y) {
-    vst1q_f32(p, y.a);
-    vst1q_f32(p + W, y.b);
-  }
-};
-
 // Rounds to nearest even into the upper half of each lane; NaN becomes the quiet NaN.
 LOZO_INLINE uint32x4_t round_to_upper_half(F y) {
   const uint32x4_t u = vreinterpretq_u32_f32(y), odd = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
@@ -112,15 +102,7 @@ struct Io<bf16> {
   }
 };
 
-template <>
-struct Io<f16> {
-  static constexpr bool interleaved = false;
-  LOZO_INLINE Pair<F> load(const f16 *p) { return {load_half(p), load_half(p + W)}; }
-  LOZO_INLINE void store(f16 *p, Pair<F> y) {
-    store_half(p, y.a);
-    store_half(p + W, y.b);
-  }
-};
-
 }  // namespace LOZO_ISA
 }  // namespace lozo
+
+#include "lozo/vec_halves.h"

@@ -130,16 +130,6 @@ LOZO_INLINE void store_adjacent_pairs(int32_t *p, I x) {
   p[1] = (int32_t)(((uint32_t)x[2] & 0xffff) | (uint32_t)x[3] << 16);
 }
 
-template <>
-struct Io<float> {
-  static constexpr bool interleaved = false;
-  LOZO_INLINE Pair<F> load(const float *p) { return {portable::load(p), portable::load(p + W)}; }
-  LOZO_INLINE void store(float *p, Pair<F> y) {
-    portable::store(p, y.a);
-    portable::store(p + W, y.b);
-  }
-};
-
 // Round to nearest even into the upper half of each lane; NaN becomes the quiet NaN.
 LOZO_INLINE Bits round_to_upper_half(F y) {
   const Bits u = (Bits)y, rounded = u + 0x7fff + (u >> 16 & 1), nan = (Bits)(y != y);
@@ -165,15 +155,7 @@ struct Io<bf16> {
   static constexpr bool first_is_low = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
 };
 
-template <>
-struct Io<f16> {
-  static constexpr bool interleaved = false;
-  LOZO_INLINE Pair<F> load(const f16 *p) { return {load_half(p), load_half(p + W)}; }
-  LOZO_INLINE void store(f16 *p, Pair<F> y) {
-    store_half(p, y.a);
-    store_half(p + W, y.b);
-  }
-};
-
 }  // namespace LOZO_ISA
 }  // namespace lozo
+
+#include "lozo/vec_halves.h"

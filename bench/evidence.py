@@ -24,9 +24,9 @@ def result_parser(description: str | None, name: str) -> argparse.ArgumentParser
     return parser
 
 
-def made_by(module: str, argv: Sequence[str]) -> dict[str, Any]:
-    """Begins a result that ``python -m MODULE ARGV`` measures on the CPU: machine, versions, commit, command and date."""
-    return environment(CPU, argv, program=("python", "-m", module))
+def made_by(module: str, argv: Sequence[str], device: torch.device = CPU) -> dict[str, Any]:
+    """Begins a result that ``python -m MODULE ARGV`` measures: machine, versions, commit, command and date."""
+    return environment(device, argv, program=("python", "-m", module))
 
 
 def write_result(document: dict[str, Any], path: Path) -> None:

@@ -2,7 +2,8 @@
 
 ``PYTHONPATH=. .venv-vllm/bin/python -m bench.serving cost`` times, in turn and in one run, a Llama of 100M parameters: vLLM and
 Hugging Face as they are, the probe at rest, at one point, at several points in one batch and in turn, and vLLM's own LoRA. Every
-engine has a process of its own and waits while another one runs. In the case ``decode`` weights are read for every token.
+engine has a process of its own and waits while another one runs. In the case ``decode`` weights are read for every token. On a GPU
+the Llama has 1.2B parameters.
 ``... -m bench.serving rewards`` trains the small model of ``examples/serving/rewards.py`` by rewards, with five seeds.
 """
 
@@ -27,17 +28,20 @@ import torch
 from bench.evidence import REPO, made_by, result_parser, write_result
 from lozo_kernels.bench.environment import OtherLoad
 
-SHAPE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12, "vocab_size": 8192}
+SHAPES = {
+    "cpu": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12, "vocab_size": 8192},
+    "cuda": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "vocab_size": 32000},
+}
 POINTS = 8
 CASES = {"score": (16, 64), "decode": (4, 256)}
 """Texts and tokens: of each text, or written after a prompt of 8."""
 
 
-def make_model(folder: Path) -> str:
+def make_model(folder: Path, device: str) -> str:
     import transformers
 
     torch.manual_seed(0)
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).to(torch.bfloat16).save_pretrained(folder)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPES[device])).to(torch.bfloat16).save_pretrained(folder)
     return str(folder)
 
 
@@ -54,7 +58,7 @@ def make_adapter(model: str, folder: Path) -> str:
 class Cost:
     """The contenders of one case, each a function that does the work of one point."""
 
-    def __init__(self, case: str, model: str, adapter: str) -> None:
+    def __init__(self, case: str, model: str, adapter: str, device: str) -> None:
         from vllm import LLM, SamplingParams
         from vllm.lora.request import LoRARequest
 
@@ -62,6 +66,8 @@ class Cost:
 
         texts, tokens = CASES[case]
         same = {"skip_tokenizer_init": True, "dtype": "bfloat16", "enforce_eager": True, "max_model_len": 320, "max_num_seqs": 64}
+        if device == "cuda":
+            same["gpu_memory_utilization"] = 0.2  # three engines beside each other
         self._case, generator = case, torch.Generator().manual_seed(0)
         count = tokens if case == "score" else 8
         self._texts = torch.randint(3, 8000, (texts, count), generator=generator).tolist()
@@ -77,7 +83,7 @@ class Cost:
         if case == "score":
             import transformers
 
-            self._hf = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+            self._hf = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device).eval()
 
     def contenders(self) -> dict[str, tuple[Callable[[], Any], int]]:
         """What is timed, and how many points it evaluates."""
@@ -109,17 +115,18 @@ class Cost:
 
     @torch.no_grad()
     def _forward(self) -> None:
-        logs = self._hf(torch.tensor(self._texts)).logits[:, :-1].float().log_softmax(-1)
-        logs.gather(2, torch.tensor(self._texts)[:, 1:, None]).double().mean().item()
+        texts = torch.tensor(self._texts, dtype=torch.int64, device=self._hf.device)
+        logs = self._hf(texts).logits[:, :-1].float().log_softmax(-1)
+        logs.gather(2, texts[:, 1:, None]).double().mean().item()
 
 
-def cost(argv: list[str], output: Path, rounds: int) -> None:
+def cost(argv: list[str], output: Path, rounds: int, device: str) -> None:
     others, rows = OtherLoad(), []
     with tempfile.TemporaryDirectory() as folder:
-        model = make_model(Path(folder) / "model")
+        model = make_model(Path(folder) / "model", device)
         adapter = make_adapter(model, Path(folder) / "adapter")
         for case in CASES:
-            contenders = Cost(case, model, adapter).contenders()
+            contenders = Cost(case, model, adapter, device).contenders()
             seen: dict[str, list[float]] = {name: [] for name in contenders}
             for turn in range(rounds + 1):
                 for name, (work, points) in contenders.items():
@@ -132,8 +139,8 @@ def cost(argv: list[str], output: Path, rounds: int) -> None:
                 median = statistics.median(times)
                 rows.append({"case": case, "contender": name, "ms_per_point": median, "to_vllm": median / plain})
                 print(f"{case:8} {name:28} {median:9.1f} ms a point, {median / plain:.2f} of vLLM's")
-    about = {"model": SHAPE, "dtype": "bfloat16", "cases": {name: list(shape) for name, shape in CASES.items()}, "rounds": rounds}
-    write_result(made_by("bench.serving", argv) | about | {"cpus_used_by_others": others.mean(), "rows": rows}, output)
+    about = {"model": SHAPES[device], "dtype": "bfloat16", "cases": {name: list(shape) for name, shape in CASES.items()}, "rounds": rounds}
+    write_result(made_by("bench.serving", argv, torch.device(device)) | about | {"cpus_used_by_others": others.mean(), "rows": rows}, output)
 
 
 def rewards_of(seed: int, model: str, steps: int) -> list[float]:
@@ -163,6 +170,7 @@ def rewards(argv: list[str], output: Path, seeds: int, steps: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = result_parser(__doc__, "serving_WHAT_cpu.json")
     parser.add_argument("what", choices=["cost", "rewards"])
+    parser.add_argument("--device", choices=list(SHAPES), default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60)
@@ -171,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     random.seed(0)
     output = args.output.with_name(args.output.name.replace("WHAT", args.what))
     if args.what == "cost":
-        cost(argv, output, args.rounds)
+        cost(argv, output, args.rounds, args.device)
     else:
         rewards(argv, output, args.seeds, args.steps)
     return 0

@@ -1,3 +1,4 @@
+import gc
 import os
 import random
 import signal
@@ -31,6 +32,17 @@ def opt_in(name):
 def pytest_report_header(config):
     choice = choose_backend("cpu")
     return f"lozo_kernels {lozo_kernels.__version__}: cpu served by {choice.backend.name}; not used: {choice.rejected or 'none'}"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_to_collect_but_this_file():
+    """A run collects garbage several times, and would go through all modules and tests that there are: half a second each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

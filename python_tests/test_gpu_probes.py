@@ -82,7 +82,7 @@ def test_updates_of_a_probe_have_the_bits_of_the_cpu(place, side, beta, dtype):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU here")
 def test_so_they_have_in_the_interpreter():
-    """On the weight side: preparing the other one takes the interpreter half a minute."""
+    """On the weight side, which is asked for: to measure both would take the interpreter minutes."""
     if not serves("cpu", "triton"):
         pytest.skip("triton is not installed")
     learned_bits((torch.device("cpu"), "triton"), torch.bfloat16, model=Small, steps=1, side="scratch")

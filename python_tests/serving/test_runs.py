@@ -18,8 +18,8 @@ ROUNDING = 2e-7
 """Of a loss near 6 in fp32, which sums over layers give a few units in the last place: c has it over eps."""
 
 
-def compare(path, llm, steps, folder, *, max_windows=32, **settings):
-    """Takes steps in both; returns the worst difference of c, and of the weights that the journal gives."""
+def compare(path, llm, steps, folder, *, max_windows=32, batch=texts, **settings):
+    """Takes steps in both, of batch(step); returns the worst difference of c, and of the weights that the journal gives."""
     model = reference(path)
     journal = folder / "run.journal"
     journal.unlink(missing_ok=True)
@@ -27,7 +27,7 @@ def compare(path, llm, steps, folder, *, max_windows=32, **settings):
     theirs = lozo_kernels.LOZO(model, lr=2e-4, eps=EPS, placement="probe", **OPTIONS, **settings)
     worst = 0.0
     for i in range(steps):
-        some = texts(i)
+        some = batch(i)
         mine.step(nll(some))
         theirs.step(lambda some=some: loss_of(model, some))
         worst = max(worst, float((mine.info.c - theirs.info.c).abs().max()))
@@ -46,8 +46,9 @@ def test_sixty_steps_are_those_of_hugging_face(models, tmp_path):
     """Three windows; ``lozo-kernels replay`` gives the weights, and the engine's loss is that of them."""
     path = models("llama")
     with engine(path) as llm:
-        worst, difference, mine, model = compare(path, llm, 60, tmp_path)
-        assert worst < 2e-5, worst  # less than a unit in the last place of one loss gives
+        # c has the rounding of a loss over eps, and one token alone has more than is held here: 16 texts have 650.
+        worst, difference, mine, model = compare(path, llm, 60, tmp_path, batch=lambda step: texts(step, 16, 48))
+        assert worst < 1e-5, worst
         assert difference < 1e-6, difference
         some, last = texts(99), 60
         mine.handle.expect(last, [(0, 0.0)])

@@ -33,7 +33,7 @@ def choose_sides(
 
     Args:
         uses: where an evaluation used each member.
-        costs: of each low-rank member that has a choice, on its device and in its dtype.
+        costs: of each member that :func:`needs_costs`, on its device and in its dtype.
         compiled: the model is compiled, so that scratch memory cannot be used.
         peers: the processes that have to choose alike; the other arguments are the same for all.
     """
@@ -46,7 +46,7 @@ def choose_sides(
         if member.signed:
             _choose_signed(member, used, config)
         elif member.parameter.low_rank:
-            _choose_matrix(member, used, costs[member], config, compiled)
+            _choose_matrix(member, used, costs.get(member), config, compiled)
         else:
             member.settle_on("copy", "small" if _bytes(member) <= _COPY_BYTES else "dense")
             if config.estimator == "dense" and _bytes(member) > _COPY_BYTES and not compiled:
@@ -116,21 +116,27 @@ def _scratch_cost(member: Member, costs: Costs) -> float:
     return max(1, len(member.scopes)) * costs.scratch(member.numel)
 
 
-def _choose_matrix(member: Member, used: Uses, costs: Costs, config: PatchConfig, compiled: bool) -> None:
+def needs_costs(member: Member, config: PatchConfig) -> bool:
+    """Whether a member has a side by what it costs, or whether it stays a probe does."""
+    chosen = _asked(member, config) == "auto" or (config.placement == "auto" and config.allow_drift)
+    return member.parameter.low_rank and not member.signed and chosen
+
+
+def _choose_matrix(member: Member, used: Uses, costs: Costs | None, config: PatchConfig, compiled: bool) -> None:
     obstacle = why_not_activation(member, used, config.estimator)
     asked = _asked(member, config)
     if not member.storage.mergeable:
         if obstacle is not None:
             member.settle_on("inplace", obstacle)
         member.settle_on("activation", "quantised: its weight cannot be written elsewhere")
-    elif obstacle is None and asked in ("auto", "activation"):
+    elif asked in ("scratch", "copy") or (asked == "activation" and obstacle is None):
+        member.settle_on(asked, "asked for")
+    elif costs is not None and obstacle is None:
         skinny, scratch = _skinny_cost(member, used, costs), _scratch_cost(member, costs)
-        if asked == "activation" or compiled or _GAIN * skinny <= scratch:
-            member.settle_on("activation", "asked for" if asked == "activation" else _compare(skinny, scratch, used.tokens))
+        if compiled or _GAIN * skinny <= scratch:
+            member.settle_on("activation", _compare(skinny, scratch, used.tokens))
         else:
             member.settle_on("scratch", _compare(scratch, skinny, used.tokens))
-    elif asked in ("scratch", "copy"):
-        member.settle_on(asked, "asked for")
     elif compiled or (_bytes(member) <= _COPY_BYTES and member.storage.always_here):
         member.settle_on("copy", f"{obstacle}; " + ("the model is compiled" if compiled else "small"))
     else:

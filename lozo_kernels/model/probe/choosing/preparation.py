@@ -19,7 +19,7 @@ from ...watching import WeightVersions
 from ..forward.probed import ProbedModel
 from ..members import Member, modules_of
 from ..runtime import Point
-from .choice import choose_sides
+from .choice import choose_sides, needs_costs
 from .cost import Costs, free_bytes, measure_costs
 from .lookout import Lookout, Uncovered
 from .trace import Watch, watching
@@ -134,10 +134,12 @@ class Preparation:
         config = self.probed.config
         costs: dict[Member, Costs] = {}
         for member in self.members:
-            if member.parameter.low_rank and not member.signed:
+            if needs_costs(member, config):
                 p = member.parameter.tensor
                 dtype = p.dtype if p.is_floating_point() else torch.float32
                 costs[member] = measure_costs(member.device, dtype, config.rank, config.backend)
+        if not costs:
+            return costs
         agreed = self.peers.most([seconds for found in costs.values() for seconds in dataclasses.astuple(found)])
         return {member: Costs(*agreed[4 * i : 4 * i + 4]) for i, member in enumerate(costs)}
 

@@ -1,6 +1,6 @@
 """What training inside of a vLLM engine costs, and what it learns: needs the environment of ``make test-vllm``.
 
-``PYTHONPATH=. .venv-vllm/bin/python -m bench.serving cost`` times, in turn and in one run, a Llama of 100M parameters: vLLM and
+``PYTHONPATH=. .venv-vllm/bin/python -m bench.serving cost`` times, in turn and in one run, a Llama of 50M parameters: vLLM and
 Hugging Face as they are, the probe at rest, at one point, at several points in one batch and in turn, and vLLM's own LoRA. Every
 engine has a process of its own and waits while another one runs. In the case ``decode`` weights are read for every token. On a GPU
 the Llama has 1.2B parameters.
@@ -29,11 +29,18 @@ from bench.evidence import REPO, made_by, result_parser, write_result
 from lozo_kernels.bench.environment import OtherLoad
 
 SHAPES = {
-    "cpu": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12, "vocab_size": 8192},
-    "cuda": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "vocab_size": 32000},
+    "cpu": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 12, "vocab_size": 8192},
+    "cuda": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+    },
 }
 POINTS = 8
-CASES = {"score": (16, 64), "decode": (4, 256)}
+DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+CASES = {"cpu": {"score": (8, 32), "decode": (4, 32)}, "cuda": {"score": (64, 256), "decode": (64, 256)}}
 """Texts and tokens: of each text, or written after a prompt of 8."""
 
 
@@ -41,7 +48,8 @@ def make_model(folder: Path, device: str) -> str:
     import transformers
 
     torch.manual_seed(0)
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPES[device])).to(torch.bfloat16).save_pretrained(folder)
+    config = transformers.LlamaConfig(**SHAPES[device])
+    transformers.LlamaForCausalLM(config).to(getattr(torch, DTYPES[device])).save_pretrained(folder)
     return str(folder)
 
 
@@ -49,7 +57,7 @@ def make_adapter(model: str, folder: Path) -> str:
     import peft
     import transformers
 
-    base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    base = transformers.AutoModelForCausalLM.from_pretrained(model)
     names = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
     peft.get_peft_model(base, peft.LoraConfig(r=8, target_modules=names, init_lora_weights=False)).save_pretrained(folder)
     return str(folder)
@@ -64,10 +72,11 @@ class Cost:
 
         from lozo_kernels.vllm import LOZO, engine_options
 
-        texts, tokens = CASES[case]
-        same = {"skip_tokenizer_init": True, "dtype": "bfloat16", "enforce_eager": True, "max_model_len": 320, "max_num_seqs": 64}
+        texts, tokens = CASES[device][case]
+        same: dict[str, Any] = {"skip_tokenizer_init": True, "dtype": DTYPES[device], "enforce_eager": True, "max_model_len": 320}
+        same["max_num_seqs"] = POINTS * texts
         if device == "cuda":
-            same["gpu_memory_utilization"] = 0.2  # three engines beside each other
+            same["gpu_memory_utilization"] = 0.25  # three engines beside each other
         self._case, generator = case, torch.Generator().manual_seed(0)
         count = tokens if case == "score" else 8
         self._texts = torch.randint(3, 8000, (texts, count), generator=generator).tolist()
@@ -83,7 +92,7 @@ class Cost:
         if case == "score":
             import transformers
 
-            self._hf = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device).eval()
+            self._hf = transformers.AutoModelForCausalLM.from_pretrained(model).to(device).eval()
 
     def contenders(self) -> dict[str, tuple[Callable[[], Any], int]]:
         """What is timed, and how many points it evaluates."""
@@ -125,7 +134,7 @@ def cost(argv: list[str], output: Path, rounds: int, device: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder) / "model", device)
         adapter = make_adapter(model, Path(folder) / "adapter")
-        for case in CASES:
+        for case in CASES[device]:
             contenders = Cost(case, model, adapter, device).contenders()
             seen: dict[str, list[float]] = {name: [] for name in contenders}
             for turn in range(rounds + 1):
@@ -138,9 +147,12 @@ def cost(argv: list[str], output: Path, rounds: int, device: str) -> None:
             for name, times in seen.items():
                 median = statistics.median(times)
                 rows.append({"case": case, "contender": name, "ms_per_point": median, "to_vllm": median / plain})
-                print(f"{case:8} {name:28} {median:9.1f} ms a point, {median / plain:.2f} of vLLM's")
-    about = {"model": SHAPES[device], "dtype": "bfloat16", "cases": {name: list(shape) for name, shape in CASES.items()}, "rounds": rounds}
-    write_result(made_by("bench.serving", argv, torch.device(device)) | about | {"cpus_used_by_others": others.mean(), "rows": rows}, output)
+                print(f"{case:8} {name:28} {median:9.1f} ms a point, {median / plain:.2f} of vLLM's", flush=True)
+    evidence = made_by("bench.serving", argv, torch.device(device))
+    about = {"model": SHAPES[device], "dtype": DTYPES[device], "cases": CASES[device], "rounds": rounds}
+    write_result(
+        made_by("bench.serving", argv, torch.device(device)) | about | {"cpus_used_by_others": others.mean(), "rows": rows}, output
+    )
 
 
 def rewards_of(seed: int, model: str, steps: int) -> list[float]:

@@ -5,11 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from hf_helpers import REPO, write_jsonl
+from machine import stretched, wait_until
 
 import lozo_kernels
 from lozo_kernels.cli import command as cli
@@ -220,13 +220,10 @@ def test_ctrl_c_saves_what_there_is(tmp_path):
         [*command, "--compare-steps", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPO
     )
     metrics = tmp_path / "out" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        if metrics.exists() and '"step": 5,' in metrics.read_text():
-            break
-        time.sleep(0.1)
+    began = wait_until(lambda: process.poll() is not None or (metrics.exists() and '"step": 5,' in metrics.read_text()))
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=stretched(60))
+    assert began, err
     assert process.returncode == 130, err
     summary = json.loads(out)
     assert summary["stopped"] == "interrupted"

@@ -13,6 +13,7 @@ from torch import distributed, nn
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from machine import stretched
 from trainer_helpers import OPTIONS, VOCABULARY, Recorder, apart, arguments, token_rows, trained, zo_arguments
 from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -129,7 +130,7 @@ def test_two_processes(stock, tmp_path):
             [sys.executable, __file__, str(tmp_path)], stdout=log, stderr=log, env=environment, start_new_session=True
         )
         try:
-            code = pair.wait(timeout=240)
+            code = pair.wait(timeout=stretched(120))
         except BaseException:
             os.killpg(pair.pid, signal.SIGKILL)
             raise

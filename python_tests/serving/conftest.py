@@ -6,7 +6,9 @@ import pytest
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]  # python_tests/test_vllm_missing.py says so
 
+# One thread: the models are too small to share, and on a busy machine threads that wait for each other cost most.
 os.environ |= {
+    "OMP_NUM_THREADS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -113,7 +113,11 @@ def _arguments(case: Choices, op: Op, count: int, carry: bool) -> dict[str, Any]
     call["draws"] = draws = [_draw(case) for _ in range(case.of(0, 1, 1) if op.out else case.of(1, op.draws[1]))]
     for odd in case.odd(3, [_draw(case) for _ in range(3)], [], None, [3], [None], note="draws"):
         call["draws"], draws = odd, odd or ()
-    call["scales"] = _scalars(case, (case.of(1, 2, 5) if op.signed else len(draws), count), "scales")
+    # Examples have the directions from that of the draw on, as far as there are any.
+    first = getattr(draws[0], "direction", 0) if op.signed and draws else 0
+    room = noise.MAX_DIRECTION - first if isinstance(first, int) else 1
+    examples = min(case.of(1, 2, 5), max(1, room)) if op.signed else len(draws)
+    call["scales"] = _scalars(case, (examples, count), "scales")
     if case.chance(30):
         call["decay"] = _scalars(case, (count,), "decay")
     if case.chance(30) and not op.factors:

@@ -10,7 +10,7 @@ os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobi
 
 def main(path, steps, engine, ours, settings, journal=None, distributed=None, kill_worker_at=None):
     import torch
-    from serving.engines import EPS, OPTIONS, texts
+    from serving.engines import EPS, OPTIONS, many
     from vllm import LLM
 
     from lozo_kernels.vllm import LOZO, engine_options, nll
@@ -32,7 +32,7 @@ def main(path, steps, engine, ours, settings, journal=None, distributed=None, ki
             for child in psutil.Process().children(recursive=True):
                 child.kill()
             time.sleep(3)  # vLLM notices it, and the next call says so; a call that is under way then would wait for ever
-        some = texts(i, length=24)
+        some = many(i)
         loss = optimizer.step(nll(some[rank::world] if shared else some))
         print(json.dumps({"step": i, "c": optimizer.info.c.tolist(), "loss": float(loss)}), flush=True)
     if journal is not None:

@@ -12,7 +12,7 @@ from lozo_kernels.errors import EngineError
 from lozo_kernels.journal import Journal, read_journal, replay
 from lozo_kernels.vllm import LOZO, nll
 
-from .engines import EPS, OPTIONS, engine, loss_of, reference, texts
+from .engines import EPS, OPTIONS, engine, loss_of, many, reference, texts
 
 ROUNDING = 2e-7
 """Of a loss near 6 in fp32, which sums over layers give a few units in the last place: c has it over eps."""
@@ -46,8 +46,7 @@ def test_sixty_steps_are_those_of_hugging_face(models, tmp_path):
     """Three windows; ``lozo-kernels replay`` gives the weights, and the engine's loss is that of them."""
     path = models("llama")
     with engine(path) as llm:
-        # c has the rounding of a loss over eps, and one token alone has more than is held here: 16 texts have 650.
-        worst, difference, mine, model = compare(path, llm, 60, tmp_path, batch=lambda step: texts(step, 16, 48))
+        worst, difference, mine, model = compare(path, llm, 60, tmp_path, batch=many)
         assert worst < 1e-5, worst
         assert difference < 1e-6, difference
         some, last = texts(99), 60
@@ -110,7 +109,7 @@ def test_a_reload_changes_nothing_but_rounding(models, tmp_path):
         theirs = lozo_kernels.LOZO(model, lr=2e-4, eps=EPS, momentum=0.9, placement="probe", **OPTIONS | {"interval": 5})
         reloads, windows = 0, 0
         for i in range(22):
-            some = texts(i)
+            some = many(i)
             mine.step(nll(some))
             theirs.step(lambda some=some: loss_of(model, some))
             assert float((mine.info.c - theirs.info.c).abs().max()) < 1e-5
@@ -127,7 +126,7 @@ def test_a_run_goes_on_in_hugging_face_and_back(models, tmp_path):
 
     def steps(optimizer, first, count, loss):
         for i in range(first, first + count):
-            optimizer.step(loss(texts(i)))
+            optimizer.step(loss(many(i)))
         return optimizer.info.c
 
     whole = reference(path)

@@ -8,7 +8,7 @@ import torch
 from lozo_kernels import Draw, Rounding, TensorTable
 from lozo_kernels.bench.cases import OPS, UNIT, Case, copy_table, random_case
 from lozo_kernels.kernels import ops
-from python_tests.table_helpers import assert_same, random_shapes
+from python_tests.table_helpers import assert_same, random_shapes, shapes_for
 from python_tests.truth import F64, check_truth, right_factor
 
 RANKS = {
@@ -24,7 +24,7 @@ RANKS = {
 @pytest.mark.parametrize(("op", "rank"), [(op, rank) for op, ranks in RANKS.items() for rank in ranks])
 def test_within_bounds(rng, any_backend, op, rank, draws):
     call = {"draws": min(draws, OPS[op].draws[1]), "stochastic": False}
-    case = random_case(rng, OPS[op], random_shapes(rng), rank, call=call)
+    case = random_case(rng, OPS[op], shapes_for(rng, any_backend), rank, call=call)
     before = case.on()
     case.run(any_backend)
     check_truth(before, case)

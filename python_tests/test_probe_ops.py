@@ -10,7 +10,7 @@ from lozo_kernels.bench.cases import OPS, random_case, strided
 from lozo_kernels.kernels import ops, skinny
 from lozo_kernels.kernels.backends.eager import EagerBackend
 from lozo_kernels.kernels.table import DTYPES
-from python_tests.table_helpers import Product, assert_same, random_shapes
+from python_tests.table_helpers import Product, assert_same, shapes_for
 from python_tests.truth import check_truth
 
 EAGER = EagerBackend()
@@ -22,7 +22,7 @@ RANKS = [1, 2, 3, 4, 8, 9, 64]
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("op", ["factor_update_", "factor_momentum_"])
 def test_factors(rng, any_backend, op, rank, draws):
-    case = random_case(rng, OPS[op], random_shapes(rng, 4), rank, call={"draws": draws})
+    case = random_case(rng, OPS[op], shapes_for(rng, any_backend, 4), rank, call={"draws": draws})
     before, expected = case.on(), case.on()
     case.run(any_backend)
     expected.run(EAGER)
@@ -39,7 +39,7 @@ def test_factors(rng, any_backend, op, rank, draws):
 def test_merge(rng, any_backend, op, rank, kept, draws, stochastic):
     """In place, and into other memory: the same bits as the eager backend, and what is only read stays."""
     call = {"draws": draws, "stochastic": stochastic}
-    apart = random_case(rng, OPS[op], random_shapes(rng, 4), rank, call=call, apart=True, n=kept)
+    apart = random_case(rng, OPS[op], shapes_for(rng, any_backend, 4), rank, call=call, apart=True, n=kept)
     for case in (apart, dataclasses.replace(apart.on(), out=None)):
         before, expected = case.on(), case.on()
         case.run(any_backend)

@@ -106,11 +106,15 @@ def backend_verdict(code: int, log: str) -> Verdict:
 
 def _bench(name: str, arguments: str, output: Path, *, device: str, device_seconds: float = 0, **settings: Any) -> Stage:
     """Makes a stage that is a command of ``lozo-kernels bench`` or of ``python -m bench``."""
-    file = f"{name}.json"
     words = [*arguments.split("|"), *(("--seconds", ALLOWED) if math.isfinite(settings.get("limit", 60)) else ())]
-    command = (sys.executable, "-m", *(("lozo_kernels", "bench") if words[0] in MEASUREMENTS else ("bench",)), *words)
-    command += ("--device", device, "--output", str(output / file))
-    return Stage(name, command, output=file, device=device_seconds, **settings)
+    command = (*(("lozo_kernels", "bench") if words[0] in MEASUREMENTS else ("bench",)), *words, "--device", device)
+    return _writing(name, command, output, device=device_seconds, **settings)
+
+
+def _writing(name: str, command: tuple[str, ...], output: Path, **settings: Any) -> Stage:
+    """Makes a stage of a module and its arguments, which writes NAME.json in the folder of results."""
+    file = f"{name}.json"
+    return Stage(name, (sys.executable, "-m", *command, "--output", str(output / file)), output=file, **settings)
 
 
 def _missing(program: str) -> str | None:
@@ -193,12 +197,10 @@ def _before_figures(output: Path, bench: Callable[..., Stage], capability: str |
 
 def _machine_code(output: Path, target: str) -> Stage:
     """Reads what the installed Triton makes of the default kernels for this device. Defects are reported and stop no figures."""
-    file = "machine-code.json"
-    command = (sys.executable, "-m", "bench.sass", "--target", target, "--default", "--no-cuda", "--no-naive")
-    command += ("--seconds", ALLOWED, "--output", str(output / file))
+    command = ("bench.sass", "--target", target, "--default", "--no-cuda", "--no-naive", "--seconds", ALLOWED)
     unknown = None if target in TARGETS else f"bench.sass knows {', '.join(TARGETS)}, and not {target}"
     skip = unknown or _without("triton") or _without_disassembler()
-    return Stage("machine-code", command, 60, 30, goal=True, output=file, skip=skip, verdict=machine_code_verdict)
+    return _writing("machine-code", command, output, limit=60, share=30, goal=True, skip=skip, verdict=machine_code_verdict)
 
 
 def _goals(bench: Callable[..., Stage]) -> list[Stage]:
@@ -308,14 +310,7 @@ def _more(output: Path, bench: Callable[..., Stage], device: str) -> list[Stage]
             environment={"LOZO_KERNELS_BACKEND": "cuda"},
             verdict=backend_verdict,
         ),
-        Stage(
-            "tune",
-            (python, "-m", "lozo_kernels", "tune", "--seconds", ALLOWED, "--output", str(output / "tune.json")),
-            100,
-            40,
-            output="tune.json",
-            figures=True,
-        ),
+        _writing("tune", ("lozo_kernels", "tune", "--seconds", ALLOWED), output, limit=100, share=40, figures=True),
         bench(
             "throughput-compiled",
             "perturb|--shapes|8192x8192|--model-shapes|opt-13b|--dtype|bfloat16|--rank|4|--repeats|10|--peer-repeats|3|--compile",
@@ -323,12 +318,12 @@ def _more(output: Path, bench: Callable[..., Stage], device: str) -> list[Stage]
             share=45,
             **whole,
         ),
-        Stage(
+        _writing(
             "serving",
-            (python, "-m", "bench.serving", "cost", "--device", device, "--output", str(output / "serving.json")),
-            150,
-            60,
-            output="serving.json",
+            ("bench.serving", "cost", "--device", device),
+            output,
+            limit=150,
+            share=60,
             figures=True,
             skip=_without("vllm"),
         ),

@@ -281,7 +281,7 @@ print("done")
 
 
 @compiled
-@pytest.mark.parametrize("share", [0.0, 0.00001, 0.5, 0.99999])
+@pytest.mark.parametrize("share", [0.0, 0.00001, 0.2, 0.5, 0.9, 0.99999])
 def test_half_a_library(tmp_path, share):
     """As a full disk or a broken download leaves it. The system maps it, and the process would die at its first missing page."""
     whole, cut = native.library_path().read_bytes(), tmp_path / "liblozo_cpu.so"

@@ -61,12 +61,14 @@ class Rule:
 def rules(usual: int) -> tuple[Rule, ...]:
     """The rules, whose rates for c as it is begin at a half decade."""
     one_sided = {"two_sided": False, "directions": 7}
+    split = {"placement": "probe", "evaluation": "split", "directions": 8}
     return (
         Rule("LOZO", LOZO, {}, usual),
         Rule("LOZO, 7 one-sided", LOZO, one_sided, usual + 1),
         Rule("LOZO, auto", LOZO, {}, None),
         Rule("LOZO, 7 one-sided, auto", LOZO, one_sided, None),
         Rule("LOZO, 7 one-sided, spread", LOZO, one_sided | {"normalise": "spread"}, -5),
+        Rule("LOZO, 8 split", LOZO, split, usual),
         Rule("LOZO, scalar", LOZO, {"normalise": "scalar"}, -5),
         Rule("MeZO", MeZO, {}, usual),
         Rule("FZOO", MeZO, one_sided | {"directions_law": "rademacher", "normalise": "spread"}, -5),
@@ -75,6 +77,8 @@ def rules(usual: int) -> tuple[Rule, ...]:
         Rule("AGZO", AGZO, {}, usual - 2),
         Rule("AGZO, 7 one-sided", AGZO, one_sided, usual - 1),
         Rule("AGZO, 7 one-sided, auto", AGZO, one_sided, None),
+        Rule("AGZO, 8 split", AGZO, split | {"rank": 4}, usual - 1),
+        Rule("AGZO, 8 split, auto", AGZO, split | {"rank": 4}, None),
         Rule("GRZO", GRZO, {"directions": 8}, -5),
         Rule("ZO-Muon", ZOMuon, {"rank": 16, "interval": 100}, -5),
     )

@@ -40,7 +40,7 @@ class Method:
             None: it finds itself.
         lr_schedule: default schedule (LOZO's paper, section 5: constant for LOZO and MeZO, linear for fine-tuning).
         finds_lr: ``lr="auto"`` finds its learning rate.
-        rank, interval, directions, one_sided: defaults of these settings, for methods that have them.
+        rank, interval, directions, one_sided, evaluation, placement: defaults of these settings, for methods that have them.
         forwards: forward passes of a step with one direction on two sides.
         published: the published code has this method, so that it can be timed beside it.
     """
@@ -59,6 +59,8 @@ class Method:
     interval: int = 50
     directions: int = 1
     one_sided: bool = False
+    evaluation: str = "sequential"
+    placement: str = "inplace"
     forwards: int = 2
     published: bool = False
 
@@ -89,10 +91,10 @@ class Method:
         others = {*_LOW_RANK, "num_shots"} - set(self.uses)
         return frozenset(others if self.trains else others | set(_TRAINING))
 
-    def passes(self, directions: int, one_sided: bool) -> int:
+    def passes(self, directions: int, one_sided: bool, evaluation: str) -> int:
         """Forward passes of a step with so many directions, which share F(0) if they are one-sided, and a batch if each is of its
         own examples."""
-        if self.per_example:
+        if self.per_example or evaluation == "split":
             return self.forwards
         return directions + 1 if one_sided else self.forwards * directions
 
@@ -140,6 +142,13 @@ METHODS = _Methods(
         Method("subzero", "SubZero", "zeroth-order", SubZero, _SUBSPACE, lr=1e-7),
         Method("agzo", "AGZO", "zeroth-order", AGZO, _GUIDED, lr=1e-7, embedded_lr=1e-4),
         Method(
+            *("agzo-split", "AGZO (split)", "zeroth-order", AGZO, _GUIDED, 0.0, 1e-7, 3e-4),
+            rank=4,
+            directions=8,
+            evaluation="split",
+            placement="probe",
+        ),
+        Method(
             *("zo-muon", "ZO-Muon", "zeroth-order", ZOMuon, _MUON, 0.0, 1e-2, 1e-2),
             finds_lr=False,
             rank=64,
@@ -159,13 +168,14 @@ METHODS = _Methods(
 )
 
 ZEROTH_ORDER = _Methods(
-    *(method for method in METHODS.values() if method.optimizer is not None and not method.per_example), hidden=GRZO.estimator
+    *(m for m in METHODS.values() if m.optimizer is not None and m.evaluation != "split" and not m.per_example),
+    hidden=GRZO.estimator,
 )
 """Those that train with forward passes only, which the Trainer has: its loss is one for all examples."""
 EVALUATIONS = tuple(name for name, method in METHODS.items() if not method.trains)
 """Those that score a model as it is."""
 
-DEFAULTS = ("rank", "interval", "directions", "one_sided")
+DEFAULTS = ("rank", "interval", "directions", "one_sided", "evaluation", "placement")
 """The settings whose defaults are those of the method."""
 
 

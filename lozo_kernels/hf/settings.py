@@ -14,7 +14,7 @@ from ..kernels.checks import MAX_THREADS
 from ..kernels.noise import LAWS, MAX_RANK
 from ..model.config import PLACEMENTS, SCALINGS
 from ..optim.normalise import NORMALISE
-from ..optim.steps import EVALUATIONS
+from ..optim.steps import BY_EXAMPLE, EVALUATIONS
 from .command_line import check_options, option
 from .methods import METHODS, Method, take_defaults
 from .objectives import OBJECTIVES, ImageObjective
@@ -71,7 +71,7 @@ class Settings:
     max_length: int = _data(256, "tokens per example", low=2)
 
     method: str = _method("lozo", choices=METHODS)
-    rank: int = _method(None, "columns of U and V (default: 2, of zo-muon 64)", low=1, high=MAX_RANK)
+    rank: int = _method(None, "columns of U and V (default: 2, of agzo-split 4, of zo-muon 64)", low=1, high=MAX_RANK)
     interval: int = _method(None, "steps between two draws of V (default: 50, of zo-muon 100)", low=1)
     eps: float = _method(1e-3, "scale of the perturbation", low=0.0, above=0)
     find_eps: bool = _method(False, "measure eps on the first batch, in place of --eps: 192 forward passes")
@@ -89,7 +89,7 @@ class Settings:
     weight_decay: float = _method(0.0, "decoupled", low=0.0)
     scaling: str = _method("paper", "where 1/rank goes: paper, card or published", choices=SCALINGS)
     directions: int = _method(
-        None, "directions per step, of grzo the parts of a batch (default: 1, of zo-muon 4, of grzo 8)", low=1
+        None, "directions per step (default: 1, of zo-muon 4, of grzo and agzo-split 8, the parts of a batch)", low=1
     )
     one_sided: bool = _method(
         None, "F(+) - F(0) in place of F(+) - F(-): all directions of a step share F(0) (default: only of zo-muon)"
@@ -98,9 +98,15 @@ class Settings:
         None, "divide c by its spread over the directions (FZOO) or by a running mean of its square; needs --lr", choices=NORMALISE
     )
     directions_law: str = _method("normal", "of dense directions: normal numbers, or rademacher for random signs", choices=LAWS)
-    placement: str = _method("inplace", "inplace moves the weights, probe only reads them, or auto", choices=PLACEMENTS)
+    placement: str = _method(
+        None,
+        "inplace moves the weights, probe only reads them, or auto (default: inplace, of agzo-split probe)",
+        choices=PLACEMENTS,
+    )
     evaluation: str = _method(
-        "sequential", "of a probe's points: one after the other, or batched in one forward pass", choices=EVALUATIONS
+        None,
+        "of a step's points: sequential, batched in one forward pass, or split: each direction on its own part of the batch",
+        choices=EVALUATIONS,
     )
     parallel: str | None = _method(
         None, "what processes share: examples or directions (default: examples, under torchrun)", choices=("examples", "directions")
@@ -214,7 +220,7 @@ class Settings:
             "--directions": self.directions > 1,
             "--one-sided": self.one_sided,
             "--normalise": self.normalise,
-            "--evaluation batched": self.evaluation == "batched",
+            f"--evaluation {self.evaluation}": self.evaluation in BY_EXAMPLE,
             "--gradient-accumulation-steps": self.gradient_accumulation_steps > 1,
             "--peft": self.peft,
         }

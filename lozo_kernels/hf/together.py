@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..optim.steps import BY_EXAMPLE
 from .command_line import flag
 from .methods import DEFAULTS, METHODS, Method
 from .tasks import TASKS
@@ -36,8 +37,8 @@ def _combinations(s: Any, method: Method) -> list[tuple[bool, str]]:
             f"--compare-steps: the published code has no {', '.join(s.unpublished)}",
         ),
         (
-            s.evaluation == "batched" and s.placement == "inplace",
-            "--evaluation batched needs --placement probe: weights that are moved can be at one point only",
+            s.evaluation in BY_EXAMPLE and s.placement == "inplace",
+            f"--evaluation {s.evaluation} needs --placement probe: weights that are moved can be at one point only",
         ),
         (s.steps is not None and s.num_train_epochs is not None, "give --steps or --num-train-epochs, not both"),
         (s.save_total_limit is not None and s.save_steps is None, "--save-total-limit goes with --save-steps"),
@@ -53,7 +54,15 @@ def _combinations(s: Any, method: Method) -> list[tuple[bool, str]]:
         (s.push_to_hub is not None and not _is_hub_name(s.push_to_hub), f"--push-to-hub is OWNER/NAME, not {s.push_to_hub}"),
         (s.find_eps and s.eps != 1e-3, "give --eps or --find-eps, not both"),
         (
-            method.per_example and bool(s.batch_size % s.directions),
+            s.evaluation == "split" and s.parallel == "directions",
+            "--evaluation split gives each direction examples of its own: leave out --parallel directions",
+        ),
+        (
+            s.evaluation == "split" and (s.one_sided or s.directions < 2),
+            "--evaluation split gives each direction a part of the batch: give --directions 2 or more, and leave out --one-sided",
+        ),
+        (
+            (method.per_example or s.evaluation == "split") and bool(s.batch_size % s.directions),
             f"--directions {s.directions}: it divides the --batch-size, {s.batch_size}, into equal parts",
         ),
         (

@@ -17,6 +17,7 @@ from ..kernels.checks import LARGEST, check_range
 from ..kernels.noise import MAX_DRAW
 from ..model.config import PatchConfig
 from ..optim.normalise import NORMALISE
+from ..optim.steps import EVALUATIONS
 
 MAGIC = b"LOZOJRNL"
 VERSION = 1
@@ -254,7 +255,7 @@ def _checked_settings(
         raise ValueError("eps or momentum is out of range")
     if type(directions) is not int or not 1 <= directions <= _MOST_DIRECTIONS:
         raise ValueError("directions is out of range")
-    if type(two_sided) is not bool or type(fuse_steps) is not bool or evaluation not in ("sequential", "batched"):
+    if type(two_sided) is not bool or type(fuse_steps) is not bool or evaluation not in EVALUATIONS:
         raise ValueError("two_sided, fuse_steps or evaluation is not known")
     if normalise not in (None, *NORMALISE):
         raise ValueError("normalise is not known")

@@ -42,7 +42,7 @@ def capture_step(optimizer: ZerothOrderOptimizer, closure: Any, inputs: Any = No
         A callable that takes one step and returns the loss, a tensor that the next step overwrites.
 
     Raises:
-        TypeError: ``evaluation="batched"`` without inputs.
+        TypeError: ``evaluation="batched"`` or "split" without inputs.
         ValueError: the model is on several devices, a probe has weights that are not always here, or the closure draws random
             numbers although the optimiser promises all evaluations the same ones (dropout: call ``model.eval()`` or give
             ``common_random_numbers=False``).
@@ -62,9 +62,10 @@ class CapturedStep:
         if stepper.finder is not None:
             raise ValueError("a captured step measures no learning rate: give a number, e.g. what optimizer.learning_rates says")
         self._closures, self._batches = pair_closures(closure, inputs)
-        if stepper.settings.evaluation == "batched" and self._batches is None:
+        if stepper.settings.by_example and self._batches is None:
             raise TypeError(
-                "evaluation='batched' needs capture_step(optimizer, closure, inputs), with a closure that takes the inputs"
+                f"evaluation={optimizer.evaluation!r} needs capture_step(optimizer, closure, inputs), with a closure that takes "
+                "the inputs"
             )
         handle.check_capturable()
         if stepper.parallel is not None:

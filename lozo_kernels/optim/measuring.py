@@ -69,6 +69,21 @@ def evaluate_parts(
     return [row[1] for row in seen], [row[2 if stepper.settings.two_sided else 0] for row in seen], found
 
 
+def measure_split(sides: Sequence[Tensor], parallel: Parallel | None, *, eps: float) -> list[Measured]:
+    """What every direction showed on the part of the batch that is its own, with ``evaluation="split"``.
+
+    Args:
+        sides: of F(+), F(-) and F(0) the losses of both halves of each part, (2 * directions,); with ``parallel`` each as (sum,
+            weight), of this process's examples.
+    """
+    losses = torch.stack([*sides])
+    if parallel is not None:
+        losses = parallel.share((losses[..., 0] / losses[..., 1]).flatten())
+    halves = losses.view(-1, 3, sides[0].shape[0] // 2, 2)  # of processes, sides, directions
+    plus, minus, rest = (side.transpose(0, 1).flatten(1) for side in halves.unbind(1))
+    return [measure(*one, eps=eps) for one in zip(rest, plus, minus, strict=True)]
+
+
 def has_parts(parallel: Parallel | None) -> bool:
     """Whether the processes of a step are its parts, so that nobody has to cut a batch."""
     return parallel is not None and parallel.mode == "examples" and parallel.size > 1

@@ -126,7 +126,7 @@ class GRZO(ZerothOrderOptimizer):
     Args:
         directions: the parts, which the number of examples is a multiple of; at most 256.
         target, params, normalise, options: as for :class:`ZerothOrderOptimizer`. Momentum, ``two_sided=False``,
-            ``evaluation="batched"``, ``drive``, ``lr="auto"`` and ``parallel="directions"`` are refused.
+            ``evaluation``, ``drive``, ``lr="auto"`` and ``parallel="directions"`` are refused.
 
     Example::
 
@@ -153,7 +153,7 @@ class GRZO(ZerothOrderOptimizer):
         asked = {
             "momentum": settings.momentum > 0,
             "two_sided=False": not settings.two_sided,
-            "evaluation='batched'": settings.evaluation == "batched",
+            f"evaluation={settings.evaluation!r}": settings.by_example,
             "drive": handle.backward is not None,
             "parallel='directions'": parallel is not None and parallel.mode == "directions",
         }

@@ -71,9 +71,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             brought up to date before any forward pass, ``state_dict()`` or ``load_state_dict()`` of the model outside ``step``;
             call :meth:`flush` before reading ``param.data`` directly. In half precision the fused pass rounds once where two
             passes round twice, so evaluating between steps changes low-order bits of the run.
-        evaluation: "sequential", one forward pass after the other; or "batched", all evaluations of a step in one forward pass
-            that reads the weights once, for few tokens. The latter needs a probe, ``step(closure, inputs)`` and memory for the
-            activations of all; dropout then differs between evaluations.
+        evaluation: "sequential", one forward pass after the other; "batched", all evaluations of a step in one forward pass
+            that reads the weights once, for few tokens and with memory for the activations of all; or "split", each direction on
+            an equal part of the batch of its own, so that two forward passes serve all ``directions``. The last two need a probe
+            and ``step(closure, inputs)``; dropout then differs between evaluations.
         common_random_numbers: give every evaluation of a step the same state of torch's generators (dropout, sampling).
         normalise: divide c, so that a good learning rate does not depend on the scale of the loss: "spread", by its standard
             deviation over the directions of the step (FZOO); "scalar", by the root of a running mean of its square (MEAZO).
@@ -214,7 +215,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 quotient is the loss, and the weight is a whole number that is the same at all evaluations.
             inputs: what the closure is called with, a tensor or any nest of tensors, examples first; one for each of several
                 closures. The closure may then return one loss per example, or (sums, weights) of the examples, and must for
-                ``evaluation="batched"``, where it gets the examples once for each evaluation. None: it is called without.
+                "batched", where it gets the examples once for each evaluation, and "split" evaluations. None: it is called without.
 
         With ``drive="backward"``, step() uses what backward has accumulated; a closure is called once and does that first.
 
@@ -235,10 +236,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if self.handle.backward is not None:
             return self._step_after_backward(self.handle.backward, closure, inputs)
         closures, batches = pair_closures(closure, inputs)
-        if self.evaluation == "batched" and batches is None:
-            raise TypeError("evaluation='batched' needs step(closure, inputs), with a closure that takes the inputs")
+        if stepper.settings.by_example and batches is None:
+            raise TypeError(f"evaluation={self.evaluation!r} needs step(closure, inputs), with a closure that takes the inputs")
         measuring = self.measures_next
-        if measuring:
+        if measuring and self.evaluation != "split":
             closures, batches = in_parts(closures, batches, of_ranks=has_parts(stepper.parallel)), None
         first = None if self._stepped else FirstStep(self.handle.parameters)
         with deferred_interrupt(), stepper.alone():  # in this order: an interrupt must not leave the stepper taken
@@ -323,9 +324,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if handle.config.estimator != self.estimator:
             found = handle.config.estimator
             raise ValueError(f"{type(self).__name__} needs a handle with estimator={self.estimator!r}, and this one has {found!r}")
-        batched = settings.evaluation == "batched"
-        if handle.backward is not None and (settings.fuse_steps or batched):
-            which = "evaluation='batched' needs the loss of each example" if batched else "fuse_steps leaves weights perturbed"
+        by_example = f"evaluation={settings.evaluation!r}" if settings.by_example else ""
+        if handle.backward is not None and (settings.fuse_steps or by_example):
+            which = f"{by_example} needs the loss of each example" if by_example else "fuse_steps leaves weights perturbed"
             raise ValueError(f"{which}, which drive='backward' does not allow: leave it out, or use step(closure)")
         if handle.backward is not None and parallel is not None:
             raise ValueError("with drive='backward' DistributedDataParallel averages over processes: leave parallel out")
@@ -333,8 +334,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             raise ValueError("fuse_steps saves a pass over the weights, and a probe makes none: leave it out")
         if settings.fuse_steps and handle.sharded:
             raise ValueError("fuse_steps makes updates during forward passes, when weights are not in shards: leave it out")
-        if batched and not handle.probes:
-            raise ValueError("evaluation='batched' needs placement='probe': weights that are moved can be at one point only")
+        if by_example and not handle.probes:
+            raise ValueError(f"{by_example} needs placement='probe': weights that are moved can be at one point only")
+        if settings.evaluation == "split" and parallel is not None and parallel.mode == "directions":
+            raise ValueError("evaluation='split' gives each direction examples of its own: use parallel='examples'")
 
     def _facts(self) -> dict[str, Any]:
         """What all processes have to agree on besides the weights."""

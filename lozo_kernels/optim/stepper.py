@@ -34,7 +34,7 @@ from ..model.losses import (
 )
 from ..model.passes import Update
 from .flat import FLAT_STEPS, why_flat
-from .measuring import evaluate_parts
+from .measuring import evaluate_parts, measure_split
 from .normalise import no_moment, normalised
 from .parallel import Parallel
 from .rate_finder import Measured, RateFinder
@@ -127,7 +127,11 @@ class Stepper:
     @property
     def parts(self) -> int:
         """The parts of a batch that have directions of their own, which are then the directions of a step; 1 without."""
-        return self.settings.directions if self._by_example else 1
+        return self.settings.directions if self._splits else 1
+
+    @property
+    def _splits(self) -> bool:
+        return self._by_example or self.settings.evaluation == "split"
 
     @property
     def last_point(self) -> Perturbation:
@@ -155,11 +159,11 @@ class Stepper:
         if not isinstance(self.step, Tensor):  # otherwise prepare() was called
             self.handle.prepare(alone, conditions, step=self.step)
         try:
-            if measuring:
-                plus, minus, self.measured = evaluate_parts(self, alone, conditions)
-            elif self._by_example:
+            if self._splits:
                 assert batches is not None
-                plus, minus = self._evaluate_parts(closures, batches, conditions)
+                plus, minus = self._evaluate_split(closures, batches, conditions, measuring=measuring)
+            elif measuring:
+                plus, minus, self.measured = evaluate_parts(self, alone, conditions)
             elif settings.evaluation == "batched":
                 assert batches is not None
                 plus, minus = self._evaluate_together(closures, batches, conditions)
@@ -180,7 +184,7 @@ class Stepper:
         conditions = self.handle.conditions(randomness=self.settings.common_random_numbers)
         try:
             self.handle.prepare(alone, conditions, step=self.count)
-            if self.settings.evaluation == "batched":
+            if self.settings.by_example:
                 assert batches is not None
                 self._check_batches(closures, batches, conditions)
         finally:
@@ -383,11 +387,12 @@ class Stepper:
 
     def _check_batches(self, closures: Sequence[BatchClosure], batches: Sequence[Any], conditions: Conditions) -> None:
         if not self._batches_checked:
-            self._batches_checked = self.handle.check_batches(closures, batches, conditions, step=self.count, parts=self.parts)
+            parts = self.parts if self._by_example else 1
+            self._batches_checked = self.handle.check_batches(closures, batches, conditions, step=self.count, parts=parts)
 
     def _bound(self, closures: Sequence[Any], batches: Sequence[Any] | None) -> Sequence[Closure]:
         """The closures without arguments. Raises TypeError or ValueError if examples cannot have the directions of the step."""
-        if self._by_example:
+        if self._splits:
             self._check_parts(batches)
         return closures if batches is None else bind_inputs(closures, batches, self.parts)
 
@@ -395,10 +400,15 @@ class Stepper:
         """Raises TypeError or ValueError unless each part of the batches can have a direction of its own."""
         if batches is None:
             raise TypeError(
-                "each example has its own direction (GRZO), so step(closure, inputs) needs a closure that takes the inputs and "
+                "each part of a batch has its own direction, so step(closure, inputs) needs a closure that takes the inputs and "
                 "returns one loss for each example, or sums and weights"
             )
         for count in map(count_examples, batches):
+            if self.finder is not None and count % (2 * self.parts):
+                raise ValueError(
+                    f"lr='auto' needs both halves of the {self.parts} parts of a batch, of which one has {count} examples here: "
+                    f"give a multiple of {2 * self.parts}, another number of directions, or a number for lr"
+                )
             if count % self.parts:
                 raise ValueError(
                     f"a batch of {count} examples does not divide into directions={self.parts} equal parts: leave such a batch out "
@@ -458,22 +468,30 @@ class Stepper:
             return list(losses[0::2]), list(losses[1::2])
         return list(losses[:-1]), [losses[-1]] * (len(offsets) - 1)
 
-    def _evaluate_parts(
-        self, closures: Sequence[BatchClosure], batches: Sequence[Any], conditions: Conditions
+    def _evaluate_split(
+        self, closures: Sequence[BatchClosure], batches: Sequence[Any], conditions: Conditions, *, measuring: bool
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Evaluates each part of the batch at its own point, all of them at once, on one side and on the other."""
-        handle, examples = self.handle, _examples_of(batches)
-        if self.parts > 1:
+        """Evaluates each part of the batch along its own direction, all of them at once, on one side and on the other; to measure
+        also at the weights, and each part in halves."""
+        handle, parts, eps = self.handle, self.parts, self.settings.eps
+        examples = _examples_of(batches)
+        if parts > 1 and not isinstance(self.step, Tensor):
             self._check_batches(closures, batches, conditions)
         evaluate = batch_losses if self.parallel is None else batch_totals
         sides = []
         try:
-            for scale in (self.settings.eps, -self.settings.eps):
-                handle.spread_(self.step, [(0, scale)], examples, self.parts)
-                sides.append(list(evaluate(closures, batches, self.parts, conditions, apart=True)))
+            for scale in (eps, -eps, 0.0) if measuring else (eps, -eps):
+                if self._by_example:  # one draw, to which every part adds its own signs
+                    handle.spread_(self.step, [(0, scale)], examples, parts)
+                else:
+                    handle.spread_(self.step, [(d, scale) for d in range(parts)], examples // parts)
+                sides.append(evaluate(closures, batches, 2 * parts if measuring else parts, conditions, apart=True))
         finally:
             handle.rest_()
-        return sides[0], sides[1]
+        if measuring:
+            self.measured = measure_split(sides, self.parallel, eps=eps)
+            sides = [halves.view(parts, 2, *halves.shape[1:]).mean(1) for halves in sides]
+        return list(sides[0]), list(sides[1])
 
 
 def _examples_of(batches: Sequence[Any]) -> int:

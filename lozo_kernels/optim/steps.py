@@ -10,7 +10,9 @@ from torch import Tensor
 from ..kernels.checks import as_integer, check_flag, check_number
 from .normalise import NORMALISE
 
-EVALUATIONS = ("sequential", "batched")
+EVALUATIONS = ("sequential", "batched", "split")
+BY_EXAMPLE = ("batched", "split")
+"""The evaluations that need the loss of each example."""
 
 
 @dataclasses.dataclass
@@ -41,6 +43,15 @@ class StepSettings:
             raise ValueError(f"normalise is one of {', '.join(map(repr, NORMALISE))} or None, not {self.normalise!r}")
         if self.normalise == "spread" and self.directions < 2:
             raise ValueError("normalise='spread' is the spread of c over the directions of a step: give directions=2 or more")
+        if self.evaluation == "split" and self.directions < 2:
+            raise ValueError("evaluation='split' gives each direction a part of the batch: give directions=2 or more")
+        if self.evaluation == "split" and not self.two_sided:
+            raise ValueError("evaluation='split' makes two forward passes on one side or two: leave two_sided=False out")
+
+    @property
+    def by_example(self) -> bool:
+        """Whether evaluations need the loss of each example."""
+        return self.evaluation in BY_EXAMPLE
 
     @property
     def of_run(self) -> dict[str, Any]:

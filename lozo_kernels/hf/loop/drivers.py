@@ -124,7 +124,7 @@ class ZerothOrder:
     def batched(self) -> bool:
         """Whether a step needs the loss of each example (:meth:`step_together`): evaluations share a forward pass, or examples have
         directions of their own."""
-        return self.optimizer.evaluation == "batched" or self.optimizer.handle.config.per_example
+        return self.optimizer.stepper.settings.by_example or self.optimizer.handle.config.per_example
 
     def step(self, closure: Any) -> Tensor:
         return self.optimizer.step(closure)

@@ -129,7 +129,7 @@ def plan(model: str | Any, *, say: Callable[[str], None] | None = None, **worklo
     options: tuple[Alternative, ...] = (finetuning,)
     why = "backpropagation moves weights by their gradients"
     if method is not None:
-        count = method.passes(method.directions, method.one_sided)
+        count = method.passes(method.directions, method.one_sided, method.evaluation)
         options, why = _Planner(dry, method, asked, machine, forward.bytes, count * forward_seconds).options()
     return Plan(
         **vars(asked),

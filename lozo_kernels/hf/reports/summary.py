@@ -38,7 +38,7 @@ def summarize(
     settings, method = run.settings, METHODS[run.settings.method]
     step_ms = statistics.median(r.step_ms for r in steady) if steady else None
     forwards_ms = statistics.median(r.forwards_ms for r in steady) if steady else None
-    passes = method.passes(settings.directions, settings.one_sided)
+    passes = method.passes(settings.directions, settings.one_sided, settings.evaluation)
     before = log.evaluations[0] if log.evaluations else None
     after = log.evaluations[-1] if len(log.evaluations) > 1 else None
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -114,7 +114,11 @@ def render_summary(summary: dict[str, Any]) -> str:
     if s.get("test"):
         scored = ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in s["test"]["metrics"].items())
         lines.append(f"{s['test']['examples']} test examples, after: {scored or format(s['test']['loss'], '.4f')}")
-    lines += ["", table(_costs(s, method.passes(settings["directions"], settings.get("one_sided", False)))), ""]
+    lines += [
+        "",
+        table(_costs(s, method.passes(settings["directions"], settings.get("one_sided", False), settings["evaluation"]))),
+        "",
+    ]
     lines += [f"note: {note}" for note in s["notes"]]
     lines.append(f"saved in {s['output']}: model/, metrics.jsonl, summary.json, loss.png")
     if s["stopped"]:

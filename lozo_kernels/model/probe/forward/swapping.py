@@ -147,7 +147,9 @@ class _Scope:
     def run_compiled(self, old: Forward, args: Any, kwargs: Any) -> Any:
         """Runs the module with tensors of fixed storage in the parameters' places, which compilers understand."""
         if self.runtime.groups > 1:
-            raise NotImplementedError("evaluation='batched' is not for compiled models with weights on the weight side")
+            raise NotImplementedError(
+                "several points in one forward pass are not for compiled models with weights on the weight side"
+            )
         rest = []
         for member, places in zip(self.members, self.places, strict=True):
             if not member.buffers:

@@ -22,6 +22,7 @@ OPTIONS = [
     {"placement": "probe"},
     {"placement": "probe", "two_sided": False, "directions": 3},
     {"placement": "probe", "evaluation": "batched", "directions": 2},
+    {"placement": "probe", "evaluation": "split", "directions": 4},
 ]
 
 

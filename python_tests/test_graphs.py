@@ -144,6 +144,8 @@ PROBES = [
     (LOZO, {"evaluation": "batched", "directions": 2, "weight_decay": 0.1}),
     (LOZO, {"evaluation": "batched", "directions": 2, "side": "scratch"}),
     (LOZO, {"evaluation": "batched", "two_sided": False, "side": "copy", "momentum": 0.9}),
+    (LOZO, {"evaluation": "split", "directions": 4, "momentum": 0.9}),
+    (MeZO, {"evaluation": "split", "directions": 2, "normalise": "spread"}),
 ]
 
 
@@ -152,7 +154,7 @@ def probe_step(method, options, dtype=torch.float32, device="cpu"):
     x, y = torch.randn(16, 16, device=device, dtype=dtype), torch.randn(16, 4, device=device, dtype=dtype)
 
     def arguments(model):
-        if options.get("evaluation") == "batched":
+        if "evaluation" in options:
             return lambda pair: (model(pair[0]).float() - pair[1]).pow(2).mean(1), (x, y)
         return (lambda: (model(x).float() - y).pow(2).mean(),)
 

@@ -80,13 +80,21 @@ def guided(h, v):
     return (made * 256).round() / 256
 
 
-def simulate(model, x, y, *, steps, rank, interval, eps, lr, seed):
-    """The method in fp64 as written, for linear layers in a row. Only the noise is shared. Returns the loss of each step."""
+def direction(v, w, tid, t, i, seed):
+    """Direction i of a step: U V^T, or without V dense."""
+    if v is None:
+        return noise.dense(seed, w.numel(), tid, t, direction=i).double().view(w.shape)
+    return noise.factor(seed, len(w), v.shape[1], tid, t, direction=i).double() @ v.T
+
+
+def simulate(model, x, y, *, steps, rank, interval, eps, lr, seed, parts=1):
+    """The method in fp64 as written, for linear layers in a row, with a direction for each of so many parts of the batch. Only the
+    noise is shared. Returns the loss of each step."""
     at = {name: w.detach().double() for name, w in model.named_parameters()}
     ids = {name: noise.tensor_id(name) for name in at}
 
-    def loss(p):
-        return nn.functional.cross_entropy(functional_call(model, p, x), y)
+    def loss(p, part):
+        return nn.functional.cross_entropy(functional_call(model, p, x.chunk(parts)[part]), y.chunk(parts)[part])
 
     def inputs(h):
         found = {}
@@ -105,32 +113,36 @@ def simulate(model, x, y, *, steps, rank, interval, eps, lr, seed):
                 seen = inputs(x)
                 v = v or {n: noise.factor(seed, h.shape[1], rank, ids[n], 0, stream="V").double() for n, h in seen.items()}
                 v = {name: guided(h, v[name]) for name, h in seen.items()}
-        d = {}
-        for name, w in at.items():
-            if name in v:
-                d[name] = noise.factor(seed, len(w), rank, ids[name], t).double() @ v[name].T
-            else:
-                d[name] = noise.dense(seed, w.numel(), ids[name], t).double().view(w.shape)
-        plus, minus = (loss({name: w + scale * d[name] for name, w in at.items()}) for scale in (eps, -eps))
-        c = (plus - minus) / (2 * eps)
-        losses.append(float(plus + minus) / 2)
-        at = {name: w - lr * c * d[name] / (rank if name in v else 1) for name, w in at.items()}
+        moved, seen = {name: torch.zeros_like(w) for name, w in at.items()}, 0.0
+        for i in range(parts):
+            d = {name: direction(v.get(name), w, ids[name], t, i, seed) for name, w in at.items()}
+            plus, minus = (loss({name: w + scale * d[name] for name, w in at.items()}, i) for scale in (eps, -eps))
+            c = (plus - minus) / (2 * eps) / parts
+            seen += float(plus + minus) / 2 / parts
+            moved = {name: m + c * d[name] / (rank if name in v else 1) for name, m in moved.items()}
+        losses.append(seen)
+        at = {name: w - lr * moved[name] for name, w in at.items()}
     return losses
 
 
-@pytest.mark.parametrize("options", [{"backend": "eager"}, {}, {"placement": "probe"}], ids=str)
+SPLIT = {"placement": "probe", "evaluation": "split", "directions": 4}
+
+
+@pytest.mark.parametrize(
+    "options", [{"backend": "eager"}, {}, {"placement": "probe"}, SPLIT, SPLIT | {"backend": "eager"}], ids=str
+)
 def test_a_run_is_that_of_a_simulation_in_fp64(rng, options):
     """150 steps, V made four times."""
     model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 4))
     x, y = spread(64, 12, 0.7).double(), torch.randint(0, 4, (64,))
     settings = {"rank": 3, "interval": 40, "eps": 1e-2, "lr": 3e-3, "seed": rng.getrandbits(64)}
-    expected = simulate(model, x, y, steps=150, **settings)
+    expected = simulate(model, x, y, steps=150, parts=options.get("directions", 1), **settings)
     optimizer = AGZO(model, **settings, **options)
 
-    def loss():
-        return nn.functional.cross_entropy(model(x.float()).double(), y)
+    def losses_of_examples(rows):
+        return nn.functional.cross_entropy(model(rows[0]).double(), rows[1], reduction="none")
 
-    losses = [float(optimizer.step(loss)) for _ in range(150)]
+    losses = [float(optimizer.step(losses_of_examples, (x.float(), y))) for _ in range(150)]
     assert losses[-1] < losses[0]
     for step, (ours, theirs) in enumerate(zip(losses, expected, strict=True)):
         assert abs(ours - theirs) <= 1e-5 * theirs, f"step {step}: {ours} against {theirs}"
@@ -203,7 +215,9 @@ WAYS = [
     {"momentum": 0.9, "two_sided": False},
     {"placement": "probe", "momentum": 0.9},
     {"placement": "probe", "evaluation": "batched", "directions": 2},
+    {"placement": "probe", "evaluation": "split", "directions": 4, "normalise": "spread"},
     {"lr": "auto", "placement": "probe"},
+    {"lr": "auto", "placement": "probe", "evaluation": "split", "directions": 2},
 ]
 
 

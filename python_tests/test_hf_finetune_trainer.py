@@ -66,16 +66,17 @@ def test_epochs_are_passes_over_the_train_examples(tmp_path):
     assert summary["settings"]["num_train_epochs"] is None and summary["settings"]["eval_every"] == 1
 
 
-@pytest.mark.parametrize("method", ["lozo", "grzo", "ft-sgd", "forward-grad", "batched"])
+@pytest.mark.parametrize("method", ["lozo", "grzo", "ft-sgd", "forward-grad", "batched", "agzo-split"])
 def test_batches_of_a_step_are_one_larger_batch(tmp_path, method):
     """Their examples are the same, and all count alike."""
-    more = {"method": method, "directions": 2} if method == "grzo" else {"method": method}
+    split = method in ("grzo", "agzo-split")
+    more = {"method": method, "directions": 2} if split else {"method": method}
     if method == "batched":
         more = {"placement": "probe", "evaluation": "batched"}
     run(tmp_path / "whole", batch_size=8, lr=1e-4, **more)
     run(tmp_path / "parts", batch_size=4, gradient_accumulation_steps=2, lr=1e-4, **more)
     for a, b in zip(steps_of(tmp_path / "whole"), steps_of(tmp_path / "parts"), strict=True):
-        if method != "grzo":  # whose parts of a batch are others
+        if not split:  # whose parts of a batch are others
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["c"] == pytest.approx(b["c"], rel=0.02, abs=0.02)
     assert len(steps_of(tmp_path / "parts")) == 6
 

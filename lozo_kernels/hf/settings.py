@@ -19,7 +19,7 @@ from .command_line import check_options, option
 from .methods import METHODS, Method, take_defaults
 from .objectives import OBJECTIVES, ImageObjective
 from .tasks import TASKS
-from .together import check_together
+from .together import check_parts, check_together
 
 DTYPES = ("float32", "bfloat16", "float16")
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -173,7 +173,7 @@ class Settings:
         if not method.trains or self.num_train_epochs is not None:
             return common
         steps = self.steps if self.steps is not None else 1500 if demo else 1000
-        return dataclasses.replace(
+        found = dataclasses.replace(
             common,
             lr=self._resolved_lr(method, steps),
             lr_schedule=self.lr_schedule or method.lr_schedule,
@@ -181,6 +181,8 @@ class Settings:
             eval_every=self.eval_every if self.eval_every is not None else max(1, steps // 10),
             compare_steps=self.compare_steps if self.compare_steps is not None else 24 if comparable else 0,
         )
+        check_parts(found)
+        return found
 
     def lasting(self, examples: int) -> Settings:
         """These settings with the steps that their epochs are, of so many train examples."""

@@ -24,6 +24,17 @@ def check_together(s: Any) -> None:
     _check_method(s, METHODS[s.method])
 
 
+def check_parts(s: Any, processes: int = 1) -> None:
+    """Raises InputError unless the batch of each process divides into parts for directions of their own; with a learning rate that
+    finds itself, into halves of these."""
+    halves = 2 if s.lr is None and s.num_train_epochs is None else 1
+    splits = METHODS[s.method].per_example or s.evaluation == "split"
+    if splits and s.batch_size % (processes * s.directions * halves):
+        each = f" in each of {processes} processes" if processes > 1 else ""
+        cut = ", and without --lr these into halves" if halves > 1 else ""
+        raise InputError(f"--directions {s.directions}: it divides the --batch-size, {s.batch_size}, into equal parts{each}{cut}")
+
+
 def _combinations(s: Any, method: Method) -> list[tuple[bool, str]]:
     """Whether a combination is there, with what is wrong with it."""
     quantised = s.load_in_8bit or s.load_in_4bit
@@ -60,10 +71,6 @@ def _combinations(s: Any, method: Method) -> list[tuple[bool, str]]:
         (
             s.evaluation == "split" and (s.one_sided or s.directions < 2),
             "--evaluation split gives each direction a part of the batch: give --directions 2 or more, and leave out --one-sided",
-        ),
-        (
-            (method.per_example or s.evaluation == "split") and bool(s.batch_size % s.directions),
-            f"--directions {s.directions}: it divides the --batch-size, {s.batch_size}, into equal parts",
         ),
         (
             bool(s.normalise) and s.lr is None and not method.per_example,

@@ -16,6 +16,7 @@ from torch import distributed
 
 from ...errors import InputError
 from ..methods import METHODS
+from ..together import check_parts
 from .meeting import join
 
 if TYPE_CHECKING:
@@ -122,5 +123,6 @@ def _check(settings: Settings, size: int) -> None:
         raise InputError("--find-eps is for one process: start it once without torchrun, and give what it finds as --eps")
     if settings.parallel == "directions" and settings.directions < size:
         raise InputError(f"--parallel directions: {size} processes need --directions {size} or more, not {settings.directions}")
+    check_parts(settings, size)
     if settings.parallel != "directions" and settings.batch_size < size:
         raise InputError(f"--batch-size {settings.batch_size} is less than one example for each of {size} processes")

@@ -11,6 +11,8 @@ namespace lozo {
 namespace LOZO_ISA {
 
 constexpr int kAtOnce = kRegisters > 8 ? 2 : 1;  // blocks whose Philox rounds run side by side
+constexpr int64_t kPageAhead =
+    4096;  // bytes: hardware prefetchers follow a stream to the end of its page, and begin anew on the next
 
 // How N enters. There may be none. Momentum: N decays, takes up the noise and is stored, and is added times alpha. Merge: N is only
 // read, and is added after the noise was added to it.
@@ -146,8 +148,11 @@ static inline void update_run(T *out, const T *x, float *n, int64_t element, int
       continue;
     }
     const int64_t stop = (count < ready - element ? count : ready - element) - kBlock;
-    for (; j + (kAtOnce - 1) * kBlock <= stop; j += kAtOnce * kBlock)
+    for (; j + (kAtOnce - 1) * kBlock <= stop; j += kAtOnce * kBlock) {
+      prefetch_blocks<kAtOnce>(x + j, kPageAhead);
+      if (kept) prefetch_blocks<kAtOnce>(n + j, kPageAhead);
       update_blocks<T, DRAWS, KEPT, kAtOnce>(out + j, x + j, kept ? n + j : n, noise, element + j, a);
+    }
     for (; j <= stop; j += kBlock) update_blocks<T, DRAWS, KEPT, 1>(out + j, x + j, kept ? n + j : n, noise, element + j, a);
   }
 }

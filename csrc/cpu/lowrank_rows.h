@@ -79,9 +79,7 @@ constexpr int64_t kAhead = 1024;  // bytes: some hundred nanoseconds of a core's
 // Asks for the block of every row that lies kAhead further on. Hardware prefetchers lose the thread where work on a block is long.
 template <class T, int ROWS>
 LOZO_INLINE void prefetch_rows(const T *x, int64_t stride) {
-  for (int r = 0; r < ROWS; ++r)
-    for (int64_t at = 0; at < (int64_t)(kBlock * sizeof(T)); at += 64)
-      __builtin_prefetch((const char *)(x + r * stride) + kAhead + at);
+  for (int r = 0; r < ROWS; ++r) prefetch_blocks<1>(x + r * stride, kAhead);
 }
 
 template <class T, int ROWS, bool DECAY>

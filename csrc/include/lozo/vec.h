@@ -67,6 +67,12 @@ namespace LOZO_ISA {
 constexpr int kBlock = 2 * W;     // elements that the kernels handle at once
 constexpr int kCounters = W / 2;  // Philox counters in an L
 
+// Asks for the lines that BLOCKS blocks have so many bytes further on, which may lie beyond the end of what there is.
+template <int BLOCKS, class T>
+LOZO_INLINE void prefetch_blocks(const T *x, int64_t bytes) {
+  for (int64_t at = 0; at < (int64_t)(BLOCKS * kBlock * sizeof(T)); at += 64) __builtin_prefetch((const char *)x + bytes + at);
+}
+
 // Instruction sets with masked memory access use it; on others the last block of a row goes through the stack.
 template <class T>
 LOZO_INLINE Pair<F> load_partial(const T *x, int64_t count) {

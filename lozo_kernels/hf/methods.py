@@ -142,7 +142,7 @@ METHODS = _Methods(
         Method("subzero", "SubZero", "zeroth-order", SubZero, _SUBSPACE, lr=1e-7),
         Method("agzo", "AGZO", "zeroth-order", AGZO, _GUIDED, lr=1e-7, embedded_lr=1e-4),
         Method(
-            *("agzo-split", "AGZO (split)", "zeroth-order", AGZO, _GUIDED, 0.0, 1e-7, 3e-4),
+            *("agzo-split", "AGZO (split)", "zeroth-order", AGZO, _GUIDED, 0.0, 1e-7, 1e-4),
             rank=4,
             directions=8,
             evaluation="split",

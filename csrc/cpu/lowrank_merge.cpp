@@ -42,7 +42,7 @@ LOZO_INLINE void add_product(Pair<F> *y, const float *panel, int rank, LoadC loa
 }
 
 // RANK = 0 serves any rank.
-template <class T, int RANK, bool DECAY, int ROWS>
+template <class T, int RANK, int ROWS>
 LOZO_INLINE void merge_rows(const Rows<T> &rows, int64_t cols, const float *panel, int any_rank) {
   // If the registers suffice, C stays in them over all columns. Otherwise its numbers are read again: they cost less than V would.
   constexpr bool hoist = RANK > 0 && RANK * ROWS <= (kRegisters == 32 ? 16 : 4);
@@ -59,49 +59,44 @@ LOZO_INLINE void merge_rows(const Rows<T> &rows, int64_t cols, const float *pane
   int64_t j = 0;
   for (; j + kBlock <= cols; j += kBlock, panel += rank * kBlock) {
     prefetch_rows<T, ROWS>(rows.x + j, stride);
-    load_rows<T, ROWS, DECAY>(y, rows.x + j, stride, kBlock, decay);
+    load_rows<T, ROWS, true>(y, rows.x + j, stride, kBlock, decay);
     add_product<RANK, ROWS>(y, panel, rank, load_c);
     store_rows<T, ROWS>(rows.out + j, out_stride, y, kBlock);
   }
   if (j < cols) {
-    load_rows<T, ROWS, DECAY>(y, rows.x + j, stride, cols - j, decay);
+    load_rows<T, ROWS, true>(y, rows.x + j, stride, cols - j, decay);
     add_product<RANK, ROWS>(y, panel, rank, load_c);
     store_rows<T, ROWS>(rows.out + j, out_stride, y, cols - j);
   }
 }
 
-// Rows that are left over when rows are taken several at once. Without decay its factor is 1, which changes nothing.
-template <class T, int RANK>
+// Rows that are left over when rows are taken several at once. They are few, so that one function serves all ranks.
+template <class T>
 void merge_rest(Rows<T> rows, int64_t count, int64_t cols, const float *panel, int rank) {
-  for (int64_t i = 0; i < count; ++i, rows.advance(1, rank)) merge_rows<T, RANK, true, 1>(rows, cols, panel, rank);
+  for (int64_t i = 0; i < count; ++i, rows.advance(1, rank)) merge_rows<T, 0, 1>(rows, cols, panel, rank);
 }
 
-template <class T, int RANK, bool DECAY>
+template <class T, int RANK>
 void merge_panel(Rows<T> rows, int64_t count, int64_t cols, const float *panel, int rank) {
   rows.apart = count / kAtOnce;
-  for (int64_t i = 0; i < rows.apart; ++i, rows.advance(1, rank)) merge_rows<T, RANK, DECAY, kAtOnce>(rows, cols, panel, rank);
+  for (int64_t i = 0; i < rows.apart; ++i, rows.advance(1, rank)) merge_rows<T, RANK, kAtOnce>(rows, cols, panel, rank);
   const int64_t done = kAtOnce * rows.apart;
   rows.advance(done - rows.apart, rank);
-  merge_rest<T, RANK>(rows, count - done, cols, panel, rank);
+  merge_rest(rows, count - done, cols, panel, rank);
 }
 
 template <class T>
 using MergePanel = void (*)(Rows<T>, int64_t, int64_t, const float *, int);
 
-template <class T, int RANK>
-MergePanel<T> choose(bool decay) {
-  return decay ? merge_panel<T, RANK, true> : merge_panel<T, RANK, false>;
-}
-
 template <class T>
-MergePanel<T> choose(int rank, bool decay) {
+MergePanel<T> choose(int rank) {
   if constexpr (kRegisters > 8) {
-    if (rank == 1) return choose<T, 1>(decay);
-    if (rank == 2) return choose<T, 2>(decay);
-    if (rank == 4) return choose<T, 4>(decay);
-    if (rank == 8) return choose<T, 8>(decay);
+    if (rank == 1) return merge_panel<T, 1>;
+    if (rank == 2) return merge_panel<T, 2>;
+    if (rank == 4) return merge_panel<T, 4>;
+    if (rank == 8) return merge_panel<T, 8>;
   }
-  return choose<T, 0>(decay);
+  return merge_panel<T, 0>;
 }
 
 template <class T>
@@ -140,7 +135,7 @@ void merge_tile(const Tile &tile, const OpCall &op, Scratch *s) {
   rows.out_stride = tile.out->row_stride;
   rows.c = merged_factor(tile, op, s);
   rows.decay = call.decay ? call.decay[tile.index] : 1.0f;
-  const MergePanel<T> merge = choose<T>(rank, call.decay != nullptr);
+  const MergePanel<T> merge = choose<T>(rank);
   int64_t width = kPanelFloats / rank / kBlock * kBlock;
   if (stochastic && width > kRoundCols) width = kRoundCols;
   const int64_t v_stride = tile.tensor->cols;
@@ -151,8 +146,7 @@ void merge_tile(const Tile &tile, const OpCall &op, Scratch *s) {
     if (!stochastic) {
       merge(rows, tile.rows, cols, s->panel, rank);
     } else if constexpr (sizeof(T) == 2) {
-      merge_panel_stochastic(rows, cols, s, rank, choose<float>(rank, call.decay != nullptr), rounding_key(call, *tile.tensor),
-                             tile, j);
+      merge_panel_stochastic(rows, cols, s, rank, choose<float>(rank), rounding_key(call, *tile.tensor), tile, j);
     }
   }
 }

@@ -82,6 +82,7 @@ LOZO_INLINE void prefetch_rows(const T *x, int64_t stride) {
   for (int r = 0; r < ROWS; ++r) prefetch_blocks<1>(x + r * stride, kAhead);
 }
 
+// A decay of 1 changes nothing, so that a pass over weights, which waits for memory, need not be compiled without.
 template <class T, int ROWS, bool DECAY>
 LOZO_INLINE void load_rows(Pair<F> *y, const T *x, int64_t stride, int64_t count, F decay) {
   for (int r = 0; r < ROWS; ++r) {

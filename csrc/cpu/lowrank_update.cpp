@@ -12,7 +12,7 @@ constexpr int64_t kPanelBytes = 1 << 17;  // of second-level cache: long runs of
 constexpr int kRoundRows = 4;             // rows in fp32 scratch at once, for stochastic rounding
 constexpr int64_t kRoundCols = 2048;
 
-template <class T, int PAIRS, int DRAWS, bool DECAY, int ROWS>
+template <class T, int PAIRS, int DRAWS, int ROWS>
 LOZO_INLINE void update_rows(T *x, int64_t stride, int64_t cols, const int32_t *panel, const RowFactors &f) {
   // If the registers suffice, U stays in them over all columns.
   constexpr bool hoist = PAIRS > 0 && PAIRS * DRAWS * ROWS <= (kRegisters == 32 ? 16 : 4);
@@ -29,52 +29,51 @@ LOZO_INLINE void update_rows(T *x, int64_t stride, int64_t cols, const int32_t *
   int64_t j = 0;
   for (; j + kBlock <= cols; j += kBlock, panel += step) {
     prefetch_rows<T, ROWS>(x + j, stride);
-    load_rows<T, ROWS, DECAY>(y, x + j, stride, kBlock, decay);
+    load_rows<T, ROWS, true>(y, x + j, stride, kBlock, decay);
     add_products<PAIRS, DRAWS, ROWS>(y, panel, f, load_u);
     store_rows<T, ROWS>(x + j, stride, y, kBlock);
   }
   if (j < cols) {
-    load_rows<T, ROWS, DECAY>(y, x + j, stride, cols - j, decay);
+    load_rows<T, ROWS, true>(y, x + j, stride, cols - j, decay);
     add_products<PAIRS, DRAWS, ROWS>(y, panel, f, load_u);
     store_rows<T, ROWS>(x + j, stride, y, cols - j);
   }
 }
 
-// Rows that are left over when rows are taken several at once. Without decay its factor is 1, which changes nothing.
-template <class T, int PAIRS, int DRAWS>
+// Rows that are left over when rows are taken several at once. They are few, so that one function serves all ranks.
+template <class T, int DRAWS>
 void update_rest(T *x, int64_t stride, int64_t rows, int64_t cols, const int32_t *panel, RowFactors f) {
-  for (int64_t i = 0; i < rows; ++i, x += stride, ++f.u) update_rows<T, PAIRS, DRAWS, true, 1>(x, stride, cols, panel, f);
+  for (int64_t i = 0; i < rows; ++i, x += stride, ++f.u) update_rows<T, 0, DRAWS, 1>(x, stride, cols, panel, f);
 }
 
-template <class T, int PAIRS, int DRAWS, bool DECAY>
+template <class T, int PAIRS, int DRAWS>
 void update_panel(T *x, int64_t stride, int64_t rows, int64_t cols, const int32_t *panel, RowFactors f) {
   // Two draws need twice the sums: with 16 registers only two rows share a panel's.
   constexpr int at_once = kRegisters == 32 || DRAWS == 1 ? 4 : 2;
   f.apart = rows / at_once;
   for (int64_t i = 0; i < f.apart; ++i, x += stride, ++f.u)
-    update_rows<T, PAIRS, DRAWS, DECAY, at_once>(x, f.apart * stride, cols, panel, f);
+    update_rows<T, PAIRS, DRAWS, at_once>(x, f.apart * stride, cols, panel, f);
   const int64_t done = at_once * f.apart;
   x += (done - f.apart) * stride, f.u += done - f.apart;
-  update_rest<T, PAIRS, DRAWS>(x, stride, rows - done, cols, panel, f);
+  update_rest<T, DRAWS>(x, stride, rows - done, cols, panel, f);
 }
 
 template <class T>
 using UpdatePanel = void (*)(T *, int64_t, int64_t, int64_t, const int32_t *, RowFactors);
 
 template <class T, int PAIRS>
-UpdatePanel<T> choose(int draws, bool decay) {
-  if (draws == 1) return decay ? update_panel<T, PAIRS, 1, true> : update_panel<T, PAIRS, 1, false>;
-  return decay ? update_panel<T, PAIRS, 2, true> : update_panel<T, PAIRS, 2, false>;
+UpdatePanel<T> choose(int draws) {
+  return draws == 1 ? update_panel<T, PAIRS, 1> : update_panel<T, PAIRS, 2>;
 }
 
 template <class T>
-UpdatePanel<T> choose(int pairs, int draws, bool decay, bool folded) {
+UpdatePanel<T> choose(int pairs, int draws, bool folded) {
   if constexpr (kRegisters > 8) {
-    if (folded && pairs == 1) return choose<T, 1>(draws, decay);
-    if (folded && pairs == 2) return choose<T, 2>(draws, decay);
-    if (folded && pairs == 4) return choose<T, 4>(draws, decay);
+    if (folded && pairs == 1) return choose<T, 1>(draws);
+    if (folded && pairs == 2) return choose<T, 2>(draws);
+    if (folded && pairs == 4) return choose<T, 4>(draws);
   }
-  return choose<T, 0>(draws, decay);
+  return choose<T, 0>(draws);
 }
 
 struct Scratch {
@@ -113,8 +112,8 @@ void update_tile(const Tile &tile, const lozo_call &call, int64_t count, Scratch
                  tile.tensor->tensor_id, (uint64_t)global_row(tile, 0), tile.rows, rank);
   }
   const bool folded = kRegisters > 8 && fold_unit(f, draws);
-  const UpdatePanel<T> update = choose<T>(pairs, draws, call.decay != nullptr, folded);
-  const UpdatePanel<float> update_float = choose<float>(pairs, draws, call.decay != nullptr, folded);
+  const UpdatePanel<T> update = choose<T>(pairs, draws, folded);
+  const UpdatePanel<float> update_float = choose<float>(pairs, draws, folded);
 
   int64_t width = kPanelBytes / 4 / pairs / kBlock * kBlock;
   if (width < kBlock) width = kBlock;

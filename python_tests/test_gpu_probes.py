@@ -106,6 +106,26 @@ def learned_bits(place, dtype, model=Model, steps=4, beta=None, **options):
     assert not [name for name, p in got.items() if not torch.equal(as_bits(p), as_bits(want[name]))]
 
 
+@pytest.mark.parametrize("side", ["activation", "scratch"])
+def test_parts_of_a_batch_see_what_they_see_alone(place, side):
+    """Each along its own direction, in the forward passes of all."""
+    device, backend = place
+    model, ids = made(device)
+    options = {"placement": "probe", "side": side, "backend": backend, "evaluation": "split", "directions": 2}
+    optimizer = LOZO(model, lr=1e-2, eps=1e-2, rank=4, interval=2, **options)
+    for _ in range(3):
+        optimizer.step(losses_of(model), ids)
+    handle = optimizer.handle
+    for part in range(2):
+        handle.perturb_(3, 1e-2, direction=part)
+        alone = losses_of(model)(ids)[2 * part : 2 * part + 2].mean()
+        handle.rest_()
+        handle.spread_(3, [(0, 1e-2), (1, 1e-2)], 2)
+        together = losses_of(model)(ids)[2 * part : 2 * part + 2].mean()
+        handle.rest_()
+        assert torch.allclose(alone, together, rtol=1e-4)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_evaluations_are_those_of_weights_that_eager_moves(place, method):
     """Both losses of a step, within the rounding of a forward pass, which on a GPU may use TF32 no more than elsewhere."""

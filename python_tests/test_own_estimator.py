@@ -53,6 +53,7 @@ OPTIONS = [
     {"two_sided": False, "directions": 3},
     {"placement": "probe", "momentum": 0.9},
     {"placement": "probe", "evaluation": "batched", "directions": 2},
+    {"placement": "probe", "evaluation": "split", "directions": 2},
 ]
 
 

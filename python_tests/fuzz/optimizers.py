@@ -60,7 +60,7 @@ def make_settings(case: Choices, probing: bool) -> dict[str, Any]:
     for name in case.odd(15, *settings, "evaluation", "parallel", note="setting"):
         case.notes[-1] = f"setting: {name}"
         settings[name] = case.of(
-            *ODD_NUMBERS, *ODD_THINGS, -1, 0, 2.0, torch.zeros(2), torch.tensor(math.nan), "batched", "examples"
+            *ODD_NUMBERS, *ODD_THINGS, -1, 0, 2.0, torch.zeros(2), torch.tensor(math.nan), "batched", "split", "examples"
         )
     return settings
 

@@ -10,6 +10,7 @@ import pytest
 from hf_helpers import REPO
 from pages import PAGES, anchors, indented, links, quoted
 
+from bench import passes
 from bench.sass import summary
 
 RESULTS = REPO / "bench" / "results"
@@ -109,7 +110,7 @@ def test_no_command_of_a_result_names_a_folder_of_one_machine():
 
 def test_measurements_of_the_readme_name_their_file_and_machine():
     table = PAGES["README.md"].split("## What was measured")[1].split("\n\n")[1].split("\n")[2:]
-    assert len(table) == 5
+    assert len(table) == 6
     for row in table:
         *_, file, machine = (cell.strip() for cell in row.strip("|").split("|"))
         document = json.loads((REPO / re.fullmatch(r"\[[\w.]+\]\((bench/results/\w+\.json)\)", file).group(1)).read_text())
@@ -121,6 +122,11 @@ def test_measurements_of_the_readme_name_their_file_and_machine():
 
 def rows_of(table, start):
     return [line for line in PAGES[table].splitlines() if line.startswith(start)]
+
+
+@pytest.mark.parametrize("case", ("llama", "demo", "minilm"))
+def test_the_table_of_rules_is_that_of_its_file(case):
+    assert passes.table(result(f"passes_{case}")["rules"]) in PAGES["docs/benchmarks.md"]
 
 
 @pytest.mark.parametrize(("dtype", "short"), (("bfloat16", "bf16"), ("float32", "fp32")))

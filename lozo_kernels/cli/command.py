@@ -76,7 +76,7 @@ EXAMPLES = {
 }
 """What ``--help`` of a command shows at its end."""
 
-_TALKATIVE = ("torchao", "torch.utils._pytree")
+_TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes")
 """Loggers of packages that transformers imports where they are installed, and that warn of parts which nothing here uses."""
 
 

@@ -127,11 +127,7 @@ class Stepper:
     @property
     def parts(self) -> int:
         """The parts of a batch that have directions of their own, which are then the directions of a step; 1 without."""
-        return self.settings.directions if self._splits else 1
-
-    @property
-    def _splits(self) -> bool:
-        return self._by_example or self.settings.evaluation == "split"
+        return self.settings.directions if self._by_example or self.settings.evaluation == "split" else 1
 
     @property
     def last_point(self) -> Perturbation:
@@ -159,7 +155,7 @@ class Stepper:
         if not isinstance(self.step, Tensor):  # otherwise prepare() was called
             self.handle.prepare(alone, conditions, step=self.step)
         try:
-            if self._splits:
+            if self._by_example or settings.evaluation == "split":
                 assert batches is not None
                 plus, minus = self._evaluate_split(closures, batches, conditions, measuring=measuring)
             elif measuring:
@@ -392,7 +388,7 @@ class Stepper:
 
     def _bound(self, closures: Sequence[Any], batches: Sequence[Any] | None) -> Sequence[Closure]:
         """The closures without arguments. Raises TypeError or ValueError if examples cannot have the directions of the step."""
-        if self._splits:
+        if self._by_example or self.settings.evaluation == "split":
             self._check_parts(batches)
         return closures if batches is None else bind_inputs(closures, batches, self.parts)
 

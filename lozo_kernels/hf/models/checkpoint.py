@@ -118,14 +118,18 @@ def load_model(
         notes.append(f"in the checkpoint and not in the model: {len(unused)} weights, e.g. {unused[0]}")
     if "quantization_config" not in options:
         model = model.to(device)
-    for module in model.modules():
-        # bitsandbytes would repack 4-bit weights in their first forward pass on CPUs with AVX512-BF16, and only where rows are a
-        # multiple of 32: here weights are the same on every CPU.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    _keep_as_read(model)
     if settings.peft:
         model = add_adapters(model, settings.seed, settings.lora_rank)
     return model.eval(), notes
+
+
+def _keep_as_read(model: Any) -> None:
+    """Has bitsandbytes leave 4-bit weights alone, which it would repack in their first forward pass on CPUs with AVX512-BF16, and can
+    only where rows are a multiple of 32."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _quantised(settings: Settings) -> Any:

@@ -125,8 +125,8 @@ def load_model(
 
 
 def _keep_as_read(model: Any) -> None:
-    """Has bitsandbytes leave 4-bit weights alone, which it would repack in their first forward pass on CPUs with AVX512-BF16, and can
-    only where rows are a multiple of 32."""
+    """Has bitsandbytes leave 4-bit weights alone. On CPUs with AVX512-BF16 it would repack them in their first forward pass, and fail
+    where the rows of one are no multiple of 32."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

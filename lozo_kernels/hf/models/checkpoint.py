@@ -125,7 +125,7 @@ def load_model(
 
 
 def _keep_as_read(model: Any) -> None:
-    """Has bitsandbytes leave 4-bit weights alone. On CPUs with AVX512-BF16 it would repack them in their first forward pass, and fail
+    """Has bitsandbytes leave 4-bit weights alone. On CPUs with AVX512-BF16 it would repack them in the first forward pass, and fail
     where the rows of one are no multiple of 32."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -196,12 +196,12 @@ def _say_what(figure: Any, both: Any, document: Row, along: str, note: str, *, c
         axes.grid(alpha=0.3)
     handles, labels = both[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=columns, bbox_to_anchor=(0.5, below), frameon=False)
-    figure.tight_layout(rect=(0, below + 0.01 + 0.05 * math.ceil(len(labels) / columns), 1, 1))
+    figure.tight_layout(rect=(0, below + 0.02 + 0.2 * math.ceil(len(labels) / columns) / figure.get_figheight(), 1, 1))
 
 
 def passes(document: Row) -> Any:
     """Dev loss of every rule at its best rate over forward passes, and over the seconds of steps: means over seeds."""
-    figure, both = plt.subplots(1, 2, figsize=(WIDTH, 5), sharey=True)
+    figure, both = plt.subplots(1, 2, figsize=(WIDTH, 7), sharey=True)
     for i, rule in enumerate(document["rules"]):
         runs = [r for r in document["runs"] if r["rule"] == rule["rule"] and r["best"]]
         style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"}

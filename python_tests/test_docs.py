@@ -124,6 +124,21 @@ def rows_of(table, start):
     return [line for line in PAGES[table].splitlines() if line.startswith(start)]
 
 
+def test_shares_by_instruction_set_follow_from_their_files():
+    found = [result(f"perturb_rank4_{isa}")["details"] for isa in ("avx512", "avx2")]
+    methods = {
+        "LOZO": "lowrank_update",
+        "LOZO-M": "lowrank_momentum",
+        "GRZO": "lowrank_signed_update",
+        "MeZO with random signs": "dense_update_signs",
+    }
+    for method, op in methods.items():
+        for dtype, short in (("float32", "fp32"), ("bfloat16", "bf16")):
+            ratios = [next(d["ratios"] for d in details if (d["op"], d["dtype"]) == (op, dtype)) for details in found]
+            cells = [f"{r['floor']:.2f}" for r in ratios] + [f"{r['addmm']:.1f}" if "addmm" in r else "-" for r in ratios]
+            assert f"| {method}, {short} | {' | '.join(cells)} |" in PAGES["docs/benchmarks.md"]
+
+
 @pytest.mark.parametrize("case", ("llama", "demo", "minilm"))
 def test_the_table_of_rules_is_that_of_its_file(case):
     assert passes.table(result(f"passes_{case}")["rules"]) in PAGES["docs/benchmarks.md"]

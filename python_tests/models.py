@@ -37,6 +37,16 @@ def zoo_loss(model, seed=0):
     return loss
 
 
+def losses_of(model):
+    """Makes a closure that takes tokens and returns a loss for each example: that of its next tokens."""
+
+    def losses(tokens):
+        logits = model(tokens[:, :-1]).float()
+        return nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
+
+    return losses
+
+
 def full(p):
     """Copies the whole of a parameter that may be sharded."""
     return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()

@@ -15,7 +15,7 @@ from lozo_kernels.kernels import noise
 from lozo_kernels.kernels.calls import Draw
 from lozo_kernels.model.estimators.guided import as_factor
 from python_tests.fuzz.journal_mutations import assemble, bodies, sample
-from python_tests.models import Zoo, same, weights, zoo_loss
+from python_tests.models import Zoo, losses_of, same, weights, zoo_loss
 from python_tests.parallel_helpers import EXAMPLES, Model, batch, finish, logs, start
 
 pytestmark = pytest.mark.filterwarnings("ignore:not guided by inputs")
@@ -186,14 +186,6 @@ def test_inputs_of_low_rank_leave_the_rest_of_v_as_it_was():
     assert torch.allclose(second[:2] @ second[:2].T, 2 * torch.eye(2).double(), atol=0.1) and not second[2:].any()
     handle.guide(lambda: model(0 * row).sum(), step=1)
     assert torch.allclose(handle.guidance.vs["0.weight"].double(), first, atol=0.02)
-
-
-def losses_of(model):
-    def loss(rows):
-        logits = model(rows[:, :-1]).float()
-        return nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none").mean(1)
-
-    return loss
 
 
 def tokens(step):

@@ -11,8 +11,9 @@ from lozo_kernels import GRZO, LOZO, BatchSplitError, Draw, TensorTable, capture
 from lozo_kernels.journal import Journal, replay
 from lozo_kernels.kernels import noise
 from lozo_kernels.model.losses import count_examples
-from python_tests.models import Zoo, same, weights
+from python_tests.models import Zoo, losses_of, same, weights
 from python_tests.parallel_helpers import finish, logs, start
+from python_tests.parts import check_the_mean_estimate, check_the_mean_loss
 
 
 class Conv1D(nn.Module):
@@ -42,16 +43,6 @@ class Small(nn.Module):
     def forward(self, tokens):
         h = self.embed(tokens) + self.places(torch.arange(tokens.shape[1]).unsqueeze(0))
         return self.head(h + self.down(torch.tanh(self.norm(self.up(h)))))
-
-
-def losses_of(model):
-    """A closure that takes tokens and returns a loss for each example."""
-
-    def losses(tokens):
-        logits = model(tokens[:, :-1]).float()
-        return nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
-
-    return losses
 
 
 def tokens_of(count, generator=None):
@@ -155,29 +146,8 @@ def test_each_part_is_evaluated_at_its_own_weights(rng, dtype):
 
 
 def test_the_mean_of_estimates_is_the_gradient(rng):
-    """Without normalising. The bound is a standard error, of which the worst of 24 means is not five and a half times off."""
-    model, parts, samples = nn.Linear(5, 4), 4, 250
-    x, y = torch.randn(8, 5), torch.randn(8, 4)
-
-    def losses(batch):
-        return (torch.tanh(model(batch[0])) - batch[1]).square().mean(1)
-
-    losses((x, y)).mean().backward()
-    gradients = {name: p.grad.double() for name, p in model.named_parameters()}
-    optimizer = GRZO(model, lr=0.0, eps=1e-3, rank=2, interval=1, directions=parts, normalise=None, seed=rng.getrandbits(64))
-    found = {name: [] for name in gradients}
-    for step in range(samples):
-        optimizer.step(losses, (x, y))
-        for name, g in gradients.items():
-            z = [optimizer.handle.materialize(name, step, direction=i).double() for i in range(parts)]
-            found[name].append(
-                sum(c * one for c, one in zip(optimizer.info.c, z, strict=True)) / parts / (1 if g.dim() == 1 else 2)
-            )
-    away = {name: torch.stack(found[name]).mean(0) - g for name, g in gradients.items()}
-    for name, off in away.items():
-        assert (off.abs() <= 5.5 * torch.stack(found[name]).std(0) / samples**0.5 + 1e-4).all(), name
-    squares = [sum(t.square().sum() for t in some.values()) for some in (away, gradients)]
-    assert squares[0] < squares[1]  # so few say something
+    """Without normalising."""
+    check_the_mean_estimate(GRZO, rng, normalise=None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -215,23 +185,8 @@ def test_a_journal_replays_and_goes_on(tmp_path, rng, dtype, options):
 
 
 def test_sums_and_weights_and_micro_batches():
-    """The mean of the parts' losses is the loss of the batch, whatever its examples weigh."""
     model = Small()
-    optimizer = GRZO(model, directions=2, lr=0.0, eps=1e-7)
-    mask = torch.rand(2, 4, 6) < 0.6
-    mask[:, 0] = True
-
-    def masked(batch):
-        tokens, keep = batch
-        each = nn.functional.cross_entropy(model(tokens[:, :-1]).transpose(1, 2), tokens[:, 1:], reduction="none")
-        return (each * keep).sum(1), keep.sum(1)
-
-    batches = [(tokens_of(4), keep) for keep in mask]
-    with torch.no_grad():
-        expected = sum(s.sum() / w.sum() for s, w in map(masked, batches)) / 2
-    optimizer.step([masked, masked], batches)
-    assert optimizer.info.loss_plus.shape == (2,)
-    assert torch.allclose(optimizer.info.loss.float(), expected, rtol=1e-5)
+    check_the_mean_loss(model, GRZO(model, directions=2, lr=0.0, eps=1e-7), tokens_of, places=6)
 
 
 def test_refusals_of_the_op():

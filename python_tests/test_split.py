@@ -13,21 +13,12 @@ from lozo_kernels.errors import InputError
 from lozo_kernels.hf.finetune import finetune
 from lozo_kernels.hf.settings import Settings
 from lozo_kernels.journal import Journal, JournalError, read_journal
-from python_tests.models import Zoo, same, weights
+from python_tests.models import Zoo, losses_of, same, weights
 from python_tests.parallel_helpers import Batched, finish, logs, start
+from python_tests.parts import check_the_mean_estimate, check_the_mean_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:not guided by inputs")
 SPLIT = {"placement": "probe", "evaluation": "split"}
-
-
-def losses_of(model):
-    """A closure that takes tokens and returns a loss for each example."""
-
-    def losses(rows):
-        logits = model(rows[:, :-1]).float()
-        return nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none").mean(1)
-
-    return losses
 
 
 def trained(model):
@@ -85,46 +76,12 @@ def test_two_forward_passes_whatever_the_number_of_directions():
 
 
 def test_the_mean_of_the_parts_is_the_loss_of_the_batch():
-    """Whatever its examples weigh, and however many batches there are."""
     model = Zoo().eval()
-    optimizer = LOZO(model, directions=2, lr=0.0, eps=1e-7, **SPLIT)
-    keep = torch.rand(2, 4, 8) < 0.6
-    keep[:, 0] = True
-
-    def masked(batch):
-        rows, kept = batch
-        each = nn.functional.cross_entropy(model(rows[:, :-1]).transpose(1, 2), rows[:, 1:], reduction="none")
-        return (each * kept).sum(1), kept.sum(1)
-
-    batches = [(tokens(4), kept) for kept in keep]
-    with torch.no_grad():
-        expected = sum(s.sum() / w.sum() for s, w in map(masked, batches)) / 2
-    optimizer.step([masked, masked], batches)
-    assert torch.allclose(optimizer.info.loss.float(), expected, rtol=1e-5)
+    check_the_mean_loss(model, LOZO(model, directions=2, lr=0.0, eps=1e-7, **SPLIT), tokens, places=8)
 
 
 def test_the_mean_of_estimates_is_the_gradient(rng):
-    """The bound is a standard error, of which the worst of 24 means is not five and a half times off."""
-    model, parts, samples = nn.Linear(5, 4), 4, 250
-    x, y = torch.randn(8, 5), torch.randn(8, 4)
-
-    def losses(batch):
-        return (torch.tanh(model(batch[0])) - batch[1]).square().mean(1)
-
-    losses((x, y)).mean().backward()
-    gradients = {name: p.grad.double() for name, p in model.named_parameters()}
-    optimizer = LOZO(model, lr=0.0, eps=1e-3, rank=2, interval=1, directions=parts, seed=rng.getrandbits(64), **SPLIT)
-    found = {name: [] for name in gradients}
-    for step in range(samples):
-        optimizer.step(losses, (x, y))
-        for name, g in gradients.items():
-            each = [c * optimizer.handle.materialize(name, step, direction=i).double() for i, c in enumerate(optimizer.info.c)]
-            found[name].append(sum(each) / parts / (1 if g.dim() == 1 else 2))
-    away = {name: torch.stack(found[name]).mean(0) - g for name, g in gradients.items()}
-    for name, off in away.items():
-        assert (off.abs() <= 5.5 * torch.stack(found[name]).std(0) / samples**0.5 + 1e-4).all(), name
-    squares = [sum(t.square().sum() for t in some.values()) for some in (away, gradients)]
-    assert squares[0] < squares[1]  # so few say something
+    check_the_mean_estimate(LOZO, rng, **SPLIT)
 
 
 def test_a_rate_that_finds_itself_costs_one_forward_pass_where_it_measures():

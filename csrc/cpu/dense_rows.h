@@ -11,8 +11,8 @@ namespace lozo {
 namespace LOZO_ISA {
 
 constexpr int kAtOnce = kRegisters > 8 ? 2 : 1;  // blocks whose Philox rounds run side by side
-constexpr int64_t kPageAhead =
-    4096;  // bytes: hardware prefetchers follow a stream to the end of its page, and begin anew on the next
+// Bytes. Hardware prefetchers follow a stream to the end of its page, and begin anew on the next.
+constexpr int64_t kPageAhead = 4096;
 
 // How N enters. There may be none. Momentum: N decays, takes up the noise and is stored, and is added times alpha. Merge: N is only
 // read, and is added after the noise was added to it.

@@ -91,10 +91,14 @@ class Method:
         others = {*_LOW_RANK, "num_shots"} - set(self.uses)
         return frozenset(others if self.trains else others | set(_TRAINING))
 
+    def splits(self, evaluation: str) -> bool:
+        """Whether each part of a batch has a direction of its own."""
+        return self.per_example or evaluation == "split"
+
     def passes(self, directions: int, one_sided: bool, evaluation: str) -> int:
         """Forward passes of a step with so many directions, which share F(0) if they are one-sided, and a batch if each is of its
         own examples."""
-        if self.per_example or evaluation == "split":
+        if self.splits(evaluation):
             return self.forwards
         return directions + 1 if one_sided else self.forwards * directions
 
@@ -168,7 +172,7 @@ METHODS = _Methods(
 )
 
 ZEROTH_ORDER = _Methods(
-    *(m for m in METHODS.values() if m.optimizer is not None and m.evaluation != "split" and not m.per_example),
+    *(m for m in METHODS.values() if m.optimizer is not None and not m.splits(m.evaluation)),
     hidden=GRZO.estimator,
 )
 """Those that train with forward passes only, which the Trainer has: its loss is one for all examples."""

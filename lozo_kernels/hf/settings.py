@@ -170,19 +170,18 @@ class Settings:
             threads=1 if self.threads is None and self.model is None else self.threads,
             output=self.output or f"runs/{task or Path(str(file)).stem}-{self.method}",
         )
-        if not method.trains or self.num_train_epochs is not None:
-            return common
-        steps = self.steps if self.steps is not None else 1500 if demo else 1000
-        found = dataclasses.replace(
-            common,
-            lr=self._resolved_lr(method, steps),
-            lr_schedule=self.lr_schedule or method.lr_schedule,
-            steps=steps,
-            eval_every=self.eval_every if self.eval_every is not None else max(1, steps // 10),
-            compare_steps=self.compare_steps if self.compare_steps is not None else 24 if comparable else 0,
-        )
-        check_parts(found)
-        return found
+        if method.trains and self.num_train_epochs is None:
+            steps = self.steps if self.steps is not None else 1500 if demo else 1000
+            common = dataclasses.replace(
+                common,
+                lr=self._resolved_lr(method, steps),
+                lr_schedule=self.lr_schedule or method.lr_schedule,
+                steps=steps,
+                eval_every=self.eval_every if self.eval_every is not None else max(1, steps // 10),
+                compare_steps=self.compare_steps if self.compare_steps is not None else 24 if comparable else 0,
+            )
+        check_parts(common)
+        return common
 
     def lasting(self, examples: int) -> Settings:
         """These settings with the steps that their epochs are, of so many train examples."""

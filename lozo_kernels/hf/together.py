@@ -28,8 +28,7 @@ def check_parts(s: Any, processes: int = 1) -> None:
     """Raises InputError unless the batch of each process divides into parts for directions of their own; with a learning rate that
     finds itself, into halves of these."""
     halves = 2 if s.lr is None and s.num_train_epochs is None else 1
-    splits = METHODS[s.method].per_example or s.evaluation == "split"
-    if splits and s.batch_size % (processes * s.directions * halves):
+    if METHODS[s.method].splits(s.evaluation) and s.batch_size % (processes * s.directions * halves):
         each = f" in each of {processes} processes" if processes > 1 else ""
         cut = ", and without --lr these into halves" if halves > 1 else ""
         raise InputError(f"--directions {s.directions}: it divides the --batch-size, {s.batch_size}, into equal parts{each}{cut}")

@@ -80,7 +80,7 @@ class Stepper:
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device="cpu")
         self.flat = torch.zeros((), dtype=torch.int64, device="cpu")
         self.moment = no_moment()
-        self._by_example = handle.config.per_example
+        self._per_example = handle.config.per_example
         self._warned_flat = False
         self._moves, self._measuring = 0, False
         self._batches_checked = False
@@ -127,7 +127,11 @@ class Stepper:
     @property
     def parts(self) -> int:
         """The parts of a batch that have directions of their own, which are then the directions of a step; 1 without."""
-        return self.settings.directions if self._by_example or self.settings.evaluation == "split" else 1
+        return self.settings.directions if self._splits else 1
+
+    @property
+    def _splits(self) -> bool:
+        return self._per_example or self.settings.evaluation == "split"
 
     @property
     def last_point(self) -> Perturbation:
@@ -147,7 +151,8 @@ class Stepper:
         Returns:
             (directions,) fp64 each, on the device of the loss; with ``parallel`` those of all processes.
         """
-        settings, alone = self.settings, self._bound(closures, batches)
+        settings, splits = self.settings, self._splits
+        alone = self._bound(closures, batches, splits=splits)
         if not isinstance(self.step, Tensor):
             self.guide(alone)
         conditions = self.handle.conditions(randomness=settings.common_random_numbers)
@@ -155,7 +160,7 @@ class Stepper:
         if not isinstance(self.step, Tensor):  # otherwise prepare() was called
             self.handle.prepare(alone, conditions, step=self.step)
         try:
-            if self._by_example or settings.evaluation == "split":
+            if splits:
                 assert batches is not None
                 plus, minus = self._evaluate_split(closures, batches, conditions, measuring=measuring)
             elif measuring:
@@ -174,7 +179,7 @@ class Stepper:
 
     def prepare(self, closures: Sequence[Any], batches: Sequence[Any] | None = None) -> None:
         """Makes what :meth:`evaluate` makes before its evaluations, for the steps of a :meth:`twin`, which read no value."""
-        alone = self._bound(closures, batches)
+        alone = self._bound(closures, batches, splits=self._splits)
         self.guide(alone)
         self.handle.enter_window(self.count)
         conditions = self.handle.conditions(randomness=self.settings.common_random_numbers)
@@ -383,12 +388,12 @@ class Stepper:
 
     def _check_batches(self, closures: Sequence[BatchClosure], batches: Sequence[Any], conditions: Conditions) -> None:
         if not self._batches_checked:
-            parts = self.parts if self._by_example else 1
+            parts = self.parts if self._per_example else 1
             self._batches_checked = self.handle.check_batches(closures, batches, conditions, step=self.count, parts=parts)
 
-    def _bound(self, closures: Sequence[Any], batches: Sequence[Any] | None) -> Sequence[Closure]:
+    def _bound(self, closures: Sequence[Any], batches: Sequence[Any] | None, *, splits: bool) -> Sequence[Closure]:
         """The closures without arguments. Raises TypeError or ValueError if examples cannot have the directions of the step."""
-        if self._by_example or self.settings.evaluation == "split":
+        if splits:
             self._check_parts(batches)
         return closures if batches is None else bind_inputs(closures, batches, self.parts)
 
@@ -477,7 +482,7 @@ class Stepper:
         sides = []
         try:
             for scale in (eps, -eps, 0.0) if measuring else (eps, -eps):
-                if self._by_example:  # one draw, to which every part adds its own signs
+                if self._per_example:  # one draw, to which every part adds its own signs
                     handle.spread_(self.step, [(0, scale)], examples, parts)
                 else:
                     handle.spread_(self.step, [(d, scale) for d in range(parts)], examples // parts)

@@ -114,11 +114,8 @@ def render_summary(summary: dict[str, Any]) -> str:
     if s.get("test"):
         scored = ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in s["test"]["metrics"].items())
         lines.append(f"{s['test']['examples']} test examples, after: {scored or format(s['test']['loss'], '.4f')}")
-    lines += [
-        "",
-        table(_costs(s, method.passes(settings["directions"], settings.get("one_sided", False), settings["evaluation"]))),
-        "",
-    ]
+    one_sided, evaluation = settings.get("one_sided", False), settings.get("evaluation", "sequential")  # earlier runs have none
+    lines += ["", table(_costs(s, method.passes(settings["directions"], one_sided, evaluation))), ""]
     lines += [f"note: {note}" for note in s["notes"]]
     lines.append(f"saved in {s['output']}: model/, metrics.jsonl, summary.json, loss.png")
     if s["stopped"]:

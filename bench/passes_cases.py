@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bench.learning import Llama, MiniLM, Row, Top
 from lozo_kernels.hf.data.examples import Example
 from lozo_kernels.hf.demo import MODEL, language
-from lozo_kernels.hf.loop.train import evaluate
+from lozo_kernels.hf.loop.scoring import evaluate
 from lozo_kernels.hf.objectives import PromptObjective
 from lozo_kernels.hf.tasks import TASKS
 

@@ -13,8 +13,9 @@ import transformers
 
 from bench.evidence import CPU
 from lozo_kernels.hf.data.text import read_examples
-from lozo_kernels.hf.loop.train import BatchSampler, evaluate
+from lozo_kernels.hf.loop.scoring import evaluate
 from lozo_kernels.hf.objectives import LanguageModelObjective
+from lozo_kernels.hf.run import draw_batches
 from lozo_kernels.hf.tasks import TASKS
 from python_tests import hf_helpers
 
@@ -43,9 +44,9 @@ class Sentences:
 
     def batches(self, size: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
         """Batches without end, the same ones for the same seed."""
-        sampler = BatchSampler(self.train, size, seed)
+        batches = draw_batches(self.train, size, seed)
         while True:
-            yield self.objective.collate(sampler.next(), CPU)
+            yield self.objective.collate(next(batches), CPU)
 
     def dev_loss(self, model: torch.nn.Module) -> float:
         """Mean loss of a token of the dev sentences, of the model as it behaves now."""

@@ -16,7 +16,10 @@ for package in ("transformers", "tokenizers", "tqdm", "matplotlib"):
 from lozo_kernels.cli import command as cli  # noqa: E402
 from lozo_kernels.errors import InputError  # noqa: E402
 from lozo_kernels.hf import finetune as module  # noqa: E402
+from lozo_kernels.hf import run as run_module  # noqa: E402
 from lozo_kernels.hf.finetune import finetune  # noqa: E402
+from lozo_kernels.hf.loop import train as train_module  # noqa: E402
+from lozo_kernels.hf.loop.scoring import evaluate  # noqa: E402
 from lozo_kernels.hf.settings import Settings  # noqa: E402
 from lozo_kernels.journal import read_journal  # noqa: E402
 from python_tests.finetune_helpers import meaning, metrics, model_of  # noqa: E402
@@ -295,15 +298,14 @@ def killed(*_):
 
 def nan_from(monkeypatch, call, value=float("nan")):
     """Dev losses from a call on are not numbers."""
-    real, calls = module.evaluate, []
+    real, calls = evaluate, []
 
-    def evaluate(*arguments, **named):
+    def spied(*arguments, **named):
         record = real(*arguments, **named)
         calls.append(record)
         return record if len(calls) < call else type(record)(record.step, value, None, record.examples, record.seconds)
 
-    monkeypatch.setattr("lozo_kernels.hf.finetune.evaluate", evaluate)
-    monkeypatch.setattr("lozo_kernels.hf.loop.train.evaluate", evaluate)
+    monkeypatch.setattr("lozo_kernels.hf.run.evaluate", spied)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -340,9 +342,9 @@ def test_a_nan_in_the_log_is_read_back(own, tmp_path, monkeypatch):
     assert model_of(run) == model_of(whole)
 
 
-def interrupted_at(monkeypatch, name, call=1):
-    """Ctrl-C at the n-th call of a function of the run."""
-    real, calls = getattr(module, name), []
+def interrupted_at(monkeypatch, name, call=1, place=module):
+    """Ctrl-C at the n-th call of a function of the run, by the name that it has in a module."""
+    real, calls = getattr(place, name), []
 
     def function(*arguments, **named):
         calls.append(1)
@@ -350,7 +352,11 @@ def interrupted_at(monkeypatch, name, call=1):
             os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments, **named)
 
-    monkeypatch.setattr(module, name, function)
+    monkeypatch.setattr(place, name, function)
+
+
+PLACES = {"evaluate": (3, run_module), "score": (1, train_module)}
+"""What comes after the last step: the third evaluation, and the scores."""
 
 
 @pytest.mark.parametrize("method", ["lozo", "ft-sgd"])
@@ -363,7 +369,7 @@ def test_ctrl_c_after_the_last_step(capsys, own, tmp_path, monkeypatch, where, m
     run = tmp_path / "run"
     more = ["--num-eval", 4] if where == "score" else []
     with monkeypatch.context() as patched:
-        interrupted_at(patched, where, 2 if where == "evaluate" else 1)
+        interrupted_at(patched, where, *PLACES.get(where, ()))
         assert start(own, "--output", run, "--method", method, "--keep", keep, *more) == 130
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "nothing was saved" not in said and str(run) in said

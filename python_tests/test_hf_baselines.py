@@ -46,7 +46,7 @@ def test_sgd_is_a_gradient_step_by_hand(rng):
     by_name = dict(zip([n for n, p in model.named_parameters() if p.requires_grad], expected, strict=True))
     driver = build_driver(model, Settings(method="ft-sgd", lr=lr, momentum=0.0))
     with torch.no_grad():  # the loop may be inside of it
-        returned = driver.step(loss)
+        returned = driver.step([loss])
     assert float(returned) == pytest.approx(float(value.detach()))
     for name, p in model.named_parameters():
         moved = start[name] - lr * by_name[name] if name in by_name else start[name]
@@ -60,7 +60,7 @@ def test_adamw_moves_each_weight_by_lr_at_first():
     model, lr = torch.nn.Linear(5, 3), 0.01
     x = torch.randn(7, 5)
     start = weights(model)
-    build_driver(model, Settings(method="ft", lr=lr, momentum=0.0)).step(lambda: model(x).square().mean())
+    build_driver(model, Settings(method="ft", lr=lr, momentum=0.0)).step([lambda: model(x).square().mean()])
     for name, p in model.named_parameters():
         assert torch.allclose((p - start[name]).abs(), torch.full_like(p, lr), rtol=1e-3)
 
@@ -79,7 +79,7 @@ def test_forward_gradient_is_the_directional_derivative(make, rng):
     z = {name: driver.handle.materialize(name, 0) for name in driver.handle.names}
     assert z.keys() == grads.keys()
     derivative = sum(float((grads[name] * z[name].double()).sum()) for name in z)
-    assert float(driver.step(loss)) == pytest.approx(float(value), rel=1e-5)
+    assert float(driver.step([loss])) == pytest.approx(float(value), rel=1e-5)
     assert float(driver.info.c) == pytest.approx(derivative, rel=1e-4, abs=1e-4)
     for name, p in model.named_parameters():
         moved = (1 - lr * decay) * start[name] - lr * derivative * z[name] if name in z else start[name]
@@ -101,7 +101,7 @@ def test_forward_gradient_in_double_precision(rng):
     z = [driver.handle.materialize(name, 0).double() for name in ("weight", "bias")]
     double = [p.detach().double().requires_grad_() for p in model.parameters()]
     exact = torch.autograd.grad(torch.nn.functional.linear(x, *double).tanh().square().mean(), double)
-    driver.step(loss)
+    driver.step([loss])
     assert float(driver.info.c) == pytest.approx(sum(float((g * d).sum()) for g, d in zip(exact, z, strict=True)), rel=1e-9)
 
 
@@ -112,7 +112,7 @@ def test_forward_gradient_is_mezo_without_its_eps(rng):
     theirs.load_state_dict(ours.state_dict())
     driver, mezo = ForwardGradient(ours, lr=1e-4, seed=seed), MeZO(theirs, lr=1e-4, eps=2e-4, seed=seed)
     for _ in range(20):
-        driver.step(zoo_loss(ours))
+        driver.step([zoo_loss(ours)])
         mezo.step(zoo_loss(theirs))
         assert float(driver.info.c) == pytest.approx(float(mezo.info.c), rel=0.02, abs=0.02)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -128,7 +128,7 @@ def test_lora_changes_adapters_only_and_merges_them(rng, tmp_path):
     before = torch.get_rng_state()
     driver = LoRA(model, lr=0.05, weight_decay=0.0, seed=3)
     assert torch.equal(before, torch.get_rng_state())
-    losses = [float(driver.step(loss)) for _ in range(20)]
+    losses = [float(driver.step([loss])) for _ in range(20)]
     assert losses[-1] < losses[0]
     inner = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if "lora_" not in name}
     assert same(start, {name: p.detach() for name, p in inner.items()})
@@ -161,7 +161,7 @@ def test_lora_of_a_classifier_trains_its_head():
     start = weights(model)
     driver = build_driver(model, Settings(method="ft-lora", lr=0.02, momentum=0.0))
     for _ in range(3):
-        driver.step(lambda: model(input_ids=ids, labels=labels).loss)
+        driver.step([lambda: model(input_ids=ids, labels=labels).loss])
     driver.close()
     end = weights(model)
     changed = {name for name in end if not torch.equal(start[name], end[name])}
@@ -173,20 +173,20 @@ def test_lora_of_a_classifier_trains_its_head():
 @pytest.mark.parametrize("make", [FirstOrder, ForwardGradient])
 def test_a_loss_that_is_not_finite_moves_nothing_and_ends_the_run(make):
     model = torch.nn.Linear(3, 2)
-    driver = FirstOrder(model, torch.optim.SGD(model.parameters(), lr=0.1)) if make is FirstOrder else make(model, lr=0.1)
+    driver = FirstOrder(torch.optim.SGD(model.parameters(), lr=0.1)) if make is FirstOrder else make(model, lr=0.1)
     start = weights(model)
 
     def bad():
         return model(torch.full((1, 3), math.nan)).sum()
 
     with pytest.warns(UserWarning, match="not finite"):
-        driver.step(bad)
+        driver.step([bad])
     assert driver.info.skipped
-    driver.step(lambda: model(torch.zeros(1, 3)).sum() * 0.0)
+    driver.step([lambda: model(torch.zeros(1, 3)).sum() * 0.0])
     assert not driver.info.skipped
     with pytest.warns(UserWarning), pytest.raises(NonFiniteLossError, match=f"{MAX_NONFINITE} steps in a row"):
         for _ in range(MAX_NONFINITE):
-            driver.step(bad)
+            driver.step([bad])
     assert same(start, weights(model)) and driver.steps_done == MAX_NONFINITE + 2
 
 

@@ -16,10 +16,11 @@ from lozo_kernels.hf.data.examples import Example
 from lozo_kernels.hf.finetune import finetune
 from lozo_kernels.hf.loop import train as train_module
 from lozo_kernels.hf.loop.measure import peak_memory
-from lozo_kernels.hf.loop.train import BatchSampler, evaluate
+from lozo_kernels.hf.loop.scoring import evaluate
 from lozo_kernels.hf.models.checkpoint import load_model, open_checkpoint
 from lozo_kernels.hf.objectives import ClassificationObjective, LanguageModelObjective, PromptObjective, choose_objective
 from lozo_kernels.hf.output import to_json
+from lozo_kernels.hf.run import draw_batches
 from lozo_kernels.hf.settings import Settings
 from lozo_kernels.hf.tasks import TASKS, TEXT
 
@@ -341,9 +342,9 @@ def test_the_patch_is_gone_after_training(tmp_path, monkeypatch):
     seen = []
     plain = train_module.train
 
-    def spy(model, *args, **kwargs):
+    def spy(run, model, *args, **kwargs):
         seen.append(model)
-        return plain(model, *args, **kwargs)
+        return plain(run, model, *args, **kwargs)
 
     monkeypatch.setattr("lozo_kernels.hf.finetune.train", spy)
     finetune(Settings(task="go-again", steps=1, eval_size=4, output=str(tmp_path)), quiet=True)
@@ -420,8 +421,8 @@ def test_accuracy_counts_right_answers(embedded):
 
 def test_batches_go_through_all_examples_before_any_comes_again():
     examples = [{"input_ids": [i]} for i in range(10)]
-    sampler = BatchSampler(examples, 4, seed=0)
-    drawn = [e["input_ids"][0] for _ in range(5) for e in sampler.next()]
+    batches = draw_batches(examples, 4, seed=0)
+    drawn = [e["input_ids"][0] for _ in range(5) for e in next(batches)]
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
     assert drawn[:10] != drawn[10:]
 

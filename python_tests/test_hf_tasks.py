@@ -16,9 +16,9 @@ from lozo_kernels.errors import InputError
 from lozo_kernels.hf.data.load import load_data
 from lozo_kernels.hf.data.text import read_examples
 from lozo_kernels.hf.loop.scoring import score
-from lozo_kernels.hf.loop.train import BatchSampler
 from lozo_kernels.hf.models.checkpoint import load_model, open_checkpoint
 from lozo_kernels.hf.objectives import OBJECTIVES, choose_objective
+from lozo_kernels.hf.run import draw_batches
 from lozo_kernels.hf.settings import Settings
 from lozo_kernels.hf.tasks import KINDS, TASKS
 from lozo_kernels.hf.tasks.prompts import FORMS, render
@@ -132,12 +132,12 @@ def made(opened, task, objective="auto", **options):
     return model, OBJECTIVES[name](checkpoint.tokenizer, TASKS[task], checkpoint.max_length(512), **options)
 
 
-def train(model, objective, sampler):
+def train(model, objective, batches):
     """20 steps of LOZO, which move the weights and have a finite loss."""
     before = {k: v.clone() for k, v in model.state_dict().items()}
     optimizer = LOZO(model, lr=1e-4, eps=1e-3, rank=2, interval=10)
     for _ in range(20):
-        batch = objective.collate(sampler.next(), CPU)
+        batch = objective.collate(next(batches), CPU)
         assert math.isfinite(float(optimizer.step(partial(objective.loss, model, batch))))
     optimizer.handle.restore()
     assert not all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -196,7 +196,7 @@ def test_every_task_loads_is_scored_and_is_trained(llama, roberta, name):
         scores = score(model, objective, data.dev[:4], 8, 4, CPU)
         assert tuple(scores.metrics) == TASKS[name].metrics and all(0 <= v <= 1 for v in scores.metrics.values())
         assert math.isfinite(scores.loss) and scores.examples == min(4, len(data.dev))
-        train(model, objective, BatchSampler(objective.encode_all(data.train[:4]), 2, seed=0))
+        train(model, objective, draw_batches(objective.encode_all(data.train[:4]), 2, seed=0))
 
 
 def test_superglue_and_the_hub_give_the_same_examples(tmp_path):

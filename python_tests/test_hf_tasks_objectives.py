@@ -6,7 +6,7 @@ from hf_tiny import tiny_llama, tiny_roberta, tiny_tokenizer
 
 from lozo_kernels.errors import InputError
 from lozo_kernels.hf.data.examples import Example
-from lozo_kernels.hf.loop.train import evaluate
+from lozo_kernels.hf.loop.scoring import evaluate
 from lozo_kernels.hf.objectives import AnswerObjective, ChoiceObjective, MaskedPromptObjective, PromptObjective, choose_objective
 from lozo_kernels.hf.tasks import TASKS, TEXT
 

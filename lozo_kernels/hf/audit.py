@@ -12,7 +12,7 @@ from ..errors import InputError, require
 from ..journal import RecordedRun, Verification, replay, revert, verify
 from ..journal.format import Header
 from ..model.files import replacing, replacing_folder, write_whole
-from .loop.folder import JOURNAL, METRICS, MODEL, begin, claimed, read_summary
+from .loop.folder import JOURNAL, METRICS, MODEL, SUMMARY, begin, claimed, read_saved
 from .loop.journaling import find_journal, read_run_journal, recorded_settings
 from .loop.records import read_metrics
 from .models.adapters import load_adapter
@@ -82,7 +82,7 @@ def verify_run(
         InputError, JournalError: as :func:`replay_run`.
     """
     run = _read(journal, steps)
-    kept = (read_summary(tuned) or {}).get("kept_step") if tuned is not None and steps is None else None
+    kept = read_saved(tuned / SUMMARY).get("kept_step") if tuned is not None and steps is None else None
     steps = kept if isinstance(kept, int) and 0 <= kept < run.steps else steps
     base, _ = _load(model, run, trusted)
     other = None

@@ -13,15 +13,15 @@ from ..errors import InputError
 from ..journal import JournalError
 from ..model.files import replacing_folder, unwritable, write_whole
 from ..model.interrupts import deferred_interrupt
-from .loop.building import build_driver, measure_eps
+from .loop.building import measure_eps
 from .loop.folder import METRICS, MODEL, PLOT, SUMMARY, begin, claimed, find_run
-from .loop.journaling import Keeper, new_keeper, resumed_keeper
+from .loop.journaling import new_keeper, resumed_keeper
 from .loop.kept_weights import KeptWeights
 from .loop.measure import inference_peaks
 from .loop.processes import first_does, is_first, joined, own_folder
 from .loop.records import MetricsLog
-from .loop.scoring import check_examples, score
-from .loop.train import Outcome, eval_batch_size, evaluate, train
+from .loop.scoring import check_examples
+from .loop.train import train
 from .models.checkpoint import load_model
 from .models.hub import push
 from .models.pretrained import computing, first_line
@@ -94,7 +94,7 @@ def _run(settings: Settings, command: str, quiet: bool, resume: bool, callbacks:
     settings = run.settings
     if run.data.test:
         check_examples(run.objective, run.data.test, settings.max_new_tokens)
-    keeper = new_keeper(output, settings, run.data, run.objective.name, run.train_set, run.dev_set)
+    keeper = new_keeper(run, output)
     if resume:
         keeper = resumed_keeper(keeper)
     model, notes = load_model(run.checkpoint, run.objective.name, run.data.task, settings, run.device)
@@ -120,12 +120,12 @@ def _run(settings: Settings, command: str, quiet: bool, resume: bool, callbacks:
     kept = KeptWeights(model, output, best=settings.keep == "best", earlier=log.evaluations)
     kept.complete(lambda step: keeper.model_after(model, step))
     try:
-        outcome, test = _train(run, model, keeper, log, kept, callbacks)
+        outcome = train(run, model, keeper, log, kept, callbacks)
     finally:
         log.close()
     summary = summarize(run, model, outcome, log, inference, comparison)
     notes = [*notes, *([kept.note] if kept.note else [])]
-    summary |= {"notes": notes, "command": command, "output": str(output), "test": test, "kept_step": outcome.kept_step}
+    summary |= {"notes": notes, "command": command, "output": str(output), "test": outcome.test, "kept_step": outcome.kept_step}
     if is_first():
         with deferred_interrupt():
             _save(run, model, summary, log, output, outcome.unended)
@@ -153,48 +153,3 @@ def _save(run: Run, model: Any, summary: dict[str, Any], log: MetricsLog, output
             f"lozo-kernels finetune --resume {output} writes it"
         ) from unended
     write_whole(output / SUMMARY, to_json(summary, indent=2) + "\n")
-
-
-def _train(
-    run: Run, model: Any, keeper: Keeper, log: MetricsLog, kept: KeptWeights, callbacks: Sequence[Any]
-) -> tuple[Outcome, dict[str, Any] | None]:
-    """Trains between two evaluations; the scores on the test examples come with a run that took all its steps.
-
-    Ctrl-C after the last step leaves out what is not scored yet.
-    """
-    settings, objective, device = run.settings, run.objective, run.device
-    batch_size = eval_batch_size(settings)
-    if not log.evaluations:
-        log.add_evaluation(evaluate(model, objective, run.dev_set, 0, batch_size, device))
-    outcome = train(
-        model,
-        make_driver=lambda: keeper.attach(build_driver(model, settings)),
-        objective=objective,
-        sampler=run.batches(),
-        dev=run.dev_set,
-        log=log,
-        settings=settings,
-        device=device,
-        measured=run.measured_steps(keeper.goes_on_at or 0),
-        quiet=run.quiet,
-        evaluated=kept.offer,
-        tokenizer=run.checkpoint.tokenizer,
-        callbacks=callbacks,
-    )
-    outcome.kept_step = outcome.steps_done
-    if outcome.stopped is not None:
-        return outcome, None
-    try:
-        evaluation = evaluate(model, objective, run.dev_set, outcome.steps_done, batch_size, device)
-        with deferred_interrupt():
-            log.add_evaluation(evaluation)
-            outcome.tell(evaluation)
-            kept.offer(evaluation)
-            outcome.kept_step = kept.load(outcome.steps_done)
-        if not run.data.test or not is_first():
-            return outcome, None
-        run.say(f"scoring {len(run.data.test)} test examples")
-        return outcome, score(model, objective, run.data.test, batch_size, settings.max_new_tokens, device).to_dict()
-    except KeyboardInterrupt:
-        outcome.stopped = "interrupted"
-        return outcome, None

@@ -18,8 +18,10 @@ from ..optim.rate_finder import measures
 from .data.examples import TaskData
 from .data.load import load_data
 from .data.splits import draw_demonstrations
+from .loop.building import make_schedule
 from .loop.processes import is_first, part
-from .loop.train import MEASURED_STEPS, BatchSampler, make_schedule
+from .loop.records import EvalRecord
+from .loop.scoring import evaluate
 from .methods import METHODS
 from .models.checkpoint import EMBEDDED, Checkpoint, open_checkpoint, pick_device
 from .models.hub import check_login
@@ -27,6 +29,9 @@ from .models.pretrained import first_line
 from .objectives import OBJECTIVES, Encoded, Objective, PromptedObjective, choose_objective
 from .settings import Settings
 from .tasks import Task
+
+MEASURED_STEPS = 2
+"""Steps whose memory is measured: some optimisers make their state at the end of the first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +95,18 @@ class Run:
         random.Random(0).shuffle(dev)  # not by the run's seed: every run is evaluated on the same examples
         return self.objective.encode_all(dev[: self.settings.eval_size], evaluation=True)
 
-    def batches(self) -> BatchSampler:
-        """The batches of the run from its beginning."""
-        return BatchSampler(self.train_set, self.settings.batch_size, self.settings.seed)
+    @property
+    def eval_batch_size(self) -> int:
+        """Rows of a batch that is only evaluated: more than in training, as neither its time nor its memory is compared."""
+        return max(32, self.settings.batch_size)
+
+    def evaluate(self, model: torch.nn.Module, step: int) -> EvalRecord:
+        """Loss and accuracy on the dev examples after so many steps."""
+        return evaluate(model, self.objective, self.dev_set, step, self.eval_batch_size, self.device)
+
+    def batches(self) -> Iterator[list[Encoded]]:
+        """The batches of the run from its beginning, without end: each pass over the data in a new order."""
+        return draw_batches(self.train_set, self.settings.batch_size, self.settings.seed)
 
     def _fills(self, encoded: Encoded) -> bool:
         """Whether an example, or the longest of its options, takes all the tokens that fit."""
@@ -108,16 +122,22 @@ class Run:
 
     def batches_of(self, steps: Sequence[int]) -> list[Sequence[Encoded]]:
         """This process's part of the batches of some steps, which ascend; the first of each step."""
-        batches, found, together = self.batches(), [], self.settings.gradient_accumulation_steps
-        for step in range(max(steps, default=-1) + 1):
-            batch, *_ = (batches.next() for _ in range(together))
-            if step in steps:
-                found.append(part(batch, self.settings.parallel))
-        return found
+        firsts = itertools.islice(self.batches(), 0, None, self.settings.gradient_accumulation_steps)
+        drawn = list(itertools.islice(firsts, max(steps, default=-1) + 1))
+        return [part(drawn[step], self.settings.parallel) for step in steps]
 
     def say(self, message: str) -> None:
         if not self.quiet:
             progress(message)
+
+
+def draw_batches(examples: Sequence[Encoded], size: int, seed: int) -> Iterator[list[Encoded]]:
+    """Batches of so many examples without end; all examples come before any comes again."""
+    count, generator = len(examples), torch.Generator().manual_seed(seed)
+    orders = (torch.randperm(count, generator=generator, dtype=torch.int64, device="cpu").tolist() for _ in itertools.repeat(None))
+    indices = itertools.chain.from_iterable(orders)
+    while True:
+        yield [examples[i] for i in itertools.islice(indices, size)]
 
 
 def open_run(settings: Settings, *, quiet: bool, own: Task | None = None) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,39 +14,27 @@ from ...kernels.calls import Draw
 from ...kernels.table import TensorTable
 from ...model.patching import patch
 from ..models.adapters import add_adapters
-from .drivers import Closure, CountingDriver, backends_of
+from .drivers import Closure, CountingDriver
 
 
 class FirstOrder(CountingDriver):
     """Gradients by backward, and one of torch's optimisers; one forward and one backward pass a step.
 
     The model stays in evaluation mode as for the other methods, so there is no dropout.
-
-    Args:
-        model: what is trained.
-        optimizer: holds the parameters to train.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__(optimizer)
-        self.model = model
-
-    def step(self, closure: Any) -> Tensor:
-        closures = closure if isinstance(closure, list) else [closure]
+    def step(self, closures: Sequence[Callable[..., Any]], inputs: Sequence[Tensor] | None = None) -> Tensor:  # noqa: ARG002
         shares = []
-        with torch.enable_grad():
-            for one in closures:
-                share = one() / len(closures)
-                share.backward()
-                shares.append(share.detach())
-        loss = torch.stack(shares).sum()
         try:
-            return self.finish_step(loss, torch.zeros(0, device=loss.device, dtype=torch.float64), self.optimizer.step)
+            with torch.enable_grad():
+                for closure in closures:
+                    share = closure() / len(closures)
+                    share.backward()
+                    shares.append(share.detach())
+            loss = torch.stack(shares).sum()
+            return self.finish_step(loss, loss.new_zeros(0, dtype=torch.float64), self.optimizer.step)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
-
-    def close(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
 
 
 class LoRA(FirstOrder):
@@ -61,17 +50,16 @@ class LoRA(FirstOrder):
     """
 
     def __init__(self, model: nn.Module, *, lr: float, weight_decay: float, seed: int) -> None:
-        self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._model, self._flags = model, {name: p.requires_grad for name, p in model.named_parameters()}
         self._peft = add_adapters(model, seed)
         trained = [p for p in model.parameters() if p.requires_grad]
-        super().__init__(model, torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay))
+        super().__init__(torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay))
 
     def close(self) -> None:
-        super().close()
         self._peft.merge_and_unload()
-        if hasattr(self.model, "peft_config"):
-            del self.model.peft_config
-        for name, p in self.model.named_parameters():
+        if hasattr(self._model, "peft_config"):
+            del self._model.peft_config
+        for name, p in self._model.named_parameters():
             p.requires_grad_(self._flags[name])
 
 
@@ -95,24 +83,19 @@ class ForwardGradient(CountingDriver):
         self, model: nn.Module, *, lr: float, weight_decay: float = 0.0, seed: int = 0, backend: str | None = None
     ) -> None:
         self.handle = patch(model, estimator="dense", seed=seed, backend=backend)
-        super().__init__(torch.optim.SGD(self.handle.parameters, lr=lr, weight_decay=weight_decay))  # which holds the groups only
-        self.backends = backends_of(self.handle)
+        optimizer = torch.optim.SGD(self.handle.parameters, lr=lr, weight_decay=weight_decay)  # which holds the groups only
+        super().__init__(optimizer, self.handle)
         self._caller = _Caller(model)
         self._names = {id(p): name for name, p in self._caller.named_parameters()}
 
     @torch.no_grad()
-    def step(self, closure: Any) -> Tensor:
-        closures = closure if isinstance(closure, list) else [closure]
-
-        def mean() -> Tensor:
-            return torch.stack([one() for one in closures]).mean() if len(closures) > 1 else closures[0]()
-
+    def step(self, closures: Sequence[Callable[..., Any]], inputs: Sequence[Tensor] | None = None) -> Tensor:  # noqa: ARG002
         group = self.optimizer.param_groups[0]
         tangents = self._direction()
         parameters = {name: p.detach() for name, p in self._caller.named_parameters() if name in tangents}
 
         def loss_at(values: dict[str, Tensor]) -> Tensor:
-            return functional_call(self._caller, values, (mean,))  # type: ignore[no-any-return]
+            return functional_call(self._caller, values, (lambda: torch.stack([one() for one in closures]).mean(),))  # type: ignore[no-any-return]
 
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             loss, c = jvp(loss_at, (parameters,), (tangents,))  # type: ignore[misc]
@@ -125,15 +108,13 @@ class ForwardGradient(CountingDriver):
 
     def _direction(self) -> dict[str, Tensor]:
         """Z of this step by the names of the parameters, in their dtypes."""
-        parameters = self.handle.parameters
-        seed, draws = self.handle.config.seed, [Draw(self.steps_done)]
         found = {}
         for group in self.handle.groups:
-            table = group.table
-            z = TensorTable([torch.zeros_like(x) for x in table.x], table.tensor_ids)
-            ops.dense_update_(z, seed=seed, draws=draws, scales=1.0, backend=group.backend)
+            z = TensorTable([torch.zeros_like(x) for x in group.table.x], group.table.tensor_ids)
+            ops.dense_update_(z, seed=self.handle.config.seed, draws=[Draw(self.steps_done)], scales=1.0, backend=group.backend)
             for value, i in zip(z.x, group.index.tolist(), strict=True):
-                found[self._names[id(parameters[i])]] = value.reshape(parameters[i].shape)
+                parameter = self.handle.parameters[i]
+                found[self._names[id(parameter)]] = value.reshape(parameter.shape)
         return found
 
 

@@ -1,19 +1,21 @@
-"""Makes what trains a model from the settings of a run."""
+"""Makes what trains a model, and the schedule of its learning rate, from the settings of a run."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...errors import InputError
+from ...errors import InputError, require
 from ...model.config import OPTIONS
 from ...optim.eps_finder import find_eps
 from ...optim.optimizer import ZerothOrderOptimizer
 from ...optim.rate_finder import AUTO
 from ..methods import METHODS
+from ..models.pretrained import first_line
 from ..settings import Settings
 from .baselines import FirstOrder, ForwardGradient, LoRA
 from .drivers import Driver, ZerothOrder
@@ -73,8 +75,27 @@ def build_driver(model: nn.Module, settings: Settings) -> Driver:
     if not trained:
         raise _untrainable(settings, "no parameter requires a gradient")
     if method.name == "ft-sgd":
-        return FirstOrder(model, torch.optim.SGD(trained, **rates, momentum=settings.momentum or 0.0))
-    return FirstOrder(model, torch.optim.AdamW(trained, **rates))
+        return FirstOrder(torch.optim.SGD(trained, **rates, momentum=settings.momentum or 0.0))
+    return FirstOrder(torch.optim.AdamW(trained, **rates))
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, settings: Settings) -> Any:
+    """The learning-rate schedule of a run: of transformers, but for the two of which journals have the rates in these bits.
+
+    Raises:
+        InputError: the schedule does not take the options that it was given.
+    """
+    name, steps = settings.lr_schedule or "constant", settings.steps or 0
+    warmup, options = settings.warmup(steps), settings.schedule_options
+    factors = {"linear": lambda t: 1 - t / steps, "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t / steps))}
+    if name in factors and not (warmup or options):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, factors[name])
+    if name == "constant" and warmup:
+        name = "constant_with_warmup"
+    try:
+        return require("transformers").get_scheduler(name, optimizer, warmup, steps, options)
+    except (TypeError, ValueError) as e:
+        raise InputError(f"--lr-schedule {name}: {first_line(e)}; --lr-scheduler-kwargs has its options") from None
 
 
 def _untrainable(settings: Settings, reason: object) -> InputError:

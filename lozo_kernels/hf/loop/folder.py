@@ -13,7 +13,7 @@ from typing import Any
 from ...errors import InputError, JournalError, require
 from ...journal import read_journal
 from ...model.files import write_whole
-from ..output import make_folder
+from ..output import make_folder, read_object
 from .records import StepRecord, read_metrics
 
 JOURNAL, METRICS, SUMMARY = "run.journal", "metrics.jsonl", "summary.json"
@@ -70,12 +70,12 @@ def claimed(
 
 def find_run(folder: Path) -> str | None:
     """What an earlier run left in a folder, for a message; None if nothing would be lost."""
-    summary = read_summary(folder)
+    summary = read_saved(folder / SUMMARY)
     try:
         steps = read_journal(folder / JOURNAL).steps if (folder / JOURNAL).is_file() else 0
     except JournalError:
         return f"holds a journal ({JOURNAL}) that cannot be read"
-    if steps and (summary is None or summary.get("stopped")):
+    if steps and (not summary or summary.get("stopped")):
         return f"holds a run of {steps} steps, which lozo-kernels finetune --resume {folder} goes on with"
     if (folder / SUMMARY).is_file():
         return "holds a finished run"
@@ -107,18 +107,11 @@ def begin(folder: Path, *, going_on: bool, extended: int | None = None) -> None:
             path.unlink(missing_ok=True)
 
 
-def read_summary(folder: Path) -> dict[str, Any] | None:
-    """The summary in a folder; None where there is none that can be read."""
-    return read_object(folder / SUMMARY)
-
-
-def read_object(path: Path) -> dict[str, Any] | None:
-    """A JSON object in a file; None where there is none that can be read."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+def read_saved(path: Path) -> dict[str, Any]:
+    """A JSON object that a run saved; empty where there is none that can be read."""
+    with contextlib.suppress(InputError):
+        return read_object(path)
+    return {}
 
 
 def check_input(folder: Path, name: str | None) -> None:

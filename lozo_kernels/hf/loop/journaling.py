@@ -12,11 +12,10 @@ from typing import Any
 from ...errors import InputError, JournalError
 from ...journal import Journal, RecordedRun, read_journal, replay
 from ..command_line import check_options
-from ..data.examples import TaskData
-from ..objectives import Encoded
+from ..run import Run
 from ..settings import Settings
 from .drivers import Driver, ZerothOrder
-from .folder import EXTENDED, JOURNAL, METRICS, MODEL, read_object, read_summary
+from .folder import EXTENDED, JOURNAL, METRICS, MODEL, SUMMARY, read_saved
 from .records import StepRecord, read_metrics
 
 
@@ -60,14 +59,11 @@ class Keeper:
         return model
 
 
-def new_keeper(
-    output: Path, settings: Settings, data: TaskData, objective: str, encoded: list[Encoded], dev: list[Encoded]
-) -> Keeper:
-    """The keeper of a run that begins in a folder with these train and dev examples."""
-    task = {"name": data.task.name, "kind": data.task.kind, "labels": list(data.task.labels)}
-    about = {"settings": settings.recorded(), "objective": objective, "task": task, "data": _digest(data, encoded)}
-    about["scored"] = _digest_scored(data, dev)
-    return Keeper(output / JOURNAL, about)
+def new_keeper(run: Run, output: Path) -> Keeper:
+    """The keeper of a run that begins in a folder."""
+    task = {name: getattr(run.data.task, name) for name in ("name", "kind")} | {"labels": list(run.data.task.labels)}
+    about = {"settings": run.settings.recorded(), "objective": run.objective.name, "task": task}
+    return Keeper(output / JOURNAL, about | {"data": _digest_trained(run), "scored": _digest_scored(run)})
 
 
 def resumed_keeper(keeper: Keeper) -> Keeper:
@@ -83,8 +79,8 @@ def resumed_keeper(keeper: Keeper) -> Keeper:
     if run.header.about.get("scored", keeper.about["scored"]) != keeper.about["scored"]:
         raise InputError(f"--resume {folder}: the dev or test examples are not those that the run had")
     wanted = keeper.about["settings"]["steps"]
-    summary = read_summary(folder)
-    if run.fingerprint is not None and run.steps >= wanted and summary is not None and summary.get("stopped") is None:
+    summary = read_saved(folder / SUMMARY)
+    if run.fingerprint is not None and run.steps >= wanted and summary and summary.get("stopped") is None:
         raise InputError(f"--resume {folder}: the run has taken all of its {wanted} steps; --steps N goes on to N steps")
     logged = {record.step for _, record in read_metrics(folder / METRICS) if isinstance(record, StepRecord)}
     # Without its metrics, the journal alone says how far it was.
@@ -108,7 +104,7 @@ def settings_of(folder: Path, steps: int | None = None) -> Settings:
         )
     run = read_run_journal(folder / JOURNAL)
     settings = dataclasses.replace(recorded_settings(run), output=str(folder))
-    extended = (read_object(folder / EXTENDED) or {}).get("steps")
+    extended = read_saved(folder / EXTENDED).get("steps")
     if isinstance(extended, int):
         settings = dataclasses.replace(settings, steps=extended)
     if steps is None or steps == settings.steps:
@@ -160,17 +156,18 @@ def recorded_settings(run: RecordedRun) -> Settings:
     return settings
 
 
-def _digest(data: TaskData, encoded: list[Encoded]) -> str | None:
+def _digest_trained(run: Run) -> str | None:
     """A digest of the train examples as the model sees them; None for images, which are read only when they are needed."""
-    if data.task.kind == "image":
-        return None
-    return hashlib.blake2b(json.dumps([repr(e) for e in encoded]).encode(), digest_size=16).hexdigest()
+    return None if run.data.task.kind == "image" else _digest([repr(e) for e in run.train_set])
 
 
-def _digest_scored(data: TaskData, dev: list[Encoded]) -> str:
+def _digest_scored(run: Run) -> str:
     """A digest of what a run is scored on: dev examples as the model sees them, and test examples. Images by name and class."""
+    data = run.data
     if data.task.kind == "image":
-        seen = [[Path(e.texts[0]).name, str(e.label)] for e in (*data.dev, *data.test)]
-    else:
-        seen = [[repr(e)] for e in (*dev, *data.test)]
+        return _digest([[Path(e.texts[0]).name, str(e.label)] for e in (*data.dev, *data.test)])
+    return _digest([[repr(e)] for e in (*run.dev_set, *data.test)])
+
+
+def _digest(seen: list[Any]) -> str:
     return hashlib.blake2b(json.dumps(seen).encode(), digest_size=16).hexdigest()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,35 +102,21 @@ def _record(line: str) -> StepRecord | EvalRecord | None:
     try:
         values = json.loads(line)
         kind = {"step": StepRecord, "eval": EvalRecord}[values["kind"]]
-        return kind(**{f.name: _READERS[f.type](values[f.name]) for f in dataclasses.fields(kind)})
+        return kind(**{f.name: _read(values[f.name], str(f.type)) for f in dataclasses.fields(kind)})
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 
-def _number(value: Any) -> float:
-    """A number, or NaN where the file has null."""
-    if value is not None and type(value) not in (int, float):
+_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "bool": (bool,), "float": (int, float, type(None))}
+
+
+def _read(value: Any, kind: str) -> Any:
+    """The value of a field, whose type is given in words; a number that is null is NaN, unless there may be none."""
+    if kind == "list[float]":
+        return [_read(one, "float") for one in value]
+    if kind == "float | None" and value is None:
+        return None
+    kind = kind.removesuffix(" | None")
+    if type(value) not in _KINDS[kind] or (kind == "int" and value < 0):
         raise TypeError
-    return math.nan if value is None else float(value)
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise TypeError
-    return value
-
-
-def _flag(value: Any) -> bool:
-    if type(value) is not bool:
-        raise TypeError
-    return value
-
-
-_READERS: dict[Any, Callable[[Any], Any]] = {
-    "int": _count,
-    "float": _number,
-    "bool": _flag,
-    "float | None": lambda value: None if value is None else _number(value),
-    "list[float]": lambda values: [_number(value) for value in values],
-}
-"""How a field is read, by the words of its type."""
+    return value if kind != "float" else math.nan if value is None else float(value)

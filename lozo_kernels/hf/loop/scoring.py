@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import time
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
@@ -13,7 +14,8 @@ from ...errors import InputError, require
 from ..data.examples import Example
 from ..objectives import Encoded, Objective, PromptedObjective
 from ..tasks.metrics import METRICS
-from .train import evaluate
+from .measure import since
+from .records import EvalRecord
 
 _GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0}
 """A setting that is left out would be the checkpoint's own, and those of many chat models have a penalty."""
@@ -37,6 +39,19 @@ class Scores:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, without the answers."""
         return {"metrics": self.metrics, "loss": self.loss, "examples": self.examples}
+
+
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module, objective: Objective, examples: Sequence[Encoded], step: int, batch_size: int, device: torch.device
+) -> EvalRecord:
+    """Mean loss and accuracy over examples, after so many steps."""
+    start = time.perf_counter()
+    totals = [objective.totals(model, objective.collate(b, device)) for b in objective.batches(examples, batch_size)]
+    loss = sum(float(t.loss) for t in totals) / sum(int(t.count) for t in totals)
+    correct = [int(t.correct) for t in totals if t.correct is not None]
+    asked = [t.examples for t in totals if t.correct is not None]
+    return EvalRecord(step, loss, sum(correct) / sum(asked) if asked else None, len(examples), since(start))
 
 
 def score(
@@ -99,11 +114,9 @@ def generate_answers(
     answers = []
     for start in range(0, len(examples), batch_size):
         prompts = [objective.place(objective.prompt(e), room=room)[0] for e in examples[start : start + batch_size]]
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(p)) + p for p in prompts], device=device, dtype=torch.int64)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device, dtype=torch.int64)
-        written = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
-        texts = tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
+        padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(device)
+        written = model.generate(**padded, generation_config=config)  # type: ignore[operator]
+        texts = tokenizer.batch_decode(written[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)
         answers += [(text.split("\n")[0] if one_line else text).strip() for text in texts]
     return answers
 

@@ -17,11 +17,14 @@ from torch import nn
 from ...errors import InputError, require
 from ...model.interrupts import deferred_interrupt, interruptible
 from ..models.pretrained import in_one_line
-from ..objectives import Batch, Encoded, Objective
+from ..objectives import Batch, Encoded
+from ..run import Run
 from ..settings import Settings
 from ..trainer.arguments import ZOArguments
 from ..trainer.trainer import ZOTrainer
+from .building import make_schedule
 from .drivers import Driver, ZerothOrder
+from .kept_weights import KeptWeights
 from .measure import PeakMemory, Stopwatch, peak_memory
 from .processes import part
 from .reading import StepReader
@@ -78,17 +81,13 @@ class RunTrainer(ZOTrainer):
     """Takes the steps of a driver. Evaluations, checkpoints, schedules, reports and callbacks are the Trainer's.
 
     A driver's step is not one that ``backward()`` could take: updates wait for the next pass over the weights, evaluations share a
-    forward pass, and examples have directions of their own. So a step is taken as soon as its last batch is there, and the
-    optimiser that the Trainer holds has nothing left to do.
+    forward pass, and examples have directions of their own. So batches are kept until the Trainer's optimiser is asked for a step,
+    which is the driver's.
 
     Args:
-        sampler: draws the batches of the run from its beginning.
         reader: is given what steps saw.
-        evaluate: evaluates the model as it is, and keeps the record.
-        schedule: makes the schedule of the driver's optimiser.
-        measured: steps whose memory is measured, beside the first.
+        kept: is offered the model at every evaluation.
         memory: peak of what was made for the run so far.
-        tokenizer: is saved with checkpoints.
         callbacks: of the user.
 
     Raises:
@@ -100,81 +99,75 @@ class RunTrainer(ZOTrainer):
 
     def __init__(
         self,
+        run: Run,
         model: nn.Module,
         driver: Driver,
-        settings: Settings,
-        objective: Objective,
-        sampler: Any,
         reader: StepReader,
-        *,
-        evaluate: Callable[[], EvalRecord],
-        schedule: Callable[[torch.optim.Optimizer], Any],
+        kept: KeptWeights,
         memory: PeakMemory,
-        measured: Sequence[int] = (),
-        tokenizer: Any = None,
         callbacks: Sequence[Any] = (),
     ) -> None:
-        self.driver, self.settings, self.objective, self.sampler, self.reader = driver, settings, objective, sampler, reader
-        self.first, self.memory, self.measured_steps = driver.steps_done, memory, 0
-        self._evaluate_model, self._make_schedule, self._tokenizer = evaluate, schedule, tokenizer
-        self._measured, self._reported = measured, len(reader.log.steps)
+        self.run, self.driver, self.reader, self.kept, self.memory = run, driver, reader, kept, memory
+        self.first, self.measured_steps, self._reported = driver.steps_done, 0, len(reader.log.steps)
+        self._measured = run.measured_steps(self.first)
         self._batches: list[Sequence[Encoded]] = []
-        self._listened = bool(callbacks or settings.reports)
+        self._listened = bool(callbacks or run.settings.reports)
         config: Any = getattr(model, "config", None)
         threads, cache = torch.get_num_threads(), getattr(config, "use_cache", None)
         try:
-            args = make_arguments(settings, reader.device, self.first)
-            super().__init__(model, args, eval_dataset=[()], callbacks=[_following(self), *callbacks])
+            args = make_arguments(run.settings, run.device, self.first)
+            super().__init__(model, args, eval_dataset=[()], callbacks=[_Following(self), *callbacks])
         except (ImportError, RuntimeError, TypeError, ValueError) as e:
             raise InputError(f"the Trainer of transformers does not take these settings: {in_one_line(e)}") from None
         if cache is not None:  # the configuration is saved with the model
             config.use_cache = cache
         torch.set_num_threads(threads)  # accelerate sets it where several processes share a machine
         self.remove_callback(require("transformers").PrinterCallback)
-        self.accelerator.prepare_model = lambda model, **_: model  # what processes share is the driver's business
+        # What processes share is the driver's business, and the groups of the optimiser are those of the driver's.
+        self.accelerator.prepare_model = self.accelerator.prepare_optimizer = lambda prepared, **_: prepared
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """It is where it belongs."""
 
     def get_train_dataloader(self) -> Iterator[Sequence[Encoded]]:  # type: ignore[override]
         """The batches from the first that is to come on: a run that goes on sees the data that it would have seen."""
-        for _ in range(self.first * self.args.gradient_accumulation_steps):
-            self.sampler.next()
-        return iter(self.sampler.next, None)
+        return itertools.islice(self.run.batches(), self.first * self.args.gradient_accumulation_steps, None)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:  # noqa: ARG002
         if self.optimizer is None:
-            self.optimizer = _Stepped(self.driver.optimizer)
+            self.optimizer = _Steps(self.driver.optimizer, self._take_kept)
             self.zo_optimizer = self.driver.optimizer if isinstance(self.driver, ZerothOrder) else None
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:  # noqa: ARG002
         if self.lr_scheduler is None:
-            self.lr_scheduler = self._make_schedule(self.driver.optimizer)
+            self.lr_scheduler = make_schedule(self.driver.optimizer, self.run.settings)
             for _ in range(self.first):
                 self.lr_scheduler.step()
         return self.lr_scheduler
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:  # noqa: ARG002
-        """Keeps a batch, and takes a step once all batches of one are there. Losses are in the records."""
+        """Keeps a batch. Losses are in the records."""
         self._batches.append(inputs)
-        if len(self._batches) == self.args.gradient_accumulation_steps:
-            batches, self._batches = self._batches, []
-            step = self.driver.steps_done
-            if step == 0 or step in self._measured:
-                with peak_memory(self.reader.device) as memory:
-                    self.take(batches)
-                self.memory = self.memory.then(memory)
-                self.measured_steps += step in self._measured
-            else:
-                self.take(batches)
         return torch.zeros((), dtype=torch.float32, device=self.args.device)
+
+    def _take_kept(self) -> None:
+        """Takes the step of the batches that were kept."""
+        batches, self._batches = self._batches, []
+        step = self.driver.steps_done
+        if step and step not in self._measured:
+            self.take(batches)
+            return
+        with peak_memory(self.run.device) as memory:
+            self.take(batches)
+        self.memory = self.memory.then(memory)
+        self.measured_steps += step in self._measured
 
     def take(self, batches: Sequence[Sequence[Encoded]]) -> None:
         """Takes one step and records it. Ctrl-C comes through only while the driver is at work."""
-        rows = [part(batch, self.settings.parallel) for batch in batches]
+        rows = [part(batch, self.run.settings.parallel) for batch in batches]
         lr, before = self.driver.lr, self.driver.info
-        watch = Stopwatch(self.reader.device)
+        watch = Stopwatch(self.run.device)
         with deferred_interrupt():
             watch.start("step")
             try:
@@ -186,36 +179,42 @@ class RunTrainer(ZOTrainer):
                     self.reader.add(self.driver.info, lr, watch)
 
     def _step(self, batches: Sequence[Sequence[Encoded]], watch: Stopwatch) -> None:
-        if isinstance(self.driver, ZerothOrder) and self.driver.batched:
-            together = [watch.timed("forwards", functools.partial(self._losses, rows)) for rows in batches]
-            self.driver.step_together(together, [len(rows) for rows in batches])
+        if self.driver.by_example:
+            closures = [watch.timed("forwards", functools.partial(self._losses, rows)) for rows in batches]
+            self.driver.step(closures, [torch.arange(len(rows), dtype=torch.int64, device="cpu") for rows in batches])
             return
         parts = self.driver.parts if len(batches) == 1 else 1
         closures = []
         for rows in batches:
             cuts = [len(rows) * i // parts for i in range(parts + 1)]
             for a, b in itertools.pairwise(cuts):
-                batch = self.objective.collate(rows[a:b], self.reader.device)
+                batch = self.run.objective.collate(rows[a:b], self.run.device)
                 closures.append(watch.timed("forwards", functools.partial(self._loss, batch)))
-        self.driver.step(closures if len(closures) > 1 else closures[0])
+        self.driver.step(closures)
 
     def _losses(self, rows: Sequence[Encoded], index: torch.Tensor) -> Any:
-        batch = self.objective.collate([rows[i] for i in index.tolist()], self.reader.device)
-        each = self.objective.losses(self.model, batch)
+        batch = self.run.objective.collate([rows[i] for i in index.tolist()], self.run.device)
+        each = self.run.objective.losses(self.model, batch)
         return each.sums, each.counts
 
     def _loss(self, batch: Batch) -> Any:
-        if self.settings.parallel is None:
-            return self.objective.loss(self.model, batch)
-        totals = self.objective.totals(self.model, batch)  # of this process's part
+        if self.run.settings.parallel is None:
+            return self.run.objective.loss(self.model, batch)
+        totals = self.run.objective.totals(self.model, batch)  # of this process's part
         return totals.loss, totals.count
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Evaluates between steps. After the last one the run does, once the driver has left a plain model."""
-        if self.driver.steps_done == self.settings.steps:
-            return {}
+        return {} if self.driver.steps_done == self.run.settings.steps else self.evaluate_now()
+
+    def evaluate_now(self) -> dict[str, float]:
+        """Evaluates the model as it is, and says what it scored to everybody who asked for it."""
         self.reader.flush()
-        return self.tell(self._evaluate_model())
+        record = self.run.evaluate(self.model, self.driver.steps_done)
+        with deferred_interrupt():
+            self.reader.log.add_evaluation(record)
+            self.kept.offer(record)
+            return self.tell(record)
 
     def tell(self, record: EvalRecord) -> dict[str, float]:
         """Gives an evaluation to reports and callbacks, which know it by the Trainer's names."""
@@ -241,51 +240,43 @@ class RunTrainer(ZOTrainer):
     def save_model(self, output_dir: str | None = None, *more: Any, **named: Any) -> None:
         """Saves a checkpoint with the tokenizer, so that it can be loaded by itself."""
         super().save_model(output_dir, *more, **named)
-        if self._tokenizer is not None and self.args.should_save:
-            self._tokenizer.save_pretrained(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            self.run.checkpoint.tokenizer.save_pretrained(output_dir or self.args.output_dir)
 
     def end(self) -> None:
         """Tells reports and callbacks that training was stopped."""
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
 
 
-class _Stepped(torch.optim.Optimizer):
-    """An optimiser as the Trainer holds it: with the groups of the driver's, whose steps were taken when it comes to this one."""
+class _Steps(torch.optim.Optimizer):
+    """What the Trainer holds: the groups of the driver's optimiser, and the driver's steps."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, take: Callable[[], None]) -> None:
         super().__init__([torch.zeros((), dtype=torch.float32, device="cpu")], {"lr": 0.0})
-        self.param_groups = optimizer.param_groups
+        self.param_groups, self._take = optimizer.param_groups, take
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        pass
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        pass
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ARG002
+        self._take()
 
 
-def _following(trainer: RunTrainer) -> Any:
-    """A callback through which the Trainer begins where the driver is, counts epochs of the data, and reports."""
+class _Following(TrainerCallback):  # type: ignore[misc, valid-type]
+    """Has the Trainer begin where the driver is, count epochs of the data, and report."""
 
-    class Following(TrainerCallback):  # type: ignore[misc, valid-type]
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-            state.global_step = trainer.first
-            if (
-                trainer.zo_optimizer is not None
-                and trainer.settings.save_steps
-                and trainer.first % trainer.settings.save_steps == 0
-            ):
-                trainer.zo_optimizer.flush()  # as the checkpoint there did, if the run goes on from one
-            if not trainer.first:
-                for record in trainer.reader.log.evaluations:
-                    trainer.tell(record)
+    def __init__(self, trainer: RunTrainer) -> None:
+        self.trainer = trainer
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-            examples = state.global_step * args.gradient_accumulation_steps * args.per_device_train_batch_size
-            state.epoch = examples / len(trainer.sampler.examples)
-            if state.global_step % trainer.settings.logging_steps == 0:
-                trainer.report()
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        trainer = self.trainer
+        state.global_step = first = trainer.first
+        if trainer.zo_optimizer is not None and args.save_strategy != "no" and first % args.save_steps == 0:
+            trainer.zo_optimizer.flush()  # as the checkpoint there did, if the run goes on from one
+        if not first:
+            for record in trainer.reader.log.evaluations:
+                trainer.tell(record)
 
-    return Following()
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        trainer = self.trainer
+        examples = state.global_step * args.gradient_accumulation_steps * args.per_device_train_batch_size
+        state.epoch = examples / len(trainer.run.train_set)
+        if state.global_step % trainer.run.settings.logging_steps == 0:
+            trainer.report()

@@ -78,7 +78,7 @@ def measure_method(name: str, model: nn.Module, closure: Closure, settings: dict
         with peak_memory(_device(model)) as memory:
             driver = build_driver(model, Settings(method=name, **options))
             for _ in range(STEPS):
-                driver.step(closure)
+                driver.step([closure])
         return _row(name, model, memory.bytes)
     except RuntimeError as e:
         if not out_of_memory(e):

@@ -21,7 +21,7 @@ from lozo_kernels.hf import ZOTrainer, attach  # noqa: E402
 
 RANKS, STEPS, LR = 2, 9, 1e-4
 DATA = token_rows(48)
-CASES = ["loop", "stock", "attach", "subclass", "objective", "resumed"]
+CASES = ["loop", "stock", "attach", "subclass", "objective", "batched", "resumed"]
 
 
 def loop(rank, ranks):
@@ -54,6 +54,9 @@ def train(case, folder, ranks):
         optimizer = attach(trainer, seed=3, placement="probe", side="scratch", **OPTIONS).optimizer
     elif case == "objective":
         trainer = ZOTrainer(model, zo_arguments(folder, **settings), train_dataset=DATA, compute_objective=squared_logits)
+    elif case == "batched":
+        probing = {"evaluation": "batched", "directions": 2, "placement": "probe", "side": "scratch"}
+        trainer = ZOTrainer(model, zo_arguments(folder, **probing, **settings), train_dataset=DATA)
     else:
         if case.startswith("resumed"):
             settings |= {"save_strategy": "steps", "save_steps": 5}

@@ -172,10 +172,10 @@ METHODS = _Methods(
 )
 
 ZEROTH_ORDER = _Methods(
-    *(m for m in METHODS.values() if m.optimizer is not None and not m.splits(m.evaluation)),
+    *(m for m in METHODS.values() if m.optimizer is not None and not m.per_example),
     hidden=GRZO.estimator,
 )
-"""Those that train with forward passes only, which the Trainer has: its loss is one for all examples."""
+"""Those that train with forward passes only, which the Trainer has."""
 EVALUATIONS = tuple(name for name, method in METHODS.items() if not method.trains)
 """Those that score a model as it is."""
 

@@ -51,8 +51,11 @@ class EstimatingOptimizer(Protocol):
     directions: int
     param_groups: list[dict[str, Any]]
 
-    def estimate(self, closure: Callable[[], Any]) -> tuple[Tensor, Tensor]:
+    def estimate(self, closure: Callable[..., Any], inputs: Any = None) -> tuple[Tensor, Tensor]:
         """Evaluates a loss at the points of the current step, and leaves the weights as they were.
+
+        Args:
+            closure, inputs: as for ``step()``.
 
         Returns:
             (3, directions) fp64: projected gradients, F(+) and F(-); and the loss of the step, 0-dim fp64.
@@ -79,6 +82,7 @@ class Backward:
         if hasattr(model, NAME):
             raise ValueError(f"the model has a {NAME!r} of its own, which is where drive='backward' puts its parameter")
         self.model = model
+        self.intercepts = intercept
         self._optimizer: Callable[[], EstimatingOptimizer | None] = lambda: None
         self._checked = False
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -138,14 +142,16 @@ class Backward:
         loss = self.project(closure)
         return refuse_gradients(with_loss(output, loss), self._refuse_output)
 
-    def project(self, closure: Callable[[], Any]) -> Tensor:
+    def project(self, closure: Callable[..., Any], inputs: Any = None) -> Tensor:
         """Evaluates a loss at the points of the current step.
 
         Args:
-            closure: returns the loss, a one-element tensor or a number.
+            closure: returns the loss, a one-element tensor or a number; with ``inputs``, which it is called with then, the loss of
+                each example, see :meth:`~lozo_kernels.optim.ZerothOrderOptimizer.step`.
 
         Returns:
-            The loss of the step in the shape that the closure returned (at least fp32). Its graph leads to the one parameter.
+            The loss of the step in the shape that the closure returned, 0-dim with ``inputs`` (at least fp32). Its graph leads to
+            the one parameter.
 
         Raises:
             RuntimeError: no optimiser was built on the handle.
@@ -159,14 +165,14 @@ class Backward:
             self._checked = True
         last: Any = None
 
-        def evaluated() -> Any:
+        def evaluated(*batch: Any) -> Any:
             nonlocal last
-            last = closure()
+            last = closure(*batch)
             return last
 
         with self._inner():
-            gradient, loss = optimizer.estimate(evaluated)
-        if isinstance(last, Tensor):
+            gradient, loss = optimizer.estimate(evaluated, inputs)
+        if isinstance(last, Tensor) and inputs is None:
             dtype = torch.promote_types(last.dtype, torch.float32) if last.is_floating_point() else torch.float32
             loss = loss.to(dtype).reshape(last.shape)
         else:

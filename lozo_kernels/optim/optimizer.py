@@ -14,7 +14,7 @@ from ..model.backward import Backward
 from ..model.config import OPTIONS, check_names
 from ..model.handle import Handle
 from ..model.interrupts import deferred_interrupt
-from ..model.losses import Closure, pair_closures
+from ..model.losses import pair_closures
 from ..model.patching import DriveOptions, check_model, patch
 from ..model.weighed import StepClosure
 from .advice import DRIVEN, IN_A_CLOSURE, FirstStep, explain
@@ -235,9 +235,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         stepper = self.stepper
         if self.handle.backward is not None:
             return self._step_after_backward(self.handle.backward, closure, inputs)
-        closures, batches = pair_closures(closure, inputs)
-        if stepper.settings.by_example and batches is None:
-            raise TypeError(f"evaluation={self.evaluation!r} needs step(closure, inputs), with a closure that takes the inputs")
+        closures, batches = self._pairs(closure, inputs)
         measuring = self.measures_next
         if measuring and self.evaluation != "split":
             closures, batches = in_parts(closures, batches, of_ranks=has_parts(stepper.parallel)), None
@@ -283,8 +281,15 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         return info.loss
 
     @torch.no_grad()
-    def estimate(self, closure: Closure) -> tuple[Tensor, Tensor]:
-        return self.stepper.estimate([StepClosure(closure)])
+    def estimate(self, closure: Any, inputs: Any = None) -> tuple[Tensor, Tensor]:
+        closures, batches = self._pairs(closure, inputs)
+        return self.stepper.estimate([StepClosure(one) for one in closures], batches)
+
+    def _pairs(self, closure: Any, inputs: Any) -> tuple[list[Any], list[Any] | None]:
+        closures, batches = pair_closures(closure, inputs)
+        if self.stepper.settings.by_example and batches is None:
+            raise TypeError(f"evaluation={self.evaluation!r} needs step(closure, inputs), with a closure that takes the inputs")
+        return closures, batches
 
     def flush(self) -> None:
         """Makes an update that ``fuse_steps`` left pending. Without one this does nothing."""
@@ -325,9 +330,15 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             found = handle.config.estimator
             raise ValueError(f"{type(self).__name__} needs a handle with estimator={self.estimator!r}, and this one has {found!r}")
         by_example = f"evaluation={settings.evaluation!r}" if settings.by_example else ""
-        if handle.backward is not None and (settings.fuse_steps or by_example):
-            which = f"{by_example} needs the loss of each example" if by_example else "fuse_steps leaves weights perturbed"
-            raise ValueError(f"{which}, which drive='backward' does not allow: leave it out, or use step(closure)")
+        if handle.backward is not None and settings.fuse_steps:
+            raise ValueError(
+                "fuse_steps leaves weights perturbed, which drive='backward' does not allow: leave it out, or use step(closure)"
+            )
+        if by_example and handle.backward is not None and handle.backward.intercepts:
+            raise ValueError(
+                f"{by_example} needs the loss of each example, which drive='backward' does not allow: leave it out, or use "
+                "step(closure, inputs) or lozo_kernels.hf.ZOTrainer"
+            )
         if handle.backward is not None and parallel is not None:
             raise ValueError("with drive='backward' DistributedDataParallel averages over processes: leave parallel out")
         if settings.fuse_steps and handle.probes:

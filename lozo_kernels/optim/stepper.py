@@ -217,15 +217,18 @@ class Stepper:
         """Returns the loss of the step, 0-dim fp64."""
         return (plus + minus).mean() / 2 if self.settings.two_sided else minus[0]
 
-    def estimate(self, closures: Sequence[Closure]) -> tuple[Tensor, Tensor]:
+    def estimate(self, closures: Sequence[Any], batches: Sequence[Any] | None = None) -> tuple[Tensor, Tensor]:
         """Evaluates at the points of the next step without taking it, and puts the weights back.
+
+        Args:
+            closures, batches: as for :meth:`evaluate`.
 
         Returns:
             (3, directions) fp64: c, F(+) and F(-); and the loss of the step.
         """
         with deferred_interrupt(), self.alone():
             try:
-                plus, minus = self.evaluate(closures)
+                plus, minus = self.evaluate(closures, batches)
             finally:
                 self.go_back()
         return torch.stack((self.differences(plus, minus), plus, minus)), self.mean(plus, minus)

@@ -92,10 +92,8 @@ class LOZO(methods.LOZO):
         Returns:
             The loss, 0-dim fp64: the mean over both sides, or that at rest if the step is one-sided.
         """
-        if not isinstance(closure, Objective) or inputs is not None:
-            raise TypeError("step() of an engine takes an objective: nll(texts) or rewards(prompts, params, score)")
         measuring = self.measures_next
-        self._expect(closure, measuring=measuring)
+        self._expect(closure, inputs, measuring=measuring)
         parts = closure.halves() if measuring and not has_parts(self.stepper.parallel) else [closure]
         bound = [_Bound(self.handle, part) for part in parts]
         loss = super().step(bound if len(bound) > 1 else bound[0])
@@ -103,14 +101,16 @@ class LOZO(methods.LOZO):
             self.reload()
         return loss
 
-    def estimate(self, closure: Any) -> tuple[Tensor, Tensor]:
+    def estimate(self, closure: Any, inputs: Any = None) -> tuple[Tensor, Tensor]:
         """Evaluates an objective at the points of the next step without taking it; returns as :meth:`Stepper.estimate` does."""
-        self._expect(closure, measuring=False)
+        self._expect(closure, inputs, measuring=False)
         bound: Any = _Bound(self.handle, closure)
         return super().estimate(bound)
 
-    def _expect(self, objective: Objective, *, measuring: bool) -> None:
+    def _expect(self, objective: Objective, inputs: Any, *, measuring: bool) -> None:
         """Says which points the next step evaluates, and checks the places before the first."""
+        if not isinstance(objective, Objective) or inputs is not None:
+            raise TypeError("step() of an engine takes an objective: nll(texts) or rewards(prompts, params, score)")
         stepper = self.stepper
         points = [p for p in stepper.points_of(measuring=measuring) if stepper.is_mine(p[0])]
         if measuring or not self.two_sided:

@@ -11,7 +11,7 @@ from ..command_line import check_options, option
 from ..methods import ZEROTH_ORDER, take_defaults
 from ..settings import DTYPES, spell_dtype
 
-PLANNED = (*ZEROTH_ORDER.table, "ft")
+PLANNED = (*(name for name, method in ZEROTH_ORDER.table.items() if not method.splits(method.evaluation)), "ft")
 """The methods that can be planned; "ft" is backpropagation with AdamW."""
 
 

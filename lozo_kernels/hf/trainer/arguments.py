@@ -12,8 +12,8 @@ from ...errors import require
 from ...kernels.checks import check_number
 from ...model.backward import CHECKPOINTING_IS_IN_VAIN
 from ...model.config import PatchConfig, check_names
-from ...optim.steps import StepSettings
-from ..methods import ZEROTH_ORDER
+from ...optim.steps import BY_EXAMPLE, StepSettings
+from ..methods import METHODS, ZEROTH_ORDER, Method
 
 require("accelerate")
 TrainingArguments = require("transformers").TrainingArguments
@@ -59,18 +59,29 @@ class ZOArguments(TrainingArguments):  # type: ignore[misc, valid-type]
     """
 
     method: str = dataclasses.field(default="lozo", metadata={"help": ", ".join(ZEROTH_ORDER)})
-    rank: int | None = dataclasses.field(default=None, metadata={"help": "columns of U and V; None: 2, of zo-muon 64"})
+    rank: int | None = dataclasses.field(default=None, metadata={"help": "columns of U and V; None: 2, agzo-split 4, zo-muon 64"})
     interval: int | None = dataclasses.field(default=None, metadata={"help": "steps between draws of V; None: 50, of zo-muon 100"})
     scaling: str | None = dataclasses.field(default=None, metadata={"help": "where 1/r goes: paper, card or published"})
     eps: float = dataclasses.field(default=1e-3, metadata={"help": "scale of the perturbation"})
     momentum: float | None = dataclasses.field(default=None, metadata={"help": "beta; None: 0.9 for lozo-m and mezo-m"})
-    directions: int | None = dataclasses.field(default=None, metadata={"help": "directions per step; None: 1, of zo-muon 4"})
+    directions: int | None = dataclasses.field(
+        default=None, metadata={"help": "directions per step; None: 1, of zo-muon 4, of agzo-split 8, the parts of a batch"}
+    )
+    evaluation: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "of a step's points: sequential, batched in one forward pass, or split: each direction on its own part of the "
+            "batch; None: sequential, of agzo-split split"
+        },
+    )
     two_sided: bool | None = dataclasses.field(
         default=None, metadata={"help": "(F(+) - F(-)) / (2 eps), or (F(+) - F) / eps; None: only zo-muon's are one-sided"}
     )
     directions_law: str = dataclasses.field(default="normal", metadata={"help": "of dense directions: normal or rademacher"})
     normalise: str | None = dataclasses.field(default=None, metadata={"help": "divide c by its spread or by a running scalar"})
-    placement: str = dataclasses.field(default="inplace", metadata={"help": "inplace, probe or auto"})
+    placement: str | None = dataclasses.field(
+        default=None, metadata={"help": "inplace, probe or auto; None: inplace, of agzo-split probe"}
+    )
     side: str = dataclasses.field(default="auto", metadata={"help": "of a probe: auto, activation, scratch or copy"})
     rounding: str = dataclasses.field(default="nearest", metadata={"help": "of updates in half precision: nearest or stochastic"})
     include: list[str] | None = dataclasses.field(default=None, metadata={"help": "patterns of parameters to train"})
@@ -103,18 +114,38 @@ class ZOArguments(TrainingArguments):  # type: ignore[misc, valid-type]
         check_method_options(self.method, {name: value for name, value in own.items() if value is not None})
         StepSettings(**self.optimizer_options())
         PatchConfig(estimator=ZEROTH_ORDER[self.method].estimator, **self.patch_options())
+        self._check_evaluation(ZEROTH_ORDER[self.method])
         if self.learning_rate is None:
             self.learning_rate = ZEROTH_ORDER[self.method].lr
 
+    def _check_evaluation(self, row: Method) -> None:
+        evaluation, directions = self.evaluation or row.evaluation, self.directions or row.directions
+        if self.by_example and (self.placement or row.placement) == "inplace":
+            raise ValueError(f"evaluation={evaluation!r} needs placement='probe': weights that are moved can be at one point only")
+        if row.splits(evaluation):
+            size = self.per_device_train_batch_size
+            if size % directions:
+                raise ValueError(
+                    f"directions={directions}: it divides per_device_train_batch_size, {size}, into equal parts, each with a "
+                    "direction of its own"
+                )
+            self.dataloader_drop_last = True  # a batch that is left over has other parts
+
+    @property
+    def by_example(self) -> bool:
+        """Whether evaluations need the loss of each example."""
+        return (self.evaluation or METHODS[self.method].evaluation) in BY_EXAMPLE
+
     def patch_options(self) -> dict[str, Any]:
         """Arguments of :func:`lozo_kernels.patch`."""
-        names = ("placement", "side", "rounding", "include", "exclude", "keep_factors", "backend", "directions_law")
+        names = ("side", "rounding", "include", "exclude", "keep_factors", "backend", "directions_law")
         options = {name: getattr(self, name) for name in names} | {"seed": self.zo_seed}
+        options["placement"] = self.placement or METHODS[self.method].placement
         return options | {name: getattr(self, name) for name in _LOW_RANK if getattr(self, name) is not None}
 
     def optimizer_options(self) -> dict[str, Any]:
         """Arguments of the optimiser, without those of its groups."""
-        names = ("eps", "max_nonfinite", "normalise", "directions", "two_sided")
+        names = ("eps", "max_nonfinite", "normalise", "directions", "two_sided", "evaluation")
         options = {name: value for name in names if (value := getattr(self, name)) is not None}
         momentum = ZEROTH_ORDER[self.method].momentum if self.momentum is None else self.momentum
         return options | ({"momentum": momentum} if momentum else {})

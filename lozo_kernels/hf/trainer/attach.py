@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from ...model.backward import Backward
@@ -17,32 +15,10 @@ from ...model.patching import patch
 from ...optim.optimizer import KEYWORDS, ZerothOrderOptimizer
 from ..methods import ZEROTH_ORDER
 from .arguments import check_arguments, check_method_name, check_method_options, stop_checkpointing
+from .example_losses import ExampleLosses
+from .projecting import ProjectedLoss, ProjectedLosses
 
 _CALL_POINTS = ("compute_loss", "training_step", "create_optimizer", "get_decay_parameter_names")
-
-
-class ProjectedLoss:
-    """A Trainer's ``compute_loss`` that evaluates at the points of a step when a gradient is asked for."""
-
-    def __init__(self, drive: Backward, compute_loss: Callable[..., Any]) -> None:
-        self._drive = drive
-        self._compute_loss = compute_loss
-
-    def __call__(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
-        """What ``Trainer.compute_loss`` returns; the outputs are those of the last evaluation."""
-        if not (model.training and torch.is_grad_enabled()):
-            return self._compute_loss(model, inputs, return_outputs=return_outputs, **more)
-        outputs: Any = None
-
-        def closure() -> Any:
-            nonlocal outputs
-            # A copy: computing a loss takes the labels out of the inputs.
-            result = self._compute_loss(model, copy.copy(inputs), return_outputs=return_outputs, **more)
-            loss, outputs = result if return_outputs else (result, None)
-            return loss
-
-        loss = self._drive.project(closure)
-        return (loss, outputs) if return_outputs else loss
 
 
 class Attachment:
@@ -54,18 +30,19 @@ class Attachment:
         handle: the patch on its model.
     """
 
-    def __init__(self, trainer: Any, optimizer: ZerothOrderOptimizer) -> None:
+    def __init__(self, trainer: Any, optimizer: ZerothOrderOptimizer, compute_losses: Callable[..., Any] | None = None) -> None:
         self.trainer = trainer
         self.optimizer = optimizer
         self.handle = optimizer.handle
         self._before = {name: trainer.__dict__.get(name) for name in ("compute_loss", "save_model")}
-        trainer.compute_loss = ProjectedLoss(drive_on(self.handle), trainer.compute_loss)
+        losses = ExampleLosses(trainer, compute_losses)
+        trainer.compute_loss = projected(trainer, optimizer, trainer.compute_loss, losses)
         trainer.save_model = self._settled(trainer.save_model)
         trainer.optimizer = optimizer
 
     def restore(self) -> None:
         """Gives the trainer its own loss back and takes the patch off; the trained weights stay. A second call does nothing."""
-        if isinstance(self.trainer.__dict__.get("compute_loss"), ProjectedLoss):
+        if isinstance(self.trainer.__dict__.get("compute_loss"), (ProjectedLoss, ProjectedLosses)):
             for name, before in self._before.items():
                 if before is None:
                     del self.trainer.__dict__[name]
@@ -85,7 +62,9 @@ class Attachment:
         return settle_and_save
 
 
-def attach(trainer: Any, *, method: str = "lozo", **options: Any) -> Attachment:
+def attach(
+    trainer: Any, *, method: str = "lozo", compute_losses: Callable[[nn.Module, Any], Any] | None = None, **options: Any
+) -> Attachment:
     """Has a ``transformers.Trainer``, or a subclass of it, train without gradients. Call it before ``trainer.train()``.
 
     Its ``compute_loss`` is evaluated at the points of each step, so the loss may be computed anywhere: label smoothing,
@@ -93,7 +72,8 @@ def attach(trainer: Any, *, method: str = "lozo", **options: Any) -> Attachment:
 
     Args:
         trainer: it has no optimiser yet; learning rate, schedule and weight decay are those of its arguments.
-        method: "lozo", "lozo-m", "agzo", "mezo", "mezo-m", "subzero" or "zo-muon".
+        method: "lozo", "lozo-m", "agzo", "agzo-split", "mezo", "mezo-m", "subzero" or "zo-muon".
+        compute_losses: as for :class:`~lozo_kernels.hf.ZOTrainer`.
         options: settings of the optimiser (:class:`lozo_kernels.LOZO`) and of :func:`lozo_kernels.patch`.
 
     Returns:
@@ -116,7 +96,28 @@ def attach(trainer: Any, *, method: str = "lozo", **options: Any) -> Attachment:
     check_trainer(trainer)
     stop_checkpointing(trainer.args)
     optimizer = make_optimizer(trainer, trainer.model, method, options)
-    return Attachment(trainer, optimizer)
+    return Attachment(trainer, optimizer, compute_losses)
+
+
+def projected(
+    trainer: Any,
+    optimizer: ZerothOrderOptimizer,
+    compute_loss: Callable[..., Any],
+    losses: ExampleLosses,
+    timed: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda call: call,
+) -> ProjectedLoss | ProjectedLosses:
+    """What a trainer's ``compute_loss`` becomes, for the evaluations of its optimiser.
+
+    Args:
+        losses: of examples, where evaluations need them.
+        timed: gets what makes a forward pass and gives what is called in its place.
+    """
+    drive = drive_on(optimizer.handle)
+    if not optimizer.stepper.settings.by_example:
+        return ProjectedLoss(drive, timed(compute_loss))
+    # The Trainer multiplies its loss so, where it is a mean over the labels of all processes.
+    processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
+    return ProjectedLosses(drive, compute_loss, losses, timed, processes)
 
 
 def check_trainer(trainer: Any) -> None:
@@ -144,10 +145,10 @@ def make_optimizer(trainer: Any, model: nn.Module, method: str, options: dict[st
     check_method_options(method, options)
     rest = {name: value for name, value in options.items() if name not in OPTIONS}
     rates = {"lr": trainer.args.learning_rate, "weight_decay": trainer.args.weight_decay}
-    rest = rates | {"directions": row.directions, "two_sided": not row.one_sided} | rest
+    rest = rates | {"directions": row.directions, "two_sided": not row.one_sided, "evaluation": row.evaluation} | rest
     if row.momentum:
         rest.setdefault("momentum", row.momentum)
-    chosen: dict[str, Any] = {"rank": row.rank, "interval": row.interval} if row.low_rank else {}
+    chosen: dict[str, Any] = {"placement": row.placement} | ({"rank": row.rank, "interval": row.interval} if row.low_rank else {})
     chosen |= {name: value for name, value in options.items() if name in OPTIONS}
     handle = patch(model, estimator=row.estimator, drive="loss", **chosen)
     try:

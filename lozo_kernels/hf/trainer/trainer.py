@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,8 @@ from ...errors import require
 from ...optim.optimizer import ZerothOrderOptimizer
 from ..loop.measure import Stopwatch
 from .arguments import ZOArguments
-from .attach import ProjectedLoss, check_trainer, drive_on, make_optimizer
+from .attach import check_trainer, make_optimizer, projected
+from .example_losses import ExampleLosses
 
 Trainer = require("transformers").Trainer
 
@@ -34,12 +36,15 @@ class ZOTrainer(Trainer):  # type: ignore[misc, valid-type]
         compute_objective: what training minimises in place of the loss, any function of (model, inputs), called without a graph
             and in eval mode. With a true attribute ``maximize`` it is maximised: the F1 of generated text, say. Evaluation still
             has the loss.
+        compute_losses: (model, inputs) -> the loss of each example, (examples,), or their (sums, weights), which
+            ``evaluation="split"`` and ``"batched"`` need. None: cross-entropy or squared error of logits and labels, whichever the
+            mean of is the loss.
 
     Attributes:
         zo_optimizer: the optimiser once training has begun, however it is wrapped; None before.
 
     Raises:
-        TypeError: ``args`` are not :class:`ZOArguments`, or the objective is not callable.
+        TypeError: ``args`` are not :class:`ZOArguments`, or what computes an objective or losses is not callable.
         ValueError: an optimiser was given, or a setting contradicts training without gradients.
     """
 
@@ -47,7 +52,13 @@ class ZOTrainer(Trainer):  # type: ignore[misc, valid-type]
     compute_loss: Any
 
     def __init__(
-        self, model: Any = None, args: Any = None, *more: Any, compute_objective: Objective | None = None, **named: Any
+        self,
+        model: Any = None,
+        args: Any = None,
+        *more: Any,
+        compute_objective: Objective | None = None,
+        compute_losses: Callable[[nn.Module, Any], Any] | None = None,
+        **named: Any,
     ) -> None:
         args = ZOArguments() if args is None else args
         if not isinstance(args, ZOArguments):
@@ -55,15 +66,20 @@ class ZOTrainer(Trainer):  # type: ignore[misc, valid-type]
         given = inspect.signature(Trainer.__init__).bind(self, model, args, *more, **named).arguments
         if any(given.get("optimizers") or ()) or given.get("optimizer_cls_and_kwargs"):
             raise ValueError(f"ZOTrainer makes its optimiser from method={args.method!r}; to bring your own use the stock Trainer")
-        if compute_objective is not None:
-            if not callable(compute_objective):
-                raise TypeError(f"compute_objective is a function of (model, inputs), not {type(compute_objective).__name__}")
-            if given.get("compute_loss_func") is not None:
-                raise ValueError("compute_objective takes the place of the loss: leave compute_loss_func out")
+        for name, function in (("compute_objective", compute_objective), ("compute_losses", compute_losses)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} is a function of (model, inputs), not {type(function).__name__}")
+        if args.by_example and compute_objective is not None:
+            raise ValueError("evaluation='split' and 'batched' need the loss of each example: give compute_losses in its place")
+        if compute_losses is not None and not args.by_example:
+            raise ValueError("compute_losses goes with evaluation='split' or 'batched': leave it out, or give one of them")
+        if compute_objective is not None and given.get("compute_loss_func") is not None:
+            raise ValueError("compute_objective takes the place of the loss: leave compute_loss_func out")
         super().__init__(model, args, *more, **named)
         check_trainer(self)
         self.zo_objective = compute_objective  # hyperparameter_search() sets a compute_objective of its own
         self.zo_optimizer: ZerothOrderOptimizer | None = None
+        self._example_losses = ExampleLosses(self, compute_losses)
         self._watch = Stopwatch(self.args.device)
         self._parameters: int | None = None
 
@@ -81,12 +97,14 @@ class ZOTrainer(Trainer):  # type: ignore[misc, valid-type]
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Evaluates a micro-batch at all points of the step; the Trainer's own step does the rest with what they give."""
         assert self.zo_optimizer is not None
-        drive = drive_on(self.zo_optimizer.handle)
-        loss = self.compute_loss if self.zo_objective is None else self._objective_loss
-        if self.zo_objective is not None:
+        if self.zo_objective is not None or self._example_losses.given is not None:
             num_items_in_batch = None  # what an objective returns is a mean of its own
+        loss = self.compute_loss if self.zo_objective is None else self._objective_loss
+        evaluations = projected(
+            self, self.zo_optimizer, loss, self._example_losses, functools.partial(self._watch.timed, "forwards")
+        )
         # An attribute of the instance goes before the method, for as long as the step takes.
-        self.compute_loss = self._watch.timed("evaluations", ProjectedLoss(drive, self._watch.timed("forwards", loss)))
+        self.compute_loss = self._watch.timed("evaluations", evaluations)
         try:
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-any-return]
         finally:
@@ -127,7 +145,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc, valid-type]
             return 0
         if self._parameters is None:
             self._parameters = self.model.num_parameters(exclude_embeddings=True)
-        directions = self.zo_optimizer.directions
+        directions = 1 if self.zo_optimizer.evaluation == "split" else self.zo_optimizer.directions
         return 2 * inputs[main].numel() * self._parameters * (2 * directions if self.zo_optimizer.two_sided else 1 + directions)
 
     def _drain_times(self) -> dict[str, float]:

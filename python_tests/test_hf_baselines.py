@@ -13,7 +13,7 @@ from lozo_kernels.hf.finetune import finetune
 from lozo_kernels.hf.loop.baselines import FirstOrder, ForwardGradient, LoRA
 from lozo_kernels.hf.loop.building import build_driver
 from lozo_kernels.hf.loop.drivers import MAX_NONFINITE
-from lozo_kernels.hf.loop.measure import PeakMemory, peak_memory
+from lozo_kernels.hf.measure import PeakMemory, peak_memory
 from lozo_kernels.hf.methods import METHODS
 from lozo_kernels.hf.settings import Settings
 

@@ -15,8 +15,8 @@ from lozo_kernels.errors import InputError
 from lozo_kernels.hf.data.examples import Example
 from lozo_kernels.hf.finetune import finetune
 from lozo_kernels.hf.loop import train as train_module
-from lozo_kernels.hf.loop.measure import peak_memory
 from lozo_kernels.hf.loop.scoring import evaluate
+from lozo_kernels.hf.measure import peak_memory
 from lozo_kernels.hf.models.checkpoint import load_model, open_checkpoint
 from lozo_kernels.hf.objectives import ClassificationObjective, LanguageModelObjective, PromptObjective, choose_objective
 from lozo_kernels.hf.output import to_json

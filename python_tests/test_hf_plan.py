@@ -10,7 +10,7 @@ from lozo_kernels.bench.memory_cpu import measure_memory
 from lozo_kernels.cli import command as cli
 from lozo_kernels.errors import InputError
 from lozo_kernels.hf import plan
-from lozo_kernels.hf.loop.measure import peak_memory
+from lozo_kernels.hf.measure import peak_memory
 from lozo_kernels.hf.planning.dry_run import DryModel
 from lozo_kernels.hf.planning.machine import given_machine
 from lozo_kernels.hf.planning.plan_report import render_plan

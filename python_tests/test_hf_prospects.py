@@ -5,8 +5,8 @@ import warnings
 
 import pytest
 
-from lozo_kernels.hf.loop.prospects import LOOKED_AT, WINDOW, Prospects, Rising
 from lozo_kernels.hf.loop.records import StepRecord
+from lozo_kernels.hf.trainer.prospects import LOOKED_AT, WINDOW, Prospects, Rising
 
 
 def record(step, loss, c=1.0, lr=1e-3, *, skipped=False):
@@ -17,7 +17,8 @@ def said(judge, records):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for one in records:
-            judge.look(one)
+            if not one.skipped:
+                judge.look(one.step, one.loss, one.c, one.lr)
     return [str(w.message) for w in caught]
 
 
@@ -47,3 +48,36 @@ def test_a_rise_that_is_noise_or_soon_over_is_not_said(rng):
     assert not said(Rising(), [record(i, loss) for i, loss in enumerate(up_and_down)])
     steps = [record(i, 2.0 + 0.001 * (i // WINDOW) + noise.gauss(0.0, 0.5)) for i in range(6 * WINDOW)]
     assert not said(Rising(), steps)
+
+
+def trained_by(folder, **more):
+    """What a Trainer warns of."""
+    pytest.importorskip("accelerate")
+    from lozo_kernels.hf import ZOTrainer
+    from python_tests.trainer_helpers import tiny_llama, token_rows, zo_arguments
+
+    settings, objective = {name: v for name, v in more.items() if name != "objective"}, more.get("objective")
+    args = zo_arguments(folder, lr_scheduler_type="constant", per_device_train_batch_size=2, **settings)
+    trainer = ZOTrainer(tiny_llama(), args, train_dataset=token_rows(8), compute_objective=objective)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    return [str(w.message) for w in caught if "learning_rate" in str(w.message)]
+
+
+@pytest.mark.parametrize(("lr", "messages"), [(1e-10, 1), (1e-3, 0)])
+def test_a_trainer_says_that_nothing_will_be_learned(tmp_path, lr, messages):
+    found = trained_by(tmp_path, learning_rate=lr, max_steps=2 * LOOKED_AT + 5)
+    assert len(found) == messages
+    assert all("all 45 steps together" in one and "Give a larger learning_rate" in one for one in found)
+
+
+def test_a_trainer_says_that_the_loss_rises(tmp_path):
+    calls = []
+
+    def objective(*_):
+        calls.append(1)
+        return 1.0 + 0.01 * len(calls)
+
+    found = trained_by(tmp_path, learning_rate=1e-6, max_steps=6 * WINDOW, objective=objective)
+    assert len([one for one in found if "the loss rises" in one and "lower learning_rate than 1e-06" in one]) == 1

@@ -17,11 +17,11 @@ from .loop.building import measure_eps
 from .loop.folder import METRICS, MODEL, PLOT, SUMMARY, begin, claimed, find_run
 from .loop.journaling import new_keeper, resumed_keeper
 from .loop.kept_weights import KeptWeights
-from .loop.measure import inference_peaks
 from .loop.processes import first_does, is_first, joined, own_folder
 from .loop.records import MetricsLog
 from .loop.scoring import check_examples
 from .loop.train import train
+from .measure import inference_peaks
 from .models.checkpoint import load_model
 from .models.hub import push
 from .models.pretrained import computing, first_line

@@ -13,8 +13,8 @@ from ...errors import NonFiniteLossError
 from ...model.handle import Handle
 from ...optim.measuring import has_parts
 from ...optim.optimizer import ZerothOrderOptimizer
-from ...optim.rate_finder import step_scale
 from ...optim.steps import StepInfo
+from ..trainer.prospects import scale_of
 
 Closure = Callable[[], Tensor]
 """The mean loss of a batch, 0-dim, by one forward pass that records a graph where gradients are enabled."""
@@ -87,10 +87,10 @@ class ZerothOrder(Driver):
     optimizer: ZerothOrderOptimizer
 
     def __init__(self, optimizer: ZerothOrderOptimizer) -> None:
-        handle, settings = optimizer.handle, optimizer.stepper.settings
+        handle = optimizer.handle
         super().__init__(optimizer, handle)
-        self.scale = step_scale(handle.config) if settings.normalise is None and not handle.estimator.carries else None
-        self.by_example = settings.by_example or handle.config.per_example
+        self.scale = scale_of(optimizer)
+        self.by_example = optimizer.stepper.settings.by_example or handle.config.per_example
 
     @property
     def info(self) -> StepInfo | None:  # type: ignore[override]

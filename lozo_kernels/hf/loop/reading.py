@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from ...optim.steps import StepInfo
+from ..measure import Stopwatch
+from ..trainer.prospects import Prospects, Rising
 from .drivers import StepResult
-from .measure import Stopwatch
-from .prospects import Prospects, Rising
 from .records import MetricsLog, StepRecord
 
 
@@ -53,8 +53,8 @@ class StepReader:
                 skipped=bool(info.skipped),
             )
             self.log.add_step(record)
-            for judge in self.judges:
-                judge.look(record)
+            for judge in self.judges if not record.skipped else ():
+                judge.look(record.step, record.loss, record.c, lr)
             self._bar.update()
         if record is not None:
             values = {"loss": f"{record.loss:.4f}"}

@@ -12,9 +12,9 @@ import torch
 
 from ...errors import InputError, require
 from ..data.examples import Example
+from ..measure import since
 from ..objectives import Encoded, Objective, PromptedObjective
 from ..tasks.metrics import METRICS
-from .measure import since
 from .records import EvalRecord
 
 _GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0}

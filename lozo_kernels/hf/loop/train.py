@@ -13,15 +13,15 @@ from typing import Any
 from ...errors import JournalError, NonFiniteLossError, require
 from ...model.interrupts import deferred_interrupt
 from ...optim.parallel import DivergenceError, PeerLostError
+from ..measure import peak_memory, since
 from ..run import Run
 from ..settings import Settings
+from ..trainer.prospects import Prospects
 from .building import build_driver
 from .drivers import Driver
 from .journaling import Keeper
 from .kept_weights import KeptWeights
-from .measure import peak_memory, since
 from .processes import is_first
-from .prospects import Prospects
 from .reading import StepReader
 from .records import MetricsLog
 from .scoring import score

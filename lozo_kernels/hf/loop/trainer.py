@@ -16,6 +16,7 @@ from torch import nn
 
 from ...errors import InputError, require
 from ...model.interrupts import deferred_interrupt, interruptible
+from ..measure import PeakMemory, Stopwatch, peak_memory
 from ..models.pretrained import in_one_line
 from ..objectives import Batch, Encoded
 from ..run import Run
@@ -25,7 +26,6 @@ from ..trainer.trainer import ZOTrainer
 from .building import make_schedule
 from .drivers import Driver, ZerothOrder
 from .kept_weights import KeptWeights
-from .measure import PeakMemory, Stopwatch, peak_memory
 from .processes import part
 from .reading import StepReader
 from .records import EvalRecord

@@ -15,7 +15,7 @@ from ...bench.models import MODELS, build_model
 from ...errors import InputError, require
 from ..loop.building import build_driver
 from ..loop.drivers import Closure
-from ..loop.measure import forward_peak, peak_memory
+from ..measure import forward_peak, peak_memory
 from ..methods import METHODS
 from ..models.pretrained import read_pretrained
 from ..reports.plots import plot_memory

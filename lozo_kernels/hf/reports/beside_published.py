@@ -12,7 +12,7 @@ import torch
 
 from ...bench.published import PublishedStep
 from ..loop.building import build_optimizer
-from ..loop.measure import Stopwatch, peak_memory
+from ..measure import Stopwatch, peak_memory
 from ..methods import METHODS
 from ..objectives import Encoded, Objective
 from ..settings import Settings

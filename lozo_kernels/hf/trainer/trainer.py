@@ -12,10 +12,12 @@ from torch import nn
 
 from ...errors import require
 from ...optim.optimizer import ZerothOrderOptimizer
-from ..loop.measure import Stopwatch
+from ...optim.steps import StepInfo
+from ..measure import Stopwatch
 from .arguments import ZOArguments
 from .attach import check_trainer, make_optimizer, projected
 from .example_losses import ExampleLosses
+from .prospects import LOOKED_AT, Prospects, Rising, scale_of
 
 Trainer = require("transformers").Trainer
 
@@ -81,6 +83,8 @@ class ZOTrainer(Trainer):  # type: ignore[misc, valid-type]
         self.zo_optimizer: ZerothOrderOptimizer | None = None
         self._example_losses = ExampleLosses(self, compute_losses)
         self._watch = Stopwatch(self.args.device)
+        self._judges: list[Prospects | Rising] = []
+        self._unseen: list[tuple[StepInfo, float]] = []
         self._parameters: int | None = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -91,6 +95,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc, valid-type]
             optimizer = make_optimizer(self, model, self.args.method, options)
             optimizer.register_step_pre_hook(lambda *_: self._watch.start("step"))
             optimizer.register_step_post_hook(lambda *_: self._watch.stop("step"))
+            optimizer.register_step_post_hook(lambda *_: self._look())
             self.optimizer = self.zo_optimizer = optimizer
         return self.optimizer
 
@@ -147,6 +152,23 @@ class ZOTrainer(Trainer):  # type: ignore[misc, valid-type]
             self._parameters = self.model.num_parameters(exclude_embeddings=True)
         directions = 1 if self.zo_optimizer.evaluation == "split" else self.zo_optimizer.directions
         return 2 * inputs[main].numel() * self._parameters * (2 * directions if self.zo_optimizer.two_sided else 1 + directions)
+
+    def _look(self) -> None:
+        """Has the judges look at the steps, some at a time where reading their numbers waits for the device."""
+        assert self.zo_optimizer is not None and self.zo_optimizer.info is not None
+        self._unseen.append((self.zo_optimizer.info, float(self.zo_optimizer.param_groups[0]["lr"])))
+        if not self.is_world_process_zero() or len(self._unseen) < (1 if self.args.device.type == "cpu" else LOOKED_AT):
+            del self._unseen[:-LOOKED_AT]
+            return
+        if not self._judges:
+            self._judges = [
+                Prospects(scale_of(self.zo_optimizer), self.state.max_steps, "Give a larger learning_rate"),
+                Rising("learning_rate"),
+            ]
+        for info, lr in self._unseen:
+            for judge in self._judges if not info.skipped else ():
+                judge.look(info.step, float(info.loss), info.c.tolist(), lr)
+        self._unseen.clear()
 
     def _drain_times(self) -> dict[str, float]:
         """Milliseconds per step since the last log."""

@@ -6,7 +6,8 @@ import math
 import statistics
 import warnings
 
-from .records import StepRecord
+from ...optim.optimizer import ZerothOrderOptimizer
+from ...optim.rate_finder import step_scale
 
 LOOKED_AT = 20
 """Steps after which a run is judged."""
@@ -20,6 +21,13 @@ _NOISE = 4.0
 """Standard errors by which the mean of the last of them is above that of the first."""
 
 
+def scale_of(optimizer: ZerothOrderOptimizer) -> float | None:
+    """What the scaling of directions makes of a step along them; None where c is not what moves the weights."""
+    handle = optimizer.handle
+    plain = optimizer.stepper.settings.normalise is None and not handle.estimator.carries
+    return step_scale(handle.config) if plain else None
+
+
 class Prospects:
     """Looks at the first steps of a run, and warns once if all of its steps together change the loss by next to nothing.
 
@@ -29,42 +37,48 @@ class Prospects:
     Args:
         scale: k, what the scaling of directions makes of a step; None if not known, or c is normalised: nothing is said.
         steps: of the whole run.
+        way_out: what to do.
     """
 
-    def __init__(self, scale: float | None, steps: int) -> None:
-        self._scale, self._steps = scale, steps
-        self._seen: list[StepRecord] = []
+    def __init__(self, scale: float | None, steps: int, way_out: str = "Leave --lr out, or give a larger one") -> None:
+        self._scale, self._steps, self._way_out = scale, steps, way_out
+        self._seen: list[tuple[float, float]] = []  # the most that a step takes off the loss, and the loss
 
-    def look(self, record: StepRecord) -> None:
-        """Takes in a step."""
+    def look(self, step: int, loss: float, c: list[float], lr: float) -> None:  # noqa: ARG002
+        """Takes in a step that was not skipped, with c of each direction."""
         if self._scale is None or len(self._seen) >= LOOKED_AT:
             return
-        if record.lr and record.c and not record.skipped:
-            self._seen.append(record)
+        if lr and c:
+            self._seen.append((lr * self._scale * statistics.mean(one * one for one in c), abs(loss)))
         if len(self._seen) < LOOKED_AT:
             return
-        fall = statistics.mean(r.lr * self._scale * statistics.mean(c * c for c in r.c) for r in self._seen) * self._steps
-        loss = statistics.mean(abs(r.loss) for r in self._seen)
+        fall, loss = (statistics.mean(values) for values in zip(*self._seen, strict=True))
+        fall *= self._steps
         if fall < _NEGLIGIBLE * loss:
             warnings.warn(
-                f"with a learning rate of {record.lr:.3g}, all {self._steps} steps together change the loss of {loss:.4g} by "
-                f"{fall:.2g} at most: the run will learn next to nothing. Leave --lr out, or give a larger one",
+                f"with a learning rate of {lr:.3g}, all {self._steps} steps together change the loss of {loss:.4g} by "
+                f"{fall:.2g} at most: the run will learn next to nothing. {self._way_out}",
                 stacklevel=2,
             )
 
 
 class Rising:
-    """Looks at the losses of a run, and warns once if they rise for long."""
+    """Looks at the losses of a run, and warns once if they rise for long.
 
-    def __init__(self) -> None:
+    Args:
+        option: how the user calls the learning rate.
+    """
+
+    def __init__(self, option: str = "--lr") -> None:
+        self._option = option
         self._losses: list[float] = []
         self._means: list[tuple[float, float]] = []  # of the windows that rose so far: mean and its variance
 
-    def look(self, record: StepRecord) -> None:
-        """Takes in a step."""
-        if len(self._means) > _RISES or record.skipped:
+    def look(self, step: int, loss: float, c: list[float], lr: float) -> None:  # noqa: ARG002
+        """As :meth:`Prospects.look`."""
+        if len(self._means) > _RISES:
             return
-        self._losses.append(record.loss)
+        self._losses.append(loss)
         if len(self._losses) < WINDOW:
             return
         mean, variance = statistics.mean(self._losses), statistics.variance(self._losses) / WINDOW
@@ -80,6 +94,6 @@ class Rising:
             return
         warnings.warn(
             f"the loss rises: {first:.4g} in the mean of {WINDOW} steps, {mean:.4g} {_RISES * WINDOW} steps later (step "
-            f"{record.step}). Begin anew with a lower --lr than {record.lr:.3g}",
+            f"{step}). Begin anew with a lower {self._option} than {lr:.3g}",
             stacklevel=2,
         )

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..objectives import Encoded, Objective
+from .objectives import Encoded, Objective
 
 T = TypeVar("T")
 

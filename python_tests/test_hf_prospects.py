@@ -24,19 +24,19 @@ def said(judge, records):
 
 @pytest.mark.parametrize(("lr", "messages"), [(1e-9, 1), (1e-4, 0)])
 def test_a_rate_that_can_change_nothing_is_named_once(lr, messages):
-    found = said(Prospects(0.5, 1000), [record(i, 2.0, c=0.7, lr=lr) for i in range(3 * LOOKED_AT)])
+    found = said(Prospects(0.5, 1000, ""), [record(i, 2.0, c=0.7, lr=lr) for i in range(3 * LOOKED_AT)])
     assert len(found) == messages and all("next to nothing" in one for one in found)
 
 
 def test_without_a_scale_nothing_is_said():
-    assert not said(Prospects(None, 1000), [record(i, 2.0, lr=1e-12) for i in range(3 * LOOKED_AT)])
+    assert not said(Prospects(None, 1000, ""), [record(i, 2.0, lr=1e-12) for i in range(3 * LOOKED_AT)])
 
 
 @pytest.mark.parametrize(("slope", "messages"), [(0.002, 1), (0.0, 0), (-0.002, 0)])
 def test_a_loss_that_rises_for_long_is_said_once(rng, slope, messages):
     noise = random.Random(rng.random())
     losses = [2.0 + slope * i + noise.gauss(0.0, 0.05) for i in range(20 * WINDOW)]
-    found = said(Rising(), [record(i, loss) for i, loss in enumerate(losses)])
+    found = said(Rising("--lr"), [record(i, loss) for i, loss in enumerate(losses)])
     assert len(found) == messages and all("the loss rises" in one and "lower --lr" in one for one in found)
 
 
@@ -45,9 +45,9 @@ def test_a_rise_that_is_noise_or_soon_over_is_not_said(rng):
     up_and_down = [
         2.0 + 0.002 * min(i, 2 * WINDOW) - 0.01 * max(0, i - 2 * WINDOW) + noise.gauss(0.0, 0.01) for i in range(6 * WINDOW)
     ]
-    assert not said(Rising(), [record(i, loss) for i, loss in enumerate(up_and_down)])
+    assert not said(Rising("--lr"), [record(i, loss) for i, loss in enumerate(up_and_down)])
     steps = [record(i, 2.0 + 0.001 * (i // WINDOW) + noise.gauss(0.0, 0.5)) for i in range(6 * WINDOW)]
-    assert not said(Rising(), steps)
+    assert not said(Rising("--lr"), steps)
 
 
 def trained_by(folder, **more):

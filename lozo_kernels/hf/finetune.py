@@ -65,15 +65,9 @@ def finetune(
     """
     numbered, settings = settings.output is None, settings.resolved()
     inputs = (settings.model, settings.train_file, settings.dev_file, settings.data_dir)
+    options = {"inputs": inputs, "going_on": resume, "overwrite": overwrite, "numbered": numbered and not resume}
     with joined(settings) as own, threads(own.threads), contextlib.ExitStack() as stack:
-
-        def claim() -> Path:
-            folder = Path(str(settings.output))
-            return stack.enter_context(
-                claimed(folder, inputs=inputs, going_on=resume, overwrite=overwrite, numbered=numbered and not resume)
-            )
-
-        shared = first_does(claim)
+        shared = first_does(lambda: stack.enter_context(claimed(Path(str(settings.output)), **options)))  # type: ignore[arg-type]
         folder = stack.enter_context(own_folder(shared, copied=resume))
         try:
             return _run(dataclasses.replace(own, output=str(folder)), command, quiet or not is_first(), resume, callbacks)

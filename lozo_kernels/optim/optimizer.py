@@ -199,6 +199,18 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         return self.stepper.finder is not None and self.stepper.finder.due(self.steps_done)
 
     @property
+    def parts_next(self) -> int:
+        """The closures that the next step needs: two, parts of its batch, where it measures for ``lr="auto"`` and processes are not
+        its parts already."""
+        return 2 if self.measures_next and not has_parts(self.parallel) else 1
+
+    @property
+    def by_example(self) -> bool:
+        """Whether a step needs ``inputs`` and the loss of each example: evaluations share a forward pass, or examples have
+        directions of their own."""
+        return self.stepper.settings.by_example or self.handle.config.per_example
+
+    @property
     def projected_gradient(self) -> Tensor | None:
         """(directions,) fp64: with ``drive="backward"``, c as backward has accumulated it since the last step, or None."""
         gradient = None if self.handle.backward is None else self.handle.backward.gradient
@@ -294,6 +306,14 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def flush(self) -> None:
         """Makes an update that ``fuse_steps`` left pending. Without one this does nothing."""
         self.stepper.flush()
+
+    def close(self) -> None:
+        """Ends the run: finishes its journal, and leaves a plain model with the trained weights."""
+        try:
+            if self.journal is not None:
+                self.journal.finish()
+        finally:
+            self.handle.restore()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group as torch does. The handle has to train its parameters."""

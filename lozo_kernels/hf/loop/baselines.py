@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,16 +14,16 @@ from ...kernels.calls import Draw
 from ...kernels.table import TensorTable
 from ...model.patching import patch
 from ..models.adapters import add_adapters
-from .drivers import Closure, CountingDriver
+from .drivers import Baseline, Closure
 
 
-class FirstOrder(CountingDriver):
+class FirstOrder(Baseline):
     """Gradients by backward, and one of torch's optimisers; one forward and one backward pass a step.
 
     The model stays in evaluation mode as for the other methods, so there is no dropout.
     """
 
-    def step(self, closures: Sequence[Callable[..., Any]], inputs: Sequence[Tensor] | None = None) -> Tensor:  # noqa: ARG002
+    def step(self, closures: Sequence[Closure], inputs: Any = None) -> Tensor:  # type: ignore[override]  # noqa: ARG002
         shares = []
         try:
             with torch.enable_grad():
@@ -32,9 +32,9 @@ class FirstOrder(CountingDriver):
                     share.backward()
                     shares.append(share.detach())
             loss = torch.stack(shares).sum()
-            return self.finish_step(loss, loss.new_zeros(0, dtype=torch.float64), self.optimizer.step)
+            return self.finish_step(loss, loss.new_zeros(0, dtype=torch.float64), self.inner.step)
         finally:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.inner.zero_grad(set_to_none=True)
 
 
 class LoRA(FirstOrder):
@@ -63,7 +63,7 @@ class LoRA(FirstOrder):
             p.requires_grad_(self._flags[name])
 
 
-class ForwardGradient(CountingDriver):
+class ForwardGradient(Baseline):
     """Forward-mode gradients (Baydin et al., 2022): X <- (1 - lr * weight_decay) X - lr (dF . Z) Z, Z dense and Gaussian.
 
     One pass computes the loss and its derivative along Z. Z is that of :class:`~lozo_kernels.MeZO` with the same seed at
@@ -71,7 +71,7 @@ class ForwardGradient(CountingDriver):
 
     Args:
         model: a model whose operations all have forward derivatives; attention is computed without fused kernels, which have none.
-        lr, weight_decay: their values at the first step; a schedule may change them in ``optimizer``.
+        lr, weight_decay: their values at the first step; a schedule may change them in the groups.
         seed: seed of the directions.
         backend: name of the kernels' backend; None for the best of the device.
 
@@ -82,29 +82,25 @@ class ForwardGradient(CountingDriver):
     def __init__(
         self, model: nn.Module, *, lr: float, weight_decay: float = 0.0, seed: int = 0, backend: str | None = None
     ) -> None:
-        self.handle = patch(model, estimator="dense", seed=seed, backend=backend)
-        optimizer = torch.optim.SGD(self.handle.parameters, lr=lr, weight_decay=weight_decay)  # which holds the groups only
-        super().__init__(optimizer, self.handle)
+        handle = patch(model, estimator="dense", seed=seed, backend=backend)
+        # The optimiser holds the groups only.
+        super().__init__(torch.optim.SGD(handle.parameters, lr=lr, weight_decay=weight_decay), handle)
         self._caller = _Caller(model)
         self._names = {id(p): name for name, p in self._caller.named_parameters()}
 
     @torch.no_grad()
-    def step(self, closures: Sequence[Callable[..., Any]], inputs: Sequence[Tensor] | None = None) -> Tensor:  # noqa: ARG002
-        group = self.optimizer.param_groups[0]
+    def step(self, closures: Sequence[Closure], inputs: Any = None) -> Tensor:  # type: ignore[override]  # noqa: ARG002
         tangents = self._direction()
         parameters = {name: p.detach() for name, p in self._caller.named_parameters() if name in tangents}
 
         def loss_at(values: dict[str, Tensor]) -> Tensor:
-            return functional_call(self._caller, values, (lambda: torch.stack([one() for one in closures]).mean(),))  # type: ignore[no-any-return]
+            return functional_call(self._caller, values, (closures,))  # type: ignore[no-any-return]
 
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             loss, c = jvp(loss_at, (parameters,), (tangents,))  # type: ignore[misc]
         del tangents
-        rates = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+        rates = {name: self.param_groups[0][name] for name in ("lr", "weight_decay")}
         return self.finish_step(loss, c.reshape(1), lambda: self.handle.update_(self.steps_done, c.to(torch.float64), **rates))
-
-    def close(self) -> None:
-        self.handle.restore()
 
     def _direction(self) -> dict[str, Tensor]:
         """Z of this step by the names of the parameters, in their dtypes."""
@@ -119,12 +115,12 @@ class ForwardGradient(CountingDriver):
 
 
 class _Caller(nn.Module):
-    """Calls a closure over a model, so that ``functional_call`` reaches the model's parameters inside of it."""
+    """Calls closures over a model, so that ``functional_call`` reaches the model's parameters inside of them; their mean."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
         self.training = model.training
 
-    def forward(self, closure: Closure) -> Tensor:
-        return closure()
+    def forward(self, closures: Sequence[Closure]) -> Tensor:
+        return torch.stack([one() for one in closures]).mean()

@@ -18,7 +18,7 @@ from ..methods import METHODS
 from ..models.pretrained import first_line
 from ..settings import Settings
 from .baselines import FirstOrder, ForwardGradient, LoRA
-from .drivers import Driver, ZerothOrder
+from .drivers import Driver
 
 
 def build_optimizer(model: nn.Module, settings: Settings) -> ZerothOrderOptimizer:
@@ -62,7 +62,7 @@ def build_driver(model: nn.Module, settings: Settings) -> Driver:
     if not method.trains:
         raise InputError(f"--method {method.name} trains nothing: lozo-kernels evaluate --method {method.name} scores a model")
     if method.optimizer is not None:
-        return ZerothOrder(build_optimizer(model, settings))
+        return build_optimizer(model, settings)
     rates: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
     if method.kind == "forward-gradient":
         try:

@@ -1,4 +1,4 @@
-"""What the training loop drives: one class for every method, and the zeroth-order optimisers behind it."""
+"""What the training loop drives: a zeroth-order optimiser, or a baseline with the same face."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from torch import Tensor
 
 from ...errors import NonFiniteLossError
 from ...model.handle import Handle
-from ...optim.measuring import has_parts
 from ...optim.optimizer import ZerothOrderOptimizer
-from ...optim.steps import StepInfo
-from ..trainer.prospects import scale_of
+from ...optim.steps import StepSettings
 
 Closure = Callable[[], Tensor]
 """The mean loss of a batch, 0-dim, by one forward pass that records a graph where gradients are enabled."""
 
-MAX_NONFINITE = 10
-"""Steps in a row without a finite loss after which a run ends, as in :class:`~lozo_kernels.optim.ZerothOrderOptimizer`."""
+MAX_NONFINITE = StepSettings.max_nonfinite
+"""Steps in a row without a finite loss after which a run ends."""
 
 
 class StepResult(NamedTuple):
@@ -33,44 +31,32 @@ class StepResult(NamedTuple):
     skipped: bool
 
 
-class Driver:
-    """One way of training, as the loop sees it.
+class Baseline(torch.optim.Optimizer):
+    """What the loop needs of :class:`~lozo_kernels.optim.ZerothOrderOptimizer`, around another optimiser. It counts its steps, and
+    skips the update of one whose loss is not finite.
 
     Args:
-        optimizer: its parameter groups hold the learning rate, for a schedule to change.
+        inner: its parameter groups hold the learning rate.
         handle: of the patched model, if it is patched.
-
-    Attributes:
-        backends: names of the backends that change the weights; empty where torch does.
-        scale: what the scaling of directions makes of a step along them; None where there are none.
-        by_example: a step needs the loss of each example: evaluations share a forward pass, or examples have directions of their
-            own.
-        parts: the number of closures that the next step needs: parts of its batch, whose mean is the loss.
-        info: what the last step saw; None before the first step.
-        steps_done: steps taken so far.
-        lr: the learning rate of the next step.
     """
 
-    info: StepInfo | StepResult | None = None
-    scale: float | None = None
+    handle: Any
+    info: StepResult | None = None
     by_example = False
-    parts = 1
+    parts_next = 1
     steps_done = 0
+    _nonfinite = 0
 
-    def __init__(self, optimizer: torch.optim.Optimizer, handle: Handle | None = None) -> None:
-        self.optimizer = optimizer
-        self.backends = sorted({p.backend for p in handle.report().parameters if p.backend}) if handle is not None else []
+    def __init__(self, inner: torch.optim.Optimizer, handle: Handle | None = None) -> None:
+        super().__init__([torch.zeros((), dtype=torch.float32, device="cpu")], {})
+        self.inner, self.handle, self.param_groups = inner, handle, inner.param_groups
 
     @property
-    def lr(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
+    def learning_rates(self) -> list[float]:
+        return [group["lr"] for group in self.param_groups]
 
-    def step(self, closures: Sequence[Callable[..., Any]], inputs: Sequence[Tensor] | None = None) -> Tensor:
+    def step(self, closures: Sequence[Closure], inputs: Any = None) -> Tensor:  # type: ignore[override]
         """Evaluates closures, whose mean is the loss, and changes the weights once; returns the loss, 0-dim.
-
-        Args:
-            inputs: for each closure the indices of its examples, where the loss of each is needed: it gets them once for every
-                evaluation.
 
         Raises:
             NonFiniteLossError: the loss was not finite :data:`MAX_NONFINITE` times in a row.
@@ -79,50 +65,8 @@ class Driver:
 
     def close(self) -> None:
         """Leaves a plain model with the trained weights: patches, adapters and changed ``requires_grad`` flags are gone."""
-
-
-class ZerothOrder(Driver):
-    """A :class:`~lozo_kernels.optim.optimizer.ZerothOrderOptimizer` as a driver."""
-
-    optimizer: ZerothOrderOptimizer
-
-    def __init__(self, optimizer: ZerothOrderOptimizer) -> None:
-        handle = optimizer.handle
-        super().__init__(optimizer, handle)
-        self.scale = scale_of(optimizer)
-        self.by_example = optimizer.stepper.settings.by_example or handle.config.per_example
-
-    @property
-    def info(self) -> StepInfo | None:  # type: ignore[override]
-        return self.optimizer.info
-
-    @property
-    def steps_done(self) -> int:  # type: ignore[override]
-        return self.optimizer.steps_done
-
-    @property
-    def lr(self) -> float:
-        return float(self.optimizer.learning_rates[0])
-
-    @property
-    def parts(self) -> int:  # type: ignore[override]
-        return 2 if self.optimizer.measures_next and not has_parts(self.optimizer.parallel) else 1
-
-    def step(self, closures: Sequence[Callable[..., Any]], inputs: Sequence[Tensor] | None = None) -> Tensor:
-        return self.optimizer.step(closures, inputs)
-
-    def close(self) -> None:
-        try:
-            if self.optimizer.journal is not None:
-                self.optimizer.journal.finish()
-        finally:
-            self.optimizer.handle.restore()
-
-
-class CountingDriver(Driver):
-    """What the other drivers share: they count their steps, and skip the update of one whose loss is not finite."""
-
-    _nonfinite = 0
+        if self.handle is not None:
+            self.handle.restore()
 
     def finish_step(self, loss: Tensor, c: Tensor, update: Callable[[], object]) -> Tensor:
         """Makes an update, records the step and returns its loss. It reads the loss, so it waits for the device.
@@ -149,3 +93,11 @@ class CountingDriver(Driver):
         if not good:
             warnings.warn(f"step {step}: the loss was not finite; update skipped", stacklevel=3)
         return loss
+
+
+Driver = ZerothOrderOptimizer | Baseline
+
+
+def backends_of(driver: Driver) -> list[str]:
+    """Names of the backends that change the weights; none where torch does."""
+    return [] if driver.handle is None else sorted({p.backend for p in driver.handle.report().parameters if p.backend})

@@ -11,10 +11,11 @@ from typing import Any
 
 from ...errors import InputError, JournalError
 from ...journal import Journal, RecordedRun, read_journal, replay
+from ...optim.optimizer import ZerothOrderOptimizer
 from ..command_line import check_options
 from ..run import Run
 from ..settings import Settings
-from .drivers import Driver, ZerothOrder
+from .drivers import Driver
 from .folder import EXTENDED, JOURNAL, METRICS, MODEL, SUMMARY, read_saved
 from .records import StepRecord, read_metrics
 
@@ -41,12 +42,12 @@ class Keeper:
         Raises:
             InputError: the journal is of something else, or cannot be written.
         """
-        if isinstance(driver, ZerothOrder):
+        if isinstance(driver, ZerothOrderOptimizer):
             try:
                 if self.goes_on_at is None:
-                    Journal.create(self.path, driver.optimizer, about=self.about, overwrite=True)
+                    Journal.create(self.path, driver, about=self.about, overwrite=True)
                 else:
-                    Journal.resume(self.path, driver.optimizer, upto=self.goes_on_at)
+                    Journal.resume(self.path, driver, upto=self.goes_on_at)
             except JournalError as e:
                 driver.close()
                 raise InputError(str(e)) from None
@@ -103,10 +104,8 @@ def settings_of(folder: Path, steps: int | None = None) -> Settings:
             f"--resume {folder}: there is no {JOURNAL}; a run has one from its first step on, if its method is zeroth-order"
         )
     run = read_run_journal(folder / JOURNAL)
-    settings = dataclasses.replace(recorded_settings(run), output=str(folder))
-    extended = read_saved(folder / EXTENDED).get("steps")
-    if isinstance(extended, int):
-        settings = dataclasses.replace(settings, steps=extended)
+    settings, extended = recorded_settings(run), read_saved(folder / EXTENDED).get("steps")
+    settings = dataclasses.replace(settings, output=str(folder), steps=extended if isinstance(extended, int) else settings.steps)
     if steps is None or steps == settings.steps:
         return settings
     if settings.lr_schedule not in (None, "constant", "constant_with_warmup") or 0 < settings.warmup_steps < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,16 +20,11 @@ class StepReader:
     Args:
         log: takes the records.
         bar: a progress bar of tqdm.
-
-    Attributes:
         judges: look at every record.
     """
 
-    def __init__(self, log: MetricsLog, bar: Any, device: torch.device) -> None:
-        self.device = device
-        self.log = log
-        self._bar = bar
-        self.judges: list[Prospects | Rising] = [Rising()]
+    def __init__(self, log: MetricsLog, bar: Any, device: torch.device, judges: Sequence[Prospects | Rising]) -> None:
+        self.log, self._bar, self._judges = log, bar, judges
         self._every = 1 if device.type == "cpu" else 10
         self._waiting: list[tuple[StepInfo | StepResult, float, Stopwatch]] = []
 
@@ -53,7 +49,7 @@ class StepReader:
                 skipped=bool(info.skipped),
             )
             self.log.add_step(record)
-            for judge in self.judges if not record.skipped else ():
+            for judge in self._judges if not record.skipped else ():
                 judge.look(record.step, record.loss, record.c, lr)
             self._bar.update()
         if record is not None:

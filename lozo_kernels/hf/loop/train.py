@@ -10,15 +10,14 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from ...errors import JournalError, NonFiniteLossError, require
+from ...errors import JournalError, require
 from ...model.interrupts import deferred_interrupt
-from ...optim.parallel import DivergenceError, PeerLostError
 from ..measure import peak_memory, since
 from ..run import Run
 from ..settings import Settings
-from ..trainer.prospects import Prospects
+from ..trainer.prospects import judges_of
 from .building import build_driver
-from .drivers import Driver
+from .drivers import backends_of
 from .journaling import Keeper
 from .kept_weights import KeptWeights
 from .processes import is_first
@@ -88,45 +87,33 @@ def _take_steps(
 ) -> tuple[Outcome, Any]:
     from .trainer import RunTrainer  # the Trainer needs accelerate, which evaluations do without
 
-    settings, start, stopped, unended = run.settings, time.perf_counter(), None, None
-    assert settings.steps is not None
-    with _progress_bar(settings, run.quiet) as bar, warnings.catch_warnings(), contextlib.ExitStack() as failing:
+    settings, start, unended = run.settings, time.perf_counter(), None
+    with _progress_bar(settings, run.quiet) as bar, warnings.catch_warnings():
         # Skipped updates are in the log and on the bar, and torch cannot know that the driver takes the steps.
         warnings.filterwarnings("ignore", message=".*update skipped|.*lr_scheduler.step", category=UserWarning)
-        reader = StepReader(log, bar, run.device)
         with peak_memory(run.device) as memory:  # V and momentum are part of the peak
             driver = keeper.attach(build_driver(model, settings))
-        failing.callback(_give_up, driver)
-        reader.judges.append(Prospects(driver.scale, settings.steps))
-        bar.update(driver.steps_done)
-        trainer = RunTrainer(run, model, driver, reader, kept, memory, callbacks)
         try:
-            if driver.steps_done < settings.steps:
-                trainer.train()
-                if driver.steps_done < settings.steps:
-                    stopped = "a callback ended the training"
-        except (KeyboardInterrupt, NonFiniteLossError, PeerLostError, DivergenceError) as e:
-            if driver.steps_done == 0:
-                raise
-            stopped = "interrupted" if isinstance(e, KeyboardInterrupt) else str(e)
-            trainer.end()
-        failing.pop_all()
+            judges = judges_of(driver, settings.steps or 0, "--lr", "Leave --lr out, or give a larger one")
+            reader = StepReader(log, bar, run.device, judges)
+            bar.update(driver.steps_done)
+            trainer = RunTrainer(run, model, driver, reader, kept, memory, callbacks)
+            stopped = trainer.run_steps()
+        except BaseException:
+            with contextlib.suppress(Exception):  # nobody else could release the journal's file and the patched model
+                driver.close()
+            raise
+    backends = backends_of(driver)
     try:
         driver.close()
     except (JournalError, OSError, RuntimeError, MemoryError) as e:  # the model is saved before this is said
         unended = e
     reader.flush()
     steps, peak, seconds = driver.steps_done, trainer.memory.bytes, since(start)
-    return Outcome(steps, stopped, peak, trainer.measured_steps, seconds, driver.backends, steps, unended), trainer
+    return Outcome(steps, stopped, peak, trainer.measured_steps, seconds, backends, steps, unended), trainer
 
 
 def _progress_bar(settings: Settings, quiet: bool) -> Any:
     tty = sys.stderr.isatty()
     options = {"mininterval": 0.2 if tty else 10, "dynamic_ncols": tty, "desc": settings.method}
     return require("tqdm").tqdm(total=settings.steps, file=sys.stderr, disable=quiet, unit="step", **options)
-
-
-def _give_up(driver: Driver) -> None:
-    """Closes the driver after an error that ends the run: nobody else could release the journal's file and the patched model."""
-    with contextlib.suppress(Exception):
-        driver.close()

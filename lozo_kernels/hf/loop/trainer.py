@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...errors import InputError, require
+from ...errors import DivergenceError, InputError, NonFiniteLossError, PeerLostError, require
 from ...model.interrupts import deferred_interrupt, interruptible
+from ...optim.optimizer import ZerothOrderOptimizer
 from ..measure import PeakMemory, Stopwatch, peak_memory
 from ..models.pretrained import in_one_line
 from ..objectives import Batch, Encoded
@@ -24,7 +25,7 @@ from ..settings import Settings
 from ..trainer.arguments import ZOArguments
 from ..trainer.trainer import ZOTrainer
 from .building import make_schedule
-from .drivers import Driver, ZerothOrder
+from .drivers import Driver
 from .kept_weights import KeptWeights
 from .processes import part
 from .reading import StepReader
@@ -126,6 +127,18 @@ class RunTrainer(ZOTrainer):
         # What processes share is the driver's business, and the groups of the optimiser are those of the driver's.
         self.accelerator.prepare_model = self.accelerator.prepare_optimizer = lambda prepared, **_: prepared
 
+    def run_steps(self) -> str | None:
+        """Takes the steps that are left. Returns why some still are, if at least one was taken; None if none is."""
+        try:
+            if self.driver.steps_done < self.args.max_steps:
+                self.train()
+        except (KeyboardInterrupt, NonFiniteLossError, PeerLostError, DivergenceError) as e:
+            if self.driver.steps_done == 0:
+                raise
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            return "interrupted" if isinstance(e, KeyboardInterrupt) else str(e)
+        return "a callback ended the training" if self.driver.steps_done < self.args.max_steps else None
+
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """It is where it belongs."""
 
@@ -134,16 +147,14 @@ class RunTrainer(ZOTrainer):
         return itertools.islice(self.run.batches(), self.first * self.args.gradient_accumulation_steps, None)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:  # noqa: ARG002
-        if self.optimizer is None:
-            self.optimizer = _Steps(self.driver.optimizer, self._take_kept)
-            self.zo_optimizer = self.driver.optimizer if isinstance(self.driver, ZerothOrder) else None
+        self.optimizer = _Steps(self.driver, self._take_kept)
+        self.zo_optimizer = self.driver if isinstance(self.driver, ZerothOrderOptimizer) else None
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:  # noqa: ARG002
-        if self.lr_scheduler is None:
-            self.lr_scheduler = make_schedule(self.driver.optimizer, self.run.settings)
-            for _ in range(self.first):
-                self.lr_scheduler.step()
+        self.lr_scheduler = make_schedule(self.driver, self.run.settings)
+        for _ in range(self.first):
+            self.lr_scheduler.step()
         return self.lr_scheduler
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:  # noqa: ARG002
@@ -166,7 +177,7 @@ class RunTrainer(ZOTrainer):
     def take(self, batches: Sequence[Sequence[Encoded]]) -> None:
         """Takes one step and records it. Ctrl-C comes through only while the driver is at work."""
         rows = [part(batch, self.run.settings.parallel) for batch in batches]
-        lr, before = self.driver.lr, self.driver.info
+        lr, before = float(self.driver.learning_rates[0]), self.driver.info
         watch = Stopwatch(self.run.device)
         with deferred_interrupt():
             watch.start("step")
@@ -183,7 +194,7 @@ class RunTrainer(ZOTrainer):
             closures = [watch.timed("forwards", functools.partial(self._losses, rows)) for rows in batches]
             self.driver.step(closures, [torch.arange(len(rows), dtype=torch.int64, device="cpu") for rows in batches])
             return
-        parts = self.driver.parts if len(batches) == 1 else 1
+        parts = self.driver.parts_next if len(batches) == 1 else 1
         closures = []
         for rows in batches:
             cuts = [len(rows) * i // parts for i in range(parts + 1)]
@@ -242,10 +253,6 @@ class RunTrainer(ZOTrainer):
         super().save_model(output_dir, *more, **named)
         if self.args.should_save:
             self.run.checkpoint.tokenizer.save_pretrained(output_dir or self.args.output_dir)
-
-    def end(self) -> None:
-        """Tells reports and callbacks that training was stopped."""
-        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
 
 
 class _Steps(torch.optim.Optimizer):

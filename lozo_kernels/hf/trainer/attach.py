@@ -113,7 +113,7 @@ def projected(
         timed: gets what makes a forward pass and gives what is called in its place.
     """
     drive = drive_on(optimizer.handle)
-    if not optimizer.stepper.settings.by_example:
+    if not optimizer.by_example:
         return ProjectedLoss(drive, timed(compute_loss))
     # The Trainer multiplies its loss so, where it is a mean over the labels of all processes.
     processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
+from typing import Any
 
 from ...optim.optimizer import ZerothOrderOptimizer
 from ...optim.rate_finder import step_scale
@@ -21,13 +22,6 @@ _NOISE = 4.0
 """Standard errors by which the mean of the last of them is above that of the first."""
 
 
-def scale_of(optimizer: ZerothOrderOptimizer) -> float | None:
-    """What the scaling of directions makes of a step along them; None where c is not what moves the weights."""
-    handle = optimizer.handle
-    plain = optimizer.stepper.settings.normalise is None and not handle.estimator.carries
-    return step_scale(handle.config) if plain else None
-
-
 class Prospects:
     """Looks at the first steps of a run, and warns once if all of its steps together change the loss by next to nothing.
 
@@ -40,7 +34,7 @@ class Prospects:
         way_out: what to do.
     """
 
-    def __init__(self, scale: float | None, steps: int, way_out: str = "Leave --lr out, or give a larger one") -> None:
+    def __init__(self, scale: float | None, steps: int, way_out: str) -> None:
         self._scale, self._steps, self._way_out = scale, steps, way_out
         self._seen: list[tuple[float, float]] = []  # the most that a step takes off the loss, and the loss
 
@@ -69,7 +63,7 @@ class Rising:
         option: how the user calls the learning rate.
     """
 
-    def __init__(self, option: str = "--lr") -> None:
+    def __init__(self, option: str) -> None:
         self._option = option
         self._losses: list[float] = []
         self._means: list[tuple[float, float]] = []  # of the windows that rose so far: mean and its variance
@@ -97,3 +91,12 @@ class Rising:
             f"{step}). Begin anew with a lower {self._option} than {lr:.3g}",
             stacklevel=2,
         )
+
+
+def judges_of(optimizer: Any, steps: int, option: str, way_out: str) -> list[Prospects | Rising]:
+    """What looks at the steps of a run of so many; see the classes for the others."""
+    scale = None
+    if isinstance(optimizer, ZerothOrderOptimizer):
+        handle, normalise = optimizer.handle, optimizer.stepper.settings.normalise
+        scale = step_scale(handle.config) if normalise is None and not handle.estimator.carries else None
+    return [Prospects(scale, steps, way_out), Rising(option)]

@@ -17,7 +17,7 @@ from ..measure import Stopwatch
 from .arguments import ZOArguments
 from .attach import check_trainer, make_optimizer, projected
 from .example_losses import ExampleLosses
-from .prospects import LOOKED_AT, Prospects, Rising, scale_of
+from .prospects import LOOKED_AT, Prospects, Rising, judges_of
 
 Trainer = require("transformers").Trainer
 
@@ -161,10 +161,8 @@ class ZOTrainer(Trainer):  # type: ignore[misc, valid-type]
             del self._unseen[:-LOOKED_AT]
             return
         if not self._judges:
-            self._judges = [
-                Prospects(scale_of(self.zo_optimizer), self.state.max_steps, "Give a larger learning_rate"),
-                Rising("learning_rate"),
-            ]
+            steps, way_out = self.state.max_steps, "Give a larger learning_rate"
+            self._judges = judges_of(self.zo_optimizer, steps, "learning_rate", way_out)
         for info, lr in self._unseen:
             for judge in self._judges if not info.skipped else ():
                 judge.look(info.step, float(info.loss), info.c.tolist(), lr)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lozo_kernels import LOZO, MeZO, SubZero, capture_step, patch
+from lozo_kernels import LOZO, MeZO, SubZero, capture_step, handle_of, patch
 from lozo_kernels.hf.finetune import finetune
 from lozo_kernels.hf.settings import Settings
 from lozo_kernels.journal import Journal, read_journal, replay
@@ -201,6 +201,43 @@ def test_a_batch_without_parts_is_refused():
     optimizer.step([lambda: problem.losses(problem.batch(4)).mean()] * 2)
     with pytest.raises(ValueError, match="captured step"):
         capture_step(optimizer, lambda: problem.losses(batch).mean())
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_what_a_step_needs_is_known_before_it(options):
+    """The closures in which a batch has to come, and whether they have to tell examples apart."""
+    problem = Quadratic()
+    optimizer = LOZO(problem.model, lr="auto", seed=4, **options)
+    needed = []
+    for step in range(2 * WARM_UP):
+        needed.append(optimizer.parts_next)
+        assert (optimizer.parts_next == 2) == optimizer.measures_next == optimizer.stepper.finder.due(step)
+        batch = problem.batch()
+        if optimizer.by_example:
+            optimizer.step(problem.losses, batch)
+        else:
+            halves = [tuple(x.chunk(optimizer.parts_next)[i] for x in batch) for i in range(optimizer.parts_next)]
+            optimizer.step([lambda half=half: problem.losses(half).mean() for half in halves])
+    assert {*needed} == {1, 2} and optimizer.by_example == (options.get("evaluation") in ("batched", "split"))
+    assert LOZO(nn.Linear(3, 2)).parts_next == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"fuse_steps": True}, {"placement": "probe"}], ids=str)
+def test_close_ends_the_run(options, tmp_path):
+    problem = Quadratic()
+    start = copy.deepcopy(problem.model)
+    optimizer = LOZO(problem.model, lr=1e-2, seed=4, **options)
+    Journal.create(tmp_path / "journal", optimizer)
+    for _ in range(3):
+        batch = problem.batch()
+        optimizer.step(lambda batch=batch: problem.losses(batch).mean())
+    optimizer.close()
+    run = read_journal(tmp_path / "journal")
+    assert handle_of(problem.model) is None and run.fingerprint is not None and run.steps == 3
+    assert replay(start, run).agrees and torch.equal(start.weight, problem.model.weight)
+    plain = LOZO(problem.model)
+    plain.close()
+    assert handle_of(problem.model) is None
 
 
 def test_a_state_of_another_kind_of_rate_is_refused():

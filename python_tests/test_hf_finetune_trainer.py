@@ -46,10 +46,12 @@ def expected_rates(name, steps, warmup, **options):
         ("cosine_with_restarts", 0, '{"num_cycles": 2}'),
         ("polynomial", 1, '{"power": 2.0, "lr_end": 1e-6}'),
         ("warmup_stable_decay", 2, '{"num_decay_steps": 2}'),
+        ("cosine_with_min_lr", 0, '{"min_lr": 1e-6}'),
     ],
 )
-def test_schedules_are_those_of_transformers(tmp_path, name, warmup, options):
-    run(tmp_path, lr=1e-4, lr_schedule=name, warmup_steps=warmup, lr_scheduler_kwargs=options)
+@pytest.mark.parametrize("method", ["lozo", "ft-sgd"])
+def test_schedules_are_those_of_transformers(tmp_path, name, warmup, options, method):
+    run(tmp_path, method=method, lr=1e-4, lr_schedule=name, warmup_steps=warmup, lr_scheduler_kwargs=options)
     count = 3 if warmup == 0.5 else warmup
     wanted = expected_rates(name, 6, count, **Settings(lr_scheduler_kwargs=options).schedule_options)
     assert [line["lr"] for line in steps_of(tmp_path)] == wanted

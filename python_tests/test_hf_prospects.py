@@ -81,3 +81,23 @@ def test_a_trainer_says_that_the_loss_rises(tmp_path):
 
     found = trained_by(tmp_path, learning_rate=1e-6, max_steps=6 * WINDOW, objective=objective)
     assert len([one for one in found if "the loss rises" in one and "lower learning_rate than 1e-06" in one]) == 1
+
+
+def test_a_rate_that_warms_up_is_judged_when_it_has():
+    warm = [record(i, 2.0, c=0.7, lr=1e-4 * min(1.0, i / 200)) for i in range(260)]
+    assert not said(Prospects(0.5, 1000, ""), warm)
+    assert len(said(Prospects(0.5, 1000, ""), [record(i, 2.0, c=0.7, lr=1e-9 * min(1.0, i / 200)) for i in range(260)])) == 1
+
+
+def test_each_run_of_a_trainer_is_judged(tmp_path):
+    pytest.importorskip("accelerate")
+    from lozo_kernels.hf import ZOTrainer
+    from python_tests.trainer_helpers import tiny_llama, token_rows, zo_arguments
+
+    args = zo_arguments(tmp_path, lr_scheduler_type="constant", learning_rate=1e-3, max_steps=25, per_device_train_batch_size=2)
+    trainer = ZOTrainer(args=args, model_init=lambda: tiny_llama(), train_dataset=token_rows(8))
+    trainer.train()
+    trainer.restore()
+    trainer.args.learning_rate = 1e-12
+    with pytest.warns(UserWarning, match="next to nothing"):
+        trainer.train()

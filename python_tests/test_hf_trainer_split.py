@@ -13,7 +13,7 @@ from models import same  # noqa: E402
 from trainer_helpers import OPTIONS, Recorder, apart, arguments, tiny_llama, token_rows, trained, zo_arguments  # noqa: E402
 from transformers import Trainer  # noqa: E402
 
-from lozo_kernels import AGZO, LOZO  # noqa: E402
+from lozo_kernels import AGZO, LOZO, handle_of  # noqa: E402
 from lozo_kernels.hf import ZOArguments, ZOTrainer, attach  # noqa: E402
 from lozo_kernels.hf.trainer import example_losses  # noqa: E402
 
@@ -49,7 +49,7 @@ def test_it_is_a_loop_of_steps(tmp_path, how, chosen):
     if how == "subclass":
         trainer = ZOTrainer(model, settings_of(tmp_path, **chosen), train_dataset=DATA[:36], data_collator=recorder)
     else:
-        args = arguments(tmp_path, max_steps=STEPS, per_device_train_batch_size=8, learning_rate=1e-2, dataloader_drop_last=True)
+        args = arguments(tmp_path, max_steps=STEPS, per_device_train_batch_size=8, learning_rate=1e-2)
         trainer = Trainer(model, args, train_dataset=DATA[:36], data_collator=recorder)
         attachment = attach(trainer, seed=3, **OPTIONS | chosen)
     trainer.train()
@@ -57,7 +57,7 @@ def test_it_is_a_loop_of_steps(tmp_path, how, chosen):
     kind, options = (AGZO, GUIDED | SPLIT) if chosen is GUIDED else (LOZO, chosen)
     optimizer = kind(expected, seed=3, eps=EPS, **OPTIONS, **{k: v for k, v in options.items() if k != "method"})
     for step, batch in enumerate(recorder.batches[:STEPS]):
-        assert len(batch["labels"]) == 8 or (chosen is BATCHED and how == "subclass")
+        assert len(batch["labels"]) == 8 or chosen is BATCHED
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / STEPS)
         optimizer.step(token_losses(expected), batch)
     optimizer.handle.restore()
@@ -198,6 +198,8 @@ def test_losses_of_the_user_are_those_that_are_found(tmp_path):
         ({"evaluation": "both"}, "evaluation is one of"),
         (SPLIT | {"directions": 3}, "divides per_device_train_batch_size, 8, into equal parts"),
         (SPLIT | {"two_sided": False}, "leave two_sided=False out"),
+        ({"method": "agzo-split", "two_sided": False}, "leave two_sided=False out"),
+        ({"method": "agzo-split", "directions": 1}, "give directions=2 or more"),
         ({"method": "agzo-split", "placement": "inplace"}, "needs placement='probe'"),
         ({"method": "agzo-split", "per_device_train_batch_size": 12}, "directions=8: it divides"),
     ],
@@ -210,7 +212,7 @@ def test_settings_that_contradict(tmp_path, settings, message):
 def test_defaults_are_those_of_the_method(tmp_path):
     quiet = {"use_cpu": True, "save_strategy": "no", "report_to": [], "disable_tqdm": True}
     args = ZOArguments(str(tmp_path), method="agzo-split", max_steps=1, **quiet)
-    assert args.dataloader_drop_last and args.by_example and not settings_of(tmp_path).dataloader_drop_last
+    assert args.by_example and args.splits and not settings_of(tmp_path).splits
     trainer = ZOTrainer(tiny_llama(), args, train_dataset=DATA)
     trainer.train()
     optimizer = trainer.zo_optimizer
@@ -228,16 +230,137 @@ def test_functions_that_do_not_fit(tmp_path):
         ZOTrainer(model, args, compute_losses=len)
     with pytest.raises(ValueError, match="need the loss of each example: give compute_losses"):
         ZOTrainer(model, split, compute_objective=len)
+    stock = Trainer(model, arguments(tmp_path))
+    with pytest.raises(TypeError, match="compute_losses is a function of"):
+        attach(stock, compute_losses=3, **SPLIT)
+    with pytest.raises(ValueError, match="compute_losses goes with evaluation='split'"):
+        attach(stock, compute_losses=len)
+    assert handle_of(model) is None
+    assert settings_of(tmp_path, method="agzo-split", normalise="spread").optimizer_options()["normalise"] == "spread"
     for evaluation in ("split", "batched"):
         with pytest.raises(ValueError, match="needs the loss of each example, which drive='backward' does not allow"):
             LOZO(model, drive="backward", placement="probe", evaluation=evaluation, directions=2)
 
 
-def test_a_batch_that_does_not_divide_is_refused_by_attach(tmp_path):
-    trainer = Trainer(tiny_llama(), arguments(tmp_path, per_device_train_batch_size=8, max_steps=STEPS), train_dataset=DATA[:10])
-    attach(trainer, **SPLIT)
-    with pytest.raises(ValueError, match="does not divide into directions=4 equal parts: leave such a batch out"):
+@pytest.mark.parametrize("how", ["subclass", "attach"])
+def test_only_training_leaves_examples_out(tmp_path, how):
+    """Evaluations and predictions have all of them, and fewer than a batch are an error."""
+
+    def trainer_of(data):
+        more = {"per_device_train_batch_size": 8, "num_train_epochs": 1, "max_steps": -1}
+        if how == "subclass":
+            return ZOTrainer(tiny_llama(), settings_of(tmp_path, **SPLIT, **more), train_dataset=data)
+        trainer = Trainer(tiny_llama(), arguments(tmp_path, **more), train_dataset=data)
+        attach(trainer, **SPLIT)
+        return trainer
+
+    trainer = trainer_of(DATA[:19])
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert len(trainer.predict(DATA[:11]).predictions) == 11 and trainer.evaluate(DATA[:5])["eval_loss"] > 0
+    assert not trainer.args.dataloader_drop_last
+    with pytest.raises(ValueError, match="the 6 train examples are less than one batch"):
+        trainer_of(DATA[:6]).train()
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(DATA[:11])
+
+
+def test_a_stream_that_ends_with_another_batch_is_refused(tmp_path):
+    trainer = ZOTrainer(tiny_llama(), settings_of(tmp_path, **SPLIT), train_dataset=Stream())
+    with pytest.raises(ValueError, match=r"does not divide into directions=4 equal parts: leave such a batch out .* take\(\) of a"):
         trainer.train()
+
+
+def mean_losses(model, inputs):
+    sums, weights = token_losses(model)(inputs)
+    return sums / weights
+
+
+@pytest.mark.parametrize("how", ["subclass", "attach", "with a loss of its own"])
+def test_means_of_micro_batches_are_averaged_once(tmp_path, how):
+    """Whatever the Trainer makes of a loss that it takes for a sum over all of them."""
+    more = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 1}
+    model, recorder = tiny_llama(), Recorder()
+    if how == "attach":
+        trainer = Trainer(model, arguments(tmp_path, **more), train_dataset=DATA, data_collator=recorder)
+        optimizer = attach(trainer, seed=3, compute_losses=mean_losses, **SPLIT, **OPTIONS).optimizer
+    else:
+        own = {} if how == "subclass" else {"compute_loss_func": lambda outputs, labels, num_items_in_batch: outputs.logits.mean()}
+        args = settings_of(tmp_path, **SPLIT, **more)
+        trainer = ZOTrainer(model, args, train_dataset=DATA, data_collator=recorder, compute_losses=mean_losses, **own)
+    trainer.train()
+    info = (optimizer if how == "attach" else trainer.zo_optimizer).info
+    expected = sum(mean_losses(tiny_llama(), batch).mean() for batch in recorder.batches[:2]) / 2
+    assert float(info.loss) == pytest.approx(float(expected), rel=1e-3)
+
+
+class Mean(ZOTrainer):
+    """As the documentation of transformers asks of a subclass whose loss is the mean of a batch."""
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, **_):
+        outputs = model(**inputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+def test_a_trainer_that_divides_itself(tmp_path):
+    args = settings_of(tmp_path, gradient_accumulation_steps=4, max_steps=1, **SPLIT)
+    trainer = Mean(tiny_llama(), args, train_dataset=DATA)
+    trainer.train()
+    assert 3.5 < float(trainer.zo_optimizer.info.loss) < 4.5
+
+
+@pytest.mark.parametrize("where", ["first", "later"])
+def test_a_micro_batch_without_labels_counts_for_nothing(tmp_path, where):
+    empty = [row | {"labels": torch.full_like(row["labels"], -100)} for row in DATA[:8]]
+    data, collator = (empty + DATA[:24] if where == "first" else DATA[:24] + empty), Recorder()
+    args = settings_of(tmp_path, gradient_accumulation_steps=4, max_steps=1, train_sampling_strategy="sequential", **SPLIT)
+    trainer = ZOTrainer(tiny_llama(), args, train_dataset=data, data_collator=collator)
+    trainer.train()
+    info = trainer.zo_optimizer.info
+    found = [token_losses(tiny_llama())(batch) for batch in collator.batches[:4]]
+    expected = sum(sums.sum() for sums, _ in found) / sum(weights.sum() for _, weights in found)
+    assert not info.skipped and float(info.loss) == pytest.approx(float(expected), rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["token classes", "masked"])
+def test_labels_are_not_shifted_where_both_losses_are_alike(tmp_path, name, dtype):
+    """A fresh head gives every class the same, to what bf16 can tell."""
+    model = MODELS[name][0]().to(dtype)
+    with torch.no_grad():
+        head = model.classifier if name == "token classes" else model.cls.predictions.decoder
+        head.weight.mul_(0.0 if dtype == torch.float32 else 0.01)
+    trainer = ZOTrainer(model, settings_of(tmp_path, max_steps=1, **SPLIT), train_dataset=rows_of(name))
+    trainer.train()
+    assert trainer._example_losses._kind is example_losses.tokens
+
+
+def test_whole_numbers_are_regressed_on(tmp_path):
+    model = transformers.BertForSequenceClassification(bert(num_labels=1))
+    rows = [row | {"labels": torch.tensor(i % 4)} for i, row in enumerate(DATA)]
+    trainer = ZOTrainer(model, settings_of(tmp_path, max_steps=1, **SPLIT), train_dataset=rows)
+    trainer.train()
+    assert trainer._example_losses._kind is example_losses.numbers
+
+
+class Later(ZOTrainer):
+    """A term that is nothing at first."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        return outputs.loss + self.state.global_step
+
+
+def test_a_term_that_comes_later_is_seen(tmp_path):
+    trainer = Later(tiny_llama(), settings_of(tmp_path, max_steps=30, **SPLIT), train_dataset=DATA)
+    with pytest.raises(TypeError, match="give compute_losses="):
+        trainer.train()
+    assert trainer.state.global_step == 9
 
 
 def test_killed_and_resumed_gives_the_same_bits(tmp_path):

@@ -416,7 +416,7 @@ class Stepper:
             if count % self.parts:
                 raise ValueError(
                     f"a batch of {count} examples does not divide into directions={self.parts} equal parts: leave such a batch out "
-                    "(drop_last=True of a DataLoader), or give another number of directions"
+                    "(drop_last=True of a DataLoader, take() of a stream), or give another number of directions"
                 )
 
     def is_mine(self, direction: int) -> bool:

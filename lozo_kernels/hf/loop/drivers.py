@@ -48,7 +48,7 @@ class Baseline(torch.optim.Optimizer):
     _nonfinite = 0
 
     def __init__(self, inner: torch.optim.Optimizer, handle: Handle | None = None) -> None:
-        super().__init__([torch.zeros((), dtype=torch.float32, device="cpu")], {})
+        super().__init__([torch.zeros((), dtype=torch.float32, device="cpu")], inner.defaults)
         self.inner, self.handle, self.param_groups = inner, handle, inner.param_groups
 
     @property

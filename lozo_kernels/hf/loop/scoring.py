@@ -111,10 +111,11 @@ def generate_answers(
     config = require("transformers").GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id, **_GREEDY
     )
+    padding = {"padding_side": "left", "return_attention_mask": True, "return_tensors": "pt"}
     answers = []
     for start in range(0, len(examples), batch_size):
         prompts = [objective.place(objective.prompt(e), room=room)[0] for e in examples[start : start + batch_size]]
-        padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(device)
+        padded = tokenizer.pad({"input_ids": prompts}, **padding).to(device)
         written = model.generate(**padded, generation_config=config)  # type: ignore[operator]
         texts = tokenizer.batch_decode(written[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)
         answers += [(text.split("\n")[0] if one_line else text).strip() for text in texts]

@@ -91,7 +91,7 @@ class ZOArguments(TrainingArguments):  # type: ignore[misc, valid-type]
     zo_seed: int = dataclasses.field(default=0, metadata={"help": "seed of the directions; seed is that of data and dropout"})
     max_nonfinite: int = dataclasses.field(default=10, metadata={"help": "steps in a row without a finite loss before an error"})
     learning_rate: float | None = dataclasses.field(
-        default=None, metadata={"help": "None: that of large models, 1e-6, of subzero 1e-7, of zo-muon 1e-2"}
+        default=None, metadata={"help": "None: that of large models, 1e-6, of subzero, agzo and agzo-split 1e-7, of zo-muon 1e-2"}
     )
     lr_scheduler_type: str = dataclasses.field(default="constant", metadata={"help": "constant in the papers"})
     max_grad_norm: float = dataclasses.field(default=0.0, metadata={"help": "0: there is no gradient to clip"})
@@ -112,7 +112,9 @@ class ZOArguments(TrainingArguments):  # type: ignore[misc, valid-type]
         check_method_name(self.method)
         own = {name: getattr(self, name) for name in (*_LOW_RANK, "momentum")}
         check_method_options(self.method, {name: value for name, value in own.items() if value is not None})
-        StepSettings(**self.optimizer_options())
+        row = METHODS[self.method]
+        defaults: dict[str, Any] = {"directions": row.directions, "two_sided": not row.one_sided, "evaluation": row.evaluation}
+        StepSettings(**defaults | self.optimizer_options())
         PatchConfig(estimator=ZEROTH_ORDER[self.method].estimator, **self.patch_options())
         self._check_evaluation(ZEROTH_ORDER[self.method])
         if self.learning_rate is None:
@@ -129,12 +131,16 @@ class ZOArguments(TrainingArguments):  # type: ignore[misc, valid-type]
                     f"directions={directions}: it divides per_device_train_batch_size, {size}, into equal parts, each with a "
                     "direction of its own"
                 )
-            self.dataloader_drop_last = True  # a batch that is left over has other parts
 
     @property
     def by_example(self) -> bool:
         """Whether evaluations need the loss of each example."""
         return (self.evaluation or METHODS[self.method].evaluation) in BY_EXAMPLE
+
+    @property
+    def splits(self) -> bool:
+        """Whether each part of a batch has a direction of its own."""
+        return METHODS[self.method].splits(self.evaluation or METHODS[self.method].evaluation)
 
     def patch_options(self) -> dict[str, Any]:
         """Arguments of :func:`lozo_kernels.patch`."""

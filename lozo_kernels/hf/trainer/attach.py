@@ -13,6 +13,7 @@ from ...model.config import OPTIONS, check_names
 from ...model.handle import Handle
 from ...model.patching import patch
 from ...optim.optimizer import KEYWORDS, ZerothOrderOptimizer
+from ...optim.steps import BY_EXAMPLE
 from ..methods import ZEROTH_ORDER
 from .arguments import check_arguments, check_method_name, check_method_options, stop_checkpointing
 from .example_losses import ExampleLosses
@@ -34,10 +35,12 @@ class Attachment:
         self.trainer = trainer
         self.optimizer = optimizer
         self.handle = optimizer.handle
-        self._before = {name: trainer.__dict__.get(name) for name in ("compute_loss", "save_model")}
+        self._before = {name: trainer.__dict__.get(name) for name in ("compute_loss", "save_model", "get_train_dataloader")}
         losses = ExampleLosses(trainer, compute_losses)
         trainer.compute_loss = projected(trainer, optimizer, trainer.compute_loss, losses)
         trainer.save_model = self._settled(trainer.save_model)
+        if optimizer.stepper.parts > 1:
+            trainer.get_train_dataloader = functools.partial(whole_batches, trainer, trainer.get_train_dataloader)
         trainer.optimizer = optimizer
 
     def restore(self) -> None:
@@ -45,7 +48,7 @@ class Attachment:
         if isinstance(self.trainer.__dict__.get("compute_loss"), (ProjectedLoss, ProjectedLosses)):
             for name, before in self._before.items():
                 if before is None:
-                    del self.trainer.__dict__[name]
+                    self.trainer.__dict__.pop(name, None)
                 else:
                     self.trainer.__dict__[name] = before
             self.trainer.optimizer = None
@@ -94,6 +97,7 @@ def attach(
     if trainer.model_init is not None:
         raise ValueError("the trainer makes its model when it trains (model_init); attach() needs a model: use ZOTrainer")
     check_trainer(trainer)
+    check_functions(options.get("evaluation", ZEROTH_ORDER[method].evaluation) in BY_EXAMPLE, compute_losses)
     stop_checkpointing(trainer.args)
     optimizer = make_optimizer(trainer, trainer.model, method, options)
     return Attachment(trainer, optimizer, compute_losses)
@@ -115,9 +119,35 @@ def projected(
     drive = drive_on(optimizer.handle)
     if not optimizer.by_example:
         return ProjectedLoss(drive, timed(compute_loss))
-    # The Trainer multiplies its loss so, where it is a mean over the labels of all processes.
-    processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
-    return ProjectedLosses(drive, compute_loss, losses, timed, processes)
+    return ProjectedLosses(drive, compute_loss, trainer, losses, timed)
+
+
+def check_functions(by_example: bool, compute_losses: Any, compute_objective: Any = None) -> None:
+    """Raises TypeError or ValueError if functions of the user are none, or are not for these evaluations."""
+    for name, function in (("compute_objective", compute_objective), ("compute_losses", compute_losses)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} is a function of (model, inputs), not {type(function).__name__}")
+    if by_example and compute_objective is not None:
+        raise ValueError("evaluation='split' and 'batched' need the loss of each example: give compute_losses in its place")
+    if compute_losses is not None and not by_example:
+        raise ValueError("compute_losses goes with evaluation='split' or 'batched': leave it out, or give one of them")
+
+
+def whole_batches(trainer: Any, make: Callable[[], Any]) -> Any:
+    """A loader of train batches without one at the end of an epoch that does not divide as the others do. Evaluations keep theirs.
+
+    Raises:
+        ValueError: there is none.
+    """
+    args = trainer.args
+    before, args.dataloader_drop_last = args.dataloader_drop_last, True
+    try:
+        loader = make()
+    finally:
+        args.dataloader_drop_last = before
+    if hasattr(getattr(loader, "dataset", None), "__len__") and not len(loader):
+        raise ValueError(f"the {len(loader.dataset)} train examples are less than one batch: lower per_device_train_batch_size")
+    return loader
 
 
 def check_trainer(trainer: Any) -> None:

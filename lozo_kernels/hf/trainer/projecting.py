@@ -41,20 +41,20 @@ class ProjectedLosses:
     """As :class:`ProjectedLoss`, for evaluations that need the loss of each example. The model is in eval mode for them.
 
     Args:
+        trainer: whose loss it is.
         losses: of the examples of a batch.
         timed: gets ``losses`` and gives what is called in its place.
-        processes: by how many the gradient of a loss over the items of all of them is divided.
     """
 
     def __init__(
         self,
         drive: Backward,
         compute_loss: Callable[..., Any],
+        trainer: Any,
         losses: ExampleLosses,
         timed: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda losses: losses,
-        processes: int = 1,
     ) -> None:
-        self._drive, self._compute_loss, self._losses, self._processes = drive, compute_loss, losses, processes
+        self._drive, self._compute_loss, self._trainer, self._losses = drive, compute_loss, trainer, losses
         self._timed = timed(losses)
 
     def __call__(
@@ -68,19 +68,37 @@ class ProjectedLosses:
         if not (model.training and torch.is_grad_enabled()):
             more |= {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
             return self._compute_loss(model, inputs, **more)
-        plain, items = self._drive.model, torch.ones((), dtype=torch.float64, device="cpu")
+        plain = self._drive.model
+        weight: Any = 0.0
 
         def closure(batch: Any) -> Any:
-            nonlocal items
+            nonlocal weight
             found = self._timed(plain, batch)
-            if num_items_in_batch is not None and self._losses.given is None:
+            if self._losses.given is None:
                 copies = len(batch["labels"]) / len(inputs["labels"])  # of the batch, for evaluations that share a forward pass
-                items = self._processes * found[1].sum() / (copies * num_items_in_batch)
+                weight = found[1].sum() / copies
             return found
 
         with evaluating(plain):
             with torch.no_grad():
-                self._losses.find(plain, inputs)
+                self._losses.look(plain, inputs)
             loss = self._drive.project(closure, dict(inputs))
-        loss = loss * items.to(loss)
+        if not _divides(self._trainer, num_items_in_batch):
+            if self._losses.given is None and num_items_in_batch is not None:
+                loss = loss * (self._processes * weight / num_items_in_batch).to(loss)
+            else:
+                loss = loss / self._trainer.current_gradient_accumulation_steps
         return (loss, None) if return_outputs else loss
+
+    @property
+    def _processes(self) -> int:
+        """What the Trainer multiplies a mean over the labels of all processes with, which is averaged over them."""
+        return self._trainer.accelerator.num_processes if self._trainer.args.average_tokens_across_devices else 1
+
+
+def _divides(trainer: Any, items: Any) -> bool:
+    """Whether a Trainer divides what ``compute_loss`` returned by the number of micro-batches."""
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if scaled is None:
+        scaled = (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
+    return not scaled

@@ -37,11 +37,15 @@ class Prospects:
     def __init__(self, scale: float | None, steps: int, way_out: str) -> None:
         self._scale, self._steps, self._way_out = scale, steps, way_out
         self._seen: list[tuple[float, float]] = []  # the most that a step takes off the loss, and the loss
+        self._lr = 0.0
 
     def look(self, step: int, loss: float, c: list[float], lr: float) -> None:  # noqa: ARG002
         """Takes in a step that was not skipped, with c of each direction."""
         if self._scale is None or len(self._seen) >= LOOKED_AT:
             return
+        if lr > self._lr:  # it warms up, and the steps before say nothing of the run
+            self._seen.clear()
+        self._lr = lr
         if lr and c:
             self._seen.append((lr * self._scale * statistics.mean(one * one for one in c), abs(loss)))
         if len(self._seen) < LOOKED_AT:

@@ -15,7 +15,7 @@ from ...optim.optimizer import ZerothOrderOptimizer
 from ...optim.steps import StepInfo
 from ..measure import Stopwatch
 from .arguments import ZOArguments
-from .attach import check_trainer, make_optimizer, projected
+from .attach import check_functions, check_trainer, make_optimizer, projected, whole_batches
 from .example_losses import ExampleLosses
 from .prospects import LOOKED_AT, Prospects, Rising, judges_of
 
@@ -39,8 +39,8 @@ class ZOTrainer(Trainer):  # type: ignore[misc, valid-type]
             and in eval mode. With a true attribute ``maximize`` it is maximised: the F1 of generated text, say. Evaluation still
             has the loss.
         compute_losses: (model, inputs) -> the loss of each example, (examples,), or their (sums, weights), which
-            ``evaluation="split"`` and ``"batched"`` need. None: cross-entropy or squared error of logits and labels, whichever the
-            mean of is the loss.
+            ``evaluation="split"`` and ``"batched"`` need. None: the trainer finds out on the first batch which one it is,
+            cross-entropy or squared error.
 
     Attributes:
         zo_optimizer: the optimiser once training has begun, however it is wrapped; None before.
@@ -68,13 +68,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc, valid-type]
         given = inspect.signature(Trainer.__init__).bind(self, model, args, *more, **named).arguments
         if any(given.get("optimizers") or ()) or given.get("optimizer_cls_and_kwargs"):
             raise ValueError(f"ZOTrainer makes its optimiser from method={args.method!r}; to bring your own use the stock Trainer")
-        for name, function in (("compute_objective", compute_objective), ("compute_losses", compute_losses)):
-            if function is not None and not callable(function):
-                raise TypeError(f"{name} is a function of (model, inputs), not {type(function).__name__}")
-        if args.by_example and compute_objective is not None:
-            raise ValueError("evaluation='split' and 'batched' need the loss of each example: give compute_losses in its place")
-        if compute_losses is not None and not args.by_example:
-            raise ValueError("compute_losses goes with evaluation='split' or 'batched': leave it out, or give one of them")
+        check_functions(args.by_example, compute_losses, compute_objective)
         if compute_objective is not None and given.get("compute_loss_func") is not None:
             raise ValueError("compute_objective takes the place of the loss: leave compute_loss_func out")
         super().__init__(model, args, *more, **named)
@@ -89,6 +83,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc, valid-type]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Patches the model and makes the optimiser of ``args.method``."""
+        self._judges, self._unseen = [], []
         if self.optimizer is None:
             model = self.model if model is None else model
             options = self.args.patch_options() | self.args.optimizer_options()
@@ -98,6 +93,11 @@ class ZOTrainer(Trainer):  # type: ignore[misc, valid-type]
             optimizer.register_step_post_hook(lambda *_: self._look())
             self.optimizer = self.zo_optimizer = optimizer
         return self.optimizer
+
+    def get_train_dataloader(self) -> Any:
+        """As the Trainer's, without a batch at the end of an epoch that has other parts than the others."""
+        make = super().get_train_dataloader
+        return whole_batches(self, make) if self.args.splits else make()
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Evaluates a micro-batch at all points of the step; the Trainer's own step does the rest with what they give."""

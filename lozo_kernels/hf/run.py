@@ -116,9 +116,8 @@ class Run:
     def measured_steps(self, start: int) -> list[int]:
         """The steps after so many whose memory is measured, two or fewer at the end. Those that measure for a learning rate, which
         evaluate a batch in parts, are not among them."""
-        steps = range(start, self.settings.steps or 0)
-        whole = (step for step in steps if self.settings.lr is not None or not measures(step))
-        return list(itertools.islice(whole, MEASURED_STEPS))
+        parts = measures if self.settings.lr is None else lambda _: False
+        return list(itertools.islice(itertools.filterfalse(parts, range(start, self.settings.steps or 0)), MEASURED_STEPS))
 
     def batches_of(self, steps: Sequence[int]) -> list[Sequence[Encoded]]:
         """This process's part of the batches of some steps, which ascend; the first of each step."""

@@ -112,7 +112,6 @@ class RunTrainer(ZOTrainer):
         self.first, self.measured_steps, self._reported = driver.steps_done, 0, len(reader.log.steps)
         self._measured = run.measured_steps(self.first)
         self._batches: list[Sequence[Encoded]] = []
-        self._listened = bool(callbacks or run.settings.reports)
         config: Any = getattr(model, "config", None)
         threads, cache = torch.get_num_threads(), getattr(config, "use_cache", None)
         try:
@@ -235,13 +234,12 @@ class RunTrainer(ZOTrainer):
         return metrics
 
     def report(self) -> None:
-        """Gives the steps since the last report to reports and callbacks. Nobody listens: no value is read from a device."""
-        if self._listened:
-            self.reader.flush()
-            new = self.reader.log.steps[self._reported :]
-            losses = [record.loss for record in new if math.isfinite(record.loss)]
-            self.log({"loss": statistics.fmean(losses) if losses else math.nan, "learning_rate": new[-1].lr})
-            self._reported += len(new)
+        """Gives the steps since the last report to reports and callbacks."""
+        self.reader.flush()
+        new = self.reader.log.steps[self._reported :]
+        losses = [record.loss for record in new if math.isfinite(record.loss)]
+        self.log({"loss": statistics.fmean(losses) if losses else math.nan, "learning_rate": new[-1].lr})
+        self._reported += len(new)
 
     def _drain_times(self) -> dict[str, float]:
         new = self.reader.log.steps[self._reported :]

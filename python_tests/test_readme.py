@@ -191,6 +191,15 @@ def zo_trainer(monkeypatch, model, tokenizer):
 
 
 @contextmanager
+def split_trainer(monkeypatch, model, tokenizer):
+    pytest.importorskip("accelerate")
+    full = lozo_kernels.hf.ZOArguments
+    small = {"max_steps": 2, "use_cpu": True, "report_to": [], "disable_tqdm": True}
+    monkeypatch.setattr(lozo_kernels.hf, "ZOArguments", lambda folder, **given: full(folder, **given | small), raising=False)
+    yield {"model": model, "data": DATA * (1 + 16 // len(DATA))}
+
+
+@contextmanager
 def handle(monkeypatch, model, tokenizer):
     yield {"model": model, "step": 0, "eps": 1e-3, "lr": 1e-6, "loss": torch.no_grad()(lambda: model(**BATCH).loss)}
 
@@ -337,7 +346,8 @@ STAND_INS = {
     ("docs/probe.md", 'evaluation="batched"'): batched,
     ("docs/trainer.md", 'drive="backward"'): driven,
     ("docs/trainer.md", "attach(trainer"): attached,
-    ("docs/trainer.md", "ZOTrainer("): zo_trainer,
+    ("docs/trainer.md", "eval_dataset=dev"): zo_trainer,
+    ("docs/trainer.md", 'method="agzo-split"'): split_trainer,
     ("docs/journal.md", "Journal.create"): journal,
     ("docs/journal.md", "Journal.resume"): resumed,
     ("docs/distributed.md", "init_process_group"): several,

@@ -247,7 +247,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         stepper = self.stepper
         if self.handle.backward is not None:
             return self._step_after_backward(self.handle.backward, closure, inputs)
-        closures, batches = self._pairs(closure, inputs)
+        closures, batches = pair_closures(closure, inputs)
+        if stepper.settings.by_example and batches is None:
+            raise self._needs_inputs()
         measuring = self.measures_next
         if measuring and self.evaluation != "split":
             closures, batches = in_parts(closures, batches, of_ranks=has_parts(stepper.parallel)), None
@@ -294,14 +296,16 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def estimate(self, closure: Any, inputs: Any = None) -> tuple[Tensor, Tensor]:
-        closures, batches = self._pairs(closure, inputs)
-        return self.stepper.estimate([StepClosure(one) for one in closures], batches)
-
-    def _pairs(self, closure: Any, inputs: Any) -> tuple[list[Any], list[Any] | None]:
         closures, batches = pair_closures(closure, inputs)
         if self.stepper.settings.by_example and batches is None:
-            raise TypeError(f"evaluation={self.evaluation!r} needs step(closure, inputs), with a closure that takes the inputs")
-        return closures, batches
+            raise self._needs_inputs()
+        return self.stepper.estimate([StepClosure(one) for one in closures], batches)
+
+    def _needs_inputs(self) -> TypeError:
+        return TypeError(
+            f"evaluation={self.evaluation!r} needs step(closure, inputs), with a closure that takes the inputs and returns one "
+            "loss for each example, or sums and weights"
+        )
 
     def flush(self) -> None:
         """Makes an update that ``fuse_steps`` left pending. Without one this does nothing."""

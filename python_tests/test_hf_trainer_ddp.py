@@ -54,8 +54,8 @@ def train(case, folder, ranks):
         optimizer = attach(trainer, seed=3, placement="probe", side="scratch", **OPTIONS).optimizer
     elif case == "objective":
         trainer = ZOTrainer(model, zo_arguments(folder, **settings), train_dataset=DATA, compute_objective=squared_logits)
-    elif case == "batched":
-        probing = {"evaluation": "batched", "directions": 2, "placement": "probe", "side": "scratch"}
+    elif case in ("batched", "split"):
+        probing = {"evaluation": case, "directions": 2, "placement": "probe", "side": "scratch"}
         trainer = ZOTrainer(model, zo_arguments(folder, **probing, **settings), train_dataset=DATA)
     else:
         if case.startswith("resumed"):
@@ -83,6 +83,7 @@ def main(rank, folder):
     store = distributed.FileStore(str(folder / "store"), RANKS)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     found = {case: run(case, folder, rank, RANKS) for case in CASES}
+    found["split"] = run("split", folder, rank, RANKS)
     distributed.barrier()
     found["resumed again"] = run("resumed again", folder, rank, RANKS)
     torch.save(found, folder / f"{rank}.pt")
@@ -106,6 +107,16 @@ def test_two_processes_give_the_run_of_one(processes, tmp_path, case):
     assert first_info["step"] == info["step"] == STEPS - 1 and torch.equal(first_info["c"], second_info["c"])
     assert torch.equal(first_info["loss"], second_info["loss"])  # that of the whole batch, on every process
     assert float(first_info["loss"]) == pytest.approx(float(info["loss"]), rel=1e-5)
+
+
+def test_two_processes_split_their_own_batches(processes, tmp_path):
+    """Parts are others than in one process, which has longer batches to cut, so that c is another estimate of the same loss."""
+    (first, info), (second, second_info) = (found["split"] for found in processes)
+    start, (alone, _) = trained(tiny_llama()), run("split", tmp_path)
+    assert all(torch.equal(p, second[name]) for name, p in first.items()) and torch.equal(info["c"], second_info["c"])
+    moved, expected = (sum(float((found[n] - p).square().sum()) for n, p in start.items()) for found in (first, alone))
+    assert info["c"].shape == (2,) and 0.2 < moved / expected < 5
+    assert float(info["loss"]) == pytest.approx(float(second_info["loss"])) and 3.5 < float(info["loss"]) < 4.5
 
 
 def test_resumed_by_two_processes(processes):

@@ -11,7 +11,7 @@ from torch import distributed, nn
 from lozo_kernels import LOZO, MeZO, Parallel, patch
 from lozo_kernels.model.probe.choosing import preparation
 from lozo_kernels.model.probe.choosing.cost import Costs, measure_costs
-from python_tests.models import full, same
+from python_tests.models import full, losses_of, same
 from python_tests.processes import refusals_of, run_ranks
 
 if not distributed.is_available() or not distributed.is_gloo_available():
@@ -89,16 +89,6 @@ def tied(model, plan):
     if plan == "rows, columns":
         model.head.weight = model.embed.weight
     return model
-
-
-def losses_of(model):
-    """Of each of the examples it is called with."""
-
-    def losses(tokens):
-        logits = model(tokens[:, :-1]).float()
-        return nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
-
-    return losses
 
 
 def batch():

@@ -181,21 +181,22 @@ def attached(monkeypatch, model, tokenizer):
     yield {"Trainer": transformers.Trainer, "model": model, "args": args, "data": DATA}
 
 
-@contextmanager
-def zo_trainer(monkeypatch, model, tokenizer):
+def few_zo_steps(monkeypatch, **more):
     pytest.importorskip("accelerate")
     full = lozo_kernels.hf.ZOArguments
-    small = {"max_steps": 2, "use_cpu": True, "report_to": [], "disable_tqdm": True, "per_device_train_batch_size": 2}
+    small = {"max_steps": 2, "use_cpu": True, "report_to": [], "disable_tqdm": True} | more
     monkeypatch.setattr(lozo_kernels.hf, "ZOArguments", lambda folder, **given: full(folder, **given | small), raising=False)
+
+
+@contextmanager
+def zo_trainer(monkeypatch, model, tokenizer):
+    few_zo_steps(monkeypatch, per_device_train_batch_size=2)
     yield {"model": model, "data": DATA, "dev": DATA}
 
 
 @contextmanager
 def split_trainer(monkeypatch, model, tokenizer):
-    pytest.importorskip("accelerate")
-    full = lozo_kernels.hf.ZOArguments
-    small = {"max_steps": 2, "use_cpu": True, "report_to": [], "disable_tqdm": True}
-    monkeypatch.setattr(lozo_kernels.hf, "ZOArguments", lambda folder, **given: full(folder, **given | small), raising=False)
+    few_zo_steps(monkeypatch)
     yield {"model": model, "data": DATA * (1 + 16 // len(DATA))}
 
 

@@ -86,6 +86,11 @@ class Method:
         return self.optimizer.estimator
 
     @property
+    def step_defaults(self) -> dict[str, Any]:
+        """Defaults of settings of its steps, as an optimiser calls them."""
+        return {"directions": self.directions, "two_sided": not self.one_sided, "evaluation": self.evaluation}
+
+    @property
     def foreign(self) -> frozenset[str]:
         """The settings of other methods, which mean nothing to this one."""
         others = {*_LOW_RANK, "num_shots"} - set(self.uses)

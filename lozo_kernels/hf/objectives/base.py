@@ -158,6 +158,12 @@ class ClassObjective(Objective):
         return Losses(F.cross_entropy(scores, labels, reduction="none"), torch.ones_like(labels), scores.argmax(-1) == labels)
 
 
+def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each token that has a label: the sums of each example, and of how many tokens they are, (examples,) each."""
+    each = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    return each.view(labels.shape).sum(1), (labels != IGNORED).sum(1)
+
+
 def inputs(batch: Batch) -> Batch:
     """The part of a batch that the model takes."""
     return {k: v for k, v in batch.items() if k not in TARGETS}

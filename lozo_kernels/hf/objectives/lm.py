@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
 
 from ..data.examples import Example
-from .base import IGNORED, Batch, Encoded, Losses, Objective, inputs
+from .base import IGNORED, Batch, Encoded, Losses, Objective, inputs, token_losses
 
 
 class LanguageModelObjective(Objective):
@@ -23,7 +22,4 @@ class LanguageModelObjective(Objective):
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [*ids[1:], IGNORED]}
 
     def losses(self, model: torch.nn.Module, batch: Batch) -> Losses:
-        logits = model(**inputs(batch)).logits
-        labels = batch["labels"]
-        tokens = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
-        return Losses(tokens.view_as(labels).sum(1), (labels != IGNORED).sum(1))
+        return Losses(*token_losses(model(**inputs(batch)).logits, batch["labels"]))

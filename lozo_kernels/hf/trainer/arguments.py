@@ -13,7 +13,7 @@ from ...kernels.checks import check_number
 from ...model.backward import CHECKPOINTING_IS_IN_VAIN
 from ...model.config import PatchConfig, check_names
 from ...optim.steps import BY_EXAMPLE, StepSettings
-from ..methods import METHODS, ZEROTH_ORDER, Method
+from ..methods import METHODS, ZEROTH_ORDER
 
 require("accelerate")
 TrainingArguments = require("transformers").TrainingArguments
@@ -112,41 +112,44 @@ class ZOArguments(TrainingArguments):  # type: ignore[misc, valid-type]
         check_method_name(self.method)
         own = {name: getattr(self, name) for name in (*_LOW_RANK, "momentum")}
         check_method_options(self.method, {name: value for name, value in own.items() if value is not None})
-        row = METHODS[self.method]
-        defaults: dict[str, Any] = {"directions": row.directions, "two_sided": not row.one_sided, "evaluation": row.evaluation}
-        StepSettings(**defaults | self.optimizer_options())
-        PatchConfig(estimator=ZEROTH_ORDER[self.method].estimator, **self.patch_options())
-        self._check_evaluation(ZEROTH_ORDER[self.method])
+        row = ZEROTH_ORDER[self.method]
+        StepSettings(**row.step_defaults | self.optimizer_options())
+        PatchConfig(estimator=row.estimator, **self.patch_options())
+        self._check_evaluation()
         if self.learning_rate is None:
-            self.learning_rate = ZEROTH_ORDER[self.method].lr
+            self.learning_rate = row.lr
 
-    def _check_evaluation(self, row: Method) -> None:
-        evaluation, directions = self.evaluation or row.evaluation, self.directions or row.directions
-        if self.by_example and (self.placement or row.placement) == "inplace":
+    def _check_evaluation(self) -> None:
+        if self.by_example and self._chosen("placement") == "inplace":
+            evaluation = self._chosen("evaluation")
             raise ValueError(f"evaluation={evaluation!r} needs placement='probe': weights that are moved can be at one point only")
-        if row.splits(evaluation):
-            size = self.per_device_train_batch_size
-            if size % directions:
-                raise ValueError(
-                    f"directions={directions}: it divides per_device_train_batch_size, {size}, into equal parts, each with a "
-                    "direction of its own"
-                )
+        size, directions = self.per_device_train_batch_size, self._chosen("directions")
+        if self.splits and size % directions:
+            raise ValueError(
+                f"directions={directions}: it divides per_device_train_batch_size, {size}, into equal parts, each with a "
+                "direction of its own"
+            )
+
+    def _chosen(self, name: str) -> Any:
+        """A setting, or the default that its method has."""
+        value = getattr(self, name)
+        return getattr(METHODS[self.method], name) if value is None else value
 
     @property
     def by_example(self) -> bool:
         """Whether evaluations need the loss of each example."""
-        return (self.evaluation or METHODS[self.method].evaluation) in BY_EXAMPLE
+        return self._chosen("evaluation") in BY_EXAMPLE
 
     @property
     def splits(self) -> bool:
         """Whether each part of a batch has a direction of its own."""
-        return METHODS[self.method].splits(self.evaluation or METHODS[self.method].evaluation)
+        return METHODS[self.method].splits(self._chosen("evaluation"))
 
     def patch_options(self) -> dict[str, Any]:
         """Arguments of :func:`lozo_kernels.patch`."""
         names = ("side", "rounding", "include", "exclude", "keep_factors", "backend", "directions_law")
         options = {name: getattr(self, name) for name in names} | {"seed": self.zo_seed}
-        options["placement"] = self.placement or METHODS[self.method].placement
+        options["placement"] = self._chosen("placement")
         return options | {name: getattr(self, name) for name in _LOW_RANK if getattr(self, name) is not None}
 
     def optimizer_options(self) -> dict[str, Any]:

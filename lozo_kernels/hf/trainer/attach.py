@@ -175,7 +175,7 @@ def make_optimizer(trainer: Any, model: nn.Module, method: str, options: dict[st
     check_method_options(method, options)
     rest = {name: value for name, value in options.items() if name not in OPTIONS}
     rates = {"lr": trainer.args.learning_rate, "weight_decay": trainer.args.weight_decay}
-    rest = rates | {"directions": row.directions, "two_sided": not row.one_sided, "evaluation": row.evaluation} | rest
+    rest = rates | row.step_defaults | rest
     if row.momentum:
         rest.setdefault("momentum", row.momentum)
     chosen: dict[str, Any] = {"placement": row.placement} | ({"rank": row.rank, "interval": row.interval} if row.low_rank else {})

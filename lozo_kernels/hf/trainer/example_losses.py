@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-IGNORED = -100
+from ..objectives.base import IGNORED, token_losses
+
 Losses = tuple[Tensor, Tensor]
 """Sums of losses and what they are sums over, (examples,) each."""
 Kind = Callable[[Tensor, Tensor], Losses | None]
@@ -27,10 +28,7 @@ def next_tokens(logits: Tensor, labels: Tensor) -> Losses | None:
 
 def tokens(logits: Tensor, labels: Tensor) -> Losses | None:
     """Cross-entropy of each token that has a label: masked, sequence-to-sequence and token classification models."""
-    if logits.dim() != 3 or labels.shape != logits.shape[:2]:
-        return None
-    each = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
-    return each.view(labels.shape).sum(1), (labels != IGNORED).sum(1)
+    return token_losses(logits, labels) if logits.dim() == 3 and labels.shape == logits.shape[:2] else None
 
 
 def classes(logits: Tensor, labels: Tensor) -> Losses | None:

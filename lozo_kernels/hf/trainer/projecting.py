@@ -52,7 +52,7 @@ class ProjectedLosses:
         compute_loss: Callable[..., Any],
         trainer: Any,
         losses: ExampleLosses,
-        timed: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda losses: losses,
+        timed: Callable[[Callable[..., Any]], Callable[..., Any]],
     ) -> None:
         self._drive, self._compute_loss, self._trainer, self._losses = drive, compute_loss, trainer, losses
         self._timed = timed(losses)

@@ -14,9 +14,10 @@ from ...errors import require
 from ...optim.optimizer import ZerothOrderOptimizer
 from ...optim.steps import StepInfo
 from ..measure import Stopwatch
+from ..methods import METHODS
 from .arguments import ZOArguments
 from .attach import check_functions, check_trainer, make_optimizer, projected, whole_batches
-from .example_losses import ExampleLosses
+from .example_losses import ExampleLosses, evaluating
 from .prospects import LOOKED_AT, Prospects, Rising, judges_of
 
 Trainer = require("transformers").Trainer
@@ -150,8 +151,9 @@ class ZOTrainer(Trainer):  # type: ignore[misc, valid-type]
             return 0
         if self._parameters is None:
             self._parameters = self.model.num_parameters(exclude_embeddings=True)
-        directions = 1 if self.zo_optimizer.evaluation == "split" else self.zo_optimizer.directions
-        return 2 * inputs[main].numel() * self._parameters * (2 * directions if self.zo_optimizer.two_sided else 1 + directions)
+        optimizer, method = self.zo_optimizer, METHODS[self.args.method]
+        passes = method.passes(optimizer.directions, not optimizer.two_sided, optimizer.evaluation)
+        return 2 * inputs[main].numel() * self._parameters * passes
 
     def _look(self) -> None:
         """Has the judges look at the steps, some at a time where reading their numbers waits for the device."""
@@ -178,10 +180,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc, valid-type]
     def _objective_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
         objective = self.zo_objective
         assert objective is not None
-        model.eval()
-        try:
+        with evaluating(model):
             value = objective(self.accelerator.unwrap_model(model), inputs)
-        finally:
-            model.train()
         value = -value if getattr(objective, "maximize", False) else value
         return (value, None) if return_outputs else value
